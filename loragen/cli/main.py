@@ -1,0 +1,96 @@
+"""The `loragen` command: assembles the groups and turns errors into one line each.
+
+Nothing heavy is imported here or in any command module; a command imports what it needs when it
+runs, so that `--help` answers at once.
+"""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from loragen import __version__
+from loragen.cli import ckpt, config, demo, gen, lora, plugins, render
+from loragen.core.errors import EXIT_FAILED, EXIT_INTERRUPTED, LoragenError
+
+
+class Root(TyperGroup):
+    """Maps what escapes from a command to a message and an exit code."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """`--debug` is understood wherever it stands, not only before the command."""
+        end = args.index("--") if "--" in args else len(args)
+        if "--debug" in args[:end]:
+            ctx.obj = {"debug": True}
+            args = ["--debug", *(a for i, a in enumerate(args) if i >= end or a != "--debug")]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        debug = bool((ctx.obj or {}).get("debug"))
+        try:
+            return super().invoke(ctx)
+        except LoragenError as error:
+            if debug:
+                raise
+            render.problems(error.problems)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            render.problems(["interrupted"])
+            raise typer.Exit(EXIT_INTERRUPTED) from error
+        except Exception as error:
+            if debug or type(error).__module__.startswith("typer."):  # Exit, Abort, usage errors
+                raise
+            reason = " ".join(str(error).split()) or "no message"
+            render.problems([f"{type(error).__name__}: {reason} (--debug shows where)"])
+            raise typer.Exit(EXIT_FAILED) from error
+
+
+app = typer.Typer(
+    cls=Root,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    # Long options accept `_` for `-`: the original scripts spelled them so.
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+)
+app.add_typer(lora.app, name="lora")
+app.add_typer(gen.app, name="gen")
+app.add_typer(ckpt.app, name="ckpt")
+app.add_typer(config.app, name="config")
+app.add_typer(plugins.app, name="plugins")
+app.command("demo")(demo.demo)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        render.answer(f"loragen {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[  # noqa: ARG001  # read by Root.parse_args, from anywhere on the line
+        bool, typer.Option("--debug", help="Show the traceback of an error.")
+    ] = False,
+    version: Annotated[  # noqa: ARG001  # handled by its callback
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Prompts in, LoRA adapters out.
+
+    Collect adapters (lora train), learn a generator (gen train), generate an adapter from a few
+    prompts without training (gen infer), and know what came out (lora eval, ckpt analyze).
+    """
+    render.log_to_stderr()
+
+
+def main() -> None:
+    if sys.platform == "win32":  # a console in a legacy code page cannot print ‖ΔW‖
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a TextIOWrapper
+    app()

@@ -1,0 +1,56 @@
+"""`loragen plugins`: what is installed, and what each plugin can be told."""
+
+import inspect
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from loragen.cli import render
+from loragen.cli.options import Json
+
+app = typer.Typer(no_args_is_help=True, help="See the installed plugins.")
+
+
+@app.command("list")
+def list_(json: Json = False) -> None:
+    """List every plugin by kind, with the package it came from. Imports none of them."""
+    from loragen.core.plugins import installed
+
+    found = sorted(installed(), key=lambda plugin: (plugin.kind, plugin.name))
+    if json:
+        render.answer_json([asdict(plugin) for plugin in found])
+        return
+    rows = [(p.kind, p.name, p.distribution, p.version, p.target) for p in found]
+    render.answer(render.columns(("kind", "name", "package", "version", "class"), rows))
+
+
+@app.command()
+def show(
+    kind: Annotated[str, typer.Argument(help="logger, encoder, decoder or schedule.")],
+    name: Annotated[str, typer.Argument(help="A name from `loragen plugins list`.")],
+    json: Json = False,
+) -> None:
+    """Show one plugin: its origin, what it does, and its options."""
+    from loragen.core.plugins import describe, find
+
+    plugin, cls = describe(kind, name), find(kind, name)
+    options = {
+        option: {
+            "type": str(field.annotation).replace("typing.", "").removeprefix("<class '").removesuffix("'>"),
+            "default": None if field.is_required() else field.get_default(call_default_factory=True),
+            "required": field.is_required(),
+            "description": field.description or "",
+        }
+        for option, field in cls.Config.model_fields.items()
+    }
+    text = inspect.cleandoc(cls.__doc__ or "")
+    if json:
+        render.answer_json({**asdict(plugin), "description": text, "options": options})
+        return
+    rows = [
+        (key, o["type"], "required" if o["required"] else repr(o["default"]), o["description"])
+        for key, o in options.items()
+    ]
+    render.answer(f"{kind} {name}\nfrom   {plugin.origin}\nclass  {plugin.target}\n\n{text}\n")
+    render.answer(render.columns(("option", "type", "default", "meaning"), rows) if rows else "no options")

@@ -1,0 +1,76 @@
+"""Progress on stderr: a Rich bar on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from loragen.cli import render
+from loragen.core.progress import Progress, Step
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def terminal_progress() -> Progress:
+    return RichProgress() if sys.stderr.isatty() else PlainProgress()
+
+
+class PlainProgress:
+    """The first step, then one line every ten seconds, then the last."""
+
+    def start(self, title: str, total: int) -> None:  # noqa: ARG002  # a bar wants it
+        self._title = title
+        self._began = time.monotonic()
+        self._next = self._began
+
+    def step(self, step: Step) -> None:
+        now = time.monotonic()
+        if now < self._next and step.step < step.total:
+            return
+        self._next = now + SECONDS_BETWEEN_LINES
+        left = (now - self._began) / step.step * (step.total - step.step)
+        render.note(f"{self._title}: {_figures(step)}, {left:.0f} s left")
+
+    def stop(self) -> None:
+        pass
+
+
+class RichProgress:
+    """One bar per run: stage, step/total, loss, rate, time left."""
+
+    _bar: "Bar | None" = None
+    _task: "TaskID"
+
+    def start(self, title: str, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self._bar = Bar(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(title, total=total, figures="")
+
+    def step(self, step: Step) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=step.step, figures=_figures(step))
+
+    def stop(self) -> None:
+        if self._bar:
+            self._bar.stop()
+        self._bar = None
+
+
+def _figures(step: Step) -> str:
+    return (
+        f"stage {step.stage}, step {step.step}/{step.total}, "
+        f"loss {step.loss:.4f}, {step.rate:.0f} {step.unit}"
+    )

@@ -1,0 +1,130 @@
+"""PEFT adapters on disk: read, write and verify, without the base model.
+
+Everywhere in loragen an adapter's tensors go by PEFT's file keys:
+``base_model.model.<path of the module>.lora_A.weight``.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from loragen.core.errors import DataError, LoragenError, UsageError, listing
+from loragen.core.files import write_json, write_text, written_atomically
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+@dataclass
+class Adapter:
+    """A LoRA adapter: PEFT's configuration, plain data, and its tensors by PEFT's file keys."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def read_adapter(directory: Path) -> Adapter:
+    """Raises UsageError where there is no adapter, DataError where its files are broken."""
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (directory / name).is_file():
+            raise UsageError(f"{directory}: not a PEFT adapter (it has no {name})")
+    try:
+        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{directory / CONFIG_FILE}: not JSON: {error}") from None
+    return Adapter(config, read_safetensors(directory / WEIGHTS_FILE))
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(file))
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{file}: not a safetensors file: {error}") from None
+
+
+def write_adapter(directory: Path, adapter: Adapter, card: str) -> None:
+    """A directory that `peft.PeftModel.from_pretrained` loads; appears whole or not at all."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in adapter.tensors.items()}
+    with written_atomically(directory) as temporary:
+        temporary.mkdir()
+        write_json(temporary / CONFIG_FILE, adapter.config)
+        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_text(temporary / "README.md", card)
+
+
+def plain_config(peft_config: Any) -> dict[str, Any]:
+    """PEFT's configuration as sorted plain data; sets become lists, so that two equal
+    configurations are equal text (PEFT's own order depends on PYTHONHASHSEED)."""
+    document = {**peft_config.to_dict(), "inference_mode": True}
+    plain = json.loads(json.dumps(document, default=_plain))
+    if isinstance(plain.get("target_modules"), list):
+        plain["target_modules"] = sorted(plain["target_modules"])
+    return dict(sorted(plain.items()))
+
+
+def file_keys(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Live or Lightning keys -> PEFT's file keys."""
+    return {
+        key.removeprefix("model.").replace(".default.", "."): tensor
+        for key, tensor in live.items()
+        if "lora_" in key
+    }
+
+
+def attach_adapter(base: Any, adapter: Adapter, origin: str) -> Any:
+    """`base` with the adapter injected, as a `peft.PeftModel`.
+
+    Raises LoragenError naming the first tensor that the base has no place for, or whose shape
+    differs; PEFT itself would skip it or fail with a page of text. The base is then unchanged.
+    """
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from peft.tuners.lora import LoraModel  # noqa: F401  # registers the tuner
+
+    try:
+        model = get_peft_model(base, LoraConfig(**_known_fields(adapter.config)))
+    except ValueError as error:
+        raise LoragenError(f"{origin}: does not fit this base model: {error}") from None
+    wanted = {key: value.shape for key, value in file_keys(model.state_dict()).items()}
+    problem = shape_mismatch(wanted, {key: t.shape for key, t in adapter.tensors.items()})
+    if problem:
+        model.unload()
+        raise LoragenError(f"{origin}: does not fit this base model: {problem}")
+    set_peft_model_state_dict(model, adapter.tensors)
+    return model.eval()
+
+
+def shape_mismatch(
+    wanted: Mapping[str, torch.Size], given: Mapping[str, torch.Size]
+) -> str | None:
+    """The first difference between two sets of named shapes, in words; None where equal."""
+    missing, unknown = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+    if missing:
+        return f"{len(missing)} tensors are missing: {listing(missing, 2)}"
+    if unknown:
+        return f"{len(unknown)} tensors have no place: {listing(unknown, 2)}"
+    for key, shape in wanted.items():
+        if given[key] != shape:
+            return f"{key} has shape {list(given[key])}, expected {list(shape)}"
+    return None
+
+
+def _known_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """An adapter written by a newer PEFT may carry fields that this one does not know."""
+    from dataclasses import fields
+
+    from peft import LoraConfig
+
+    known = {field.name for field in fields(LoraConfig) if field.init}
+    kept = {key: value for key, value in config.items() if key in known}
+    return {**kept, "inference_mode": True, "runtime_config": {}} if "runtime_config" in kept else kept
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)

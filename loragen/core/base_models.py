@@ -1,0 +1,69 @@
+"""Base models: from a name to the model, its tokenizer, and nothing more than is needed."""
+
+import os
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loragen.core.errors import LoragenError, UsageError
+from loragen.core.quiet import quiet_libraries
+
+DEMO = "demo"
+
+
+@dataclass
+class BaseModel:
+    """A causal language model as loaded, frozen, and its tokenizer."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    dtype: torch.dtype
+    """What the weights are stored in; a merged model is saved in it."""
+
+
+def resolve_base(name: str) -> str:
+    """What transformers is asked for: the shipped demo base, a directory, or a hub id.
+
+    Raises UsageError for a path that is not there, which transformers would take for a hub id.
+    """
+    if name == DEMO:
+        return str(files("loragen").joinpath("demo", "base"))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"base model {name}: the directory has no config.json")
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or "\\" in name or name.count("/") > 1:
+        raise UsageError(f"base model {name}: no such directory")
+    return name
+
+
+def load_base(name: str, dtype: torch.dtype | None = None) -> BaseModel:
+    """The model in `dtype` (default: as stored), on the CPU, in eval mode, all frozen.
+
+    Raises UsageError where it cannot be found, LoragenError where it does not load.
+    """
+    quiet_libraries()
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    source = resolve_base(name)
+    try:
+        stored = getattr(AutoConfig.from_pretrained(source), "dtype", None) or torch.float32
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or stored)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(name, source, error) from error
+    model.requires_grad_(False)
+    return BaseModel(name, model.eval(), tokenizer, stored)
+
+
+def _not_loaded(name: str, source: str, error: Exception) -> LoragenError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(source).is_dir():
+        return LoragenError(f"base model {name} does not load: {reason}")
+    mirror = "" if os.environ.get("HF_ENDPOINT") else " (behind a slow network, set HF_ENDPOINT)"
+    return UsageError(f"base model {name}: not a directory, and the hub says: {reason}{mirror}")

@@ -1,0 +1,88 @@
+"""Checkpoint files: the adapter's tensors out of whatever holds them. Nothing runs code."""
+
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+from loragen.core.adapters import WEIGHTS_FILE, Adapter, file_keys, read_adapter, read_safetensors
+from loragen.core.errors import DataError, UsageError
+from loragen.core.files import written_atomically
+from loragen.core.runs import LoraManifest, checkpoint_files, read_manifest, run_directory_of
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's own format, under a temporary name until it is whole."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        with written_atomically(Path(path)) as temporary:
+            super().save_checkpoint(checkpoint, temporary, storage_options)
+
+
+class NamedTensors(NamedTuple):
+    """One checkpoint as read: where from, and its tensors by PEFT's file keys."""
+
+    file: Path
+    tensors: dict[str, Tensor]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The adapter tensors of a .ckpt, .pt, .safetensors or a PEFT directory, on the CPU.
+
+    Raises UsageError for a missing path; DataError for a file that does not load or holds no
+    LoRA tensors.
+    """
+    if path.is_dir():
+        return read_adapter(path).tensors
+    if not path.is_file():
+        raise UsageError(f"{path}: no such checkpoint")
+    if path.suffix == ".safetensors":
+        tensors = file_keys(read_safetensors(path))
+    else:
+        document = _torch_load(path)
+        tensors = file_keys(document.get("state_dict", document))
+    if not tensors:
+        raise DataError(f"{path}: no LoRA tensors in it (no key has 'lora_')")
+    return tensors
+
+
+def read_checkpointed_adapter(path: Path) -> Adapter:
+    """An adapter from a PEFT directory, or from a checkpoint whose run knows its configuration."""
+    if path.is_dir() and (path / WEIGHTS_FILE).is_file():
+        return read_adapter(path)
+    if path.is_dir() and (path / "adapter" / WEIGHTS_FILE).is_file():
+        return read_adapter(path / "adapter")
+    if not path.exists():
+        raise UsageError(f"{path}: no such adapter or checkpoint")
+    manifest = read_manifest(run_directory_of(path), LoraManifest)
+    return Adapter(manifest.adapter_config, read_tensors(path))
+
+
+def find_checkpoints(path: Path) -> list[Path]:
+    """The checkpoints at `path`: a run, its checkpoints/, a folder of PEFT adapters, or one.
+
+    Raises UsageError where there are none.
+    """
+    if path.is_file() or (path / WEIGHTS_FILE).is_file():
+        return [path]
+    adapters = sorted(file.parent for file in path.glob(f"*/{WEIGHTS_FILE}"))
+    found = checkpoint_files(path) or adapters
+    if not found:
+        raise UsageError(f"{path}: no checkpoints or adapters there")
+    return found
+
+
+def _torch_load(path: Path) -> dict[str, Any]:
+    try:
+        document = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path}: not a checkpoint that loads safely: {reason}") from None
+    if not isinstance(document, dict):
+        raise DataError(f"{path}: expected a dictionary, found {type(document).__name__}")
+    return document

@@ -1,0 +1,207 @@
+"""What can be configured: one model per command. Defaults here are the built-in layer."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class PluginSection(BaseModel):
+    """`{name: ..., option: value, ...}`: the options are checked by the chosen plugin's Config."""
+
+    model_config = ConfigDict(extra="allow")
+    kind: ClassVar[str]
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class ScheduleSection(PluginSection):
+    kind = "schedule"
+
+
+class EncoderSection(PluginSection):
+    kind = "encoder"
+
+
+class DecoderSection(PluginSection):
+    kind = "decoder"
+
+
+Loggers = Annotated[
+    dict[str, dict[str, Any]],
+    Field(description="Logger name -> its options; several log at once."),
+]
+
+
+class Trainer(Section):
+    """Passed to `lightning.pytorch.Trainer`."""
+
+    accelerator: str = Field("auto", description="auto, cpu, gpu, mps, ...")
+    devices: int | str = Field(1, description="How many devices of this machine, or auto.")
+    num_nodes: int = Field(1, ge=1, description="How many machines.")
+    strategy: str = Field("auto", description="auto, ddp, ...")
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = Field(
+        "32-true", description="Arithmetic of the forward pass, and the base weights' for *-true."
+    )
+    gradient_clip_val: float | None = Field(None, gt=0, description="Largest gradient norm.")
+    accumulate_grad_batches: int = Field(
+        1, ge=1, description="Micro-batches per optimizer step; they share training.batch_size."
+    )
+
+
+class LoraData(Section):
+    root: str = Field(
+        "data_to_lora/cs", description="Where dataset names are looked up: <root>/<name>/."
+    )
+    dataset: str | None = Field(None, description="A name under root, or a file.")
+    max_length: int = Field(
+        1024, ge=8, description="Longest row in tokens; a longer one loses the start of its prompt."
+    )
+    val_ratio: float = Field(
+        0.0, ge=0, lt=1, description="Share of the rows that is held out for val/loss."
+    )
+
+
+class Lora(Section):
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16, gt=0, description="ΔW = alpha / rank · B A.")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = Field(
+        "all-linear", description="all-linear, or the modules' names."
+    )
+
+
+class LoraTraining(Section):
+    batch_size: int = Field(
+        32, ge=1, description="Rows per optimizer step, all devices and accumulation together."
+    )
+    max_steps: int = Field(125, ge=1, description="Optimizer steps.")
+    weight_decay: float = Field(0.0, ge=0)
+    val_every: int = Field(25, ge=1, description="Validate every so many steps (val_ratio > 0).")
+    patience: int | None = Field(
+        None, ge=1, description="Stop once val/loss has not improved for this many steps."
+    )
+
+
+class Checkpoints(Section):
+    first_step: int = Field(76, ge=1, description="The first step that is kept.")
+    every: int = Field(1, ge=1, description="Keep every so many steps from there, and the last.")
+    optimizer: Literal["all", "last", "none"] = Field(
+        "all", description="Which checkpoints carry the optimizer's state, which resuming needs."
+    )
+
+
+class LoraTrainConfig(Section):
+    """`loragen lora train`"""
+
+    base_model: str = Field(
+        "Qwen/Qwen2.5-0.5B-Instruct", description="A hub id, a directory, or demo."
+    )
+    seed: int = Field(
+        42, ge=0, description="Batches, dropout and the LoRA initialisation of a whole collection."
+    )
+    runs_dir: str = Field("runs", description="Where run directories are made.")
+    data: LoraData = LoraData()
+    lora: Lora = Lora()
+    training: LoraTraining = LoraTraining()
+    schedule: ScheduleSection = ScheduleSection(name="two-stage")
+    checkpoints: Checkpoints = Checkpoints()
+    final_model: Literal["merged", "none"] = "merged"
+    loggers: Loggers = {"tensorboard": {}, "swanlab": {}}
+    trainer: Trainer = Trainer()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "LoraTrainConfig":
+        if self.training.patience is not None and self.data.val_ratio == 0:
+            raise ValueError("training.patience needs data.val_ratio > 0: it watches val/loss")
+        devices = self.trainer.devices if isinstance(self.trainer.devices, int) else 1
+        parts = max(1, devices) * self.trainer.num_nodes * self.trainer.accumulate_grad_batches
+        if self.training.batch_size % parts:
+            raise ValueError(
+                f"training.batch_size {self.training.batch_size} must be a multiple of devices x "
+                f"num_nodes x accumulate_grad_batches = {parts}: it counts the rows of a whole step"
+            )
+        return self
+
+
+class Source(Section):
+    """Checkpoints of one dataset and the prompts that go with them."""
+
+    run: str | None = Field(None, description="A run directory of `lora train`; it knows both.")
+    checkpoints: str | None = Field(None, description="A directory of checkpoints or adapters.")
+    prompts: str | None = Field(
+        None, description="A file of rows or texts; a run's default is its own dataset."
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Source":
+        if (self.run is None) == (self.checkpoints is None):
+            raise ValueError("give either run or checkpoints")
+        return self
+
+
+class Layout(Section):
+    token_dim: int = Field(384, ge=1, description="Values per token.")
+    max_seq_len: int | Literal["auto"] = Field(
+        "auto", description="Most tokens allowed; auto takes what the adapter needs."
+    )
+
+
+class GenData(Section):
+    checkpoint_dir: str | list[str] | None = Field(
+        None, description="Run directories (or their checkpoints/); added to sources."
+    )
+    batch_size: int = Field(8, ge=1, description="Pairs of condition and adapter per step.")
+    prompts_per_condition: int = Field(
+        16, ge=1, description="Prompt texts that the generator sees at once."
+    )
+    samples_per_prompt: int = Field(4, ge=1, description="Rows joined into one prompt text.")
+    max_checkpoints: int = Field(50, ge=1, description="The newest so many of every source.")
+    cache_tokenized: bool = Field(
+        True, description="Keep tokenised checkpoints and embeddings for the next run."
+    )
+    cache_dir: str = Field(".loragen-cache", description="Where; may be deleted at any time.")
+    val_ratio: float = Field(
+        0.1, ge=0, lt=1, description="Share of every source's prompt texts held out for val/."
+    )
+
+
+class GenTraining(Section):
+    max_epochs: int = Field(100, ge=1, description="An epoch shows every checkpoint once.")
+    max_steps: int | None = Field(None, ge=1, description="Ends earlier, in optimizer steps.")
+    learning_rate: float = Field(
+        1e-4, gt=0, description="For schedules that have a learning_rate and were given none."
+    )
+    weight_decay: float = Field(0.01, ge=0)
+    mse_weight: float = Field(1.0, ge=0)
+    l1_weight: float = Field(0.1, ge=0)
+    optimizer: Literal["adamw"] = "adamw"
+    condition_noise: float = Field(
+        0.0, ge=0, description="Std of Gaussian noise on conditions, in units of their own std."
+    )
+    val_every_epochs: int = Field(1, ge=1)
+
+
+class GenTrainConfig(Section):
+    """`loragen gen train`"""
+
+    seed: int = Field(42, ge=0)
+    experiments_dir: str = Field("experiments", description="Where experiment directories go.")
+    sources: list[Source] = Field([], description="What to learn from.")
+    val_sources: list[Source] = Field(
+        [], description="Datasets held out whole, for val_unseen/ metrics."
+    )
+    encoder: EncoderSection = EncoderSection(name="sbert")
+    decoder: DecoderSection = DecoderSection(name="hyperconv")
+    layout: Layout = Layout()
+    data: GenData = GenData()
+    training: GenTraining = GenTraining()
+    schedule: ScheduleSection = ScheduleSection(name="cosine")
+    loggers: Loggers = {"tensorboard": {}, "swanlab": {}}
+    trainer: Trainer = Trainer()

@@ -1,0 +1,60 @@
+"""Files that are never half-written, and the hashes that name their content."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from loragen.core.errors import UsageError
+
+
+@contextmanager
+def written_atomically(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it once the block has succeeded.
+
+    Write a file or make a directory there; on an error nothing is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield holder / path.name
+        if path.is_dir():
+            path.rename(holder / "replaced")  # a directory cannot be renamed over another
+        (holder / path.name).replace(path)
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with written_atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, document: Any) -> None:
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """Raises UsageError where `path` exists and the user did not say `--force`."""
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists already; choose another place or add --force")
+
+
+def sha256(path: Path) -> str:
+    """The hex digest of a file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_text(*parts: str) -> str:
+    """The hex digest of several texts; their borders count."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode()
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()

@@ -1,0 +1,140 @@
+"""How good is an adapter on labelled rows: exact match of what it writes, and choice accuracy."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loragen.core.data.rows import Row
+from loragen.core.data.tokenize import Batch, Example, answer_ids, collate, pad_id, prompt_ids
+from loragen.core.lora.loss import answer_losses
+
+MOST_CLOSED_ANSWERS = 16  # a dataset with no more distinct responses has a closed answer set
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Accuracies are shares from 0 to 1."""
+
+    rows: int
+    exact_match: float
+    """The greedy answer, stripped, is the response, stripped."""
+    choice_accuracy: float | None
+    """The response is the likeliest of the row's choices; None where there are none."""
+    choices: int | None
+    """How many answers the closed set has; None where every row brings its own."""
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(
+    model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int = 32, choices: bool = True
+) -> Scores:
+    """Scores a causal language model, adapter or not, on labelled rows."""
+    started = time.perf_counter()
+    answers = generate(model, tokenizer, rows, batch_size)
+    hits = [
+        given.strip() == row.response.strip() for given, row in zip(answers, rows, strict=True)
+    ]
+    closed = closed_answers(rows) if choices else None
+    accuracy = choice_accuracy(model, tokenizer, rows, closed, batch_size) if choices else None
+    return Scores(
+        rows=len(rows),
+        exact_match=sum(hits) / len(rows),
+        choice_accuracy=accuracy,
+        choices=len(closed) if closed else None,
+        seconds=round(time.perf_counter() - started, 3),
+    )
+
+
+@torch.inference_mode()
+def generate(model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int) -> list[str]:
+    """The greedy answers. Each may be as long as the longest response, no longer."""
+    room = max(len(answer_ids(tokenizer, row.response)) for row in rows)
+    padding = pad_id(tokenizer)
+    texts: list[str] = []
+    for first in range(0, len(rows), batch_size):
+        prompts = [
+            prompt_ids(tokenizer, row.prompt, row.system) for row in rows[first : first + batch_size]
+        ]
+        ids, attention = _padded_left(prompts, padding, model.device)
+        written = model.generate(
+            input_ids=ids,
+            attention_mask=attention,
+            max_new_tokens=room,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=padding,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        texts += tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+def closed_answers(rows: Sequence[Row]) -> list[str] | None:
+    """The answers of the whole dataset where they are few and recur; None where they are free."""
+    distinct = sorted({row.response for row in rows})
+    recur = len(distinct) <= min(MOST_CLOSED_ANSWERS, len(rows) // 2)
+    return distinct if len(distinct) > 1 and recur else None
+
+
+def choice_accuracy(
+    model: Any, tokenizer: Any, rows: Sequence[Row], closed: list[str] | None, batch_size: int = 32
+) -> float | None:
+    """Share of rows whose response has the highest log-likelihood among their choices.
+
+    A row's own choices come first, then the closed set; None where some row has neither.
+    """
+    options = [row.choices or closed for row in rows]
+    if not all(options):
+        return None
+    examples, owners = [], []
+    for index, (row, candidates) in enumerate(zip(rows, options, strict=True)):
+        prompt = prompt_ids(tokenizer, row.prompt, row.system)
+        for candidate in candidates or ():
+            answer = answer_ids(tokenizer, candidate)
+            examples.append(Example([*prompt, *answer], len(answer)))
+            owners.append((index, candidate))
+    scores = log_likelihoods(model, examples, pad_id(tokenizer), batch_size)
+    best: dict[int, tuple[float, str]] = {}
+    for (index, candidate), score in zip(owners, scores.tolist(), strict=True):
+        best[index] = max(best.get(index, (float("-inf"), "")), (score, candidate))
+    return sum(best[i][1] == row.response for i, row in enumerate(rows)) / len(rows)
+
+
+@torch.inference_mode()
+def log_likelihoods(
+    model: Any, examples: Sequence[Example], padding: int, batch_size: int
+) -> Tensor:
+    """The log-likelihood (nats) of each example's answer given its prompt, ``[examples]``."""
+    sums = []
+    for first in range(0, len(examples), batch_size):
+        batch = collate(examples[first : first + batch_size], padding)
+        batch = Batch(*(t.to(model.device) for t in batch[:3]), batch.step_answers)
+        owner = torch.cat(
+            [
+                torch.full((item.answer,), index)
+                for index, item in enumerate(examples[first : first + batch_size])
+            ]
+        )
+        rows = torch.zeros(len(batch.ids)).index_add_(0, owner, answer_losses(model, batch).cpu())
+        sums.append(-rows)
+    return torch.cat(sums)
+
+
+def _padded_left(prompts: list[list[int]], padding: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask ``[rows, length]``, so that all prompts end at one place."""
+    length = max(map(len, prompts))
+    ids = torch.full((len(prompts), length), padding)
+    attention = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = torch.tensor(prompt)
+        attention[row, length - len(prompt) :] = 1
+    return ids.to(device), attention.to(device)

@@ -1,0 +1,135 @@
+"""Finding plugins: one lookup for every kind, and only the chosen class is imported."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import pluggy
+
+from loragen.core import hookspecs
+from loragen.core.errors import PluginError, did_you_mean, listing
+
+GROUP = "loragen"
+KINDS = ("logger", "encoder", "decoder", "schedule")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One name that a distribution offers."""
+
+    kind: str
+    name: str
+    target: str
+    """``"module:Class"``"""
+    distribution: str
+    version: str
+
+    @property
+    def origin(self) -> str:
+        return f"{self.distribution} {self.version}"
+
+
+def names(kind: str) -> list[str]:
+    """The installed names of a kind, sorted."""
+    return sorted({plugin.name for plugin in installed() if plugin.kind == kind})
+
+
+def describe(kind: str, name: str) -> Plugin:
+    """Where a name comes from, without importing it.
+
+    Raises PluginError for an unknown kind or name, and for a name that two distributions offer.
+    """
+    if kind not in KINDS:
+        raise PluginError(
+            f"unknown kind of plugin '{kind}'.{did_you_mean(kind, KINDS)} Kinds: {listing(KINDS)}"
+        )
+    offers = [plugin for plugin in installed() if (plugin.kind, plugin.name) == (kind, name)]
+    if not offers:
+        known = names(kind)
+        raise PluginError(
+            f"unknown {kind} '{name}'.{did_you_mean(name, known)} Installed: {listing(known)}"
+        )
+    if len(offers) > 1:
+        origins = " and ".join(f"{plugin.origin} ({plugin.target})" for plugin in offers)
+        raise PluginError(f"{kind} '{name}' is offered by {origins}: uninstall one of them")
+    return offers[0]
+
+
+def find(kind: str, name: str) -> Any:
+    """The class behind a name; imports that class and nothing else.
+
+    Raises PluginError where the name is unknown or ambiguous, or its class does not import.
+    """
+    plugin = describe(kind, name)
+    module_name, _, attribute = plugin.target.partition(":")
+    try:
+        return getattr(import_module(module_name), attribute)
+    except Exception as error:  # noqa: BLE001  # a stranger's module may raise anything
+        raise PluginError(
+            f"{kind} '{name}' of {plugin.origin} does not load: "
+            f"{plugin.target}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def create(kind: str, name: str, options: Mapping[str, Any], *arguments: Any) -> Any:
+    """The chosen plugin, constructed from its validated options and what its protocol adds."""
+    plugin = find(kind, name)
+    return plugin(plugin.Config.model_validate(options), *arguments)
+
+
+@cache
+def installed() -> tuple[Plugin, ...]:
+    """Every name of every healthy plugin. A plugin that is not healthy costs one warning."""
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(hookspecs)
+    entries = {entry.value: entry for entry in _entry_points()}
+    for entry in entries.values():
+        _register(manager, entry)
+    return tuple(_offers(manager, entries))
+
+
+def _entry_points() -> list[EntryPoint]:
+    """The group's entries; one seen twice (an editable install on sys.path, say) counts once."""
+    found = entry_points(group=GROUP)
+    return list({(_origin(entry)[0], entry.name, entry.value): entry for entry in found}.values())
+
+
+def _register(manager: pluggy.PluginManager, entry: EntryPoint) -> None:
+    try:
+        manager.register(entry.load(), name=entry.value)
+        manager.check_pending()
+    except Exception as error:  # noqa: BLE001  # one bad plugin must not take the tool down
+        manager.unregister(name=entry.value)
+        _warn(entry, error)
+
+
+def _offers(
+    manager: pluggy.PluginManager, entries: Mapping[str, EntryPoint]
+) -> Iterator[Plugin]:
+    for kind in KINDS:
+        for implementation in getattr(manager.hook, f"loragen_{kind}s").get_hookimpls():
+            entry = entries[implementation.plugin_name]
+            try:
+                table = dict(implementation.function())
+                for name, target in table.items():
+                    yield Plugin(kind, str(name), str(target), *_origin(entry))
+            except Exception as error:  # noqa: BLE001  # as above
+                _warn(entry, error)
+
+
+def _origin(entry: EntryPoint) -> tuple[str, str]:
+    return (entry.dist.name, entry.dist.version) if entry.dist else ("unknown", "?")
+
+
+def _warn(entry: EntryPoint, error: Exception) -> None:
+    reason = str(error).splitlines()[-1].strip() if str(error) else ""
+    log.warning(
+        "plugin '%s' of %s (%s) is left out: %s: %s",
+        entry.name, " ".join(_origin(entry)), entry.value, type(error).__name__, reason,
+    )

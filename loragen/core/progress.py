@@ -1,0 +1,39 @@
+"""What a long command tells of itself while it runs. The command line decides how it looks."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step, as just finished."""
+
+    step: int
+    total: int
+    stage: int
+    loss: float
+    rate: float
+    """Answer tokens, or pairs, per second."""
+    unit: str
+    """What `rate` counts."""
+
+
+class Progress(Protocol):
+    def start(self, title: str, total: int) -> None: ...
+
+    def step(self, step: Step) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class Silent:
+    """For callers who want no progress."""
+
+    def start(self, title: str, total: int) -> None:
+        pass
+
+    def step(self, step: Step) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass

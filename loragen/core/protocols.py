@@ -1,0 +1,127 @@
+"""What a plugin promises. A plugin imports this module and `loragen`, nothing else of the core.
+
+Every class carries a nested pydantic ``Config`` (``extra="forbid"``, each field documented with its
+unit). Core validates the user's section with it and passes the object to the constructor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+
+from pydantic import BaseModel
+
+if TYPE_CHECKING:
+    import numpy as np
+    from lightning.pytorch.loggers import Logger
+    from torch import Tensor
+
+Status = Literal["success", "failed", "interrupted"]
+
+
+class Rate(NamedTuple):
+    """What a schedule says of one optimizer step."""
+
+    learning_rate: float
+    stage: int
+    """Counted from 1."""
+
+
+class Schedule(Protocol):
+    """A pure function of the step: no state, so that a resumed run follows the same rates."""
+
+    Config: ClassVar[type[BaseModel]]
+
+    def __init__(self, config: Any) -> None: ...
+
+    def __call__(self, step: int, total_steps: int) -> Rate:
+        """The rate of optimizer step `step`, counted from 1 to `total_steps`."""
+        ...
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a logger is told of the run it opens."""
+
+    directory: Path
+    """The run directory; a logger writes only below it."""
+    name: str
+    project: str
+    config: Mapping[str, Any]
+    """The resolved configuration, plain data."""
+    resume_id: str | None = None
+    """The `run_id` of the run that is continued, if any."""
+
+
+class RunLogger(Protocol):
+    """Opens a Lightning logger for a run, and closes it with the run's status."""
+
+    Config: ClassVar[type[BaseModel]]
+
+    def __init__(self, config: Any) -> None: ...
+
+    def open(self, run: RunInfo) -> Logger: ...
+
+    @property
+    def run_id(self) -> str | None:
+        """What identifies the run to the service; kept in the manifest."""
+        ...
+
+    def close(self, status: Status) -> None: ...
+
+
+class Encoder(Protocol):
+    """An ``nn.Module`` from texts to embeddings.
+
+    ``encoder(texts)`` returns embeddings ``[prompts, positions, dim]`` and a boolean mask
+    ``[prompts, positions]`` that is True where a position holds something. A sentence encoder has
+    one position. The embedding of a text does not depend on the texts beside it.
+    """
+
+    Config: ClassVar[type[BaseModel]]
+
+    def __init__(self, config: Any) -> None: ...
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the same text would be embedded differently: the weights' hash."""
+        ...
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """The adapter as a decoder sees it: `tokens` rows of `token_dim` values, and where each
+    token comes from, so that a decoder may share weights over layers or work in chunks.
+
+    `layer`, `module`, `matrix` and `position` are int64 arrays of shape ``[tokens]``, each counted
+    from 0 without gaps: the transformer layer, the kind of module (q_proj, ...), the kind of
+    matrix (lora_A, lora_B), and the token's place inside its matrix.
+    """
+
+    tokens: int
+    token_dim: int
+    layer: np.ndarray
+    module: np.ndarray
+    matrix: np.ndarray
+    position: np.ndarray
+
+
+class Decoder(Protocol):
+    """An ``nn.Module`` from a condition to the token grid of an adapter.
+
+    ``decoder(condition, mask)`` maps ``[batch, prompts, positions, dim]`` and a boolean mask
+    ``[batch, prompts, positions]`` to ``[batch, tokens, token_dim]``, for any number of prompts.
+    """
+
+    Config: ClassVar[type[BaseModel]]
+
+    def __init__(self, config: Any, condition_dim: int, grid: TokenGrid) -> None: ...
+
+    def __call__(self, condition: Tensor, mask: Tensor) -> Tensor: ...

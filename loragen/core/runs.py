@@ -1,0 +1,168 @@
+"""Run directories: their names, what is in them, and the manifest that the next step reads."""
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
+
+from loragen.core.errors import DataError, UsageError
+from loragen.core.files import write_json
+from loragen.core.plugins import describe
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+CHECKPOINTS = "checkpoints"
+CHECKPOINT_SUFFIX = ".ckpt"
+GENERATOR_FILE = Path("results/final_model/generator_model.pt")
+
+
+class DatasetRecord(BaseModel):
+    name: str
+    path: str
+    sha256: str
+    rows: int
+
+
+class PluginRecord(BaseModel):
+    """Which code took part, so that a result can be traced to it."""
+
+    kind: str
+    name: str
+    distribution: str
+    version: str
+
+
+class Manifest(BaseModel):
+    """What every run says of itself."""
+
+    format_version: int = FORMAT_VERSION
+    kind: str
+    status: Literal["running", "success", "failed", "interrupted"] = "running"
+    started: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    seconds: float | None = None
+    plugins: list[PluginRecord]
+    logger_run_ids: dict[str, str] = {}
+
+
+class LoraManifest(Manifest):
+    """A collection: the checkpoints of one dataset's adapter."""
+
+    kind: Literal["lora"] = "lora"
+    base_model: str
+    dataset: DatasetRecord
+    adapter_config: dict[str, Any]
+    seed: int
+    max_steps: int
+    steps: list[int] = []
+    """The steps that have a checkpoint."""
+    final_loss: float | None = None
+
+
+class GeneratorManifest(Manifest):
+    """A generator and the runs it was trained on."""
+
+    kind: Literal["generator"] = "generator"
+    base_model: str
+    sources: list[str]
+    val_sources: list[str]
+    steps: int = 0
+    metrics: dict[str, float] = {}
+
+
+AnyManifest = TypeVar("AnyManifest", bound=Manifest)
+
+
+def create_run_directory(parent: Path, prefix: str) -> Path:
+    """`<parent>/<prefix>_<YYYYmmdd_HHMMSS>`, made here and by nobody else.
+
+    Two runs of one second: the later takes `_2`, `_3`, ...
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    name = f"{prefix}_{datetime.now().astimezone():%Y%m%d_%H%M%S}"
+    attempt = 1
+    while True:
+        directory = parent / (name if attempt == 1 else f"{name}_{attempt}")
+        try:
+            directory.mkdir()
+        except FileExistsError:
+            attempt += 1
+        else:
+            return directory
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    write_json(directory / MANIFEST, manifest.model_dump(mode="json"))
+
+
+def read_manifest(directory: Path, kind: type[AnyManifest]) -> AnyManifest:
+    """Raises UsageError where there is no such run, DataError where its manifest is not ours."""
+    file = directory / MANIFEST
+    if not file.is_file():
+        raise UsageError(f"{directory}: not a run directory (it has no {MANIFEST})")
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        manifest = kind.model_validate(document)
+    except (ValueError, ValidationError) as error:
+        reason = "; ".join(str(error).splitlines()[:2])
+        raise DataError(f"{file}: not the manifest of a {_kind_name(kind)} run: {reason}") from None
+    if manifest.format_version > FORMAT_VERSION:
+        raise DataError(
+            f"{file}: format {manifest.format_version} is newer than this loragen reads "
+            f"({FORMAT_VERSION}); upgrade loragen"
+        )
+    return manifest
+
+
+def run_directory_of(path: Path) -> Path:
+    """The run that `path` belongs to: the run itself, its checkpoints/, or a file in there."""
+    for candidate in (path, *list(path.absolute().parents)[:2]):
+        if (candidate / MANIFEST).is_file():
+            return candidate
+    raise UsageError(f"{path}: neither a run directory nor inside one (no {MANIFEST} found)")
+
+
+def checkpoint_files(directory: Path) -> list[Path]:
+    """The step checkpoints of a run (or of its checkpoints/ folder), in the order of steps."""
+    folder = directory / CHECKPOINTS if (directory / CHECKPOINTS).is_dir() else directory
+    return sorted(folder.glob(f"*{CHECKPOINT_SUFFIX}"), key=lambda file: (_step(file), file.name))
+
+
+def checkpoint_name(step: int) -> str:
+    return f"checkpoint-step-{step:03d}{CHECKPOINT_SUFFIX}"
+
+
+def _step(file: Path) -> int:
+    digits = "".join(filter(str.isdigit, file.stem.rpartition("step-")[2] or file.stem))
+    return int(digits) if digits else 0
+
+
+def generator_file(path: Path) -> Path:
+    """The generator_model.pt of an experiment directory, or the file itself.
+
+    Raises UsageError where there is none.
+    """
+    file = path / GENERATOR_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"{path}: no generator there (looked for {file})")
+    return file
+
+
+def plugin_records(chosen: Mapping[str, list[str]]) -> list[PluginRecord]:
+    """`{kind: names}` with the distribution and version each came from."""
+    records = []
+    for kind, chosen_names in chosen.items():
+        for name in chosen_names:
+            plugin = describe(kind, name)
+            records.append(
+                PluginRecord(
+                    kind=kind, name=name, distribution=plugin.distribution, version=plugin.version
+                )
+            )
+    return records
+
+
+def _kind_name(kind: type[Manifest]) -> str:
+    return str(kind.model_fields["kind"].default)

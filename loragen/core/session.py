@@ -1,0 +1,145 @@
+"""One training run: its directory, its loggers, its manifest, from the first step to the status.
+
+A Lightning callback, because the directory's name has to reach every rank: rank 0 makes it, the
+others are told.
+"""
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+
+from loragen.core.config import dump
+from loragen.core.files import write_text
+from loragen.core.plugins import create
+from loragen.core.progress import Progress, Step
+from loragen.core.protocols import RunInfo, RunLogger, Status
+from loragen.core.runs import CHECKPOINTS, Manifest, create_run_directory, write_manifest
+
+HARDWARE_EVERY = 10  # steps; reading the sensors costs about a millisecond
+
+
+class RunSession(Callback):
+    """Opens in `setup`, closes with `close`. `directory` is known from `setup` on."""
+
+    directory: Path
+
+    def __init__(
+        self, parent: Path, prefix: str, config: Any, manifest: Manifest, progress: Progress
+    ) -> None:
+        self._parent, self._prefix = parent, prefix
+        self._config = config
+        self._loggers: dict[str, RunLogger] = {
+            name: create("logger", name, options) for name, options in config.loggers.items()
+        }
+        self._trainer: Trainer | None = None
+        self._started = time.monotonic()
+        self.manifest = manifest
+        self.progress = progress
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        self._trainer = trainer
+        made = str(create_run_directory(self._parent, self._prefix)) if trainer.is_global_zero else ""
+        self.directory = Path(trainer.strategy.broadcast(made))
+        (self.directory / CHECKPOINTS).mkdir(exist_ok=True)
+        trainer.loggers = [self._open(logger) for logger in self._loggers.values()]
+        if trainer.is_global_zero:
+            self.manifest.logger_run_ids = {
+                name: logger.run_id for name, logger in self._loggers.items() if logger.run_id
+            }
+            write_text(self.directory / "config.yaml", dump(self._config))
+            write_manifest(self.directory, self.manifest)
+
+    def _open(self, logger: RunLogger) -> Logger:
+        return logger.open(
+            RunInfo(
+                directory=self.directory,
+                name=self.directory.name,
+                project=f"loragen-{self.manifest.model_dump()['kind']}",
+                config=self._config.model_dump(mode="json"),
+            )
+        )
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """To every logger at the true step, counted from 1."""
+        assert self._trainer is not None
+        if self._trainer.is_global_zero:
+            extra = hardware_usage() if step % HARDWARE_EVERY == 1 else {}
+            for logger in self._trainer.loggers:
+                logger.log_metrics({**metrics, **extra}, step=step)
+
+    def report(self, step: Step) -> None:
+        assert self._trainer is not None
+        if self._trainer.is_global_zero:
+            self.progress.step(step)
+
+    def close(self, status: Status) -> None:
+        """Closes the loggers and writes the final manifest; nothing to do if never opened."""
+        self.progress.stop()
+        if self._trainer is None or not hasattr(self, "directory"):
+            return
+        for logger in self._loggers.values():
+            logger.close(status)
+        self.manifest.status = status
+        self.manifest.seconds = round(time.monotonic() - self._started, 2)
+        if self._trainer.is_global_zero:
+            write_manifest(self.directory, self.manifest)
+
+
+def fit(trainer: Trainer, module: LightningModule, data: Any, session: RunSession) -> None:
+    """`trainer.fit`, with the session closed on failure and interrupt.
+
+    Lightning answers Ctrl+C with `exit(1)`; the caller gets the KeyboardInterrupt back. The
+    libraries' random state is left as it was.
+    """
+    try:
+        with torch.random.fork_rng():
+            trainer.fit(module, datamodule=data)
+    except (SystemExit, KeyboardInterrupt):
+        session.close("interrupted")
+        raise KeyboardInterrupt from None
+    except BaseException:
+        session.close("failed")
+        raise
+
+
+def make_trainer(options: Mapping[str, Any], **ours: Any) -> Trainer:
+    """A Lightning trainer that writes, prints and samples nothing on its own."""
+    from loragen.core.quiet import quiet_libraries
+
+    quiet_libraries()
+    return Trainer(
+        **options,
+        **ours,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+
+
+def hardware_usage() -> dict[str, float]:
+    """`hardware/*`: CPU use (%), memory (GiB), and of the current GPU, where there is one, use (%)
+    and memory (GiB)."""
+    process = psutil.Process(os.getpid())
+    usage = {
+        "hardware/cpu_percent": psutil.cpu_percent(),
+        "hardware/memory_gib": process.memory_info().rss / 2**30,
+        "hardware/memory_percent": psutil.virtual_memory().percent,
+    }
+    if torch.cuda.is_available():
+        usage["hardware/gpu_memory_gib"] = torch.cuda.memory_reserved() / 2**30
+        try:
+            usage["hardware/gpu_percent"] = float(torch.cuda.utilization())
+        except (ModuleNotFoundError, RuntimeError):
+            pass  # the sensor library is optional
+    return usage

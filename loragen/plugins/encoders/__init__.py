@@ -1,0 +1,8 @@
+"""The text encoders that ship with loragen."""
+
+from loragen import hookimpl
+
+
+@hookimpl
+def loragen_encoders() -> dict[str, str]:
+    return {"sbert": "loragen.plugins.encoders.sbert:SentenceBert"}

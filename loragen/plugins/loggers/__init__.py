@@ -1,0 +1,11 @@
+"""The loggers that ship with loragen."""
+
+from loragen import hookimpl
+
+
+@hookimpl
+def loragen_loggers() -> dict[str, str]:
+    return {
+        "swanlab": "loragen.plugins.loggers.swanlab:SwanLab",
+        "tensorboard": "loragen.plugins.loggers.tensorboard:TensorBoard",
+    }

@@ -1,0 +1,184 @@
+"""Starting and finishing a SwanLab run: everything that needs swanlab and lightning imported.
+
+Apart from `swanlab.py` so that validating a configuration imports neither.
+"""
+
+import logging
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import swanlab
+from requests import PreparedRequest, RequestException, Response
+from requests.adapters import HTTPAdapter, Retry
+from requests.exceptions import Timeout
+from swanlab.integration.pytorch_lightning import SwanLabLogger
+
+from loragen import LoragenError
+from loragen.core.protocols import Status
+
+ONLINE_SECONDS = 10.0
+"""How long the service may take, in all, until a run is open there."""
+
+# SwanLab reads these two as whole settings groups and refuses to start; the third is ours alone.
+HIDDEN = ("SWANLAB_PROJECT", "SWANLAB_EXPERIMENT", "SWANLAB_WORKSPACE")
+
+STATES = {"success": "success", "failed": "crashed", "interrupted": "aborted"}
+
+log = logging.getLogger(__name__)
+
+
+class OpenRunLogger(SwanLabLogger):  # type: ignore[misc]  # swanlab is untyped
+    """Leaves the end of the run to `finish`: Lightning's own cannot tell failed from interrupted."""
+
+    def finalize(self, status: str | None = None) -> None:
+        pass
+
+
+def start(mode: str, arguments: Mapping[str, Any]) -> OpenRunLogger:
+    """An open run. Online becomes offline, with one warning, where the service does not answer."""
+    directory = Path(arguments["log_dir"])
+    directory.mkdir(parents=True, exist_ok=True)
+    if mode == "online":
+        before = set(directory.iterdir())
+        failures: list[str] = []
+        try:
+            with requests_within(ONLINE_SECONDS, failures):
+                logger = _open("online", arguments)
+        except Exception as error:  # noqa: BLE001  # whatever it is, it must not stop training
+            _remove(set(directory.iterdir()) - before)
+            log.warning(
+                "SwanLab online did not start (%s); recording offline, `swanlab sync` uploads %s",
+                failures[-1] if failures else _one_line(error), directory,
+            )
+            mode = "offline"
+        else:
+            log.info("SwanLab run: %s", logger.experiment.url)
+            return logger
+    try:
+        return _open(mode, arguments)
+    except Exception as error:
+        raise LoragenError(f"SwanLab ({mode}) did not start: {_one_line(error)}") from error
+
+
+def finish(run: Any, status: Status) -> None:
+    """Closes the run under SwanLab's word for the status; waits until it is written."""
+    if run.alive:
+        with _quiet():
+            run.finish(state=STATES[status], error=None if status == "success" else status)
+
+
+def _open(mode: str, arguments: Mapping[str, Any]) -> OpenRunLogger:
+    settings = swanlab.Settings(
+        interactive=False,
+        terminal=swanlab.Settings.Terminal(proxy_type="none"),
+        probe=swanlab.Settings.Probe(requirements=False, git=False, monitor=False),
+    )
+    with _quiet(), _hidden_environment(), _interrupts_untouched():
+        if swanlab.has_run():  # the logger would silently go on with it
+            swanlab.finish()
+        logger = OpenRunLogger(mode=mode, settings=settings, **arguments)
+        logger.experiment  # noqa: B018  # the property starts the run
+    return logger
+
+
+@contextmanager
+def requests_within(seconds: float, failures: list[str]) -> Iterator[None]:
+    """Every HTTP request of this thread ends before the deadline they share, whatever hangs.
+
+    A timeout of requests bounds one read, not the name lookup nor a body that trickles; hence each
+    request runs in a daemon thread that is left behind when time is up. Nothing is retried.
+    `failures` gets the reasons, which SwanLab reports only as a wrong key.
+    """
+    owner, deadline, send = threading.get_ident(), monotonic() + seconds, HTTPAdapter.send
+
+    def bounded(
+        adapter: HTTPAdapter, request: PreparedRequest, stream: bool = False, *rest: Any, **kw: Any
+    ) -> Response:
+        if threading.get_ident() != owner:
+            return send(adapter, request, stream, *rest, **kw)
+
+        def answer() -> Response:
+            response = send(adapter, request, stream, *rest, **kw)
+            response.content  # noqa: B018  # reads the body while the clock runs
+            return response
+
+        retries, adapter.max_retries = adapter.max_retries, Retry(0, read=False)
+        try:
+            return _result_of(answer, deadline - monotonic())
+        except TimeoutError:
+            failures.append(f"{request.url}: no answer within {seconds:g} s")
+            raise Timeout(failures[-1], request=request) from None
+        except RequestException as error:
+            failures.append(f"{request.url}: {type(error).__name__}")
+            raise
+        finally:
+            adapter.max_retries = retries
+
+    HTTPAdapter.send = bounded  # type: ignore[method-assign]  # restored below
+    try:
+        yield
+    finally:
+        HTTPAdapter.send = send  # type: ignore[method-assign]
+
+
+def _result_of(call: Callable[[], Response], seconds: float) -> Response:
+    """What the call returns; TimeoutError when it takes longer, and the call is left to itself."""
+    future: Future[Response] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001  # handed to the one who waits
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True, name="swanlab-request").start()
+    return future.result(timeout=max(0.0, seconds))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No banners. What SwanLab has to say later goes to stderr: stdout is for answers."""
+    console = swanlab.pkg.console.c
+    console.stderr, console.quiet = True, True
+    try:
+        yield
+    finally:
+        console.quiet = False
+
+
+@contextmanager
+def _hidden_environment() -> Iterator[None]:
+    hidden = {name: os.environ.pop(name) for name in HIDDEN if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+@contextmanager
+def _interrupts_untouched() -> Iterator[None]:
+    """SwanLab would finish the run inside its own Ctrl+C handler; that is for the caller to do."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
+
+
+def _remove(leftovers: set[Path]) -> None:
+    for path in leftovers:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,12 @@
+"""The schedules that ship with loragen."""
+
+from loragen import hookimpl
+
+
+@hookimpl
+def loragen_schedules() -> dict[str, str]:
+    return {
+        "two-stage": "loragen.plugins.schedules.two_stage:TwoStage",
+        "cosine": "loragen.plugins.schedules.cosine:Cosine",
+        "constant": "loragen.plugins.schedules.constant:Constant",
+    }
