@@ -1,4 +1,102 @@
+"""`loragen gen`: learn a generator, and generate adapters with it."""
+
+from pathlib import Path
+from typing import Annotated
+
 import typer
-app = typer.Typer()
-@app.callback()
-def _x() -> None: ...
+
+from loragen.cli import render
+from loragen.cli.options import ConfigFile, DryRun, Force, Json, Settings
+
+app = typer.Typer(no_args_is_help=True, help="Train a generator, and generate adapters.")
+
+
+@app.command()
+def train(
+    config: ConfigFile = None,
+    checkpoint_dir: Annotated[
+        list[str] | None,
+        typer.Option("--checkpoint-dir", help="A run of lora train (or its checkpoints/). Repeatable."),
+    ] = None,
+    dry_run: DryRun = False,
+    settings: Settings = None,
+    json: Json = False,
+) -> None:
+    """Train a generator on collected adapters and the prompts of their datasets.
+
+    Prints the experiment directory; the generator is results/final_model/generator_model.pt.
+    """
+    from loragen.core.config import GenTrainConfig, Override, dump, load
+
+    keys = ("data", "checkpoint_dir")
+    flags = [Override(keys, checkpoint_dir, "--checkpoint-dir")] if checkpoint_dir else []
+    resolved = load(GenTrainConfig, config, settings or (), flags)
+
+    from loragen.core.generator.train import plan
+    from loragen.core.generator.train import train as train_generator
+
+    if dry_run:
+        render.note(plan(resolved).summary())
+        render.answer(dump(resolved).rstrip())
+        return
+    from loragen.cli.progress import terminal_progress
+
+    run = train_generator(resolved, terminal_progress())
+    if json:
+        render.answer_json({"run": str(run.directory), **run.manifest.model_dump()})
+    else:
+        render.answer(str(run.directory))
+
+
+@app.command()
+def infer(
+    model: Annotated[
+        Path, typer.Option("--model", help="An experiment directory or its generator_model.pt.")
+    ],
+    output: Annotated[Path, typer.Option("--output", help="Where the PEFT adapter is written.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="A prompt of the dataset. Repeatable.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option("--prompt-file", help="Prompts: .txt (one a line), .jsonl or .json.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Only the first so many prompts.")
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Turn a few unlabelled prompts of a dataset into a LoRA adapter, without training.
+
+    The output is an ordinary PEFT directory: `peft.PeftModel.from_pretrained(base, DIR)`.
+    """
+    from loragen.core.errors import UsageError
+    from loragen.core.files import refuse_existing
+    from loragen.core.runs import generator_file
+
+    file = generator_file(model)
+    refuse_existing(output, force)
+    if not prompt and prompt_file is None:
+        raise UsageError("no prompts: give --prompt TEXT (repeatable) or --prompt-file FILE")
+
+    from loragen.core.data.prompts import read_prompts
+
+    prompts = [*(prompt or ()), *(read_prompts(prompt_file) if prompt_file else ())][:limit]
+
+    from loragen.core.generator.infer import infer as generate
+    from loragen.core.generator.model import Generator
+    from loragen.core.quiet import quiet_libraries
+
+    quiet_libraries()
+    generator = Generator.load(file)
+    result = generate(generator, generator.load_encoder(), prompts, output)
+    if json:
+        render.answer_json(
+            {
+                "adapter": str(output), "base_model": generator.base_model,
+                "values": result.values, "prompts": result.prompts, "seconds": result.seconds,
+            }
+        )
+    else:
+        render.note(f"{result.values:,} values from {result.prompts} prompts in {result.seconds:.3f} s")
+        render.answer(str(output))

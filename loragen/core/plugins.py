@@ -70,10 +70,10 @@ def find(kind: str, name: str) -> Any:
     module_name, _, attribute = plugin.target.partition(":")
     try:
         return getattr(import_module(module_name), attribute)
-    except Exception as error:  # noqa: BLE001  # a stranger's module may raise anything
+    except (Exception, SystemExit) as error:  # a stranger's module may raise anything
         raise PluginError(
             f"{kind} '{name}' of {plugin.origin} does not load: "
-            f"{plugin.target}: {type(error).__name__}: {error}"
+            f"{plugin.target}: {type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
 
 
@@ -104,7 +104,7 @@ def _register(manager: pluggy.PluginManager, entry: EntryPoint) -> None:
     try:
         manager.register(entry.load(), name=entry.value)
         manager.check_pending()
-    except Exception as error:  # noqa: BLE001  # one bad plugin must not take the tool down
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # one bad plugin is not the tool
         manager.unregister(name=entry.value)
         _warn(entry, error)
 
@@ -119,7 +119,7 @@ def _offers(
                 table = dict(implementation.function())
                 for name, target in table.items():
                     yield Plugin(kind, str(name), str(target), *_origin(entry))
-            except Exception as error:  # noqa: BLE001  # as above
+            except (Exception, SystemExit) as error:  # noqa: BLE001  # as above
                 _warn(entry, error)
 
 
@@ -127,7 +127,7 @@ def _origin(entry: EntryPoint) -> tuple[str, str]:
     return (entry.dist.name, entry.dist.version) if entry.dist else ("unknown", "?")
 
 
-def _warn(entry: EntryPoint, error: Exception) -> None:
+def _warn(entry: EntryPoint, error: BaseException) -> None:
     reason = str(error).splitlines()[-1].strip() if str(error) else ""
     log.warning(
         "plugin '%s' of %s (%s) is left out: %s: %s",

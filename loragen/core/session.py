@@ -48,6 +48,8 @@ class RunSession(Callback):
         made = str(create_run_directory(self._parent, self._prefix)) if trainer.is_global_zero else ""
         self.directory = Path(trainer.strategy.broadcast(made))
         (self.directory / CHECKPOINTS).mkdir(exist_ok=True)
+        for checkpoint in trainer.checkpoint_callbacks:
+            checkpoint.dirpath = str(self.directory / CHECKPOINTS)  # type: ignore[attr-defined]
         trainer.loggers = [self._open(logger) for logger in self._loggers.values()]
         if trainer.is_global_zero:
             self.manifest.logger_run_ids = {
@@ -114,17 +116,16 @@ def make_trainer(options: Mapping[str, Any], **ours: Any) -> Trainer:
     from loragen.core.quiet import quiet_libraries
 
     quiet_libraries()
-    return Trainer(
-        **options,
-        **ours,
-        max_epochs=-1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-    )
+    defaults = {
+        "max_epochs": -1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+    }
+    return Trainer(**{**defaults, **options, **ours})
 
 
 def hardware_usage() -> dict[str, float]:

@@ -5,6 +5,7 @@ Every value remembers where it came from, so that an error can say `config.yaml:
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,14 +47,18 @@ def load(
     file.
     """
     tree, origins = read_yaml(file) if file else ({}, {})
-    overrides = [
-        *_from_environment(os.environ if environment is None else environment, model),
-        *(_from_setting(text) for text in settings),
-        *flags,
-    ]
-    for override in overrides:
-        _insert(tree, override)
-        origins[override.keys] = override.origin
+    layers = (
+        list(_from_environment(os.environ if environment is None else environment, model)),
+        [_from_setting(text) for text in settings],
+        list(flags),
+    )
+    for layer in layers:
+        # A plugin's name first: choosing one forgets the options of another from earlier layers.
+        for override in sorted(layer, key=lambda override: override.keys[-1] != "name"):
+            if override.keys[0] == "loggers" and len(override.keys) > 1:  # beside the default ones
+                tree.setdefault("loggers", deepcopy(model.model_fields["loggers"].default))
+            _insert(tree, override)
+            origins[override.keys] = override.origin
     problems = _check_plugins(model, tree, origins)
     try:
         config = model.model_validate(tree)
@@ -167,13 +172,13 @@ def _check_plugins(
     for field, info in model.model_fields.items():
         given = tree.get(field, {})
         if isinstance(info.default, PluginSection) and isinstance(given, dict):
-            name = given.get("name", info.default.name)
+            name = str(given.get("name", info.default.name))
             options = {key: value for key, value in given.items() if key != "name"}
             options = _validated(info.default.kind, name, options, (field,), origins, problems)
             tree[field] = {"name": name, **options}
         elif field == "loggers" and isinstance(tree.setdefault(field, info.default), dict):
             tree[field] = {
-                name: _validated("logger", name, options or {}, (field, name), origins, problems)
+                name: _validated("logger", str(name), options, (field, name), origins, problems)
                 for name, options in tree[field].items()
             }
     return problems
@@ -183,6 +188,9 @@ def _validated(
     kind: str, name: str, options: Any, loc: Loc, origins: Mapping[Loc, str], problems: list[str]
 ) -> Any:
     """The options with the plugin's defaults filled in; what is wrong goes to `problems`."""
+    options = {} if options is None else options
+    if not isinstance(options, dict):
+        return options
     try:
         plugin_config = find(kind, name).Config
         return plugin_config.model_validate(options).model_dump(mode="json")
@@ -202,7 +210,8 @@ def _problems(
 def _problem(
     model: type[BaseModel], detail: Any, origins: Mapping[Loc, str], prefix: Loc
 ) -> str:
-    loc = tuple(part for part in detail["loc"] if not str(part).startswith(("literal[", "function")))
+    noise = ("literal[", "function")
+    loc = tuple(part for part in detail["loc"] if not str(part).startswith(noise))
     keys = (*prefix, *loc)
     if detail["type"] == "extra_forbidden":
         known = _known_keys(model, loc[:-1])

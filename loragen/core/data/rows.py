@@ -28,7 +28,7 @@ def read_rows(file: Path) -> list[Row]:
 
     Raises UsageError for a missing file, DataError (with file:line) for one that is malformed.
     """
-    rows = [_row(file, line, document) for line, document in _documents(file)]
+    rows = [_row(file, line, document) for line, document in read_documents(file)]
     if not rows:
         raise DataError(f"{file}: no rows in it")
     return rows
@@ -71,7 +71,7 @@ def _name_of(file: Path) -> str:
     return file.absolute().parent.name if stem in {"train", "test", "val"} else stem
 
 
-def _documents(file: Path) -> Iterator[tuple[int, Any]]:
+def read_documents(file: Path) -> Iterator[tuple[int, Any]]:
     """(line, JSON value) of a JSONL file; of a JSON list, (index from 1, item)."""
     if not file.is_file():
         raise UsageError(f"{file}: no such file")

@@ -60,10 +60,11 @@ class LoraDataModule(LightningDataModule):
         first = self.trainer.global_step * parts
         return DataLoader(batches, batch_size=None, sampler=range(first, self.max_steps * parts))
 
-    def val_dataloader(self) -> list[Batch]:
+    def val_dataloader(self) -> DataLoader[Batch]:
         """Every rank sees all held-out rows, so that every rank takes the same decisions."""
         size = self.batch_size
-        return [
+        batches = [
             collate(self.validation[first : first + size], self.pad)
             for first in range(0, len(self.validation), size)
         ]
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is map-style

@@ -1,0 +1,54 @@
+"""Normalisation of adapter tokens: a step of its own, exact to rounding.
+
+What a collection's adapters share, above all the common LoRA initialisation, is random and cannot
+be told from a prompt. So the mean adapter is kept as it is and a decoder learns deviations from
+it, scaled to unit RMS per tensor: small matrices then weigh as much as large ones in the loss.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loragen.core.generator.layout import Layout
+
+
+@dataclass(frozen=True)
+class Normalization:
+    mean: Tensor
+    """``[tokens, token_dim]`` float32: the mean adapter."""
+    scale: Tensor
+    """``[tokens, 1]`` float32: RMS deviation from the mean of the tensor a token belongs to."""
+
+    @classmethod
+    def fit(cls, layout: Layout, collections: Iterable[np.ndarray]) -> "Normalization":
+        """Over collections ``[checkpoints, tokens, token_dim]``, each dataset weighing the same,
+        in one pass that holds one checkpoint at a time."""
+        total = np.zeros((layout.tokens, layout.token_dim))
+        squares = np.zeros(layout.tokens)
+        datasets = 0
+        for collection in collections:
+            datasets += 1
+            for tokens in collection:
+                total += tokens / len(collection)
+                squares += np.square(tokens, dtype=np.float64).sum(axis=1) / len(collection)
+        mean = total / datasets
+        deviation = np.maximum(squares / datasets - np.square(mean).sum(axis=1), 0)
+        owners = layout.owners()
+        sizes = np.array([spec.size for spec in layout.tensors])
+        variance = np.bincount(owners, weights=deviation, minlength=len(sizes)) / sizes
+        # A tensor that never moves needs no scale; rounding may leave a trace of variance.
+        moves = variance > 1e-12 * np.maximum(np.bincount(owners, squares) / sizes / datasets, 1e-30)
+        scale = np.where(moves, np.sqrt(variance), 1.0)[owners][:, None]
+        return cls(torch.from_numpy(mean).float(), torch.from_numpy(scale).float())
+
+    def normalize(self, tokens: Tensor) -> Tensor:
+        return (tokens.to(self.mean) - self.mean) / self.scale
+
+    def denormalize(self, normalized: Tensor) -> Tensor:
+        return normalized * self.scale + self.mean
+
+    def to(self, device: torch.device) -> "Normalization":
+        return Normalization(self.mean.to(device), self.scale.to(device))

@@ -1,0 +1,160 @@
+"""Pairs to learn from: some prompts of a dataset, with any checkpoint of that dataset.
+
+Which pairs make up a step is a pure function of (seed, step, rank), as for LoRA training.
+"""
+
+from collections.abc import Iterator, Sequence
+from random import Random
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from loragen.core.data.batches import batch_indices, held_out
+from loragen.core.generator.sources import PreparedSource
+
+
+class PairBatch(NamedTuple):
+    condition: Tensor
+    """``[batch, prompts, positions, dim]``"""
+    mask: Tensor
+    """``[batch, prompts, positions]`` bool"""
+    tokens: Tensor
+    """``[batch, tokens, token_dim]``: adapters, not normalised."""
+
+
+class PairBatches(Dataset[PairBatch]):
+    """Item k is the batch of step k, for one device; every checkpoint comes equally often."""
+
+    def __init__(
+        self,
+        sources: Sequence[PreparedSource],
+        texts: Sequence[Sequence[int]],
+        *,
+        batch_size: int,
+        prompts: int,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        """`texts[i]` are the indices of source i's prompt texts that may be drawn."""
+        self.sources, self.texts = sources, texts
+        self.batch_size, self.prompts, self.seed = batch_size, prompts, seed
+        self.rank, self.ranks = rank, ranks
+        self.pairs = [(i, c) for i, source in enumerate(sources) for c in range(len(source.tokens))]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.pairs) // self.batch_size)
+
+    def __getitem__(self, step: int) -> PairBatch:
+        batch = batch_indices(len(self.pairs), self.batch_size, self.seed, step)
+        return _stacked(
+            [
+                self._pair(*self.pairs[index], draw=f"{self.seed}:{step}:{place}")
+                for place, index in enumerate(batch)
+                if place % self.ranks == self.rank
+            ]
+        )
+
+    def _pair(self, source: int, checkpoint: int, draw: str) -> PairBatch:
+        drawn = draw_texts(self.texts[source], self.prompts, f"prompts:{draw}")
+        return _pair(self.sources[source], drawn, checkpoint)
+
+
+def draw_texts(texts: Sequence[int], count: int, draw: str) -> list[int]:
+    """`count` different texts where there are as many, else all of them."""
+    return sorted(Random(draw).sample(list(texts), min(count, len(texts))))
+
+
+class EpochSteps(Sampler[int]):
+    """The steps of the epoch the trainer stands in."""
+
+    def __init__(self, data: "PairDataModule", steps_per_epoch: int) -> None:
+        self.data, self.steps_per_epoch = data, steps_per_epoch
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[int]:
+        assert self.data.trainer is not None
+        first = self.data.trainer.current_epoch * self.steps_per_epoch
+        return iter(range(first, first + self.steps_per_epoch))
+
+
+class PairDataModule(LightningDataModule):
+    """Training pairs; validation pairs from held-out prompt texts, and from held-out datasets."""
+
+    def __init__(
+        self,
+        sources: Sequence[PreparedSource],
+        unseen: Sequence[PreparedSource],
+        *,
+        batch_size: int,
+        prompts: int,
+        val_ratio: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.sources, self.unseen = sources, unseen
+        self.batch_size, self.prompts, self.seed = batch_size, prompts, seed
+        splits = [_split_texts(source, val_ratio, seed) for source in sources]
+        self.train_texts = [split[0] for split in splits]
+        self.val_texts = [split[1] for split in splits]
+
+    def train_batches(self, rank: int = 0, ranks: int = 1) -> PairBatches:
+        return PairBatches(
+            self.sources, self.train_texts, batch_size=self.batch_size, prompts=self.prompts,
+            seed=self.seed, rank=rank, ranks=ranks,
+        )
+
+    def train_dataloader(self) -> DataLoader[PairBatch]:
+        assert self.trainer is not None
+        batches = self.train_batches(self.trainer.global_rank, self.trainer.world_size)
+        sampler = EpochSteps(self, batches.steps_per_epoch)
+        return DataLoader(batches, batch_size=None, sampler=sampler)
+
+    def val_dataloader(self) -> list[DataLoader[PairBatch]]:
+        """One loader for held-out texts, one for held-out datasets; either may be empty."""
+        seen = [
+            self._validation_pair(source, texts)
+            for source, texts in zip(self.sources, self.val_texts, strict=True)
+            if texts
+        ]
+        unseen = [self._validation_pair(s, range(len(s.embeddings))) for s in self.unseen]
+        return [DataLoader(pairs, batch_size=None) for pairs in (seen, unseen)]  # type: ignore[arg-type]  # a list is a map-style dataset
+
+    def _validation_pair(self, source: PreparedSource, texts: Sequence[int]) -> PairBatch:
+        """Some texts of a dataset with its last checkpoint; the same pair at every validation."""
+        drawn = draw_texts(texts, self.prompts, f"validation:{self.seed}")
+        return _stacked([_pair(source, drawn, len(source.tokens) - 1)])
+
+
+def _split_texts(source: PreparedSource, ratio: float, seed: int) -> tuple[list[int], list[int]]:
+    """A source with a single text trains on it and validates on none."""
+    texts = len(source.embeddings)
+    return held_out(texts, ratio if texts > 1 else 0.0, seed)
+
+
+def _pair(source: PreparedSource, texts: Sequence[int], checkpoint: int) -> PairBatch:
+    return PairBatch(
+        torch.from_numpy(np.array(source.embeddings[texts])),
+        torch.from_numpy(np.array(source.mask[texts])),
+        torch.from_numpy(np.array(source.tokens[checkpoint])),
+    )
+
+
+def _stacked(pairs: Sequence[PairBatch]) -> PairBatch:
+    """Pads to the most prompts and positions; padding is off in the mask."""
+    prompts = max(pair.mask.shape[0] for pair in pairs)
+    positions = max(pair.mask.shape[1] for pair in pairs)
+    dim = pairs[0].condition.shape[-1]
+    condition = torch.zeros(len(pairs), prompts, positions, dim)
+    mask = torch.zeros(len(pairs), prompts, positions, dtype=torch.bool)
+    for row, pair in enumerate(pairs):
+        n, p = pair.mask.shape
+        condition[row, :n, :p], mask[row, :n, :p] = pair.condition, pair.mask
+    return PairBatch(condition, mask, torch.stack([pair.tokens for pair in pairs]))
