@@ -16,7 +16,9 @@ def train(
     config: ConfigFile = None,
     checkpoint_dir: Annotated[
         list[str] | None,
-        typer.Option("--checkpoint-dir", help="A run of lora train (or its checkpoints/). Repeatable."),
+        typer.Option(
+            "--checkpoint-dir", help="A run of lora train (or its checkpoints/). Repeatable."
+        ),
     ] = None,
     dry_run: DryRun = False,
     settings: Settings = None,
@@ -58,7 +60,8 @@ def infer(
         list[str] | None, typer.Option("--prompt", help="A prompt of the dataset. Repeatable.")
     ] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option("--prompt-file", help="Prompts: .txt (one a line), .jsonl or .json.")
+        Path | None,
+        typer.Option("--prompt-file", help="Prompts: .txt (one a line), .jsonl or .json."),
     ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Only the first so many prompts.")
@@ -93,10 +96,15 @@ def infer(
     if json:
         render.answer_json(
             {
-                "adapter": str(output), "base_model": generator.base_model,
-                "values": result.values, "prompts": result.prompts, "seconds": result.seconds,
+                "adapter": str(output),
+                "base_model": generator.base_model,
+                "values": result.values,
+                "prompts": result.prompts,
+                "seconds": result.seconds,
             }
         )
     else:
-        render.note(f"{result.values:,} values from {result.prompts} prompts in {result.seconds:.3f} s")
+        render.note(
+            f"{result.values:,} values from {result.prompts} prompts in {result.seconds:.3f} s"
+        )
         render.answer(str(output))

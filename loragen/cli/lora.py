@@ -20,7 +20,8 @@ TEST_MODE = {
 @app.command()
 def train(
     dataset: Annotated[
-        list[str] | None, typer.Option("--dataset", help="A name under --data-root, or a file. Repeatable.")
+        list[str] | None,
+        typer.Option("--dataset", help="A name under --data-root, or a file. Repeatable."),
     ] = None,
     config: ConfigFile = None,
     base_model: BaseModel = None,
@@ -65,7 +66,9 @@ def train(
         return
     runs = _collect(resolved, datasets)
     if json:
-        render.answer_json([{"run": str(run.directory), **run.manifest.model_dump()} for run in runs])
+        render.answer_json(
+            [{"run": str(run.directory), **run.manifest.model_dump()} for run in runs]
+        )
     else:
         for run in runs:
             render.answer(str(run.directory))
@@ -94,7 +97,9 @@ def _collect(config: Any, datasets: list[tuple[str, Path]]) -> list[Any]:
     from loragen.core.data.rows import read_rows
 
     for _, file in datasets:
-        read_rows(file)  # a bad row of the last dataset is better known before the first has trained
+        read_rows(
+            file
+        )  # a bad row of the last dataset is better known before the first has trained
     from loragen.core.base_models import load_base
     from loragen.core.lora.train import base_dtype, train
 
@@ -102,14 +107,18 @@ def _collect(config: Any, datasets: list[tuple[str, Path]]) -> list[Any]:
     runs = []
     for name, file in datasets:
         resolved = config.model_copy(deep=True)
-        resolved.data.dataset = str(file) if str(file.parent) != str(file.parent.parent / name) else name
+        resolved.data.dataset = (
+            str(file) if str(file.parent) != str(file.parent.parent / name) else name
+        )
         runs.append(train(resolved, name, file, base, terminal_progress()))
     return runs
 
 
 @app.command("eval")
 def evaluate(
-    dataset: Annotated[str, typer.Option("--dataset", help="A name under --data-root (its test split), or a file.")],
+    dataset: Annotated[
+        str, typer.Option("--dataset", help="A name under --data-root (its test split), or a file.")
+    ],
     adapter: Annotated[
         Path | None, typer.Option("--adapter", help="A PEFT directory, a run, or a .ckpt of a run.")
     ] = None,
@@ -118,7 +127,9 @@ def evaluate(
     ] = False,
     base_model: BaseModel = None,
     data_root: DataRoot = "data_to_lora/cs",
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first rows.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Only the first rows.")
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
     json: Json = False,
 ) -> None:
@@ -148,8 +159,11 @@ def evaluate(
     model = attach_adapter(base.model, read, str(adapter)) if read else base.model
     scores = score(model, base.tokenizer, rows, batch_size)
     document = {
-        "dataset": name, "file": str(file), "base_model": base_name,
-        "adapter": str(adapter) if adapter else None, **scores.as_dict(),
+        "dataset": name,
+        "file": str(file),
+        "base_model": base_name,
+        "adapter": str(adapter) if adapter else None,
+        **scores.as_dict(),
     }
     if json:
         render.answer_json(document)

@@ -16,7 +16,8 @@ Settings = Annotated[
     typer.Option("--set", help="Override one setting: key.path=value. Repeatable."),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything, print the resolved YAML, touch nothing.")
+    bool,
+    typer.Option("--dry-run", help="Check everything, print the resolved YAML, touch nothing."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 BaseModel = Annotated[

@@ -37,8 +37,13 @@ def show(
     plugin, cls = describe(kind, name), find(kind, name)
     options = {
         option: {
-            "type": str(field.annotation).replace("typing.", "").removeprefix("<class '").removesuffix("'>"),
-            "default": None if field.is_required() else field.get_default(call_default_factory=True),
+            "type": str(field.annotation)
+            .replace("typing.", "")
+            .removeprefix("<class '")
+            .removesuffix("'>"),
+            "default": None
+            if field.is_required()
+            else field.get_default(call_default_factory=True),
             "required": field.is_required(),
             "description": field.description or "",
         }
@@ -53,4 +58,6 @@ def show(
         for key, o in options.items()
     ]
     render.answer(f"{kind} {name}\nfrom   {plugin.origin}\nclass  {plugin.target}\n\n{text}\n")
-    render.answer(render.columns(("option", "type", "default", "meaning"), rows) if rows else "no options")
+    render.answer(
+        render.columns(("option", "type", "default", "meaning"), rows) if rows else "no options"
+    )

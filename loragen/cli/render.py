@@ -31,8 +31,7 @@ def columns(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Left-aligned text columns; numbers are right-aligned. Reads the same in a pipe."""
     table = [list(header), *([_cell(value) for value in row] for row in rows)]
     numeric = [
-        all(_is_number(row[i]) for row in table[1:]) and len(table) > 1
-        for i in range(len(header))
+        all(_is_number(row[i]) for row in table[1:]) and len(table) > 1 for i in range(len(header))
     ]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     lines = []

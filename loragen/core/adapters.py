@@ -5,6 +5,7 @@ Everywhere in loragen an adapter's tensors go by PEFT's file keys:
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,12 @@ def file_keys(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def natural_key(key: str) -> list[tuple[int, int, str]]:
+    """Sorts `layers.2` before `layers.10`."""
+    parts = re.split(r"(\d+)", key)
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+
+
 def attach_adapter(base: Any, adapter: Adapter, origin: str) -> Any:
     """`base` with the adapter injected, as a `peft.PeftModel`.
 
@@ -100,9 +107,7 @@ def attach_adapter(base: Any, adapter: Adapter, origin: str) -> Any:
     return model.eval()
 
 
-def shape_mismatch(
-    wanted: Mapping[str, torch.Size], given: Mapping[str, torch.Size]
-) -> str | None:
+def shape_mismatch(wanted: Mapping[str, torch.Size], given: Mapping[str, torch.Size]) -> str | None:
     """The first difference between two sets of named shapes, in words; None where equal."""
     missing, unknown = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing:
@@ -123,7 +128,9 @@ def _known_fields(config: dict[str, Any]) -> dict[str, Any]:
 
     known = {field.name for field in fields(LoraConfig) if field.init}
     kept = {key: value for key, value in config.items() if key in known}
-    return {**kept, "inference_mode": True, "runtime_config": {}} if "runtime_config" in kept else kept
+    return (
+        {**kept, "inference_mode": True, "runtime_config": {}} if "runtime_config" in kept else kept
+    )
 
 
 def _plain(value: Any) -> Any:

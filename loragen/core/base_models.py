@@ -58,7 +58,8 @@ def load_base(name: str, dtype: torch.dtype | None = None) -> BaseModel:
     except (OSError, ValueError) as error:
         raise _not_loaded(name, source, error) from error
     model.requires_grad_(False)
-    return BaseModel(name, model.eval(), tokenizer, stored)
+    model.train(False)
+    return BaseModel(name, model, tokenizer, stored)
 
 
 def _not_loaded(name: str, source: str, error: Exception) -> LoragenError:

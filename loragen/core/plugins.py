@@ -109,9 +109,7 @@ def _register(manager: pluggy.PluginManager, entry: EntryPoint) -> None:
         _warn(entry, error)
 
 
-def _offers(
-    manager: pluggy.PluginManager, entries: Mapping[str, EntryPoint]
-) -> Iterator[Plugin]:
+def _offers(manager: pluggy.PluginManager, entries: Mapping[str, EntryPoint]) -> Iterator[Plugin]:
     for kind in KINDS:
         for implementation in getattr(manager.hook, f"loragen_{kind}s").get_hookimpls():
             entry = entries[implementation.plugin_name]
@@ -131,5 +129,9 @@ def _warn(entry: EntryPoint, error: BaseException) -> None:
     reason = str(error).splitlines()[-1].strip() if str(error) else ""
     log.warning(
         "plugin '%s' of %s (%s) is left out: %s: %s",
-        entry.name, " ".join(_origin(entry)), entry.value, type(error).__name__, reason,
+        entry.name,
+        " ".join(_origin(entry)),
+        entry.value,
+        type(error).__name__,
+        reason,
     )

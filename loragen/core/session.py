@@ -7,6 +7,7 @@ others are told.
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,11 @@ class RunSession(Callback):
         self.manifest = manifest
         self.progress = progress
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trainer = trainer
-        made = str(create_run_directory(self._parent, self._prefix)) if trainer.is_global_zero else ""
+        made = (
+            str(create_run_directory(self._parent, self._prefix)) if trainer.is_global_zero else ""
+        )
         self.directory = Path(trainer.strategy.broadcast(made))
         (self.directory / CHECKPOINTS).mkdir(exist_ok=True)
         for checkpoint in trainer.checkpoint_callbacks:
@@ -139,8 +142,6 @@ def hardware_usage() -> dict[str, float]:
     }
     if torch.cuda.is_available():
         usage["hardware/gpu_memory_gib"] = torch.cuda.memory_reserved() / 2**30
-        try:
+        with suppress(ModuleNotFoundError, RuntimeError):  # the sensor library is optional
             usage["hardware/gpu_percent"] = float(torch.cuda.utilization())
-        except (ModuleNotFoundError, RuntimeError):
-            pass  # the sensor library is optional
     return usage

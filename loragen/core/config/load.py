@@ -111,9 +111,7 @@ def _places(node: yaml.Node, keys: Loc) -> Iterator[tuple[Loc, yaml.Mark]]:
             yield from _places(value, (*keys, index))
 
 
-def _from_environment(
-    environment: Mapping[str, str], model: type[BaseModel]
-) -> Iterator[Override]:
+def _from_environment(environment: Mapping[str, str], model: type[BaseModel]) -> Iterator[Override]:
     """`LORAGEN_TRAINING__BATCH_SIZE=8` sets `training.batch_size`.
 
     A variable of a section that this command does not have is another command's.
@@ -207,9 +205,7 @@ def _problems(
     return [_problem(model, detail, origins, prefix) for detail in error.errors()]
 
 
-def _problem(
-    model: type[BaseModel], detail: Any, origins: Mapping[Loc, str], prefix: Loc
-) -> str:
+def _problem(model: type[BaseModel], detail: Any, origins: Mapping[Loc, str], prefix: Loc) -> str:
     noise = ("literal[", "function")
     loc = tuple(part for part in detail["loc"] if not str(part).startswith(noise))
     keys = (*prefix, *loc)

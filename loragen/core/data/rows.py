@@ -35,7 +35,8 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def find_dataset(name_or_file: str, root: Path, split: str = "train") -> tuple[str, Path]:
-    """A dataset's name and file: a path as it stands, or `<root>/<name>/<name>_<split>_formatted.jsonl`.
+    """A dataset's name and file: a path as it stands, or below the root
+    `<name>/<name>_<split>_formatted.jsonl`.
 
     Raises UsageError naming what exists.
     """

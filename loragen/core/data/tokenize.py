@@ -29,6 +29,10 @@ class Batch(NamedTuple):
     step_answers: int
     """Answer tokens of the whole optimizer step, over all devices and accumulation rounds."""
 
+    def to(self, device: torch.device) -> "Batch":
+        ids, attention, labels = (tensor.to(device) for tensor in self[:3])
+        return Batch(ids, attention, labels, self.step_answers)
+
 
 def prompt_ids(tokenizer: Any, prompt: str, system: str | None = None) -> list[int]:
     """The tokens after which the answer begins."""

@@ -1,4 +1,4 @@
-"""Generate: prompts of an unseen dataset -> a PEFT adapter directory. No base model, no training."""
+"""Generate: prompts of an unseen dataset -> a PEFT adapter. No base model, no training."""
 
 import time
 from collections.abc import Sequence

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loragen.core.adapters import shape_mismatch
+from loragen.core.adapters import natural_key, shape_mismatch
 from loragen.core.errors import DataError, UsageError
 from loragen.core.protocols import TokenGrid
 
@@ -79,7 +79,7 @@ class Layout:
         for spec in specs:
             if not spec.dtype.is_floating_point:
                 raise DataError(f"{spec.key}: {spec.dtype} is not a floating-point tensor")
-        layout = cls(tuple(sorted(specs, key=lambda spec: _natural(spec.key))), token_dim)
+        layout = cls(tuple(sorted(specs, key=lambda spec: natural_key(spec.key))), token_dim)
         if max_tokens != "auto" and layout.tokens > max_tokens:
             raise UsageError(
                 f"the adapter needs {layout.tokens} tokens of {token_dim} values and "
@@ -171,7 +171,9 @@ class Layout:
 
     def state(self) -> dict[str, Any]:
         """Plain data, for a generator's file."""
-        tensors = [[s.key, list(s.shape), str(s.dtype).removeprefix("torch.")] for s in self.tensors]
+        tensors = [
+            [s.key, list(s.shape), str(s.dtype).removeprefix("torch.")] for s in self.tensors
+        ]
         return {"token_dim": self.token_dim, "tensors": tensors}
 
     @classmethod
@@ -181,11 +183,6 @@ class Layout:
             for key, shape, dtype in state["tensors"]
         ]
         return cls(tuple(specs), state["token_dim"])
-
-
-def _natural(key: str) -> list[tuple[int, int, str]]:
-    """Sorts `layers.2` before `layers.10`."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", key)]
 
 
 def _codes(labels: list[Any]) -> np.ndarray:

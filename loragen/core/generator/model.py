@@ -65,7 +65,7 @@ class Generator:
         return Adapter(dict(self.adapter_config), self.layout.unpack(tokens))
 
     def load_encoder(self) -> Encoder:
-        """Raises LoragenError where the installed encoder has other weights than the trained one."""
+        """Raises LoragenError where the installed encoder has other weights than in training."""
         encoder: Encoder = create("encoder", self.encoder.name, self.encoder.options)
         if encoder.fingerprint != self.encoder_fingerprint:
             raise LoragenError(

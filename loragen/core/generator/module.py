@@ -19,6 +19,10 @@ VALIDATION = ("val", "val_unseen")
 class GeneratorModule(LightningModule):
     """`mse_weight · MSE + l1_weight · L1` on normalised tokens, under the mask."""
 
+    mean: Tensor
+    scale: Tensor
+    valid: Tensor
+
     def __init__(
         self,
         network: nn.Module,
@@ -43,18 +47,22 @@ class GeneratorModule(LightningModule):
     def normalization(self) -> Normalization:
         return Normalization(self.mean, self.scale)
 
-    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:  # noqa: ARG002
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         noisy = _with_noise(batch.condition, self.training_options.condition_noise)
         loss, metrics = self._losses(batch._replace(condition=noisy))
         self.metrics |= {f"train/{name}": value for name, value in metrics.items()}
         return loss
 
-    def validation_step(self, batch: PairBatch, batch_idx: int, dataloader_idx: int) -> None:  # noqa: ARG002
+    def validation_step(self, batch: PairBatch, batch_idx: int, dataloader_idx: int) -> None:
         _, metrics = self._losses(batch)
         for name, value in metrics.items():
             self.log(
-                f"{VALIDATION[dataloader_idx]}/{name}", value, batch_size=len(batch.tokens),
-                add_dataloader_idx=False, logger=False, sync_dist=True,
+                f"{VALIDATION[dataloader_idx]}/{name}",
+                value,
+                batch_size=len(batch.tokens),
+                add_dataloader_idx=False,
+                logger=False,
+                sync_dist=True,
             )
 
     def _losses(self, batch: PairBatch) -> tuple[Tensor, dict[str, Any]]:

@@ -40,7 +40,9 @@ class Normalization:
         sizes = np.array([spec.size for spec in layout.tensors])
         variance = np.bincount(owners, weights=deviation, minlength=len(sizes)) / sizes
         # A tensor that never moves needs no scale; rounding may leave a trace of variance.
-        moves = variance > 1e-12 * np.maximum(np.bincount(owners, squares) / sizes / datasets, 1e-30)
+        moves = variance > 1e-12 * np.maximum(
+            np.bincount(owners, squares) / sizes / datasets, 1e-30
+        )
         scale = np.where(moves, np.sqrt(variance), 1.0)[owners][:, None]
         return cls(torch.from_numpy(mean).float(), torch.from_numpy(scale).float())
 

@@ -107,8 +107,13 @@ class PairDataModule(LightningDataModule):
 
     def train_batches(self, rank: int = 0, ranks: int = 1) -> PairBatches:
         return PairBatches(
-            self.sources, self.train_texts, batch_size=self.batch_size, prompts=self.prompts,
-            seed=self.seed, rank=rank, ranks=ranks,
+            self.sources,
+            self.train_texts,
+            batch_size=self.batch_size,
+            prompts=self.prompts,
+            seed=self.seed,
+            rank=rank,
+            ranks=ranks,
         )
 
     def train_dataloader(self) -> DataLoader[PairBatch]:

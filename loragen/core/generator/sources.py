@@ -93,8 +93,11 @@ def _from_run(path: Path, prompts: str | None, max_checkpoints: int) -> Source:
             f"{run}: its dataset {file} has changed since the run; name one with prompts: FILE"
         )
     return Source(
-        manifest.dataset.name, checkpoints, read_prompts(file),
-        manifest.adapter_config, manifest.base_model,
+        manifest.dataset.name,
+        checkpoints,
+        read_prompts(file),
+        manifest.adapter_config,
+        manifest.base_model,
     )
 
 
@@ -114,7 +117,11 @@ def common_layout(sources: Sequence[Source], config: GenTrainConfig) -> Layout:
 
 @contextmanager
 def prepared(
-    sources: Sequence[Source], layout: Layout, encoder: Encoder, encoder_key: str, config: GenTrainConfig
+    sources: Sequence[Source],
+    layout: Layout,
+    encoder: Encoder,
+    encoder_key: str,
+    config: GenTrainConfig,
 ) -> Iterator[list[PreparedSource]]:
     """Tokenised checkpoints and embedded prompts, from the cache where they are there already."""
     with _cache(config.data) as cache:
@@ -153,7 +160,8 @@ def _tokenized(cache: Path, layout: Layout, source: Source) -> np.ndarray:
                     raise DataError(f"{checkpoint}: NaN or infinity in its weights")
             array.flush()
             del array
-    return np.load(file, mmap_mode="r")
+    tokens: np.ndarray = np.load(file, mmap_mode="r")
+    return tokens
 
 
 def _weights(checkpoint: Path) -> Path:

@@ -93,7 +93,8 @@ def _train(
     progress: Progress,
 ) -> GeneratorRun:
     data = PairDataModule(
-        seen, unseen,
+        seen,
+        unseen,
         batch_size=config.data.batch_size,
         prompts=config.data.prompts_per_condition,
         val_ratio=config.data.val_ratio,
@@ -102,14 +103,18 @@ def _train(
     generator = _new_generator(config, work, encoder, seen)
     total = _total_steps(config, data)
     module = GeneratorModule(
-        generator.network, _schedule(config), generator.normalization, work.layout.mask(),
-        config.training, total,
+        generator.network,
+        _schedule(config),
+        generator.normalization,
+        work.layout.mask(),
+        config.training,
+        total,
     )
     session = RunSession(
         Path(config.experiments_dir), "lora_generator", config, _manifest(config, work), progress
     )
     best = _best_checkpoint(data)
-    trainer = _trainer(config, session, best, data, total)
+    trainer = _trainer(config, session, best, total)
     progress.start("generator", total)
     fit(trainer, module, data, session)
     generator.provenance = _provenance(session, module, best, trainer.global_step)
@@ -174,7 +179,7 @@ def _best_checkpoint(data: PairDataModule) -> ModelCheckpoint:
 
 
 def _trainer(
-    config: GenTrainConfig, session: RunSession, best: ModelCheckpoint, data: PairDataModule, total: int
+    config: GenTrainConfig, session: RunSession, best: ModelCheckpoint, total: int
 ) -> Trainer:
     validates = best.monitor is not None
     return make_trainer(
@@ -202,7 +207,8 @@ class EpochMetrics(Callback):
         learning_rate, stage = pl_module.schedule(step, pl_module.total_steps)
         metrics = {name: float(v) for name, v in pl_module.metrics.items() if name[:6] == "train/"}
         self.session.log_metrics(
-            {**metrics, "train/lr": learning_rate, "train/epoch": float(trainer.current_epoch)}, step
+            {**metrics, "train/lr": learning_rate, "train/epoch": float(trainer.current_epoch)},
+            step,
         )
         self.session.report(
             Step(step, pl_module.total_steps, stage, metrics["train/loss"], rate, "pairs/s")

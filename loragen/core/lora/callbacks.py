@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from loragen.core.data.tokenize import Batch
-from loragen.core.lora.module import LoraModule
 from loragen.core.progress import Step
 from loragen.core.runs import CHECKPOINTS, LoraManifest, checkpoint_name
 from loragen.core.session import RunSession
@@ -20,7 +19,11 @@ class StepSeeds(Callback):
         self.seed = seed
 
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int  # noqa: ARG002
+        self,
+        trainer: Trainer,
+        pl_module: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         parts = trainer.accumulate_grad_batches
         k = trainer.global_step * parts + batch_idx % parts
@@ -40,7 +43,7 @@ class StepCheckpoints(Callback):
         if due or step == trainer.max_steps:
             self._save(trainer, step)
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ARG002
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """A run that stopped early has its last step all the same."""
         self._save(trainer, trainer.global_step)
 
@@ -66,7 +69,12 @@ class StepMetrics(Callback):
         self._step, self._began = trainer.global_step, time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LoraModule, outputs: Any, batch: Batch, *_: Any  # noqa: ARG002
+        self,
+        trainer: Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
     ) -> None:
         step = trainer.global_step
         if step == self._step:
@@ -87,7 +95,7 @@ class StepMetrics(Callback):
         assert isinstance(self.session.manifest, LoraManifest)
         self.session.manifest.final_loss = loss
 
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ARG002
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.session.log_metrics(
             {"val/loss": float(trainer.callback_metrics["val/loss"])}, trainer.global_step
         )

@@ -54,8 +54,13 @@ class LoraDataModule(LightningDataModule):
         assert self.trainer is not None
         parts = self.trainer.accumulate_grad_batches
         batches = MicroBatches(
-            self.training, self.batch_size, self.seed, self.pad,
-            parts, self.trainer.global_rank, self.trainer.world_size,
+            self.training,
+            self.batch_size,
+            self.seed,
+            self.pad,
+            parts,
+            self.trainer.global_rank,
+            self.trainer.world_size,
         )
         first = self.trainer.global_step * parts
         return DataLoader(batches, batch_size=None, sampler=range(first, self.max_steps * parts))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loragen.core.data.rows import Row
-from loragen.core.data.tokenize import Batch, Example, answer_ids, collate, pad_id, prompt_ids
+from loragen.core.data.tokenize import Example, answer_ids, collate, pad_id, prompt_ids
 from loragen.core.lora.loss import answer_losses
 
 MOST_CLOSED_ANSWERS = 16  # a dataset with no more distinct responses has a closed answer set
@@ -38,9 +38,7 @@ def evaluate(
     """Scores a causal language model, adapter or not, on labelled rows."""
     started = time.perf_counter()
     answers = generate(model, tokenizer, rows, batch_size)
-    hits = [
-        given.strip() == row.response.strip() for given, row in zip(answers, rows, strict=True)
-    ]
+    hits = [given.strip() == row.response.strip() for given, row in zip(answers, rows, strict=True)]
     closed = closed_answers(rows) if choices else None
     accuracy = choice_accuracy(model, tokenizer, rows, closed, batch_size) if choices else None
     return Scores(
@@ -60,7 +58,8 @@ def generate(model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int) -
     texts: list[str] = []
     for first in range(0, len(rows), batch_size):
         prompts = [
-            prompt_ids(tokenizer, row.prompt, row.system) for row in rows[first : first + batch_size]
+            prompt_ids(tokenizer, row.prompt, row.system)
+            for row in rows[first : first + batch_size]
         ]
         ids, attention = _padded_left(prompts, padding, model.device)
         written = model.generate(
@@ -117,7 +116,7 @@ def log_likelihoods(
     sums = []
     for first in range(0, len(examples), batch_size):
         batch = collate(examples[first : first + batch_size], padding)
-        batch = Batch(*(t.to(model.device) for t in batch[:3]), batch.step_answers)
+        batch = batch.to(model.device)
         owner = torch.cat(
             [
                 torch.full((item.answer,), index)

@@ -34,7 +34,7 @@ class LoraModule(LightningModule):
         self.model = model
         self.schedule, self.max_steps, self.weight_decay = schedule, max_steps, weight_decay
         self.fused, self.keeps_optimizer = fused, keeps_optimizer
-        self.step_loss = 0.0
+        self.step_loss: Tensor | float = 0.0
         """Mean loss per answer token over this device's part of the current step."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -48,7 +48,7 @@ class LoraModule(LightningModule):
         self.step_loss = (0.0 if batch_idx % parts == 0 else self.step_loss) + share.detach()
         return share * parts * self.trainer.world_size
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         losses = answer_losses(self.model, batch)
         self.log("val/loss", losses.mean(), batch_size=len(losses), on_epoch=True, logger=False)
 

@@ -53,7 +53,11 @@ def train(
     model = new_adapter(base.model, config)
     try:
         session = RunSession(
-            Path(config.runs_dir), f"{name}_lora", config, _manifest(config, record, model), progress
+            Path(config.runs_dir),
+            f"{name}_lora",
+            config,
+            _manifest(config, record, model),
+            progress,
         )
         module = LoraModule(
             model,
@@ -194,7 +198,9 @@ def _manifest(config: LoraTrainConfig, record: DatasetRecord, model: Any) -> Lor
         adapter_config=plain_config(model.peft_config["default"]),
         seed=config.seed,
         max_steps=config.training.max_steps,
-        plugins=plugin_records({"schedule": [config.schedule.name], "logger": list(config.loggers)}),
+        plugins=plugin_records(
+            {"schedule": [config.schedule.name], "logger": list(config.loggers)}
+        ),
     )
 
 

@@ -106,7 +106,7 @@ class FullExpander(nn.Module):
 
 
 class SharedExpander(nn.Module):
-    """Coefficients times maps ``[rank, L, W]`` that all layers share, scaled by ``[rank, H, W]``."""
+    """Coefficients times maps ``[rank, L, W]`` shared by all layers, scaled by ``[rank, H, W]``."""
 
     def __init__(self, hidden: int, rank: int, shape: tuple[int, int, int]) -> None:
         super().__init__()

@@ -17,9 +17,11 @@ from typing import Any
 
 import swanlab
 from requests import PreparedRequest, RequestException, Response
-from requests.adapters import HTTPAdapter, Retry
+from requests.adapters import HTTPAdapter
 from requests.exceptions import Timeout
 from swanlab.integration.pytorch_lightning import SwanLabLogger
+from swanlab.sdk.internal.core_python import client
+from urllib3.util import Retry
 
 from loragen import LoragenError
 from loragen.core.protocols import Status
@@ -27,7 +29,8 @@ from loragen.core.protocols import Status
 ONLINE_SECONDS = 10.0
 """How long the service may take, in all, until a run is open there."""
 
-# SwanLab reads these two as whole settings groups and refuses to start; the third is ours alone.
+# SwanLab reads the first two as whole groups of settings and refuses to start; all three have
+# reached it as arguments.
 HIDDEN = ("SWANLAB_PROJECT", "SWANLAB_EXPERIMENT", "SWANLAB_WORKSPACE")
 
 STATES = {"success": "success", "failed": "crashed", "interrupted": "aborted"}
@@ -36,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class OpenRunLogger(SwanLabLogger):  # type: ignore[misc]  # swanlab is untyped
-    """Leaves the end of the run to `finish`: Lightning's own cannot tell failed from interrupted."""
+    """Leaves the end of the run to `finish`, which can tell failed from interrupted."""
 
     def finalize(self, status: str | None = None) -> None:
         pass
@@ -53,10 +56,11 @@ def start(mode: str, arguments: Mapping[str, Any]) -> OpenRunLogger:
             with requests_within(ONLINE_SECONDS, failures):
                 logger = _open("online", arguments)
         except Exception as error:  # noqa: BLE001  # whatever it is, it must not stop training
-            _remove(set(directory.iterdir()) - before)
+            _forget_start(set(directory.iterdir()) - before)
             log.warning(
                 "SwanLab online did not start (%s); recording offline, `swanlab sync` uploads %s",
-                failures[-1] if failures else _one_line(error), directory,
+                failures[-1] if failures else _one_line(error),
+                directory,
             )
             mode = "offline"
         else:
@@ -76,12 +80,12 @@ def finish(run: Any, status: Status) -> None:
 
 
 def _open(mode: str, arguments: Mapping[str, Any]) -> OpenRunLogger:
-    settings = swanlab.Settings(
-        interactive=False,
-        terminal=swanlab.Settings.Terminal(proxy_type="none"),
-        probe=swanlab.Settings.Probe(requirements=False, git=False, monitor=False),
-    )
     with _quiet(), _hidden_environment(), _interrupts_untouched():
+        settings = swanlab.Settings(
+            interactive=False,
+            terminal=swanlab.Settings.Terminal(proxy_type="none"),
+            probe=swanlab.Settings.Probe(requirements=False, git=False, monitor=False),
+        )
         if swanlab.has_run():  # the logger would silently go on with it
             swanlab.finish()
         logger = OpenRunLogger(mode=mode, settings=settings, **arguments)
@@ -122,7 +126,7 @@ def requests_within(seconds: float, failures: list[str]) -> Iterator[None]:
         finally:
             adapter.max_retries = retries
 
-    HTTPAdapter.send = bounded  # type: ignore[method-assign]  # restored below
+    HTTPAdapter.send = bounded  # type: ignore[method-assign, assignment]  # restored below
     try:
         yield
     finally:
@@ -174,10 +178,13 @@ def _interrupts_untouched() -> Iterator[None]:
             signal.signal(signal.SIGINT, handler)
 
 
-def _remove(leftovers: set[Path]) -> None:
+def _forget_start(leftovers: set[Path]) -> None:
+    """Removes what a start that failed halfway has made: an empty run and a session."""
     for path in leftovers:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
+    if client.exists():  # the next start would take it for logged in
+        client.reset()
 
 
 def _one_line(error: Exception) -> str:

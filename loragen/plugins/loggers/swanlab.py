@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel, Field
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
 DIRECTORY = "swanlab_logs"
-MODES = ("online", "cloud", "local", "offline", "disabled")
+Mode = Literal["online", "cloud", "local", "offline", "disabled"]
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class SwanLab:
         )
         description: str | None = Field(None, description="A sentence about the run.")
         tags: list[str] = Field([], description="Words to find the run by.")
-        mode: Literal["online", "cloud", "local", "offline", "disabled"] | None = Field(
+        mode: Mode | None = Field(
             None,
             description="online (= cloud), local (dashboard), offline or disabled; "
             "else SWANLAB_MODE, else offline.",
@@ -60,7 +60,7 @@ class SwanLab:
 
         mode = self._mode()
         arguments = self._arguments(run)
-        if rank_zero_only.rank != 0:
+        if rank_zero_only.rank != 0:  # type: ignore[attr-defined]  # set on the function itself
             return _swanlab_run.OpenRunLogger(mode=mode, **arguments)
         logger = _swanlab_run.start(mode, arguments)
         self._run = logger.experiment
@@ -80,8 +80,8 @@ class SwanLab:
 
     def _mode(self) -> str:
         mode = self.config.mode or os.environ.get("SWANLAB_MODE") or "offline"
-        if mode not in MODES:
-            raise LoragenError(f"SWANLAB_MODE is '{mode}'; it may be {', '.join(MODES)}")
+        if mode not in get_args(Mode):
+            raise LoragenError(f"SWANLAB_MODE is '{mode}'; it may be {', '.join(get_args(Mode))}")
         if mode == "local" and find_spec("swanboard") is None:
             log.warning(
                 "SwanLab's local dashboard is not installed (pip install 'swanlab[dashboard]'); "

@@ -13,7 +13,7 @@ class Cosine:
 
     class Config(BaseModel, extra="forbid"):
         learning_rate: float = Field(1e-4, gt=0, description="The highest rate (per step).")
-        warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps that warm up.")
+        warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of steps that warm up.")
         floor: float = Field(0.0, ge=0, le=1, description="Last rate as a share of the highest.")
 
     def __init__(self, config: Config) -> None:
@@ -24,6 +24,7 @@ class Cosine:
         warmup = round(self.config.warmup_ratio * total_steps)
         if step <= warmup:
             return Rate(peak * step / warmup, stage=1)
-        progress = (step - warmup) / max(1, total_steps - warmup)
+        # The last step still moves: the rate reaches the floor one step after it.
+        progress = (step - warmup - 1) / max(1, total_steps - warmup)
         share = floor + (1 - floor) * 0.5 * (1 + cos(pi * min(1.0, progress)))
         return Rate(peak * share, stage=1)

@@ -1,0 +1,13 @@
+"""The hooks. loragen imports this module whenever it lists plugins, so it must stay light."""
+
+from loragen import hookimpl
+
+
+@hookimpl
+def loragen_schedules() -> dict[str, str]:
+    return {"linear-decay": "loragen_example_plugin.linear_decay:LinearDecay"}
+
+
+@hookimpl
+def loragen_decoders() -> dict[str, str]:
+    return {"mean-mlp": "loragen_example_plugin.mean_mlp:MeanMLP"}

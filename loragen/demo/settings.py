@@ -1,0 +1,94 @@
+"""How the demo is trained: the real commands' configurations, at the size of a toy world."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from loragen.core.base_models import DEMO
+from loragen.core.config import GenTrainConfig, LoraTrainConfig, Override, load
+
+Model = TypeVar("Model", LoraTrainConfig, GenTrainConfig)
+
+PROMPTS = 16
+MULTI_TASK_PATIENCE = 200  # steps without a better validation loss
+
+
+def adapter_config(runs: Path, seed: int, logs: bool) -> LoraTrainConfig:
+    """One adapter: the two stages of `lora train`, at rates for a model of 0.6 M parameters."""
+    return _lora(
+        runs,
+        seed,
+        lora={"rank": 4, "alpha": 8},
+        schedule={
+            "name": "two-stage",
+            "learning_rate_stage1": 1e-2,
+            "learning_rate_stage2": 1e-3,
+        },
+        checkpoints={"optimizer": "none"},
+        loggers={"tensorboard": {}} if logs else {},
+    )
+
+
+def oracle_config(runs: Path, seed: int) -> LoraTrainConfig:
+    """As one adapter, with only its last checkpoint kept."""
+    config = adapter_config(runs, seed, logs=False)
+    config.checkpoints.first_step = config.training.max_steps
+    return config
+
+
+def multi_task_config(runs: Path, seed: int) -> LoraTrainConfig:
+    """One LoRA for all datasets, trained until its validation loss stops improving."""
+    steps = 3000
+    return _lora(
+        runs,
+        seed,
+        lora={"rank": 4, "alpha": 8},
+        data={"val_ratio": 0.05},
+        training={
+            "max_steps": steps,
+            "batch_size": 64,
+            "val_every": 100,
+            "patience": MULTI_TASK_PATIENCE,
+        },
+        schedule={"name": "constant", "learning_rate": 5e-3},
+        checkpoints={"optimizer": "none", "first_step": steps},
+        loggers={},
+    )
+
+
+def generator_config(experiments: Path, cache: Path, runs: list[Path], seed: int) -> GenTrainConfig:
+    return _built(
+        GenTrainConfig,
+        {
+            "seed": seed,
+            "experiments_dir": str(experiments),
+            "sources": [{"run": str(run)} for run in runs],
+            "decoder": {"name": "hyperconv", "blocks": 2, "hidden_dim": 128, "rank": 32},
+            "layout": {"token_dim": 128},
+            "data": {
+                "batch_size": 16,
+                "prompts_per_condition": PROMPTS,
+                "samples_per_prompt": 1,
+                "cache_dir": str(cache),
+            },
+            "training": {"max_epochs": 6, "learning_rate": 2e-3, "condition_noise": 0.1},
+            "loggers": {"tensorboard": {}},
+            "trainer": {"accelerator": "cpu"},
+        },
+    )
+
+
+def _lora(runs: Path, seed: int, **sections: Any) -> LoraTrainConfig:
+    ours = {
+        "base_model": DEMO,
+        "seed": seed,
+        "runs_dir": str(runs),
+        "final_model": "none",
+        "trainer": {"accelerator": "cpu"},
+    }
+    return _built(LoraTrainConfig, ours | sections)
+
+
+def _built(model: type[Model], values: dict[str, Any]) -> Model:
+    """As from a file: validated, with the plugins' own defaults. The environment has no say."""
+    overrides = [Override((key,), value, "demo") for key, value in values.items()]
+    return load(model, flags=overrides, environment={})

@@ -1,0 +1,216 @@
+import pytest
+import yaml
+
+from loragen.core.config import GenTrainConfig, LoraTrainConfig, Override, document, dump, load
+from loragen.core.errors import ConfigError, UsageError
+
+
+@pytest.fixture
+def configure(tmp_path, monkeypatch):
+    """Loads YAML text as `c.yaml` of the working directory, with an empty environment."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "c.yaml"
+
+    def read(text="", model=LoraTrainConfig, environment=None, **layers):
+        file.write_text(text, encoding="utf-8")
+        return load(model, file.relative_to(tmp_path), environment=environment or {}, **layers)
+
+    return read
+
+
+def problems_of(call, *arguments, **options):
+    with pytest.raises(UsageError) as error:
+        call(*arguments, **options)
+    return list(error.value.problems)
+
+
+def test_the_defaults_need_no_file():
+    config = load(LoraTrainConfig, environment={})
+    assert (config.training.batch_size, config.training.max_steps) == (32, 125)
+    assert config.schedule.name == "two-stage"
+    assert config.schedule.options["stage1_steps"] == 75
+    assert set(config.loggers) == {"tensorboard", "swanlab"}
+
+
+def test_each_layer_wins_over_the_one_before(configure):
+    text = "training: {batch_size: 1, max_steps: 1, val_every: 1, weight_decay: 0.1}"
+    environment = {
+        "LORAGEN_TRAINING__BATCH_SIZE": "2",
+        "LORAGEN_TRAINING__MAX_STEPS": "2",
+        "LORAGEN_TRAINING__VAL_EVERY": "2",
+    }
+    settings = ["training.batch_size=3", "training.max_steps=3"]
+    flags = [Override(("training", "batch_size"), 4, "--batch-size")]
+    config = configure(text, environment=environment, settings=settings, flags=flags)
+    training = config.training
+    assert training.batch_size == 4  # flag
+    assert training.max_steps == 3  # --set
+    assert training.val_every == 2  # environment
+    assert training.weight_decay == 0.1  # file
+    assert training.patience is None  # built-in
+
+
+def test_every_problem_at_once_each_with_its_place(configure):
+    text = """\
+training:
+  batch_size: 3x
+  max_stps: 4
+lora: {rnk: 3}
+schedule:
+  learning_rate_stage1: -1
+  floor: 3
+loggers: {swanlab: {mode: onlin}, tensorbord: {}}
+bogus: 1
+"""
+    found = problems_of(configure, text, settings=["seed=-1"])
+    for start in (
+        "c.yaml:2:3: training.batch_size: input should be a valid integer",
+        "c.yaml:3:3: training.max_stps: unknown key. Did you mean 'max_steps'? Known: batch_size",
+        "c.yaml:4:8: lora.rnk: unknown key. Did you mean 'rank'?",
+        "c.yaml:6:3: schedule.learning_rate_stage1: input should be greater than 0 (got -1)",
+        "c.yaml:7:3: schedule.floor: unknown key. Known: stage1_steps",
+        "c.yaml:8:21: loggers.swanlab.mode: input should be 'online'",
+        "c.yaml:8:35: loggers.tensorbord: unknown logger 'tensorbord'. Did you mean 'tensorboard'",
+        "c.yaml:9:1: bogus: unknown key. Known: base_model",
+        "--set: seed: input should be greater than or equal to 0",
+    ):
+        assert any(problem.startswith(start) for problem in found), start
+    assert len(found) == 9
+    assert not any("\n" in problem for problem in found)
+
+
+@pytest.mark.parametrize(
+    "layers, origin",
+    [
+        ({"environment": {"LORAGEN_SEED": "x"}}, "LORAGEN_SEED: seed: "),
+        ({"settings": ["seed=x"]}, "--set: seed: "),
+        ({"flags": [Override(("seed",), "x", "--seed")]}, "--seed: seed: "),
+    ],
+)
+def test_a_wrong_value_is_blamed_on_the_layer_that_gave_it(configure, layers, origin):
+    (problem,) = problems_of(configure, "seed: 3", **layers)
+    assert problem.startswith(origin)
+
+
+def test_a_key_given_twice_is_refused(configure):
+    (problem,) = problems_of(configure, "training:\n  batch_size: 3\n  batch_size: 4\n")
+    assert problem == "c.yaml:3:3: training.batch_size is given twice; first at c.yaml:2:3"
+
+
+@pytest.mark.parametrize(
+    "text, start",
+    [
+        ("- a", "c.yaml:1: expected a mapping of settings, found list"),
+        ("a: b: c", "c.yaml: not YAML: mapping values are not allowed here"),
+        ("a: !!python/object:os.system {}", "c.yaml: not YAML: could not determine a constructor"),
+        ("schedule:", "c.yaml:1:1: schedule: input should be a valid dictionary"),
+        ("schedule: {name: 3}", "c.yaml:1:12: schedule: unknown schedule '3'"),
+        ("loggers: [swanlab]", "c.yaml:1:1: loggers: input should be a valid dictionary"),
+        ("loggers: {swanlab: 5}", "c.yaml:1:11: loggers.swanlab: input should be a valid dict"),
+    ],
+)
+def test_what_is_not_a_configuration_is_one_problem(configure, text, start):
+    (problem,) = problems_of(configure, text)
+    assert problem.startswith(start)
+
+
+def test_a_missing_file_is_a_usage_error(tmp_path):
+    (problem,) = problems_of(load, LoraTrainConfig, tmp_path / "none.yaml")
+    assert problem.endswith("none.yaml: no such configuration file")
+
+
+@pytest.mark.parametrize(
+    "setting, part",
+    [
+        ("training.batch_size", "expected key=value"),
+        ("=5", "expected key=value"),
+        ("seed=[1", "the value is not YAML"),
+        ("sources.3.run=x", "the list has 1 items, counted from 0"),
+    ],
+)
+def test_a_setting_that_does_not_parse_is_quoted(configure, setting, part):
+    text = "sources: [{run: a}]"
+    (problem,) = problems_of(configure, text, model=GenTrainConfig, settings=[setting])
+    assert part in problem
+    assert "--set" in problem
+
+
+def test_a_setting_reaches_into_lists_and_is_read_as_yaml(configure):
+    settings = ["sources.1.run=c", "data.checkpoint_dir=[x, y]", "schedule.learning_rate=1e-3"]
+    text = "sources: [{run: a}, {run: b}]"
+    config = configure(text, model=GenTrainConfig, settings=settings)
+    assert [source.run for source in config.sources] == ["a", "c"]
+    assert config.data.checkpoint_dir == ["x", "y"]
+    assert config.schedule.options["learning_rate"] == 1e-3
+
+
+def test_variables_of_another_command_are_left_alone(configure):
+    assert configure(environment={"LORAGEN_ENCODER__NAME": "sbert", "LORAGEN_DEBUG": "1"})
+
+
+def test_plugin_options_are_typed_and_completed_by_the_plugin(configure):
+    config = configure("schedule: {learning_rate_stage1: 1e-3}")  # a text, to YAML
+    assert config.schedule.options == {
+        "stage1_steps": 75,
+        "learning_rate_stage1": 1e-3,
+        "learning_rate_stage2": 1e-5,
+    }
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {"settings": ["schedule.floor=0.5", "schedule.name=cosine"]},
+        {"environment": {"LORAGEN_SCHEDULE__FLOOR": "0.5", "LORAGEN_SCHEDULE__NAME": "cosine"}},
+    ],
+)
+def test_choosing_another_plugin_forgets_the_options_of_the_first(configure, layers):
+    """The new one's own options hold wherever they stand beside its name."""
+    config = configure("schedule: {name: two-stage, stage1_steps: 5}", **layers)
+    assert config.schedule.name == "cosine"
+    assert config.schedule.options["floor"] == 0.5
+    assert "stage1_steps" not in config.schedule.options
+
+
+def test_one_option_of_a_default_logger_keeps_the_other_loggers(configure):
+    config = configure(settings=["loggers.swanlab.mode=disabled"])
+    assert config.loggers["swanlab"]["mode"] == "disabled"
+    assert "tensorboard" in config.loggers
+    assert configure().loggers["swanlab"]["mode"] is None  # the defaults are as they were
+
+
+def test_a_file_that_names_loggers_names_all_of_them(configure):
+    assert set(configure("loggers: {tensorboard: }").loggers) == {"tensorboard"}
+    assert configure("loggers: {}").loggers == {}
+
+
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ("training: {patience: 5}", "training.patience needs data.val_ratio > 0"),
+        (
+            "training: {batch_size: 33}\ntrainer: {devices: 2}",
+            "training.batch_size 33 must be a multiple of devices x num_nodes x",
+        ),
+    ],
+)
+def test_options_that_contradict_are_refused(configure, text, part):
+    (problem,) = problems_of(configure, text)
+    assert part in problem
+
+
+def test_what_is_dumped_loads_to_the_same(configure):
+    config = configure("schedule: {name: cosine}\nloggers: {swanlab: {tags: [a, b]}}")
+    assert configure(dump(config)) == config
+
+
+@pytest.mark.parametrize("command, model", [("lora", LoraTrainConfig), ("gen", GenTrainConfig)])
+def test_the_document_is_the_defaults_with_their_meaning(configure, command, model):
+    text = document(command)
+    assert configure(text, model=model) == load(model, environment={})
+    assert yaml.safe_load(text)["training"]
+    assert "  # Optimizer steps" in document("lora")
+
+
+def test_config_errors_are_usage_errors():
+    assert ConfigError("x").exit_code == 2

@@ -1,0 +1,28 @@
+import pytest
+
+from loragen import LoragenError
+from loragen.core.errors import ConfigError, DataError, PluginError, did_you_mean, listing
+
+
+@pytest.mark.parametrize(
+    "error, code", [(LoragenError, 1), (DataError, 1), (PluginError, 2), (ConfigError, 2)]
+)
+def test_exit_codes(error, code):
+    assert error("no such thing").exit_code == code
+
+
+def test_problems_are_kept_apart():
+    error = ConfigError("one", "two")
+    assert error.problems == ("one", "two")
+    assert str(error) == "one\ntwo"
+
+
+def test_did_you_mean():
+    assert did_you_mean("sbrt", ["sbert", "cosine"]) == " Did you mean 'sbert'?"
+    assert did_you_mean("xyz", ["sbert", "cosine"]) == ""
+
+
+def test_listing_counts_what_it_leaves_out():
+    assert listing([]) == "none"
+    assert listing(["a", "b"]) == "a, b"
+    assert listing(["a", "b", "c"], limit=2) == "a, b and 1 more"

@@ -1,0 +1,85 @@
+"""The rules of the house: light modules, layers, one version, metadata that is up to date."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import distribution, version
+from pathlib import Path
+
+import pytest
+
+import loragen
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "lightning", "peft", "transformers", "sentence_transformers", "swanlab")
+
+LOADED = f"""
+import sys
+sys.argv = ["loragen", *sys.argv[1:]]
+from loragen.cli.main import main
+try:
+    main()
+finally:
+    heavy = [name for name in {HEAVY!r} if name in sys.modules]
+    print("heavy:", heavy, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["--help"],
+        ["--version"],
+        ["lora", "train", "--help"],
+        ["gen", "train", "--help"],
+        ["plugins", "list"],
+        ["plugins", "show", "schedule", "cosine"],
+        ["plugins", "show", "logger", "swanlab"],
+    ],
+    ids=" ".join,
+)
+def test_the_command_line_is_light(command):
+    """`--help` answers at once: nothing heavy is imported before a command needs it."""
+    result = subprocess.run(
+        [sys.executable, "-c", LOADED, *command], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == "heavy: []\n"
+    assert result.stdout
+
+
+@pytest.mark.parametrize("module", ["loragen", "loragen.testing", "loragen.core.plugins"])
+def test_what_an_author_imports_is_light(module):
+    code = f"import sys, {module}; print([name for name in {HEAVY!r} if name in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "[]\n"
+
+
+def test_the_layers_hold():
+    tool = Path(sys.executable).with_name("lint-imports")
+    if not tool.exists():
+        pytest.skip("import-linter is not installed")
+    result = subprocess.run(
+        [tool, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_installed_entry_points_are_those_of_pyproject():
+    """They are read from the metadata of the last install: `pip install -e .` after a change."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    points = distribution("loragen").entry_points
+    installed = {point.name: point.value for point in points if point.group == "loragen"}
+    assert installed == project["entry-points"]["loragen"]
+
+
+def test_there_is_one_version():
+    assert version("loragen") == loragen.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+", loragen.__version__)
+
+
+def test_what_loragen_offers_at_the_top():
+    assert set(loragen.__all__) == {"LoragenError", "__version__", "hookimpl"}
