@@ -1,13 +1,53 @@
 """What every test needs: the machine's settings stay out, and nothing leaks to the next test."""
 
+import json
 import logging
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+
+# Before torch is imported: more threads than cores are very slow, and nothing asks the hub.
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import pytest
 
 from loragen.core import plugins
+
+ROOT = Path(__file__).parent.parent
+COLORS, ANIMALS = ("red", "green", "blue"), ("cat", "dog", "cow")
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+TINY_LORA = {
+    "data.max_length": 64,
+    "lora.rank": 2,
+    "lora.alpha": 4,
+    "training.batch_size": 4,
+    "training.max_steps": 8,
+    "schedule.stage1_steps": 4,
+    "schedule.learning_rate_stage1": 1e-2,
+    "schedule.learning_rate_stage2": 1e-3,
+    "checkpoints.first_step": 5,
+    "loggers": {},
+    "trainer.accelerator": "cpu",
+}
+TINY_GENERATOR = {
+    "encoder.batch_size": 4,
+    "decoder.blocks": 1,
+    "decoder.hidden_dim": 16,
+    "decoder.rank": 4,
+    "layout.token_dim": 16,
+    "data.batch_size": 4,
+    "data.prompts_per_condition": 3,
+    "data.samples_per_prompt": 2,
+    "data.val_ratio": 0.25,
+    "training.max_epochs": 4,
+    "training.learning_rate": 1e-2,
+    "loggers": {},
+    "trainer.accelerator": "cpu",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +95,231 @@ def install(tmp_path, monkeypatch):
     plugins.installed.cache_clear()
     for name in names:
         sys.modules.pop(name, None)
+
+
+def rows_of(words, count=12, **more):
+    """Labelled rows whose answers are `words` in turn."""
+    return [
+        {"prompt": f"Question {i} about {words[0]}?", "response": words[i % len(words)], **more}
+        for i in range(count)
+    ]
+
+
+def write_lines(file, documents):
+    """One JSON document a line."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
+    file.write_text(text, encoding="utf-8", newline="\n")
+    return file
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """`dataset(rows, name)` writes a JSONL file and tells where."""
+
+    def write(rows=None, name="colors.jsonl"):
+        return write_lines(tmp_path / name, rows_of(COLORS) if rows is None else rows)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The project's real data, beside the repository; skips where it is not."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "models").is_dir():
+        pytest.skip("../shared is not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Byte-level, with a chat template."""
+    from loragen.core.quiet import quiet_libraries
+
+    quiet_libraries()
+    from transformers import Qwen2Tokenizer
+
+    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    texts = [*COLORS, *ANIMALS, "Question 0 about red?", "Question 1 about cat?"] * 4
+    made = Qwen2Tokenizer(vocab=None, merges=None).train_new_from_iterator(
+        texts, 290, new_special_tokens=special, show_progress=False
+    )
+    made.eos_token, made.pad_token = "<|end|>", "<|endoftext|>"
+    made.chat_template = TEMPLATE
+    made.model_max_length = 256
+    return made
+
+
+@pytest.fixture(scope="session")
+def base_dir(tokenizer, tmp_path_factory):
+    """A Qwen2 of two layers with random weights, as a directory. Nobody writes to it."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = Qwen2ForCausalLM(config)
+    directory = tmp_path_factory.mktemp("base")
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def base(base_dir):
+    """The tiny base, loaded afresh."""
+    from loragen.core.base_models import load_base
+
+    return load_base(str(base_dir))
+
+
+@pytest.fixture(scope="session")
+def sbert_dir(tmp_path_factory):
+    """A sentence-transformers model of 16 dimensions with random weights, as a directory."""
+    from loragen.core.quiet import quiet_libraries
+
+    quiet_libraries()
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    bert = tmp_path_factory.mktemp("bert")
+    letters = [chr(code) for code in range(33, 127)]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary += [*letters, *(f"##{letter}" for letter in letters)]
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=128,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        BertModel(config).save_pretrained(bert)
+    words = {word: index for index, word in enumerate(vocabulary)}
+    BertTokenizerFast(vocab=words, model_max_length=128).save_pretrained(bert)
+    transformer = Transformer(str(bert))
+    model = SentenceTransformer(
+        modules=[transformer, Pooling(transformer.get_embedding_dimension()), Normalize()],
+        device="cpu",
+    )
+    directory = tmp_path_factory.mktemp("sbert")
+    model.save(str(directory))
+    return directory
+
+
+def configured(model, settings):
+    """A validated configuration from `{"training.batch_size": 4}`; the environment stays out."""
+    from loragen.core.config import Override, load
+
+    flags = [Override(tuple(key.split(".")), value, key) for key, value in settings.items()]
+    return load(model, flags=flags, environment={})
+
+
+@pytest.fixture
+def lora_config(base_dir, tmp_path):
+    """`lora_config({"training.max_steps": 3})`: a run of seconds into `tmp_path/runs`."""
+    from loragen.core.config import LoraTrainConfig
+
+    ours = {"base_model": str(base_dir), "runs_dir": str(tmp_path / "runs")}
+
+    def make(settings=None):
+        return configured(LoraTrainConfig, {**TINY_LORA, **ours, **(settings or {})})
+
+    return make
+
+
+@pytest.fixture
+def train_lora(lora_config, base, dataset):
+    """`train_lora({...})` trains on the colours and gives the run; `file` names other rows."""
+    from loragen.core.lora.train import train
+    from loragen.core.progress import Silent
+
+    def run(settings=None, file=None, name="colors"):
+        return train(lora_config(settings), name, file or dataset(), base, Silent())
+
+    return run
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Two trained datasets. Nobody writes to it."""
+
+    base: Path
+    data: Path
+    """`<name>/<name>_train_formatted.jsonl`"""
+    runs: dict[str, Path]
+    names = ("animals", "colors")
+
+    def file(self, name):
+        return self.data / name / f"{name}_train_formatted.jsonl"
+
+
+@pytest.fixture(scope="session")
+def collection(base_dir, tmp_path_factory):
+    from loragen.core.base_models import load_base
+    from loragen.core.config import LoraTrainConfig
+    from loragen.core.lora.train import train
+    from loragen.core.progress import Silent
+
+    home = tmp_path_factory.mktemp("collection")
+    ours = {"base_model": str(base_dir), "runs_dir": str(home / "runs")}
+    config = configured(LoraTrainConfig, {**TINY_LORA, **ours})
+    base = load_base(str(base_dir))
+    made = Collection(base_dir, home / "data", {})
+    for name, words in zip(made.names, (ANIMALS, COLORS), strict=True):
+        file = write_lines(made.file(name), rows_of(words, count=16))
+        made.runs[name] = train(config, name, file, base, Silent()).directory
+    return made
+
+
+@pytest.fixture
+def gen_config(collection, sbert_dir, tmp_path):
+    """`gen_config({...})`: learns from the collection, into `tmp_path/experiments`."""
+    from loragen.core.config import GenTrainConfig
+
+    ours = {
+        "sources": [{"run": str(run)} for run in collection.runs.values()],
+        "encoder.model": str(sbert_dir),
+        "experiments_dir": str(tmp_path / "experiments"),
+        "data.cache_dir": str(tmp_path / "cache"),
+    }
+
+    def make(settings=None):
+        return configured(GenTrainConfig, {**TINY_GENERATOR, **ours, **(settings or {})})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def experiment(collection, sbert_dir, tmp_path_factory):
+    """A generator trained on the collection: its experiment directory. Nobody writes to it."""
+    from loragen.core.config import GenTrainConfig
+    from loragen.core.generator.train import train
+    from loragen.core.progress import Silent
+
+    home = tmp_path_factory.mktemp("experiment")
+    ours = {
+        "sources": [{"run": str(run)} for run in collection.runs.values()],
+        "encoder.model": str(sbert_dir),
+        "experiments_dir": str(home / "experiments"),
+        "data.cache_dir": str(home / "cache"),
+    }
+    return train(configured(GenTrainConfig, {**TINY_GENERATOR, **ours}), Silent()).directory

@@ -1,7 +1,7 @@
 """The contest: for every target, the generated adapter beside everything simpler."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -67,7 +67,6 @@ class Contest:
     oracles: Mapping[Path, Adapter]
     generated: Path
     """Where the generated adapters are kept."""
-    say: Callable[[str], None]
     _seconds: list[float] = field(default_factory=list)
 
     def hold(self, targets: Sequence[Target]) -> Table:

@@ -8,24 +8,25 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from loragen.core.adapters import Adapter, read_adapter
-from loragen.core.base_models import DEMO, BaseModel, load_base
-from loragen.core.config import LoraTrainConfig
+from loragen.core.base_models import DEMO, load_base
 from loragen.core.errors import UsageError
 from loragen.core.files import write_json, write_text
 from loragen.core.generator.model import Generator
 from loragen.core.generator.train import train as train_generator
-from loragen.core.lora.train import train as train_lora
-from loragen.core.progress import Progress, Silent
+from loragen.core.progress import Progress
 from loragen.core.protocols import Encoder
 from loragen.core.runs import generator_file
 from loragen.demo import settings
 from loragen.demo.contest import Contest, Target
-from loragen.demo.world import WORLD_FILE, Pair, Wording, World
+from loragen.demo.workers import Done, Job, Workers, as_they_finish
+from loragen.demo.world import PAIRS, WORLD_FILE, Pair, Wording, World
 
 SPLITS: dict[str, Wording] = {
     "new_wording": "unseen",  # of training pairs
@@ -50,6 +51,17 @@ class Demo:
         return self.out / "data" / pair.name / f"{split}{suffix}.jsonl"
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What gradient descent made."""
+
+    runs: list[Path]
+    seconds_each: float
+    multi_task: Adapter
+    oracles: dict[Path, Adapter]
+    """By the file each was trained on."""
+
+
 def run(
     out: Path, seed: int, world_file: Path | None, force: bool, say: Say, progress: Progress
 ) -> dict[str, Any]:
@@ -59,24 +71,25 @@ def run(
     _make_room(out, force)
     demo = Demo(out, seed, world, say, progress)
     write_data(demo, world_file or WORLD_FILE)
-    base = load_base(DEMO)
-
-    training = world.training_pairs(seed)
-    runs, seconds_each = collect(demo, base, training)
-    multi_task = train_multi_task(demo, base, training)
-    generator = learn(demo, runs)
     targets = choose_targets(demo)
-    oracles = train_oracles(demo, base, targets)
+    trained = train_adapters(demo, targets)
+    generator = learn(demo, trained.runs)
     encoder: Encoder = generator.load_encoder()
     contest = Contest(
-        base, generator, encoder, runs, multi_task, oracles, demo.out / "generated", say
+        load_base(DEMO),
+        generator,
+        encoder,
+        trained.runs,
+        trained.multi_task,
+        trained.oracles,
+        out / "generated",
     )
     table = contest.hold(targets)
     results = {
         "accuracy": table.accuracy,
         "spread": table.spread,
         "seconds": {
-            "train_adapter": round(seconds_each, 3),
+            "train_adapter": round(trained.seconds_each, 3),
             "generate_adapter": round(table.seconds_to_generate, 4),
             "total": round(time.perf_counter() - started, 1),
         },
@@ -90,8 +103,6 @@ def run(
 
 def write_data(demo: Demo, world_file: Path) -> None:
     """The world file, and every dataset in both kinds of wording."""
-    from loragen.demo.world import PAIRS
-
     shutil.copyfile(world_file, demo.out / "world.yaml")
     for pair in PAIRS:
         for wordings in ("train", "unseen"):
@@ -103,32 +114,50 @@ def write_data(demo: Demo, world_file: Path) -> None:
                 write_text(demo.data(pair, split, wordings), lines)
 
 
-def collect(demo: Demo, base: BaseModel, pairs: Sequence[Pair]) -> tuple[list[Path], float]:
-    """The run directories of the training pairs, and the seconds that each took on average."""
-    config = settings.adapter_config(demo.out / "runs", demo.seed, logs=True)
-    started = time.perf_counter()
-    runs = []
-    for count, pair in enumerate(pairs, start=1):
-        runs.append(_train(config, pair.name, demo.data(pair, "train", "train"), base))
-        each = (time.perf_counter() - started) / count
-        if count % 8 == 0 or count == len(pairs):
-            demo.say(f"collect: {count}/{len(pairs)} adapters, {each:.1f} s each")
-    return runs, each
+def train_adapters(demo: Demo, targets: Sequence[Target]) -> Trained:
+    """The collection, the multi-task LoRA and the oracles, all by `lora train`."""
+    pairs = demo.world.training_pairs(demo.seed)
+    config = settings.adapter_config(demo.out / "runs", demo.seed)
+    collection = [Job(pair.name, demo.data(pair, "train", "train"), config) for pair in pairs]
+    config = settings.oracle_config(demo.out / "oracles", demo.seed)
+    oracles = [Job(target.pair.name, target.train_file, config) for target in targets]
+    with Workers() as workers:
+        multi_task = workers.submit([_multi_task_job(demo, pairs)])  # the longest goes first
+        collected = _watched(demo, "collect", workers.submit(collection))
+        judged = _watched(demo, "oracles", workers.submit(oracles))
+        everything = next(as_they_finish(multi_task))
+    demo.say(
+        f"multi-task: {everything.steps} steps in {everything.seconds:.0f} s, until the validation "
+        f"loss had not improved for {settings.MULTI_TASK_PATIENCE}"
+    )
+    order = [job.name for job in collection]
+    collected.sort(key=lambda done: order.index(done.job.name))
+    return Trained(
+        runs=[done.directory for done in collected],
+        seconds_each=fmean(done.seconds for done in collected),
+        multi_task=read_adapter(everything.directory / "adapter"),
+        oracles={done.job.file: read_adapter(done.directory / "adapter") for done in judged},
+    )
 
 
-def train_multi_task(demo: Demo, base: BaseModel, pairs: Sequence[Pair]) -> Adapter:
+def _multi_task_job(demo: Demo, pairs: Sequence[Pair]) -> Job:
     """One LoRA on the rows of all training pairs."""
     texts = [demo.data(pair, "train", "train").read_text(encoding="utf-8") for pair in pairs]
     file = demo.out / "data" / "multi-task" / "train.jsonl"
     write_text(file, "".join(texts))
     config = settings.multi_task_config(demo.out / "multi_task", demo.seed)
-    started = time.perf_counter()
-    run = train_lora(config, "multi-task", file, base, Silent())
-    demo.say(
-        f"multi-task: stopped after {run.manifest.steps[-1]} steps, validation loss not better for "
-        f"{settings.MULTI_TASK_PATIENCE} ({time.perf_counter() - started:.0f} s)"
-    )
-    return read_adapter(run.directory / "adapter")
+    return Job("multi-task", file, config)
+
+
+def _watched(demo: Demo, title: str, futures: Sequence[Future[Done]]) -> list[Done]:
+    """Results as they come, with a line after every eighth."""
+    finished: list[Done] = []
+    for done in as_they_finish(futures):
+        finished.append(done)
+        if len(finished) % 8 == 0 or len(finished) == len(futures):
+            each = fmean(one.seconds for one in finished)
+            demo.say(f"{title}: {len(finished)}/{len(futures)} adapters, {each:.1f} s each")
+    return finished
 
 
 def learn(demo: Demo, runs: Sequence[Path]) -> Generator:
@@ -155,22 +184,6 @@ def choose_targets(demo: Demo) -> list[Target]:
         for split, pairs in chosen.items()
         for pair in pairs
     ]
-
-
-def train_oracles(demo: Demo, base: BaseModel, targets: Sequence[Target]) -> dict[Path, Adapter]:
-    """Per target a LoRA trained on its own labels, in the same wordings."""
-    config = settings.oracle_config(demo.out / "oracles", demo.seed)
-    started = time.perf_counter()
-    oracles = {}
-    for target in targets:
-        run = _train(config, target.pair.name, target.train_file, base)
-        oracles[target.train_file] = read_adapter(run / "adapter")
-    demo.say(f"oracles: {len(targets)} adapters in {time.perf_counter() - started:.0f} s")
-    return oracles
-
-
-def _train(config: LoraTrainConfig, name: str, file: Path, base: BaseModel) -> Path:
-    return train_lora(config, name, file, base, Silent()).directory
 
 
 def _make_room(out: Path, force: bool) -> None:

@@ -12,7 +12,7 @@ PROMPTS = 16
 MULTI_TASK_PATIENCE = 200  # steps without a better validation loss
 
 
-def adapter_config(runs: Path, seed: int, logs: bool) -> LoraTrainConfig:
+def adapter_config(runs: Path, seed: int) -> LoraTrainConfig:
     """One adapter: the two stages of `lora train`, at rates for a model of 0.6 M parameters."""
     return _lora(
         runs,
@@ -24,13 +24,14 @@ def adapter_config(runs: Path, seed: int, logs: bool) -> LoraTrainConfig:
             "learning_rate_stage2": 1e-3,
         },
         checkpoints={"optimizer": "none"},
-        loggers={"tensorboard": {}} if logs else {},
+        loggers={"tensorboard": {}},
     )
 
 
 def oracle_config(runs: Path, seed: int) -> LoraTrainConfig:
     """As one adapter, with only its last checkpoint kept."""
-    config = adapter_config(runs, seed, logs=False)
+    config = adapter_config(runs, seed)
+    config.loggers = {}
     config.checkpoints.first_step = config.training.max_steps
     return config
 

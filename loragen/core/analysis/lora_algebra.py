@@ -4,6 +4,7 @@ Factors are given as (A ``[r, in]``, B ``[out, r]``); everything is computed in 
 """
 
 from collections.abc import Iterator, Mapping
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def inner(first: Factors, second: Factors) -> float:
 
 def norm(factors: Factors) -> float:
     """‖BA‖, Frobenius."""
-    return max(inner(factors, factors), 0.0) ** 0.5
+    return sqrt(max(inner(factors, factors), 0.0))
 
 
 def distance(first: Factors, second: Factors) -> float:

@@ -1,0 +1,38 @@
+# `make demo` and `make test` do all the set-up on a machine that has Python (>= 3.11) and make.
+# The environment is reused until pyproject.toml or constraints.txt changes.
+
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    ?= demo-out
+SEED   ?= 0
+
+BIN := $(VENV)/bin
+
+.PHONY: demo test check format docs clean
+
+demo: $(VENV)/installed
+	$(BIN)/loragen demo --out $(OUT) --seed $(SEED) --force
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/installed
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf $(VENV) $(OUT) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e ".[dev,offline]" -c constraints.txt
+	@touch $@

@@ -1,0 +1,88 @@
+"""Many small trainings side by side: one process per core, one thread each.
+
+A model of 0.6 M parameters gains little from a second thread, and two processes whose threads
+fight over the same cores lose far more.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple
+
+from loragen.core.config import LoraTrainConfig
+
+if TYPE_CHECKING:
+    from loragen.core.base_models import BaseModel
+
+MOST_WORKERS = 8
+
+_base: "BaseModel | None" = None  # of a worker process, once it has started
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of `lora train`."""
+
+    name: str
+    file: Path
+    config: LoraTrainConfig
+
+
+class Done(NamedTuple):
+    job: Job
+    directory: Path
+    seconds: float
+    steps: int
+
+
+class Workers:
+    """A pool whose processes have loaded the base model once."""
+
+    def __init__(self) -> None:
+        self._pool = ProcessPoolExecutor(
+            min(MOST_WORKERS, os.cpu_count() or 1),
+            mp_context=get_context("spawn"),  # forking a process with torch's threads can hang
+            initializer=_start,
+        )
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, jobs: Iterable[Job]) -> list[Future[Done]]:
+        return [self._pool.submit(_train, job) for job in jobs]
+
+
+def as_they_finish(futures: Iterable[Future[Done]]) -> Iterator[Done]:
+    for future in as_completed(futures):
+        yield future.result()
+
+
+def _start() -> None:
+    import torch
+
+    from loragen.core.base_models import DEMO, load_base
+
+    torch.set_num_threads(1)
+    global _base
+    _base = load_base(DEMO)
+
+
+def _train(job: Job) -> Done:
+    from loragen.core.lora.train import train
+    from loragen.core.progress import Silent
+
+    assert _base is not None
+    run = train(job.config, job.name, job.file, _base, Silent())
+    return Done(job, run.directory, run.manifest.seconds or 0.0, run.manifest.steps[-1])
