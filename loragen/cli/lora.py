@@ -10,12 +10,6 @@ from loragen.cli.options import BaseModel, ConfigFile, DataRoot, DryRun, Json, S
 
 app = typer.Typer(no_args_is_help=True, help="Train LoRA adapters, and evaluate one.")
 
-TEST_MODE = {
-    ("training", "max_steps"): 6,
-    ("schedule", "stage1_steps"): 3,
-    ("checkpoints", "first_step"): 4,
-}
-
 
 @app.command()
 def train(
@@ -46,25 +40,23 @@ def train(
     from loragen.core.config import LoraTrainConfig, Override, dump, load
     from loragen.core.data.rows import find_dataset
 
-    flags: list[Override] = [
-        Override(keys, value, flag)
-        for keys, value, flag in [
-            (("base_model",), base_model, "--base-model"),
-            (("data", "root"), data_root, "--data-root"),
-            (("training", "batch_size"), batch_size, "--batch-size"),
-            (("runs_dir",), str(runs_dir) if runs_dir else None, "--runs-dir"),
-            *((keys, value, "--test-mode") for keys, value in TEST_MODE.items() if test_mode),
-        ]
-        if value is not None
+    given = [
+        (("base_model",), base_model, "--base-model"),
+        (("data", "root"), data_root, "--data-root"),
+        (("training", "batch_size"), batch_size, "--batch-size"),
+        (("runs_dir",), str(runs_dir) if runs_dir else None, "--runs-dir"),
     ]
+    flags = [Override(*one) for one in given if one[1] is not None]
     resolved = load(LoraTrainConfig, config, settings or (), flags)
+    if test_mode:
+        _shorten(resolved)
     wanted = dataset or ([resolved.data.dataset] if resolved.data.dataset else [])
     datasets = [find_dataset(item, Path(resolved.data.root)) for item in _required(wanted)]
     if dry_run:
         _check_inputs(resolved, datasets)
         render.answer(dump(resolved).rstrip())
         return
-    runs = _collect(resolved, datasets)
+    runs = _collect(resolved, wanted, datasets)
     if json:
         render.answer_json(
             [{"run": str(run.directory), **run.manifest.model_dump()} for run in runs]
@@ -72,6 +64,14 @@ def train(
     else:
         for run in runs:
             render.answer(str(run.directory))
+
+
+def _shorten(config: Any) -> None:
+    """`--test-mode`: three steps of each stage, the checkpoints of the second."""
+    config.training.max_steps = 6
+    config.checkpoints.first_step = 4
+    if "stage1_steps" in config.schedule.options:
+        config.schedule = config.schedule.model_copy(update={"stage1_steps": 3})
 
 
 def _required(datasets: list[str]) -> list[str]:
@@ -92,24 +92,22 @@ def _check_inputs(config: Any, datasets: list[tuple[str, Path]]) -> None:
         render.note(f"{name}: {len(read_rows(file))} rows in {file}")
 
 
-def _collect(config: Any, datasets: list[tuple[str, Path]]) -> list[Any]:
+def _collect(config: Any, items: list[str], datasets: list[tuple[str, Path]]) -> list[Any]:
+    """A run per dataset, on one base model; `items` are the datasets as the user named them."""
     from loragen.cli.progress import terminal_progress
     from loragen.core.data.rows import read_rows
 
+    # A bad row of the last dataset is better known before the first has trained.
     for _, file in datasets:
-        read_rows(
-            file
-        )  # a bad row of the last dataset is better known before the first has trained
+        read_rows(file)
     from loragen.core.base_models import load_base
     from loragen.core.lora.train import base_dtype, train
 
     base = load_base(config.base_model, base_dtype(config))
     runs = []
-    for name, file in datasets:
+    for item, (name, file) in zip(items, datasets, strict=True):
         resolved = config.model_copy(deep=True)
-        resolved.data.dataset = (
-            str(file) if str(file.parent) != str(file.parent.parent / name) else name
-        )
+        resolved.data.dataset = item
         runs.append(train(resolved, name, file, base, terminal_progress()))
     return runs
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from loragen.core.errors import LoragenError, UsageError
 from loragen.core.quiet import quiet_libraries
@@ -55,7 +56,9 @@ def load_base(name: str, dtype: torch.dtype | None = None) -> BaseModel:
         stored = getattr(AutoConfig.from_pretrained(source), "dtype", None) or torch.float32
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or stored)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        if not tokenizer("a").input_ids:  # transformers makes an empty one of missing files
+            raise ValueError("its tokenizer makes no tokens of a text; is tokenizer.json missing?")
+    except (OSError, ValueError, SafetensorError) as error:
         raise _not_loaded(name, source, error) from error
     model.requires_grad_(False)
     model.train(False)

@@ -8,7 +8,14 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from loragen.core.adapters import WEIGHTS_FILE, Adapter, file_keys, read_adapter, read_safetensors
+from loragen.core.adapters import (
+    WEIGHTS_FILE,
+    Adapter,
+    file_keys,
+    natural_key,
+    read_adapter,
+    read_safetensors,
+)
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import written_atomically
 from loragen.core.runs import LoraManifest, checkpoint_files, read_manifest, run_directory_of
@@ -70,7 +77,8 @@ def find_checkpoints(path: Path) -> list[Path]:
     """
     if path.is_file() or (path / WEIGHTS_FILE).is_file():
         return [path]
-    adapters = sorted(file.parent for file in path.glob(f"*/{WEIGHTS_FILE}"))
+    folders = [file.parent for file in path.glob(f"*/{WEIGHTS_FILE}")]
+    adapters = sorted(folders, key=lambda folder: natural_key(folder.name))  # step-2 before step-10
     found = checkpoint_files(path) or adapters
     if not found:
         raise UsageError(f"{path}: no checkpoints or adapters there")

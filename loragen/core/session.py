@@ -6,8 +6,8 @@ others are told.
 
 import os
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,21 +97,30 @@ class RunSession(Callback):
             write_manifest(self.directory, self.manifest)
 
 
-def fit(trainer: Trainer, module: LightningModule, data: Any, session: RunSession) -> None:
-    """`trainer.fit`, with the session closed on failure and interrupt.
+@contextmanager
+def outcome(session: RunSession) -> Iterator[None]:
+    """Closes the session with how the block, training and writing the results, has ended."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        session.close("interrupted")
+        raise
+    except BaseException:
+        session.close("failed")
+        raise
+    session.close("success")
 
-    Lightning answers Ctrl+C with `exit(1)`; the caller gets the KeyboardInterrupt back. The
-    libraries' random state is left as it was.
+
+def fit(trainer: Trainer, module: LightningModule, data: Any) -> None:
+    """`trainer.fit`, which leaves the libraries' random state as it was.
+
+    Lightning answers Ctrl+C with `exit(1)`; the caller gets the KeyboardInterrupt back.
     """
     try:
         with torch.random.fork_rng():
             trainer.fit(module, datamodule=data)
-    except (SystemExit, KeyboardInterrupt):
-        session.close("interrupted")
+    except SystemExit:
         raise KeyboardInterrupt from None
-    except BaseException:
-        session.close("failed")
-        raise
 
 
 def make_trainer(options: Mapping[str, Any], **ours: Any) -> Trainer:

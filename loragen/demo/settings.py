@@ -17,11 +17,11 @@ def adapter_config(runs: Path, seed: int) -> LoraTrainConfig:
     return _lora(
         runs,
         seed,
-        lora={"rank": 4, "alpha": 8},
+        training={"batch_size": 16},
         schedule={
             "name": "two-stage",
-            "learning_rate_stage1": 1e-2,
-            "learning_rate_stage2": 1e-3,
+            "learning_rate_stage1": 2e-3,
+            "learning_rate_stage2": 2e-4,
         },
         checkpoints={"optimizer": "none"},
         loggers={"tensorboard": {}},
@@ -38,19 +38,18 @@ def oracle_config(runs: Path, seed: int) -> LoraTrainConfig:
 
 def multi_task_config(runs: Path, seed: int) -> LoraTrainConfig:
     """One LoRA for all datasets, trained until its validation loss stops improving."""
-    steps = 3000
+    steps = 2000
     return _lora(
         runs,
         seed,
-        lora={"rank": 4, "alpha": 8},
         data={"val_ratio": 0.05},
         training={
             "max_steps": steps,
-            "batch_size": 64,
+            "batch_size": 16,
             "val_every": 100,
             "patience": MULTI_TASK_PATIENCE,
         },
-        schedule={"name": "constant", "learning_rate": 5e-3},
+        schedule={"name": "constant", "learning_rate": 2e-3},
         checkpoints={"optimizer": "none", "first_step": steps},
         loggers={},
     )
@@ -84,6 +83,7 @@ def _lora(runs: Path, seed: int, **sections: Any) -> LoraTrainConfig:
         "seed": seed,
         "runs_dir": str(runs),
         "final_model": "none",
+        "lora": {"rank": 4, "alpha": 32},
         "trainer": {"accelerator": "cpu"},
     }
     return _built(LoraTrainConfig, ours | sections)

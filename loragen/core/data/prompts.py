@@ -5,7 +5,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from loragen.core.data.rows import read_documents
+from loragen.core.data.rows import read_documents, utf8_text
 from loragen.core.errors import DataError, UsageError, listing
 
 
@@ -19,7 +19,7 @@ def read_prompts(file: Path) -> list[str]:
     if file.suffix in {".jsonl", ".json"}:
         prompts = [_prompt(file, line, document) for line, document in read_documents(file)]
     else:
-        prompts = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+        prompts = [line.strip() for line in utf8_text(file).split("\n")]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise DataError(f"{file}: no prompts in it")

@@ -76,10 +76,7 @@ def read_documents(file: Path) -> Iterator[tuple[int, Any]]:
     """(line, JSON value) of a JSONL file; of a JSON list, (index from 1, item)."""
     if not file.is_file():
         raise UsageError(f"{file}: no such file")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    text = utf8_text(file)
     if file.suffix == ".json":
         yield from enumerate(_json_list(file, text), start=1)
         return
@@ -91,6 +88,14 @@ def read_documents(file: Path) -> Iterator[tuple[int, Any]]:
                 raise DataError(
                     f"{file}:{line}: not JSON: {error.msg} at column {error.colno}"
                 ) from None
+
+
+def utf8_text(file: Path) -> str:
+    """The text of a file, without a byte order mark. Raises DataError where it is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def _json_list(file: Path, text: str) -> list[Any]:

@@ -32,7 +32,7 @@ from loragen.core.progress import Progress, Step
 from loragen.core.protocols import Encoder, Schedule
 from loragen.core.quiet import quiet_libraries
 from loragen.core.runs import GENERATOR_FILE, GeneratorManifest, plugin_records
-from loragen.core.session import RunSession, fit, make_trainer
+from loragen.core.session import RunSession, fit, make_trainer, outcome
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,13 @@ def _train(
     best = _best_checkpoint(data)
     trainer = _trainer(config, session, best, total)
     progress.start("generator", total)
-    fit(trainer, module, data, session)
-    generator.provenance = _provenance(session, module, best, trainer.global_step)
-    if best.best_model_path:
-        _restore(module, Path(best.best_model_path))
-    if trainer.is_global_zero:
-        generator.save(session.directory / GENERATOR_FILE)
-    session.close("success")
+    with outcome(session):
+        fit(trainer, module, data)
+        generator.provenance = _provenance(session, module, best, trainer.global_step)
+        if best.best_model_path:
+            _restore(module, Path(best.best_model_path))
+        if trainer.is_global_zero:
+            generator.save(session.directory / GENERATOR_FILE)
     assert isinstance(session.manifest, GeneratorManifest)
     return GeneratorRun(session.directory, session.manifest)
 

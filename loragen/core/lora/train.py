@@ -23,7 +23,7 @@ from loragen.core.lora.module import LoraModule
 from loragen.core.plugins import create
 from loragen.core.progress import Progress
 from loragen.core.runs import DatasetRecord, LoraManifest, plugin_records
-from loragen.core.session import RunSession, fit, make_trainer
+from loragen.core.session import RunSession, fit, make_trainer, outcome
 
 DTYPES = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
 
@@ -69,10 +69,10 @@ def train(
         )
         trainer = _trainer(config, session, bool(data.validation))
         progress.start(name, config.training.max_steps)
-        fit(trainer, module, data, session)
-        if trainer.is_global_zero:
-            _save_results(session.directory, config, base, model)
-        session.close("success")
+        with outcome(session):
+            fit(trainer, module, data)
+            if trainer.is_global_zero:
+                _save_results(session.directory, config, base, model)
     finally:
         base.model = model.unload().to("cpu")
     assert isinstance(session.manifest, LoraManifest)
@@ -120,15 +120,17 @@ def new_adapter(base: Any, config: LoraTrainConfig) -> Any:
         lora_dropout=config.lora.dropout,
         target_modules=config.lora.target_modules,
         task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=config.base_model,
     )
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         try:
-            return get_peft_model(base, lora)
+            model = get_peft_model(base, lora)
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise UsageError(f"lora.target_modules: {reason}") from None
+    # As the user named it: PEFT would put in the path the weights were loaded from.
+    model.peft_config["default"].base_model_name_or_path = config.base_model
+    return model
 
 
 def merged_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -160,10 +162,11 @@ def _save_results(directory: Path, config: LoraTrainConfig, base: BaseModel, mod
 def save_merged(model: Any, base: BaseModel, directory: Path) -> None:
     """A Hugging Face model directory in the base's stored dtype, tokenizer included."""
     plain = model.get_base_model()
-    state, kept = merged_state(model, base.dtype), plain.config.dtype
-    plain.config.dtype = base.dtype
+    kept = plain.config.dtype
+    plain.save_pretrained(directory, state_dict=merged_state(model, base.dtype))
+    plain.config.dtype = base.dtype  # save_pretrained writes what the model in memory has
     try:
-        plain.save_pretrained(directory, state_dict=state)
+        plain.config.save_pretrained(directory)
     finally:
         plain.config.dtype = kept
     base.tokenizer.save_pretrained(directory)

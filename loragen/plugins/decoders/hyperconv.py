@@ -12,7 +12,7 @@ from loragen.core.protocols import TokenGrid
 
 
 class HyperConv(nn.Module):
-    """A hyper-convolutional decoder, after Drag-and-Drop LLMs (arXiv 2506.16406, section 2.4).
+    """A hyper-convolutional decoder, after Drag-and-Drop LLMs (arXiv 2506.16406).
 
     The feature map is ``[batch, H, L, W]``: H layers of the base model, L tokens in each layer,
     W = `hidden_dim` channels. The paper's first axis is the prompts; here these are pooled first,
@@ -87,9 +87,10 @@ class ConditionReader(nn.Module):
         )
 
     def forward(self, condition: Tensor, mask: Tensor) -> Tensor:
-        weight = mask.to(condition.dtype).unsqueeze(-1)  # (B, N, P, 1)
-        read = self.layers(self.norm(condition)) * weight  # (B, N, P, hidden)
-        return read.sum(dim=(1, 2)) / weight.sum(dim=(1, 2)).clamp(min=1)  # (B, hidden)
+        kept = mask.unsqueeze(-1)  # (B, N, P, 1)
+        read = self.layers(self.norm(condition))  # (B, N, P, hidden)
+        total = torch.where(kept, read, 0.0).sum(dim=(1, 2))
+        return total / kept.sum(dim=(1, 2)).clamp(min=1)  # (B, hidden)
 
 
 class FullExpander(nn.Module):

@@ -1,0 +1,92 @@
+from copy import deepcopy
+
+import pytest
+import torch
+
+from loragen.core.data.rows import Row
+from loragen.core.data.tokenize import (
+    IGNORED,
+    Example,
+    answer_ids,
+    collate,
+    example,
+    pad_id,
+    prompt_ids,
+)
+from loragen.core.errors import DataError
+
+
+@pytest.fixture
+def plain(tokenizer):
+    """The same tokenizer without a chat template."""
+    copy = deepcopy(tokenizer)
+    copy.chat_template = None
+    return copy
+
+
+def row(prompt="Question 1 about red?", response="blue", **more):
+    return Row(prompt=prompt, response=response, line=7, **more)
+
+
+def test_the_chat_template_is_used_where_there_is_one(tokenizer):
+    text = tokenizer.decode(prompt_ids(tokenizer, "red"))
+    assert text == "<|user|>red<|assistant|>"
+    text = tokenizer.decode(prompt_ids(tokenizer, "red", "be short"))
+    assert text == "<|system|>be short<|user|>red<|assistant|>"
+
+
+def test_without_a_template_the_texts_stand_on_lines(plain):
+    assert plain.decode(prompt_ids(plain, "red")) == "red\n"
+    assert plain.decode(prompt_ids(plain, "red", "be short")) == "be short\nred\n"
+
+
+def test_the_end_token_is_part_of_the_answer(tokenizer):
+    ids = answer_ids(tokenizer, "blue")
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids[:-1]) == "blue"
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "plain"])
+@pytest.mark.parametrize("system", [None, "be short"])
+def test_only_the_answer_and_its_end_are_learned(request, kind, system):
+    tokenizer = request.getfixturevalue(kind)
+    item = example(tokenizer, row(system=system), 64)
+    batch = collate([item], pad_id(tokenizer))
+    learned = batch.labels[0][batch.labels[0] != IGNORED].tolist()
+    assert learned == answer_ids(tokenizer, "blue")
+    given = batch.ids[0][batch.labels[0] == IGNORED].tolist()
+    assert given == prompt_ids(tokenizer, row().prompt, system)
+    assert batch.step_answers == len(learned)
+
+
+@pytest.mark.parametrize("room", [1, 2, 5])
+def test_a_long_row_loses_the_start_of_its_prompt_never_its_answer(tokenizer, room):
+    whole = example(tokenizer, row(), 64)
+    cut = example(tokenizer, row(), whole.answer + room)
+    assert len(cut.ids) == whole.answer + room
+    assert cut.ids == whole.ids[-len(cut.ids) :]
+    assert cut.answer == whole.answer
+
+
+def test_an_answer_that_does_not_fit_is_an_error_with_its_line(tokenizer):
+    length = len(answer_ids(tokenizer, "blue"))
+    with pytest.raises(DataError, match=f"line 7: the answer has {length} tokens, data.max_length"):
+        example(tokenizer, row(), length)
+    assert len(example(tokenizer, row(), length + 1).ids) == length + 1
+
+
+def test_rows_are_padded_on_the_right_and_the_padding_is_masked():
+    batch = collate([Example([5, 6, 7], 1), Example([8, 9], 2)], pad_id=0)
+    assert batch.ids.tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert batch.attention.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch.labels.tolist() == [[IGNORED, IGNORED, 7], [8, 9, IGNORED]]
+    assert batch.step_answers == 3
+    assert batch.ids.dtype == torch.int64
+    assert collate([Example([5, 6], 1)], 0, step_answers=9).step_answers == 9
+
+
+def test_the_end_token_pads_where_there_is_no_padding_token(tokenizer):
+    copy = deepcopy(tokenizer)
+    assert pad_id(copy) == tokenizer.pad_token_id
+    copy.pad_token = None
+    assert pad_id(copy) == tokenizer.eos_token_id

@@ -1,0 +1,80 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from loragen.core.base_models import load_base
+from loragen.core.data.tokenize import IGNORED, Example, collate
+from loragen.core.lora.loss import answer_logits, answer_losses
+
+EXAMPLES = [
+    Example([5, 6, 7, 8, 9, 10, 11], 3),
+    Example([20, 21, 22], 1),
+    Example([30, 31, 32, 33, 34], 4),
+    Example([40, 41], 1),
+]
+
+
+@pytest.fixture
+def batch():
+    return collate(EXAMPLES, pad_id=0)
+
+
+@torch.inference_mode()
+def full_losses(model, batch):
+    """As everybody computes it: all logits, shifted by one, under the mask."""
+    logits = model(input_ids=batch.ids, attention_mask=batch.attention).logits[:, :-1]
+    labels = batch.labels[:, 1:]
+    losses = F.cross_entropy(logits.transpose(1, 2).double(), labels, reduction="none")
+    return losses[labels != IGNORED]
+
+
+def test_it_is_the_cross_entropy_of_the_full_logits_under_the_mask(base, batch):
+    losses = answer_losses(base.model, batch)
+    assert losses.shape == (9,)
+    assert (losses - full_losses(base.model, batch)).abs().max() < 1e-6
+
+
+def test_what_the_model_does_to_its_logits_is_kept(base, batch):
+    """Gemma's soft cap, Granite's scale: applied after the output layer."""
+    head = base.model.get_output_embeddings()
+    head.register_forward_hook(lambda _, __, logits: torch.tanh(logits * 3))
+    assert (answer_losses(base.model, batch) - full_losses(base.model, batch)).abs().max() < 1e-6
+
+
+def test_the_gradient_is_that_of_the_full_logits(base_dir, batch):
+    model = load_base(str(base_dir), torch.float64).model
+    weight = model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
+    (ours,) = torch.autograd.grad(answer_losses(model, batch).sum(), weight)
+    loss = model(
+        input_ids=batch.ids, attention_mask=batch.attention, labels=batch.labels
+    ).loss  # transformers' own mean over the answer tokens
+    (theirs,) = torch.autograd.grad(loss, weight)
+    assert (ours / 9 - theirs).abs().max() < 1e-7
+
+
+def test_padding_and_the_rows_beside_change_nothing(base, batch):
+    together = answer_losses(base.model, batch)
+    alone = torch.cat([answer_losses(base.model, collate([item], 0)) for item in EXAMPLES])
+    assert (together - alone).abs().max() < 1e-6
+
+
+def test_the_logits_are_of_answer_tokens_only_and_the_model_is_left_as_it_was(base, batch):
+    logits, tokens = answer_logits(base.model, batch)
+    assert logits.shape == (9, base.model.config.vocab_size)
+    assert tokens.tolist() == [9, 10, 11, 22, 31, 32, 33, 34, 41]
+    whole = base.model(input_ids=batch.ids, attention_mask=batch.attention).logits
+    assert whole.shape[:2] == batch.ids.shape
+
+
+def test_the_hook_is_gone_after_an_error(base, batch):
+    broken = batch._replace(ids=batch.ids + 100_000)
+    with pytest.raises(IndexError):
+        answer_losses(base.model, broken)
+    assert base.model(input_ids=batch.ids).logits.shape[1] == batch.ids.shape[1]
+
+
+def test_half_precision_is_widened_before_the_softmax(base_dir, batch):
+    model = load_base(str(base_dir), torch.bfloat16).model
+    losses = answer_losses(model, batch)
+    assert losses.dtype == torch.float32
+    assert answer_losses(model.double(), batch).dtype == torch.float64

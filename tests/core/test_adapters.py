@@ -1,0 +1,195 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from loragen.core.adapters import (
+    Adapter,
+    attach_adapter,
+    file_keys,
+    natural_key,
+    plain_config,
+    read_adapter,
+    shape_mismatch,
+    write_adapter,
+)
+from loragen.core.errors import DataError, LoragenError, UsageError
+
+
+@pytest.fixture
+def trained(collection):
+    return read_adapter(collection.runs["colors"] / "adapter")
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(torch.arange(12).view(2, 6)).logits
+
+
+def state(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
+
+
+def test_what_is_written_is_read_back(tmp_path, trained):
+    trained.tensors["base_model.model.half.lora_A.weight"] = torch.rand(2, 3).bfloat16()
+    trained.tensors["base_model.model.turned.lora_A.weight"] = torch.rand(3, 2).T
+    write_adapter(tmp_path / "new" / "adapter", trained, "# a card\n")
+    again = read_adapter(tmp_path / "new" / "adapter")
+    assert again.config == trained.config
+    assert equal(again.tensors, trained.tensors)
+    assert all(again.tensors[k].dtype == t.dtype for k, t in trained.tensors.items())
+    assert {f.name for f in (tmp_path / "new" / "adapter").iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors",
+    }  # fmt: skip
+
+
+def test_writing_that_fails_leaves_nothing(tmp_path, trained):
+    trained.config["unwritable"] = object()
+    with pytest.raises(TypeError):
+        write_adapter(tmp_path / "adapter", trained, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plain_peft_loads_it_without_loragen(tmp_path, trained, base, base_dir):
+    write_adapter(tmp_path / "adapter", trained, "")
+    code = (
+        "import sys, torch; sys.modules['loragen'] = None\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"base = AutoModelForCausalLM.from_pretrained({str(base_dir)!r})\n"
+        f"model = PeftModel.from_pretrained(base, {str(tmp_path / 'adapter')!r}).eval()\n"
+        "with torch.inference_mode():\n"
+        "    print(model(torch.arange(12).view(2, 6)).logits.double().sum((0, 1))[:8].tolist())\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    ours = logits(attach_adapter(base.model, trained, "x")).double().sum((0, 1))[:8]
+    assert ours.tolist() == pytest.approx(json.loads(result.stdout.splitlines()[-1]), abs=1e-4)
+
+
+def test_an_attached_adapter_changes_the_model_and_can_be_taken_off(base, trained):
+    before = state(base.model)
+    without = logits(base.model)
+    model = attach_adapter(base.model, trained, "x")
+    assert (logits(model) - without).abs().max() > 1e-3
+    assert not model.training
+    assert equal(file_keys(model.state_dict()), trained.tensors)
+    unloaded = model.unload()
+    assert equal(state(unloaded), before)
+    assert logits(unloaded).equal(without)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda t: t.pop(sorted(t)[0]), r"1 tensors are missing: base_model.*lora_A\.weight"),
+        (lambda t: t.update({"base_model.model.x.lora_A.weight": torch.zeros(1)}), "have no place"),
+        (
+            lambda t: t.update({k: v[:, :5] for k, v in t.items() if "q_proj.lora_A" in k}),
+            r"q_proj\.lora_A\.weight has shape \[2, 5\], expected \[2, 32\]",
+        ),
+        (lambda t: t.clear(), "28 tensors are missing"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_one_line_and_the_base_is_unchanged(
+    base, trained, change, reason
+):
+    before = state(base.model)
+    change(trained.tensors)
+    with pytest.raises(LoragenError, match=rf"^some/where: does not fit.*{reason}") as error:
+        attach_adapter(base.model, trained, "some/where")
+    assert "\n" not in str(error.value)
+    assert equal(state(base.model), before)
+    good = read_adapter_again(trained)
+    if good is not None:
+        attach_adapter(base.model, good, "x")
+
+
+def read_adapter_again(adapter):
+    """The adapter as its configuration has it, zero throughout; None where tensors are gone."""
+    if len(adapter.tensors) < 28:
+        return None
+    known = {k: v for k, v in adapter.tensors.items() if "model.x." not in k}
+    wide = {k: torch.zeros(2, 32) if "q_proj.lora_A" in k else v for k, v in known.items()}
+    return Adapter(adapter.config, wide)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"r": 4},
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["no_such_module"]},
+    ],
+)
+def test_a_configuration_that_is_not_the_tensors_is_refused(base, trained, config):
+    before = state(base.model)
+    trained.config |= config
+    with pytest.raises(LoragenError, match="some/where: does not fit this base model"):
+        attach_adapter(base.model, trained, "some/where")
+    assert equal(state(base.model), before)
+
+
+def test_fields_of_a_newer_peft_are_left_out(base, trained):
+    trained.config["invented_in_the_future"] = {"x": 1}
+    assert attach_adapter(base.model, trained, "x") is not None
+
+
+@pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_directory_that_is_no_adapter_says_what_it_lacks(tmp_path, trained, missing):
+    write_adapter(tmp_path / "adapter", trained, "")
+    (tmp_path / "adapter" / missing).unlink()
+    with pytest.raises(UsageError, match=f"not a PEFT adapter .it has no {missing}"):
+        read_adapter(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("broken", ["adapter_config.json", "adapter_model.safetensors"])
+def test_broken_files_are_one_line(tmp_path, trained, broken):
+    write_adapter(tmp_path / "adapter", trained, "")
+    (tmp_path / "adapter" / broken).write_text("{", encoding="utf-8")
+    with pytest.raises(DataError, match=broken) as error:
+        read_adapter(tmp_path / "adapter")
+    assert "\n" not in str(error.value)
+
+
+def test_a_configuration_is_sorted_plain_data():
+    from peft import LoraConfig
+
+    modules = {"v_proj", "q_proj", "k_proj", "o_proj"}
+    config = plain_config(LoraConfig(r=4, target_modules=modules, task_type="CAUSAL_LM"))
+    assert config["target_modules"] == sorted(modules)
+    assert list(config) == sorted(config)
+    assert config["inference_mode"] is True
+    assert json.loads(json.dumps(config)) == config
+
+
+def test_live_and_lightning_keys_become_those_of_files():
+    tensors = {
+        "base_model.model.q_proj.lora_A.default.weight": torch.zeros(1),
+        "model.base_model.model.q_proj.lora_B.default.weight": torch.ones(1),
+        "base_model.model.q_proj.base_layer.weight": torch.zeros(1),
+    }
+    keys = file_keys(tensors)
+    assert set(keys) == {
+        "base_model.model.q_proj.lora_A.weight",
+        "base_model.model.q_proj.lora_B.weight",
+    }
+    assert file_keys(keys).keys() == keys.keys()
+
+
+def test_layers_sort_as_numbers():
+    keys = ["layers.10.x", "layers.2.x", "layers.2.a", "lm_head"]
+    assert sorted(keys, key=natural_key) == ["layers.2.a", "layers.2.x", "layers.10.x", "lm_head"]
+
+
+def test_equal_shapes_have_no_mismatch():
+    shapes = {"a": torch.Size([1, 2])}
+    assert shape_mismatch(shapes, dict(shapes)) is None
+    assert shape_mismatch({}, {}) is None

@@ -1,0 +1,96 @@
+import hashlib
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loragen.core.errors import UsageError
+from loragen.core.files import (
+    refuse_existing,
+    sha256,
+    sha256_text,
+    write_json,
+    write_text,
+    written_atomically,
+)
+
+
+def contents(directory):
+    return {p.relative_to(directory).as_posix() for p in directory.rglob("*")}
+
+
+def test_a_file_appears_with_its_parents(tmp_path):
+    write_text(tmp_path / "a" / "b" / "c.txt", "ä\n")
+    assert (tmp_path / "a/b/c.txt").read_bytes() == "ä\n".encode()
+    assert contents(tmp_path) == {"a", "a/b", "a/b/c.txt"}
+
+
+def test_nothing_is_there_until_the_block_has_ended(tmp_path):
+    with written_atomically(tmp_path / "f") as temporary:
+        temporary.write_text("half", encoding="utf-8")
+        assert not (tmp_path / "f").exists()
+    assert (tmp_path / "f").read_text(encoding="utf-8") == "half"
+
+
+@pytest.mark.parametrize("old", [None, "file", "directory"])
+@pytest.mark.parametrize("new", ["file", "directory", "nothing yet"])
+def test_an_error_leaves_what_was_there_and_nothing_else(tmp_path, old, new):
+    target = tmp_path / "target"
+    if old == "file":
+        target.write_text("old", encoding="utf-8")
+    elif old == "directory":
+        target.mkdir()
+        (target / "old").touch()
+    before = contents(tmp_path)
+    with pytest.raises(KeyboardInterrupt), written_atomically(target) as temporary:
+        if new == "file":
+            temporary.write_text("new", encoding="utf-8")
+        elif new == "directory":
+            temporary.mkdir()
+            (temporary / "new").touch()
+        raise KeyboardInterrupt
+    assert contents(tmp_path) == before
+
+
+def test_a_file_is_replaced(tmp_path):
+    write_text(tmp_path / "f", "old")
+    write_text(tmp_path / "f", "new")
+    assert (tmp_path / "f").read_text(encoding="utf-8") == "new"
+    assert contents(tmp_path) == {"f"}
+
+
+def test_a_directory_is_replaced_whole(tmp_path):
+    for name in ("old", "new"):
+        with written_atomically(tmp_path / "d") as temporary:
+            temporary.mkdir()
+            (temporary / name).touch()
+    assert contents(tmp_path) == {"d", "d/new"}
+
+
+def test_json_is_readable_text(tmp_path):
+    write_json(tmp_path / "x.json", {"größe": [1, 2.5, None]})
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"größe": [1, 2.5, None]}
+    assert "größe" in text
+    assert text.endswith("}\n")
+
+
+def test_an_existing_output_needs_force(tmp_path):
+    refuse_existing(tmp_path / "new", force=False)
+    refuse_existing(tmp_path, force=True)
+    with pytest.raises(UsageError, match="exists already.*--force"):
+        refuse_existing(tmp_path, force=False)
+
+
+def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path):
+    (tmp_path / "f").write_bytes(b"x" * 3_000_000)
+    assert sha256(tmp_path / "f") == hashlib.sha256(b"x" * 3_000_000).hexdigest()
+
+
+@given(st.lists(st.text()), st.lists(st.text()))
+def test_different_lists_of_texts_have_different_hashes(one, other):
+    """Also where only the borders differ: ["ab"] and ["a", "b"]."""
+    assert (sha256_text(*one) == sha256_text(*other)) == (one == other)
+    joined = ["".join(one)]
+    assert (sha256_text(*joined) == sha256_text(*one)) == (joined == one)

@@ -1,0 +1,137 @@
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from loragen.core import runs
+from loragen.core.errors import DataError, PluginError, UsageError
+from loragen.core.runs import (
+    DatasetRecord,
+    GeneratorManifest,
+    LoraManifest,
+    checkpoint_files,
+    checkpoint_name,
+    create_run_directory,
+    generator_file,
+    plugin_records,
+    read_manifest,
+    run_directory_of,
+    write_manifest,
+)
+
+
+@pytest.fixture
+def manifest():
+    return LoraManifest(
+        base_model="demo",
+        dataset=DatasetRecord(name="arc", path="/data/arc.jsonl", sha256="0" * 64, rows=3),
+        adapter_config={"r": 8, "target_modules": ["q_proj"]},
+        seed=42,
+        max_steps=125,
+        steps=[76, 77],
+        plugins=plugin_records({"schedule": ["two-stage"], "logger": ["swanlab"]}),
+        logger_run_ids={"swanlab": "abc"},
+    )
+
+
+def test_a_run_is_named_after_what_and_when(tmp_path):
+    directory = create_run_directory(tmp_path / "runs", "arc_lora")
+    assert directory.is_dir()
+    assert re.fullmatch(r"arc_lora_\d{8}_\d{6}", directory.name)
+
+
+def test_runs_of_one_second_do_not_share_a_directory(tmp_path, monkeypatch):
+    class Frozen(runs.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 11, 21, 4, 5, 6)
+
+    monkeypatch.setattr(runs, "datetime", Frozen)
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: create_run_directory(tmp_path, "arc_lora"), range(16)))
+    first = "arc_lora_20261121_040506"
+    assert {d.name for d in made} == {first, *(f"{first}_{n}" for n in range(2, 17))}
+
+
+def test_a_manifest_comes_back_equal(tmp_path, manifest):
+    write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path, LoraManifest) == manifest
+    write_manifest(tmp_path, manifest.model_copy(update={"status": "success", "seconds": 1.5}))
+    assert read_manifest(tmp_path, LoraManifest).status == "success"
+
+
+def test_a_manifest_says_which_code_took_part(manifest):
+    found = {(record.kind, record.name, record.distribution) for record in manifest.plugins}
+    assert found == {("schedule", "two-stage", "loragen"), ("logger", "swanlab", "loragen")}
+    with pytest.raises(PluginError, match="unknown schedule 'none'"):
+        plugin_records({"schedule": ["none"]})
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"format_version": 2}, "format 2 is newer than this loragen reads"),
+        ({"kind": "generator"}, "not the manifest of a lora run"),
+        ({"dataset": None}, "not the manifest of a lora run"),
+    ],
+)
+def test_what_is_not_our_manifest_is_refused(tmp_path, manifest, change, reason):
+    document = {**manifest.model_dump(mode="json"), **change}
+    (tmp_path / "manifest.json").write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(DataError, match=reason) as error:
+        read_manifest(tmp_path, LoraManifest)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null"])
+def test_a_broken_manifest_is_one_line(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=r"manifest\.json: not the manifest") as error:
+        read_manifest(tmp_path, GeneratorManifest)
+    assert "\n" not in str(error.value)
+
+
+def test_no_manifest_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="not a run directory"):
+        read_manifest(tmp_path, LoraManifest)
+
+
+def test_the_run_of_a_path_inside_it(tmp_path, manifest, monkeypatch):
+    run = tmp_path / "runs" / "arc_lora_1"
+    file = run / "checkpoints" / checkpoint_name(76)
+    file.parent.mkdir(parents=True)
+    file.touch()
+    write_manifest(run, manifest)
+    for path in (run, run / "checkpoints", file):
+        assert run_directory_of(path) == run
+    monkeypatch.chdir(run)
+    assert run_directory_of(file.relative_to(run)).resolve() == run.resolve()
+    for path in (run.parent, tmp_path / "none"):
+        with pytest.raises(UsageError, match="neither a run directory nor inside one"):
+            run_directory_of(path)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_checkpoints_come_in_the_order_of_steps(tmp_path, inside):
+    """Also past 999, where the names no longer sort as text; `last.ckpt` has no step."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    steps = [76, 99, 100, 125, 1000, 20000]
+    for step in reversed(steps):
+        (folder / checkpoint_name(step)).touch()
+    (folder / "notes.txt").touch()
+    found = checkpoint_files(tmp_path if inside else folder)
+    assert [file.name for file in found] == [checkpoint_name(step) for step in steps]
+    assert found[0].name == "checkpoint-step-076.ckpt"
+
+
+def test_the_generator_of_an_experiment_or_the_file_itself(tmp_path):
+    file = tmp_path / "results/final_model/generator_model.pt"
+    with pytest.raises(UsageError, match="no generator there"):
+        generator_file(tmp_path)
+    with pytest.raises(UsageError, match="no generator there"):
+        generator_file(file)
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert generator_file(tmp_path) == generator_file(file) == file
