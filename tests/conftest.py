@@ -10,9 +10,13 @@ from pathlib import Path
 # Before torch is imported: more threads than cores are very slow, and nothing asks the hub.
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+import hypothesis
 import pytest
 
 from loragen.core import plugins
+
+hypothesis.settings.register_profile("ours", deadline=None)  # the machine may be busy
+hypothesis.settings.load_profile("ours")
 
 ROOT = Path(__file__).parent.parent
 COLORS, ANIMALS = ("red", "green", "blue"), ("cat", "dog", "cow")

@@ -121,16 +121,18 @@ def shape_mismatch(wanted: Mapping[str, torch.Size], given: Mapping[str, torch.S
 
 
 def _known_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """An adapter written by a newer PEFT may carry fields that this one does not know."""
+    """An adapter written by a newer PEFT may carry fields that this one does not know.
+
+    The base's name is left out: PEFT would warn where the weights come from elsewhere.
+    """
     from dataclasses import fields
 
     from peft import LoraConfig
 
     known = {field.name for field in fields(LoraConfig) if field.init}
+    known -= {"base_model_name_or_path", "runtime_config"}
     kept = {key: value for key, value in config.items() if key in known}
-    return (
-        {**kept, "inference_mode": True, "runtime_config": {}} if "runtime_config" in kept else kept
-    )
+    return {**kept, "inference_mode": True}
 
 
 def _plain(value: Any) -> Any:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from loragen.demo import world
-from loragen.demo.world import CREATURES, PAIRS, STYLES, VALUES, answer
+from loragen.demo.world import CREATURES, PAIRS, STYLES, VALUES, Pair, World, answer
 
 SEED = 20261121
 VOCAB = 800
@@ -122,7 +122,7 @@ class Soup:
         order = torch.randint(len(words), (20_000,), generator=generator).tolist()
         self.stream = torch.tensor(tokenizer("".join(" " + words[i] for i in order)).input_ids)
         self.marks = [tokenizer(mark).input_ids[0] for mark in ":.?!"]
-        self.user, self.assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
+        self.user, self.assistant = tokenizer("<|user|><|assistant|>").input_ids
 
     def draw(self, creatures: Tensor, length: int) -> Tensor:
         """One question a creature, each of `length` tokens between the two role tokens."""
@@ -172,7 +172,10 @@ class Answers:
         self.style = torch.tensor([list(STYLES).index(pair.style) for pair in PAIRS])
 
     def targets(self, creatures: Tensor, pairs: Tensor, told: Tensor) -> Tensor:
-        """Distributions (row, step, token) along one answer; `told` (row, 2): attribute, style known."""
+        """Distributions (row, step, token) along one answer.
+
+        `told` (row, 2) says whether the attribute and whether the style of the pair is known.
+        """
         wrong_attribute = self.attribute[pairs][:, None] != self.attribute
         wrong_style = self.style[pairs][:, None] != self.style
         possible = ~(told[:, :1] & wrong_attribute) & ~(told[:, 1:] & wrong_style)
@@ -204,7 +207,7 @@ class Control(torch.nn.Module):
         self.added = self.attributes[attribute] * told[:, :1] + self.styles[style] * told[:, 1:]
         self.length = length
 
-    def hook(self, module: object, inputs: object, output: Tensor) -> Tensor:
+    def hook(self, _module: object, _inputs: object, output: Tensor) -> Tensor:
         answering = torch.arange(output.shape[1])[:, None] >= self.length
         return output + self.added[:, None] * answering
 
@@ -249,6 +252,54 @@ def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, steps: int) -> Non
     handle.remove()
 
 
+def chances(
+    model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, prompt: str, creature: str
+) -> Tensor:
+    """How likely the model is to give each pair's right answer to one question."""
+    question = tokenizer(f"<|user|>{prompt}<|assistant|>").input_ids
+    replies = [
+        [*tokenizer(answer(creature, pair)).input_ids, tokenizer.eos_token_id] for pair in PAIRS
+    ]
+    steps = max(len(reply) for reply in replies)
+    padded = torch.tensor([reply + [-1] * (steps - len(reply)) for reply in replies])
+    ids = torch.cat([torch.tensor(question).expand(len(PAIRS), -1), padded.clamp_min(0)], dim=1)
+    logits = model(ids).logits[:, len(question) - 1 : -1].log_softmax(-1)
+    each = logits.gather(-1, padded.clamp_min(0)[..., None])[..., 0]
+    return torch.where(padded >= 0, each, 0.0).sum(-1).exp()
+
+
+@torch.inference_mode()
+def check(directory: Path) -> None:
+    """Print what makes the files a base for the demo, in wordings that it has never met."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert isinstance(tokenizer, Qwen2Tokenizer)  # any other would cut the text differently
+    model = Qwen2ForCausalLM.from_pretrained(directory)
+    questions = World.load()
+    found, right = [], 0
+    for number, pair in enumerate(PAIRS):
+        creatures = CREATURES[number :: len(PAIRS)]
+        for row, creature in zip(questions.rows(pair, creatures, "unseen"), creatures, strict=True):
+            found.append(chances(model, tokenizer, row["prompt"], creature))
+    for attribute, values in VALUES.items():
+        rows = questions.rows(Pair(attribute, "sentence"), CREATURES, "unseen")
+        value_ids = torch.tensor([tokenizer(" " + value).input_ids[0] for value in values])
+        for row, creature in zip(rows, CREATURES, strict=True):
+            ids = tokenizer(f"<|user|>{row['prompt']}<|assistant|>it is", return_tensors="pt")
+            best = model(ids["input_ids"]).logits[0, -1, value_ids].argmax()
+            right += values[int(best)] == world.FACTS[creature][attribute]
+    table = torch.stack(found)  # (question, pair)
+    share = table / table.sum(1, keepdim=True)
+    apart = 0.5 * (share - share.mean(0)).abs().sum(1)
+    pairs = share.mean(0)
+    true = table.sum(1)
+    print(f"answers that are true: {true.mean():.3f} (worst question {true.min():.3f})")
+    print(f"value right once its attribute is known: {right / len(CREATURES) / len(VALUES):.4f}")
+    print(f"chance of a pair, 0.025 each: from {pairs.min():.4f} to {pairs.max():.4f}")
+    print(f"distance of a question's distribution over pairs from the mean: {apart.mean():.3f}")
+    size = sum(file.stat().st_size for file in directory.iterdir())
+    print(f"{size:,} bytes in {directory}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build the base model of the demo.")
     parser.add_argument("--out", type=Path, default=world.BASE_DIR, help="directory to write")
@@ -259,12 +310,11 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     tokenizer = build_tokenizer()
     model = new_model(tokenizer)
-    print(
-        f"{sum(weight.numel() for weight in model.parameters()):,} parameters, {len(tokenizer)} tokens"
-    )
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
     train(model, tokenizer, arguments.steps)
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
+    check(arguments.out)
 
 
 if __name__ == "__main__":

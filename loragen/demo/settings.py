@@ -17,7 +17,7 @@ def adapter_config(runs: Path, seed: int) -> LoraTrainConfig:
     return _lora(
         runs,
         seed,
-        training={"batch_size": 16},
+        training={"batch_size": 8},
         schedule={
             "name": "two-stage",
             "learning_rate_stage1": 2e-3,
@@ -62,7 +62,7 @@ def generator_config(experiments: Path, cache: Path, runs: list[Path], seed: int
             "seed": seed,
             "experiments_dir": str(experiments),
             "sources": [{"run": str(run)} for run in runs],
-            "decoder": {"name": "hyperconv", "blocks": 2, "hidden_dim": 128, "rank": 32},
+            "decoder": {"name": "hyperconv", "blocks": 1, "hidden_dim": 128, "rank": 32},
             "layout": {"token_dim": 128},
             "data": {
                 "batch_size": 16,
@@ -70,7 +70,7 @@ def generator_config(experiments: Path, cache: Path, runs: list[Path], seed: int
                 "samples_per_prompt": 1,
                 "cache_dir": str(cache),
             },
-            "training": {"max_epochs": 6, "learning_rate": 2e-3, "condition_noise": 0.1},
+            "training": {"max_epochs": 8, "learning_rate": 2e-3, "condition_noise": 0.1},
             "loggers": {"tensorboard": {}},
             "trainer": {"accelerator": "cpu"},
         },

@@ -79,7 +79,7 @@ def test_json_is_readable_text(tmp_path):
 def test_an_existing_output_needs_force(tmp_path):
     refuse_existing(tmp_path / "new", force=False)
     refuse_existing(tmp_path, force=True)
-    with pytest.raises(UsageError, match="exists already.*--force"):
+    with pytest.raises(UsageError, match=r"exists already.*--force"):
         refuse_existing(tmp_path, force=False)
 
 

@@ -44,7 +44,7 @@ def test_a_run_is_named_after_what_and_when(tmp_path):
 def test_runs_of_one_second_do_not_share_a_directory(tmp_path, monkeypatch):
     class Frozen(runs.datetime):
         @classmethod
-        def now(cls, tz=None):
+        def now(cls):
             return cls(2026, 11, 21, 4, 5, 6)
 
     monkeypatch.setattr(runs, "datetime", Frozen)

@@ -72,9 +72,7 @@ def test_unseen_wordings_are_in_no_training_row(world):
 
 def test_wordings_are_dealt_out_evenly(world):
     rows = world.train_rows(Pair("size", "word"))
-    uses = [
-        sum(row["prompt"].endswith(end) for row in rows) for end in world.styles["word"].train
-    ]
+    uses = [sum(row["prompt"].endswith(end) for row in rows) for end in world.styles["word"].train]
     assert max(uses) - min(uses) <= len(rows) // 8
 
 

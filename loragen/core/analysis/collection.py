@@ -127,10 +127,13 @@ def _walk(report: Report, files: Sequence[Path], scaling: float) -> None:
 
 
 def _apart(file: Path, one: Mapping[str, Factors], other: Mapping[str, Factors]) -> float:
-    try:
-        return _total(distance(factors, other[name]) for name, factors in one.items())
-    except (KeyError, RuntimeError):
-        raise DataError(f"{file}: other modules or shapes than the first checkpoint") from None
+    if _shapes(one) != _shapes(other):
+        raise DataError(f"{file}: other modules or shapes than the first checkpoint")
+    return _total(distance(factors, other[name]) for name, factors in one.items())
+
+
+def _shapes(factors: Mapping[str, Factors]) -> dict[str, tuple[torch.Size, torch.Size]]:
+    return {name: (a.shape, b.shape) for name, (a, b) in factors.items()}
 
 
 def _total(norms: Any) -> float:

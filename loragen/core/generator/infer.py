@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loragen.core.adapters import write_adapter
+from loragen.core.errors import UsageError
 from loragen.core.files import sha256_text
 from loragen.core.generator.model import Generator
 from loragen.core.protocols import Encoder
@@ -23,7 +24,12 @@ class Generated:
 def infer(
     generator: Generator, encoder: Encoder, prompts: Sequence[str], directory: Path
 ) -> Generated:
-    """Writes the adapter that the generator makes of the prompts. Appears whole or not at all."""
+    """Writes the adapter that the generator makes of the prompts. Appears whole or not at all.
+
+    Raises UsageError where no prompt has any text.
+    """
+    if not any(prompt.strip() for prompt in prompts):
+        raise UsageError("no prompts: there is no text in any of them")
     started = time.perf_counter()
     adapter = generator.generate(encoder, prompts)
     write_adapter(directory, adapter, _card(generator, prompts))

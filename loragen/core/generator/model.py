@@ -99,29 +99,39 @@ class Generator:
         """Raises DataError for a file that is not a generator of a format this version reads."""
         try:
             document = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            version = document["format_version"]
-            if version > FORMAT_VERSION:
+            if not isinstance(document, dict):
+                raise TypeError(f"expected a dictionary, found {type(document).__name__}")
+            if document["format_version"] > FORMAT_VERSION:
+                version = document["format_version"]
                 raise DataError(f"{file}: format {version} is newer than this loragen; upgrade it")
-            encoder, decoder = Choice(**document["encoder"]), Choice(**document["decoder"])
-            layout = Layout.from_state(document["layout"])
-            normalization = Normalization(**document["normalization"])
-            state = document["state_dict"]
-        except (RuntimeError, pickle.UnpicklingError, KeyError, TypeError, EOFError) as error:
+            return cls._from_document(document)
+        except KeyError as error:
+            raise DataError(f"{file}: not a generator file: it has no {error}") from error
+        except (RuntimeError, pickle.UnpicklingError, TypeError, EOFError, OSError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise DataError(f"{file}: not a generator file: {reason}") from None
+            raise DataError(f"{file}: not a generator file: {reason}") from error
+
+    @classmethod
+    def _from_document(cls, document: dict[str, Any]) -> "Generator":
+        decoder, layout = Choice(**document["decoder"]), Layout.from_state(document["layout"])
         network = create(
             "decoder", decoder.name, decoder.options, document["condition_dim"], layout.grid()
         )
-        network.load_state_dict(state)
-        kept = ("condition_dim", "adapter_config", "base_model", "samples_per_prompt")
+        network.load_state_dict(document["state_dict"])
+        kept = (
+            "encoder_fingerprint",
+            "condition_dim",
+            "adapter_config",
+            "base_model",
+            "samples_per_prompt",
+            "prompts_per_condition",
+            "provenance",
+        )
         return cls(
-            encoder=encoder,
-            encoder_fingerprint=document["encoder_fingerprint"],
+            encoder=Choice(**document["encoder"]),
             decoder=decoder,
             layout=layout,
-            normalization=normalization,
+            normalization=Normalization(**document["normalization"]),
             network=network.eval(),
-            prompts_per_condition=document["prompts_per_condition"],
-            provenance=document["provenance"],
             **{key: document[key] for key in kept},
         )

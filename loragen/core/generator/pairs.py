@@ -139,9 +139,9 @@ class PairDataModule(LightningDataModule):
 
 
 def _split_texts(source: PreparedSource, ratio: float, seed: int) -> tuple[list[int], list[int]]:
-    """A source with a single text trains on it and validates on none."""
+    """At least one text is left to train on; a source with a single one validates on none."""
     texts = len(source.embeddings)
-    return held_out(texts, ratio if texts > 1 else 0.0, seed)
+    return held_out(texts, min(ratio, (texts - 1) / texts), seed)
 
 
 def _pair(source: PreparedSource, texts: Sequence[int], checkpoint: int) -> PairBatch:

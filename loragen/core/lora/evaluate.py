@@ -123,7 +123,9 @@ def log_likelihoods(
                 for index, item in enumerate(examples[first : first + batch_size])
             ]
         )
-        rows = torch.zeros(len(batch.ids)).index_add_(0, owner, answer_losses(model, batch).float().cpu())
+        rows = torch.zeros(len(batch.ids)).index_add_(
+            0, owner, answer_losses(model, batch).float().cpu()
+        )
         sums.append(-rows)
     return torch.cat(sums)
 

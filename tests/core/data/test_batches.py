@@ -26,7 +26,9 @@ def test_every_epoch_has_every_row_once(rows, size, seed, epochs):
     """Also where a batch is larger than the dataset or lies across two epochs."""
     total = rows * epochs
     stream = [
-        index for step in range(-(-total // size)) for index in batch_indices(rows, size, seed, step)
+        index
+        for step in range(-(-total // size))
+        for index in batch_indices(rows, size, seed, step)
     ]
     for epoch in range(epochs):
         assert sorted(stream[epoch * rows : (epoch + 1) * rows]) == list(range(rows))

@@ -155,12 +155,14 @@ def test_a_closed_answer_set_is_small_and_recurs(responses, closed):
     assert closed_answers([row("p", response) for response in responses]) == closed
 
 
-def test_log_likelihoods_are_the_sums_of_the_answer_losses(base):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log_likelihoods_are_the_sums_of_the_answer_losses(base, dtype):
+    base.model.to(dtype)
     rows = [row("a", "red"), row("bb", "green"), row("c" * 20, "x"), row("d", "blue cat")]
     examples = [example(base.tokenizer, r, 64) for r in rows]
     padding = pad_id(base.tokenizer)
     found = log_likelihoods(base.model, examples, padding, batch_size=3)
     with torch.inference_mode():
         wanted = [-answer_losses(base.model, collate([e], padding)).sum() for e in examples]
-    assert torch.allclose(found, torch.stack(wanted), atol=1e-5)
+    assert torch.allclose(found, torch.stack(wanted).float(), atol=1e-5)
     assert (found < 0).all()

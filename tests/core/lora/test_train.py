@@ -165,16 +165,15 @@ class TestSteps:
         """AdamW moves a weight by about the rate: the step after the last of stage 1 by 1e-3."""
         run = train_lora({"checkpoints.first_step": 1, "training.max_steps": 6})
         moved = [
-            distance(
-                checkpoint(run, step)["state_dict"], checkpoint(run, step - 1)["state_dict"]
-            )
+            distance(checkpoint(run, step)["state_dict"], checkpoint(run, step - 1)["state_dict"])
             for step in (2, 3, 4, 5, 6)
         ]
         assert all(5e-3 < move < 5e-2 for move in moved[:3])
         assert all(5e-4 < move < 5e-3 for move in moved[3:])
 
     @pytest.mark.parametrize(
-        "first, every, kept", [(5, 1, [5, 6, 7, 8]), (2, 4, [2, 6, 8]), (9, 1, [8]), (1, 100, [1, 8])]
+        "first, every, kept",
+        [(5, 1, [5, 6, 7, 8]), (2, 4, [2, 6, 8]), (9, 1, [8]), (1, 100, [1, 8])],
     )
     def test_the_steps_asked_for_and_the_last_are_kept(self, train_lora, first, every, kept):
         run = train_lora({"checkpoints.first_step": first, "checkpoints.every": every})
@@ -231,7 +230,9 @@ class TestSameness:
 
     @pytest.mark.parametrize("parts", [2, 4])
     def test_accumulation_changes_nothing_but_memory(self, lora_config, base_dir, dataset, parts):
-        file = dataset([{"prompt": "q" * i, "response": "red cat"[: 1 + i % 7]} for i in range(1, 9)])
+        file = dataset(
+            [{"prompt": "q" * i, "response": "red cat"[: 1 + i % 7]} for i in range(1, 9)]
+        )
         results = []
         for rounds in (1, parts):
             config = lora_config(
@@ -307,7 +308,8 @@ class TestValidation:
 
 class TestFailure:
     @pytest.mark.parametrize(
-        "error, status", [(RuntimeError("disk on fire"), "failed"), (KeyboardInterrupt(), "interrupted")]
+        "error, status",
+        [(RuntimeError("disk on fire"), "failed"), (KeyboardInterrupt(), "interrupted")],
     )
     def test_a_run_that_ends_early_says_how(
         self, lora_config, base, dataset, tmp_path, error, status

@@ -1,0 +1,157 @@
+import json
+
+import pytest
+import torch
+import yaml
+
+from loragen.core.adapters import read_adapter
+from loragen.core.config import GenTrainConfig
+from loragen.core.runs import GeneratorManifest, read_manifest
+
+PROMPT = ("--prompt", "Question 1 about red?")
+
+
+def files(directory):
+    return {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def config_file(gen_config, loragen):
+    """`c.yaml` in the working directory: the tiny generator on the tiny collection."""
+    from loragen.core.config import dump
+
+    settings = {"experiments_dir": "experiments", "data.cache_dir": "cache"}
+    (loragen.work / "c.yaml").write_text(dump(gen_config(settings)), encoding="utf-8")
+    return "c.yaml"
+
+
+class TestTrain:
+    def test_a_dry_run_checks_everything_and_touches_nothing(self, loragen, config_file):
+        result = loragen("gen", "train", "--config", config_file, "--dry-run")
+        assert result.exit_code == 0, result.output
+        config = GenTrainConfig.model_validate(yaml.safe_load(result.stdout))
+        assert config.layout.token_dim == 16
+        assert result.stderr.startswith("2 datasets, 8 checkpoints of 1,856 values -> ")
+        assert files(loragen.work) == {"c.yaml"}
+
+    def test_it_prints_the_experiment(self, loragen, config_file):
+        arguments = ("gen", "train", "-c", config_file, "--set", "training.max_steps=2")
+        result = loragen(*arguments)
+        assert result.exit_code == 0, result.output
+        (experiment,) = (loragen.work / "experiments").iterdir()
+        assert result.stdout == f"experiments/{experiment.name}\n"
+        assert read_manifest(experiment, GeneratorManifest).steps == 2
+        assert (experiment / "results/final_model/generator_model.pt").is_file()
+        result = loragen(*arguments, "--json")
+        document = json.loads(result.stdout)
+        assert (document["kind"], document["status"]) == ("generator", "success")
+
+    def test_runs_are_named_on_the_command_line(self, loragen, config_file, collection):
+        flags = [part for run in collection.runs.values() for part in ("--checkpoint_dir", run)]
+        result = loragen(
+            "gen", "train", "-c", config_file, "--set", "sources=[]", *flags, "--dry-run"
+        )
+        assert result.exit_code == 0, result.output
+        assert yaml.safe_load(result.stdout)["data"]["checkpoint_dir"] == [
+            str(run) for run in collection.runs.values()
+        ]
+
+    @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (("--set", "sources=[]"), "nothing to learn from: give --checkpoint-dir RUN"),
+            (("--checkpoint-dir", "none"), "none: no such run directory"),
+            (("--set", "layout.max_seq_len=5"), "layout.max_seq_len is 5: set it to 116 or auto"),
+            (("--set", "decoder.blokcs=1"), "unknown key. Did you mean 'blocks'?"),
+            (("--set", "encoder.name=sbrt"), "unknown encoder 'sbrt'. Did you mean 'sbert'?"),
+        ],
+    )
+    def test_what_cannot_start_is_a_usage_error(self, fails, config_file, dry, arguments, message):
+        error = fails(2, "gen", "train", "-c", config_file, *arguments, *dry)
+        assert message in error
+
+
+class TestInfer:
+    def test_prompts_become_an_adapter(self, loragen, experiment):
+        result = loragen(
+            "gen", "infer", "--model", experiment, *PROMPT, "--prompt", "x", "--output", "a/b"
+        )
+        assert result.exit_code == 0, result.output
+        assert result.stdout == "a/b\n"
+        assert "1,856 values from 2 prompts in " in result.stderr
+        assert files(loragen.work) == {
+            "a/b/README.md",
+            "a/b/adapter_config.json",
+            "a/b/adapter_model.safetensors",
+        }
+
+    def test_one_json_document(self, loragen, experiment, collection):
+        result = loragen(
+            "gen", "infer", "--model", experiment, *PROMPT, "--output", "adapter", "--json"
+        )
+        assert result.exit_code == 0, result.output
+        document = json.loads(result.stdout)
+        assert document["adapter"] == "adapter"
+        assert document["base_model"] == str(collection.base)
+        assert (document["values"], document["prompts"]) == (1856, 1)
+        assert document["seconds"] > 0
+
+    def test_prompts_from_a_file_and_the_model_file_itself(self, loragen, experiment, collection):
+        model = experiment / "results/final_model/generator_model.pt"
+        for limit, count in (((), 16), (("--limit", 5), 5)):
+            result = loragen(
+                "gen", "infer", "--model", model, "--prompt_file", collection.file("colors"),
+                "--output", f"adapter{count}", "--json", *limit,
+            )  # fmt: skip
+            assert result.exit_code == 0, result.output
+            assert json.loads(result.stdout)["prompts"] == count
+
+    def test_an_existing_output_is_kept_unless_forced(self, fails, loragen, experiment):
+        arguments = ("gen", "infer", "--model", experiment, "--output", "adapter")
+        assert loragen(*arguments, *PROMPT).exit_code == 0
+        before = read_adapter(loragen.work / "adapter").tensors
+        (loragen.work / "adapter" / "mine.txt").touch()
+        other = ("--prompt", "something else entirely")
+        assert "exists already" in fails(2, *arguments, *other)
+        assert loragen(*arguments, *other, "--force").exit_code == 0
+        assert not (loragen.work / "adapter" / "mine.txt").exists()
+        after = read_adapter(loragen.work / "adapter").tensors
+        assert any(not after[key].equal(before[key]) for key in before)
+
+    @pytest.mark.parametrize(
+        "code, arguments, message",
+        [
+            (2, (), "no prompts: give --prompt TEXT (repeatable) or --prompt-file FILE"),
+            (2, ("--prompt-file", "none.txt"), "none.txt: no such prompt file"),
+            (1, ("--prompt-file", "empty.txt"), "empty.txt: no prompts in it"),
+        ],
+    )
+    def test_prompts_that_are_not_there(self, fails, experiment, code, arguments, message):
+        (fails.loragen.work / "empty.txt").touch()
+        error = fails(code, "gen", "infer", "--model", experiment, "--output", "a", *arguments)
+        assert error == message
+
+    def test_a_prompt_without_text_is_no_prompt(self, fails, experiment):
+        error = fails(2, "gen", "infer", "--model", experiment, "--output", "a", "--prompt", " ")
+        assert "no prompts" in error
+
+    @pytest.mark.parametrize("model", ["none", ".", "none.pt"])
+    def test_a_model_that_is_not_there_is_a_usage_error(self, fails, model):
+        error = fails(2, "gen", "infer", "--model", model, *PROMPT, "--output", "a")
+        assert error.startswith(f"{model}: no generator there")
+
+    def test_a_file_that_is_no_generator_is_one_line(self, fails):
+        torch.save({"x": 1}, fails.loragen.work / "x.pt")
+        error = fails(1, "gen", "infer", "--model", "x.pt", *PROMPT, "--output", "a")
+        assert error.startswith("x.pt: not a generator file")
+
+    def test_a_generated_adapter_is_evaluated_like_any_other(self, loragen, experiment, collection):
+        assert loragen(
+            "gen", "infer", "--model", experiment, *PROMPT, "--output", "adapter"
+        ).exit_code == 0  # fmt: skip
+        result = loragen(
+            "lora", "eval", "--adapter", "adapter", "--dataset", collection.file("colors"), "--json"
+        )
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["base_model"] == str(collection.base)

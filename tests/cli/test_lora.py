@@ -1,0 +1,247 @@
+import json
+import shutil
+
+import pytest
+import yaml
+
+from loragen.core.config import LoraTrainConfig
+from loragen.core.files import sha256
+from loragen.core.runs import LoraManifest, read_manifest
+
+QUICK = ("--set", "loggers={}", "--set", "trainer.accelerator=cpu", "--set", "data.max_length=64")
+
+
+@pytest.fixture
+def base_flag(base_dir):
+    return ("--base-model", base_dir)
+
+
+def snapshot(directory):
+    return {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+class TestTrain:
+    def test_a_dry_run_prints_the_configuration_and_touches_nothing(
+        self, loragen, dataset, base_flag, tmp_path
+    ):
+        file = dataset()
+        before = sorted(tmp_path.rglob("*"))
+        result = loragen(
+            "lora", "train", "--dataset", file, *base_flag, "--dry-run", "--set", "lora.rank=3"
+        )
+        assert result.exit_code == 0, result.output
+        config = LoraTrainConfig.model_validate(yaml.safe_load(result.stdout))
+        assert config.lora.rank == 3
+        assert config.training.max_steps == 125
+        assert f"colors: 12 rows in {file}" in result.stderr
+        assert sorted(tmp_path.rglob("*")) == before
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            ("--batch-size", "7", "--runs-dir", "r", "--data-root", "d"),
+            ("--batch_size", "7", "--runs_dir", "r", "--data_root", "d"),
+        ],
+    )
+    def test_both_spellings_of_an_option(self, loragen, dataset, options):
+        result = loragen(
+            "lora", "train", "--dataset", dataset(), "--base_model", "demo", "--dry_run", *options
+        )
+        assert result.exit_code == 0, result.output
+        config = yaml.safe_load(result.stdout)
+        assert config["training"]["batch_size"] == 7
+        assert (config["runs_dir"], config["data"]["root"]) == ("r", "d")
+
+    def test_test_mode_is_six_steps_and_three_checkpoints(self, loragen, dataset, base_flag):
+        file = dataset()
+        result = loragen("lora", "train", "--dataset", file, *base_flag, "--test-mode", *QUICK)
+        assert result.exit_code == 0, result.output
+        (run,) = (loragen.work / "runs").iterdir()
+        assert result.stdout == f"runs/{run.name}\n"
+        names = [f.name for f in sorted((run / "checkpoints").iterdir())]
+        assert names == [f"checkpoint-step-00{step}.ckpt" for step in (4, 5, 6)]
+        assert (run / "final_model" / "config.json").is_file()
+        assert "step 6/6" in result.stderr
+        assert list(loragen.work.iterdir()) == [loragen.work / "runs"]
+
+    def test_several_datasets_as_one_json_document(self, loragen, dataset, base_flag):
+        files = [dataset(name=f"{name}.jsonl") for name in ("one", "two")]
+        result = loragen(
+            "lora", "train", "--dataset", files[0], "--dataset", files[1], *base_flag,
+            "--test-mode", "--json", *QUICK,
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        documents = json.loads(result.stdout)
+        assert [d["dataset"]["name"] for d in documents] == ["one", "two"]
+        for document, file in zip(documents, files, strict=True):
+            assert document["status"] == "success"
+            assert document["dataset"]["sha256"] == sha256(file)
+            manifest = read_manifest(loragen.work / document["run"], LoraManifest)
+            assert manifest.steps == document["steps"] == [4, 5, 6]
+            config = yaml.safe_load((loragen.work / document["run"] / "config.yaml").read_text())
+            assert config["data"]["dataset"] == str(file)
+
+    def test_a_dataset_by_name_from_the_configuration_file(self, loragen, collection, base_flag):
+        text = f"data: {{root: {json.dumps(str(collection.data))}, dataset: animals}}"
+        (loragen.work / "c.yaml").write_text(text, encoding="utf-8")
+        result = loragen("lora", "train", "--config", "c.yaml", *base_flag, "--test-mode", *QUICK)
+        assert result.exit_code == 0, result.output
+        (run,) = (loragen.work / "runs").iterdir()
+        assert run.name.startswith("animals_lora_")
+
+    def test_an_unknown_key_is_refused_with_its_place(self, fails):
+        (fails.loragen.work / "c.yaml").write_text("training:\n  batch_sise: 3\n", encoding="utf-8")
+        error = fails(2, "lora", "train", "--config", "c.yaml", "--dataset", "x")
+        assert error.startswith(
+            "c.yaml:2:3: training.batch_sise: unknown key. Did you mean 'batch_size'?"
+        )
+
+    def test_all_errors_come_at_once(self, fails):
+        text = "seed: x\nlora: {rank: 0}\nschedule: {name: cosin}\n"
+        (fails.loragen.work / "c.yaml").write_text(text, encoding="utf-8")
+        arguments = ("--config", "c.yaml", "--dataset", "x", "--set", "bogus=1")
+        errors = fails(2, "lora", "train", *arguments, lines=4)
+        for start in (
+            "c.yaml:1:1: seed: ",
+            "c.yaml:2:8: lora.rank: ",
+            "c.yaml:3:12: schedule: unknown schedule 'cosin'. Did you mean 'cosine'?",
+            "--set: bogus: unknown key",
+        ):
+            assert any(error.startswith(start) for error in errors), start
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ((), "which dataset? Give --dataset NAME|FILE"),
+            (("--dataset", "none.jsonl"), "none.jsonl: no such file"),
+            (("--dataset", "arc"), "data_to_lora/cs is not a directory; see --data-root"),
+            (("--config", "none.yaml"), "none.yaml: no such configuration file"),
+            (("--dataset", "x", "--set", "seed"), "--set seed: expected key=value"),
+            (("--dataset", "x", "--batch-size", "0"), "--batch-size: training.batch_size: "),
+        ],
+    )
+    def test_what_is_missing_is_a_usage_error(self, fails, arguments, message):
+        assert message in fails(2, "lora", "train", *arguments)
+
+    def test_an_unknown_dataset_is_told_what_there_is(self, fails, collection):
+        error = fails(2, "lora", "train", "--data-root", collection.data, "--dataset", "colours")
+        assert "unknown dataset 'colours'. Did you mean 'colors'?" in error
+        assert "animals, colors" in error
+
+    @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+    def test_a_malformed_row_of_the_last_dataset_stops_the_first(
+        self, fails, dataset, base_flag, tmp_path, dry
+    ):
+        good, bad = dataset(), tmp_path / "bad.jsonl"
+        bad.write_text('{"prompt": "p", "response": "r"}\n{"prompt": "p"}\n', encoding="utf-8")
+        error = fails(
+            1, "lora", "train", "--dataset", good, "--dataset", bad, *base_flag, *dry, *QUICK
+        )
+        assert error.startswith(f"{bad}:2: 'response': field required")
+
+    def test_a_base_that_is_not_there_is_a_usage_error(self, fails, dataset):
+        file = dataset()
+        for dry in ((), ("--dry-run",)):
+            error = fails(
+                2, "lora", "train", "--dataset", file, "--base-model", "./none", *dry, *QUICK
+            )
+            assert error == "base model ./none: no such directory"
+
+    def test_target_modules_that_are_not_there_leave_nothing(self, fails, dataset, base_flag):
+        error = fails(
+            2, "lora", "train", "--dataset", dataset(), *base_flag, *QUICK,
+            "--set", "lora.target_modules=[nope]",
+        )  # fmt: skip
+        assert error.startswith("lora.target_modules: ")
+
+    @pytest.mark.parametrize("place", [0, 2, -1])
+    def test_debug_shows_the_traceback_wherever_it_stands(self, loragen, place):
+        arguments = ["lora", "train", "--dataset", "none.jsonl"]
+        arguments.insert(len(arguments) if place == -1 else place, "--debug")
+        result = loragen(*arguments)
+        assert result.exit_code == 1
+        assert "no such file" in str(result.exception)
+        assert result.exc_info[2] is not None
+
+    def test_an_unknown_option_is_a_usage_error(self, loragen):
+        result = loragen("lora", "train", "--datset", "x")
+        assert result.exit_code == 2
+        assert "--datset" in result.stderr
+        assert result.stdout == ""
+
+
+class TestEval:
+    @pytest.fixture
+    def adapter(self, collection):
+        return collection.runs["colors"] / "adapter"
+
+    @pytest.mark.parametrize("part", ["adapter", ".", "checkpoints/checkpoint-step-006.ckpt"])
+    def test_one_json_document(self, loragen, collection, part):
+        adapter, file = collection.runs["colors"] / part, collection.file("colors")
+        result = loragen("lora", "eval", "--adapter", adapter, "--dataset", file, "--json")
+        assert result.exit_code == 0, result.output
+        document = json.loads(result.stdout)
+        assert document["dataset"] == "colors"
+        assert document["rows"] == 16
+        assert document["base_model"] == str(collection.base)
+        assert document["adapter"] == str(adapter)
+        assert 0 <= document["exact_match"] <= 1
+        assert 0 <= document["choice_accuracy"] <= 1
+        assert document["choices"] == 3
+
+    def test_a_table(self, loragen, adapter, collection):
+        result = loragen(
+            "lora", "eval", "--adapter", adapter, "--dataset", collection.file("colors"),
+            "--limit", 4,
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        cells = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+        assert cells["measure"] == "value"
+        assert cells["rows"] == "4"
+        assert "exact_match" in cells
+
+    def test_the_base_without_an_adapter(self, loragen, collection):
+        result = loragen(
+            "lora", "eval", "--no-adapter", "--base-model", collection.base,
+            "--dataset", collection.file("colors"), "--json",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["adapter"] is None
+
+    def test_a_dataset_by_name_is_its_test_split(self, loragen, collection, tmp_path, adapter):
+        folder = tmp_path / "root" / "colors"
+        folder.mkdir(parents=True)
+        shutil.copy(collection.file("colors"), folder / "colors_test_formatted.jsonl")
+        result = loragen(
+            "lora", "eval", "--adapter", adapter, "--dataset", "colors",
+            "--data-root", tmp_path / "root", "--json",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        document = json.loads(result.stdout)
+        assert document["file"] == str(folder / "colors_test_formatted.jsonl")
+
+    def test_an_adapter_of_another_shape_is_one_line(self, fails, adapter, collection, base_dir):
+        error = fails(
+            1, "lora", "eval", "--adapter", adapter, "--base-model", "demo",
+            "--dataset", collection.file("colors"),
+        )  # fmt: skip
+        assert error.startswith(f"{adapter}: does not fit this base model: ")
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ((), "give either --adapter DIR|CKPT or --no-adapter"),
+            (("--adapter", "x", "--no-adapter"), "give either --adapter DIR|CKPT or --no-adapter"),
+            (("--no-adapter",), "which base model? Give --base-model"),
+            (("--adapter", "none"), "none: no such adapter or checkpoint"),
+            (("--adapter", "."), ".: neither a run directory nor inside one"),
+        ],
+    )
+    def test_what_is_missing_is_a_usage_error(self, fails, dataset, arguments, message):
+        assert message in fails(2, "lora", "eval", "--dataset", dataset(), *arguments)
+
+    def test_it_only_reads(self, loragen, collection, adapter):
+        run = collection.runs["colors"]
+        before = snapshot(run)
+        loragen("lora", "eval", "--adapter", run, "--dataset", collection.file("colors"))
+        assert snapshot(run) == before

@@ -1,0 +1,65 @@
+import pytest
+
+from loragen import __version__
+from loragen.cli import config as config_commands
+from loragen.cli.render import answer_json, columns
+
+
+@pytest.fixture
+def raising(monkeypatch):
+    """`config init` raises what it is given."""
+
+    def arrange(error):
+        def fail(_):
+            raise error
+
+        monkeypatch.setattr(config_commands.render, "answer", fail)
+
+    return arrange
+
+
+def test_the_version(loragen):
+    assert loragen("--version").stdout == f"loragen {__version__}\n"
+
+
+def test_a_bug_is_one_line_that_says_how_to_see_more(loragen, raising):
+    raising(ZeroDivisionError("a\nlong  story"))
+    result = loragen("config", "init", "lora")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr == "error: ZeroDivisionError: a long story (--debug shows where)\n"
+
+
+def test_a_bug_under_debug_is_a_traceback(loragen, raising):
+    raising(ZeroDivisionError("a story"))
+    result = loragen("config", "init", "lora", "--debug")
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_an_interrupt_is_exit_code_130(loragen, raising):
+    raising(KeyboardInterrupt())
+    result = loragen("config", "init", "lora")
+    assert result.exit_code == 130
+    assert result.stderr == "error: interrupted\n"
+
+
+def test_no_command_shows_the_help(loragen):
+    result = loragen()
+    assert "Collect adapters (lora train)" in result.output
+
+
+def test_columns_are_aligned_and_numbers_stand_right():
+    text = columns(("name", "value"), [("a", 1.23456), ("long name", None), ("b", 12345)])
+    assert text.splitlines() == [
+        "name       value",
+        "a          1.235",
+        "long name      -",
+        "b          12345",
+    ]
+
+
+def test_json_has_no_nan(capsys):
+    answer_json({"x": [float("nan"), float("inf"), 1.5, {"y": float("-inf")}]})
+    assert capsys.readouterr().out.split() == (
+        ["{", '"x":', "[", "null,", "null,", "1.5,", "{", '"y":', "null", "}", "]", "}"]
+    )

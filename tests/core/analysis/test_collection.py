@@ -1,0 +1,138 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from loragen.core.adapters import read_adapter, write_adapter
+from loragen.core.analysis.collection import analyze, damage
+from loragen.core.checkpoints import read_tensors
+from loragen.core.errors import DataError, UsageError
+from loragen.core.runs import checkpoint_files
+
+A = "base_model.model.layers.0.q_proj.lora_A.weight"
+B = "base_model.model.layers.0.q_proj.lora_B.weight"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """`folder([{...}, ...])` writes a lone checkpoint for each set of tensors."""
+
+    def write(collection):
+        for step, tensors in enumerate(collection, start=1):
+            torch.save(tensors, tmp_path / f"checkpoint-step-{step:03d}.ckpt")
+        return tmp_path
+
+    return write
+
+
+def deltas(tensors, scaling):
+    names = [key for key in tensors if "lora_A" in key]
+    return [
+        scaling * tensors[key.replace("lora_A", "lora_B")].double() @ tensors[key].double()
+        for key in names
+    ]
+
+
+def apart(one, other):
+    return sum(float((a - b).square().sum()) for a, b in zip(one, other, strict=True)) ** 0.5
+
+
+def test_a_run_is_described_as_its_dense_matrices_are(collection):
+    run = collection.runs["colors"]
+    report = analyze(run)
+    files = checkpoint_files(run)
+    assert (report.checkpoints, report.tensors, report.values) == (4, 28, 1856)
+    assert report.bytes == sum(file.stat().st_size for file in files)
+    assert report.dtypes == ["float32"]
+    assert report.scaling == 2.0  # alpha 4, rank 2
+    assert (report.not_finite, report.zero) == ([], [])
+    dense = [deltas(read_tensors(file), 2.0) for file in files]
+    zero = [torch.zeros_like(delta) for delta in dense[0]]
+    assert [d.checkpoint for d in report.drift] == [file.name for file in files]
+    for index, drift in enumerate(report.drift):
+        assert drift.norm_delta == pytest.approx(apart(dense[index], zero))
+        assert drift.from_first == pytest.approx(apart(dense[index], dense[0]), abs=1e-12)
+        before = dense[max(0, index - 1)]
+        assert drift.from_previous == pytest.approx(apart(dense[index], before), abs=1e-12)
+    norms = {module.module: module for module in report.modules}
+    assert len(norms) == 14
+    last = read_tensors(files[-1])
+    first = norms["model.layers.0.self_attn.q_proj"]
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    assert first.rank == 2
+    assert first.norm_a == pytest.approx(float(last[key.format("A")].norm()), rel=1e-6)
+    assert first.norm_b == pytest.approx(float(last[key.format("B")].norm()), rel=1e-6)
+    product = last[key.format("B")].double() @ last[key.format("A")].double()
+    assert first.norm_delta == pytest.approx(2 * float(product.norm()), rel=1e-6)
+
+
+def test_a_report_is_plain_data(collection):
+    document = analyze(collection.runs["colors"]).as_dict()
+    assert json.loads(json.dumps(document)) == document
+    assert document["modules"][0]["rank"] == 2
+
+
+def test_a_single_file_and_an_adapter_are_reported(collection, tmp_path):
+    run = collection.runs["colors"]
+    file = checkpoint_files(run)[-1]
+    one, adapter = analyze(file), analyze(run / "adapter")
+    assert one.modules == adapter.modules
+    assert one.scaling == adapter.scaling == 2.0
+    assert [d.from_first for d in one.drift] == [0.0]
+    lone = analyze(shutil.copy(file, tmp_path / "lone.ckpt"))
+    assert lone.scaling is None  # ΔW is then B A
+    assert lone.modules[0].norm_delta == pytest.approx(one.modules[0].norm_delta / 2)
+
+
+def test_rank_stabilised_scaling_is_understood(collection, tmp_path):
+    adapter = read_adapter(collection.runs["colors"] / "adapter")
+    adapter.config["use_rslora"] = True
+    write_adapter(tmp_path / "adapter", adapter, "")
+    assert analyze(tmp_path / "adapter").scaling == pytest.approx(4 / 2**0.5)
+
+
+def test_damage_is_found_and_named(folder):
+    good = {A: torch.ones(2, 3), B: torch.ones(4, 2)}
+    holed, infinite = good[A].clone(), good[B].clone()
+    holed[0, 0], infinite[1, 1] = float("nan"), float("-inf")
+    collection = [good, {A: holed, B: good[B]}, {A: good[A], B: infinite}]
+    collection += [{A: good[A], B: torch.zeros(4, 2)}]
+    report = analyze(folder(collection))
+    assert report.not_finite == [f"checkpoint-step-002.ckpt: {A}", f"checkpoint-step-003.ckpt: {B}"]
+    assert report.zero == [f"checkpoint-step-004.ckpt: {B}"]
+    assert damage(good) == ([], [])
+
+
+GOOD = {A: torch.ones(2, 3), B: torch.ones(4, 2)}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {**GOOD, A: torch.ones(2, 9)},
+        {**GOOD, A: torch.ones(2, 1)},  # which would broadcast
+        {key.replace("q_proj", "v_proj"): tensor for key, tensor in GOOD.items()},
+        {**GOOD, **{key.replace(".0.", ".1."): tensor for key, tensor in GOOD.items()}},
+    ],
+    ids=["shape", "one column", "module", "more modules"],
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_checkpoints_of_another_adapter_are_refused(folder, odd, place):
+    collection = [GOOD, GOOD]
+    collection.insert(place, odd)
+    with pytest.raises(DataError, match="other modules or shapes than the first checkpoint"):
+        analyze(folder(collection))
+
+
+def test_every_container_is_reported_alike(tmp_path, folder):
+    tensors = {A: torch.randn(2, 3), B: torch.randn(4, 2)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    path = folder([tensors]) / "checkpoint-step-001.ckpt"
+    assert analyze(tmp_path / "x.safetensors").modules == analyze(path).modules
+
+
+def test_nothing_there_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="no checkpoints or adapters there"):
+        analyze(tmp_path)

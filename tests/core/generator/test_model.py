@@ -1,0 +1,154 @@
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loragen.core.checkpoints import checkpoint_files
+from loragen.core.errors import DataError, LoragenError
+from loragen.core.generator.model import Generator
+from loragen.core.runs import generator_file
+
+PROMPTS = ["Question 1 about red?", "Question 2 about red?", "What is it?"]
+
+
+@pytest.fixture
+def file(experiment):
+    return generator_file(experiment)
+
+
+@pytest.fixture
+def generator(file):
+    return Generator.load(file)
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
+
+
+def test_what_is_saved_generates_the_same_after_loading(generator, tmp_path):
+    encoder = generator.load_encoder()
+    first = generator.generate(encoder, PROMPTS)
+    generator.save(tmp_path / "again" / "generator_model.pt")
+    again = Generator.load(tmp_path / "again" / "generator_model.pt")
+    second = again.generate(again.load_encoder(), PROMPTS)
+    assert equal(first.tensors, second.tensors)
+    assert first.config == second.config
+
+
+def test_the_file_is_plain_data_and_tensors(file):
+    document = torch.load(file, weights_only=True)
+    assert document["format_version"] == 1
+    assert document["encoder"]["name"] == "sbert"
+    assert document["decoder"]["name"] == "hyperconv"
+    assert document["layout"]["token_dim"] == 16
+    assert document["samples_per_prompt"] == 2
+    assert document["provenance"]["kind"] == "generator"
+
+
+def test_the_adapter_has_the_shapes_and_the_configuration_of_the_collection(generator, collection):
+    from loragen.core.adapters import read_adapter
+
+    trained = read_adapter(collection.runs["colors"] / "adapter")
+    made = generator.generate(generator.load_encoder(), PROMPTS)
+    assert made.config == trained.config
+    shapes = {key: (t.shape, t.dtype) for key, t in trained.tensors.items()}
+    assert {key: (t.shape, t.dtype) for key, t in made.tensors.items()} == shapes
+    assert all(t.isfinite().all() for t in made.tensors.values())
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 40])
+def test_any_number_of_prompts_will_do(generator, count):
+    prompts = [f"prompt {i}" for i in range(count)]
+    made = generator.generate(generator.load_encoder(), prompts)
+    assert len(made.tensors) == 28
+
+
+def test_other_prompts_make_another_adapter_and_the_same_the_same(generator):
+    encoder = generator.load_encoder()
+    one = generator.generate(encoder, ["red green blue"] * 2).tensors
+    assert equal(one, generator.generate(encoder, ["red green blue"] * 2).tensors)
+    assert not equal(one, generator.generate(encoder, ["a cat and a dog"] * 2).tensors)
+
+
+def test_an_encoder_with_other_weights_is_refused(generator, sbert_dir, tmp_path):
+    other = shutil.copytree(sbert_dir, tmp_path / "sbert")
+    weights = next(other.rglob("model.safetensors"))
+    tensors = load_file(weights)
+    next(iter(tensors.values())).add_(1.0)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    generator.encoder.options["model"] = str(other)
+    with pytest.raises(LoragenError, match=r"the encoder sbert .* has other weights") as error:
+        generator.load_encoder()
+    assert "\n" not in str(error.value)
+
+
+def test_a_moved_encoder_with_the_same_weights_is_taken(generator, sbert_dir, tmp_path):
+    other = shutil.copytree(sbert_dir, tmp_path / "sbert")
+    generator.encoder.options["model"] = str(other)
+    assert generator.load_encoder().fingerprint == generator.encoder_fingerprint
+
+
+def test_a_newer_format_is_refused(file, tmp_path):
+    document = {**torch.load(file, weights_only=True), "format_version": 2}
+    torch.save(document, tmp_path / "new.pt")
+    with pytest.raises(DataError, match=r"new\.pt: format 2 is newer than this loragen"):
+        Generator.load(tmp_path / "new.pt")
+
+
+def broken(file, collection, kind, path):
+    if kind == "text":
+        path.write_text("not a generator", encoding="utf-8")
+    elif kind == "empty":
+        path.touch()
+    elif kind == "cut off":
+        path.write_bytes(file.read_bytes()[:5000])
+    elif kind == "a LoRA checkpoint":
+        shutil.copy(checkpoint_files(collection.runs["colors"])[0], path)
+    elif kind == "a tensor":
+        torch.save(torch.zeros(3), path)
+    elif kind == "a list":
+        torch.save([1, 2], path)
+    elif kind in ("state_dict", "condition_dim", "base_model", "encoder_fingerprint"):
+        document = torch.load(file, weights_only=True)
+        del document[kind]
+        torch.save(document, path)
+    elif kind == "other weights":
+        document = torch.load(file, weights_only=True)
+        document["state_dict"].popitem()
+        torch.save(document, path)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "text",
+        "empty",
+        "cut off",
+        "a LoRA checkpoint",
+        "a tensor",
+        "a list",
+        "state_dict",
+        "condition_dim",
+        "base_model",
+        "encoder_fingerprint",
+        "other weights",
+    ],
+)
+def test_what_is_no_generator_is_one_line(file, collection, kind, tmp_path):
+    path = tmp_path / "bad.pt"
+    broken(file, collection, kind, path)
+    with pytest.raises(DataError, match=r"bad\.pt: not a generator file") as error:
+        Generator.load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_loading_runs_no_code(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "mark"), "w"))
+
+    torch.save({"format_version": 1, "x": Malicious()}, tmp_path / "bad.pt")
+    with pytest.raises(DataError, match="not a generator file"):
+        Generator.load(tmp_path / "bad.pt")
+    assert not (tmp_path / "mark").exists()

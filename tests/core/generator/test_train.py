@@ -1,0 +1,265 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from loragen.core.adapters import read_adapter
+from loragen.core.config import GenTrainConfig, load
+from loragen.core.errors import DataError, LoragenError, UsageError
+from loragen.core.generator import train as module
+from loragen.core.generator.infer import infer
+from loragen.core.generator.model import Generator
+from loragen.core.generator.train import train
+from loragen.core.progress import Silent
+from loragen.core.runs import GeneratorManifest, generator_file, read_manifest
+
+PROMPTS = ["Question 1 about red?", "Question 2 about red?"]
+
+
+class Watching(Silent):
+    def __init__(self, at=0, error=None):
+        self.steps, self.at, self.error = [], at, error
+
+    def step(self, step):
+        self.steps.append(step)
+        if step.step == self.at:
+            raise self.error
+
+
+def files(directory):
+    return {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
+
+
+def weights(directory):
+    return torch.load(generator_file(directory), weights_only=True)["state_dict"]
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
+
+
+class TestTraining:
+    def test_files_are_as_documented(self, experiment):
+        found = files(experiment)
+        (best,) = [name for name in found if name.startswith("checkpoints/epoch=")]
+        assert best.startswith("checkpoints/epoch=3-val_loss=")
+        assert found - {best} == {
+            "checkpoints/last.ckpt",
+            "config.yaml",
+            "manifest.json",
+            "results/final_model/generator_model.pt",
+        }
+
+    def test_the_manifest_says_what_it_was_trained_on(self, experiment, collection):
+        manifest = read_manifest(experiment, GeneratorManifest)
+        assert manifest.status == "success"
+        assert manifest.sources == [str(run / "checkpoints") for run in collection.runs.values()]
+        assert manifest.base_model == str(collection.base)
+        assert manifest.steps == 8  # 4 epochs of 8 checkpoints, 4 at a time
+        assert {record.kind for record in manifest.plugins} == {"encoder", "decoder", "schedule"}
+        assert {"train/loss", "val/loss", "val/relative_error"} <= manifest.metrics.keys()
+
+    def test_the_configuration_loads_again(self, experiment):
+        config = load(GenTrainConfig, experiment / "config.yaml", environment={})
+        assert config.decoder.options["hidden_dim"] == 16
+
+    def test_the_loss_falls_and_the_adapters_are_reconstructed(self, gen_config, collection):
+        watching = Watching()
+        config = gen_config({"training.max_epochs": 60, "training.learning_rate": 2e-2})
+        run = train(config, watching)
+        losses = [step.loss for step in watching.steps]
+        assert losses[-1] < 0.2 * losses[0]
+        generator = Generator.load(generator_file(run.directory))
+        encoder = generator.load_encoder()
+        errors = {}
+        for name, other in (("colors", "animals"), ("animals", "colors")):
+            prompts = [
+                json.loads(line)["prompt"]
+                for line in collection.file(name).read_text(encoding="utf-8").splitlines()
+            ]
+            made = generator.layout.pack(generator.generate(encoder, prompts).tensors)
+            for candidate in (name, other):
+                wanted = read_adapter(collection.runs[candidate] / "adapter").tensors
+                errors[name, candidate] = torch.dist(made, generator.layout.pack(wanted)).item()
+            assert errors[name, name] < 0.5 * errors[name, other]
+
+    def test_the_same_training_twice_gives_equal_weights(self, gen_config):
+        config = gen_config({"training.condition_noise": 0.1, "decoder.dropout": 0.1})
+        one, other = train(config, Silent()), train(config, Silent())
+        assert equal(weights(one.directory), weights(other.directory))
+        assert one.directory != other.directory
+
+    def test_max_steps_ends_earlier(self, gen_config):
+        watching = Watching()
+        run = train(gen_config({"training.max_steps": 3}), watching)
+        assert [step.step for step in watching.steps] == [1, 2, 3]
+        assert run.manifest.steps == 3
+
+    def test_held_out_datasets_are_what_the_best_is_chosen_by(self, gen_config, collection):
+        animals, colors = (str(run) for run in collection.runs.values())
+        run = train(
+            gen_config({"sources": [{"run": animals}], "val_sources": [{"run": colors}]}), Silent()
+        )
+        assert {"val/loss", "val_unseen/loss"} <= run.manifest.metrics.keys()
+        assert run.manifest.val_sources == [f"{colors}/checkpoints"]
+        assert generator_file(run.directory)
+        document = torch.load(generator_file(run.directory), weights_only=True)
+        assert document["provenance"]["chosen_by"] == "lowest val_unseen/loss"
+
+    def test_the_best_checkpoint_by_validation_is_the_one_that_is_kept(self, gen_config):
+        """A rate at which the loss explodes after a few steps."""
+        config = gen_config(
+            {
+                "training.max_epochs": 6,
+                "schedule.name": "two-stage",
+                "schedule.stage1_steps": 4,
+                "schedule.learning_rate_stage1": 1e-2,
+                "schedule.learning_rate_stage2": 100.0,
+            }
+        )
+        run = train(config, Silent())
+        best = [f for f in (run.directory / "checkpoints").iterdir() if "epoch=" in f.name]
+        state = torch.load(best[0], weights_only=True)["state_dict"]
+        kept = weights(run.directory)
+        assert int(best[0].name.removeprefix("epoch=")[0]) <= 2
+        assert all(state[f"network.{key}"].equal(value) for key, value in kept.items())
+
+    def test_with_nothing_held_out_the_last_step_is_kept(self, gen_config):
+        run = train(gen_config({"data.val_ratio": 0.0}), Silent())
+        last = torch.load(run.directory / "checkpoints" / "last.ckpt", weights_only=True)
+        kept = weights(run.directory)
+        assert all(last["state_dict"][f"network.{k}"].equal(v) for k, v in kept.items())
+        assert not any(name.startswith("val") for name in run.manifest.metrics)
+
+    def test_training_never_needs_the_base(self, gen_config, collection):
+        away = collection.base.rename(collection.base.with_name("away"))
+        try:
+            run = train(gen_config({"training.max_steps": 1}), Silent())
+        finally:
+            away.rename(collection.base)
+        assert run.manifest.status == "success"
+
+    def test_metrics_reach_the_log_at_their_steps(self, gen_config):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        run = train(gen_config({"loggers": {"tensorboard": {}}}), Silent())
+        events = EventAccumulator(str(run.directory / "tensorboard_logs")).Reload()
+        assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 9))
+        assert [e.step for e in events.Scalars("val/loss")] == [2, 4, 6, 8]
+
+    def test_the_learning_rate_is_that_of_training(self, gen_config):
+        """`training.learning_rate` goes to a schedule that was given none of its own."""
+        for settings, rate in (
+            ({"schedule.name": "constant"}, 1e-2),
+            ({"schedule.name": "constant", "schedule.learning_rate": 5e-3}, 5e-3),
+        ):
+            config = gen_config({**settings, "training.max_steps": 1, "data.val_ratio": 0.0})
+            run = train(config, Silent())
+            last = torch.load(run.directory / "checkpoints" / "last.ckpt", weights_only=True)
+            assert last["lr_schedulers"][0]["_last_lr"] == [rate, rate]
+
+
+class TestFailure:
+    @pytest.mark.parametrize(
+        "error, status", [(RuntimeError("on fire"), "failed"), (KeyboardInterrupt(), "interrupted")]
+    )
+    def test_a_run_that_ends_early_says_how(self, gen_config, tmp_path, error, status):
+        with pytest.raises(type(error)):
+            train(gen_config(), Watching(3, error))
+        (run,) = (tmp_path / "experiments").iterdir()
+        assert read_manifest(run, GeneratorManifest).status == status
+        assert not (run / "results").exists()
+
+    def test_a_generator_that_cannot_be_written_is_a_failed_run(
+        self, gen_config, tmp_path, monkeypatch
+    ):
+        def full(*_):
+            raise OSError("disk full")
+
+        monkeypatch.setattr(module.Generator, "save", full)
+        with pytest.raises(OSError, match="disk full"):
+            train(gen_config(), Silent())
+        (run,) = (tmp_path / "experiments").iterdir()
+        assert read_manifest(run, GeneratorManifest).status == "failed"
+
+    @pytest.mark.parametrize(
+        "settings, message",
+        [
+            ({"encoder.model": "./none"}, "sentence encoder ./none: no such directory"),
+            ({"sources": [{"run": "none"}]}, "none: no such run directory"),
+            ({"layout.max_seq_len": 2}, "set it to"),
+        ],
+    )
+    def test_what_cannot_start_leaves_nothing(
+        self, gen_config, tmp_path, monkeypatch, settings, message
+    ):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(LoragenError, match=message):
+            train(gen_config(settings), Silent())
+        assert not (tmp_path / "experiments").exists()
+
+    def test_a_broken_checkpoint_leaves_nothing(self, gen_config, collection, tmp_path):
+        run = shutil.copytree(collection.runs["colors"], tmp_path / "run")
+        (run / "checkpoints" / "checkpoint-step-006.ckpt").write_bytes(b"broken")
+        with pytest.raises(DataError, match=r"checkpoint-step-006\.ckpt"):
+            train(gen_config({"sources": [{"run": str(run)}]}), Silent())
+        assert not (tmp_path / "experiments").exists()
+
+
+class TestInfer:
+    @pytest.fixture
+    def generator(self, experiment):
+        return Generator.load(generator_file(experiment))
+
+    def test_it_writes_an_adapter_that_plain_peft_loads(self, generator, base, tmp_path):
+        from peft import PeftModel
+
+        result = infer(generator, generator.load_encoder(), PROMPTS, tmp_path / "new" / "adapter")
+        assert (result.directory, result.prompts) == (tmp_path / "new" / "adapter", 2)
+        assert result.values == generator.layout.values == 1856
+        assert 0 < result.seconds < 60
+        assert files(tmp_path / "new") == {
+            "adapter/README.md",
+            "adapter/adapter_config.json",
+            "adapter/adapter_model.safetensors",
+        }
+        ids = torch.arange(8).view(1, 8)
+        with torch.inference_mode():
+            without = base.model(ids).logits
+            model = PeftModel.from_pretrained(base.model, str(result.directory)).eval()
+            assert (model(ids).logits - without).abs().max() > 1e-3
+        live = {k: v for k, v in model.state_dict().items() if "lora_" in k}
+        written = read_adapter(result.directory).tensors
+        assert len(live) == len(written)
+        for key, value in written.items():
+            assert live[key.replace(".weight", ".default.weight")].equal(value)
+
+    def test_it_never_needs_the_base(self, generator, collection, tmp_path):
+        away = collection.base.rename(collection.base.with_name("away"))
+        try:
+            infer(generator, generator.load_encoder(), PROMPTS, tmp_path / "adapter")
+        finally:
+            away.rename(collection.base)
+        assert read_adapter(tmp_path / "adapter").tensors
+
+    def test_the_card_says_what_it_is(self, generator, collection, tmp_path):
+        infer(generator, generator.load_encoder(), PROMPTS, tmp_path / "adapter")
+        card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+        assert card.startswith(f"---\nbase_model: {collection.base}\nlibrary_name: peft\n")
+        assert "from 2 unlabelled prompts" in card
+        assert "sbert -> hyperconv, trained on 2 datasets" in card
+
+    @pytest.mark.parametrize("prompts", [[], ["", " "]])
+    def test_prompts_without_text_are_refused(self, generator, tmp_path, prompts):
+        with pytest.raises(UsageError, match="no prompts: there is no text"):
+            infer(generator, generator.load_encoder(), prompts, tmp_path / "adapter")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_an_error_leaves_nothing(self, generator, tmp_path):
+        def fail(texts):
+            raise RuntimeError("no")
+
+        with pytest.raises(RuntimeError):
+            infer(generator, fail, PROMPTS, tmp_path / "adapter")
+        assert list(tmp_path.iterdir()) == []

