@@ -15,7 +15,6 @@ from loragen import __version__
 from loragen.cli import ckpt, config, demo, gen, lora, plugins, render
 from loragen.core.errors import EXIT_FAILED, EXIT_INTERRUPTED, LoragenError
 
-
 # Read when torch is loaded. Threads that spin while they wait make two trainings on one machine
 # ten times slower than threads that sleep; alone, a training does not notice.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -91,20 +91,32 @@ def attach_adapter(base: Any, adapter: Adapter, origin: str) -> Any:
     Raises LoragenError naming the first tensor that the base has no place for, or whose shape
     differs; PEFT itself would skip it or fail with a page of text. The base is then unchanged.
     """
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-    from peft.tuners.lora import LoraModel  # noqa: F401  # registers the tuner
+    from peft import LoraConfig, get_peft_model
 
     try:
         model = get_peft_model(base, LoraConfig(**_known_fields(adapter.config)))
     except ValueError as error:
         raise LoragenError(f"{origin}: does not fit this base model: {error}") from None
+    try:
+        swap_adapter(model, adapter, origin)
+    except LoragenError:
+        model.unload()
+        raise
+    return model.eval()
+
+
+def swap_adapter(model: Any, adapter: Adapter, origin: str) -> None:
+    """Gives other weights to a model that `attach_adapter` made; quicker than attaching again.
+
+    Raises LoragenError naming the first tensor that is missing, has no place or another shape.
+    """
+    from peft import set_peft_model_state_dict
+
     wanted = {key: value.shape for key, value in file_keys(model.state_dict()).items()}
     problem = shape_mismatch(wanted, {key: t.shape for key, t in adapter.tensors.items()})
     if problem:
-        model.unload()
         raise LoragenError(f"{origin}: does not fit this base model: {problem}")
     set_peft_model_state_dict(model, adapter.tensors)
-    return model.eval()
 
 
 def shape_mismatch(wanted: Mapping[str, torch.Size], given: Mapping[str, torch.Size]) -> str | None:

@@ -7,12 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from random import Random
 from statistics import fmean, pstdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from loragen.core.adapters import Adapter, attach_adapter, read_adapter
+from loragen.core.adapters import Adapter, attach_adapter, read_adapter, swap_adapter
 from loragen.core.base_models import BaseModel
 from loragen.core.data.prompts import read_prompts
 from loragen.core.data.rows import Row, read_rows
@@ -105,7 +105,7 @@ class Contest:
         stranger = unrelated(target, targets)
         foreign = drawn_prompts(read_rows(stranger.test_file), 1)[0]
         return {
-            "mean_adapter": self._mean_adapter(),
+            "mean_adapter": self._mean_adapter,
             "nearest_adapter": self._nearest_adapter(prompts),
             "multi_task": self.multi_task,
             "random_prompts": self.generator.generate(self.encoder, foreign),
@@ -118,6 +118,7 @@ class Contest:
         self._seconds.append(result.seconds)
         return read_adapter(directory)
 
+    @cached_property
     def _mean_adapter(self) -> Adapter:
         """The mean of all training checkpoints, which the generator's normalisation holds."""
         tensors = self.generator.layout.unpack(self.generator.normalization.mean)
@@ -140,15 +141,21 @@ class Contest:
         return self.encoder(prompts)[0].mean(dim=(0, 1))  # (dim,)
 
     def _score(self, adapter: Adapter, rows: Sequence[Row]) -> float:
-        model = attach_adapter(self.base.model, adapter, "adapter")
-        try:
-            return evaluate(model, self.base.tokenizer, rows, len(rows), choices=False).exact_match
-        finally:
-            self.base.model = model.unload()
+        swap_adapter(self._model, adapter, "a contestant")
+        return self._exact_match(rows)
 
     def _score_base(self, rows: Sequence[Row]) -> float:
-        scores = evaluate(self.base.model, self.base.tokenizer, rows, len(rows), choices=False)
+        with self._model.disable_adapter():
+            return self._exact_match(rows)
+
+    def _exact_match(self, rows: Sequence[Row]) -> float:
+        scores = evaluate(self._model, self.base.tokenizer, rows, len(rows), choices=False)
         return scores.exact_match
+
+    @cached_property
+    def _model(self) -> Any:
+        """The base with an adapter attached, whose weights are then swapped."""
+        return attach_adapter(self.base.model, self._mean_adapter, "the mean adapter")
 
 
 def drawn_prompts(rows: Sequence[Row], draws: int) -> list[list[str]]:

@@ -8,24 +8,23 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from loragen.core.adapters import Adapter, read_adapter
+from loragen.core.adapters import read_adapter
 from loragen.core.base_models import DEMO, load_base
 from loragen.core.errors import UsageError
 from loragen.core.files import write_json, write_text
 from loragen.core.generator.model import Generator
 from loragen.core.generator.train import train as train_generator
 from loragen.core.progress import Progress
-from loragen.core.protocols import Encoder
 from loragen.core.runs import generator_file
 from loragen.demo import settings
 from loragen.demo.contest import Contest, Target
-from loragen.demo.workers import Done, Job, Workers, as_they_finish
+from loragen.demo.workers import Done, Job, Workers
 from loragen.demo.world import PAIRS, WORLD_FILE, Pair, Wording, World
 
 SPLITS: dict[str, Wording] = {
@@ -51,59 +50,57 @@ class Demo:
         return self.out / "data" / pair.name / f"{split}{suffix}.jsonl"
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What gradient descent made."""
-
-    runs: list[Path]
-    seconds_each: float
-    multi_task: Adapter
-    oracles: dict[Path, Adapter]
-    """By the file each was trained on."""
-
-
 def run(
     out: Path, seed: int, world_file: Path | None, force: bool, say: Say, progress: Progress
 ) -> dict[str, Any]:
     """Runs the demo into `out` and returns what `results.json` holds."""
     started = time.perf_counter()
     world = World.load(world_file)
+    world_text = (world_file or WORLD_FILE).read_text(encoding="utf-8")
     _make_room(out, force)
     demo = Demo(out, seed, world, say, progress)
-    write_data(demo, world_file or WORLD_FILE)
+    write_data(demo, world_text)
     targets = choose_targets(demo)
-    trained = train_adapters(demo, targets)
-    generator = learn(demo, trained.runs)
-    encoder: Encoder = generator.load_encoder()
+    with Workers() as workers:
+        multi_task = workers.submit([multi_task_job(demo)])  # the longest goes first
+        collection = workers.submit(collection_jobs(demo))
+        oracles = workers.submit(oracle_jobs(demo, targets))
+        collected = finished(demo, "collect", collection)
+        runs = [done.directory for done in collected]
+        generator = learn(demo, runs)  # while the workers go on with the oracles
+        judges = finished(demo, "oracles", oracles)
+        everything = finished(demo, "multi-task", multi_task)[0]
+    demo.say(f"multi-task: stopped after {everything.steps} steps, {everything.seconds:.0f} s")
     contest = Contest(
-        load_base(DEMO),
-        generator,
-        encoder,
-        trained.runs,
-        trained.multi_task,
-        trained.oracles,
-        out / "generated",
+        base=load_base(DEMO),
+        generator=generator,
+        encoder=generator.load_encoder(),
+        runs=runs,
+        multi_task=read_adapter(everything.directory / "adapter"),
+        oracles={done.job.file: read_adapter(done.directory / "adapter") for done in judges},
+        generated=out / "generated",
     )
     table = contest.hold(targets)
     results = {
         "accuracy": table.accuracy,
         "spread": table.spread,
         "seconds": {
-            "train_adapter": round(trained.seconds_each, 3),
+            "train_adapter": round(fmean(done.seconds for done in collected), 3),
             "generate_adapter": round(table.seconds_to_generate, 4),
             "total": round(time.perf_counter() - started, 1),
         },
         "seed": seed,
         "held_out": [list(pair) for pair in world.held_out_pairs(seed)],
         "targets": {split: [t.pair.name for t in targets if t.split == split] for split in SPLITS},
+        "multi_task": {"steps": everything.steps, "patience": settings.MULTI_TASK_PATIENCE},
     }
     write_json(out / "results.json", results)
     return results
 
 
-def write_data(demo: Demo, world_file: Path) -> None:
+def write_data(demo: Demo, world_text: str) -> None:
     """The world file, and every dataset in both kinds of wording."""
-    shutil.copyfile(world_file, demo.out / "world.yaml")
+    write_text(demo.out / "world.yaml", world_text)
     for pair in PAIRS:
         for wordings in ("train", "unseen"):
             for split, rows in (
@@ -114,50 +111,36 @@ def write_data(demo: Demo, world_file: Path) -> None:
                 write_text(demo.data(pair, split, wordings), lines)
 
 
-def train_adapters(demo: Demo, targets: Sequence[Target]) -> Trained:
-    """The collection, the multi-task LoRA and the oracles, all by `lora train`."""
-    pairs = demo.world.training_pairs(demo.seed)
+def collection_jobs(demo: Demo) -> list[Job]:
+    """One adapter per training pair."""
     config = settings.adapter_config(demo.out / "runs", demo.seed)
-    collection = [Job(pair.name, demo.data(pair, "train", "train"), config) for pair in pairs]
+    pairs = demo.world.training_pairs(demo.seed)
+    return [Job(pair.name, demo.data(pair, "train", "train"), config) for pair in pairs]
+
+
+def oracle_jobs(demo: Demo, targets: Sequence[Target]) -> list[Job]:
+    """One adapter per target, from the target's own labels, in the target's wordings."""
     config = settings.oracle_config(demo.out / "oracles", demo.seed)
-    oracles = [Job(target.pair.name, target.train_file, config) for target in targets]
-    with Workers() as workers:
-        multi_task = workers.submit([_multi_task_job(demo, pairs)])  # the longest goes first
-        collected = _watched(demo, "collect", workers.submit(collection))
-        judged = _watched(demo, "oracles", workers.submit(oracles))
-        everything = next(as_they_finish(multi_task))
-    demo.say(
-        f"multi-task: {everything.steps} steps in {everything.seconds:.0f} s, until the validation "
-        f"loss had not improved for {settings.MULTI_TASK_PATIENCE}"
-    )
-    order = [job.name for job in collection]
-    collected.sort(key=lambda done: order.index(done.job.name))
-    return Trained(
-        runs=[done.directory for done in collected],
-        seconds_each=fmean(done.seconds for done in collected),
-        multi_task=read_adapter(everything.directory / "adapter"),
-        oracles={done.job.file: read_adapter(done.directory / "adapter") for done in judged},
-    )
+    return [Job(target.pair.name, target.train_file, config) for target in targets]
 
 
-def _multi_task_job(demo: Demo, pairs: Sequence[Pair]) -> Job:
-    """One LoRA on the rows of all training pairs."""
-    texts = [demo.data(pair, "train", "train").read_text(encoding="utf-8") for pair in pairs]
+def multi_task_job(demo: Demo) -> Job:
+    """One LoRA for the rows of all training pairs together."""
+    files = [job.file for job in collection_jobs(demo)]
     file = demo.out / "data" / "multi-task" / "train.jsonl"
-    write_text(file, "".join(texts))
-    config = settings.multi_task_config(demo.out / "multi_task", demo.seed)
-    return Job("multi-task", file, config)
+    write_text(file, "".join(one.read_text(encoding="utf-8") for one in files))
+    return Job("multi-task", file, settings.multi_task_config(demo.out / "multi_task", demo.seed))
 
 
-def _watched(demo: Demo, title: str, futures: Sequence[Future[Done]]) -> list[Done]:
-    """Results as they come, with a line after every eighth."""
-    finished: list[Done] = []
-    for done in as_they_finish(futures):
-        finished.append(done)
-        if len(finished) % 8 == 0 or len(finished) == len(futures):
-            each = fmean(one.seconds for one in finished)
-            demo.say(f"{title}: {len(finished)}/{len(futures)} adapters, {each:.1f} s each")
-    return finished
+def finished(demo: Demo, title: str, futures: Sequence[Future[Done]]) -> list[Done]:
+    """The results in the order of the jobs; while they come, a line after every eighth."""
+    seconds: list[float] = []
+    for future in as_completed(futures):
+        seconds.append(future.result().seconds)
+        if len(seconds) % 8 == 0:
+            each = fmean(seconds)
+            demo.say(f"{title}: {len(seconds)}/{len(futures)} adapters, {each:.1f} s each")
+    return [future.result() for future in futures]
 
 
 def learn(demo: Demo, runs: Sequence[Path]) -> Generator:

@@ -38,18 +38,19 @@ def oracle_config(runs: Path, seed: int) -> LoraTrainConfig:
 
 def multi_task_config(runs: Path, seed: int) -> LoraTrainConfig:
     """One LoRA for all datasets, trained until its validation loss stops improving."""
-    steps = 2000
+    steps = 2400
     return _lora(
         runs,
         seed,
         data={"val_ratio": 0.05},
         training={
             "max_steps": steps,
-            "batch_size": 16,
+            "batch_size": 24,
             "val_every": 100,
             "patience": MULTI_TASK_PATIENCE,
         },
-        schedule={"name": "constant", "learning_rate": 2e-3},
+        schedule={"name": "constant", "learning_rate": 1.5e-3},
+        trainer={"accelerator": "cpu", "gradient_clip_val": 1.0},
         checkpoints={"optimizer": "none", "first_step": steps},
         loggers={},
     )
@@ -70,7 +71,7 @@ def generator_config(experiments: Path, cache: Path, runs: list[Path], seed: int
                 "samples_per_prompt": 1,
                 "cache_dir": str(cache),
             },
-            "training": {"max_epochs": 8, "learning_rate": 2e-3, "condition_noise": 0.1},
+            "training": {"max_epochs": 8, "learning_rate": 2e-3, "condition_noise": 0.5},
             "loggers": {"tensorboard": {}},
             "trainer": {"accelerator": "cpu"},
         },

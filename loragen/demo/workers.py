@@ -5,8 +5,8 @@ fight over the same cores lose far more.
 """
 
 import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -62,11 +62,6 @@ class Workers:
 
     def submit(self, jobs: Iterable[Job]) -> list[Future[Done]]:
         return [self._pool.submit(_train, job) for job in jobs]
-
-
-def as_they_finish(futures: Iterable[Future[Done]]) -> Iterator[Done]:
-    for future in as_completed(futures):
-        yield future.result()
 
 
 def _start() -> None:
