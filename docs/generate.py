@@ -1,4 +1,4 @@
-"""Writes docs/cli.md from the commands themselves: `make docs`. A test checks that it is current."""
+"""Writes docs/cli.md from the commands themselves: `make docs`. A test checks that it is so."""
 
 import os
 from pathlib import Path

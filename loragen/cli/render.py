@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,12 +11,14 @@ import typer
 
 
 def answer(text: str) -> None:
-    typer.echo(text)
+    """One answer per command, however many processes a launcher has started for it."""
+    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+        typer.echo(text)
 
 
 def answer_json(document: Any) -> None:
     """One JSON document and nothing else; NaN and infinity become null, as JSON has neither."""
-    typer.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False))
+    answer(json.dumps(_finite(document), indent=2, ensure_ascii=False))
 
 
 def note(text: str) -> None:

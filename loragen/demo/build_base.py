@@ -314,6 +314,7 @@ def main() -> None:
     train(model, tokenizer, arguments.steps)
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
+    (arguments.out / "model.safetensors").chmod(0o644)  # it is written for its owner alone
     check(arguments.out)
 
 

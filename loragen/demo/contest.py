@@ -55,6 +55,14 @@ class Table:
     spread: dict[str, dict[str, float]]
     """split -> standard deviation of `generated` over targets, and over draws of prompts."""
     seconds_to_generate: float
+    """From prompts to files, the mean over all generations."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "accuracy": self.accuracy,
+            "spread": self.spread,
+            "seconds": {"generate_adapter": round(self.seconds_to_generate, 4)},
+        }
 
 
 @dataclass

@@ -80,19 +80,16 @@ def run(
         oracles={done.job.file: read_adapter(done.directory / "adapter") for done in judges},
         generated=out / "generated",
     )
-    table = contest.hold(targets)
     results = {
-        "accuracy": table.accuracy,
-        "spread": table.spread,
-        "seconds": {
-            "train_adapter": round(fmean(done.seconds for done in collected), 3),
-            "generate_adapter": round(table.seconds_to_generate, 4),
-            "total": round(time.perf_counter() - started, 1),
-        },
+        **contest.hold(targets).as_dict(),
         "seed": seed,
         "held_out": [list(pair) for pair in world.held_out_pairs(seed)],
         "targets": {split: [t.pair.name for t in targets if t.split == split] for split in SPLITS},
         "multi_task": {"steps": everything.steps, "patience": settings.MULTI_TASK_PATIENCE},
+    }
+    results["seconds"] |= {
+        "train_adapter": round(fmean(done.seconds for done in collected), 3),
+        "total": round(time.perf_counter() - started, 1),
     }
     write_json(out / "results.json", results)
     return results

@@ -214,3 +214,12 @@ def test_the_document_is_the_defaults_with_their_meaning(configure, command, mod
 
 def test_config_errors_are_usage_errors():
     assert ConfigError("x").exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["layout.max_seq_len=5x", "trainer.devices=[1]"])
+def test_a_value_that_fits_none_of_several_types_is_one_problem(text):
+    with pytest.raises(ConfigError) as caught:
+        load(GenTrainConfig, settings=[text], environment={})
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"--set: {text.partition('=')[0]}: ")
+    assert " or " in problem

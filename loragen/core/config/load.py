@@ -202,23 +202,38 @@ def _validated(
 def _problems(
     model: type[BaseModel], error: ValidationError, origins: Mapping[Loc, str], prefix: Loc
 ) -> list[str]:
-    return [_problem(model, detail, origins, prefix) for detail in error.errors()]
+    """One line per value; a value that fits none of several types gets their reasons in one."""
+    reasons: dict[Loc, list[str]] = {}
+    given: dict[Loc, str] = {}
+    for detail in error.errors():
+        keys = (*prefix, *detail["loc"])
+        if detail["type"] == "extra_forbidden":
+            known = _known_keys(model, detail["loc"][:-1])
+            hint = did_you_mean(str(keys[-1]), known)
+            reason = f"unknown key.{hint} Known: {listing(known, 20)}"
+        elif detail["type"] == "value_error":
+            reason = str(detail["ctx"]["error"])
+        elif detail["type"] == "missing":
+            reason = "is required"
+        else:
+            keys = _without_type_tags(keys, origins)
+            reason = f"{detail['msg'][0].lower()}{detail['msg'][1:]}"
+            given[keys] = f" (got {detail['input']!r})"
+        reasons.setdefault(keys, []).append(reason)
+    return [
+        (f"{_place(keys, origins)}{_dotted(keys)}: " if keys else "")
+        + " or ".join(dict.fromkeys(of))
+        + given.get(keys, "")
+        for keys, of in reasons.items()
+    ]
 
 
-def _problem(model: type[BaseModel], detail: Any, origins: Mapping[Loc, str], prefix: Loc) -> str:
-    noise = ("literal[", "function")
-    loc = tuple(part for part in detail["loc"] if not str(part).startswith(noise))
-    keys = (*prefix, *loc)
-    if detail["type"] == "extra_forbidden":
-        known = _known_keys(model, loc[:-1])
-        reason = f"unknown key.{did_you_mean(str(loc[-1]), known)} Known: {listing(known, 20)}"
-    elif detail["type"] == "value_error":
-        reason = str(detail["ctx"]["error"])
-    elif detail["type"] == "missing":
-        reason = "is required"
-    else:
-        reason = f"{detail['msg'][0].lower()}{detail['msg'][1:]} (got {detail['input']!r})"
-    return f"{_place(keys, origins)}{_dotted(keys)}: {reason}" if keys else reason
+def _without_type_tags(keys: Loc, origins: Mapping[Loc, str]) -> Loc:
+    """pydantic appends the tried type to the place of a union's value: `devices.int`."""
+    for length in range(len(keys), 0, -1):
+        if keys[:length] in origins:
+            return keys[:length]
+    return keys
 
 
 def _known_keys(model: type[BaseModel], loc: Loc) -> list[str]:

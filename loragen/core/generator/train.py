@@ -249,4 +249,5 @@ def _provenance(
     manifest.steps = steps
     manifest.metrics = {name: float(value) for name, value in module.metrics.items()}
     rule = f"lowest {best.monitor}" if best.monitor else "the last step (nothing was held out)"
-    return {**manifest.model_dump(mode="json"), "chosen_by": rule}
+    known = manifest.model_dump(mode="json", exclude={"status", "seconds", "logger_run_ids"})
+    return {**known, "chosen_by": rule}

@@ -77,7 +77,6 @@ def test_two_processes_train_what_one_does(work, two):
     assert (run / "final_model").is_dir()
 
 
-@pytest.mark.xfail(strict=True, reason="every process prints the answer")
 def test_two_processes_give_one_answer(two):
     (document,) = json.loads(two.stdout)
     assert document["status"] == "success"

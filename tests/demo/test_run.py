@@ -1,0 +1,74 @@
+"""The demo from end to end, with a few steps in place of the real number."""
+
+import json
+
+import pytest
+import yaml
+from peft import PeftModel
+
+from loragen.core.base_models import DEMO, load_base
+from loragen.core.errors import UsageError
+from loragen.core.progress import Silent
+from loragen.demo import settings
+from loragen.demo.contest import COLUMNS
+from loragen.demo.picture import draw
+from loragen.demo.run import SPLITS, run
+from loragen.demo.world import WORLD_FILE
+
+STEPS = 2
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    """The same recipes, cut short."""
+
+    def shorten(name):
+        recipe = getattr(settings, name)
+
+        def short(*arguments):
+            config = recipe(*arguments)
+            config.training.max_steps = STEPS
+            if hasattr(config, "checkpoints"):
+                config.checkpoints.first_step = STEPS
+            return config
+
+        monkeypatch.setattr(settings, name, short)
+
+    for name in ("adapter_config", "oracle_config", "multi_task_config", "generator_config"):
+        shorten(name)
+
+
+def test_the_whole_path_with_a_world_of_ones_own(few_steps, tmp_path):
+    world = yaml.safe_load(WORLD_FILE.read_text(encoding="utf-8"))
+    world["held_out"] = [["color", "word"], ["size", "list"]]
+    file = tmp_path / "my-world.yaml"
+    file.write_text(yaml.safe_dump(world), encoding="utf-8")
+    out = tmp_path / "out"
+    said = []
+    results = run(out, 3, file, False, said.append, Silent())
+    draw(results, out / "results.png")
+
+    assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
+    assert results["held_out"] == [["color", "word"], ["size", "list"]]
+    assert results["seed"] == 3
+    assert set(results["seconds"]) == {"train_adapter", "generate_adapter", "total"}
+    assert set(results["accuracy"]) == set(SPLITS)
+    for columns in results["accuracy"].values():
+        assert tuple(columns) == COLUMNS
+        assert all(0 <= value <= 1 for value in columns.values())
+    assert (out / "results.png").stat().st_size > 10_000
+    assert len(list((out / "runs").iterdir())) == 38
+    assert (out / "world.yaml").read_text(encoding="utf-8") == file.read_text(encoding="utf-8")
+    for split in ("train", "test"):
+        assert (out / "data" / "color-word" / f"{split}.jsonl").is_file()
+    generated = out / "generated" / "both" / "color-word" / "draw-0"
+    PeftModel.from_pretrained(load_base(DEMO).model, str(generated))
+    assert said
+
+
+def test_a_directory_that_is_no_demo_is_never_touched(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
+    for force in (False, True):
+        with pytest.raises(UsageError, match=str(tmp_path.name)):
+            run(tmp_path, 0, None, force, print, Silent())
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
