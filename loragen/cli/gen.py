@@ -75,10 +75,10 @@ def infer(
     """
     from loragen.core.errors import UsageError
     from loragen.core.files import refuse_existing
-    from loragen.core.runs import generator_file
+    from loragen.core.runs import ADAPTER_CONFIG, generator_file
 
     file = generator_file(model)
-    refuse_existing(output, force)
+    refuse_existing(output, force, marker=ADAPTER_CONFIG)
     if not prompt and prompt_file is None:
         raise UsageError("no prompts: give --prompt TEXT (repeatable) or --prompt-file FILE")
 

@@ -52,6 +52,8 @@ def train(
         _shorten(resolved)
     wanted = dataset or ([resolved.data.dataset] if resolved.data.dataset else [])
     datasets = [find_dataset(item, Path(resolved.data.root)) for item in _required(wanted)]
+    if len(wanted) == 1:
+        resolved.data.dataset = wanted[0]
     if dry_run:
         _check_inputs(resolved, datasets)
         render.answer(dump(resolved).rstrip())

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from loragen.core.errors import DataError, LoragenError, UsageError, listing
 from loragen.core.files import write_json, write_text, written_atomically
+from loragen.core.runs import ADAPTER_CONFIG
 
-CONFIG_FILE = "adapter_config.json"
+CONFIG_FILE = ADAPTER_CONFIG
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 

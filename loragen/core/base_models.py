@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from loragen.core.errors import LoragenError, UsageError
+from loragen.core.errors import LoragenError, UsageError, did_you_mean
 from loragen.core.quiet import quiet_libraries
 
 DEMO = "demo"
@@ -70,4 +70,7 @@ def _not_loaded(name: str, source: str, error: Exception) -> LoragenError:
     if Path(source).is_dir():
         return LoragenError(f"base model {name} does not load: {reason}")
     mirror = "" if os.environ.get("HF_ENDPOINT") else " (behind a slow network, set HF_ENDPOINT)"
-    return UsageError(f"base model {name}: not a directory, and the hub says: {reason}{mirror}")
+    return UsageError(
+        f"base model {name}: not a directory, and the hub says: {reason}"
+        f"{did_you_mean(name, [DEMO])}{mirror}"
+    )

@@ -1,6 +1,7 @@
 """Checkpoint files: the adapter's tensors out of whatever holds them. Nothing runs code."""
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +52,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         tensors = file_keys(read_safetensors(path))
     else:
-        document = _torch_load(path)
+        document = load_plain(path)
         tensors = file_keys(document.get("state_dict", document))
     if not tensors:
         raise DataError(f"{path}: no LoRA tensors in it (no key has 'lora_')")
@@ -85,12 +86,22 @@ def find_checkpoints(path: Path) -> list[Path]:
     return found
 
 
-def _torch_load(path: Path) -> dict[str, Any]:
+def load_plain(path: Path) -> dict[str, Any]:
+    """A dictionary that `torch.save` wrote, memory-mapped; runs no code.
+
+    Raises DataError for anything else.
+    """
+    if not zipfile.is_zipfile(path):  # the format of torch.save since 1.6
+        raise DataError(f"{path}: not a checkpoint that loads safely: torch.save did not write it")
     try:
         document = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{path}: not a checkpoint that loads safely: it holds more than tensors and plain data"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path}: not a checkpoint that loads safely: {reason}") from None
+        raise DataError(f"{path}: not a checkpoint that loads safely: {reason}") from error
     if not isinstance(document, dict):
         raise DataError(f"{path}: expected a dictionary, found {type(document).__name__}")
     return document

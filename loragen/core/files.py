@@ -38,10 +38,15 @@ def write_json(path: Path, document: Any) -> None:
     write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
-def refuse_existing(path: Path, force: bool) -> None:
-    """Raises UsageError where `path` exists and the user did not say `--force`."""
-    if path.exists() and not force:
+def refuse_existing(path: Path, force: bool, marker: str) -> None:
+    """Raises UsageError where `path` exists, unless the user said `--force` and it is an earlier
+    output of the same kind: a directory with the file `marker` in it, or an empty one."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not force:
         raise UsageError(f"{path} exists already; choose another place or add --force")
+    if not (path / marker).is_file():
+        raise UsageError(f"{path} has no {marker}: --force replaces only earlier outputs")
 
 
 def sha256(path: Path) -> str:

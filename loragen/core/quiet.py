@@ -4,7 +4,14 @@ import logging
 import os
 import warnings
 
-NOISY = ("lightning.pytorch", "lightning.fabric", "transformers", "sentence_transformers", "peft")
+NOISY = (
+    "lightning.pytorch",
+    "lightning.fabric",
+    "transformers",
+    "sentence_transformers",
+    "peft",
+    "huggingface_hub",
+)
 
 
 def quiet_libraries() -> None:

@@ -15,6 +15,7 @@ from loragen.core.plugins import describe
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
+ADAPTER_CONFIG = "adapter_config.json"
 CHECKPOINT_SUFFIX = ".ckpt"
 GENERATOR_FILE = Path("results/final_model/generator_model.pt")
 

@@ -77,10 +77,13 @@ def test_json_is_readable_text(tmp_path):
 
 
 def test_an_existing_output_needs_force(tmp_path):
-    refuse_existing(tmp_path / "new", force=False)
-    refuse_existing(tmp_path, force=True)
+    refuse_existing(tmp_path / "new", force=False, marker="mark")
+    (tmp_path / "mark").touch()
+    refuse_existing(tmp_path, force=True, marker="mark")
+    with pytest.raises(UsageError, match="has no other"):
+        refuse_existing(tmp_path, force=True, marker="other")
     with pytest.raises(UsageError, match=r"exists already.*--force"):
-        refuse_existing(tmp_path, force=False)
+        refuse_existing(tmp_path, force=False, marker="mark")
 
 
 def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path):

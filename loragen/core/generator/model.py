@@ -1,6 +1,5 @@
 """A generator: everything between a few prompts and an adapter, and the file that holds it."""
 
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loragen.core.adapters import Adapter
+from loragen.core.checkpoints import load_plain
 from loragen.core.data.prompts import joined
 from loragen.core.errors import DataError, LoragenError
 from loragen.core.files import written_atomically
@@ -97,17 +97,15 @@ class Generator:
     @classmethod
     def load(cls, file: Path) -> "Generator":
         """Raises DataError for a file that is not a generator of a format this version reads."""
+        document = load_plain(file)
         try:
-            document = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            if not isinstance(document, dict):
-                raise TypeError(f"expected a dictionary, found {type(document).__name__}")
-            if document["format_version"] > FORMAT_VERSION:
-                version = document["format_version"]
+            version = document["format_version"]
+            if version > FORMAT_VERSION:
                 raise DataError(f"{file}: format {version} is newer than this loragen; upgrade it")
             return cls._from_document(document)
         except KeyError as error:
             raise DataError(f"{file}: not a generator file: it has no {error}") from error
-        except (RuntimeError, pickle.UnpicklingError, TypeError, EOFError, OSError) as error:
+        except (RuntimeError, TypeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise DataError(f"{file}: not a generator file: {reason}") from error
 

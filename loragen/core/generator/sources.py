@@ -19,7 +19,13 @@ from loragen.core.errors import DataError, UsageError
 from loragen.core.files import sha256, sha256_text, written_atomically
 from loragen.core.generator.layout import Layout
 from loragen.core.protocols import Encoder
-from loragen.core.runs import LoraManifest, read_manifest, run_directory_of
+from loragen.core.runs import (
+    CHECKPOINTS,
+    MANIFEST,
+    LoraManifest,
+    read_manifest,
+    run_directory_of,
+)
 
 
 @dataclass(frozen=True)
@@ -50,12 +56,28 @@ def configured_sources(config: GenTrainConfig) -> list[SourceConfig]:
     """`sources` and `data.checkpoint_dir` together. Raises UsageError where there are none."""
     listed = config.data.checkpoint_dir or []
     directories = [listed] if isinstance(listed, str) else listed
-    sources = [*config.sources, *(SourceConfig(run=directory) for directory in directories)]
+    runs = [run for directory in directories for run in _runs_in(Path(directory))]
+    sources = [*config.sources, *(SourceConfig(run=str(run)) for run in runs)]
+    places = [Path(str(source.run or source.checkpoints)).resolve() for source in sources]
+    for place in places:
+        if places.count(place) > 1:
+            raise UsageError(f"{place.name} is named twice among the sources")
     if not sources:
         raise UsageError(
             "nothing to learn from: give --checkpoint-dir RUN (repeatable), or sources in the YAML"
         )
     return sources
+
+
+def _runs_in(directory: Path) -> list[Path]:
+    """The finished runs of a folder of runs; any other directory stands for itself."""
+    if (directory / MANIFEST).is_file() or directory.name == CHECKPOINTS:
+        return [directory]
+    runs = sorted(file.parent for file in directory.glob(f"*/{MANIFEST}"))
+    finished = [run for run in runs if read_manifest(run, LoraManifest).status == "success"]
+    if runs and not finished:
+        raise UsageError(f"{directory}: none of its {len(runs)} runs has finished")
+    return finished or [directory]
 
 
 def read_source(config: SourceConfig, max_checkpoints: int) -> Source:

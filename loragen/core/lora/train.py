@@ -1,5 +1,6 @@
 """Collect: one dataset -> a run directory with a checkpoint per step of stage 2."""
 
+import logging
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -25,6 +26,8 @@ from loragen.core.progress import Progress
 from loragen.core.runs import DatasetRecord, LoraManifest, plugin_records
 from loragen.core.session import RunSession, fit, make_trainer, outcome
 
+log = logging.getLogger(__name__)
+
 DTYPES = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
 
 
@@ -49,6 +52,7 @@ def train(
     Nothing is written before data, tokens and adapter are known to be good. Raises DataError for
     bad rows, UsageError where the adapter does not fit the base.
     """
+    _warn_of_missing_stages(config)
     data, record = load_data(config, name, file, base.tokenizer)
     model = new_adapter(base.model, config)
     try:
@@ -205,6 +209,16 @@ def _manifest(config: LoraTrainConfig, record: DatasetRecord, model: Any) -> Lor
             {"schedule": [config.schedule.name], "logger": list(config.loggers)}
         ),
     )
+
+
+def _warn_of_missing_stages(config: LoraTrainConfig) -> None:
+    first, last = config.checkpoints.first_step, config.training.max_steps
+    if first > last:
+        log.warning(
+            "checkpoints.first_step is %d and training.max_steps %d: only the last step is kept",
+            first,
+            last,
+        )
 
 
 def _card(config: LoraTrainConfig, run: str) -> str:

@@ -138,7 +138,7 @@ def broken(file, collection, kind, path):
 def test_what_is_no_generator_is_one_line(file, collection, kind, tmp_path):
     path = tmp_path / "bad.pt"
     broken(file, collection, kind, path)
-    with pytest.raises(DataError, match=r"bad\.pt: not a generator file") as error:
+    with pytest.raises(DataError, match=r"bad\.pt: (not a |expected )") as error:
         Generator.load(path)
     assert "\n" not in str(error.value)
 
@@ -149,6 +149,6 @@ def test_loading_runs_no_code(tmp_path):
             return (open, (str(tmp_path / "mark"), "w"))
 
     torch.save({"format_version": 1, "x": Malicious()}, tmp_path / "bad.pt")
-    with pytest.raises(DataError, match="not a generator file"):
+    with pytest.raises(DataError, match="loads safely"):
         Generator.load(tmp_path / "bad.pt")
     assert not (tmp_path / "mark").exists()
