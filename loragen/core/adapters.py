@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from loragen.core.errors import DataError, LoragenError, UsageError, listing
@@ -57,7 +57,8 @@ def write_adapter(directory: Path, adapter: Adapter, card: str) -> None:
     with written_atomically(directory) as temporary:
         temporary.mkdir()
         write_json(temporary / CONFIG_FILE, adapter.config)
-        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        # save_file would make it readable for its owner alone.
+        (temporary / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
         write_text(temporary / "README.md", card)
 
 
