@@ -53,10 +53,17 @@ class RunInfo:
     """The resolved configuration, plain data."""
     resume_id: str | None = None
     """The `run_id` of the run that is continued, if any."""
+    resume_step: int = 0
+    """Steps already done by the run that is continued; what it logged beyond them is void."""
 
 
 class RunLogger(Protocol):
-    """Opens a Lightning logger for a run, and closes it with the run's status."""
+    """Opens a Lightning logger for a run, and closes it with the run's status.
+
+    On rank 0 only. Lightning's `finalize` is called first, then `close`. A UsageError of the
+    constructor or of `open` is the user's mistake and stops the command; any other exception leaves
+    the logger out of a training that goes on.
+    """
 
     Config: ClassVar[type[BaseModel]]
 

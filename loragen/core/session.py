@@ -14,13 +14,12 @@ from typing import Any
 import psutil
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger
 
 from loragen.core.config import dump
 from loragen.core.files import write_text
-from loragen.core.plugins import create
 from loragen.core.progress import Progress, Step
-from loragen.core.protocols import RunInfo, RunLogger, Status
+from loragen.core.protocols import RunInfo, Status
+from loragen.core.run_loggers import RunLoggers
 from loragen.core.runs import CHECKPOINTS, Manifest, create_run_directory, write_manifest
 
 HARDWARE_EVERY = 10  # steps; reading the sensors costs about a millisecond
@@ -36,9 +35,7 @@ class RunSession(Callback):
     ) -> None:
         self._parent, self._prefix = parent, prefix
         self._config = config
-        self._loggers: dict[str, RunLogger] = {
-            name: create("logger", name, options) for name, options in config.loggers.items()
-        }
+        self._loggers = RunLoggers(config.loggers)
         self._trainer: Trainer | None = None
         self._started = time.monotonic()
         self.manifest = manifest
@@ -53,22 +50,18 @@ class RunSession(Callback):
         (self.directory / CHECKPOINTS).mkdir(exist_ok=True)
         for checkpoint in trainer.checkpoint_callbacks:
             checkpoint.dirpath = str(self.directory / CHECKPOINTS)  # type: ignore[attr-defined]
-        trainer.loggers = [self._open(logger) for logger in self._loggers.values()]
         if trainer.is_global_zero:
-            self.manifest.logger_run_ids = {
-                name: logger.run_id for name, logger in self._loggers.items() if logger.run_id
-            }
+            self._loggers.open(self._info())
+            self.manifest.logger_run_ids = self._loggers.run_ids
             write_text(self.directory / "config.yaml", dump(self._config))
             write_manifest(self.directory, self.manifest)
 
-    def _open(self, logger: RunLogger) -> Logger:
-        return logger.open(
-            RunInfo(
-                directory=self.directory,
-                name=self.directory.name,
-                project=f"loragen-{self.manifest.model_dump()['kind']}",
-                config=self._config.model_dump(mode="json"),
-            )
+    def _info(self) -> RunInfo:
+        return RunInfo(
+            directory=self.directory,
+            name=self.directory.name,
+            project=f"loragen-{self.manifest.model_dump()['kind']}",
+            config=self._config.model_dump(mode="json"),
         )
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -76,8 +69,7 @@ class RunSession(Callback):
         assert self._trainer is not None
         if self._trainer.is_global_zero:
             extra = hardware_usage() if step % HARDWARE_EVERY == 1 else {}
-            for logger in self._trainer.loggers:
-                logger.log_metrics({**metrics, **extra}, step=step)
+            self._loggers.log_metrics({**metrics, **extra}, step)
 
     def report(self, step: Step) -> None:
         assert self._trainer is not None
@@ -89,8 +81,7 @@ class RunSession(Callback):
         self.progress.stop()
         if self._trainer is None or not hasattr(self, "directory"):
             return
-        for logger in self._loggers.values():
-            logger.close(status)
+        self._loggers.close(status)
         self.manifest.status = status
         self.manifest.seconds = round(time.monotonic() - self._started, 2)
         if self._trainer.is_global_zero:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel, Field
 
-from loragen import LoragenError
+from loragen.core.errors import UsageError
 from loragen.core.protocols import RunInfo, Status
 
 if TYPE_CHECKING:
@@ -50,19 +50,14 @@ class SwanLab:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self._run: Any = None  # swanlab's Run; None on ranks other than 0
+        self._mode = _mode(config)
+        self._run: Any = None  # swanlab's Run, while it is open
         self._run_id: str | None = None
 
     def open(self, run: RunInfo) -> Logger:
-        from lightning.pytorch.utilities import rank_zero_only
-
         from loragen.plugins.loggers import _swanlab_run
 
-        mode = self._mode()
-        arguments = self._arguments(run)
-        if rank_zero_only.rank != 0:  # type: ignore[attr-defined]  # set on the function itself
-            return _swanlab_run.OpenRunLogger(mode=mode, **arguments)
-        logger = _swanlab_run.start(mode, arguments)
+        logger = _swanlab_run.start(_or_offline(self._mode), self._arguments(run))
         self._run = logger.experiment
         self._run_id = None if self._run.mode == "disabled" else str(self._run.id)
         return logger
@@ -77,18 +72,6 @@ class SwanLab:
 
             _swanlab_run.finish(self._run, status)
             self._run = None
-
-    def _mode(self) -> str:
-        mode = self.config.mode or os.environ.get("SWANLAB_MODE") or "offline"
-        if mode not in get_args(Mode):
-            raise LoragenError(f"SWANLAB_MODE is '{mode}'; it may be {', '.join(get_args(Mode))}")
-        if mode == "local" and find_spec("swanboard") is None:
-            log.warning(
-                "SwanLab's local dashboard is not installed (pip install 'swanlab[dashboard]'); "
-                "recording offline instead"
-            )
-            return "offline"
-        return "online" if mode == "cloud" else mode
 
     def _arguments(self, run: RunInfo) -> dict[str, Any]:
         config, environment = self.config, os.environ
@@ -108,3 +91,21 @@ class SwanLab:
         if run.resume_id is not None:
             arguments |= {"id": run.resume_id, "resume": "allow"}
         return arguments
+
+
+def _mode(config: SwanLab.Config) -> str:
+    mode = config.mode or os.environ.get("SWANLAB_MODE") or "offline"
+    if mode not in get_args(Mode):
+        raise UsageError(f"SWANLAB_MODE is '{mode}'; it may be {', '.join(get_args(Mode))}")
+    return "online" if mode == "cloud" else mode
+
+
+def _or_offline(mode: str) -> str:
+    """Where the dashboard is missing, SwanLab would record for it all the same, and in vain."""
+    if mode == "local" and find_spec("swanboard") is None:
+        log.warning(
+            "SwanLab's local dashboard is not installed (pip install 'swanlab[dashboard]'); "
+            "recording offline instead"
+        )
+        return "offline"
+    return mode

@@ -17,7 +17,8 @@ DIRECTORY = "tensorboard_logs"
 class TensorBoard:
     """Writes event files into `<run directory>/tensorboard_logs/`. Needs no service.
 
-    A resumed run adds another event file beside the first; TensorBoard reads them as one.
+    A resumed run adds another event file beside the first; TensorBoard reads them as one, without
+    the points that the first logged beyond the step the second went on from.
     """
 
     class Config(BaseModel, extra="forbid"):
@@ -38,6 +39,7 @@ class TensorBoard:
             version="",
             default_hp_metric=False,
             flush_secs=self.config.flush_secs,
+            purge_step=run.resume_step + 1 if run.resume_step else None,
         )
         return self._logger
 
