@@ -29,6 +29,17 @@ def train(
     test_mode: Annotated[
         bool, typer.Option("--test-mode", help="Six steps, three checkpoints: does it run?")
     ] = False,
+    track_batches: Annotated[
+        bool, typer.Option("--track-batches", help="Write which lines made which checkpoint.")
+    ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume",
+            "--resume-from-checkpoint",
+            help="Go on with a run, from its newest checkpoint or the one named.",
+        ),
+    ] = None,
     dry_run: DryRun = False,
     settings: Settings = None,
     json: Json = False,
@@ -39,26 +50,34 @@ def train(
     """
     from loragen.core.config import LoraTrainConfig, Override, dump, load
     from loragen.core.data.rows import find_dataset
+    from loragen.core.runs import CONFIG, LoraManifest, read_manifest, run_directory_of
 
     given = [
         (("base_model",), base_model, "--base-model"),
         (("data", "root"), data_root, "--data-root"),
         (("training", "batch_size"), batch_size, "--batch-size"),
         (("runs_dir",), str(runs_dir) if runs_dir else None, "--runs-dir"),
+        (("track_batches",), track_batches or None, "--track-batches"),
     ]
+    if resume:
+        directory = run_directory_of(resume)
+        manifest = read_manifest(directory, LoraManifest)
+        config = config or directory / CONFIG
+        given.append((("base_dtype",), manifest.base_dtype or None, "the run's manifest"))
+        dataset = dataset or [manifest.dataset.path]
     flags = [Override(*one) for one in given if one[1] is not None]
     resolved = load(LoraTrainConfig, config, settings or (), flags)
     if test_mode:
         _shorten(resolved)
     wanted = dataset or ([resolved.data.dataset] if resolved.data.dataset else [])
     datasets = [find_dataset(item, Path(resolved.data.root)) for item in _required(wanted)]
-    if len(wanted) == 1:
+    if len(wanted) == 1 and not resume:
         resolved.data.dataset = wanted[0]
     if dry_run:
         _check_inputs(resolved, datasets)
         render.answer(dump(resolved).rstrip())
         return
-    runs = _collect(resolved, wanted, datasets)
+    runs = _resume(resolved, datasets, resume) if resume else _collect(resolved, wanted, datasets)
     if json:
         render.answer_json(
             [{"run": str(run.directory), **run.manifest.model_dump()} for run in runs]
@@ -66,6 +85,24 @@ def train(
     else:
         for run in runs:
             render.answer(str(run.directory))
+
+
+def _resume(config: Any, datasets: list[tuple[str, Path]], path: Path) -> list[Any]:
+    """Goes on with the run at `path`."""
+    from loragen.cli.progress import terminal_progress
+    from loragen.core.errors import UsageError
+    from loragen.core.lora.precision import load_training_base
+    from loragen.core.lora.resume import find_resume_point
+    from loragen.core.lora.train import train
+
+    if len(datasets) > 1:
+        raise UsageError("--resume goes on with one run, and so with one dataset")
+    point = find_resume_point(path)
+    found = point.checkpoint.name if point.checkpoint else "no checkpoint"
+    render.note(f"{point.directory}: found {found}; the next step is {point.step + 1}")
+    base = load_training_base(config)
+    ((_, file),) = datasets
+    return [train(config, point.manifest.dataset.name, file, base, terminal_progress(), point)]
 
 
 def _shorten(config: Any) -> None:
@@ -102,10 +139,10 @@ def _collect(config: Any, items: list[str], datasets: list[tuple[str, Path]]) ->
     # A bad row of the last dataset is better known before the first has trained.
     for _, file in datasets:
         read_rows(file)
-    from loragen.core.base_models import load_base
-    from loragen.core.lora.train import base_dtype, train
+    from loragen.core.lora.precision import load_training_base
+    from loragen.core.lora.train import train
 
-    base = load_base(config.base_model, base_dtype(config))
+    base = load_training_base(config)
     runs = []
     for item, (name, file) in zip(items, datasets, strict=True):
         resolved = config.model_copy(deep=True)

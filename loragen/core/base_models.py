@@ -1,5 +1,6 @@
 """Base models: from a name to the model, its tokenizer, and nothing more than is needed."""
 
+import hashlib
 import os
 from dataclasses import dataclass
 from importlib.resources import files
@@ -24,6 +25,8 @@ class BaseModel:
     tokenizer: Any
     dtype: torch.dtype
     """What the weights are stored in; a merged model is saved in it."""
+    fingerprint: str
+    """A hash of the weights as stored: two bases of one fingerprint train alike."""
 
 
 def resolve_base(name: str) -> str:
@@ -43,8 +46,12 @@ def resolve_base(name: str) -> str:
     return name
 
 
-def load_base(name: str, dtype: torch.dtype | None = None) -> BaseModel:
+def load_base(
+    name: str, dtype: torch.dtype | None = None, quantization: Any | None = None
+) -> BaseModel:
     """The model in `dtype` (default: as stored), on the CPU, in eval mode, all frozen.
+
+    With a `quantization` of transformers it is on the GPU instead.
 
     Raises UsageError where it cannot be found, LoragenError where it does not load.
     """
@@ -54,7 +61,8 @@ def load_base(name: str, dtype: torch.dtype | None = None) -> BaseModel:
     source = resolve_base(name)
     try:
         stored = getattr(AutoConfig.from_pretrained(source), "dtype", None) or torch.float32
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or stored)
+        options = {"quantization_config": quantization} if quantization else {}
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or stored, **options)
         tokenizer = AutoTokenizer.from_pretrained(source)
         if not tokenizer("a").input_ids:  # transformers makes an empty one of missing files
             raise ValueError("its tokenizer makes no tokens of a text; is tokenizer.json missing?")
@@ -62,7 +70,23 @@ def load_base(name: str, dtype: torch.dtype | None = None) -> BaseModel:
         raise _not_loaded(name, source, error) from error
     model.requires_grad_(False)
     model.train(False)
-    return BaseModel(name, model, tokenizer, stored)
+    return BaseModel(name, model, tokenizer, stored, fingerprint(model))
+
+
+def fingerprint(model: Any, values: int = 512) -> str:
+    """A hash of names, shapes and an even sample of `values` of every weight, in float32: the same
+    for the same weights however they are stored in files, in 32 bits or fewer.
+
+    Reading all of a large model would take longer than a training step; fine-tuning moves nearly
+    every weight, so a sample tells.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        flat = weight.detach().reshape(-1)
+        sample = flat[:: max(1, len(flat) // values)].float().cpu()
+        digest.update(f"{name}:{tuple(weight.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _not_loaded(name: str, source: str, error: Exception) -> LoragenError:

@@ -29,6 +29,13 @@ def written_atomically(path: Path) -> Iterator[Path]:
         shutil.rmtree(holder, ignore_errors=True)
 
 
+def remove_unfinished(directory: Path) -> None:
+    """What a process killed inside `written_atomically` has left below `directory`."""
+    for holder in [*directory.glob(".*.*"), *directory.glob("*/.*.*")]:
+        if holder.is_dir():
+            shutil.rmtree(holder, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     with written_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")

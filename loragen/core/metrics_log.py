@@ -11,21 +11,31 @@ from loragen.core.files import written_atomically
 METRICS = "metrics.jsonl"
 
 
-class MetricsLog:
-    """Appends to `file`. A run that goes on after `resume_step` drops what was logged beyond it."""
+class StepLog:
+    """Appends to `file`, one JSON object with a `step` a line.
+
+    A run that goes on after `resume_step` drops what was written of later steps.
+    """
 
     def __init__(self, file: Path, resume_step: int = 0) -> None:
         self.file = file
-        if resume_step and file.exists():
+        if file.exists():
             _cut_back(file, resume_step)
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """One line, on the disk once this returns. What is not finite becomes null: JSON has
-        no word for it. Raises OSError."""
-        values = {name: value if isfinite(value) else None for name, value in metrics.items()}
-        line = json.dumps({"step": step, **values}) + "\n"
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """One line, on the disk once this returns. Raises OSError."""
+        self.file.parent.mkdir(exist_ok=True)
         with self.file.open("ab") as file:  # nothing stays open: a kill loses nothing
-            file.write(line.encode())
+            file.write((json.dumps(entry) + "\n").encode())
+
+
+class MetricsLog(StepLog):
+    """The log of `train/loss` and its like."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """What is not finite becomes null: JSON has no word for it."""
+        values = {name: value if isfinite(value) else None for name, value in metrics.items()}
+        self.append({"step": step, **values})
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:

@@ -14,9 +14,12 @@ from loragen.core.plugins import describe
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 ADAPTER_CONFIG = "adapter_config.json"
 CHECKPOINT_SUFFIX = ".ckpt"
+LAST_CHECKPOINT = Path("checkpoints/last.ckpt")
+"""What a killed run goes on from; no part of the collection."""
 GENERATOR_FILE = Path("results/final_model/generator_model.pt")
 
 
@@ -25,6 +28,8 @@ class DatasetRecord(BaseModel):
     path: str
     sha256: str
     rows: int
+    tokens: str = ""
+    """The hash of the rows in tokens: tells of another tokenizer or chat template."""
 
 
 class PluginRecord(BaseModel):
@@ -53,6 +58,9 @@ class LoraManifest(Manifest):
 
     kind: Literal["lora"] = "lora"
     base_model: str
+    base_dtype: Literal["", "float32", "bfloat16", "float64"] = ""
+    """What the frozen base computed in."""
+    base_fingerprint: str = ""
     dataset: DatasetRecord
     adapter_config: dict[str, Any]
     seed: int
@@ -60,6 +68,8 @@ class LoraManifest(Manifest):
     steps: list[int] = []
     """The steps that have a checkpoint."""
     final_loss: float | None = None
+    resumed_from: list[int] = []
+    """The steps at which the run was gone on with."""
 
 
 class GeneratorManifest(Manifest):
@@ -128,14 +138,16 @@ def run_directory_of(path: Path) -> Path:
 def checkpoint_files(directory: Path) -> list[Path]:
     """The step checkpoints of a run (or of its checkpoints/ folder), in the order of steps."""
     folder = directory / CHECKPOINTS if (directory / CHECKPOINTS).is_dir() else directory
-    return sorted(folder.glob(f"*{CHECKPOINT_SUFFIX}"), key=lambda file: (_step(file), file.name))
+    found = (f for f in folder.glob(f"*{CHECKPOINT_SUFFIX}") if f.name != LAST_CHECKPOINT.name)
+    return sorted(found, key=lambda file: (checkpoint_step(file), file.name))
 
 
 def checkpoint_name(step: int) -> str:
     return f"checkpoint-step-{step:03d}{CHECKPOINT_SUFFIX}"
 
 
-def _step(file: Path) -> int:
+def checkpoint_step(file: Path) -> int:
+    """The step that a checkpoint's name tells; 0 where it tells none."""
     digits = "".join(filter(str.isdigit, file.stem.rpartition("step-")[2] or file.stem))
     return int(digits) if digits else 0
 

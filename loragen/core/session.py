@@ -8,21 +8,37 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from loragen.core.config import dump
-from loragen.core.files import write_text
+from loragen.core.errors import UsageError
+from loragen.core.files import remove_unfinished, write_text
+from loragen.core.interrupt import Interrupted
 from loragen.core.progress import Progress, Step
 from loragen.core.protocols import RunInfo, Status
 from loragen.core.run_loggers import RunLoggers
-from loragen.core.runs import CHECKPOINTS, Manifest, create_run_directory, write_manifest
+from loragen.core.runs import CHECKPOINTS, CONFIG, Manifest, create_run_directory, write_manifest
 
 HARDWARE_EVERY = 10  # steps; reading the sensors costs about a millisecond
+
+
+@dataclass(frozen=True)
+class Continued:
+    """The run that a session goes on with, in place of a new one."""
+
+    directory: Path
+    step: int
+    """Optimizer steps done."""
+    logger_run_ids: Mapping[str, str]
+    seconds: float
+    """What it has taken so far."""
 
 
 class RunSession(Callback):
@@ -31,30 +47,46 @@ class RunSession(Callback):
     directory: Path
 
     def __init__(
-        self, parent: Path, prefix: str, config: Any, manifest: Manifest, progress: Progress
+        self,
+        parent: Path,
+        prefix: str,
+        config: Any,
+        manifest: Manifest,
+        progress: Progress,
+        continued: Continued | None = None,
     ) -> None:
         self._parent, self._prefix = parent, prefix
-        self._config = config
-        self._loggers = RunLoggers(config.loggers)
+        self._config, self._continued = config, continued
+        self._loggers = (
+            RunLoggers(config.loggers, continued.logger_run_ids, continued.step)
+            if continued
+            else RunLoggers(config.loggers)
+        )
         self._trainer: Trainer | None = None
-        self._started = time.monotonic()
+        self._started = time.monotonic() - (continued.seconds if continued else 0.0)
         self.manifest = manifest
         self.progress = progress
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trainer = trainer
-        made = (
-            str(create_run_directory(self._parent, self._prefix)) if trainer.is_global_zero else ""
-        )
+        made = self._made() if trainer.is_global_zero else ""
         self.directory = Path(trainer.strategy.broadcast(made))
         (self.directory / CHECKPOINTS).mkdir(exist_ok=True)
         for checkpoint in trainer.checkpoint_callbacks:
             checkpoint.dirpath = str(self.directory / CHECKPOINTS)  # type: ignore[attr-defined]
         if trainer.is_global_zero:
+            # First what a run killed from here on is known by: a logger may take seconds to open.
+            write_text(self.directory / CONFIG, dump(self._config))
+            write_manifest(self.directory, self.manifest)
             self._loggers.open(self._info())
             self.manifest.logger_run_ids = self._loggers.run_ids
-            write_text(self.directory / "config.yaml", dump(self._config))
             write_manifest(self.directory, self.manifest)
+
+    def _made(self) -> str:
+        if self._continued is None:
+            return str(create_run_directory(self._parent, self._prefix))
+        remove_unfinished(self._continued.directory)
+        return str(self._continued.directory)
 
     def _info(self) -> RunInfo:
         return RunInfo(
@@ -93,7 +125,7 @@ def outcome(session: RunSession) -> Iterator[None]:
     """Closes the session with how the block, training and writing the results, has ended."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         session.close("interrupted")
         raise
     except BaseException:
@@ -115,7 +147,10 @@ def fit(trainer: Trainer, module: LightningModule, data: Any) -> None:
 
 
 def make_trainer(options: Mapping[str, Any], **ours: Any) -> Trainer:
-    """A Lightning trainer that writes, prints and samples nothing on its own."""
+    """A Lightning trainer that writes, prints and samples nothing on its own.
+
+    Raises UsageError where it cannot have what the options ask of this machine.
+    """
     from loragen.core.quiet import quiet_libraries
 
     quiet_libraries()
@@ -128,7 +163,11 @@ def make_trainer(options: Mapping[str, Any], **ours: Any) -> Trainer:
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
     }
-    return Trainer(**{**defaults, **options, **ours})
+    given = {key: value for key, value in options.items() if value is not None}
+    try:
+        return Trainer(**{**defaults, **given, **ours})
+    except (MisconfigurationException, ImportError, ValueError, RuntimeError) as error:
+        raise UsageError(f"trainer: {str(error).strip().splitlines()[0]}") from error
 
 
 def hardware_usage() -> dict[str, float]:

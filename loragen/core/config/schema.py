@@ -45,7 +45,7 @@ class Trainer(Section):
     accelerator: str = Field("auto", description="auto, cpu, gpu, mps, ...")
     devices: int | str = Field(1, description="How many devices of this machine, or auto.")
     num_nodes: int = Field(1, ge=1, description="How many machines.")
-    strategy: str = Field("auto", description="auto, ddp, ...")
+    strategy: str = Field("auto", description="auto, ddp, fsdp, deepspeed_stage_2, ...")
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = Field(
         "32-true", description="Arithmetic of the forward pass, and the base weights' for *-true."
     )
@@ -53,6 +53,13 @@ class Trainer(Section):
     accumulate_grad_batches: int = Field(
         1, ge=1, description="Micro-batches per optimizer step; they share training.batch_size."
     )
+    limit_train_batches: int | float | None = Field(
+        None, gt=0, description="Stop after so many micro-batches, or that share of them."
+    )
+    limit_val_batches: int | float | None = Field(
+        None, gt=0, description="Validate on so many batches, or that share of them."
+    )
+    detect_anomaly: bool = Field(False, description="Trace NaN gradients to their operation; slow.")
 
 
 class LoraData(Section):
@@ -64,8 +71,12 @@ class LoraData(Section):
         1024, ge=8, description="Longest row in tokens; a longer one loses the start of its prompt."
     )
     val_ratio: float = Field(
-        0.0, ge=0, lt=1, description="Share of the rows that is held out for val/loss."
+        0.0, ge=0, lt=1, description="Share of the rows that is held out for val/ metrics."
     )
+    validation: str | None = Field(
+        None, description="A file of rows for val/ metrics, in place of val_ratio."
+    )
+    workers: int = Field(0, ge=0, description="Processes that prepare batches beside the training.")
 
 
 class Lora(Section):
@@ -83,7 +94,10 @@ class LoraTraining(Section):
     )
     max_steps: int = Field(125, ge=1, description="Optimizer steps.")
     weight_decay: float = Field(0.0, ge=0)
-    val_every: int = Field(25, ge=1, description="Validate every so many steps (val_ratio > 0).")
+    packing: bool = Field(
+        True, description="Compute the prefix that all rows share once; false pads every row."
+    )
+    val_every: int = Field(25, ge=1, description="Validate every so many steps.")
     patience: int | None = Field(
         None, ge=1, description="Stop once val/loss has not improved for this many steps."
     )
@@ -95,6 +109,9 @@ class Checkpoints(Section):
     optimizer: Literal["all", "last", "none"] = Field(
         "all", description="Which checkpoints carry the optimizer's state, which resuming needs."
     )
+    last_every: int = Field(
+        5, ge=1, description="Renew last.ckpt, from which a killed run goes on, so often (steps)."
+    )
 
 
 class LoraTrainConfig(Section):
@@ -102,6 +119,12 @@ class LoraTrainConfig(Section):
 
     base_model: str = Field(
         "Qwen/Qwen2.5-0.5B-Instruct", description="A hub id, a directory, or demo."
+    )
+    base_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of the frozen base; auto: bfloat16 for large ones where it is fast."
+    )
+    base_quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="QLoRA: a base in 8 or 4 bits; needs a CUDA GPU and bitsandbytes."
     )
     seed: int = Field(
         42, ge=0, description="Batches, dropout and the LoRA initialisation of a whole collection."
@@ -112,14 +135,27 @@ class LoraTrainConfig(Section):
     training: LoraTraining = LoraTraining()
     schedule: ScheduleSection = ScheduleSection(name="two-stage")
     checkpoints: Checkpoints = Checkpoints()
-    final_model: Literal["merged", "none"] = "merged"
+    track_batches: bool = Field(
+        False, description="Write tracking/: which lines made which step and checkpoint."
+    )
+    final_model: Literal["merged", "none"] = Field(
+        "merged", description="merged: also a whole model in the base's dtype, adapter merged in."
+    )
     loggers: Loggers = {"tensorboard": {}, "swanlab": {}}
     trainer: Trainer = Trainer()
 
     @model_validator(mode="after")
     def _consistent(self) -> "LoraTrainConfig":
-        if self.training.patience is not None and self.data.val_ratio == 0:
-            raise ValueError("training.patience needs data.val_ratio > 0: it watches val/loss")
+        data, precision = self.data, self.trainer.precision
+        validates = data.val_ratio > 0 or data.validation is not None
+        if data.val_ratio > 0 and data.validation is not None:
+            raise ValueError("give either data.val_ratio or data.validation, not both")
+        if self.training.patience is not None and not validates:
+            raise ValueError(
+                "training.patience watches val/loss: it needs data.val_ratio > 0 or data.validation"
+            )
+        if precision.endswith("-true") and precision != "32-true" and self.base_dtype != "auto":
+            raise ValueError(f"trainer.precision {precision} is the base's too: base_dtype auto")
         devices = self.trainer.devices if isinstance(self.trainer.devices, int) else 1
         parts = max(1, devices) * self.trainer.num_nodes * self.trainer.accumulate_grad_batches
         if self.training.batch_size % parts:

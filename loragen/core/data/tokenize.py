@@ -1,15 +1,9 @@
 """Rows -> token ids with a loss mask, through the tokenizer's chat template where it has one."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
 
 from loragen.core.data.rows import Row
 from loragen.core.errors import DataError
-
-IGNORED = -100  # the label that cross_entropy leaves out
 
 
 class Example(NamedTuple):
@@ -17,21 +11,6 @@ class Example(NamedTuple):
 
     ids: list[int]
     answer: int
-
-
-class Batch(NamedTuple):
-    ids: Tensor
-    """``[rows, length]`` int64, padded on the right."""
-    attention: Tensor
-    """``[rows, length]`` int64, 0 on padding."""
-    labels: Tensor
-    """``[rows, length]`` int64, -100 everywhere but on the answer."""
-    step_answers: int
-    """Answer tokens of the whole optimizer step, over all devices and accumulation rounds."""
-
-    def to(self, device: torch.device) -> "Batch":
-        ids, attention, labels = (tensor.to(device) for tensor in self[:3])
-        return Batch(ids, attention, labels, self.step_answers)
 
 
 def prompt_ids(tokenizer: Any, prompt: str, system: str | None = None) -> list[int]:
@@ -64,20 +43,6 @@ def example(tokenizer: Any, row: Row, max_length: int) -> Example:
             f"line {row.line}: the answer has {len(answer)} tokens, data.max_length is {max_length}"
         )
     return Example([*prompt[-room:], *answer], len(answer))
-
-
-def collate(examples: Sequence[Example], pad_id: int, step_answers: int | None = None) -> Batch:
-    """Pads to the longest; `step_answers` defaults to what these examples hold."""
-    length = max(len(item.ids) for item in examples)
-    ids = torch.full((len(examples), length), pad_id)
-    attention = torch.zeros_like(ids)
-    labels = torch.full_like(ids, IGNORED)
-    for row, item in enumerate(examples):
-        end = len(item.ids)
-        ids[row, :end] = torch.tensor(item.ids)
-        attention[row, :end] = 1
-        labels[row, end - item.answer : end] = ids[row, end - item.answer : end]
-    return Batch(ids, attention, labels, step_answers or sum(item.answer for item in examples))
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -1,14 +1,24 @@
-"""What happens around the steps of LoRA training: seeds, checkpoints, metrics."""
+"""What happens around the steps of LoRA training: seeds, metrics, checkpoints, the end of it."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from loragen.core.data.tokenize import Batch
+from loragen.core.config.schema import Checkpoints
+from loragen.core.interrupt import Interruption
+from loragen.core.lora.batch import Batch
+from loragen.core.lora.provenance import (
+    Provenance,
+    tracked_step,
+    tracking_file,
+    write_mappings,
+)
+from loragen.core.metrics_log import StepLog
 from loragen.core.progress import Step
-from loragen.core.runs import CHECKPOINTS, LoraManifest, checkpoint_name
+from loragen.core.runs import CHECKPOINTS, LAST_CHECKPOINT, LoraManifest, checkpoint_name
 from loragen.core.session import RunSession
 
 
@@ -30,72 +40,135 @@ class StepSeeds(Callback):
         torch.manual_seed((self.seed * 1_000_003 + k) * 4099 + trainer.global_rank)
 
 
-class StepCheckpoints(Callback):
-    """Keeps steps `first`, `first + every`, ... and the last one."""
+class StepCallback(Callback):
+    """Calls `on_step` once per optimizer step: with accumulation, several batches end at one."""
 
-    def __init__(self, session: RunSession, first: int, every: int) -> None:
-        self.session, self.first, self.every = session, first, every
-        self.saved: list[int] = []
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        step = trainer.global_step
-        due = step >= self.first and (step - self.first) % self.every == 0
-        if due or step == trainer.max_steps:
-            self._save(trainer, step)
-
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """A run that stopped early has its last step all the same."""
-        self._save(trainer, trainer.global_step)
-
-    def _save(self, trainer: Trainer, step: int) -> None:
-        if step in self.saved:  # accumulation: several batches end at one step
-            return
-        file = self.session.directory / CHECKPOINTS / checkpoint_name(step)
-        trainer.save_checkpoint(file, weights_only=False)  # on all ranks: it has a barrier
-        self.saved.append(step)
-        assert isinstance(self.session.manifest, LoraManifest)
-        self.session.manifest.steps.append(step)
-
-
-class StepMetrics(Callback):
-    """Logs and reports every optimizer step."""
-
-    def __init__(self, session: RunSession) -> None:
-        self.session = session
-        self._step = 0
-        self._began = 0.0
+    _done = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._step, self._began = trainer.global_step, time.perf_counter()
+        self._done = trainer.global_step
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
+        if trainer.global_step > self._done:
+            self._done = trainer.global_step
+            self.on_step(trainer, pl_module, batch)
+
+    def on_step(self, trainer: Trainer, pl_module: Any, batch: Batch) -> None:
+        raise NotImplementedError
+
+
+class StepMetrics(StepCallback):
+    """Logs, reports and, where wanted, tracks every optimizer step."""
+
+    def __init__(self, session: RunSession, provenance: Provenance | None) -> None:
+        self.session, self.provenance = session, provenance
+        self._began = 0.0
+        self._tracked: StepLog | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._began = time.perf_counter()
+        if self.provenance and trainer.is_global_zero:
+            file = tracking_file(self.session.directory, _manifest(self.session).dataset.name)
+            self._tracked = StepLog(file, trainer.global_step)
+
+    def on_step(self, trainer: Trainer, pl_module: Any, batch: Batch) -> None:
         step = trainer.global_step
-        if step == self._step:
-            return
         loss = float(trainer.strategy.reduce(torch.as_tensor(pl_module.step_loss), reduce_op="sum"))
         now = time.perf_counter()
-        rate = batch.step_answers / (now - self._began)
-        self._step, self._began = step, now
-        stage = pl_module.schedule(step, pl_module.max_steps).stage
+        speed, self._began = batch.step_answers / (now - self._began), now
+        rate = pl_module.schedule(step, pl_module.max_steps)
         metrics = {
             "train/loss": loss,
-            "train/lr": pl_module.schedule(step, pl_module.max_steps).learning_rate,
-            "train/stage": float(stage),
-            "train/tokens_per_second": rate,
+            "train/lr": rate.learning_rate,
+            "train/stage": float(rate.stage),
+            "train/tokens_per_second": speed,
         }
         self.session.log_metrics(metrics, step)
-        self.session.report(Step(step, pl_module.max_steps, stage, loss, rate, "answer tokens/s"))
-        assert isinstance(self.session.manifest, LoraManifest)
-        self.session.manifest.final_loss = loss
+        self.session.report(
+            Step(step, pl_module.max_steps, rate.stage, loss, speed, "answer tokens/s")
+        )
+        _manifest(self.session).final_loss = loss
+        if self.provenance and self._tracked:
+            self._tracked.append(tracked_step(self.provenance, step, rate, loss))
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self.session.log_metrics(
-            {"val/loss": float(trainer.callback_metrics["val/loss"])}, trainer.global_step
-        )
+        found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        self.session.log_metrics(found, trainer.global_step)
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """However the run ends, what there is can be traced."""
+        if self.provenance and self._tracked:
+            manifest = _manifest(self.session)
+            rates = {s: pl_module.schedule(s, pl_module.max_steps) for s in manifest.steps}
+            write_mappings(self.session.directory, manifest.dataset.name, self.provenance, rates)
+
+
+class StepCheckpoints(StepCallback):
+    """Keeps steps `first`, `first + every`, ... and the last one; renews last.ckpt in between, for
+    as long as there is no newer checkpoint that a killed run could go on from.
+
+    A step that validates is saved after it, when early stopping has counted what it saw.
+    """
+
+    def __init__(
+        self,
+        session: RunSession,
+        settings: Checkpoints,
+        val_every: int | None,
+        interruption: Interruption,
+    ) -> None:
+        self.session, self.settings = session, settings
+        self.val_every, self.interruption = val_every, interruption
+
+    def on_step(self, trainer: Trainer, pl_module: Any, batch: Batch) -> None:
+        if not self.val_every or trainer.global_step % self.val_every:
+            self._after(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._after(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """A run that stopped early has its last step all the same, and needs no last.ckpt."""
+        self._keep(trainer, pl_module, self.settings.optimizer != "none")
+        if trainer.is_global_zero:
+            self._last.unlink(missing_ok=True)
+
+    def _after(self, trainer: Trainer, pl_module: Any) -> None:
+        step, settings = trainer.global_step, self.settings
+        final = step == trainer.max_steps
+        due = step >= settings.first_step and (step - settings.first_step) % settings.every == 0
+        resumable = settings.optimizer == "all" or (settings.optimizer == "last" and final)
+        if due or final:
+            self._keep(trainer, pl_module, resumable)
+        stops = self.interruption.requested_on_any(trainer)
+        covered = resumable and step in _manifest(self.session).steps
+        if (stops or step % settings.last_every == 0) and not covered:
+            self._save(trainer, pl_module, self._last, with_optimizer=True)
+        if stops:
+            raise self.interruption.after(step, trainer.max_steps, self.session.directory)
+
+    @property
+    def _last(self) -> Path:
+        return self.session.directory / LAST_CHECKPOINT
+
+    def _keep(self, trainer: Trainer, pl_module: Any, with_optimizer: bool) -> None:
+        step, steps = trainer.global_step, _manifest(self.session).steps
+        if step in steps:
+            return
+        file = self.session.directory / CHECKPOINTS / checkpoint_name(step)
+        self._save(trainer, pl_module, file, with_optimizer)
+        steps.append(step)
+        if with_optimizer and trainer.is_global_zero:
+            self._last.unlink(missing_ok=True)
+
+    def _save(self, trainer: Trainer, pl_module: Any, file: Path, with_optimizer: bool) -> None:
+        pl_module.saves_optimizer = with_optimizer
+        trainer.save_checkpoint(file, weights_only=False)  # on all ranks: it has a barrier
+
+
+def _manifest(session: RunSession) -> LoraManifest:
+    assert isinstance(session.manifest, LoraManifest)
+    return session.manifest

@@ -1,36 +1,99 @@
-"""Tokenised rows as micro-batches that depend on (seed, step, rank, part) alone."""
+"""A dataset's rows, tokenised, as micro-batches that depend on (seed, step, rank, part) alone."""
 
+import hashlib
+from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from loragen.core.data.batches import batch_indices, micro_batch
-from loragen.core.data.tokenize import Batch, Example, collate
+from loragen.core.config import LoraTrainConfig
+from loragen.core.data.batches import batch_indices, held_out, micro_batch
+from loragen.core.data.rows import Row, read_rows
+from loragen.core.data.tokenize import Example, example
+from loragen.core.errors import DataError
+from loragen.core.files import sha256
+from loragen.core.lora.batch import Batch, Cost, answers_of, packed, padded
+from loragen.core.lora.packing import packing_cost
+from loragen.core.runs import DatasetRecord
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A dataset ready to train on."""
+
+    training: Sequence[Example]
+    validation: Sequence[Example]
+    training_rows: Sequence[Row]
+    """The rows that `training` was made of."""
+    record: DatasetRecord
+
+
+def load_rows(config: LoraTrainConfig, name: str, file: Path, tokenizer: Any) -> Rows:
+    """The tokenised rows of a file, with the held-out ones apart.
+
+    Raises UsageError for a missing file, DataError for bad rows or where none are left to train on.
+    """
+    rows = read_rows(file)
+    examples = _tokenised(file, rows, tokenizer, config.data.max_length)
+    training, held = held_out(len(rows), config.data.val_ratio, config.seed)
+    if not training:
+        raise DataError(f"{file}: data.val_ratio leaves no rows to train on ({len(rows)} in all)")
+    validation = [examples[index] for index in held]
+    if config.data.validation:
+        other = Path(config.data.validation)
+        validation = _tokenised(other, read_rows(other), tokenizer, config.data.max_length)
+    return Rows(
+        [examples[index] for index in training],
+        validation,
+        [rows[index] for index in training],
+        DatasetRecord(
+            name=name,
+            path=str(file.absolute()),
+            sha256=sha256(file),
+            rows=len(rows),
+            tokens=_hash(examples),
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How examples become batches."""
+
+    batch_size: int
+    """Rows of a whole optimizer step."""
+    seed: int
+    pad_id: int
+    cost: Cost | None
+    """Of a packed batch; None for a base model that cannot be packed."""
+    parts: int = 1
+    rank: int = 0
+    ranks: int = 1
+
+    def batch(self, examples: Sequence[Example], step_answers: int | None = None) -> Batch:
+        if self.cost is None:
+            return padded(examples, self.pad_id, step_answers)
+        return packed(examples, self.pad_id, self.cost, step_answers)
 
 
 class MicroBatches(Dataset[Batch]):
     """Item k is accumulation round ``k % parts`` of step ``k // parts``, for one device."""
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        batch_size: int,
-        seed: int,
-        pad_id: int,
-        parts: int = 1,
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> None:
-        self.examples, self.batch_size, self.seed, self.pad_id = examples, batch_size, seed, pad_id
-        self.parts, self.rank, self.ranks = parts, rank, ranks
+    def __init__(self, examples: Sequence[Example], batching: Batching) -> None:
+        self.examples, self.batching = examples, batching
 
     def __getitem__(self, k: int) -> Batch:
-        step, part = divmod(k, self.parts)
-        batch = batch_indices(len(self.examples), self.batch_size, self.seed, step)
-        answers = sum(self.examples[index].answer for index in batch)
-        mine = micro_batch(batch, self.rank, self.ranks, part, self.parts)
-        return collate([self.examples[index] for index in mine], self.pad_id, answers)
+        how = self.batching
+        step, part = divmod(k, how.parts)
+        batch = batch_indices(len(self.examples), how.batch_size, how.seed, step)
+        answers = answers_of([self.examples[index] for index in batch])
+        mine = micro_batch(batch, how.rank, how.ranks, part, how.parts)
+        return how.batch([self.examples[index] for index in mine], answers)
 
 
 class LoraDataModule(LightningDataModule):
@@ -38,38 +101,65 @@ class LoraDataModule(LightningDataModule):
 
     def __init__(
         self,
-        training: Sequence[Example],
-        validation: Sequence[Example],
+        rows: Rows,
         *,
         batch_size: int,
         max_steps: int,
         seed: int,
         pad_id: int,
+        packing: bool = True,
+        workers: int = 0,
     ) -> None:
         super().__init__()
-        self.training, self.validation = training, validation
-        self.batch_size, self.max_steps, self.seed, self.pad = batch_size, max_steps, seed, pad_id
+        self.rows, self.batch_size, self.max_steps = rows, batch_size, max_steps
+        self.seed, self.pad_id, self.packing, self.workers = seed, pad_id, packing, workers
+
+    @cached_property
+    def batching(self) -> Batching:
+        """Known once the model is on its device, where it is asked whether it can be packed."""
+        assert self.trainer is not None
+        model, rows = self.trainer.lightning_module.model, self.rows.training
+        return Batching(
+            self.batch_size,
+            self.seed,
+            self.pad_id,
+            packing_cost(model, rows, self.pad_id) if self.packing else None,
+            parts=self.trainer.accumulate_grad_batches,
+            rank=self.trainer.global_rank,
+            ranks=self.trainer.world_size,
+        )
 
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self.trainer is not None
-        parts = self.trainer.accumulate_grad_batches
-        batches = MicroBatches(
-            self.training,
-            self.batch_size,
-            self.seed,
-            self.pad,
-            parts,
-            self.trainer.global_rank,
-            self.trainer.world_size,
+        parts = self.batching.parts
+        remaining = range(self.trainer.global_step * parts, self.max_steps * parts)
+        return DataLoader(
+            MicroBatches(self.rows.training, self.batching),
+            batch_size=None,
+            sampler=remaining,
+            num_workers=self.workers,
         )
-        first = self.trainer.global_step * parts
-        return DataLoader(batches, batch_size=None, sampler=range(first, self.max_steps * parts))
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Every rank sees all held-out rows, so that every rank takes the same decisions."""
-        size = self.batch_size
-        batches = [
-            collate(self.validation[first : first + size], self.pad)
-            for first in range(0, len(self.validation), size)
-        ]
+        rows = self.rows.validation
+        starts = range(0, len(rows), self.batch_size)
+        batches = [self.batching.batch(rows[at : at + self.batch_size]) for at in starts]
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is map-style
+
+
+def _hash(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for item in examples:
+        digest.update(array("q", [item.answer, *item.ids]).tobytes())
+    return digest.hexdigest()
+
+
+def _tokenised(file: Path, rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Example]:
+    examples = []
+    for row in rows:
+        try:
+            examples.append(example(tokenizer, row, max_length))
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from None
+    return examples

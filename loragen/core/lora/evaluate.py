@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from loragen.core.data.rows import Row
-from loragen.core.data.tokenize import Example, answer_ids, collate, pad_id, prompt_ids
+from loragen.core.data.tokenize import Example, answer_ids, pad_id, prompt_ids
+from loragen.core.lora.batch import padded
 from loragen.core.lora.loss import answer_losses
 
 MOST_CLOSED_ANSWERS = 16  # a dataset with no more distinct responses has a closed answer set
@@ -115,8 +116,7 @@ def log_likelihoods(
     """The log-likelihood (nats) of each example's answer given its prompt, ``[examples]``."""
     sums = []
     for first in range(0, len(examples), batch_size):
-        batch = collate(examples[first : first + batch_size], padding)
-        batch = batch.to(model.device)
+        batch = padded(examples[first : first + batch_size], padding).to(model.device)
         owner = torch.cat(
             [
                 torch.full((item.answer,), index)

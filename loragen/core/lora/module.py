@@ -1,14 +1,14 @@
 """LoRA training as a LightningModule: the loss, the optimizer, and what a checkpoint keeps."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from loragen.core.data.tokenize import Batch
-from loragen.core.lora.loss import answer_losses
+from loragen.core.lora.batch import Batch
+from loragen.core.lora.loss import answer_logits, answer_losses, rows_right, token_losses
 from loragen.core.protocols import Schedule
 
 
@@ -28,14 +28,20 @@ class LoraModule(LightningModule):
         max_steps: int,
         weight_decay: float,
         fused: bool = True,
-        keeps_optimizer: Literal["all", "last", "none"] = "all",
+        optimizer_state: dict[str, Any] | None = None,
+        first_step: int = 0,
     ) -> None:
+        """`first_step` steps are done already and have left `optimizer_state`."""
         super().__init__()
         self.model = model
         self.schedule, self.max_steps, self.weight_decay = schedule, max_steps, weight_decay
-        self.fused, self.keeps_optimizer = fused, keeps_optimizer
+        self.fused, self.first_step = fused, first_step
+        self.saves_optimizer = True
+        """Whether the next checkpoint carries the optimizer's state, which resuming needs."""
         self.step_loss: Tensor | float = 0.0
         """Mean loss per answer token over this device's part of the current step."""
+        self._optimizer_state = optimizer_state
+        self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The share of the step's mean loss that these rows make up.
@@ -49,32 +55,45 @@ class LoraModule(LightningModule):
         return share * parts * self.trainer.world_size
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        losses = answer_losses(self.model, batch)
+        logits, tokens = answer_logits(self.model, batch)
+        losses, right = token_losses(logits, tokens), rows_right(logits, batch)
         self.log("val/loss", losses.mean(), batch_size=len(losses), on_epoch=True, logger=False)
+        self.log(
+            "val/accuracy", right.float().mean(), batch_size=len(right), on_epoch=True, logger=False
+        )
 
     def configure_optimizers(self) -> Any:
-        trained = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            trained, lr=1.0, weight_decay=self.weight_decay, fused=self.fused
+            self._trained.values(), lr=1.0, weight_decay=self.weight_decay, fused=self.fused
         )
+        if self._optimizer_state:
+            optimizer.load_state_dict(self._optimizer_state)
+        schedule = step_schedule(optimizer, self._rate, self.first_step)
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": step_schedule(optimizer, self._rate), "interval": "step"},
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
     def _rate(self, step: int) -> float:
         return self.schedule(step, self.max_steps).learning_rate
 
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]  # ours
+        """The adapter's tensors alone. (Walking through a whole model to leave most of it out
+        would cost more than writing the file.)"""
+        return {f"model.{name}": p.detach() for name, p in self._trained.items()}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if "lora_" in k}
-        last = checkpoint["global_step"] >= self.max_steps
-        if self.keeps_optimizer == "none" or (self.keeps_optimizer == "last" and not last):
+        if not self.saves_optimizer:
             checkpoint["optimizer_states"] = []
 
 
 def step_schedule(
-    optimizer: torch.optim.Optimizer, rate: Callable[[int], float]
+    optimizer: torch.optim.Optimizer, rate: Callable[[int], float], done: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """`rate(step)`, counted from 1, as the learning rate of an optimizer built with lr=1."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: rate(done + 1))
+    """`rate(step)`, counted from 1, as the learning rate of an optimizer built with lr=1 that has
+    `done` steps behind it."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = 1.0
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda steps: rate(steps + 1), last_epoch=done - 1
+    )

@@ -1,6 +1,7 @@
 """Collect: one dataset -> a run directory with a checkpoint per step of stage 2."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -13,22 +14,29 @@ from loragen.core.adapters import Adapter, file_keys, plain_config, write_adapte
 from loragen.core.base_models import BaseModel
 from loragen.core.checkpoints import AtomicCheckpointIO
 from loragen.core.config import LoraTrainConfig
-from loragen.core.data.batches import held_out
-from loragen.core.data.rows import read_rows
-from loragen.core.data.tokenize import Example, example, pad_id
-from loragen.core.errors import DataError, UsageError
-from loragen.core.files import sha256, written_atomically
+from loragen.core.data.tokenize import pad_id
+from loragen.core.errors import UsageError
+from loragen.core.files import written_atomically
+from loragen.core.interrupt import Interruption
 from loragen.core.lora.callbacks import StepCheckpoints, StepMetrics, StepSeeds
-from loragen.core.lora.data import LoraDataModule
+from loragen.core.lora.data import LoraDataModule, Rows, load_rows
 from loragen.core.lora.module import LoraModule
+from loragen.core.lora.precision import dtype_name
+from loragen.core.lora.provenance import Provenance
+from loragen.core.lora.resume import (
+    ResumePoint,
+    check_unchanged,
+    optimizer_state,
+    read_resumable,
+    restore_adapter,
+    restore_progress,
+)
 from loragen.core.plugins import create
 from loragen.core.progress import Progress
-from loragen.core.runs import DatasetRecord, LoraManifest, plugin_records
-from loragen.core.session import RunSession, fit, make_trainer, outcome
+from loragen.core.runs import LoraManifest, checkpoint_files, checkpoint_step, plugin_records
+from loragen.core.session import Continued, RunSession, fit, make_trainer, outcome
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -39,42 +47,45 @@ class LoraRun:
     manifest: LoraManifest
 
 
-def base_dtype(config: LoraTrainConfig) -> torch.dtype:
-    """float32, unless the precision says that the weights themselves are in another."""
-    return DTYPES.get(config.trainer.precision, torch.float32)
-
-
 def train(
-    config: LoraTrainConfig, name: str, file: Path, base: BaseModel, progress: Progress
+    config: LoraTrainConfig,
+    name: str,
+    file: Path,
+    base: BaseModel,
+    progress: Progress,
+    resume: ResumePoint | None = None,
 ) -> LoraRun:
-    """Trains one adapter; the base is handed back as it was.
+    """Trains one adapter, or goes on with a run; the base is handed back as it was.
 
     Nothing is written before data, tokens and adapter are known to be good. Raises DataError for
-    bad rows, UsageError where the adapter does not fit the base.
+    bad rows, UsageError where the adapter does not fit the base or the run cannot go on,
+    Interrupted on Ctrl+C, once the step is saved.
     """
     _warn_of_missing_stages(config)
-    data, record = load_data(config, name, file, base.tokenizer)
-    model = new_adapter(base.model, config)
+    rows = load_rows(config, name, file, base.tokenizer)
+    if resume:
+        check_unchanged(resume, config, rows, base)
+    checkpoint = read_resumable(resume) if resume else None
+    model = new_adapter(base, config)
     try:
+        if checkpoint:
+            restore_adapter(model, checkpoint)
+        module = _module(config, model, checkpoint)
+        interruption = Interruption()
         session = RunSession(
             Path(config.runs_dir),
             f"{name}_lora",
             config,
-            _manifest(config, record, model),
+            _manifest(config, rows, base, model, resume),
             progress,
+            _continued(resume),
         )
-        module = LoraModule(
-            model,
-            create("schedule", config.schedule.name, config.schedule.options),
-            max_steps=config.training.max_steps,
-            weight_decay=config.training.weight_decay,
-            fused=config.trainer.precision != "16-mixed",  # its scaler cannot clip a fused step
-            keeps_optimizer=config.checkpoints.optimizer,
-        )
-        trainer = _trainer(config, session, bool(data.validation))
+        trainer = _trainer(config, session, rows, interruption)
+        if checkpoint:
+            restore_progress(trainer, checkpoint)
         progress.start(name, config.training.max_steps)
-        with outcome(session):
-            fit(trainer, module, data)
+        with outcome(session), interruption.awaited():
+            fit(trainer, module, _data(config, rows, base))
             if trainer.is_global_zero:
                 _save_results(session.directory, config, base, model)
     finally:
@@ -83,35 +94,33 @@ def train(
     return LoraRun(session.directory, session.manifest)
 
 
-def load_data(
-    config: LoraTrainConfig, name: str, file: Path, tokenizer: Any
-) -> tuple[LoraDataModule, DatasetRecord]:
-    """The tokenised rows of a file, with the held-out ones apart."""
-    rows = read_rows(file)
-    examples = []
-    for row in rows:
-        try:
-            examples.append(example(tokenizer, row, config.data.max_length))
-        except DataError as error:
-            raise DataError(f"{file}: {error}") from None
-    training, validation = held_out(len(rows), config.data.val_ratio, config.seed)
-    if not training:
-        raise DataError(f"{file}: data.val_ratio leaves no rows to train on ({len(rows)} in all)")
-    data = LoraDataModule(
-        _picked(examples, training),
-        _picked(examples, validation),
+def _data(config: LoraTrainConfig, rows: Rows, base: BaseModel) -> LoraDataModule:
+    return LoraDataModule(
+        rows,
         batch_size=config.training.batch_size,
         max_steps=config.training.max_steps,
         seed=config.seed,
-        pad_id=pad_id(tokenizer),
+        pad_id=pad_id(base.tokenizer),
+        packing=config.training.packing,
+        workers=config.data.workers,
     )
-    record = DatasetRecord(
-        name=name, path=str(file.absolute()), sha256=sha256(file), rows=len(rows)
-    )
-    return data, record
 
 
-def new_adapter(base: Any, config: LoraTrainConfig) -> Any:
+def _module(
+    config: LoraTrainConfig, model: Any, checkpoint: Mapping[str, Any] | None
+) -> LoraModule:
+    return LoraModule(
+        model,
+        create("schedule", config.schedule.name, config.schedule.options),
+        max_steps=config.training.max_steps,
+        weight_decay=config.training.weight_decay,
+        fused=config.trainer.precision != "16-mixed",  # its scaler cannot clip a fused step
+        first_step=int(checkpoint["global_step"]) if checkpoint else 0,
+        optimizer_state=optimizer_state(checkpoint) if checkpoint else None,
+    )
+
+
+def new_adapter(base: BaseModel, config: LoraTrainConfig) -> Any:
     """A PeftModel whose LoRA starts from the same weights for every dataset of a collection.
 
     Raises UsageError where target_modules names nothing of the base.
@@ -128,7 +137,7 @@ def new_adapter(base: Any, config: LoraTrainConfig) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         try:
-            model = get_peft_model(base, lora)
+            model = get_peft_model(base.model, lora)
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise UsageError(f"lora.target_modules: {reason}") from None
@@ -176,38 +185,67 @@ def save_merged(model: Any, base: BaseModel, directory: Path) -> None:
     base.tokenizer.save_pretrained(directory)
 
 
-def _trainer(config: LoraTrainConfig, session: RunSession, validates: bool) -> Any:
-    training, checkpoints = config.training, config.checkpoints
+def _trainer(
+    config: LoraTrainConfig, session: RunSession, rows: Rows, interruption: Interruption
+) -> Any:
+    training, validates = config.training, bool(rows.validation)
+    every = min(training.val_every, training.max_steps) if validates else None
+    provenance = Provenance(rows.training_rows, training.batch_size, config.seed)
     callbacks: list[Any] = [
         session,
         StepSeeds(config.seed),
-        StepMetrics(session),
-        StepCheckpoints(session, checkpoints.first_step, checkpoints.every),
+        StepMetrics(session, provenance if config.track_batches else None),
     ]
-    if training.patience:
-        checks = ceil(training.patience / training.val_every)
-        callbacks.append(EarlyStopping("val/loss", patience=checks))
-    every = min(training.val_every, training.max_steps) * config.trainer.accumulate_grad_batches
+    if training.patience and every:
+        callbacks.append(EarlyStopping("val/loss", patience=ceil(training.patience / every)))
+    callbacks.append(StepCheckpoints(session, config.checkpoints, every, interruption))
+    options = config.trainer.model_dump()
+    val_batches = options.pop("limit_val_batches") or 1.0
     return make_trainer(
-        config.trainer.model_dump(),
+        options,
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
         max_steps=training.max_steps,
-        val_check_interval=every if validates else None,
-        limit_val_batches=1.0 if validates else 0,
+        max_epochs=1,  # one walk through the steps, however often the rows come round
+        check_val_every_n_epoch=None,  # val_check_interval counts all batches, resumed or not
+        val_check_interval=every * config.trainer.accumulate_grad_batches if every else None,
+        limit_val_batches=val_batches if validates else 0,
     )
 
 
-def _manifest(config: LoraTrainConfig, record: DatasetRecord, model: Any) -> LoraManifest:
-    return LoraManifest(
+def _manifest(
+    config: LoraTrainConfig,
+    rows: Rows,
+    base: BaseModel,
+    model: Any,
+    resume: ResumePoint | None,
+) -> LoraManifest:
+    manifest = LoraManifest(
         base_model=config.base_model,
-        dataset=record,
+        base_dtype=dtype_name(base.model.dtype),
+        base_fingerprint=base.fingerprint,
+        dataset=rows.record,
         adapter_config=plain_config(model.peft_config["default"]),
         seed=config.seed,
         max_steps=config.training.max_steps,
         plugins=plugin_records(
             {"schedule": [config.schedule.name], "logger": list(config.loggers)}
         ),
+    )
+    if resume:
+        manifest.started = resume.manifest.started
+        steps = map(checkpoint_step, checkpoint_files(resume.directory))  # a kill wrote no manifest
+        manifest.steps = [step for step in steps if step <= resume.step]
+        manifest.resumed_from = [*resume.manifest.resumed_from, resume.step]
+    return manifest
+
+
+def _continued(resume: ResumePoint | None) -> Continued | None:
+    if resume is None:
+        return None
+    manifest = resume.manifest
+    return Continued(
+        resume.directory, resume.step, manifest.logger_run_ids, manifest.seconds or 0.0
     )
 
 
@@ -227,7 +265,3 @@ def _card(config: LoraTrainConfig, run: str) -> str:
         f"# {run}\n\nA LoRA adapter trained by `loragen lora train` "
         f"(rank {config.lora.rank}, {config.training.max_steps} steps, seed {config.seed}).\n"
     )
-
-
-def _picked(examples: list[Example], indices: list[int]) -> list[Example]:
-    return [examples[index] for index in indices]

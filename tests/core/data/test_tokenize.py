@@ -1,14 +1,10 @@
 from copy import deepcopy
 
 import pytest
-import torch
 
 from loragen.core.data.rows import Row
 from loragen.core.data.tokenize import (
-    IGNORED,
-    Example,
     answer_ids,
-    collate,
     example,
     pad_id,
     prompt_ids,
@@ -51,12 +47,8 @@ def test_the_end_token_is_part_of_the_answer(tokenizer):
 def test_only_the_answer_and_its_end_are_learned(request, kind, system):
     tokenizer = request.getfixturevalue(kind)
     item = example(tokenizer, row(system=system), 64)
-    batch = collate([item], pad_id(tokenizer))
-    learned = batch.labels[0][batch.labels[0] != IGNORED].tolist()
-    assert learned == answer_ids(tokenizer, "blue")
-    given = batch.ids[0][batch.labels[0] == IGNORED].tolist()
-    assert given == prompt_ids(tokenizer, row().prompt, system)
-    assert batch.step_answers == len(learned)
+    assert item.ids[-item.answer :] == answer_ids(tokenizer, "blue")
+    assert item.ids[: -item.answer] == prompt_ids(tokenizer, row().prompt, system)
 
 
 @pytest.mark.parametrize("room", [1, 2, 5])
@@ -73,16 +65,6 @@ def test_an_answer_that_does_not_fit_is_an_error_with_its_line(tokenizer):
     with pytest.raises(DataError, match=f"line 7: the answer has {length} tokens, data.max_length"):
         example(tokenizer, row(), length)
     assert len(example(tokenizer, row(), length + 1).ids) == length + 1
-
-
-def test_rows_are_padded_on_the_right_and_the_padding_is_masked():
-    batch = collate([Example([5, 6, 7], 1), Example([8, 9], 2)], pad_id=0)
-    assert batch.ids.tolist() == [[5, 6, 7], [8, 9, 0]]
-    assert batch.attention.tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch.labels.tolist() == [[IGNORED, IGNORED, 7], [8, 9, IGNORED]]
-    assert batch.step_answers == 3
-    assert batch.ids.dtype == torch.int64
-    assert collate([Example([5, 6], 1)], 0, step_answers=9).step_answers == 9
 
 
 def test_the_end_token_pads_where_there_is_no_padding_token(tokenizer):

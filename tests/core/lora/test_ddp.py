@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
-from loragen.core.base_models import load_base
 from loragen.core.checkpoints import read_tensors
 from loragen.core.config import LoraTrainConfig, load
-from loragen.core.lora.train import base_dtype, train
+from loragen.core.lora.precision import load_training_base
+from loragen.core.lora.train import train
 from loragen.core.progress import Silent
 from loragen.core.runs import LoraManifest, checkpoint_files, read_manifest
 
@@ -20,7 +20,7 @@ CONFIG = """\
 base_model: {base}
 data: {{max_length: 64}}
 lora: {{rank: 2}}
-training: {{batch_size: 4, max_steps: 4}}
+training: {{batch_size: 4, max_steps: 4, packing: false}}
 schedule: {{stage1_steps: 2, learning_rate_stage1: 1.0e-2}}
 checkpoints: {{first_step: 3}}
 loggers: {{}}
@@ -62,7 +62,7 @@ def test_two_processes_train_what_one_does(work, two):
     (run,) = (work / "two").iterdir()  # made once, not once a process
     settings = [f"runs_dir={work / 'one'}"]
     config = load(LoraTrainConfig, work / "c.yaml", settings, environment={})
-    base = load_base(config.base_model, base_dtype(config))
+    base = load_training_base(config)
     alone = train(config, "colors", work / "colors.jsonl", base, Silent())
     ours, theirs = checkpoint_files(alone.directory), checkpoint_files(run)
     assert [file.name for file in ours] == [file.name for file in theirs]

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from loragen.core.data.rows import Row
-from loragen.core.data.tokenize import answer_ids, collate, example, pad_id, prompt_ids
+from loragen.core.data.tokenize import answer_ids, example, pad_id, prompt_ids
+from loragen.core.lora.batch import padded
 from loragen.core.lora.evaluate import (
     choice_accuracy,
     closed_answers,
@@ -163,6 +164,6 @@ def test_log_likelihoods_are_the_sums_of_the_answer_losses(base, dtype):
     padding = pad_id(base.tokenizer)
     found = log_likelihoods(base.model, examples, padding, batch_size=3)
     with torch.inference_mode():
-        wanted = [-answer_losses(base.model, collate([e], padding)).sum() for e in examples]
+        wanted = [-answer_losses(base.model, padded([e], padding)).sum() for e in examples]
     assert torch.allclose(found, torch.stack(wanted).float(), atol=1e-5)
     assert (found < 0).all()

@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from loragen.core.base_models import load_base
-from loragen.core.data.tokenize import IGNORED, Example, collate
+from loragen.core.data.tokenize import Example
+from loragen.core.lora.batch import IGNORED, padded
 from loragen.core.lora.loss import answer_logits, answer_losses
 
 EXAMPLES = [
@@ -16,16 +17,19 @@ EXAMPLES = [
 
 @pytest.fixture
 def batch():
-    return collate(EXAMPLES, pad_id=0)
+    return padded(EXAMPLES, pad_id=0)
 
 
 @torch.inference_mode()
 def full_losses(model, batch):
     """As everybody computes it: all logits, shifted by one, under the mask."""
-    logits = model(input_ids=batch.ids, attention_mask=batch.attention).logits[:, :-1]
-    labels = batch.labels[:, 1:]
-    losses = F.cross_entropy(logits.transpose(1, 2).double(), labels, reduction="none")
-    return losses[labels != IGNORED]
+    logits = model(input_ids=batch.ids, attention_mask=attention(batch)).logits
+    losses = F.cross_entropy(logits.transpose(1, 2).double(), batch.targets, reduction="none")
+    return losses[batch.targets != IGNORED]
+
+
+def attention(batch):
+    return (batch.segments >= 0).long()
 
 
 def test_it_is_the_cross_entropy_of_the_full_logits_under_the_mask(base, batch):
@@ -45,16 +49,17 @@ def test_the_gradient_is_that_of_the_full_logits(base_dir, batch):
     model = load_base(str(base_dir), torch.float64).model
     weight = model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
     (ours,) = torch.autograd.grad(answer_losses(model, batch).sum(), weight)
-    loss = model(
-        input_ids=batch.ids, attention_mask=batch.attention, labels=batch.labels
-    ).loss  # transformers' own mean over the answer tokens
+    labels = torch.full_like(batch.ids, IGNORED)
+    labels[:, 1:] = batch.targets[:, :-1]
+    # transformers' own mean over the answer tokens
+    loss = model(input_ids=batch.ids, attention_mask=attention(batch), labels=labels).loss
     (theirs,) = torch.autograd.grad(loss, weight)
     assert (ours / 9 - theirs).abs().max() < 1e-7
 
 
 def test_padding_and_the_rows_beside_change_nothing(base, batch):
     together = answer_losses(base.model, batch)
-    alone = torch.cat([answer_losses(base.model, collate([item], 0)) for item in EXAMPLES])
+    alone = torch.cat([answer_losses(base.model, padded([item], 0)) for item in EXAMPLES])
     assert (together - alone).abs().max() < 1e-6
 
 
@@ -62,7 +67,7 @@ def test_the_logits_are_of_answer_tokens_only_and_the_model_is_left_as_it_was(ba
     logits, tokens = answer_logits(base.model, batch)
     assert logits.shape == (9, base.model.config.vocab_size)
     assert tokens.tolist() == [9, 10, 11, 22, 31, 32, 33, 34, 41]
-    whole = base.model(input_ids=batch.ids, attention_mask=batch.attention).logits
+    whole = base.model(input_ids=batch.ids, attention_mask=attention(batch)).logits
     assert whole.shape[:2] == batch.ids.shape
 
 

@@ -1,0 +1,134 @@
+"""Which lines of a dataset made which step of a run, and the other way round.
+
+A batch is a function of (seed, step), so the answer is computed, not looked up: it is there for a
+run that tracked nothing, and it is the same as what a run with `track_batches` wrote down.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loragen.core.config import LoraTrainConfig, load
+from loragen.core.data.batches import batch_indices, held_out
+from loragen.core.data.rows import Row, read_rows
+from loragen.core.errors import DataError, UsageError
+from loragen.core.files import sha256, sha256_text, write_json
+from loragen.core.plugins import create
+from loragen.core.protocols import Rate, Schedule
+from loragen.core.runs import CONFIG, LoraManifest, checkpoint_name, read_manifest, run_directory_of
+
+TRACKING = "tracking"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The rows that a run trains on, and how its steps draw from them."""
+
+    rows: Sequence[Row]
+    batch_size: int
+    seed: int
+
+    def rows_of(self, step: int) -> list[Row]:
+        """The rows of optimizer step `step`, counted from 1, in the order of the batch."""
+        indices = batch_indices(len(self.rows), self.batch_size, self.seed, step - 1)
+        return [self.rows[index] for index in indices]
+
+    def lines_of(self, step: int) -> list[int]:
+        return [row.line for row in self.rows_of(step)]
+
+    def steps_of(self, line: int, steps: Iterable[int]) -> list[int]:
+        """Those of `steps` whose batch has the row of that line."""
+        return [step for step in steps if line in self.lines_of(step)]
+
+
+@dataclass(frozen=True)
+class TracedRun:
+    """A run whose batches are known again."""
+
+    directory: Path
+    manifest: LoraManifest
+    provenance: Provenance
+    schedule: Schedule
+    planned_steps: int
+    held_out: Sequence[int]
+    """The lines that only validated."""
+
+    def rate(self, step: int) -> Rate:
+        return self.schedule(step, self.planned_steps)
+
+
+def provenance_of(config: LoraTrainConfig, rows: Sequence[Row]) -> tuple[Provenance, list[int]]:
+    """From the rows of the whole file; also the lines that are held out."""
+    training, held = held_out(len(rows), config.data.val_ratio, config.seed)
+    kept = [rows[index] for index in training]
+    provenance = Provenance(kept, config.training.batch_size, config.seed)
+    return provenance, [rows[index].line for index in held]
+
+
+def traced_run(path: Path) -> TracedRun:
+    """The run at `path`, or that the checkpoint `path` is of.
+
+    Raises UsageError where there is no such run or its data are gone, DataError where the data
+    have changed since.
+    """
+    directory = run_directory_of(path)
+    manifest = read_manifest(directory, LoraManifest)
+    config = load(LoraTrainConfig, directory / CONFIG, environment={})
+    file = Path(manifest.dataset.path)
+    if not file.is_file():
+        raise UsageError(f"{directory}: the rows that it was trained on are gone: {file}")
+    if sha256(file) != manifest.dataset.sha256:
+        raise DataError(f"{file} has changed since {directory} was trained on it")
+    provenance, held = provenance_of(config, read_rows(file))
+    schedule = create("schedule", config.schedule.name, config.schedule.options)
+    return TracedRun(directory, manifest, provenance, schedule, config.training.max_steps, held)
+
+
+def row_hash(row: Row) -> str:
+    """Names a row's content, wherever it stands in whatever file."""
+    return sha256_text(row.system or "", row.prompt, row.response)[:16]
+
+
+def tracking_file(directory: Path, dataset: str) -> Path:
+    return directory / TRACKING / f"batch_tracking_{dataset}.jsonl"
+
+
+def tracked_step(provenance: Provenance, step: int, rate: Rate, loss: float) -> dict[str, Any]:
+    """One line of `batch_tracking_<dataset>.jsonl`."""
+    rows = provenance.rows_of(step)
+    return {
+        "step": step,
+        "stage": rate.stage,
+        "learning_rate": rate.learning_rate,
+        "loss": loss,
+        "lines": [row.line for row in rows],
+        "hashes": [row_hash(row) for row in rows],
+    }
+
+
+def write_mappings(
+    directory: Path, dataset: str, provenance: Provenance, rates: Mapping[int, Rate]
+) -> None:
+    """`checkpoint_mapping_<dataset>.json`: what each checkpoint's own step was trained on; and
+    `line_checkpoint_mapping_<dataset>.json`: the checkpoints whose own step had a line."""
+    checkpoints = {
+        checkpoint_name(step): {
+            "step": step,
+            "stage": rate.stage,
+            "learning_rate": rate.learning_rate,
+            "lines": provenance.lines_of(step),
+        }
+        for step, rate in rates.items()
+    }
+    by_line: dict[int, list[str]] = defaultdict(list)
+    for step in rates:
+        for line in dict.fromkeys(provenance.lines_of(step)):
+            by_line[line].append(checkpoint_name(step))
+    folder = directory / TRACKING
+    write_json(folder / f"checkpoint_mapping_{dataset}.json", checkpoints)
+    write_json(
+        folder / f"line_checkpoint_mapping_{dataset}.json",
+        {str(line): by_line[line] for line in sorted(by_line)},
+    )

@@ -1,0 +1,176 @@
+"""Going on with a run exactly where a checkpoint left it.
+
+Batches, dropout and learning rates are functions of (seed, step), so a checkpoint needs no more
+than the adapter, the optimizer's moments and the step: the steps after it are those of a run that
+was never interrupted, bit for bit on one kind of hardware.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from loragen.core.base_models import BaseModel
+from loragen.core.checkpoints import load_plain
+from loragen.core.config import LoraTrainConfig, load
+from loragen.core.errors import DataError, UsageError
+from loragen.core.lora.data import Rows
+from loragen.core.lora.precision import dtype_name
+from loragen.core.runs import (
+    CONFIG,
+    LAST_CHECKPOINT,
+    LoraManifest,
+    checkpoint_files,
+    read_manifest,
+    run_directory_of,
+)
+
+log = logging.getLogger(__name__)
+
+FREE = ("base_model", "base_dtype", "runs_dir", "loggers", "final_model", "track_batches")
+FREE_OF = {
+    "data": ("root", "dataset", "workers"),  # the rows' hash says whether the data are the same
+    "checkpoints": ("last_every",),
+}
+HARDWARE = ("accelerator", "devices", "num_nodes", "strategy")
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A run and what of it is there already."""
+
+    directory: Path
+    manifest: LoraManifest
+    config: LoraTrainConfig
+    checkpoint: Path | None
+    """None: the run ended before its first checkpoint and starts again."""
+    step: int
+    """Optimizer steps done."""
+
+
+def find_resume_point(path: Path) -> ResumePoint:
+    """The run at `path`, or that the checkpoint `path` is of; a run's newest checkpoint counts.
+
+    Raises UsageError where there is no run or the checkpoint cannot be gone on from.
+    """
+    if not path.exists():
+        raise UsageError(f"{path}: no such run or checkpoint")
+    directory = run_directory_of(path)
+    manifest = read_manifest(directory, LoraManifest)
+    config = load(LoraTrainConfig, directory / CONFIG, environment={})
+    checkpoint = path if path.is_file() else newest_checkpoint(directory)
+    step = int(load_plain(checkpoint)["global_step"]) if checkpoint else 0
+    return ResumePoint(directory, manifest, config, checkpoint, step)
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """Of the highest step among those that carry the optimizer's state; else of the highest."""
+    last = directory / LAST_CHECKPOINT
+    files = [*checkpoint_files(directory), *([last] if last.is_file() else [])]
+    documents = [(file, load_plain(file)) for file in files[-2:]]
+    ranked = [
+        (bool(document["optimizer_states"]), int(document["global_step"]), file)
+        for file, document in documents
+    ]
+    return max(ranked)[2] if ranked else None
+
+
+def check_unchanged(
+    point: ResumePoint, config: LoraTrainConfig, rows: Rows, base: BaseModel
+) -> None:
+    """Raises UsageError naming every difference between the run and what would go on with it."""
+    then, now = point.manifest.dataset, rows.record
+    problems = differences(point.config, config)
+    if then.sha256 != now.sha256:
+        problems.append(f"the data are other data: {now.path} is not the {then.path} of the run")
+    elif then.tokens != now.tokens:
+        problems.append("the rows make other tokens: another tokenizer or chat template")
+    if point.manifest.base_fingerprint not in ("", base.fingerprint):
+        problems.append(
+            f"the base model has other weights: {config.base_model}, "
+            f"the run was on {point.manifest.base_model}"
+        )
+    dtype = dtype_name(base.model.dtype)
+    if point.manifest.base_dtype not in ("", dtype):
+        problems.append(f"the base computes in {dtype}, the run's in {point.manifest.base_dtype}")
+    if problems:
+        where = point.directory
+        raise UsageError(*(f"{where} cannot go on: {problem}" for problem in problems))
+    if any(getattr(point.config.trainer, key) != getattr(config.trainer, key) for key in HARDWARE):
+        log.warning("going on on other hardware: equal to an unbroken run up to rounding only")
+
+
+def differences(then: LoraTrainConfig, now: LoraTrainConfig) -> list[str]:
+    """What differs of the settings that decide the result, as `key is x, the run has y`."""
+    old, new = _decisive(then), _decisive(now)
+    return [
+        f"{key} is {new.get(key)}, the run has {old.get(key)}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+    ]
+
+
+def restore_adapter(model: Any, document: Mapping[str, Any]) -> None:
+    """Raises DataError where the checkpoint's tensors are not exactly the adapter's."""
+    state = {key.removeprefix("model."): value for key, value in document["state_dict"].items()}
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    if wanted != state.keys():
+        raise DataError("the checkpoint's tensors are not those of the run's adapter")
+    model.load_state_dict(state, strict=False)
+
+
+def restore_progress(trainer: Any, document: Mapping[str, Any]) -> None:
+    """Puts the trainer and its callbacks to the checkpoint's step, before `fit`.
+
+    Lightning's own restart counts from inside a step and an epoch; ours is always between two.
+    """
+    step = int(document["global_step"])
+    epoch = trainer.fit_loop.epoch_loop
+    optimizer = epoch.automatic_optimization.optim_progress.optimizer.step.total
+    optimizer.ready = optimizer.completed = step
+    batches = epoch.batch_progress.total  # validation counts the batches of the whole run
+    done = step * trainer.accumulate_grad_batches
+    batches.ready = batches.started = batches.processed = batches.completed = done
+    for callback in trainer.callbacks:
+        if callback.state_key in document.get("callbacks", {}):
+            callback.load_state_dict(document["callbacks"][callback.state_key])
+    precision = trainer.precision_plugin
+    if type(precision).__qualname__ in document:  # the loss scale of 16-mixed
+        precision.load_state_dict(document[type(precision).__qualname__])
+
+
+def optimizer_state(document: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The optimizer's state, on the CPU; None, with a warning, where the checkpoint has none."""
+    states = document.get("optimizer_states") or []
+    if not states:
+        log.warning("the checkpoint has no optimizer state: the optimizer starts afresh, not exact")
+        return None
+    return dict(states[0])
+
+
+def read_resumable(point: ResumePoint) -> dict[str, Any] | None:
+    """The checkpoint, in memory: the run will replace the very file that it goes on from."""
+    if point.checkpoint is None:
+        return None
+    document: dict[str, Any] = tree_map_only(
+        torch.Tensor, torch.clone, load_plain(point.checkpoint)
+    )
+    return document
+
+
+def _decisive(config: LoraTrainConfig) -> dict[str, Any]:
+    """The settings that decide the result: `{"training.batch_size": 32, ...}`."""
+    flat: dict[str, Any] = {}
+    for section, value in config.model_dump(mode="json").items():
+        if section in FREE:
+            continue
+        if not isinstance(value, dict):
+            flat[section] = value
+            continue
+        free = HARDWARE if section == "trainer" else FREE_OF.get(section, ())
+        flat |= {f"{section}.{key}": item for key, item in value.items() if key not in free}
+    return flat
