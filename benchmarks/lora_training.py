@@ -1,0 +1,298 @@
+"""How fast `loragen lora train` is beside a plain `transformers.Trainer` + PEFT loop.
+
+    python benchmarks/lora_training.py --data ROWS.jsonl                        # a tiny model
+    python benchmarks/lora_training.py --data ROWS.jsonl --model DIR --steps 4  # DIR: config, tokenizer
+
+Both start from the same random weights and adapter, see the same rows in the same batches under the
+same rates, and run alternately, each in a process of its own. What is printed: optimizer steps and
+rows per second after the first step, peak memory, the largest difference of the loss curves, and
+what checkpoints cost. Absolute times are this machine's; the ratios are what counts.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+RATES = {"stage1_steps": 3, "learning_rate_stage1": 1e-3, "learning_rate_stage2": 1e-4}
+# Arm -> settings of `lora train`; None is the Trainer. The Trainer comes first: it is the baseline.
+ARMS: dict[str, dict[str, Any] | None] = {
+    "transformers.Trainer": None,
+    "loragen, padded": {"training.packing": False, "base_dtype": "float32"},
+    "loragen": {"base_dtype": "float32"},
+    "loragen, base in bfloat16": {"base_dtype": "bfloat16"},
+}
+
+
+@dataclass
+class Measured:
+    seconds: list[float]
+    """Of every step but the first."""
+    losses: list[float]
+    peak_gib: float
+    checkpoint_mib: float = 0.0
+    checkpoint_seconds: float = 0.0
+    """Of one checkpoint, with the optimizer's state."""
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    if arguments.worker:
+        print(json.dumps(asdict(_measure(json.loads(arguments.worker)))))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model = _random_model(arguments.model, arguments.data, Path(folder) / "model")
+        results: dict[str, list[Measured]] = {arm: [] for arm in arguments.arms}
+        for _ in range(arguments.rounds):
+            for arm in arguments.arms:
+                results[arm].append(_in_a_process(arguments, arm, model, folder))
+                print(f"  {arm}: {median(results[arm][-1].seconds):.3f} s a step", file=sys.stderr)
+    _report(results, arguments.batch_size)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="rows to train on")
+    parser.add_argument("--model", type=Path, help="a directory with config and tokenizer")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser
+
+
+def _random_model(source: Path | None, data: Path, target: Path) -> Path:
+    """A model directory with random weights: of `source`'s architecture, or a tiny Qwen2 with a
+    vocabulary of 4,000 learned from the rows."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+    from transformers import Qwen2Tokenizer
+
+    torch.manual_seed(0)
+    if source:
+        tokenizer, config = (
+            AutoTokenizer.from_pretrained(source),
+            AutoConfig.from_pretrained(source),
+        )
+    else:
+        texts = data.read_text(encoding="utf-8").splitlines()
+        tokenizer = Qwen2Tokenizer(vocab=None, merges=None).train_new_from_iterator(texts, 4000)
+        config = Qwen2Config(
+            vocab_size=4000,
+            hidden_size=64,
+            intermediate_size=172,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return target
+
+
+def _in_a_process(arguments: argparse.Namespace, arm: str, model: Path, folder: str) -> Measured:
+    job = {
+        "arm": arm,
+        "model": str(model),
+        "data": str(arguments.data.absolute()),
+        "batch_size": arguments.batch_size,
+        "steps": arguments.steps,
+        "runs": folder,
+    }
+    done = subprocess.run(
+        [sys.executable, __file__, "--worker", json.dumps(job)],
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    )
+    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _measure(job: dict[str, Any]) -> Measured:
+    settings = ARMS[job["arm"]]
+    measured = _trainer(job) if settings is None else _loragen(job, settings)
+    measured.peak_gib = _peak_gib()
+    return measured
+
+
+def _config(job: dict[str, Any], settings: dict[str, Any]) -> Any:
+    from loragen.core.config import LoraTrainConfig, Override, load
+
+    ours = {
+        "base_model": job["model"],
+        "runs_dir": job["runs"],
+        "training.batch_size": job["batch_size"],
+        "training.max_steps": job["steps"],
+        "checkpoints.first_step": job["steps"],
+        "checkpoints.last_every": job["steps"],
+        "final_model": "none",
+        "loggers": {},
+        **{f"schedule.{key}": value for key, value in RATES.items()},
+        **settings,
+    }
+    flags = [Override(tuple(key.split(".")), value, key) for key, value in ours.items()]
+    return load(LoraTrainConfig, flags=flags, environment={})
+
+
+def _loragen(job: dict[str, Any], settings: dict[str, Any]) -> Measured:
+    from loragen.core.lora.precision import load_training_base
+    from loragen.core.lora.train import train
+    from loragen.core.progress import Silent, Step
+
+    times, losses = [], []
+
+    class Watch(Silent):
+        def step(self, step: Step) -> None:
+            times.append(time.perf_counter())
+            losses.append(step.loss)
+
+    config = _config(job, settings)
+    run = train(config, "rows", Path(job["data"]), load_training_base(config), Watch())
+    file = max((run.directory / "checkpoints").iterdir())
+    return Measured(
+        _differences(times),
+        losses,
+        0.0,
+        checkpoint_mib=file.stat().st_size / 2**20,
+        checkpoint_seconds=_seconds_to_write(file),
+    )
+
+
+def _trainer(job: dict[str, Any]) -> Measured:
+    """What a careful user of transformers and PEFT writes: answers labelled, padding dynamic."""
+    import torch
+    from torch.utils.data import SequentialSampler
+    from transformers import (
+        DataCollatorForSeq2Seq,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    from loragen.core.base_models import load_base
+    from loragen.core.data.batches import batch_indices
+    from loragen.core.lora.data import load_rows
+    from loragen.core.lora.train import new_adapter
+    from loragen.core.plugins import create
+
+    config = _config(job, {})
+    base = load_base(job["model"], torch.float32)
+    rows = load_rows(config, "rows", Path(job["data"]), base.tokenizer).training
+    order = [
+        index
+        for step in range(job["steps"])
+        for index in batch_indices(len(rows), job["batch_size"], config.seed, step)
+    ]
+    dataset = [
+        {
+            "input_ids": rows[i].ids,
+            "attention_mask": [1] * len(rows[i].ids),
+            "labels": [-100] * (len(rows[i].ids) - rows[i].answer) + rows[i].ids[-rows[i].answer :],
+        }
+        for i in order
+    ]
+    model = new_adapter(base, config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1.0, weight_decay=0.0, fused=True)
+    schedule = create("schedule", "two-stage", RATES)
+    rates = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda done: schedule(done + 1, job["steps"]).learning_rate
+    )
+    times: list[float] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times.append(time.perf_counter())
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return SequentialSampler(dataset)  # type: ignore[arg-type]  # a list is sized
+
+    trainer = InOrder(
+        model=model,
+        args=TrainingArguments(
+            output_dir=job["runs"] + "/trainer",
+            per_device_train_batch_size=job["batch_size"],
+            max_steps=job["steps"],
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+            max_grad_norm=0.0,
+        ),
+        train_dataset=dataset,  # type: ignore[arg-type]  # a list will do
+        data_collator=DataCollatorForSeq2Seq(base.tokenizer),
+        optimizers=(optimizer, rates),
+        callbacks=[Watch()],
+    )
+    stdout, sys.stdout = sys.stdout, sys.stderr  # its log lines
+    trainer.train()
+    sys.stdout = stdout
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return Measured(_differences(times), [float(loss) for loss in losses], 0.0)
+
+
+def _seconds_to_write(file: Path) -> float:
+    """The median of ten writings of the checkpoint's own content."""
+    import torch
+
+    from loragen.core.checkpoints import AtomicCheckpointIO
+
+    document, seconds = torch.load(file, weights_only=True), []
+    for _ in range(10):
+        began = time.perf_counter()
+        AtomicCheckpointIO().save_checkpoint(document, file.with_suffix(".again"))
+        seconds.append(time.perf_counter() - began)
+    return median(seconds)
+
+
+def _differences(times: list[float]) -> list[float]:
+    return [after - before for before, after in zip(times, times[1:], strict=False)]
+
+
+def _peak_gib() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _report(results: dict[str, list[Measured]], batch_size: int) -> None:
+    baseline = next(iter(results))
+    base_seconds = [median(one.seconds) for one in results[baseline]]
+    curve = results[baseline][0].losses
+    print(f"{'':28} s/step  rows/s  ratio  peak GiB  loss differs  50 checkpoints")
+    for arm, rounds in results.items():
+        seconds = [median(one.seconds) for one in rounds]
+        ratio = median(a / b for a, b in zip(base_seconds, seconds, strict=True))
+        differs = max(abs(a - b) for a, b in zip(curve, rounds[0].losses, strict=True))
+        line = (
+            f"{arm:28} {median(seconds):6.3f}  {batch_size / median(seconds):6.2f}  {ratio:5.2f}"
+            f"  {max(one.peak_gib for one in rounds):8.2f}  {differs:12.1e}"
+        )
+        if rounds[0].checkpoint_mib:
+            cost = 50 * rounds[0].checkpoint_seconds / (125 * median(seconds))
+            line += (
+                f"  {rounds[0].checkpoint_mib * 50 / 1000 * 1.048576:.3f} GB, {cost:.1%} of a run"
+            )
+        print(line)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()
