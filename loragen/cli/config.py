@@ -20,6 +20,9 @@ class Command(StrEnum):
 
 
 Whose = Annotated[Command, typer.Argument(help="Which command's configuration: lora or gen.")]
+WhoseFile = Annotated[
+    Command | None, typer.Option("--command", help="Whose file it is; else its keys tell.")
+]
 File = Annotated[Path, typer.Argument(help="A YAML file.")]
 
 
@@ -54,10 +57,7 @@ def show(
 @app.command()
 def validate(
     file: File,
-    command: Annotated[
-        Command | None,
-        typer.Option("--command", help="Whose file it is; else its keys tell."),
-    ] = None,
+    command: WhoseFile = None,
 ) -> None:
     """Check a file: prints that it is valid, or every error at once, each with its file:line.
 
@@ -78,6 +78,7 @@ def migrate(
     output: Annotated[
         Path | None, typer.Option("--output", help="Write it there instead of printing it.")
     ] = None,
+    command: WhoseFile = None,
     force: Force = False,
 ) -> None:
     """Turn an old configuration file into today's, with a comment beside all that changed.
@@ -92,7 +93,7 @@ def migrate(
     if output is not None and output.exists() and (output.is_dir() or not force):
         hint = "is a directory" if output.is_dir() else "exists already"
         raise UsageError(f"{output} {hint}; choose another place or add --force")
-    result = migrated(file)
+    result = migrated(file, command.value if command else None)
     if result.command is None:
         render.note(f"{file} is not in an old form: nothing to migrate")
     if output is None:

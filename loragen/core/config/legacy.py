@@ -9,6 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loragen.core.config.commands import MODELS
+from loragen.core.config.problems import has_key
+from loragen.core.config.yaml_file import paths as all_paths
+
 GONE = object()
 """What a converter makes of a value that means the default; also, no value."""
 ANYTHING = object()
@@ -213,11 +217,30 @@ SHARED = frozenset({"seed", "data", "lora", "training", "trainer"})
 
 
 def recognised(tree: Mapping[str, Any], command: str | None = None) -> Form | None:
-    """The first form, of the command's where that is told, with a sign in the file; or None."""
-    for form in FORMS:
-        if command in (None, form.command) and any(_has(tree, sign) for sign in form.signs):
-            return form
-    return None
+    """The form, of the command's where that is told, that knows most of the file's keys; None for
+    a file without a sign."""
+    signed = [f for f in FORMS if command in (None, f.command) and _signs(tree, f)]
+    return max(signed, key=lambda form: _known(tree, form), default=None)
+
+
+def of_another_command(tree: Mapping[str, Any], command: str) -> Form | None:
+    """The form of the other command that the file plainly is in; one sign may be a mistake."""
+    others = [form for form in FORMS if form.command != command]
+    ours = [form for form in FORMS if form.command == command]
+    best = max(others, key=lambda form: _signs(tree, form))
+    plain = _signs(tree, best) > max(1, *(_signs(tree, form) for form in ours))
+    return best if plain else None
+
+
+def _signs(tree: Mapping[str, Any], form: Form) -> int:
+    return sum(_has(tree, sign) for sign in form.signs)
+
+
+def _known(tree: Mapping[str, Any], form: Form) -> int:
+    paths = {".".join(map(str, keys)) for keys in all_paths(tree) if keys}
+    ours = {*form.signs, *form.moved, *form.dropped}
+    model = MODELS[form.command]
+    return sum(path in ours or has_key(model, tuple(path.split("."))) for path in paths)
 
 
 def _has(tree: Any, path: str) -> bool:

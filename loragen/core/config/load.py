@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from loragen.core.config.commands import MODELS, command_of
+from loragen.core.config.legacy import of_another_command
 from loragen.core.config.problems import place_of, problems_of
 from loragen.core.config.schema import PluginSection
 from loragen.core.config.translation import translated
@@ -124,7 +125,13 @@ def dump(config: BaseModel) -> str:
 
 def _from_file(file: Path, model: type[BaseModel]) -> Given:
     tree, origins = read_yaml(file)
-    old = translated(tree, origins, command_of(model))
+    command = command_of(model)
+    other = of_another_command(tree, command)
+    if other is not None:
+        raise ConfigError(
+            f"{file}: in the {other.name} form, which is for `loragen {other.command} train`"
+        )
+    old = translated(tree, origins, command)
     if old is None:
         return Given(tree, origins, [])
     log.warning("%s", old.notice(file))

@@ -19,11 +19,13 @@ class Migrated:
     """lora or gen; None for a file that is not an old one, whose text is as it was."""
 
 
-def migrate(file: Path) -> Migrated:
-    """Raises UsageError for a missing file; ConfigError, with every place, for an old file that
+def migrate(file: Path, command: str | None = None) -> Migrated:
+    """`command` is lora or gen where the keys alone would not tell.
+
+    Raises UsageError for a missing file; ConfigError, with every place, for an old file that
     says what today's form cannot."""
     tree, origins = read_yaml(file)
-    old = translated(tree, origins)
+    old = translated(tree, origins, command)
     if old is None:
         return Migrated(file.read_text(encoding="utf-8-sig"), None)
     model = MODELS[old.form.command]

@@ -23,6 +23,8 @@ from loragen.core.config.yaml_file import Loc, dotted, inline
 from loragen.core.errors import did_you_mean, listing
 
 SPLITS = ("accumulate_grad_batches", "devices", "num_nodes")
+DEFAULT_BATCH = 32
+"""Rows, of the scripts."""
 REST = "stage 2 is the rest of training.max_steps"
 
 
@@ -189,14 +191,15 @@ def _whole_batch(done: Translation, mixed: bool) -> None:
     old = done.old_name(dotted(key))
     if mixed and old is None:
         return
-    batch = _value(done.tree, key)
+    given = _value(done.tree, key)
+    batch = DEFAULT_BATCH if given is GONE else given
     parts = {name: _value(done.tree, ("trainer", name), 1) for name in SPLITS}
     if not all(map(_is_count, [batch, *parts.values()])) or set(parts.values()) == {1}:
         return
     _put(done.tree, key, batch * prod(parts.values()))
     done.changes = [change for change in done.changes if change.new != dotted(key)]
     times = [f"{count} {name}" for name, count in parts.items() if count != 1]
-    note = " x ".join([f"{batch} rows", *times])
+    note = " x ".join([f"{batch} rows{' by default' if given is GONE else ''}", *times])
     done.changes.append(Change(old or dotted(key), dotted(key), note))
 
 
