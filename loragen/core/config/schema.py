@@ -82,7 +82,7 @@ class LoraTraining(Section):
         32, ge=1, description="Rows per optimizer step, all devices and accumulation together."
     )
     max_steps: int = Field(125, ge=1, description="Optimizer steps.")
-    weight_decay: float = Field(0.0, ge=0, description="Of AdamW, per step and rate.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     val_every: int = Field(25, ge=1, description="Validate every so many steps (val_ratio > 0).")
     patience: int | None = Field(
         None, ge=1, description="Stop once val/loss has not improved for this many steps."
@@ -180,7 +180,7 @@ class GenTraining(Section):
     learning_rate: float = Field(
         1e-4, gt=0, description="For schedules that have a learning_rate and were given none."
     )
-    weight_decay: float = Field(0.01, ge=0, description="Of AdamW, per step and rate.")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay.")
     mse_weight: float = Field(1.0, ge=0, description="Weight of the squared error in the loss.")
     l1_weight: float = Field(0.1, ge=0, description="Weight of the absolute error in the loss.")
     optimizer: Literal["adamw"] = Field("adamw", description="adamw is the only one.")

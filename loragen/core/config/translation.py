@@ -53,13 +53,15 @@ class Translation:
     origins: dict[Loc, str]
     problems: list[str] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
+    option: str = ""
+    """What `config migrate` has to be told where the keys alone mean another command."""
 
     def notice(self, file: Path) -> str:
         """One line: what kind of file this is, and which values are not what it says."""
         told = [change for change in self.changes if change.note and not change.quiet]
         form = (
             f"{file} is in the {self.form.name} form; "
-            f"`loragen config migrate {file}` prints today's"
+            f"`loragen config migrate {file}{self.option}` prints today's"
         )
         return "; ".join([form, *(f"{c.new or ''} {c}".lstrip() for c in told)])
 
@@ -84,6 +86,8 @@ def translated(
     if form is None:
         return None
     done = Translation(form, deepcopy(dict(tree)), dict(origins))
+    if (recognised(tree) or form).command != form.command:
+        done.option = f" --command {form.command}"
     mixed = bool((MODELS[form.command].model_fields.keys() - SHARED) & tree.keys())
     moved = {old: new for old, new in form.moved.items() if _applies(form, old, mixed)}
     dropped = [old for old in form.dropped if _applies(form, old, mixed)]

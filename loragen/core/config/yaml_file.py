@@ -9,6 +9,8 @@ import yaml
 from loragen.core.errors import ConfigError, UsageError
 
 Loc = tuple[str | int, ...]
+DEEPEST = 50
+"""Sections in one another; `a: &a [*a]` would have no end."""
 
 
 def read_yaml(file: Path) -> tuple[dict[str, Any], dict[Loc, str]]:
@@ -31,6 +33,10 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], dict[Loc, str]]:
         raise ConfigError(f"{file}:1: expected a mapping of settings, found {type(tree).__name__}")
     origins: dict[Loc, str] = {}
     for keys, mark in _places(node, ()):
+        if len(keys) > DEEPEST:
+            raise ConfigError(
+                f"{file}: deeper than {DEEPEST} sections; does an anchor hold itself?"
+            )
         place = f"{file}:{mark.line + 1}:{mark.column + 1}"
         if keys in origins:
             raise ConfigError(f"{place}: {dotted(keys)} is given twice; first at {origins[keys]}")

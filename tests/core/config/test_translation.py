@@ -112,8 +112,10 @@ class TestWhatBecomesOfAnOldFile:
         assert "512, which holds no real adapter" in notice
 
     @pytest.mark.parametrize("model", [LoraTrainConfig, GenTrainConfig])
-    def test_the_section_of_swanlab_is_enough(self, configure, model):
+    def test_the_section_of_swanlab_is_enough(self, configure, notices, model):
         config = configure("logging: {swanlab: {project: team}}", model=model)
+        (notice,) = notices()
+        assert (" c.yaml --command lora`" in notice) == (model is LoraTrainConfig)
         assert config.loggers["swanlab"]["project"] == "team"
         assert "tensorboard" in config.loggers
 
