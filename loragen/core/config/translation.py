@@ -198,12 +198,17 @@ def _whole_batch(done: Translation, mixed: bool) -> None:
     given = _value(done.tree, key)
     batch = DEFAULT_BATCH if given is GONE else given
     parts = {name: _value(done.tree, ("trainer", name), 1) for name in SPLITS}
-    if not all(map(_is_count, [batch, *parts.values()])) or set(parts.values()) == {1}:
+    split = [name for name, count in parts.items() if count != 1]
+    if not _is_count(batch) or not split:
         return
-    _put(done.tree, key, batch * prod(parts.values()))
+    note = f"{batch} rows{' by default' if given is GONE else ''}"
+    if all(map(_is_count, parts.values())):
+        _put(done.tree, key, batch * prod(parts.values()))
+        done.origins.setdefault(key, done.place(("trainer", split[0]))[:-2])
+        note = " x ".join([note, *(f"{parts[name]} {name}" for name in split)])
+    else:  # devices: auto
+        note += ", of each device; now they are of all together"
     done.changes = [change for change in done.changes if change.new != dotted(key)]
-    times = [f"{count} {name}" for name, count in parts.items() if count != 1]
-    note = " x ".join([f"{batch} rows{' by default' if given is GONE else ''}", *times])
     done.changes.append(Change(old or dotted(key), dotted(key), note))
 
 

@@ -153,6 +153,11 @@ class TestWhatBecomesOfAnOldFile:
         old = "training: {stage1_steps: 75, gradient_accumulation_steps: 3}"
         assert configure(old).training.batch_size == 96
 
+    def test_a_batch_of_who_knows_how_many_devices_is_told_of(self, configure, notices):
+        old = "training: {per_device_train_batch_size: 8}\ntrainer: {devices: auto}"
+        assert configure(old).training.batch_size == 8
+        assert "8 rows, of each device; now they are of all together" in notices()[0]
+
     def test_a_logger_that_was_off_is_off(self, configure):
         old = "training: {stage1_steps: 75}\nlogging: {swanlab: true, tensorboard: false}"
         assert list(configure(old).loggers) == ["swanlab"]
