@@ -32,6 +32,12 @@ def analyze(
 
     Exits with 1 where a tensor is not finite.
     """
+    from loragen.core.errors import UsageError
+
+    for path in paths:
+        if not path.exists():
+            raise UsageError(f"{path}: no checkpoints or adapters there")
+
     from loragen.core.analysis.collection import analyze as analyze_path
 
     reports = [analyze_path(path) for path in paths]

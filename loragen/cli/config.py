@@ -1,13 +1,17 @@
-"""`loragen config`: the defaults as a commented file."""
+"""`loragen config`: write, check, explain and migrate configuration files."""
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from loragen.cli import render
+from loragen.cli.options import ConfigFile, Force, Json, Settings
 
-app = typer.Typer(no_args_is_help=True, help="Write configuration files.")
+app = typer.Typer(
+    no_args_is_help=True, help="Write, check, explain and migrate configuration files."
+)
 
 
 class Command(StrEnum):
@@ -15,11 +19,96 @@ class Command(StrEnum):
     gen = "gen"
 
 
+Whose = Annotated[Command, typer.Argument(help="Which command's configuration: lora or gen.")]
+WhoseFile = Annotated[
+    Command | None, typer.Option("--command", help="Whose file it is; else its keys tell.")
+]
+File = Annotated[Path, typer.Argument(help="A YAML file.")]
+
+
 @app.command()
-def init(
-    command: Annotated[Command, typer.Argument(help="Which command the file is for.")],
-) -> None:
+def init(command: Whose) -> None:
     """Print the default configuration, each setting with its meaning."""
     from loragen.core.config import document
 
-    render.answer(document(command.value))
+    render.answer(document(command.value).rstrip())
+
+
+@app.command()
+def show(
+    command: Whose, config: ConfigFile = None, settings: Settings = None, json: Json = False
+) -> None:
+    """Print every setting, its value, and where that came from.
+
+    A value comes from the default, the file (file:line:column), a LORAGEN_ variable or --set.
+    """
+    from loragen.core.config.provenance import settings_of
+    from loragen.core.config.yaml_file import inline
+
+    found = settings_of(command.value, config, settings or ())
+    if json:
+        document = {s.key: {"value": s.value, "origin": s.origin} for s in found}
+        render.answer_json(document)
+    else:
+        rows = [(s.key, inline(s.value), s.origin) for s in found]
+        render.answer(render.columns(("setting", "value", "from"), rows))
+
+
+@app.command()
+def validate(
+    file: File,
+    command: WhoseFile = None,
+) -> None:
+    """Check a file: prints that it is valid, or every error at once, each with its file:line.
+
+    The file alone is judged, without LORAGEN_ variables.
+    """
+    from loragen.core.config import load
+    from loragen.core.config.commands import MODELS
+    from loragen.core.config.provenance import command_for
+
+    whose = command.value if command else command_for(file)
+    load(MODELS[whose], file, environment={})
+    render.answer(f"{file}: valid ({whose} train)")
+
+
+@app.command()
+def migrate(
+    file: File,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Write it there instead of printing it.")
+    ] = None,
+    command: WhoseFile = None,
+    force: Force = False,
+) -> None:
+    """Turn an old configuration file into today's, with a comment beside all that changed.
+
+    Old are training_config.yaml, lightning_config.yaml and generator_config.yaml of the scripts
+    that loragen grew from. A file that is today's already stays as it is.
+    """
+    from loragen.core.config.migrate import migrate as migrated
+    from loragen.core.errors import UsageError
+    from loragen.core.files import write_text
+
+    if output is not None and output.exists() and (output.is_dir() or not force):
+        hint = "is a directory" if output.is_dir() else "exists already"
+        raise UsageError(f"{output} {hint}; choose another place or add --force")
+    result = migrated(file, command.value if command else None)
+    if result.command is None:
+        render.note(f"{file} is not in an old form: nothing to migrate")
+    if output is None:
+        render.answer(result.text.rstrip("\n"))
+    else:
+        write_text(output, result.text)
+        render.answer(str(output))
+
+
+@app.command()
+def schema(command: Whose) -> None:
+    """Print the JSON schema of a configuration, with the options of the installed plugins.
+
+    An editor with a YAML language server completes and checks with it.
+    """
+    from loragen.core.config.json_schema import json_schema
+
+    render.answer_json(json_schema(command.value))

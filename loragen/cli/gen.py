@@ -29,10 +29,11 @@ def train(
     Prints the experiment directory; the generator is results/final_model/generator_model.pt.
     """
     from loragen.core.config import GenTrainConfig, Override, dump, load
+    from loragen.core.generator.places import check_places
 
     keys = ("data", "checkpoint_dir")
     flags = [Override(keys, checkpoint_dir, "--checkpoint-dir")] if checkpoint_dir else []
-    resolved = load(GenTrainConfig, config, settings or (), flags)
+    resolved = load(GenTrainConfig, config, settings or (), flags, early=check_places)
 
     from loragen.core.generator.train import plan
     from loragen.core.generator.train import train as train_generator
@@ -73,18 +74,16 @@ def infer(
 
     The output is an ordinary PEFT directory: `peft.PeftModel.from_pretrained(base, DIR)`.
     """
+    from loragen.core.data.prompts import read_prompts
     from loragen.core.errors import UsageError
     from loragen.core.files import refuse_existing
     from loragen.core.runs import ADAPTER_CONFIG, generator_file
 
     file = generator_file(model)
     refuse_existing(output, force, marker=ADAPTER_CONFIG)
-    if not prompt and prompt_file is None:
-        raise UsageError("no prompts: give --prompt TEXT (repeatable) or --prompt-file FILE")
-
-    from loragen.core.data.prompts import read_prompts
-
     prompts = [*(prompt or ()), *(read_prompts(prompt_file) if prompt_file else ())][:limit]
+    if not any(text.strip() for text in prompts):
+        raise UsageError("no prompts: give --prompt TEXT (repeatable) or --prompt-file FILE")
 
     from loragen.core.generator.infer import infer as generate
     from loragen.core.generator.model import Generator

@@ -1,28 +1,233 @@
+import json
+
 import pytest
 import yaml
 
 from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
 
+OLD = "training:\n  per_device_train_batch_size: 8\n  stage1: {steps: 75}\n"
 
-@pytest.mark.parametrize("command, model", [("lora", LoraTrainConfig), ("gen", GenTrainConfig)])
-def test_init_writes_the_defaults_as_a_file_that_loads(loragen, command, model):
-    result = loragen("config", "init", command)
+
+@pytest.fixture
+def write(loragen):
+    """`write(text)`: `c.yaml` in the working directory."""
+
+    def put(text, name="c.yaml"):
+        (loragen.work / name).write_text(text, encoding="utf-8")
+        return name
+
+    return put
+
+
+class TestInit:
+    @pytest.mark.parametrize("command, model", [("lora", LoraTrainConfig), ("gen", GenTrainConfig)])
+    def test_it_writes_the_defaults_as_a_file_that_loads(self, loragen, write, command, model):
+        result = loragen("config", "init", command)
+        assert result.exit_code == 0, result.output
+        assert result.stderr == ""
+        assert yaml.safe_load(result.stdout)["seed"] == 42
+        write(result.stdout)
+        written = load(model, loragen.work / "c.yaml", environment={})
+        assert written == load(model, environment={})
+
+    @pytest.mark.parametrize("command", ["lora", "gen"])
+    def test_every_line_is_explained_or_heads_a_section(self, loragen, command):
+        for line in loragen("config", "init", command).stdout.splitlines():
+            head = line.rstrip().endswith(":")
+            assert head or len(line.partition("# ")[2]) > 10, line
+
+    def test_the_options_of_a_plugin_are_explained(self, loragen):
+        lines = [line.strip() for line in loragen("config", "init", "gen").stdout.splitlines()]
+        assert "kernel_size: 3  # Kernel of ConvH (in layers) and ConvL (in tokens)." in lines
+        (swanlab,) = [line for line in lines if line.startswith("workspace:")]
+        assert swanlab.startswith("workspace: null  # Team or user")
+        assert "tensorboard:" in lines
+
+    def test_an_unknown_command_is_a_usage_error(self, loragen):
+        result = loragen("config", "init", "loar")
+        assert result.exit_code == 2
+        assert result.stdout == ""
+        assert "loar" in result.stderr
+
+
+class TestShow:
+    def test_each_value_with_its_origin(self, loragen, write, monkeypatch):
+        monkeypatch.setenv("LORAGEN_RUNS_DIR", "there")
+        file = write("training:\n  batch_size: 8\n")
+        result = loragen("config", "show", "lora", "--config", file, "--set", "seed=3")
+        assert result.exit_code == 0, result.output
+        lines = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines()}
+        assert lines["setting"] == ["value", "from"]
+        assert lines["training.batch_size"] == ["8", "c.yaml:2:3"]
+        assert lines["seed"] == ["3", "--set"]
+        assert lines["runs_dir"] == ["there", "LORAGEN_RUNS_DIR"]
+        assert lines["training.max_steps"] == ["125", "default"]
+
+    def test_one_json_document(self, loragen):
+        result = loragen("config", "show", "gen", "--set", "layout.token_dim=8", "--json")
+        document = json.loads(result.stdout)
+        assert document["layout.token_dim"] == {"value": 8, "origin": "--set"}
+        assert document["decoder.blocks"] == {"value": 3, "origin": "default"}
+
+    def test_a_wrong_value_is_one_line(self, fails):
+        assert fails(2, "config", "show", "lora", "--set", "seed=x").startswith("--set: seed: ")
+
+
+class TestValidate:
+    @pytest.mark.parametrize(
+        "text, command",
+        [
+            ("training: {patience: 3}\ndata: {val_ratio: 0.1}", "lora"),
+            ("training: {mse_weight: 2}", "gen"),
+            ("", "lora"),
+        ],
+    )
+    def test_a_valid_file(self, loragen, write, text, command):
+        result = loragen("config", "validate", write(text))
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert result.stdout == f"c.yaml: valid ({command} train)\n"
+
+    def test_every_error_at_once(self, fails, write):
+        write("training:\n  batch_size: x\n  max_stps: 3\nschedule: {stage1_steps: -1}\n")
+        before, found, after = fails(2, "config", "validate", "c.yaml", lines=3)
+        assert before.startswith("c.yaml:2:3: training.batch_size: ")
+        assert found.startswith("c.yaml:3:3: training.max_stps: unknown key. Did you mean")
+        assert after.startswith("c.yaml:4:12: schedule.stage1_steps: ")
+
+    def test_the_command_may_be_said(self, fails, loragen, write):
+        write("training: {max_steps: 3}")
+        result = loragen("config", "validate", "c.yaml", "--command", "gen")
+        assert result.stdout == "c.yaml: valid (gen train)\n"
+        write("decoder: {blocks: 3}")
+        assert "decoder: unknown key" in fails(
+            2, "config", "validate", "c.yaml", "--command", "lora"
+        )
+
+    def test_variables_do_not_judge_a_file(self, loragen, write, monkeypatch):
+        monkeypatch.setenv("LORAGEN_SEED", "x")
+        assert loragen("config", "validate", write("seed: 1")).exit_code == 0
+
+    def test_an_old_file_is_valid_with_a_notice(self, loragen, write):
+        result = loragen("config", "validate", write(OLD))
+        assert result.stdout == "c.yaml: valid (lora train)\n"
+        (notice,) = result.stderr.splitlines()
+        assert notice == (
+            "warning: c.yaml is in the traditional form; "
+            "`loragen config migrate c.yaml` prints today's"
+        )
+
+    def test_a_missing_file(self, fails):
+        assert fails(2, "config", "validate", "no") == "no: no such configuration file"
+
+
+class TestMigrate:
+    def test_it_prints_todays(self, loragen, write):
+        result = loragen("config", "migrate", write(OLD))
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert result.stdout == (
+            "# `loragen lora train`, migrated from the traditional form (c.yaml).\n"
+            "training:\n"
+            "  batch_size: 8  # was training.per_device_train_batch_size\n"
+            "schedule:\n"
+            "  stage1_steps: 75  # was training.stage1.steps\n"
+        )
+
+    def test_it_writes_a_file_and_nothing_over_another(self, loragen, fails, write):
+        arguments = ("config", "migrate", write(OLD), "--output", "new.yaml")
+        result = loragen(*arguments)
+        assert result.stdout == "new.yaml\n"
+        new = loragen.work / "new.yaml"
+        assert load(LoraTrainConfig, new, environment={}).training.batch_size == 8
+        new.write_text("mine", encoding="utf-8")
+        assert (
+            fails(2, *arguments) == "new.yaml exists already; choose another place or add --force"
+        )
+        assert loragen(*arguments, "--force").exit_code == 0
+        assert "stage1_steps" in new.read_text(encoding="utf-8")
+
+    def test_a_directory_is_never_replaced(self, loragen, fails, write):
+        (loragen.work / "there").mkdir()
+        error = fails(2, "config", "migrate", write(OLD), "--output", "there", "--force")
+        assert error.startswith("there is a directory")
+
+    def test_a_file_of_today_stays_as_it_is(self, loragen, write):
+        result = loragen("config", "migrate", write("seed: 3  # mine\n"))
+        assert result.stdout == "seed: 3  # mine\n"
+        assert result.stderr == "c.yaml is not in an old form: nothing to migrate\n"
+
+    def test_what_has_no_place_today_is_an_error(self, fails, write):
+        write(OLD + "  optimizer: sgd\n")
+        error = fails(2, "config", "migrate", "c.yaml", "--output", "new.yaml")
+        assert error.startswith("c.yaml:4:3: training.optimizer: sgd has no place today")
+
+
+@pytest.mark.parametrize("command", ["lora", "gen"])
+def test_the_schema_is_one_json_document(loragen, command):
+    document = json.loads(loragen("config", "schema", command).stdout)
+    assert {"seed", "training", "loggers"} <= set(document["properties"])
+
+
+def test_a_training_reads_an_old_file(loragen, write, dataset, base_dir):
+    rows = dataset()
+    result = loragen(
+        "lora", "train", "--config", write(OLD), "--dataset", rows, "--base-model", base_dir,
+        "--dry-run",
+    )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert result.stderr == ""
-    assert yaml.safe_load(result.stdout)["seed"] == 42
-    (loragen.work / "c.yaml").write_text(result.stdout, encoding="utf-8")
-    written = load(model, loragen.work / "c.yaml", environment={})
-    assert written == load(model, environment={})
+    assert yaml.safe_load(result.stdout)["training"]["batch_size"] == 8
+    assert result.stderr.count("prints today's") == 1
 
 
-def test_every_line_of_a_plugin_is_explained(loragen):
-    text = loragen("config", "init", "gen").stdout
-    (line,) = [line for line in text.splitlines() if line.strip().startswith("kernel_size:")]
-    assert line.endswith("# Kernel of ConvH (in layers) and ConvL (in tokens).")
+def test_a_variable_that_no_command_knows_is_told_once(loragen, monkeypatch):
+    monkeypatch.setenv("LORAGEN_TRAINNG__MAX_STEPS", "3")
+    monkeypatch.setenv("LORAGEN_ENCODER__BATCH_SIZE", "3")  # of the other command
+    told = (
+        "warning: LORAGEN_TRAINNG__MAX_STEPS is ignored: no command has a setting 'trainng'. "
+        "Did you mean 'training'?\n"
+    )
+    assert loragen("config", "show", "lora").stderr == told
+    assert loragen("config", "show", "lora").stderr == ""  # it is one process
 
 
-def test_an_unknown_command_is_a_usage_error(loragen):
-    result = loragen("config", "init", "loar")
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert "loar" in result.stderr
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("gen", "train", "--config", "none.yaml"),
+        ("gen", "train", "--checkpoint-dir", "none"),
+        ("gen", "infer", "--model", "none", "--prompt", "x", "--output", "a"),
+        ("gen", "infer", "--model", "c.yaml", "--prompt-file", "none", "--output", "a"),
+        ("ckpt", "analyze", "none"),
+        ("gen", "train", "--config", "c.yaml"),
+        ("gen", "train", "--config", "c.yaml", "--set", "bogus=1"),
+    ],
+    ids=" ".join,
+)
+def test_a_usage_error_needs_no_torch(subprocess_errors, arguments):
+    """It is there at once; torch and what stands on it take seconds."""
+    subprocess_errors(arguments)
+
+
+@pytest.fixture
+def subprocess_errors(tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    (tmp_path / "c.yaml").write_text("data: {checkpoint_dir: none}", encoding="utf-8")
+    code = (
+        "import sys; sys.argv = ['loragen', *sys.argv[1:]]\n"
+        "from loragen.cli.main import main\n"
+        "try: main()\n"
+        "finally: print('torch' in sys.modules)\n"
+    )
+
+    def run(arguments):
+        result = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ,
+        )  # fmt: skip
+        assert result.returncode == 2, result.stderr
+        assert result.stdout == "False\n"
+        assert result.stderr.count("error: ") == 1
+
+    return run

@@ -103,6 +103,7 @@ def test_a_key_given_twice_is_refused(configure):
         ("- a", "c.yaml:1: expected a mapping of settings, found list"),
         ("a: b: c", "c.yaml: not YAML: mapping values are not allowed here"),
         ("a: !!python/object:os.system {}", "c.yaml: not YAML: could not determine a constructor"),
+        ("a: &a [*a]", "c.yaml: deeper than 50 sections; does an anchor hold itself?"),
         ("schedule:", "c.yaml:1:1: schedule: input should be a valid dictionary"),
         ("schedule: {name: 3}", "c.yaml:1:12: schedule: unknown schedule '3'"),
         ("loggers: [swanlab]", "c.yaml:1:1: loggers: input should be a valid dictionary"),

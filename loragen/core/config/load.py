@@ -3,24 +3,32 @@
 Every value remembers where it came from, so that an error can say `config.yaml:6:5` or `--set`.
 """
 
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from loragen.core.config.commands import MODELS, command_of
+from loragen.core.config.legacy import of_another_command
+from loragen.core.config.problems import place_of, problems_of
 from loragen.core.config.schema import PluginSection
-from loragen.core.errors import ConfigError, PluginError, UsageError, did_you_mean, listing
-from loragen.core.plugins import find
+from loragen.core.config.translation import translated
+from loragen.core.config.yaml_file import Loc, dotted, paths, read_yaml
+from loragen.core.errors import ConfigError, PluginError, UsageError, did_you_mean
+from loragen.core.plugins import describe, find
 
 ENV_PREFIX = "LORAGEN_"
 
+log = logging.getLogger(__name__)
+
 Model = TypeVar("Model", bound=BaseModel)
-Loc = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
@@ -33,20 +41,45 @@ class Override:
     """How the user gave it: `--set training.batch_size`, `--batch-size`, `LORAGEN_SEED`."""
 
 
+@dataclass(frozen=True)
+class Given:
+    """All layers in one tree, before it is validated."""
+
+    tree: dict[str, Any]
+    origins: dict[Loc, str]
+    """Where each value was given; a default is not in it."""
+    problems: list[str]
+    """What the translation of an old file refused."""
+
+
 def load(
     model: type[Model],
     file: Path | None = None,
     settings: Iterable[str] = (),
     flags: Iterable[Override] = (),
     environment: Mapping[str, str] | None = None,
+    early: Callable[[Model], object] | None = None,
 ) -> Model:
     """The validated configuration; plugin options are checked by their plugins.
 
-    `settings` are the `key.path=value` texts of `--set`; a value is read as YAML.
+    `settings` are the `key.path=value` texts of `--set`; a value is read as YAML. `early` is
+    called with what the schema alone has accepted, before any plugin is imported, which may take
+    seconds: the place for cheap checks that raise.
     Raises ConfigError with every problem at once, each with its place; UsageError for a missing
-    file.
+    file. An old file (`legacy`) is translated, with one warning.
     """
-    tree, origins = read_yaml(file) if file else ({}, {})
+    return validated(model, layered(model, file, settings, flags, environment), early)
+
+
+def layered(
+    model: type[BaseModel],
+    file: Path | None = None,
+    settings: Iterable[str] = (),
+    flags: Iterable[Override] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Given:
+    """Raises UsageError for what cannot be read at all, a missing file or `--set nonsense`."""
+    given = _from_file(file, model) if file else Given({}, {}, [])
     layers = (
         list(_from_environment(os.environ if environment is None else environment, model)),
         [_from_setting(text) for text in settings],
@@ -56,17 +89,33 @@ def load(
         # A plugin's name first: choosing one forgets the options of another from earlier layers.
         for override in sorted(layer, key=lambda override: override.keys[-1] != "name"):
             if override.keys[0] == "loggers" and len(override.keys) > 1:  # beside the default ones
-                tree.setdefault("loggers", deepcopy(model.model_fields["loggers"].default))
-            _insert(tree, override)
-            origins[override.keys] = override.origin
-    problems = _check_plugins(model, tree, origins)
+                default = deepcopy(model.model_fields["loggers"].default)
+                given.tree.setdefault("loggers", default)
+            _insert(given.tree, override)
+            for keys in [keys for keys in given.origins if not _is_there(given.tree, keys)]:
+                del given.origins[keys]  # the override has replaced what was around it
+            for keys in paths(override.value, override.keys):
+                given.origins[keys] = override.origin
+    return given
+
+
+def validated(
+    model: type[Model], given: Given, early: Callable[[Model], object] | None = None
+) -> Model:
+    """The model of what was given. Raises ConfigError with every problem at once."""
+    problems = list(given.problems)
+    _name_plugins(model, given.tree)
     try:
-        config = model.model_validate(tree)
+        draft = model.model_validate(given.tree)
     except ValidationError as error:
-        raise ConfigError(*_problems(model, error, origins, ()), *problems) from None
+        problems = [*problems_of(model, error, given.origins), *problems]
+    if early is not None and not problems:
+        early(draft)
+    # With an error already, a plugin without options has nothing to add that is worth its import.
+    problems += _check_plugins(model, given, complete=not problems)
     if problems:
         raise ConfigError(*problems)
-    return config
+    return model.model_validate(given.tree)
 
 
 def dump(config: BaseModel) -> str:
@@ -74,52 +123,43 @@ def dump(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def read_yaml(file: Path) -> tuple[dict[str, Any], dict[Loc, str]]:
-    """A YAML mapping and the place (`file:line:column`) of each of its keys.
-
-    Raises UsageError for a missing file and ConfigError for YAML that does not parse, is not a
-    mapping, or says a key twice.
-    """
-    if not file.is_file():
-        raise UsageError(f"{file}: no such configuration file")
-    try:
-        node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
-    if node is None:
-        return {}, {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{file}:1: expected a mapping of settings, found {type(tree).__name__}")
-    origins: dict[Loc, str] = {}
-    for keys, mark in _places(node, ()):
-        place = f"{file}:{mark.line + 1}:{mark.column + 1}"
-        if keys in origins:
-            raise ConfigError(f"{place}: {_dotted(keys)} is given twice; first at {origins[keys]}")
-        origins[keys] = place
-    return tree, origins
-
-
-def _places(node: yaml.Node, keys: Loc) -> Iterator[tuple[Loc, yaml.Mark]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            yield (*keys, key.value), key.start_mark
-            yield from _places(value, (*keys, key.value))
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            yield (*keys, index), value.start_mark
-            yield from _places(value, (*keys, index))
+def _from_file(file: Path, model: type[BaseModel]) -> Given:
+    tree, origins = read_yaml(file)
+    command = command_of(model)
+    other = of_another_command(tree, command)
+    if other is not None:
+        raise ConfigError(
+            f"{file}: in the {other.name} form, which is for `loragen {other.command} train`"
+        )
+    old = translated(tree, origins, command)
+    if old is None:
+        return Given(tree, origins, [])
+    log.warning("%s", old.notice(file))
+    return Given(old.tree, old.origins, old.problems)
 
 
 def _from_environment(environment: Mapping[str, str], model: type[BaseModel]) -> Iterator[Override]:
     """`LORAGEN_TRAINING__BATCH_SIZE=8` sets `training.batch_size`.
 
-    A variable of a section that this command does not have is another command's.
+    A variable of a section that this command does not have is another command's, or a mistake.
     """
     for name in sorted(environment):
         keys = tuple(name.removeprefix(ENV_PREFIX).lower().split("__"))
-        if name.startswith(ENV_PREFIX) and keys[0] in model.model_fields:
+        if not name.startswith(ENV_PREFIX):
+            continue
+        if keys[0] in model.model_fields:
             yield Override(keys, _value(environment[name], name), name)
+        else:
+            _warn_of_unknown(name, keys[0])
+
+
+@cache
+def _warn_of_unknown(name: str, section: str) -> None:
+    """Once per process, however often a configuration is loaded."""
+    known = {key for model in MODELS.values() for key in model.model_fields}
+    if section not in known:
+        hint = did_you_mean(section, sorted(known))
+        log.warning("%s is ignored: no command has a setting '%s'.%s", name, section, hint)
 
 
 def _from_setting(text: str) -> Override:
@@ -153,107 +193,77 @@ def _insert(tree: dict[str, Any], override: Override) -> None:
     node[last] = override.value
 
 
+def _is_there(tree: Any, keys: Loc) -> bool:
+    for key in keys:
+        items = dict(enumerate(tree)) if isinstance(tree, list) else tree
+        if not isinstance(items, dict) or key not in items:
+            return False
+        tree = items[key]
+    return True
+
+
 def _item(node: list[Any], key: str | int, override: Override) -> Any:
     if not isinstance(key, int) or key >= len(node):
         raise UsageError(f"{override.origin}: the list has {len(node)} items, counted from 0")
     return node[key]
 
 
-def _check_plugins(
-    model: type[BaseModel], tree: dict[str, Any], origins: Mapping[Loc, str]
-) -> list[str]:
-    """Validates every plugin's options with its own Config and writes the defaults into `tree`.
+def _name_plugins(model: type[BaseModel], tree: dict[str, Any]) -> None:
+    """Writes the default plugin's name where none is given; `name:` may be any text in YAML.
 
     A section that is not even a mapping is left for the schema to complain of.
     """
-    problems: list[str] = []
     for field, info in model.model_fields.items():
-        given = tree.get(field, {})
-        if isinstance(info.default, PluginSection) and isinstance(given, dict):
-            name = str(given.get("name", info.default.name))
-            options = {key: value for key, value in given.items() if key != "name"}
-            options = _validated(info.default.kind, name, options, (field,), origins, problems)
-            tree[field] = {"name": name, **options}
+        section = tree.setdefault(field, {}) if isinstance(info.default, PluginSection) else None
+        if isinstance(section, dict):
+            tree[field] = {**section, "name": str(section.get("name", info.default.name))}
         elif field == "loggers" and isinstance(tree.setdefault(field, info.default), dict):
             tree[field] = {
-                name: _validated("logger", str(name), options, (field, name), origins, problems)
+                name: {} if options is None else options for name, options in tree[field].items()
+            }
+
+
+def _check_plugins(model: type[BaseModel], given: Given, complete: bool) -> list[str]:
+    """Validates every plugin's options with its own Config.
+
+    `complete` also writes the defaults into the tree, for which every plugin is imported.
+    """
+    tree, problems = given.tree, list[str]()
+    check = partial(_checked, origins=given.origins, problems=problems, complete=complete)
+    for field, info in model.model_fields.items():
+        section = tree[field] if isinstance(info.default, PluginSection) else None
+        if isinstance(section, dict):
+            name = section["name"]
+            options = {key: value for key, value in section.items() if key != "name"}
+            tree[field] = {"name": name, **check(info.default.kind, name, options, (field,))}
+        elif field == "loggers" and isinstance(tree[field], dict):
+            tree[field] = {
+                name: check("logger", str(name), options, (field, name))
                 for name, options in tree[field].items()
             }
     return problems
 
 
-def _validated(
-    kind: str, name: str, options: Any, loc: Loc, origins: Mapping[Loc, str], problems: list[str]
+def _checked(
+    kind: str,
+    name: str,
+    options: Any,
+    loc: Loc,
+    origins: Mapping[Loc, str],
+    problems: list[str],
+    complete: bool,
 ) -> Any:
     """The options with the plugin's defaults filled in; what is wrong goes to `problems`."""
-    options = {} if options is None else options
     if not isinstance(options, dict):
         return options
     try:
+        if not options and not complete:
+            describe(kind, name)
+            return options
         plugin_config = find(kind, name).Config
         return plugin_config.model_validate(options).model_dump(mode="json")
     except PluginError as error:
-        problems.append(f"{_place((*loc, 'name'), origins)}{_dotted(loc)}: {error}")
+        problems.append(f"{place_of((*loc, 'name'), origins)}{dotted(loc)}: {error}")
     except ValidationError as error:
-        problems += _problems(plugin_config, error, origins, loc)
+        problems += problems_of(plugin_config, error, origins, loc)
     return options
-
-
-def _problems(
-    model: type[BaseModel], error: ValidationError, origins: Mapping[Loc, str], prefix: Loc
-) -> list[str]:
-    """One line per value; a value that fits none of several types gets their reasons in one."""
-    reasons: dict[Loc, list[str]] = {}
-    given: dict[Loc, str] = {}
-    for detail in error.errors():
-        keys = (*prefix, *detail["loc"])
-        if detail["type"] == "extra_forbidden":
-            known = _known_keys(model, detail["loc"][:-1])
-            hint = did_you_mean(str(keys[-1]), known)
-            reason = f"unknown key.{hint} Known: {listing(known, 20)}"
-        elif detail["type"] == "value_error":
-            reason = str(detail["ctx"]["error"])
-        elif detail["type"] == "missing":
-            reason = "is required"
-        else:
-            keys = _without_type_tags(keys, origins)
-            reason = f"{detail['msg'][0].lower()}{detail['msg'][1:]}"
-            given[keys] = f" (got {detail['input']!r})"
-        reasons.setdefault(keys, []).append(reason)
-    return [
-        (f"{_place(keys, origins)}{_dotted(keys)}: " if keys else "")
-        + " or ".join(dict.fromkeys(of))
-        + given.get(keys, "")
-        for keys, of in reasons.items()
-    ]
-
-
-def _without_type_tags(keys: Loc, origins: Mapping[Loc, str]) -> Loc:
-    """pydantic appends the tried type to the place of a union's value: `devices.int`."""
-    for length in range(len(keys), 0, -1):
-        if keys[:length] in origins:
-            return keys[:length]
-    return keys
-
-
-def _known_keys(model: type[BaseModel], loc: Loc) -> list[str]:
-    """The keys of the section at `loc`; walks models, lists of models and optional ones."""
-    for part in loc:
-        if isinstance(part, int) or part not in model.model_fields:
-            continue
-        annotation = model.model_fields[part].annotation
-        nested = [annotation, *getattr(annotation, "__args__", ())]
-        model = next((t for t in nested if isinstance(t, type) and issubclass(t, BaseModel)), model)
-    return list(model.model_fields)
-
-
-def _place(keys: Loc, origins: Mapping[Loc, str]) -> str:
-    """Where the value at `keys`, or the nearest section around it, was given."""
-    for length in range(len(keys), 0, -1):
-        if keys[:length] in origins:
-            return f"{origins[keys[:length]]}: "
-    return ""
-
-
-def _dotted(keys: Loc) -> str:
-    return ".".join(map(str, keys))

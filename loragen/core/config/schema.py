@@ -80,9 +80,9 @@ class LoraData(Section):
 
 
 class Lora(Section):
-    rank: int = Field(8, ge=1)
+    rank: int = Field(8, ge=1, description="Rank of B A, the columns of B.")
     alpha: float = Field(16, gt=0, description="ΔW = alpha / rank · B A.")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of A.")
     target_modules: str | list[str] = Field(
         "all-linear", description="all-linear, or the modules' names."
     )
@@ -93,7 +93,7 @@ class LoraTraining(Section):
         32, ge=1, description="Rows per optimizer step, all devices and accumulation together."
     )
     max_steps: int = Field(125, ge=1, description="Optimizer steps.")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     packing: bool = Field(
         True, description="Compute the prefix that all rows share once; false pads every row."
     )
@@ -214,20 +214,22 @@ class GenTraining(Section):
     learning_rate: float = Field(
         1e-4, gt=0, description="For schedules that have a learning_rate and were given none."
     )
-    weight_decay: float = Field(0.01, ge=0)
-    mse_weight: float = Field(1.0, ge=0)
-    l1_weight: float = Field(0.1, ge=0)
-    optimizer: Literal["adamw"] = "adamw"
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay.")
+    mse_weight: float = Field(1.0, ge=0, description="Weight of the squared error in the loss.")
+    l1_weight: float = Field(0.1, ge=0, description="Weight of the absolute error in the loss.")
+    optimizer: Literal["adamw"] = Field("adamw", description="adamw is the only one.")
     condition_noise: float = Field(
         0.0, ge=0, description="Std of Gaussian noise on conditions, in units of their own std."
     )
-    val_every_epochs: int = Field(1, ge=1)
+    val_every_epochs: int = Field(1, ge=1, description="Validate every so many epochs.")
 
 
 class GenTrainConfig(Section):
     """`loragen gen train`"""
 
-    seed: int = Field(42, ge=0)
+    seed: int = Field(
+        42, ge=0, description="Initial weights, grouping of prompts, split and batches."
+    )
     experiments_dir: str = Field("experiments", description="Where experiment directories go.")
     sources: list[Source] = Field([], description="What to learn from.")
     val_sources: list[Source] = Field(

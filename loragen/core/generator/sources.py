@@ -18,14 +18,9 @@ from loragen.core.data.prompts import grouped, read_prompts
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import sha256, sha256_text, written_atomically
 from loragen.core.generator.layout import Layout
+from loragen.core.generator.places import directory_of
 from loragen.core.protocols import Encoder
-from loragen.core.runs import (
-    CHECKPOINTS,
-    MANIFEST,
-    LoraManifest,
-    read_manifest,
-    run_directory_of,
-)
+from loragen.core.runs import LoraManifest, read_manifest, run_directory_of
 
 
 @dataclass(frozen=True)
@@ -52,44 +47,14 @@ class PreparedSource:
     """``[texts, positions]`` bool"""
 
 
-def configured_sources(config: GenTrainConfig) -> list[SourceConfig]:
-    """`sources` and `data.checkpoint_dir` together. Raises UsageError where there are none."""
-    listed = config.data.checkpoint_dir or []
-    directories = [listed] if isinstance(listed, str) else listed
-    runs = [run for directory in directories for run in _runs_in(Path(directory))]
-    sources = [*config.sources, *(SourceConfig(run=str(run)) for run in runs)]
-    places = [Path(str(source.run or source.checkpoints)).resolve() for source in sources]
-    for place in places:
-        if places.count(place) > 1:
-            raise UsageError(f"{place.name} is named twice among the sources")
-    if not sources:
-        raise UsageError(
-            "nothing to learn from: give --checkpoint-dir RUN (repeatable), or sources in the YAML"
-        )
-    return sources
-
-
-def _runs_in(directory: Path) -> list[Path]:
-    """The finished runs of a folder of runs; any other directory stands for itself."""
-    if (directory / MANIFEST).is_file() or directory.name == CHECKPOINTS:
-        return [directory]
-    runs = sorted(file.parent for file in directory.glob(f"*/{MANIFEST}"))
-    finished = [run for run in runs if read_manifest(run, LoraManifest).status == "success"]
-    if runs and not finished:
-        raise UsageError(f"{directory}: none of its {len(runs)} runs has finished")
-    return finished or [directory]
-
-
 def read_source(config: SourceConfig, max_checkpoints: int) -> Source:
     """Finds checkpoints and prompts; a run's manifest knows both.
 
     Raises UsageError for what is not there, DataError for a dataset that has changed since.
     """
+    directory = directory_of(config)
     if config.run is not None:
-        return _from_run(Path(config.run), config.prompts, max_checkpoints)
-    directory = Path(str(config.checkpoints))
-    if not directory.is_dir():
-        raise UsageError(f"{directory}: no such directory of checkpoints")
+        return _from_run(directory, config.prompts, max_checkpoints)
     checkpoints = find_checkpoints(directory)[-max_checkpoints:]
     if not (checkpoints[0] / CONFIG_FILE).is_file():
         return _from_run(directory, config.prompts, max_checkpoints)
@@ -102,8 +67,6 @@ def read_source(config: SourceConfig, max_checkpoints: int) -> Source:
 
 
 def _from_run(path: Path, prompts: str | None, max_checkpoints: int) -> Source:
-    if not path.is_dir():
-        raise UsageError(f"{path}: no such run directory")
     run = run_directory_of(path)
     manifest = read_manifest(run, LoraManifest)
     checkpoints = find_checkpoints(run)[-max_checkpoints:]

@@ -19,11 +19,11 @@ from loragen.core.generator.model import Choice, Generator
 from loragen.core.generator.module import GeneratorModule
 from loragen.core.generator.normalization import Normalization
 from loragen.core.generator.pairs import PairDataModule
+from loragen.core.generator.places import configured_sources
 from loragen.core.generator.sources import (
     PreparedSource,
     Source,
     common_layout,
-    configured_sources,
     prepared,
     read_source,
 )

@@ -9,12 +9,8 @@ from loragen.core.checkpoints import read_tensors
 from loragen.core.config.schema import Source as SourceConfig
 from loragen.core.errors import DataError, UsageError
 from loragen.core.generator import sources as module
-from loragen.core.generator.sources import (
-    common_layout,
-    configured_sources,
-    prepared,
-    read_source,
-)
+from loragen.core.generator.places import configured_sources
+from loragen.core.generator.sources import common_layout, prepared, read_source
 from loragen.core.generator.train import plan
 from loragen.core.runs import LoraManifest, read_manifest, write_manifest
 

@@ -1,0 +1,72 @@
+"""Questions about a configuration: whose is a file, and where does each value come from?"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loragen.core.config.commands import MODELS
+from loragen.core.config.legacy import recognised
+from loragen.core.config.load import ENV_PREFIX, layered, validated
+from loragen.core.config.problems import has_key
+from loragen.core.config.yaml_file import Loc, dotted, read_yaml
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Setting:
+    key: str
+    value: Any
+    origin: str
+    """`default`, `file:line:column`, `LORAGEN_...`, `--set`."""
+
+
+def settings_of(
+    command: str,
+    file: Path | None = None,
+    settings: Iterable[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> list[Setting]:
+    """Every value of the configuration that `load` makes of the same. Raises as `load` does."""
+    model = MODELS[command]
+    given = layered(model, file, settings, environment=environment)
+    config = validated(model, given).model_dump(mode="json")
+    return [
+        Setting(dotted(keys), value, _origin(keys, given.origins))
+        for keys, value in _leaves(config, ())
+    ]
+
+
+def command_for(file: Path) -> str:
+    """Whose configuration a file is, by its keys: lora or gen; lora where they tell nothing.
+
+    Raises UsageError for a missing file, ConfigError for what is not YAML.
+    """
+    tree, origins = read_yaml(file)
+    old = recognised(tree)
+    if old is not None:
+        return old.command
+    known = {
+        command: sum(has_key(model, keys) for keys in origins) for command, model in MODELS.items()
+    }
+    return max(known, key=lambda command: known[command])
+
+
+def _leaves(tree: Mapping[str, Any], at: Loc) -> Iterator[tuple[Loc, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, (*at, key))
+        else:
+            yield (*at, key), value
+
+
+def _origin(keys: Loc, origins: Mapping[Loc, str]) -> str:
+    """An item of a list that a file gave may be another layer's: `sources` of both."""
+    own = [origins[keys]] if keys in origins else []
+    items = [
+        origin
+        for place, origin in origins.items()
+        if place[: len(keys)] == keys and origin.startswith(("--", ENV_PREFIX))
+    ]
+    return ", ".join(dict.fromkeys(own + items)) or DEFAULT

@@ -1,0 +1,287 @@
+"""An old configuration (`legacy`) in today's words; every value keeps the place it was given at."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from loragen.core.config.commands import MODELS
+from loragen.core.config.legacy import (
+    ANYTHING,
+    CONVERTERS,
+    GONE,
+    NOTES,
+    SHARED,
+    STAGE2_STEPS,
+    Form,
+    recognised,
+)
+from loragen.core.config.problems import has_key, place_of
+from loragen.core.config.yaml_file import Loc, dotted, inline
+from loragen.core.errors import did_you_mean, listing
+
+SPLITS = ("accumulate_grad_batches", "devices", "num_nodes")
+DEFAULT_BATCH = 32
+"""Rows, of the scripts."""
+REST = "stage 2 is the rest of training.max_steps"
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of one old key."""
+
+    old: str
+    new: str | None
+    """None where it has no place today."""
+    note: str = ""
+    """Why the value is another one; empty where the key alone changed its name."""
+    quiet: bool = False
+    """Nothing is lost: it is told in the migrated file, not whenever the old one is read."""
+
+    def __str__(self) -> str:
+        if self.new is None:
+            return f"{self.old} is dropped: {self.note}"
+        return f"was {self.old}{': ' if self.note else ''}{self.note}"
+
+
+@dataclass
+class Translation:
+    form: Form
+    tree: dict[str, Any]
+    origins: dict[Loc, str]
+    problems: list[str] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    option: str = ""
+    """What `config migrate` has to be told where the keys alone mean another command."""
+
+    def notice(self, file: Path) -> str:
+        """One line: what kind of file this is, and which values are not what it says."""
+        told = [change for change in self.changes if change.note and not change.quiet]
+        form = (
+            f"{file} is in the {self.form.name} form; "
+            f"`loragen config migrate {file}{self.option}` prints today's"
+        )
+        return "; ".join([form, *(f"{c.new or ''} {c}".lstrip() for c in told)])
+
+    def place(self, keys: Loc) -> str:
+        """`file:line:column: ` of the key, or of the section around one that YAML merged in."""
+        return place_of(keys, self.origins)
+
+    def old_name(self, new: str) -> str | None:
+        return next((change.old for change in self.changes if change.new == new), None)
+
+
+def translated(
+    tree: Mapping[str, Any], origins: Mapping[Loc, str], command: str | None = None
+) -> Translation | None:
+    """Today's tree and places of an old file; None for a file that is not an old one.
+
+    `command` is whose configuration is wanted, where that is known. In a file that also has
+    sections which only today's files have, only keys that no file of today can have are
+    translated: the rest is judged as today's.
+    """
+    form = recognised(tree, command)
+    if form is None:
+        return None
+    done = Translation(form, deepcopy(dict(tree)), dict(origins))
+    if (recognised(tree) or form).command != form.command:
+        done.option = f" --command {form.command}"
+    mixed = bool((MODELS[form.command].model_fields.keys() - SHARED) & tree.keys())
+    moved = {old: new for old, new in form.moved.items() if _applies(form, old, mixed)}
+    dropped = [old for old in form.dropped if _applies(form, old, mixed)]
+    for old, new in moved.items():
+        _move(done, tuple(old.split(".")), tuple(new.split(".")), moved)
+    for old in dropped:
+        _drop(done, tuple(old.split(".")))
+    if form.command == "lora":
+        _stage2_steps(done)
+        _first_kept_step(done)
+        _whole_batch(done, mixed)
+        dropped += STAGE2_STEPS
+    _loggers(done)
+    _leftovers(done, [*moved, *dropped])
+    return done
+
+
+def _applies(form: Form, old: str, mixed: bool) -> bool:
+    """Not to a key that today's schema has, nor, in a mixed file, to one that is no sign."""
+    if has_key(MODELS[form.command], tuple(old.split("."))):
+        return False
+    return not mixed or any(old == sign or old.startswith(f"{sign}.") for sign in form.signs)
+
+
+def _move(done: Translation, old: Loc, new: Loc, moved: Mapping[str, str]) -> None:
+    value = _value(done.tree, old)
+    if value is GONE or (isinstance(value, dict) and _is_section(dotted(old), moved)):
+        return
+    convert = CONVERTERS.get(dotted(old))
+    given, value = value, convert(value) if convert else value
+    place = done.place(old)
+    _take(done, old)
+    if value is GONE:
+        return
+    there = _in_the_way(done.tree, new)
+    if there:
+        done.problems.append(
+            f"{place}{dotted(old)}: {dotted(there)} is given too, at {done.place(there)[:-2]}"
+        )
+        return
+    _put(done.tree, new, value)
+    done.origins[new] = f"{place[:-2]} ({dotted(old)})"
+    for keys in [keys for keys in done.origins if keys[: len(old)] == old]:
+        done.origins[(*new, *keys[len(old) :])] = f"{done.origins.pop(keys)} ({dotted(keys)})"
+    note = "" if value == given else ", ".join([inline(given), *NOTES.get(dotted(old), ())])
+    done.changes.append(Change(dotted(old), dotted(new), note))
+
+
+def _drop(done: Translation, old: Loc) -> None:
+    value = _value(done.tree, old)
+    if value is GONE:
+        return
+    rule = done.form.dropped[dotted(old)]
+    told = f"{dotted(old)}: {inline(value)}"
+    if ANYTHING in rule.harmless or value in rule.harmless:
+        quiet = ANYTHING not in rule.harmless
+        done.changes.append(Change(told, None, rule.advice, quiet))
+    else:
+        done.problems.append(f"{done.place(old)}{told} has no place today: {rule.advice}")
+    _take(done, old)
+
+
+def _stage2_steps(done: Translation) -> None:
+    """Today stage 2 is the rest of `training.max_steps`."""
+    for path in STAGE2_STEPS:
+        old = tuple(path.split("."))
+        steps = _value(done.tree, old)
+        if steps is GONE:
+            continue
+        place = done.place(old)
+        _take(done, old)
+        stage1 = _value(done.tree, ("schedule", "stage1_steps"), 75)
+        total = _value(done.tree, ("training", "max_steps"))
+        if not _is_count(steps):
+            done.problems.append(f"{place}{path}: expected a number of steps (got {steps!r})")
+        elif total is GONE and _is_count(stage1):
+            _put(done.tree, ("training", "max_steps"), stage1 + steps)
+            done.origins["training", "max_steps"] = f"{place[:-2]} ({path})"
+            note = f"{steps}, and {stage1} of stage 1"
+            done.changes.append(Change(path, "training.max_steps", note))
+        elif _is_count(stage1) and _is_count(total) and steps != total - stage1:
+            done.problems.append(
+                f"{place}{path}: {steps} steps, but training.max_steps leaves {total - stage1} "
+                f"for stage 2 ({total} - {stage1}): let them agree"
+            )
+        else:
+            done.changes.append(Change(f"{path}: {steps}", None, REST, quiet=True))
+
+
+def _first_kept_step(done: Translation) -> None:
+    """The old scripts kept the steps of stage 2, wherever it began."""
+    stage1 = _value(done.tree, ("schedule", "stage1_steps"))
+    first = ("checkpoints", "first_step")
+    old = done.old_name("schedule.stage1_steps")
+    if old and _is_count(stage1) and stage1 != 75 and _value(done.tree, first) is GONE:
+        _put(done.tree, first, stage1 + 1)
+        done.origins[first] = done.origins["schedule", "stage1_steps"]
+        note = f"{stage1}, and the steps of stage 2 were kept"
+        done.changes.append(Change(old, dotted(first), note))
+
+
+def _whole_batch(done: Translation, mixed: bool) -> None:
+    """The old batch was one device's micro-batch; today's is the whole optimizer step's."""
+    key = ("training", "batch_size")
+    old = done.old_name(dotted(key))
+    if mixed and old is None:
+        return
+    given = _value(done.tree, key)
+    batch = DEFAULT_BATCH if given is GONE else given
+    parts = {name: _value(done.tree, ("trainer", name), 1) for name in SPLITS}
+    split = [name for name, count in parts.items() if count != 1]
+    if not _is_count(batch) or not split:
+        return
+    note = f"{batch} rows{' by default' if given is GONE else ''}"
+    if all(map(_is_count, parts.values())):
+        _put(done.tree, key, batch * prod(parts.values()))
+        done.origins.setdefault(key, done.place(("trainer", split[0]))[:-2])
+        note = " x ".join([note, *(f"{parts[name]} {name}" for name in split)])
+    else:  # devices: auto
+        note += ", of each device; now they are of all together"
+    done.changes = [change for change in done.changes if change.new != dotted(key)]
+    done.changes.append(Change(old or dotted(key), dotted(key), note))
+
+
+def _loggers(done: Translation) -> None:
+    """A file that names loggers names all of them; the scripts always had both."""
+    loggers = done.tree.get("loggers")
+    if isinstance(loggers, dict) and any(
+        done.old_name(f"loggers.{name}") for name in ("tensorboard", "swanlab")
+    ):
+        both: dict[str, Any] = {"tensorboard": {}, "swanlab": {}} | loggers
+        done.tree["loggers"] = {name: of for name, of in both.items() if of is not False}
+
+
+def _leftovers(done: Translation, paths: list[str]) -> None:
+    """Keys of sections that today's files do not have: today's schema would only say `model`."""
+    model = MODELS[done.form.command]
+    sections = {path.rpartition(".")[0] for path in paths} - {""}
+    for path in sorted(sections, key=len, reverse=True):
+        section = tuple(path.split("."))
+        left = _value(done.tree, section)
+        if left is GONE or has_key(model, section):
+            continue
+        known = sorted(p.rpartition(".")[2] for p in paths if p.rpartition(".")[0] == path)
+        for key in left if isinstance(left, dict) else ():
+            done.problems.append(
+                f"{done.place((*section, key))}{path}.{key}: unknown key, today and in the "
+                f"{done.form.name} form.{did_you_mean(str(key), known)} Known: {listing(known, 20)}"
+            )
+        if left is not None and not isinstance(left, dict):
+            done.problems.append(
+                f"{done.place(section)}{path}: expected a mapping of {listing(known, 20)} "
+                f"(got {left!r})"
+            )
+        _take(done, section)
+
+
+def _is_section(old: str, moved: Mapping[str, str]) -> bool:
+    """`model: {name: ...}` beside `model: NAME`."""
+    return any(path.startswith(f"{old}.") for path in moved)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _value(tree: Any, keys: Loc, default: Any = GONE) -> Any:
+    for key in keys:
+        if not isinstance(tree, dict) or key not in tree:
+            return default
+        tree = tree[key]
+    return tree
+
+
+def _in_the_way(tree: dict[str, Any], new: Loc) -> Loc | None:
+    """Where a value cannot go: it is there already, or a section on the way is none."""
+    for length in range(1, len(new)):
+        section = _value(tree, new[:length])
+        if section is not GONE and section is not None and not isinstance(section, dict):
+            return new[:length]
+    return None if _value(tree, new) is GONE else new
+
+
+def _put(tree: dict[str, Any], keys: Loc, value: Any) -> None:
+    for key in keys[:-1]:
+        if not isinstance(tree.get(str(key)), dict):
+            tree[str(key)] = {}
+        tree = tree[str(key)]
+    tree[str(keys[-1])] = value
+
+
+def _take(done: Translation, keys: Loc) -> None:
+    """Removes a value, and the sections that it leaves empty."""
+    parent = _value(done.tree, keys[:-1])
+    del parent[keys[-1]]
+    if not parent and len(keys) > 1:
+        _take(done, keys[:-1])
