@@ -23,6 +23,7 @@ GENERATOR_FILE = Path("results/final_model/generator_model.pt")
 class DatasetRecord(BaseModel):
     name: str
     path: str
+    """Empty, as are `sha256` and `rows`, where a converted run's dataset was not found."""
     sha256: str
     rows: int
 
@@ -60,6 +61,8 @@ class LoraManifest(Manifest):
     steps: list[int] = []
     """The steps that have a checkpoint."""
     final_loss: float | None = None
+    converted_from: str | None = None
+    """The traditional run that it was made of by `ckpt convert`."""
 
 
 class GeneratorManifest(Manifest):
@@ -76,13 +79,13 @@ class GeneratorManifest(Manifest):
 AnyManifest = TypeVar("AnyManifest", bound=Manifest)
 
 
-def create_run_directory(parent: Path, prefix: str) -> Path:
-    """`<parent>/<prefix>_<YYYYmmdd_HHMMSS>`, made here and by nobody else.
+def create_run_directory(parent: Path, prefix: str, started: datetime | None = None) -> Path:
+    """`<parent>/<prefix>_<YYYYmmdd_HHMMSS>`, made here and by nobody else; `started` is now.
 
     Two runs of one second: the later takes `_2`, `_3`, ...
     """
     parent.mkdir(parents=True, exist_ok=True)
-    name = f"{prefix}_{datetime.now().astimezone():%Y%m%d_%H%M%S}"
+    name = f"{prefix}_{started or datetime.now().astimezone():%Y%m%d_%H%M%S}"
     attempt = 1
     while True:
         directory = parent / (name if attempt == 1 else f"{name}_{attempt}")

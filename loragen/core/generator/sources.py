@@ -107,6 +107,11 @@ def _from_run(path: Path, prompts: str | None, max_checkpoints: int) -> Source:
     run = run_directory_of(path)
     manifest = read_manifest(run, LoraManifest)
     checkpoints = find_checkpoints(run)[-max_checkpoints:]
+    if prompts is None and not manifest.dataset.path:
+        raise UsageError(
+            f"{run}: it was converted without its dataset's file; name one with prompts: FILE, or "
+            "remove it and convert again with --dataset FILE"
+        )
     file = Path(prompts or manifest.dataset.path)
     if prompts is None and not file.is_file():
         raise UsageError(f"{run}: its dataset {file} is gone; name one with prompts: FILE")
