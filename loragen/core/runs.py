@@ -16,6 +16,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"
 ADAPTER_CONFIG = "adapter_config.json"
+MERGED_MARKER = "loragen_export.json"  # tells a merged model of ours from any other
 CHECKPOINT_SUFFIX = ".ckpt"
 GENERATOR_FILE = Path("results/final_model/generator_model.pt")
 

@@ -149,8 +149,9 @@ def _dataset(run: LegacyRun, facts: Facts, options: Options) -> DatasetRecord:
 def _converted_before(run: LegacyRun, dataset: str, output: Path) -> Path | None:
     source = str(run.directory.absolute())
     for file in sorted(output.glob(f"{dataset}_lora_*/{MANIFEST}")):
-        if read_manifest(file.parent, LoraManifest).converted_from == source:
-            return file.parent
+        with suppress(DataError):  # not a run of ours: not the one we look for
+            if read_manifest(file.parent, LoraManifest).converted_from == source:
+                return file.parent
     return None
 
 

@@ -109,8 +109,8 @@ def _from_run(path: Path, prompts: str | None, max_checkpoints: int) -> Source:
     checkpoints = find_checkpoints(run)[-max_checkpoints:]
     if prompts is None and not manifest.dataset.path:
         raise UsageError(
-            f"{run}: it was converted without its dataset's file; name one with prompts: FILE, or "
-            "remove it and convert again with --dataset FILE"
+            f"{run}: it was converted without its dataset's file; give the prompts in the YAML, "
+            "sources: [{run: ..., prompts: FILE}], or remove it and convert again with --dataset"
         )
     file = Path(prompts or manifest.dataset.path)
     if prompts is None and not file.is_file():
