@@ -233,7 +233,7 @@ class TestRefusals:
         torch.save(document, file)
         if damage == "cut":
             file.write_bytes(file.read_bytes()[:1000])
-        with pytest.raises(DataError, match=rf"step_006\.pt: {reason}"):
+        with pytest.raises(DataError, match=rf"step_006\.pt: {reason}.*--skip-bad leaves it out"):
             convert(one_of(source), options)
         assert not options.output.exists()
         skipping = Options(options.output, data_root=options.data_root, skip_bad=True)
@@ -304,6 +304,8 @@ class TestDiscover:
             folder.mkdir(parents=True)
             (folder / "lora.pt").touch()
             (folder / "optimizer.pt").touch()
+            (folder / "rng_state_0.pth").touch()
+            (folder / "optimizer_step_1.pt").touch()
         assert [entry.name for entry in one_of(tmp_path).entries] == ["step_1", "step_2"]
 
     def test_our_own_runs_are_left_alone(self, collection, caplog):
@@ -373,6 +375,23 @@ class TestRead:
         with pytest.raises(DataError, match="several adapters in it, none is 'default': x, y"):
             read_checkpoint(tmp_path / "b.pt")
 
+    def test_what_was_saved_with_the_weights(self, tmp_path):
+        document = {
+            "model": {"m.lora_A": torch.ones(2, 4)},
+            "optimizer": {"param_groups": [{"weight_decay": 0.01}]},
+            "config": {"training": {"batch_size": 16}},
+            "lora_config": {"alpha": 32},
+            "step": torch.tensor(7),
+        }
+        torch.save(document, tmp_path / "a.pt")
+        checkpoint = read_checkpoint(tmp_path / "a.pt")
+        assert checkpoint.step == 7
+        assert facts_of(checkpoint.facts) == {
+            "lora.alpha": 32,
+            "training.batch_size": 16,
+            "training.weight_decay": 0.01,
+        }
+
     def test_a_model_in_shards(self, tmp_path):
         for index, matrix in enumerate("AB", 1):
             name = f"model-0000{index}-of-00002.safetensors"
@@ -400,6 +419,9 @@ class TestRead:
             lambda s: s["state"][0].update(exp_avg=torch.ones(3, 2)),
             lambda s: s["state"][0].update(exp_avg=torch.full((2, 2), float("nan"))),
             lambda s: s.pop("state"),
+            lambda s: s["param_groups"][0].update(decoupled_weight_decay=False),
+            lambda s: s["param_groups"][0].pop("params"),
+            lambda s: s["state"][0].update(exp_avg=1.0),
         ],
     )
     def test_an_optimizer_that_does_not_fit_is_left_out(self, change):

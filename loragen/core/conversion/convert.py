@@ -71,7 +71,7 @@ def convert(run: LegacyRun, options: Options) -> Converted:
         return Converted(earlier, read_manifest(earlier, LoraManifest), [], 0, [], already=True)
     surveyed = survey(run, facts.get("training.max_steps"))
     if surveyed.bad and not options.skip_bad:
-        raise DataError(*surveyed.bad)
+        raise DataError(*(f"{line} (--skip-bad leaves it out)" for line in surveyed.bad))
     facts = {**surveyed.facts, **facts}
     config, order = _config(run, facts, surveyed, dataset, options)
     manifest = _manifest(run, config, dataset, surveyed)

@@ -15,7 +15,9 @@ log = logging.getLogger(__name__)
 
 MODELS = "models"
 SUFFIXES = {".bin", ".ckpt", ".pt", ".pth", ".safetensors"}
-NOT_WEIGHTS = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args)\b.*", re.IGNORECASE)
+NOT_WEIGHTS = re.compile(
+    r"(optimizer|scheduler|scaler|rng_state|random_states|training_args)[._-]", re.IGNORECASE
+)
 # What PEFT and the Hugging Face Trainer put into a directory, best first; models may be in shards.
 DIRECTORY_WEIGHTS = (
     "adapter_model.safetensors",

@@ -17,7 +17,7 @@ from loragen.core.errors import DataError, LoragenError, listing
 WRAPPERS = ("lora_state_dict", "adapter_state_dict", "model_state_dict", "state_dict", "model")
 OPTIMIZERS = ("optimizer_state_dict", "optimizer", "optimizer_states")
 STEPS = ("global_step", "step")
-FACTS = ("lora_config", "config", "hyper_parameters", "args")
+SETTINGS = ("config", "hyper_parameters", "args")
 PREFIX = "base_model.model."
 KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])(?:\.(?P<rest>.+))?")
 OUTER = re.compile(r"^(?:module\.|_orig_mod\.)+")
@@ -82,11 +82,12 @@ def converted_optimizer(state: Any, tensors: Mapping[str, Tensor], rate: float) 
     None for anything else. Frozen parameters, which have no state, may be among the legacy ones.
     `rate` is the learning rate of the coming step.
     """
-    if not isinstance(state, Mapping) or not isinstance(state.get("state"), Mapping):
+    try:
+        moments, groups = state["state"], state["param_groups"]
+        used = [group for group in groups if any(p in moments for p in group["params"])]
+    except (TypeError, KeyError):
         return None
-    moments, groups = state["state"], state.get("param_groups") or []
-    used = [group for group in groups if any(p in moments for p in group["params"])]
-    if len(used) != 1:
+    if len(used) != 1 or _is_adam_with_l2(used[0]):
         return None
     of = [moments[p] for p in used[0]["params"] if p in moments]
     if len(of) != len(tensors) or not all(map(_fits, of, tensors.values())):
@@ -117,7 +118,14 @@ def _fits(state: Any, tensor: Tensor) -> bool:
     if not isinstance(state, Mapping) or set(state) != {"step", "exp_avg", "exp_avg_sq"}:
         return False
     moments = (state["exp_avg"], state["exp_avg_sq"])
-    return all(m.shape == tensor.shape and bool(torch.isfinite(m).all()) for m in moments)
+    return all(
+        isinstance(m, Tensor) and m.shape == tensor.shape and bool(torch.isfinite(m).all())
+        for m in moments
+    )
+
+
+def _is_adam_with_l2(group: Mapping[str, Any]) -> bool:
+    return bool(group.get("weight_decay")) and not group.get("decoupled_weight_decay", True)
 
 
 def _moments(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -130,16 +138,27 @@ def _moments(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _from_torch(file: Path) -> LegacyCheckpoint:
     document = load_plain(file)
-    optimizer = next((document[name] for name in OPTIMIZERS if document.get(name)), None)
-    facts = {k: v for k, v in document.items() if k in FACTS and isinstance(v, dict)}
+    saved = (document.get(name) for name in OPTIMIZERS)
+    optimizer = next((state for state in saved if isinstance(state, dict | list) and state), None)
     steps = (_whole(document[name]) for name in STEPS if name in document)
     return LegacyCheckpoint(
         tensors=_normalized(_state(document), file),
         ordered=True,
         step=next((step for step in steps if step is not None), None),
         optimizer=optimizer,
-        facts=facts,
+        facts=_settings(document, optimizer),
     )
+
+
+def _settings(document: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
+    """Of the training, as far as they were saved with the weights."""
+    settings: dict[str, Any] = {}
+    if isinstance(optimizer, Mapping) and optimizer.get("param_groups"):
+        settings["weight_decay"] = optimizer["param_groups"][0].get("weight_decay")
+    for name in SETTINGS:
+        if isinstance(document.get(name), dict):
+            settings |= document[name]
+    return settings | {k: v for k, v in document.items() if k == "lora_config"}
 
 
 def _from_safetensors(file: Path) -> dict[str, Tensor]:
