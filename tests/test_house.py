@@ -32,6 +32,8 @@ finally:
         ["--help"],
         ["--version"],
         ["lora", "train", "--help"],
+        ["lora", "export", "--help"],
+        ["ckpt", "convert", "--help"],
         ["gen", "train", "--help"],
         ["plugins", "list"],
         ["plugins", "show", "schedule", "cosine"],

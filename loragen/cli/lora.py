@@ -6,9 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from loragen.cli import render
-from loragen.cli.options import BaseModel, ConfigFile, DataRoot, DryRun, Json, Settings
+from loragen.cli.options import BaseModel, ConfigFile, DataRoot, DryRun, Force, Json, Settings
 
-app = typer.Typer(no_args_is_help=True, help="Train LoRA adapters, and evaluate one.")
+app = typer.Typer(no_args_is_help=True, help="Train LoRA adapters, evaluate one, export it.")
 
 
 @app.command()
@@ -206,3 +206,49 @@ def evaluate(
         render.answer_json(document)
     else:
         render.answer(render.columns(("measure", "value"), list(document.items())))
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="A run, a .ckpt of one, a PEFT directory, or any file with LoRA in it."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", help="The directory that is written.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="A whole Hugging Face model instead of an adapter.")
+    ] = False,
+    base_model: BaseModel = None,
+    alpha: Annotated[
+        float | None, typer.Option("--alpha", min=0, help="LoRA's alpha, where nothing records it.")
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Write an adapter, or the model it makes of its base, for use without loragen.
+
+    The adapter loads with `peft.PeftModel.from_pretrained(base, DIR)`, the merged model, in the
+    base's own dtype and with its tokenizer, with `AutoModelForCausalLM.from_pretrained(DIR)`.
+    """
+    from loragen.core.files import refuse_existing
+    from loragen.core.runs import ADAPTER_CONFIG, MERGED_MARKER
+
+    refuse_existing(output, force, marker=MERGED_MARKER if merge else ADAPTER_CONFIG)
+
+    from loragen.core.lora.export import export_adapter, export_merged, exported_adapter
+
+    adapter = exported_adapter(checkpoint, base_model, alpha)
+    (export_merged if merge else export_adapter)(adapter, checkpoint, output)
+    if json:
+        render.answer_json(
+            {
+                "output": str(output),
+                "kind": "merged" if merge else "adapter",
+                "base_model": adapter.config["base_model_name_or_path"],
+                "checkpoint": str(checkpoint),
+            }
+        )
+    else:
+        render.answer(str(output))

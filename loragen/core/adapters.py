@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from loragen.core.config.schema import Lora
 from loragen.core.errors import DataError, LoragenError, UsageError, listing
 from loragen.core.files import write_json, write_text, written_atomically
 from loragen.core.runs import ADAPTER_CONFIG
@@ -60,6 +61,21 @@ def write_adapter(directory: Path, adapter: Adapter, card: str) -> None:
         # save_file would make it readable for its owner alone.
         (temporary / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
         write_text(temporary / "README.md", card)
+
+
+def new_config(lora: Lora, base_model: str) -> dict[str, Any]:
+    """PEFT's configuration, plain data, of a causal language model's adapter."""
+    from peft import LoraConfig, TaskType
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides it, any number does
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=base_model,
+    )
+    return plain_config(config)
 
 
 def plain_config(peft_config: Any) -> dict[str, Any]:

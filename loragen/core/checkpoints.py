@@ -60,7 +60,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_checkpointed_adapter(path: Path) -> Adapter:
-    """An adapter from a PEFT directory, or from a checkpoint whose run knows its configuration."""
+    """An adapter from a PEFT directory, or from a checkpoint whose run knows its configuration;
+    of a run that has not finished, or of its checkpoints/, the last checkpoint."""
     if path.is_dir() and (path / WEIGHTS_FILE).is_file():
         return read_adapter(path)
     if path.is_dir() and (path / "adapter" / WEIGHTS_FILE).is_file():
@@ -68,7 +69,8 @@ def read_checkpointed_adapter(path: Path) -> Adapter:
     if not path.exists():
         raise UsageError(f"{path}: no such adapter or checkpoint")
     manifest = read_manifest(run_directory_of(path), LoraManifest)
-    return Adapter(manifest.adapter_config, read_tensors(path))
+    file = find_checkpoints(path)[-1] if path.is_dir() else path
+    return Adapter(manifest.adapter_config, read_tensors(file))
 
 
 def find_checkpoints(path: Path) -> list[Path]:

@@ -17,6 +17,7 @@ MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 ADAPTER_CONFIG = "adapter_config.json"
+MERGED_MARKER = "loragen_export.json"  # tells a merged model of ours from any other
 CHECKPOINT_SUFFIX = ".ckpt"
 LAST_CHECKPOINT = Path("checkpoints/last.ckpt")
 """What a killed run goes on from; no part of the collection."""
@@ -26,6 +27,7 @@ GENERATOR_FILE = Path("results/final_model/generator_model.pt")
 class DatasetRecord(BaseModel):
     name: str
     path: str
+    """Empty, as are `sha256` and `rows`, where a converted run's dataset was not found."""
     sha256: str
     rows: int
     tokens: str = ""
@@ -70,6 +72,8 @@ class LoraManifest(Manifest):
     final_loss: float | None = None
     resumed_from: list[int] = []
     """The steps at which the run was gone on with."""
+    converted_from: str | None = None
+    """The traditional run that it was made of by `ckpt convert`."""
 
 
 class GeneratorManifest(Manifest):
@@ -86,13 +90,13 @@ class GeneratorManifest(Manifest):
 AnyManifest = TypeVar("AnyManifest", bound=Manifest)
 
 
-def create_run_directory(parent: Path, prefix: str) -> Path:
-    """`<parent>/<prefix>_<YYYYmmdd_HHMMSS>`, made here and by nobody else.
+def create_run_directory(parent: Path, prefix: str, started: datetime | None = None) -> Path:
+    """`<parent>/<prefix>_<YYYYmmdd_HHMMSS>`, made here and by nobody else; `started` is now.
 
     Two runs of one second: the later takes `_2`, `_3`, ...
     """
     parent.mkdir(parents=True, exist_ok=True)
-    name = f"{prefix}_{datetime.now().astimezone():%Y%m%d_%H%M%S}"
+    name = f"{prefix}_{started or datetime.now().astimezone():%Y%m%d_%H%M%S}"
     attempt = 1
     while True:
         directory = parent / (name if attempt == 1 else f"{name}_{attempt}")

@@ -100,7 +100,9 @@ def test_a_missing_file_is_a_usage_error(tmp_path):
         read_tensors(tmp_path / "none.ckpt")
 
 
-@pytest.mark.parametrize("part", [".", "adapter", "checkpoints/checkpoint-step-008.ckpt"])
+@pytest.mark.parametrize(
+    "part", [".", "adapter", "checkpoints", "checkpoints/checkpoint-step-008.ckpt"]
+)
 def test_an_adapter_from_a_run_its_folder_or_a_checkpoint_of_it(run, part):
     adapter = read_checkpointed_adapter(run / part)
     wanted = read_adapter(run / "adapter")

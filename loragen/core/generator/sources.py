@@ -70,6 +70,11 @@ def _from_run(path: Path, prompts: str | None, max_checkpoints: int) -> Source:
     run = run_directory_of(path)
     manifest = read_manifest(run, LoraManifest)
     checkpoints = find_checkpoints(run)[-max_checkpoints:]
+    if prompts is None and not manifest.dataset.path:
+        raise UsageError(
+            f"{run}: it was converted without its dataset's file; give the prompts in the YAML, "
+            "sources: [{run: ..., prompts: FILE}], or remove it and convert again with --dataset"
+        )
     file = Path(prompts or manifest.dataset.path)
     if prompts is None and not file.is_file():
         raise UsageError(f"{run}: its dataset {file} is gone; name one with prompts: FILE")

@@ -75,6 +75,8 @@ def traced_run(path: Path) -> TracedRun:
     """
     directory = run_directory_of(path)
     manifest = read_manifest(directory, LoraManifest)
+    if manifest.converted_from:
+        raise UsageError(f"{directory} was converted: its batches were not drawn by loragen")
     config = load(LoraTrainConfig, directory / CONFIG, environment={})
     file = Path(manifest.dataset.path)
     if not file.is_file():

@@ -20,6 +20,7 @@ from loragen.core.files import written_atomically
 from loragen.core.interrupt import Interruption
 from loragen.core.lora.callbacks import StepCheckpoints, StepMetrics, StepSeeds
 from loragen.core.lora.data import LoraDataModule, Rows, load_rows
+from loragen.core.lora.merge import save_merged
 from loragen.core.lora.module import LoraModule
 from loragen.core.lora.precision import dtype_name
 from loragen.core.lora.provenance import Provenance
@@ -146,43 +147,12 @@ def new_adapter(base: BaseModel, config: LoraTrainConfig) -> Any:
     return model
 
 
-def merged_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The base's state dict with ΔW = alpha / rank · B A added, in `dtype`; `model` is unchanged.
-
-    (peft's merge changes the base in place, and unmerging does not give it back exactly.)
-    """
-    deltas = {
-        f"{name}.base_layer.weight": layer.get_delta_weight("default")
-        for name, layer in model.get_base_model().named_modules()
-        if hasattr(layer, "get_delta_weight")
-    }
-    state = {}
-    for key, value in model.get_base_model().state_dict().items():
-        if "lora_" not in key:
-            merged = value + deltas[key].to(value) if key in deltas else value
-            state[key.replace(".base_layer.", ".")] = merged.to(dtype).cpu()
-    return state
-
-
 def _save_results(directory: Path, config: LoraTrainConfig, base: BaseModel, model: Any) -> None:
     adapter = Adapter(plain_config(model.peft_config["default"]), file_keys(model.state_dict()))
     write_adapter(directory / "adapter", adapter, _card(config, directory.name))
     if config.final_model == "merged":
         with written_atomically(directory / "final_model") as temporary:
             save_merged(model, base, temporary)
-
-
-def save_merged(model: Any, base: BaseModel, directory: Path) -> None:
-    """A Hugging Face model directory in the base's stored dtype, tokenizer included."""
-    plain = model.get_base_model()
-    kept = plain.config.dtype
-    plain.save_pretrained(directory, state_dict=merged_state(model, base.dtype))
-    plain.config.dtype = base.dtype  # save_pretrained writes what the model in memory has
-    try:
-        plain.config.save_pretrained(directory)
-    finally:
-        plain.config.dtype = kept
-    base.tokenizer.save_pretrained(directory)
 
 
 def _trainer(

@@ -1,0 +1,1 @@
+"""Traditional experiment folders -> run directories of ours."""

@@ -1,0 +1,196 @@
+"""A traditional run -> a run directory that `gen train` and resuming accept; whole, or nothing."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import pairwise
+from math import gcd
+from pathlib import Path
+
+from loragen.core.adapters import new_config
+from loragen.core.config import LoraTrainConfig, Override, load
+from loragen.core.config.load import read_yaml
+from loragen.core.conversion.discover import LegacyRun
+from loragen.core.conversion.facts import (
+    Facts,
+    adapter_facts,
+    dataset_in_path,
+    facts_beside,
+    facts_of,
+)
+from loragen.core.conversion.survey import Survey, rank_of, survey, targets_and_order
+from loragen.core.conversion.write import write_run
+from loragen.core.data.rows import find_dataset, read_rows
+from loragen.core.errors import DataError, UsageError, listing
+from loragen.core.files import sha256, written_atomically
+from loragen.core.runs import (
+    MANIFEST,
+    DatasetRecord,
+    LoraManifest,
+    create_run_directory,
+    read_manifest,
+)
+
+ASSUMED = ("training.batch_size", "data.max_length", "seed")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user says of the runs; whatever is None is looked for beside the checkpoints."""
+
+    output: Path = Path("runs")
+    base_model: str | None = None
+    dataset: str | None = None
+    data_root: Path = Path("data_to_lora/cs")
+    alpha: float | None = None
+    config: Path | None = None
+    skip_bad: bool = False
+
+
+@dataclass(frozen=True)
+class Converted:
+    directory: Path
+    manifest: LoraManifest
+    left_out: list[str]
+    """`file: reason`"""
+    optimizer_states: int
+    """Checkpoints whose optimizer state came along."""
+    assumed: list[str]
+    """Settings that nothing records: config.yaml has the defaults."""
+    already: bool = False
+    """It had been converted before; nothing was done."""
+
+
+def convert(run: LegacyRun, options: Options) -> Converted:
+    """Raises UsageError saying what to give where something is not recorded, DataError for bad
+    checkpoints unless `skip_bad`."""
+    facts = _facts(run, options)
+    dataset = _dataset(run, facts, options)
+    if earlier := _converted_before(run, dataset.name, options.output):
+        return Converted(earlier, read_manifest(earlier, LoraManifest), [], 0, [], already=True)
+    surveyed = survey(run, facts.get("training.max_steps"))
+    if surveyed.bad and not options.skip_bad:
+        raise DataError(*(f"{line} (--skip-bad leaves it out)" for line in surveyed.bad))
+    facts = {**surveyed.facts, **facts}
+    config, order = _config(run, facts, surveyed, dataset, options)
+    manifest = _manifest(run, config, dataset, surveyed)
+    directory = create_run_directory(options.output, f"{dataset.name}_lora", run.started)
+    try:
+        with written_atomically(directory) as temporary:
+            states = write_run(temporary, run, surveyed, config, manifest, order)
+    except BaseException:
+        with suppress(OSError):
+            directory.rmdir()  # it holds nothing yet
+        raise
+    left_out = [*surveyed.bad, *(f"{entry}: belongs to no step" for entry in surveyed.results)]
+    return Converted(directory, manifest, left_out, states, _assumed(facts))
+
+
+def check_one_dataset(runs: Sequence[LegacyRun], options: Options) -> None:
+    """Raises UsageError where `--dataset` would stand for runs of several datasets."""
+    names = sorted({dataset_in_path(run) or "" for run in runs})
+    if options.dataset and len(names) > 1:
+        raise UsageError(
+            f"--dataset {options.dataset} is one dataset, the runs are of {len(names)}: "
+            f"{listing(names)}; convert them apart, or name their folder with --data-root"
+        )
+
+
+def _manifest(
+    run: LegacyRun, config: LoraTrainConfig, dataset: DatasetRecord, surveyed: Survey
+) -> LoraManifest:
+    """None of our plugins took part in the training, so it lists none."""
+    return LoraManifest(
+        status="success",
+        started=(run.started or datetime.now(UTC)).isoformat(timespec="seconds"),
+        plugins=[],
+        base_model=config.base_model,
+        dataset=dataset,
+        adapter_config=new_config(config.lora, config.base_model),
+        seed=config.seed,
+        max_steps=config.training.max_steps,
+        steps=[one.step for one in surveyed.checkpoints],
+        converted_from=str(run.directory.absolute()),
+    )
+
+
+def _assumed(facts: Facts) -> list[str]:
+    schedule = [] if any(name.startswith("schedule.") for name in facts) else ["schedule"]
+    return [name for name in ASSUMED if name not in facts] + schedule
+
+
+def _facts(run: LegacyRun, options: Options) -> Facts:
+    """flags > --config > adapter_config.json > YAML beside the checkpoints"""
+    given = {"base_model": options.base_model, "lora.alpha": options.alpha}
+    return {
+        **facts_beside(run),
+        **adapter_facts(run),
+        **(facts_of(read_yaml(options.config)[0]) if options.config else {}),
+        **{key: value for key, value in given.items() if value is not None},
+    }
+
+
+def _dataset(run: LegacyRun, facts: Facts, options: Options) -> DatasetRecord:
+    """Its file as it is today, where it can be found; else the name alone."""
+    wanted = options.dataset or dataset_in_path(run) or facts.get("data.dataset")
+    if not wanted:
+        raise UsageError(f"{run.directory}: which dataset is it of? Give --dataset NAME|FILE")
+    try:
+        name, file = find_dataset(str(wanted), options.data_root)
+    except UsageError:
+        if wanted == options.dataset and Path(wanted).suffix in {".json", ".jsonl"}:
+            raise
+        return DatasetRecord(name=Path(str(wanted)).stem, path="", sha256="", rows=0)
+    rows = len(read_rows(file))
+    return DatasetRecord(name=name, path=str(file.absolute()), sha256=sha256(file), rows=rows)
+
+
+def _converted_before(run: LegacyRun, dataset: str, output: Path) -> Path | None:
+    source = str(run.directory.absolute())
+    for file in sorted(output.glob(f"{dataset}_lora_*/{MANIFEST}")):
+        with suppress(DataError):  # not a run of ours: not the one we look for
+            if read_manifest(file.parent, LoraManifest).converted_from == source:
+                return file.parent
+    return None
+
+
+def _config(
+    run: LegacyRun, facts: Facts, surveyed: Survey, dataset: DatasetRecord, options: Options
+) -> tuple[LoraTrainConfig, list[str] | None]:
+    """The configuration of the training, as far as it is known, with defaults for the rest; and
+    the order of the tensors in the base."""
+    _require(run, facts)
+    try:
+        rank = rank_of(surveyed.shapes)
+        targets, order = targets_and_order(facts["base_model"], rank, surveyed.shapes)
+    except DataError as error:
+        raise DataError(f"{surveyed.checkpoints[-1].entry}: {error}") from None
+    steps = [one.step for one in surveyed.checkpoints]
+    known = {
+        **facts,
+        "runs_dir": str(options.output),
+        "data.root": str(options.data_root),
+        "data.dataset": dataset.path or dataset.name,
+        "lora.rank": rank,
+        "lora.target_modules": targets,
+        "training.max_steps": max(steps[-1], int(facts.get("training.max_steps", 0))),
+        "checkpoints.first_step": steps[0],
+        "checkpoints.every": gcd(*(b - a for a, b in pairwise(steps))) or 1,
+    }
+    flags = [
+        Override(tuple(key.split(".")), value, str(run.directory)) for key, value in known.items()
+    ]
+    return load(LoraTrainConfig, flags=flags, environment={}), order
+
+
+def _require(run: LegacyRun, facts: Facts) -> None:
+    if "lora.alpha" not in facts:
+        raise UsageError(
+            f"{run.directory}: alpha is not recorded (no adapter_config.json, no lora_alpha in a "
+            "YAML file beside it); give --alpha or --config"
+        )
+    if "base_model" not in facts:
+        raise UsageError(
+            f"{run.directory}: the base model is not recorded; give --base-model or --config"
+        )

@@ -1,0 +1,119 @@
+"""A checkpoint -> what other tools load: a PEFT directory, or a merged Hugging Face model."""
+
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+import loragen
+from loragen.core.adapters import WEIGHTS_FILE, Adapter, attach_adapter, new_config, write_adapter
+from loragen.core.base_models import DEMO, load_base, resolve_base
+from loragen.core.checkpoints import read_checkpointed_adapter
+from loragen.core.config.schema import Lora
+from loragen.core.conversion.discover import LegacyRun, weights_of
+from loragen.core.conversion.facts import adapter_facts, facts_beside
+from loragen.core.conversion.read import read_checkpoint
+from loragen.core.conversion.survey import rank_of, targets_and_order
+from loragen.core.errors import DataError, UsageError
+from loragen.core.files import write_json, write_text, written_atomically
+from loragen.core.lora.merge import save_merged
+from loragen.core.runs import MERGED_MARKER, run_directory_of
+
+
+def exported_adapter(path: Path, base_model: str | None, alpha: float | None) -> Adapter:
+    """The adapter of a run, a checkpoint, a PEFT or Trainer directory, or a lone file.
+
+    Its base model's name is one that transformers can resolve here. Raises UsageError where there
+    is nothing, or where base or alpha are neither recorded nor given.
+    """
+    adapter = (
+        read_checkpointed_adapter(path) if _is_ours(path) else _foreign(path, base_model, alpha)
+    )
+    config = dict(adapter.config)
+    if alpha is not None:
+        config["lora_alpha"] = alpha
+    name = base_model or config.get("base_model_name_or_path")
+    if not name:
+        raise UsageError(f"{path}: its base model is not recorded; give --base-model")
+    config["base_model_name_or_path"] = resolvable(name)
+    return Adapter(config, adapter.tensors)
+
+
+def export_adapter(adapter: Adapter, source: Path, output: Path) -> None:
+    """A PEFT directory; appears whole or not at all."""
+    write_adapter(output, adapter, _card(adapter, source, merged=False))
+
+
+def export_merged(adapter: Adapter, source: Path, output: Path) -> None:
+    """The base with the adapter in its weights, in the base's stored dtype, with its tokenizer.
+
+    Computed in float32. Raises LoragenError where the adapter does not fit the base.
+    """
+    name = adapter.config["base_model_name_or_path"]
+    base = load_base(name, torch.float32)
+    model = attach_adapter(base.model, adapter, str(source))
+    with written_atomically(output) as temporary:
+        save_merged(model, base, temporary)
+        write_text(temporary / "README.md", _card(adapter, source, merged=True))
+        document = {"adapter": str(source), "base_model": name, "loragen": loragen.__version__}
+        write_json(temporary / MERGED_MARKER, document)
+
+
+def resolvable(name: str) -> str:
+    """What plain transformers and peft find from any directory of this machine."""
+    with suppress(UsageError):  # recorded on another machine; the adapter is good all the same
+        source = resolve_base(name)
+        return str(Path(source).absolute()) if Path(source).is_dir() else source
+    return name
+
+
+def _is_ours(path: Path) -> bool:
+    if not path.exists() or any(
+        (path / p).is_file() for p in (WEIGHTS_FILE, f"adapter/{WEIGHTS_FILE}")
+    ):
+        return True  # what is missing is told where it is read
+    with suppress(UsageError):
+        run_directory_of(path)
+        return True
+    return False
+
+
+def _foreign(path: Path, base_model: str | None, alpha: float | None) -> Adapter:
+    """Of a file or directory that no run of ours knows: rank and targets from its tensors."""
+    if not weights_of(path):
+        raise UsageError(f"{path}: no adapter or checkpoint there")
+    place = LegacyRun(path if path.is_dir() else path.parent, [path], traditional=False)
+    checkpoint = read_checkpoint(path)
+    facts = {**facts_beside(place), **adapter_facts(place)}
+    alpha = alpha if alpha is not None else facts.get("lora.alpha")
+    name = base_model or facts.get("base_model")
+    if alpha is None:
+        raise UsageError(f"{path}: its alpha is not recorded; give --alpha")
+    if not name:
+        raise UsageError(f"{path}: its base model is not recorded; give --base-model")
+    shapes = {key: value.shape for key, value in checkpoint.tensors.items()}
+    try:
+        rank = rank_of(shapes)
+        targets, _ = targets_and_order(name, rank, shapes)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    config = new_config(Lora(rank=rank, alpha=alpha, target_modules=targets), name)
+    return Adapter(config, checkpoint.tensors)
+
+
+def _card(adapter: Adapter, source: Path, merged: bool) -> str:
+    config, base = adapter.config, adapter.config["base_model_name_or_path"]
+    library, what = ("transformers", "merged into") if merged else ("peft", "for")
+    origin = "" if Path(base).is_dir() else f"base_model: {base}\n"  # a hub id, or nothing there
+    card = (
+        f"---\n{origin}library_name: {library}\ntags: [lora, loragen]\n---\n\n"
+        f"# {source.absolute().name}\n\n"
+        f"A LoRA adapter (rank {config['r']}, alpha {config['lora_alpha']:g}) {what} {base}, "
+        f"written by `loragen lora export`.\n"
+    )
+    if base == resolvable(DEMO) and not merged:
+        card += (
+            "\nThat base is the tiny one that ships with loragen, in `loragen/demo/base` of the "
+            "installed package. On another machine, put its path there into adapter_config.json.\n"
+        )
+    return card

@@ -1,0 +1,473 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from loragen.core.adapters import read_adapter
+from loragen.core.checkpoints import load_plain, read_tensors
+from loragen.core.config import LoraTrainConfig
+from loragen.core.conversion.convert import Options, check_one_dataset, convert
+from loragen.core.conversion.discover import find_runs, step_in_name
+from loragen.core.conversion.facts import facts_of
+from loragen.core.conversion.read import converted_optimizer, read_checkpoint
+from loragen.core.errors import DataError, UsageError
+from loragen.core.files import sha256
+from loragen.core.runs import LoraManifest, checkpoint_name, read_manifest
+
+FORMS = ["torch", "full", "safetensors", "peft", "peft-bin", "plain"]
+STEPS = [5, 6, 7, 8]
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
+
+
+@pytest.fixture
+def options(tmp_path, collection):
+    return Options(output=tmp_path / "runs", data_root=collection.data)
+
+
+def one_of(path):
+    (run,) = find_runs(path)
+    return run
+
+
+def files_of(directory):
+    return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
+
+
+class TestConvert:
+    @pytest.mark.parametrize("form", FORMS)
+    def test_every_container_gives_the_weights_bit_for_bit(
+        self, legacy_run, options, collection, form
+    ):
+        source = legacy_run(form)
+        before = {p: sha256(p) for p in source.rglob("*") if p.is_file()}
+        converted = convert(one_of(source), options)
+        assert converted.directory == options.output / "colors_lora_20250720_143052"
+        assert (converted.left_out, converted.manifest.steps) == ([], STEPS)
+        ours = collection.runs["colors"]
+        for step in STEPS:
+            name = f"checkpoints/{checkpoint_name(step)}"
+            document, wanted = load_plain(converted.directory / name), load_plain(ours / name)
+            assert equal(document["state_dict"], wanted["state_dict"])
+            assert list(document["state_dict"]) == list(wanted["state_dict"])  # the model's order
+            assert (document["global_step"], document["epoch"]) == (step, 0)
+        assert {p: sha256(p) for p in source.rglob("*") if p.is_file()} == before
+
+    def test_the_run_is_like_one_of_ours(self, legacy_run, options, collection):
+        run = convert(one_of(legacy_run()), options).directory
+        assert files_of(run) == [
+            "adapter/README.md",
+            "adapter/adapter_config.json",
+            "adapter/adapter_model.safetensors",
+            *(f"checkpoints/{checkpoint_name(step)}" for step in STEPS),
+            "config.yaml",
+            "manifest.json",
+            "tracking/batch_tracking_colors.jsonl",
+            "tracking/checkpoint_mapping_colors.json",
+        ]
+        manifest = read_manifest(run, LoraManifest)
+        ours = read_manifest(collection.runs["colors"], LoraManifest)
+        assert manifest.status == "success"
+        assert manifest.base_model == str(collection.base)
+        assert manifest.dataset == ours.dataset
+        same = ("r", "lora_alpha", "task_type", "peft_type", "bias")
+        assert [manifest.adapter_config[k] for k in same] == [ours.adapter_config[k] for k in same]
+        names = {path.rpartition(".")[2] for path in ours.adapter_config["target_modules"]}
+        assert manifest.adapter_config["target_modules"] == sorted(names)
+        assert manifest.started.startswith("2025-07-20T14:30:52")
+        text = (run / "config.yaml").read_text(encoding="utf-8")
+        config = LoraTrainConfig.model_validate(yaml.safe_load(text))
+        assert (config.lora.rank, config.lora.alpha) == (2, 4)
+        assert (config.training.max_steps, config.checkpoints.first_step) == (8, 5)
+        assert config.data.dataset == str(collection.file("colors"))
+        last = read_tensors(run / "checkpoints" / checkpoint_name(8))
+        assert equal(read_adapter(run / "adapter").tensors, last)
+
+    @pytest.mark.parametrize("form, states", [("torch", 4), ("peft", 4), ("full", 0)])
+    def test_the_optimizer_comes_along_where_it_is_certain(
+        self, legacy_run, options, collection, form, states
+    ):
+        converted = convert(one_of(legacy_run(form)), options)
+        assert converted.optimizer_states == states
+        name = f"checkpoints/{checkpoint_name(7)}"
+        found = load_plain(converted.directory / name)["optimizer_states"]
+        assert len(found) == bool(states)
+        if not states:
+            return
+        (wanted,) = load_plain(collection.runs["colors"] / name)["optimizer_states"]
+        for index, moments in wanted["state"].items():
+            assert equal(found[0]["state"][index], moments)
+        optimizer = torch.optim.AdamW(
+            [torch.zeros_like(m["exp_avg"]) for m in wanted["state"].values()], lr=1.0
+        )
+        optimizer.load_state_dict(found[0])
+        group, ours = found[0]["param_groups"][0], wanted["param_groups"][0]
+        assert group.keys() == ours.keys()
+        assert {k: v for k, v in group.items() if k != "lr"} == {
+            k: v for k, v in ours.items() if k != "lr"
+        }
+
+    def test_once_is_enough(self, legacy_run, options):
+        source = one_of(legacy_run())
+        first = convert(source, options)
+        again = convert(source, options)
+        assert again.already
+        assert again.directory == first.directory
+        shutil.rmtree(first.directory)
+        assert not convert(source, options).already
+
+    def test_nothing_is_overwritten(self, legacy_run, options):
+        taken = options.output / "colors_lora_20250720_143052"
+        taken.mkdir(parents=True)
+        (taken / "mine").touch()
+        run = convert(one_of(legacy_run()), options).directory
+        assert run.name == "colors_lora_20250720_143052_2"
+        assert files_of(taken) == ["mine"]
+
+    def test_half_a_run_is_not_left(self, legacy_run, options, monkeypatch):
+        def fail(*_):
+            raise OSError("disk full")
+
+        monkeypatch.setattr("loragen.core.conversion.write.write_manifest", fail)
+        with pytest.raises(OSError, match="disk full"):
+            convert(one_of(legacy_run()), options)
+        assert list(options.output.iterdir()) == []
+
+    def test_a_final_model_of_the_last_step_is_no_second_checkpoint(self, legacy_run, options):
+        source = legacy_run()
+        shutil.copy(source / "checkpoints" / "step_008.pt", source / "models" / "final_step_8.pt")
+        weights = load_plain(source / "checkpoints" / "step_008.pt")["lora_state_dict"]
+        torch.save(weights, source / "models" / "best.pt")
+        converted = convert(one_of(source), options)
+        assert converted.manifest.steps == STEPS
+        assert converted.left_out == [f"{source / 'models' / 'best.pt'}: belongs to no step"]
+
+    def test_a_lone_result_is_of_the_last_step_of_the_configuration(self, legacy_run, options):
+        source = legacy_run()
+        document = load_plain(source / "checkpoints" / "step_008.pt")
+        torch.save(document["lora_state_dict"], source / "models" / "lora.pt")
+        shutil.rmtree(source / "checkpoints")
+        with pytest.raises(DataError, match=r"lora\.pt: no step in it or in its name"):
+            convert(one_of(source), options)
+        with (source / "training_config.yaml").open("a", encoding="utf-8") as file:
+            file.write("training: {max_steps: 125, stage1: {steps: 75, learning_rate: 2.0e-4}}\n")
+        converted = convert(one_of(source), options)
+        assert converted.manifest.steps == [125]
+        text = (converted.directory / "config.yaml").read_text(encoding="utf-8")
+        assert yaml.safe_load(text)["schedule"]["learning_rate_stage1"] == 2e-4
+        assert converted.assumed == ["training.batch_size", "data.max_length", "seed"]
+
+    def test_layers_left_out_of_the_training_are_named_by_paths(self, legacy_run, options):
+        source = legacy_run()
+        for file in (source / "checkpoints").iterdir():
+            document = torch.load(file, weights_only=True)
+            kept = {k: v for k, v in document["lora_state_dict"].items() if ".layers.1." in k}
+            torch.save({"step": document["step"], "lora_state_dict": kept}, file)
+        converted = convert(one_of(source), options)
+        targets = converted.manifest.adapter_config["target_modules"]
+        assert "model.layers.1.mlp.up_proj" in targets
+        assert len(targets) == 7
+
+    def test_a_base_that_is_not_here_is_taken_at_its_word(self, legacy_run, options):
+        source = legacy_run("torch", yaml=False)
+        given = {"alpha": 4.0, "base_model": "D:\\models\\Qwen"}
+        converted = convert(one_of(source), Options(options.output, data_root=Path("no"), **given))
+        assert converted.manifest.base_model == "D:\\models\\Qwen"
+        assert converted.optimizer_states == 4
+        record = converted.manifest.dataset
+        assert (record.name, record.path, record.sha256, record.rows) == ("colors", "", "", 0)
+
+    def test_rslora_is_said_as_plain_alpha(self, legacy_run, options):
+        source = legacy_run("peft", yaml=False)
+        for file in source.rglob("adapter_config.json"):
+            config = json.loads(file.read_text(encoding="utf-8"))
+            file.write_text(json.dumps({**config, "use_rslora": True}), encoding="utf-8")
+        config = convert(one_of(source), options).manifest.adapter_config
+        assert config["lora_alpha"] / 2 == pytest.approx(4 / 2**0.5)
+        assert not config["use_rslora"]
+
+
+class TestRefusals:
+    def test_what_is_not_recorded_is_asked_for(self, legacy_run, options, tmp_path):
+        source = one_of(legacy_run(yaml=False))
+        with pytest.raises(UsageError, match=r"alpha is not recorded .* give --alpha"):
+            convert(source, options)
+        with pytest.raises(UsageError, match="base model is not recorded; give --base-model"):
+            convert(source, Options(options.output, alpha=4))
+        bare = shutil.copytree(source.directory / "checkpoints", tmp_path / "bare")
+        with pytest.raises(UsageError, match="which dataset is it of"):
+            convert(one_of(bare), options)
+
+    @pytest.mark.parametrize(
+        "damage, reason",
+        [
+            ("nan", "NaN or infinity in 1 tensors"),
+            ("shape", "other tensors than most: .* has shape"),
+            ("missing", "other tensors than most: 1 tensors are missing"),
+            ("cut", "not a checkpoint that loads safely"),
+            ("empty", "no LoRA tensors in it"),
+        ],
+    )
+    def test_a_bad_checkpoint_fails_the_run_unless_it_is_skipped(
+        self, legacy_run, options, damage, reason
+    ):
+        source = legacy_run()
+        file = source / "checkpoints" / "step_006.pt"
+        document = torch.load(file, weights_only=True)
+        weights = document["lora_state_dict"]
+        key = next(iter(weights))
+        if damage == "nan":
+            weights[key][0, 0] = float("nan")
+        elif damage == "shape":
+            weights[key] = weights[key][:, :-1].clone()
+        elif damage == "missing":
+            del weights[key]
+        elif damage == "empty":
+            weights.clear()
+        torch.save(document, file)
+        if damage == "cut":
+            file.write_bytes(file.read_bytes()[:1000])
+        with pytest.raises(DataError, match=rf"step_006\.pt: {reason}.*--skip-bad leaves it out"):
+            convert(one_of(source), options)
+        assert not options.output.exists()
+        skipping = Options(options.output, data_root=options.data_root, skip_bad=True)
+        converted = convert(one_of(source), skipping)
+        assert converted.manifest.steps == [5, 7, 8]
+        assert len(converted.left_out) == 1
+        assert "step_006.pt" in converted.left_out[0]
+
+    def test_all_that_is_wrong_is_told_at_once(self, legacy_run, options):
+        source = legacy_run()
+        for name in ("step_005.pt", "step_007.pt"):
+            (source / "checkpoints" / name).write_bytes(b"broken")
+        with pytest.raises(DataError) as error:
+            convert(one_of(source), options)
+        assert len(error.value.problems) == 2
+
+    def test_two_different_checkpoints_of_one_step(self, legacy_run, options):
+        source = legacy_run()
+        shutil.copy(source / "checkpoints" / "step_007.pt", source / "models" / "step_8.pt")
+        with pytest.raises(DataError, match="step 8 again, with other weights than"):
+            convert(one_of(source), options)
+
+    def test_an_adapter_of_another_base(self, legacy_run, options):
+        source = legacy_run()
+        wrong = Options(options.output, base_model="demo")
+        with pytest.raises(DataError, match="does not fit the base model demo: "):
+            convert(one_of(source), wrong)
+
+    def test_more_than_plain_lora(self, legacy_run, options):
+        source = legacy_run("peft")
+        for file in source.rglob("adapter_config.json"):
+            config = json.loads(file.read_text(encoding="utf-8"))
+            file.write_text(json.dumps({**config, "use_dora": True}), encoding="utf-8")
+        with pytest.raises(DataError, match="use_dora: only plain LoRA can be converted"):
+            convert(one_of(source), options)
+
+    def test_one_dataset_for_runs_of_two(self, legacy_run, options):
+        runs = find_runs(legacy_run(dataset="colors").parents[1])
+        check_one_dataset(runs, Options(dataset="x"))
+        runs += find_runs(legacy_run(dataset="animals"))
+        with pytest.raises(UsageError, match="the runs are of 2: animals, colors"):
+            check_one_dataset(runs, Options(dataset="x"))
+
+    def test_a_dataset_file_that_was_named_has_to_be_there(self, legacy_run, options):
+        with pytest.raises(UsageError, match=r"none\.jsonl: no such file"):
+            convert(one_of(legacy_run()), Options(options.output, dataset="none.jsonl"))
+
+
+class TestDiscover:
+    def test_all_runs_below_a_folder(self, legacy_run, tmp_path):
+        wanted = [legacy_run(dataset="colors"), legacy_run(dataset="animals")]
+        found = find_runs(tmp_path / "experiments")
+        assert sorted(run.directory for run in found) == sorted(wanted)
+        assert all(run.traditional and len(run.entries) == 4 for run in found)
+        assert one_of(wanted[0] / "checkpoints").directory == wanted[0]
+
+    def test_the_output_of_a_trainer(self, legacy_run, tmp_path):
+        folder = legacy_run("peft") / "checkpoints"
+        output = shutil.copytree(folder, tmp_path / "output")
+        for file in (folder / "checkpoint-8").iterdir():
+            shutil.copy(file, output)
+        run = one_of(output)
+        assert run.entries == [output, *(output / f"checkpoint-{step}" for step in STEPS)]
+
+    def test_a_step_folder_with_one_file(self, tmp_path):
+        for step in (1, 2):
+            folder = tmp_path / "run" / f"step_{step}"
+            folder.mkdir(parents=True)
+            (folder / "lora.pt").touch()
+            (folder / "optimizer.pt").touch()
+            (folder / "rng_state_0.pth").touch()
+            (folder / "optimizer_step_1.pt").touch()
+        assert [entry.name for entry in one_of(tmp_path).entries] == ["step_1", "step_2"]
+
+    def test_our_own_runs_are_left_alone(self, collection, caplog):
+        with pytest.raises(UsageError, match="nothing to convert"):
+            find_runs(collection.runs["colors"])
+        assert "is one of loragen's own directories already" in caplog.text
+
+    @pytest.mark.parametrize("path", ["none", "."])
+    def test_nothing_there(self, tmp_path, path):
+        with pytest.raises(UsageError, match=r"no such file|nothing to convert"):
+            find_runs(tmp_path / path)
+
+    @pytest.mark.parametrize(
+        "name, step",
+        [
+            ("step_080.pt", 80),
+            ("checkpoint-80", 80),
+            ("checkpoint-step-080.ckpt", 80),
+            ("lora_step80_final.bin", 80),
+            ("epoch=1-step=80.ckpt", 80),
+            ("80.pth", 80),
+            ("checkpoint_epoch_3.pt", None),
+            ("lora_20250720_143052.pt", None),
+            ("checkpoint_20250720.pt", None),
+            ("last.ckpt", None),
+        ],
+    )
+    def test_the_step_in_a_name(self, name, step):
+        assert step_in_name(Path(name)) == step
+
+
+class TestRead:
+    @pytest.mark.parametrize(
+        "key",
+        [
+            "base_model.model.model.layers.0.q_proj.lora_A.weight",
+            "base_model.model.model.layers.0.q_proj.lora_A.default.weight",
+            "model.base_model.model.model.layers.0.q_proj.lora_A.default.weight",
+            "module.base_model.model.model.layers.0.q_proj.lora_A.mine.weight",
+            "_orig_mod.module.base_model.model.model.layers.0.q_proj.lora_A.default",
+            "model.layers.0.q_proj.lora_A",
+            "model.model.layers.0.q_proj.lora_A.weight",
+            "layers.0.q_proj.lora_A",
+        ],
+    )
+    def test_the_forms_of_a_key(self, tmp_path, key):
+        torch.save({"model": {key: torch.ones(2, 4), "other": torch.ones(1)}}, tmp_path / "a.pt")
+        save_file({key: torch.ones(2, 4), "other": torch.ones(1)}, tmp_path / "a.safetensors")
+        for file in tmp_path.iterdir():
+            (found,) = read_checkpoint(file).tensors
+            assert found == "base_model.model.model.layers.0.q_proj.lora_A.weight"
+
+    @pytest.mark.parametrize("key", ["a.lora_embedding_A", "a.lora_magnitude_vector", "lora_A"])
+    def test_what_is_not_known_is_refused_by_name(self, tmp_path, key):
+        torch.save({key: torch.ones(2, 4)}, tmp_path / "a.pt")
+        with pytest.raises(DataError, match=f"a.pt: {key} is not a matrix of LoRA"):
+            read_checkpoint(tmp_path / "a.pt")
+
+    def test_of_several_adapters_the_default_one(self, tmp_path):
+        keys = [f"m.lora_A.{name}.weight" for name in ("default", "other")]
+        torch.save(
+            {key: torch.full((2, 4), float(i)) for i, key in enumerate(keys)}, tmp_path / "a.pt"
+        )
+        (tensor,) = read_checkpoint(tmp_path / "a.pt").tensors.values()
+        assert not tensor.any()
+        torch.save({f"m.lora_A.{name}": torch.ones(2, 4) for name in "xy"}, tmp_path / "b.pt")
+        with pytest.raises(DataError, match="several adapters in it, none is 'default': x, y"):
+            read_checkpoint(tmp_path / "b.pt")
+
+    def test_what_was_saved_with_the_weights(self, tmp_path):
+        document = {
+            "model": {"m.lora_A": torch.ones(2, 4)},
+            "optimizer": {"param_groups": [{"weight_decay": 0.01}]},
+            "config": {"training": {"batch_size": 16}},
+            "lora_config": {"alpha": 32},
+            "step": torch.tensor(7),
+        }
+        torch.save(document, tmp_path / "a.pt")
+        checkpoint = read_checkpoint(tmp_path / "a.pt")
+        assert checkpoint.step == 7
+        assert facts_of(checkpoint.facts) == {
+            "lora.alpha": 32,
+            "training.batch_size": 16,
+            "training.weight_decay": 0.01,
+        }
+
+    def test_a_model_in_shards(self, tmp_path):
+        for index, matrix in enumerate("AB", 1):
+            name = f"model-0000{index}-of-00002.safetensors"
+            save_file({f"m.lora_{matrix}.weight": torch.ones(2, 2)}, tmp_path / name)
+        assert len(read_checkpoint(tmp_path).tensors) == 2
+
+    def test_a_full_model_is_not_loaded(self, tmp_path, monkeypatch):
+        """The base's 64 MiB stay in the file."""
+        psutil = pytest.importorskip("psutil")
+        big = {"base.weight": torch.ones(4096, 4096), "m.lora_A.weight": torch.ones(2, 4)}
+        torch.save({"model_state_dict": big}, tmp_path / "full.pt")
+        save_file(big, tmp_path / "full.safetensors")
+        del big
+        for file in ("full.pt", "full.safetensors"):
+            before = psutil.Process().memory_info().rss
+            kept = read_checkpoint(tmp_path / file)
+            assert psutil.Process().memory_info().rss - before < 16 * 2**20
+            assert kept.tensors["base_model.model.m.lora_A.weight"].untyped_storage().nbytes() == 32
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda s: s["state"].pop(0),
+            lambda s: s["state"][0].update(max_exp_avg_sq=torch.ones(2, 2)),
+            lambda s: s["state"][0].update(exp_avg=torch.ones(3, 2)),
+            lambda s: s["state"][0].update(exp_avg=torch.full((2, 2), float("nan"))),
+            lambda s: s.pop("state"),
+            lambda s: s["param_groups"][0].update(decoupled_weight_decay=False),
+            lambda s: s["param_groups"][0].pop("params"),
+            lambda s: s["state"][0].update(exp_avg=1.0),
+        ],
+    )
+    def test_an_optimizer_that_does_not_fit_is_left_out(self, change):
+        tensors = {"a": torch.zeros(2, 2, requires_grad=True)}
+        frozen = torch.zeros(5, requires_grad=True)
+        optimizer = torch.optim.AdamW([frozen, *tensors.values()], lr=0.1)
+        tensors["a"].sum().backward()
+        optimizer.step()
+        state = optimizer.state_dict()
+        assert converted_optimizer(state, tensors, 0.1)["param_groups"][0]["params"] == [0]
+        state["state"] = {0: state["state"][1]}
+        state["param_groups"][0]["params"] = [0]
+        change(state)
+        assert converted_optimizer(state, tensors, 0.1) is None
+
+
+class TestFacts:
+    def test_the_traditional_and_the_flat_spelling(self):
+        traditional = """
+            model: {name: Qwen/Qwen2.5-0.5B-Instruct}
+            lora: {r: 8, lora_alpha: 16, lora_dropout: 0.1}
+            training:
+              per_device_train_batch_size: 4
+              gradient_accumulation_steps: 8
+              max_steps: 125
+              stage1: {steps: 75, learning_rate: 1e-4}
+              stage2: {steps: 50, learning_rate: 1e-5}
+        """
+        flat = """
+            base_model: Qwen/Qwen2.5-0.5B-Instruct
+            lora: {alpha: 16, dropout: 0.1}
+            training: {batch_size: 32, max_steps: 125, stage1_steps: 75,
+                       learning_rate_stage1: 1.0e-4, learning_rate_stage2: 1.0e-5}
+        """
+        wanted = {
+            "base_model": "Qwen/Qwen2.5-0.5B-Instruct",
+            "lora.alpha": 16,
+            "lora.dropout": 0.1,
+            "training.batch_size": 32,
+            "training.max_steps": 125,
+            "schedule.stage1_steps": 75,
+            "schedule.learning_rate_stage1": 1e-4,
+            "schedule.learning_rate_stage2": 1e-5,
+        }
+        assert facts_of(yaml.safe_load(traditional)) == wanted
+        assert facts_of(yaml.safe_load(flat)) == wanted
+
+    def test_other_numbers_are_not_taken_for_these(self):
+        assert facts_of({"loss": {"alpha": 1}, "eval": {"batch_size": 3}, "max_steps": -1}) == {}
