@@ -137,7 +137,7 @@ class TestTrain:
         error = fails(
             1, "lora", "train", "--dataset", good, "--dataset", bad, *base_flag, *dry, *QUICK
         )
-        assert error.startswith(f"{bad}:2: 'response': field required")
+        assert error.startswith(f"{bad}:2: 'response' is missing")
 
     def test_a_base_that_is_not_there_is_a_usage_error(self, fails, dataset):
         file = dataset()

@@ -59,13 +59,16 @@ class LoraData(Section):
     root: str = Field(
         "data_to_lora/cs", description="Where dataset names are looked up: <root>/<name>/."
     )
-    dataset: str | None = Field(None, description="A name under root, or a file.")
+    dataset: str | None = Field(
+        None, description="A name under root, a file, or hub:owner/name[:config][@split]."
+    )
     max_length: int = Field(
         1024, ge=8, description="Longest row in tokens; a longer one loses the start of its prompt."
     )
     val_ratio: float = Field(
         0.0, ge=0, lt=1, description="Share of the rows that is held out for val/loss."
     )
+    skip_bad_rows: bool = Field(False, description="Leave bad rows out instead of refusing them.")
 
 
 class Lora(Section):

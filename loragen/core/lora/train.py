@@ -1,6 +1,7 @@
 """Collect: one dataset -> a run directory with a checkpoint per step of stage 2."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -14,10 +15,11 @@ from loragen.core.base_models import BaseModel
 from loragen.core.checkpoints import AtomicCheckpointIO
 from loragen.core.config import LoraTrainConfig
 from loragen.core.data.batches import held_out
-from loragen.core.data.rows import read_rows
+from loragen.core.data.documents import Source, content_hash, location
+from loragen.core.data.rows import BadRow, Row, read_rows, refuse_bad, warn_of_bad
 from loragen.core.data.tokenize import Example, example, pad_id
 from loragen.core.errors import DataError, UsageError
-from loragen.core.files import sha256, written_atomically
+from loragen.core.files import written_atomically
 from loragen.core.lora.callbacks import StepCheckpoints, StepMetrics, StepSeeds
 from loragen.core.lora.data import LoraDataModule
 from loragen.core.lora.module import LoraModule
@@ -45,7 +47,7 @@ def base_dtype(config: LoraTrainConfig) -> torch.dtype:
 
 
 def train(
-    config: LoraTrainConfig, name: str, file: Path, base: BaseModel, progress: Progress
+    config: LoraTrainConfig, name: str, file: Source, base: BaseModel, progress: Progress
 ) -> LoraRun:
     """Trains one adapter; the base is handed back as it was.
 
@@ -84,16 +86,14 @@ def train(
 
 
 def load_data(
-    config: LoraTrainConfig, name: str, file: Path, tokenizer: Any
+    config: LoraTrainConfig, name: str, file: Source, tokenizer: Any
 ) -> tuple[LoraDataModule, DatasetRecord]:
     """The tokenised rows of a file, with the held-out ones apart."""
-    rows = read_rows(file)
-    examples = []
-    for row in rows:
-        try:
-            examples.append(example(tokenizer, row, config.data.max_length))
-        except DataError as error:
-            raise DataError(f"{file}: {error}") from None
+    rows, examples, too_long = fitting(
+        tokenizer, read_rows(file, config.data.skip_bad_rows), config.data.max_length
+    )
+    refuse_bad(file, too_long, len(rows), config.data.skip_bad_rows)
+    warn_of_bad(file, too_long, len(rows))
     training, validation = held_out(len(rows), config.data.val_ratio, config.seed)
     if not training:
         raise DataError(f"{file}: data.val_ratio leaves no rows to train on ({len(rows)} in all)")
@@ -106,9 +106,23 @@ def load_data(
         pad_id=pad_id(tokenizer),
     )
     record = DatasetRecord(
-        name=name, path=str(file.absolute()), sha256=sha256(file), rows=len(rows)
+        name=name, path=location(file), sha256=content_hash(file), rows=len(rows)
     )
     return data, record
+
+
+def fitting(
+    tokenizer: Any, rows: Sequence[Row], max_length: int
+) -> tuple[list[Row], list[Example], list[BadRow]]:
+    """The rows whose answer fits, their tokens, and the others."""
+    kept, examples, too_long = [], [], []
+    for row in rows:
+        try:
+            examples.append(example(tokenizer, row, max_length))
+            kept.append(row)
+        except DataError as error:
+            too_long.append(BadRow(row.line, str(error)))
+    return kept, examples, too_long
 
 
 def new_adapter(base: Any, config: LoraTrainConfig) -> Any:
