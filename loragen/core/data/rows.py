@@ -60,7 +60,7 @@ class Reading(NamedTuple):
 def read(source: Source) -> Reading:
     """Everything in a source, bad rows apart.
 
-    Raises UsageError for what is missing, DataError where no row could be read at all.
+    Raises UsageError for what is missing, DataError where no row is good.
     """
     rows: list[Row] = []
     bad: list[BadRow] = []
@@ -78,6 +78,8 @@ def read(source: Source) -> Reading:
     if not rows and len({reason for _, reason in bad}) == 1 < len(bad):
         line, reason = bad[0]
         raise DataError(f"{source}:{line}: {reason} (the same in all of its {len(bad)} rows)")
+    if not rows:
+        refuse_bad(source, bad, good=0)
     return Reading(source, rows, bad, dict(formats))
 
 
@@ -92,7 +94,9 @@ def read_rows(source: Source, skip_bad_rows: bool = False) -> list[Row]:
     return reading.rows
 
 
-def refuse_bad(source: Source, bad: Sequence[BadRow], good: int, skip_bad_rows: bool) -> None:
+def refuse_bad(
+    source: Source, bad: Sequence[BadRow], good: int, skip_bad_rows: bool = False
+) -> None:
     """Raises DataError for bad rows, unless they are to be skipped and `good` ones are left."""
     if not bad or (skip_bad_rows and good):
         return
