@@ -97,6 +97,15 @@ def test_a_source_that_is_not_there_is_a_usage_error(fails, source, message):
     assert message in fails(2, "data", "preview", source)
 
 
+def test_a_bare_hub_id_says_why_the_hub_is_asked(loragen):
+    pytest.importorskip("datasets")
+    result = loragen("data", "preview", "no-one/none")
+    assert result.exit_code == 2
+    note, error = result.stderr.splitlines()
+    assert note.startswith("no-one/none: no file, and no name below data_to_lora/cs")
+    assert error.startswith("error: hub dataset no-one/none: ")
+
+
 def test_a_base_that_is_not_there_is_a_usage_error(fails, dataset):
     error = fails(2, "data", "preview", dataset(), "--base-model", "./none")
     assert "base model ./none: no such directory" in error

@@ -243,6 +243,15 @@ class TestEval:
         document = json.loads(result.stdout)
         assert document["file"] == str(folder / "colors_test_formatted.jsonl")
 
+    def test_bad_rows_are_left_out_on_request(self, loragen, dataset, adapter):
+        file = dataset([{"prompt": "p", "response": "red"}, {"prompt": "p"}])
+        arguments = ("lora", "eval", "--adapter", adapter, "--dataset", file, "--json")
+        assert loragen(*arguments).exit_code == 1
+        result = loragen(*arguments, "--skip-bad-rows")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["rows"] == 1
+        assert "1 of 2 rows left out: line 2" in result.stderr
+
     def test_an_adapter_of_another_shape_is_one_line(self, fails, adapter, collection, base_dir):
         error = fails(
             1, "lora", "eval", "--adapter", adapter, "--base-model", "demo",

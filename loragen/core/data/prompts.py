@@ -6,7 +6,7 @@ from random import Random
 
 from loragen.core.data.documents import SUFFIXES, Source, read_documents, utf8_text
 from loragen.core.data.formats import question_of
-from loragen.core.data.rows import BadRow, refuse_bad
+from loragen.core.data.rows import BadRow, bad_lines
 from loragen.core.errors import DataError, UsageError
 
 
@@ -24,7 +24,8 @@ def read_prompts(source: Source, skip_bad_rows: bool = False) -> list[str]:
     else:
         prompts, bad = _prompts_of_rows(source)
     prompts = [prompt for prompt in prompts if prompt]
-    refuse_bad(source, bad, len(prompts), skip_bad_rows)
+    if bad and not (skip_bad_rows and prompts):
+        raise DataError(*bad_lines(source, bad))
     if not prompts:
         raise DataError(f"{source}: no prompts in it")
     return prompts

@@ -100,14 +100,16 @@ def refuse_bad(
     """Raises DataError for bad rows, unless they are to be skipped and `good` ones are left."""
     if not bad or (skip_bad_rows and good):
         return
-    problems = [f"{source}:{line}: {reason}" for line, reason in bad[:MOST_SHOWN]]
-    rest = len(bad) - len(problems)
-    hint = "--skip-bad-rows leaves them out" if good else "no row is good"
-    if rest:
-        problems.append(f"{source}: and {rest} more bad rows ({hint})")
-    else:
-        problems[-1] += f" ({hint.replace('them', 'it') if len(bad) == 1 else hint})"
-    raise DataError(*problems)
+    left_out = "--skip-bad-rows leaves " + ("it out" if len(bad) == 1 else "them out")
+    raise DataError(*bad_lines(source, bad, f" ({left_out if good else 'no row is good'})"))
+
+
+def bad_lines(source: Source, bad: Sequence[BadRow], hint: str = "") -> list[str]:
+    """`file:line: reason` of the first bad rows, the count of the others, and at the end `hint`."""
+    lines = [f"{source}:{line}: {reason}" for line, reason in bad[:MOST_SHOWN]]
+    if len(bad) > MOST_SHOWN:
+        lines.append(f"{source}: and {len(bad) - MOST_SHOWN} more bad rows")
+    return [*lines[:-1], lines[-1] + hint]
 
 
 def warn_of_bad(source: Source, bad: Sequence[BadRow], good: int) -> None:
@@ -148,6 +150,7 @@ def find_dataset(name_or_file: str, root: Path, split: str = "train") -> tuple[s
     if source.is_dir() and source.absolute().parent != root.absolute():
         return find_dataset(source.absolute().name, source.absolute().parent, split)
     if re.fullmatch(HUB_ID, name_or_file):
+        log.info("%s: no file, and no name below %s; asking the hub", name_or_file, root)
         hub = HubDataset(name_or_file, None, split)
         return hub.name, hub
     raise _unknown(name_or_file, root, split)

@@ -116,4 +116,5 @@ def test_bad_rows_are_all_reported_or_left_out(tmp_path):
     with pytest.raises(DataError) as error:
         read_prompts(file)
     assert len(error.value.problems) == 2
+    assert "--skip-bad-rows" not in str(error.value)  # which no command with prompts has
     assert read_prompts(file, skip_bad_rows=True) == ["good"]
