@@ -75,8 +75,13 @@ def _random_model(source: Path | None, data: Path, target: Path) -> Path:
     """A model directory with random weights: of `source`'s architecture, or a tiny Qwen2 with a
     vocabulary of 4,000 learned from the rows."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
-    from transformers import Qwen2Tokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        Qwen2Config,
+        Qwen2Tokenizer,
+    )
 
     torch.manual_seed(0)
     if source:

@@ -62,7 +62,9 @@ def infer(
     ] = None,
     prompt_file: Annotated[
         Path | None,
-        typer.Option("--prompt-file", help="Prompts: .txt (one a line), .jsonl or .json."),
+        typer.Option(
+            "--prompt-file", help="Prompts: .txt (one a line), or rows as for lora train."
+        ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Only the first so many prompts.")

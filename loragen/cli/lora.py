@@ -6,7 +6,17 @@ from typing import Annotated, Any
 import typer
 
 from loragen.cli import render
-from loragen.cli.options import BaseModel, ConfigFile, DataRoot, DryRun, Force, Json, Settings
+from loragen.cli.options import (
+    BaseModel,
+    ConfigFile,
+    DataRoot,
+    DryRun,
+    Force,
+    Json,
+    Settings,
+    SkipBadRows,
+)
+from loragen.core.data.documents import Source
 
 app = typer.Typer(no_args_is_help=True, help="Train LoRA adapters, evaluate one, export it.")
 
@@ -15,11 +25,14 @@ app = typer.Typer(no_args_is_help=True, help="Train LoRA adapters, evaluate one,
 def train(
     dataset: Annotated[
         list[str] | None,
-        typer.Option("--dataset", help="A name under --data-root, or a file. Repeatable."),
+        typer.Option(
+            "--dataset", help="A name under --data-root, a file, or hub:owner/name. Repeatable."
+        ),
     ] = None,
     config: ConfigFile = None,
     base_model: BaseModel = None,
     data_root: DataRoot = None,
+    skip_bad_rows: SkipBadRows = False,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", help="Rows per optimizer step.")
     ] = None,
@@ -55,6 +68,7 @@ def train(
     given = [
         (("base_model",), base_model, "--base-model"),
         (("data", "root"), data_root, "--data-root"),
+        (("data", "skip_bad_rows"), skip_bad_rows or None, "--skip-bad-rows"),
         (("training", "batch_size"), batch_size, "--batch-size"),
         (("runs_dir",), str(runs_dir) if runs_dir else None, "--runs-dir"),
         (("track_batches",), track_batches or None, "--track-batches"),
@@ -87,7 +101,7 @@ def train(
             render.answer(str(run.directory))
 
 
-def _resume(config: Any, datasets: list[tuple[str, Path]], path: Path) -> list[Any]:
+def _resume(config: Any, datasets: list[tuple[str, Source]], path: Path) -> list[Any]:
     """Goes on with the run at `path`."""
     from loragen.cli.progress import terminal_progress
     from loragen.core.errors import UsageError
@@ -121,24 +135,26 @@ def _required(datasets: list[str]) -> list[str]:
     return datasets
 
 
-def _check_inputs(config: Any, datasets: list[tuple[str, Path]]) -> None:
+def _check_inputs(config: Any, datasets: list[tuple[str, Source]]) -> None:
     """Everything that can be wrong before training, without a model in memory."""
     from loragen.core.base_models import resolve_base
     from loragen.core.data.rows import read_rows
 
     resolve_base(config.base_model)
     for name, file in datasets:
-        render.note(f"{name}: {len(read_rows(file))} rows in {file}")
+        rows = read_rows(file, config.data.skip_bad_rows)
+        render.note(f"{name}: {len(rows)} rows in {file}")
 
 
-def _collect(config: Any, items: list[str], datasets: list[tuple[str, Path]]) -> list[Any]:
+def _collect(config: Any, items: list[str], datasets: list[tuple[str, Source]]) -> list[Any]:
     """A run per dataset, on one base model; `items` are the datasets as the user named them."""
     from loragen.cli.progress import terminal_progress
-    from loragen.core.data.rows import read_rows
+    from loragen.core.data.rows import read, refuse_bad
 
     # A bad row of the last dataset is better known before the first has trained.
     for _, file in datasets:
-        read_rows(file)
+        reading = read(file)
+        refuse_bad(file, reading.bad, len(reading.rows), config.data.skip_bad_rows)
     from loragen.core.lora.precision import load_training_base
     from loragen.core.lora.train import train
 
@@ -154,7 +170,11 @@ def _collect(config: Any, items: list[str], datasets: list[tuple[str, Path]]) ->
 @app.command("eval")
 def evaluate(
     dataset: Annotated[
-        str, typer.Option("--dataset", help="A name under --data-root (its test split), or a file.")
+        str,
+        typer.Option(
+            "--dataset",
+            help="A name under --data-root (its test split), a file, or hub:owner/name.",
+        ),
     ],
     adapter: Annotated[
         Path | None, typer.Option("--adapter", help="A PEFT directory, a run, or a .ckpt of a run.")
@@ -164,6 +184,7 @@ def evaluate(
     ] = False,
     base_model: BaseModel = None,
     data_root: DataRoot = "data_to_lora/cs",
+    skip_bad_rows: SkipBadRows = False,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Only the first rows.")
     ] = None,
@@ -181,7 +202,7 @@ def evaluate(
     if (adapter is None) == (not no_adapter):
         raise UsageError("give either --adapter DIR|CKPT or --no-adapter")
     name, file = find_dataset(dataset, Path(data_root or "."), split="test")
-    rows = read_rows(file)[:limit]
+    rows = read_rows(file, skip_bad_rows)[:limit]
 
     from loragen.core.adapters import attach_adapter
     from loragen.core.base_models import load_base

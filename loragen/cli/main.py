@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from loragen import __version__
-from loragen.cli import ckpt, config, demo, gen, lora, plugins, render
+from loragen.cli import ckpt, config, data, demo, gen, lora, plugins, render
 from loragen.core.errors import EXIT_FAILED, EXIT_INTERRUPTED, LoragenError
 
 # Read when torch is loaded. Threads that spin while they wait make two trainings on one machine
@@ -62,6 +62,7 @@ app = typer.Typer(
         "token_normalize_func": lambda token: token.replace("_", "-"),
     },
 )
+app.add_typer(data.app, name="data")
 app.add_typer(lora.app, name="lora")
 app.add_typer(gen.app, name="gen")
 app.add_typer(ckpt.app, name="ckpt")

@@ -26,3 +26,6 @@ BaseModel = Annotated[
 DataRoot = Annotated[
     str | None, typer.Option("--data-root", help="Where dataset names are looked up.")
 ]
+SkipBadRows = Annotated[
+    bool, typer.Option("--skip-bad-rows", help="Leave bad rows out, and tell how many.")
+]

@@ -3,11 +3,14 @@
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import typer
+
+CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # all but tab and line feed
 
 
 def answer(text: str) -> None:
@@ -28,6 +31,21 @@ def note(text: str) -> None:
 def problems(lines: Iterable[str]) -> None:
     for line in lines:
         typer.echo(f"{typer.style('error:', fg='red', bold=True)} {line}", err=True)
+
+
+def highlighted(text: str, meaning: Literal["good", "dropped"]) -> str:
+    """Part of a text: green or struck through on a terminal, ⟦ ⟧ or ⟪ ⟫ elsewhere."""
+    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+        if meaning == "good":
+            return typer.style(visible(text), fg="green", bold=True)
+        return typer.style(visible(text), dim=True, strikethrough=True)
+    first, last = "⟦⟧" if meaning == "good" else "⟪⟫"
+    return f"{first}{visible(text)}{last}"
+
+
+def visible(text: str) -> str:
+    """Text from a file, with the control characters that would steer a terminal spelt out."""
+    return re.sub(CONTROLS, lambda c: f"\\x{ord(c[0]):02x}", text)
 
 
 def columns(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -56,18 +56,16 @@ def load_base(
     Raises UsageError where it cannot be found, LoragenError where it does not load.
     """
     quiet_libraries()
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     source = resolve_base(name)
     try:
         stored = getattr(AutoConfig.from_pretrained(source), "dtype", None) or torch.float32
         options = {"quantization_config": quantization} if quantization else {}
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or stored, **options)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        if not tokenizer("a").input_ids:  # transformers makes an empty one of missing files
-            raise ValueError("its tokenizer makes no tokens of a text; is tokenizer.json missing?")
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_loaded(name, source, error) from error
+    tokenizer = load_tokenizer(name)
     model.requires_grad_(False)
     model.train(False)
     return BaseModel(name, model, tokenizer, stored, fingerprint(model))
@@ -87,6 +85,24 @@ def fingerprint(model: Any, values: int = 512) -> str:
         digest.update(f"{name}:{tuple(weight.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
+
+
+def load_tokenizer(name: str) -> Any:
+    """A base's tokenizer; the model itself is not needed for it.
+
+    Raises UsageError where it cannot be found, LoragenError where it does not load.
+    """
+    quiet_libraries()
+    from transformers import AutoTokenizer
+
+    source = resolve_base(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if not tokenizer("a").input_ids:  # transformers makes an empty one of missing files
+            raise ValueError("its tokenizer makes no tokens of a text; is tokenizer.json missing?")
+    except (OSError, ValueError) as error:
+        raise _not_loaded(name, source, error) from error
+    return tokenizer
 
 
 def _not_loaded(name: str, source: str, error: Exception) -> LoragenError:

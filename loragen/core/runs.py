@@ -32,6 +32,8 @@ class DatasetRecord(BaseModel):
     rows: int
     tokens: str = ""
     """The hash of the rows in tokens: tells of another tokenizer or chat template."""
+    too_long: list[int] = []
+    """Lines left out since the answer alone had more tokens than `data.max_length`."""
 
 
 class PluginRecord(BaseModel):

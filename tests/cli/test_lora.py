@@ -137,7 +137,30 @@ class TestTrain:
         error = fails(
             1, "lora", "train", "--dataset", good, "--dataset", bad, *base_flag, *dry, *QUICK
         )
-        assert error.startswith(f"{bad}:2: 'response': field required")
+        assert error.startswith(f"{bad}:2: 'response' is missing")
+
+    def test_bad_rows_are_left_out_on_request(self, loragen, dataset, base_flag):
+        good = [{"prompt": f"Question {n}?", "response": "red"} for n in range(5)]
+        long = {"prompt": "p", "response": "x" * 99}
+        file = dataset([{"prompt": "p"}, *good, long])
+        result = loragen(
+            "lora", "train", "--dataset", file, *base_flag, "--test-mode", "--json",
+            "--skip-bad-rows", *QUICK,
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)[0]["dataset"]["rows"] == 5
+        warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+        assert [line.partition("left out: ")[2] for line in warnings] == [
+            "line 1: 'response' is missing (keys here: prompt)",
+            "line 7: the answer has 100 tokens, data.max_length is 64",
+        ]
+        assert warnings[0].startswith(f"warning: {file}: 1 of 7 rows")
+
+    def test_all_bad_rows_are_reported(self, fails, dataset, base_flag):
+        rows = [{"prompt": "p", "response": "r"}, *[{"prompt": "p"}] * 7]
+        errors = fails(1, "lora", "train", "--dataset", dataset(rows), *base_flag, lines=6)
+        assert "colors.jsonl:2: 'response' is missing" in errors[0]
+        assert errors[-1].endswith("and 2 more bad rows (--skip-bad-rows leaves them out)")
 
     def test_a_base_that_is_not_there_is_a_usage_error(self, fails, dataset):
         file = dataset()
@@ -219,6 +242,15 @@ class TestEval:
         assert result.exit_code == 0, result.output
         document = json.loads(result.stdout)
         assert document["file"] == str(folder / "colors_test_formatted.jsonl")
+
+    def test_bad_rows_are_left_out_on_request(self, loragen, dataset, adapter):
+        file = dataset([{"prompt": "p", "response": "red"}, {"prompt": "p"}])
+        arguments = ("lora", "eval", "--adapter", adapter, "--dataset", file, "--json")
+        assert loragen(*arguments).exit_code == 1
+        result = loragen(*arguments, "--skip-bad-rows")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["rows"] == 1
+        assert "1 of 2 rows left out: line 2" in result.stderr
 
     def test_an_adapter_of_another_shape_is_one_line(self, fails, adapter, collection, base_dir):
         error = fails(

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loragen.core.base_models import load_base, resolve_base
+from loragen.core.base_models import load_base, load_tokenizer, resolve_base
 from loragen.core.errors import LoragenError, UsageError
 
 
@@ -90,3 +90,12 @@ def test_a_hub_id_that_cannot_be_had_is_a_usage_error(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="no-one/no-such-model: not a directory") as error:
         load_base("no-one/no-such-model")
     assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_is_loaded_without_the_model(base_dir, tmp_path):
+    copy = shutil.copytree(base_dir, tmp_path / "copy")
+    (copy / "model.safetensors").unlink()
+    tokenizer = load_tokenizer(str(copy))
+    assert tokenizer("red cat").input_ids == load_base(str(base_dir)).tokenizer("red cat").input_ids
+    with pytest.raises(UsageError, match="no-one/none: not a directory, and the hub says"):
+        load_tokenizer("no-one/none")

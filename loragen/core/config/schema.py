@@ -66,7 +66,9 @@ class LoraData(Section):
     root: str = Field(
         "data_to_lora/cs", description="Where dataset names are looked up: <root>/<name>/."
     )
-    dataset: str | None = Field(None, description="A name under root, or a file.")
+    dataset: str | None = Field(
+        None, description="A name under root, a file, or hub:owner/name[:config][@split]."
+    )
     max_length: int = Field(
         1024, ge=8, description="Longest row in tokens; a longer one loses the start of its prompt."
     )
@@ -77,6 +79,7 @@ class LoraData(Section):
         None, description="A file of rows for val/ metrics, in place of val_ratio."
     )
     workers: int = Field(0, ge=0, description="Processes that prepare batches beside the training.")
+    skip_bad_rows: bool = Field(False, description="Leave bad rows out instead of refusing them.")
 
 
 class Lora(Section):

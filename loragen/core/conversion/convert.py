@@ -10,7 +10,7 @@ from pathlib import Path
 
 from loragen.core.adapters import new_config
 from loragen.core.config import LoraTrainConfig, Override, load
-from loragen.core.config.load import read_yaml
+from loragen.core.config.yaml_file import read_yaml
 from loragen.core.conversion.discover import LegacyRun
 from loragen.core.conversion.facts import (
     Facts,
@@ -21,9 +21,10 @@ from loragen.core.conversion.facts import (
 )
 from loragen.core.conversion.survey import Survey, rank_of, survey, targets_and_order
 from loragen.core.conversion.write import write_run
+from loragen.core.data.documents import SUFFIXES, content_hash, location
 from loragen.core.data.rows import find_dataset, read_rows
 from loragen.core.errors import DataError, UsageError, listing
-from loragen.core.files import sha256, written_atomically
+from loragen.core.files import written_atomically
 from loragen.core.runs import (
     MANIFEST,
     DatasetRecord,
@@ -139,11 +140,11 @@ def _dataset(run: LegacyRun, facts: Facts, options: Options) -> DatasetRecord:
     try:
         name, file = find_dataset(str(wanted), options.data_root)
     except UsageError:
-        if wanted == options.dataset and Path(wanted).suffix in {".json", ".jsonl"}:
+        if wanted == options.dataset and Path(wanted).suffix in SUFFIXES:
             raise
         return DatasetRecord(name=Path(str(wanted)).stem, path="", sha256="", rows=0)
     rows = len(read_rows(file))
-    return DatasetRecord(name=name, path=str(file.absolute()), sha256=sha256(file), rows=rows)
+    return DatasetRecord(name=name, path=location(file), sha256=content_hash(file), rows=rows)
 
 
 def _converted_before(run: LegacyRun, dataset: str, output: Path) -> Path | None:

@@ -8,7 +8,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from loragen.core.config.load import read_yaml
+from loragen.core.config.yaml_file import read_yaml
 from loragen.core.conversion.discover import LegacyRun
 from loragen.core.errors import ConfigError, DataError
 from loragen.core.runs import ADAPTER_CONFIG

@@ -3,26 +3,31 @@
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
 
-from loragen.core.data.rows import read_documents, utf8_text
-from loragen.core.errors import DataError, UsageError, listing
+from loragen.core.data.documents import SUFFIXES, Source, read_documents, utf8_text
+from loragen.core.data.formats import question_of
+from loragen.core.data.rows import BadRow, bad_lines
+from loragen.core.errors import DataError, UsageError
 
 
-def read_prompts(file: Path) -> list[str]:
-    """The prompts of a .txt (one a line), .jsonl or .json file (text, or objects with a `prompt`).
+def read_prompts(source: Source, skip_bad_rows: bool = False) -> list[str]:
+    """The prompts of a .txt (one a line), or of texts, rows and rows without a label in any other
+    file or a hub dataset. Labels are not read.
 
     Raises UsageError for a missing file, DataError (with file:line) for one that is malformed.
     """
-    if not file.is_file():
-        raise UsageError(f"{file}: no such prompt file")
-    if file.suffix in {".jsonl", ".json"}:
-        prompts = [_prompt(file, line, document) for line, document in read_documents(file)]
+    bad: list[BadRow] = []
+    if isinstance(source, Path) and not source.is_file():
+        raise UsageError(f"{source}: no such prompt file")
+    if isinstance(source, Path) and source.suffix.lower() not in SUFFIXES:
+        prompts = [line.strip() for line in utf8_text(source).split("\n")]
     else:
-        prompts = [line.strip() for line in utf8_text(file).split("\n")]
+        prompts, bad = _prompts_of_rows(source)
     prompts = [prompt for prompt in prompts if prompt]
+    if bad and not (skip_bad_rows and prompts):
+        raise DataError(*bad_lines(source, bad))
     if not prompts:
-        raise DataError(f"{file}: no prompts in it")
+        raise DataError(f"{source}: no prompts in it")
     return prompts
 
 
@@ -42,10 +47,13 @@ def grouped(prompts: Sequence[str], samples_per_prompt: int, seed: int) -> list[
     return texts[:whole] if whole else texts
 
 
-def _prompt(file: Path, line: int, document: Any) -> str:
-    if isinstance(document, str):
-        return document
-    if isinstance(document, dict) and isinstance(document.get("prompt"), str):
-        return str(document["prompt"])
-    found = f"keys {listing(list(document))}" if isinstance(document, dict) else repr(document)[:60]
-    raise DataError(f"{file}:{line}: expected a text or an object with a 'prompt', found {found}")
+def _prompts_of_rows(source: Source) -> tuple[list[str], list[BadRow]]:
+    prompts, bad = [], []
+    for line, value, problem in read_documents(source):
+        try:
+            if problem:
+                raise DataError(problem)
+            prompts.append(question_of(value).prompt)
+        except DataError as error:
+            bad.append(BadRow(line, str(error)))
+    return prompts, bad

@@ -1,13 +1,30 @@
-"""Rows of a dataset: prompt, response and perhaps a system text, from a JSONL or JSON file."""
+"""Rows of a dataset: prompt, response and what else they carry, from any file or hub dataset."""
 
-import json
-from collections.abc import Iterator
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
+from loragen.core.data.documents import (
+    HUB_ID,
+    SUFFIXES,
+    Document,
+    HubDataset,
+    Source,
+    parsed_source,
+    read_documents,
+)
+from loragen.core.data.formats import Turn, format_of
 from loragen.core.errors import DataError, UsageError, did_you_mean, listing
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "test", "val")
+MOST_SHOWN = 5  # bad rows, in an error or a warning
 
 
 class Row(BaseModel):
@@ -18,106 +35,163 @@ class Row(BaseModel):
     prompt: str
     response: str
     system: str | None = None
+    history: tuple[Turn, ...] = ()
+    """Earlier turns of the conversation: given, not learned."""
     choices: list[str] | None = None
     """The answers to choose between, where the dataset states them."""
     line: int
 
 
-def read_rows(file: Path) -> list[Row]:
-    """All rows of a file.
+class BadRow(NamedTuple):
+    line: int
+    reason: str
 
-    Raises UsageError for a missing file, DataError (with file:line) for one that is malformed.
+
+class Reading(NamedTuple):
+    """What was found in a source, the bad rows too."""
+
+    source: Source
+    rows: list[Row]
+    bad: list[BadRow]
+    formats: dict[str, int]
+    """Names of the formats recognised, with the number of rows."""
+
+
+def read(source: Source) -> Reading:
+    """Everything in a source, bad rows apart.
+
+    Raises UsageError for what is missing, DataError where no row is good.
     """
-    rows = [_row(file, line, document) for line, document in read_documents(file)]
+    rows: list[Row] = []
+    bad: list[BadRow] = []
+    formats: Counter[str] = Counter()
+    for document in read_documents(source):
+        try:
+            name, row = _row(document)
+        except DataError as error:
+            bad.append(BadRow(document.line, str(error)))
+        else:
+            rows.append(row)
+            formats[name] += 1
+    if not rows and not bad:
+        raise DataError(f"{source}: no rows in it")
+    if not rows and len({reason for _, reason in bad}) == 1 < len(bad):
+        line, reason = bad[0]
+        raise DataError(f"{source}:{line}: {reason} (the same in all of its {len(bad)} rows)")
     if not rows:
-        raise DataError(f"{file}: no rows in it")
-    return rows
+        refuse_bad(source, bad, good=0)
+    return Reading(source, rows, bad, dict(formats))
 
 
-def find_dataset(name_or_file: str, root: Path, split: str = "train") -> tuple[str, Path]:
-    """A dataset's name and file: a path as it stands, or below the root
-    `<name>/<name>_<split>_formatted.jsonl`.
+def read_rows(source: Source, skip_bad_rows: bool = False) -> list[Row]:
+    """All rows of a source; with `skip_bad_rows` the good ones, and one warning of the others.
+
+    Raises UsageError for what is missing, DataError (with file:line) for bad rows.
+    """
+    reading = read(source)
+    refuse_bad(reading.source, reading.bad, len(reading.rows), skip_bad_rows)
+    warn_of_bad(reading.source, reading.bad, len(reading.rows))
+    return reading.rows
+
+
+def refuse_bad(
+    source: Source, bad: Sequence[BadRow], good: int, skip_bad_rows: bool = False
+) -> None:
+    """Raises DataError for bad rows, unless they are to be skipped and `good` ones are left."""
+    if not bad or (skip_bad_rows and good):
+        return
+    left_out = "--skip-bad-rows leaves " + ("it out" if len(bad) == 1 else "them out")
+    raise DataError(*bad_lines(source, bad, f" ({left_out if good else 'no row is good'})"))
+
+
+def bad_lines(source: Source, bad: Sequence[BadRow], hint: str = "") -> list[str]:
+    """`file:line: reason` of the first bad rows, the count of the others, and at the end `hint`."""
+    lines = [f"{source}:{line}: {reason}" for line, reason in bad[:MOST_SHOWN]]
+    if len(bad) > MOST_SHOWN:
+        lines.append(f"{source}: and {len(bad) - MOST_SHOWN} more bad rows")
+    return [*lines[:-1], lines[-1] + hint]
+
+
+def warn_of_bad(source: Source, bad: Sequence[BadRow], good: int) -> None:
+    if bad:
+        named = "; ".join(f"line {line}: {reason}" for line, reason in bad[:MOST_SHOWN])
+        rest = f"; and {len(bad) - MOST_SHOWN} more" if len(bad) > MOST_SHOWN else ""
+        total = len(bad) + good
+        log.warning("%s: %d of %d rows left out: %s%s", source, len(bad), total, named, rest)
+
+
+def _row(document: Document) -> tuple[str, Row]:
+    if document.problem:
+        raise DataError(document.problem)
+    known = format_of(document.value)
+    question, answer = known.question(document.value), known.answer(document.value)
+    return known.name, Row(**question._asdict(), response=answer, line=document.line)
+
+
+def find_dataset(name_or_file: str, root: Path, split: str = "train") -> tuple[str, Source]:
+    """A dataset's name and where it is: a file, `hub:owner/name[:config][@split]`, a name below
+    the root (see `_files_of`), a folder as if it stood below the root, or a bare hub id.
 
     Raises UsageError naming what exists.
     """
-    file = Path(name_or_file)
-    if file.is_file():
-        return _name_of(file), file
-    if file.suffix in {".jsonl", ".json"}:
-        raise UsageError(f"{file}: no such file")
-    found = root / name_or_file / f"{name_or_file}_{split}_formatted.jsonl"
-    if found.is_file():
-        return name_or_file, found
-    known = dataset_names(root, split)
-    if not root.is_dir():
-        raise UsageError(f"dataset '{name_or_file}': {root} is not a directory; see --data-root")
-    raise UsageError(
-        f"unknown dataset '{name_or_file}'.{did_you_mean(name_or_file, known)} "
-        f"In {root}: {listing(known)}"
-    )
+    source = parsed_source(name_or_file, split)
+    if isinstance(source, HubDataset):
+        return source.name, source
+    if source.is_file():
+        return _name_of(source), source
+    if source.suffix.lower() in SUFFIXES:
+        raise UsageError(f"{source}: no such file")
+    found = _files_of(name_or_file, root, split)
+    if len(found) > 1:
+        files = listing([str(file) for file in found])
+        raise UsageError(f"dataset '{name_or_file}' is ambiguous: give one file of {files}")
+    if found:
+        return name_or_file, found[0]
+    if source.is_dir() and source.absolute().parent != root.absolute():
+        return find_dataset(source.absolute().name, source.absolute().parent, split)
+    if re.fullmatch(HUB_ID, name_or_file):
+        log.info("%s: no file, and no name below %s; asking the hub", name_or_file, root)
+        hub = HubDataset(name_or_file, None, split)
+        return hub.name, hub
+    raise _unknown(name_or_file, root, split)
 
 
 def dataset_names(root: Path, split: str = "train") -> list[str]:
     """The datasets below `root` that have a file for the split."""
-    pattern = f"*/*_{split}_formatted.jsonl"
-    found = (f for f in root.glob(pattern) if f.name == f"{f.parent.name}_{split}_formatted.jsonl")
-    return sorted(file.parent.name for file in found)
+    places = list(root.iterdir()) if root.is_dir() else []
+    names = {place.name if place.is_dir() else _name_of(place) for place in places}
+    return sorted(name for name in names if _files_of(name, root, split))
+
+
+def _files_of(name: str, root: Path, split: str) -> list[Path]:
+    """Where a dataset below the root may be: `<name>/<name>_<split>_formatted.jsonl` alone, else
+    `<name>/<split>.*`, `<name>_<split>.*` and, for training, `<name>.*`."""
+    formatted = root / name / f"{name}_{split}_formatted.jsonl"
+    if formatted.is_file():
+        return [formatted]
+    stems = [root / name / split, root / f"{name}_{split}"]
+    if split == "train":  # a file that has no split is not to be tested on unasked
+        stems.append(root / name)
+    files = (stem.parent / f"{stem.name}{suffix}" for stem in stems for suffix in SUFFIXES)
+    return [file for file in files if file.is_file()]
+
+
+def _unknown(name: str, root: Path, split: str) -> UsageError:
+    if not root.is_dir():
+        return UsageError(f"dataset '{name}': {root} is not a directory; see --data-root")
+    others = [f for other in SPLITS for f in _files_of(name, root, other)]
+    if others:
+        files = listing([str(file) for file in others])
+        return UsageError(f"dataset '{name}' has no {split} split; give a file, there is {files}")
+    known = dataset_names(root, split)
+    return UsageError(
+        f"unknown dataset '{name}'.{did_you_mean(name, known)} In {root}: {listing(known)}"
+    )
 
 
 def _name_of(file: Path) -> str:
     """`arc_train_formatted.jsonl` -> arc; `color-word/train.jsonl` -> color-word."""
     stem = file.stem.removesuffix("_formatted")
-    for split in ("train", "test", "val"):
+    for split in SPLITS:
         stem = stem.removesuffix(f"_{split}")
-    return file.absolute().parent.name if stem in {"train", "test", "val"} else stem
-
-
-def read_documents(file: Path) -> Iterator[tuple[int, Any]]:
-    """(line, JSON value) of a JSONL file; of a JSON list, (index from 1, item)."""
-    if not file.is_file():
-        raise UsageError(f"{file}: no such file")
-    text = utf8_text(file)
-    if file.suffix == ".json":
-        yield from enumerate(_json_list(file, text), start=1)
-        return
-    for line, content in enumerate(text.split("\n"), start=1):
-        if content.strip():
-            try:
-                yield line, json.loads(content)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{file}:{line}: not JSON: {error.msg} at column {error.colno}"
-                ) from None
-
-
-def utf8_text(file: Path) -> str:
-    """The text of a file, without a byte order mark. Raises DataError where it is not UTF-8."""
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-
-
-def _json_list(file: Path, text: str) -> list[Any]:
-    try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}:{error.lineno}: not JSON: {error.msg}") from None
-    if not isinstance(document, list):
-        raise DataError(f"{file}:1: expected a list of rows, found {type(document).__name__}")
-    return document
-
-
-def _row(file: Path, line: int, document: Any) -> Row:
-    if not isinstance(document, dict):
-        raise DataError(f"{file}:{line}: expected an object, found {type(document).__name__}")
-    try:
-        row = Row.model_validate({**document, "line": line})
-    except ValidationError as error:
-        detail = error.errors()[0]
-        key = ".".join(map(str, detail["loc"]))
-        known = f" (keys here: {listing(list(document))})" if detail["type"] == "missing" else ""
-        raise DataError(f"{file}:{line}: '{key}': {detail['msg'].lower()}{known}") from None
-    if not row.response.strip():
-        raise DataError(f"{file}:{line}: 'response' is empty: there is nothing to learn")
-    return row
+    return file.absolute().parent.name if stem in SPLITS else stem

@@ -1,7 +1,9 @@
 """Rows -> token ids with a loss mask, through the tokenizer's chat template where it has one."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from loragen.core.data.formats import Turn
 from loragen.core.data.rows import Row
 from loragen.core.errors import DataError
 
@@ -13,15 +15,20 @@ class Example(NamedTuple):
     answer: int
 
 
-def prompt_ids(tokenizer: Any, prompt: str, system: str | None = None) -> list[int]:
-    """The tokens after which the answer begins."""
+def prompt_ids(
+    tokenizer: Any, prompt: str, system: str | None = None, history: Sequence[Turn] = ()
+) -> list[int]:
+    """The tokens after which the answer begins; `history` are the turns before the prompt."""
     if tokenizer.chat_template:
         messages = [{"role": "system", "content": system}] if system else []
+        for turn in history:
+            messages.append({"role": "user", "content": turn.prompt})
+            messages.append({"role": "assistant", "content": turn.response})
         messages.append({"role": "user", "content": prompt})
         encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
         return list(encoded["input_ids"] if hasattr(encoded, "keys") else encoded)
-    text = f"{system}\n{prompt}\n" if system else f"{prompt}\n"
-    return list(tokenizer(text)["input_ids"])
+    parts = [*([system] if system else []), *(text for turn in history for text in turn), prompt]
+    return list(tokenizer("".join(f"{part}\n" for part in parts))["input_ids"])
 
 
 def answer_ids(tokenizer: Any, response: str) -> list[int]:
@@ -35,14 +42,19 @@ def example(tokenizer: Any, row: Row, max_length: int) -> Example:
 
     Raises DataError where the answer alone does not fit.
     """
-    prompt = prompt_ids(tokenizer, row.prompt, row.system)
+    prompt = prompt_ids(tokenizer, row.prompt, row.system, row.history)
     answer = answer_ids(tokenizer, row.response)
     room = max_length - len(answer)
     if room < 1:
-        raise DataError(
-            f"line {row.line}: the answer has {len(answer)} tokens, data.max_length is {max_length}"
-        )
+        raise DataError(f"the answer has {len(answer)} tokens, data.max_length is {max_length}")
     return Example([*prompt[-room:], *answer], len(answer))
+
+
+def shared_prefix(sequences: Sequence[list[int]]) -> int:
+    """With how many equal tokens all sequences begin."""
+    first, last = min(sequences), max(sequences)  # in the order of words, the least alike
+    pairs = enumerate(zip(first, last, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(last)))
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -14,6 +14,7 @@ from loragen.core.adapters import CONFIG_FILE, read_adapter
 from loragen.core.checkpoints import find_checkpoints, read_tensors
 from loragen.core.config.schema import GenData, GenTrainConfig
 from loragen.core.config.schema import Source as SourceConfig
+from loragen.core.data.documents import content_hash, parsed_source
 from loragen.core.data.prompts import grouped, read_prompts
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import sha256, sha256_text, written_atomically
@@ -62,7 +63,7 @@ def read_source(config: SourceConfig, max_checkpoints: int) -> Source:
         raise UsageError(f"{directory}: PEFT adapters do not know their prompts; add prompts: FILE")
     adapter = read_adapter(checkpoints[0])
     base = str(adapter.config.get("base_model_name_or_path"))
-    prompts = read_prompts(Path(config.prompts))
+    prompts = read_prompts(parsed_source(config.prompts))
     return Source(directory.name, checkpoints, prompts, adapter.config, base)
 
 
@@ -75,17 +76,17 @@ def _from_run(path: Path, prompts: str | None, max_checkpoints: int) -> Source:
             f"{run}: it was converted without its dataset's file; give the prompts in the YAML, "
             "sources: [{run: ..., prompts: FILE}], or remove it and convert again with --dataset"
         )
-    file = Path(prompts or manifest.dataset.path)
-    if prompts is None and not file.is_file():
+    file = parsed_source(prompts or manifest.dataset.path)
+    if prompts is None and isinstance(file, Path) and not file.is_file():
         raise UsageError(f"{run}: its dataset {file} is gone; name one with prompts: FILE")
-    if prompts is None and sha256(file) != manifest.dataset.sha256:
+    if prompts is None and content_hash(file) != manifest.dataset.sha256:
         raise DataError(
             f"{run}: its dataset {file} has changed since the run; name one with prompts: FILE"
         )
     return Source(
         manifest.dataset.name,
         checkpoints,
-        read_prompts(file),
+        read_prompts(file, skip_bad_rows=prompts is None),  # the run has left them out, or had none
         manifest.adapter_config,
         manifest.base_model,
     )

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loragen.core.data.tokenize import Example
+from loragen.core.data.tokenize import Example, shared_prefix
 
 IGNORED = -100  # the target that cross_entropy leaves out
 PREFIX, PADDING = 0, -1  # segments that are no row
@@ -72,7 +72,7 @@ def packed(
 
     One sequence computes the prefix once, but its attention grows with the square of its length.
     """
-    shared = shared_prefix(examples)
+    shared = common_tokens(examples)
     remainders = [len(item.ids) - shared for item in examples]
     bins = cheapest_bins(remainders, shared, cost)
     rows = [[(n, shared, examples[i]) for n, i in enumerate(one, start=1)] for one in bins]
@@ -93,13 +93,10 @@ def cheapest_bins(remainders: Sequence[int], shared: int, cost: Cost) -> list[li
     return best
 
 
-def shared_prefix(examples: Sequence[Example]) -> int:
+def common_tokens(examples: Sequence[Example]) -> int:
     """How many first tokens all rows share; at least the last token of a prompt stays with its
     row, since it predicts the row's answer."""
-    prompts = [item.ids[: len(item.ids) - item.answer - 1] for item in examples]
-    low, high = min(prompts), max(prompts)  # all the others lie between
-    differing = (i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b)
-    return next(differing, min(len(low), len(high)))
+    return shared_prefix([item.ids[: len(item.ids) - item.answer - 1] for item in examples])
 
 
 def balanced(lengths: Sequence[int], bins: int) -> list[list[int]]:

@@ -5,7 +5,6 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -13,10 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from loragen.core.config import LoraTrainConfig
 from loragen.core.data.batches import batch_indices, held_out, micro_batch
-from loragen.core.data.rows import Row, read_rows
+from loragen.core.data.documents import Source, content_hash, location, parsed_source
+from loragen.core.data.rows import BadRow, Row, read_rows, refuse_bad, warn_of_bad
 from loragen.core.data.tokenize import Example, example
 from loragen.core.errors import DataError
-from loragen.core.files import sha256
 from loragen.core.lora.batch import Batch, Cost, answers_of, packed, padded
 from loragen.core.lora.packing import packing_cost
 from loragen.core.runs import DatasetRecord
@@ -33,32 +32,47 @@ class Rows:
     record: DatasetRecord
 
 
-def load_rows(config: LoraTrainConfig, name: str, file: Path, tokenizer: Any) -> Rows:
-    """The tokenised rows of a file, with the held-out ones apart.
+def load_rows(config: LoraTrainConfig, name: str, source: Source, tokenizer: Any) -> Rows:
+    """The tokenised rows of a source, with the held-out ones apart.
 
-    Raises UsageError for a missing file, DataError for bad rows or where none are left to train on.
+    Raises UsageError for what is missing, DataError for bad rows (unless they are to be skipped)
+    or where none are left to train on.
     """
-    rows = read_rows(file)
-    examples = _tokenised(file, rows, tokenizer, config.data.max_length)
+    rows, examples, too_long = _tokenised(source, config, tokenizer)
     training, held = held_out(len(rows), config.data.val_ratio, config.seed)
     if not training:
-        raise DataError(f"{file}: data.val_ratio leaves no rows to train on ({len(rows)} in all)")
+        raise DataError(f"{source}: data.val_ratio leaves no rows to train on ({len(rows)} in all)")
     validation = [examples[index] for index in held]
     if config.data.validation:
-        other = Path(config.data.validation)
-        validation = _tokenised(other, read_rows(other), tokenizer, config.data.max_length)
+        _, validation, _ = _tokenised(parsed_source(config.data.validation), config, tokenizer)
+    record = DatasetRecord(
+        name=name,
+        path=location(source),
+        sha256=content_hash(source),
+        rows=len(rows),
+        tokens=_hash(examples),
+        too_long=too_long,
+    )
     return Rows(
         [examples[index] for index in training],
         validation,
         [rows[index] for index in training],
-        DatasetRecord(
-            name=name,
-            path=str(file.absolute()),
-            sha256=sha256(file),
-            rows=len(rows),
-            tokens=_hash(examples),
-        ),
+        record,
     )
+
+
+def fitting(
+    tokenizer: Any, rows: Sequence[Row], max_length: int
+) -> tuple[list[Row], list[Example], list[BadRow]]:
+    """The rows whose answer fits, their tokens, and the others."""
+    kept, examples, too_long = [], [], []
+    for row in rows:
+        try:
+            examples.append(example(tokenizer, row, max_length))
+            kept.append(row)
+        except DataError as error:
+            too_long.append(BadRow(row.line, str(error)))
+    return kept, examples, too_long
 
 
 @dataclass(frozen=True)
@@ -155,11 +169,13 @@ def _hash(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def _tokenised(file: Path, rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Example]:
-    examples = []
-    for row in rows:
-        try:
-            examples.append(example(tokenizer, row, max_length))
-        except DataError as error:
-            raise DataError(f"{file}: {error}") from None
-    return examples
+def _tokenised(
+    source: Source, config: LoraTrainConfig, tokenizer: Any
+) -> tuple[list[Row], list[Example], list[int]]:
+    """The rows, their tokens, and the lines of skipped rows whose answer was too long."""
+    skip = config.data.skip_bad_rows
+    found = read_rows(source, skip)
+    rows, examples, too_long = fitting(tokenizer, found, config.data.max_length)
+    refuse_bad(source, too_long, len(rows), skip)
+    warn_of_bad(source, too_long, len(rows))
+    return rows, examples, [row.line for row in too_long]

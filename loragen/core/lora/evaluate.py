@@ -59,7 +59,7 @@ def generate(model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int) -
     texts: list[str] = []
     for first in range(0, len(rows), batch_size):
         prompts = [
-            prompt_ids(tokenizer, row.prompt, row.system)
+            prompt_ids(tokenizer, row.prompt, row.system, row.history)
             for row in rows[first : first + batch_size]
         ]
         ids, attention = _padded_left(prompts, padding, model.device)
@@ -97,7 +97,7 @@ def choice_accuracy(
         return None
     examples, owners = [], []
     for index, (row, candidates) in enumerate(zip(rows, options, strict=True)):
-        prompt = prompt_ids(tokenizer, row.prompt, row.system)
+        prompt = prompt_ids(tokenizer, row.prompt, row.system, row.history)
         for candidate in candidates or ():
             answer = answer_ids(tokenizer, candidate)
             examples.append(Example([*prompt, *answer], len(answer)))

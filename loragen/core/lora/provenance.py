@@ -12,9 +12,10 @@ from typing import Any
 
 from loragen.core.config import LoraTrainConfig, load
 from loragen.core.data.batches import batch_indices, held_out
+from loragen.core.data.documents import content_hash, parsed_source
 from loragen.core.data.rows import Row, read_rows
 from loragen.core.errors import DataError, UsageError
-from loragen.core.files import sha256, sha256_text, write_json
+from loragen.core.files import sha256_text, write_json
 from loragen.core.plugins import create
 from loragen.core.protocols import Rate, Schedule
 from loragen.core.runs import CONFIG, LoraManifest, checkpoint_name, read_manifest, run_directory_of
@@ -78,12 +79,14 @@ def traced_run(path: Path) -> TracedRun:
     if manifest.converted_from:
         raise UsageError(f"{directory} was converted: its batches were not drawn by loragen")
     config = load(LoraTrainConfig, directory / CONFIG, environment={})
-    file = Path(manifest.dataset.path)
-    if not file.is_file():
-        raise UsageError(f"{directory}: the rows that it was trained on are gone: {file}")
-    if sha256(file) != manifest.dataset.sha256:
-        raise DataError(f"{file} has changed since {directory} was trained on it")
-    provenance, held = provenance_of(config, read_rows(file))
+    source = parsed_source(manifest.dataset.path)
+    if isinstance(source, Path) and not source.is_file():
+        raise UsageError(f"{directory}: the rows that it was trained on are gone: {source}")
+    if content_hash(source) != manifest.dataset.sha256:
+        raise DataError(f"{source} has changed since {directory} was trained on it")
+    rows = read_rows(source, config.data.skip_bad_rows)
+    left_out = set(manifest.dataset.too_long)
+    provenance, held = provenance_of(config, [row for row in rows if row.line not in left_out])
     schedule = create("schedule", config.schedule.name, config.schedule.options)
     return TracedRun(directory, manifest, provenance, schedule, config.training.max_steps, held)
 

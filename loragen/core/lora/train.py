@@ -14,6 +14,7 @@ from loragen.core.adapters import Adapter, file_keys, plain_config, write_adapte
 from loragen.core.base_models import BaseModel
 from loragen.core.checkpoints import AtomicCheckpointIO
 from loragen.core.config import LoraTrainConfig
+from loragen.core.data.documents import Source
 from loragen.core.data.tokenize import pad_id
 from loragen.core.errors import UsageError
 from loragen.core.files import written_atomically
@@ -51,7 +52,7 @@ class LoraRun:
 def train(
     config: LoraTrainConfig,
     name: str,
-    file: Path,
+    source: Source,
     base: BaseModel,
     progress: Progress,
     resume: ResumePoint | None = None,
@@ -63,7 +64,7 @@ def train(
     Interrupted on Ctrl+C, once the step is saved.
     """
     _warn_of_missing_stages(config)
-    rows = load_rows(config, name, file, base.tokenizer)
+    rows = load_rows(config, name, source, base.tokenizer)
     if resume:
         check_unchanged(resume, config, rows, base)
     checkpoint = read_resumable(resume) if resume else None

@@ -35,9 +35,9 @@ def test_json_has_texts_or_objects_with_a_prompt(tmp_path, name):
 @pytest.mark.parametrize(
     "line, reason",
     [
-        ("3", "expected a text or an object with a 'prompt', found 3"),
-        ('{"question": "x"}', "found keys question"),
-        ('{"prompt": 3}', "found keys prompt"),
+        ("3", r"expected a text or an object with a 'prompt' \(or a row\), found int 3"),
+        ('{"text": "x"}', "found keys text"),
+        ('{"prompt": 3}', "'prompt': expected a text, found int 3"),
         ("{", "not JSON"),
     ],
 )
@@ -98,3 +98,23 @@ def test_groups_are_drawn_at_random():
     names = [str(i) for i in range(40)]
     assert grouped(names, 4, 1) != grouped(names, 4, 2)
     assert grouped(names, 4, 1) != joined(names, 4)
+
+
+def test_rows_of_every_format_have_prompts(tmp_path):
+    documents = [
+        {"instruction": "a", "input": "b", "output": "x"},
+        {"messages": [{"role": "user", "content": "c"}]},
+        {"question": "d", "choices": ["x", "y"]},
+    ]
+    file = written(tmp_path, "p.json", json.dumps(documents))
+    assert read_prompts(file) == ["a\n\nb", "c", "d\nA: x\nB: y"]
+    assert read_prompts(written(tmp_path, "p.csv", "prompt,n\na,1\nb,2\n")) == ["a", "b"]
+
+
+def test_bad_rows_are_all_reported_or_left_out(tmp_path):
+    file = written(tmp_path, "p.jsonl", '"good"\n3\n{\n')
+    with pytest.raises(DataError) as error:
+        read_prompts(file)
+    assert len(error.value.problems) == 2
+    assert "--skip-bad-rows" not in str(error.value)  # which no command with prompts has
+    assert read_prompts(file, skip_bad_rows=True) == ["good"]

@@ -59,17 +59,23 @@ def test_a_json_list_counts_its_items(file):
     [
         ('{"prompt": "p"', "not JSON: .* at column"),
         ("p -> r", "not JSON: Expecting value at column 1"),
-        ("[1, 2]", "expected an object, found list"),
-        ('"text"', "expected an object, found str"),
-        ("null", "expected an object, found NoneType"),
-        ('{"question": "p", "response": "r"}', "'prompt': field required .keys here: question, re"),
-        ('{"prompt": "p"}', "'response': field required .keys here: prompt"),
-        ('{"prompt": 3, "response": "r"}', "'prompt': input should be a valid string"),
-        ('{"prompt": "p", "response": null}', "'response': input should be a valid string"),
-        ('{"prompt": "p", "response": ["r"]}', "'response': input should be a valid string"),
+        ("[1, 2]", "expected an object, found a list"),
+        ('"text"', "expected an object, found a text"),
+        ("null", "expected an object, found null"),
+        ('{"question": "p", "response": "r"}', "'answer' is missing .keys here: question, resp"),
+        ('{"prompt": "p"}', "'response' is missing .keys here: prompt"),
+        ('{"text": "p", "label": 1}', "unknown keys: text, label. Known: prompt/response, instruc"),
+        ("{}", "unknown keys: none. Known: prompt/response, instruction/output"),
+        ('{"prompt": 3, "response": "r"}', "'prompt': expected a text, found int 3"),
+        ('{"prompt": "p", "response": null}', "'response': expected a text, found null"),
+        ('{"prompt": "p", "response": ["r"]}', "'response': expected a text, found a list"),
+        (r'{"prompt": "p", "response": "\ud83d"}', "'response': holds half of a surrogate pair"),
         ('{"prompt": "p", "response": " "}', "'response' is empty"),
-        ('{"prompt": "p", "response": "r", "system": 1}', "'system': input should be"),
-        ('{"prompt": "p", "response": "r", "choices": "ab"}', "'choices': input should be"),
+        ('{"prompt": "p", "response": "r", "system": 1}', "'system': expected a text, found int 1"),
+        (
+            '{"prompt": "p", "response": "r", "choices": "ab"}',
+            "'choices': expected a list, found a text",
+        ),
     ],
 )
 def test_a_malformed_row_is_one_line_with_its_place(file, line, reason):
@@ -168,3 +174,88 @@ def test_the_real_data_is_read(shared):
         rows = read_rows(find_dataset(name, root, "test")[1])
         assert rows
         assert all(row.prompt and row.response.startswith("[") for row in rows)
+
+
+BAD = '{"prompt": "p"}'
+
+
+def reported(file, **options):
+    with pytest.raises(DataError) as error:
+        read_rows(file, **options)
+    return error.value.problems
+
+
+def test_every_bad_row_is_reported(file):
+    path = file("\n".join([GOOD, BAD, "x", GOOD, BAD]))
+    problems = reported(path)
+    assert [problem.split(": ")[0] for problem in problems] == [f"{path}:{n}" for n in (2, 3, 5)]
+    assert problems[-1].endswith("(--skip-bad-rows leaves them out)")
+    assert not any("--skip" in problem for problem in problems[:-1])
+
+
+def test_many_bad_rows_are_counted(file):
+    path = file("\n".join([GOOD, *[BAD, "x"] * 6]))
+    problems = reported(path)
+    assert len(problems) == 6
+    assert problems[-1] == f"{path}: and 7 more bad rows (--skip-bad-rows leaves them out)"
+
+
+def test_bad_rows_are_left_out_with_one_warning(file, caplog):
+    path = file("\n".join([BAD, GOOD, *["x"] * 6, GOOD]))
+    assert [row.line for row in read_rows(path, skip_bad_rows=True)] == [2, 9]
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert message.startswith(f"{path}: 7 of 9 rows left out: line 1: 'response' is missing")
+    assert message.endswith("; line 6: not JSON: Expecting value at column 1; and 2 more")
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_no_good_row_is_an_error_either_way(file, skip):
+    assert reported(file(f"{BAD}\nx"), skip_bad_rows=skip)[-1].endswith("(no row is good)")
+    (problem,) = reported(file("\n".join(['{"a": 1}'] * 9)), skip_bad_rows=skip)
+    assert problem.endswith("(the same in all of its 9 rows)")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["x/train.csv", "x/train.jsonl", "x_train.json", "x.parquet", "x.jsonl"],
+)
+def test_a_dataset_by_name_may_be_any_kind_of_file(root, path):
+    file = root / path
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    assert find_dataset("x", root) == ("x", file)
+    assert dataset_names(root) == ["arc-easy", "boolq", "x"]
+
+
+def test_the_formatted_file_goes_before_others(root):
+    (root / "boolq" / "train.csv").touch()
+    assert find_dataset("boolq", root)[1].name == "boolq_train_formatted.jsonl"
+
+
+def test_two_files_of_a_name_are_ambiguous(root):
+    for name in ("x.csv", "x_train.jsonl"):
+        (root / name).touch()
+    with pytest.raises(UsageError, match=r"'x' is ambiguous.*x_train\.jsonl, .*x\.csv"):
+        find_dataset("x", root)
+    assert dataset_names(root) == ["arc-easy", "boolq", "x"]
+
+
+def test_a_file_without_a_split_is_for_training_alone(root):
+    (root / "x.csv").touch()
+    with pytest.raises(UsageError, match=r"'x' has no test split; .*there is .*x\.csv"):
+        find_dataset("x", root, split="test")
+    assert dataset_names(root, "test") == ["arc-easy", "boolq"]
+
+
+def test_a_folder_is_a_dataset_too(root, tmp_path):
+    assert find_dataset(str(root / "boolq"), tmp_path / "none") == find_dataset("boolq", root)
+    with pytest.raises(UsageError, match="unknown dataset 'empty'"):
+        find_dataset(str(root / "empty"), tmp_path / "none")
+
+
+def test_owner_and_name_are_a_hub_dataset_where_they_are_nothing_else(root):
+    name, source = find_dataset("owner/name", root, split="test")
+    assert (name, str(source)) == ("name", "hub:owner/name@test")
+    with pytest.raises(UsageError, match="no such file"):
+        find_dataset("owner/name.csv", root)

@@ -2,6 +2,7 @@ from copy import deepcopy
 
 import pytest
 
+from loragen.core.data.formats import Turn
 from loragen.core.data.rows import Row
 from loragen.core.data.tokenize import (
     answer_ids,
@@ -60,9 +61,9 @@ def test_a_long_row_loses_the_start_of_its_prompt_never_its_answer(tokenizer, ro
     assert cut.answer == whole.answer
 
 
-def test_an_answer_that_does_not_fit_is_an_error_with_its_line(tokenizer):
+def test_an_answer_that_does_not_fit_is_an_error(tokenizer):
     length = len(answer_ids(tokenizer, "blue"))
-    with pytest.raises(DataError, match=f"line 7: the answer has {length} tokens, data.max_length"):
+    with pytest.raises(DataError, match=f"^the answer has {length} tokens, data.max_length"):
         example(tokenizer, row(), length)
     assert len(example(tokenizer, row(), length + 1).ids) == length + 1
 
@@ -72,3 +73,17 @@ def test_the_end_token_pads_where_there_is_no_padding_token(tokenizer):
     assert pad_id(copy) == tokenizer.pad_token_id
     copy.pad_token = None
     assert pad_id(copy) == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    "kind, text",
+    [
+        ("tokenizer", "<|system|>s<|user|>a<|assistant|>b<|user|>red<|assistant|>"),
+        ("plain", "s\na\nb\nred\n"),
+    ],
+)
+def test_earlier_turns_are_given_and_only_the_last_answer_is_learned(request, kind, text):
+    tokenizer = request.getfixturevalue(kind)
+    item = example(tokenizer, row("red", system="s", history=(Turn("a", "b"),)), 64)
+    assert tokenizer.decode(item.ids[: -item.answer]) == text
+    assert item.ids[-item.answer :] == answer_ids(tokenizer, "blue")

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import numpy as np
@@ -7,7 +8,9 @@ import torch
 from loragen.core.adapters import read_adapter, write_adapter
 from loragen.core.checkpoints import read_tensors
 from loragen.core.config.schema import Source as SourceConfig
+from loragen.core.data.documents import content_hash, parsed_source
 from loragen.core.errors import DataError, UsageError
+from loragen.core.files import sha256
 from loragen.core.generator import sources as module
 from loragen.core.generator.places import configured_sources
 from loragen.core.generator.sources import common_layout, prepared, read_source
@@ -74,6 +77,29 @@ class TestReading:
     def test_other_prompts_may_be_named(self, run, tmp_path):
         (tmp_path / "p.txt").write_text("one\ntwo\n", encoding="utf-8")
         assert source(run=str(run), prompts=str(tmp_path / "p.txt")).prompts == ["one", "two"]
+
+    def test_rows_that_a_run_has_left_out_do_not_stop_it(self, copied):
+        run, file = copied
+        file.write_text(file.read_text(encoding="utf-8") + "no row\n", encoding="utf-8")
+        manifest = read_manifest(run, LoraManifest)
+        manifest.dataset.sha256 = sha256(file)
+        write_manifest(run, manifest)
+        assert len(source(run=str(run)).prompts) == 16
+        with pytest.raises(DataError, match="17: not JSON"):
+            source(run=str(run), prompts=str(file))
+
+    def test_a_run_of_a_hub_dataset_reads_it_again(self, copied, monkeypatch):
+        run, file = copied
+        documents = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        monkeypatch.setattr("loragen.core.data.documents.read_hub", lambda *_: documents)
+        manifest = read_manifest(run, LoraManifest)
+        manifest.dataset.path = "hub:owner/colors@train"
+        manifest.dataset.sha256 = content_hash(parsed_source(manifest.dataset.path))
+        write_manifest(run, manifest)
+        assert len(source(run=str(run)).prompts) == 16
+        documents.pop()
+        with pytest.raises(DataError, match="hub:owner/colors@train has changed since the run"):
+            source(run=str(run))
 
     def test_a_folder_of_peft_adapters_with_its_prompts(self, run, tmp_path):
         for step in (2, 10, 100):

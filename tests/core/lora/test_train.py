@@ -359,7 +359,7 @@ class TestFailure:
         "settings, rows, error, message",
         [
             ({}, [{"prompt": "q"}], DataError, ":1: 'response'"),
-            ({"data.max_length": 8}, None, DataError, r"colors\.jsonl: line 1: the answer has"),
+            ({"data.max_length": 8}, None, DataError, r"colors\.jsonl:1: the answer has"),
             ({"lora.target_modules": ["nope"]}, None, UsageError, r"lora\.target_modules: .*nope"),
         ],
     )

@@ -1,0 +1,230 @@
+import csv
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loragen.core.data import hub
+from loragen.core.data.documents import (
+    HubDataset,
+    content_hash,
+    location,
+    parsed_source,
+    read_documents,
+)
+from loragen.core.data.formats import Turn
+from loragen.core.data.rows import Row, find_dataset, read_rows
+from loragen.core.errors import DataError, UsageError
+
+from .writers import FILES, FORMATS, NO_CHOICES
+
+text = st.text(max_size=12)
+some = st.text(min_size=1, max_size=12)
+answers = some.filter(str.strip)
+rows = st.builds(
+    dict,
+    prompt=st.one_of(text, st.builds("{}\n\n{}".format, text, text)),
+    response=answers,
+    system=st.none() | some,
+    history=st.lists(st.builds(Turn, text, text), max_size=2).map(tuple),
+    choices=st.none() | st.lists(text, min_size=1, max_size=3),
+)
+
+
+def reread(file, fields, form, suffix):
+    wanted = [Row(**row, line=line) for line, row in enumerate(fields, start=1)]
+    if form in NO_CHOICES:
+        wanted = [row.model_copy(update={"choices": None}) for row in wanted]
+    FILES[suffix](file, [FORMATS[form](row) for row in wanted])
+    read = read_rows(file)
+    if suffix == ".csv":  # whose lines are those of the file; see below
+        read = [row.model_copy(update={"line": n}) for n, row in enumerate(read, start=1)]
+    return read, wanted
+
+
+@pytest.mark.parametrize("suffix", FILES)
+@pytest.mark.parametrize("form", FORMATS)
+def test_any_row_in_any_format_and_file_is_read_back(tmp_path_factory, form, suffix):
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    file = tmp_path_factory.mktemp("rows") / f"d{suffix}"
+
+    @given(st.lists(rows, min_size=1, max_size=3))
+    def check(fields):
+        read, wanted = reread(file, fields, form, suffix)
+        assert read == wanted
+
+    check()
+
+
+@pytest.mark.parametrize("suffix", FILES)
+def test_choices_are_read_back_from_every_file(tmp_path, suffix):
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    choices = {"text": ["red", 'blue\n"green"'], "label": ["A", "B"]}
+    document = {"question": "Which?", "choices": choices, "answerKey": "B", "system": None}
+    FILES[suffix](tmp_path / f"d{suffix}", [document, document])
+    first, second = read_rows(tmp_path / f"d{suffix}")
+    assert first.prompt == second.prompt == 'Which?\nA: red\nB: blue\n"green"'
+    assert first.response == "[B]"
+    assert first.choices == ["[A]", "[B]"]
+
+
+def lines(file, content):
+    file.write_bytes(content.encode())
+    return [(document.line, document.value) for document in read_documents(file)]
+
+
+def test_the_line_of_a_csv_record_is_where_it_starts(tmp_path):
+    content = '\ufeffprompt,response\r\n"a\r\nb",1\r\n\r\n\n"c\n\nd",2\ne,3\n'
+    assert lines(tmp_path / "d.csv", content) == [
+        (2, {"prompt": "a\r\nb", "response": "1"}),
+        (6, {"prompt": "c\n\nd", "response": "2"}),
+        (9, {"prompt": "e", "response": "3"}),
+    ]
+
+
+def test_a_long_csv_cell_is_read(tmp_path):
+    limit = csv.field_size_limit()
+    assert lines(tmp_path / "d.csv", f"prompt\n{'x' * 200_000}\n")[0][1]["prompt"] == "x" * 200_000
+    assert csv.field_size_limit() == limit
+
+
+def test_a_csv_row_of_other_length_is_a_bad_row(tmp_path):
+    (tmp_path / "d.csv").write_text("prompt,response\na,b\nc\nd,e,f\n", encoding="utf-8")
+    problems = [document.problem for document in read_documents(tmp_path / "d.csv")]
+    assert problems == [None, "1 cells, the header has 2", "3 cells, the header has 2"]
+
+
+def test_json_lines_under_the_name_of_json_are_read(tmp_path):
+    assert lines(tmp_path / "d.json", '{"a": 1}\n\n{"a": 2}\n') == [(1, {"a": 1}), (3, {"a": 2})]
+
+
+def test_suffixes_may_be_in_capitals(tmp_path):
+    assert lines(tmp_path / "D.CSV", "a\n1\n") == [(2, {"a": "1"})]
+
+
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("d.csv", 'prompt,response\na,b\n"c\nd', ":3: not CSV: unexpected end of data"),
+        ("d.csv", "a,b,a\n1,2,3\n", ":1: the header names 'a' twice"),
+        ("d.csv", b"\xff\xfe", "not UTF-8 text"),
+        ("d.json", "[1", ":1: not JSON"),
+        ("d.parquet", "PAR1 no", "not a Parquet file that can be read"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, name, content, reason):
+    if name == "d.parquet":
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=reason) as error:
+        list(read_documents(tmp_path / name))
+    assert str(error.value).startswith(str(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("missing, source", [("pyarrow", "d.parquet"), ("datasets", "hub:a/b")])
+def test_a_missing_package_is_one_line_that_says_what_to_install(
+    tmp_path, monkeypatch, missing, source
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.parquet").touch()
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UsageError, match=r"pip install 'loragen\[data\]'"):
+        list(read_documents(parsed_source(source)))
+
+
+@pytest.mark.parametrize(
+    "text, split, parts, name",
+    [
+        ("hub:openai/gsm8k", "train", ("openai/gsm8k", None, "train"), "gsm8k"),
+        ("hub:openai/gsm8k", "test", ("openai/gsm8k", None, "test"), "gsm8k"),
+        ("hub:a/b.c:main@test", "train", ("a/b.c", "main", "test"), "b.c-main"),
+        ("hub:a/b@train[:9]", "test", ("a/b", None, "train[:9]"), "b"),
+    ],
+)
+def test_a_hub_dataset_has_an_id_a_config_and_a_split(text, split, parts, name):
+    source = parsed_source(text, split)
+    assert source == HubDataset(*parts)
+    assert source.name == name
+    assert parsed_source(location(source)) == source
+
+
+@pytest.mark.parametrize(
+    "text", ["hub:", "hub:a", "hub:a/b/c", "hub:a/b:", "hub:a/b:x/y", "hub:a/b@"]
+)
+def test_a_malformed_hub_id_is_refused(text):
+    with pytest.raises(UsageError, match="expected hub:owner/name"):
+        parsed_source(text)
+
+
+def test_a_file_is_found_again_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert location(parsed_source("d.csv")) == str(tmp_path / "d.csv")
+
+
+@pytest.fixture
+def hub_dataset(tmp_path, monkeypatch):
+    """A folder that `datasets` takes for the hub dataset `owner/colors`."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "owner" / "colors"
+    folder.mkdir(parents=True)
+    for split, word in (("train", "red"), ("test", "blue")):
+        document = {"question": f"{split}?", "answer": word}
+        (folder / f"{split}.jsonl").write_text(json.dumps(document) + "\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_hub_dataset_is_read_by_split(hub_dataset, tmp_path):
+    name, source = find_dataset("hub:owner/colors", tmp_path / "none")
+    assert name == "colors"
+    assert read_rows(source) == [Row(prompt="train?", response="red", line=1)]
+    _, test = find_dataset("hub:owner/colors", tmp_path / "none", split="test")
+    assert [row.response for row in read_rows(test)] == ["blue"]
+    assert content_hash(source) == content_hash(source) != content_hash(test)
+
+
+def test_a_split_that_is_not_there_names_those_that_are(hub_dataset):
+    with pytest.raises(UsageError, match=r"hub dataset owner/colors: .*none.*train.*test") as error:
+        read_rows(parsed_source("hub:owner/colors@none"))
+    assert "\n" not in str(error.value)
+
+
+def test_offline_is_one_line(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"hub dataset no-one/none: .*[Oo]ffline") as error:
+        read_rows(parsed_source("hub:no-one/none"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_hub_that_does_not_answer_is_told_fast(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    started = time.perf_counter()
+    with pytest.raises(UsageError, match=r"does not answer .*HF_ENDPOINT names a mirror") as error:
+        read_rows(parsed_source("hub:no-one/none"))
+    assert time.perf_counter() - started < hub.SECONDS_TO_ANSWER
+    assert "\n" not in str(error.value)
+
+
+def test_reading_a_file_imports_nothing_big(tmp_path):
+    (tmp_path / "d.csv").write_text("prompt,response\na,b\n", encoding="utf-8")
+    code = (
+        "import sys, pathlib\nfrom loragen.core.data.rows import read_rows\n"
+        f"read_rows(pathlib.Path({str(tmp_path / 'd.csv')!r}))\n"
+        "print([n for n in ('torch', 'datasets', 'pyarrow', 'numpy') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
