@@ -47,7 +47,7 @@ def test_resuming_keeps_exactly_the_entries_up_to_the_step(tmp_path_factory, ste
     log = MetricsLog(file)
     for index, step in enumerate(steps):
         log.log_metrics({"index": index}, step)
-    whole = '{"step": 1, "train/loss": 0.25}'.encode()
+    whole = b'{"step": 1, "train/loss": 0.25}'
     tail = whole[:torn] if isinstance(torn, int) else torn.replace(b"\n", b"")
     with file.open("ab") as stream:
         stream.write(tail)
