@@ -61,6 +61,7 @@ class TestARun:
         assert files(collection.runs["colors"]) == {
             "config.yaml",
             "manifest.json",
+            "metrics.jsonl",
             *(f"checkpoints/checkpoint-step-00{step}.ckpt" for step in (5, 6, 7, 8)),
             "adapter/README.md",
             "adapter/adapter_config.json",
