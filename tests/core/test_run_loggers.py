@@ -3,7 +3,9 @@ import logging
 import pytest
 
 from loragen.core.errors import PluginError, UsageError
+from loragen.core.lora.train import train
 from loragen.core.metrics_log import read_metrics
+from loragen.core.progress import Silent
 from loragen.core.protocols import RunInfo
 from loragen.core.run_loggers import RunLoggers
 from loragen.core.runs import LoraManifest, read_manifest
@@ -192,3 +194,38 @@ def test_training_goes_on(called, train_lora, caplog, method):
     assert len(warnings_of(caplog)) == (method in METHODS)
     identified = method not in ("init", "open", "run_id")
     assert run.manifest.logger_run_ids == ({"fake": "id-1"} if identified else {})
+
+
+class Stopping(Silent):
+    """Ends the training at its third step."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def step(self, step):
+        if step.step == 3:
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    "error, status, end",
+    [
+        (RuntimeError("nan"), "failed", "failed"),
+        (KeyboardInterrupt(), "interrupted", "failed"),
+    ],
+)
+def test_they_hear_how_training_ended(called, lora_config, base, dataset, error, status, end):
+    with pytest.raises(type(error)):
+        train(lora_config({"loggers": {"fake": {}}}), "colors", dataset(), base, Stopping(error))
+    assert called[-2:] == [("finalize", end), ("close", status)]
+
+
+def test_they_hear_it_of_a_generator_too(called, gen_config):
+    from loragen.core.generator.train import train
+
+    run = train(gen_config({"loggers": {"fake": {}}}), Silent())
+    assert called[-2:] == [("finalize", "success"), ("close", "success")]
+    entries = read_metrics(run.directory / "metrics.jsonl")
+    steps = [entry["step"] for entry in entries if "train/loss" in entry]
+    assert steps == list(range(1, run.manifest.steps + 1))
+    assert run.manifest.logger_run_ids == {"fake": "id-1"}
