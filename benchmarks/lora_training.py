@@ -1,7 +1,7 @@
 """How fast `loragen lora train` is beside a plain `transformers.Trainer` + PEFT loop.
 
     python benchmarks/lora_training.py --data ROWS.jsonl                        # a tiny model
-    python benchmarks/lora_training.py --data ROWS.jsonl --model DIR --steps 4  # DIR: config, tokenizer
+    python benchmarks/lora_training.py --data ROWS.jsonl --model DIR --steps 4  # its architecture
 
 Both start from the same random weights and adapter, see the same rows in the same batches under the
 same rates, and run alternately, each in a process of its own. What is printed: optimizer steps and
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -263,7 +264,7 @@ def _seconds_to_write(file: Path) -> float:
 
 
 def _differences(times: list[float]) -> list[float]:
-    return [after - before for before, after in zip(times, times[1:], strict=False)]
+    return [after - before for before, after in pairwise(times)]
 
 
 def _peak_gib() -> float:

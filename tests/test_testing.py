@@ -185,10 +185,13 @@ class Logger:
     def where(self, run):
         return run.directory
 
+    closed = None
+
     def close(self, status):
-        pass
+        self.closed = status
 
 
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")  # a run that goes on
 def test_logger_that_keeps_its_promises(tmp_path):
     check_logger(Logger, tmp_path)
 
@@ -199,6 +202,8 @@ def test_logger_that_keeps_its_promises(tmp_path):
         ({"where": lambda self, run: "."}, "writes outside the run directory"),
         ({"where": lambda self, run: run.directory.parent}, "writes outside the run directory"),
         ({"run_id": "same"}, "two runs one run_id"),
+        ({"run_id": property(lambda self: f"after {self.closed}")}, "changes at close"),
+        ({"where": lambda self, run: run.directory if run.resume_step == 0 else "."}, "outside"),
         ({"run_id": 7}, "run_id is 7"),
         ({"open": lambda self, run: None}, "must give a lightning.pytorch Logger"),
     ],

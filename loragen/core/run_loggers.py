@@ -13,7 +13,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from loragen.core.errors import UsageError
+from loragen.core.errors import LoragenError, UsageError
 from loragen.core.metrics_log import METRICS, MetricsLog
 from loragen.core.plugins import create
 from loragen.core.protocols import RunInfo, RunLogger, Status
@@ -84,5 +84,15 @@ class RunLoggers:
             raise
         except Exception as error:  # noqa: BLE001  # whatever a logger raises, training goes on
             self._open.pop(name, None)
-            reason = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-            log.warning("logger '%s' failed and is left out: %s; training goes on", name, reason)
+            log.warning(
+                "logger '%s' failed and is left out: %s; training goes on", name, _reason(error)
+            )
+
+
+def _reason(error: BaseException) -> str:
+    """In one line, with what has caused it: some libraries guess in the message they raise."""
+    text = str(error) if isinstance(error, LoragenError) else f"{type(error).__name__}: {error}"
+    cause = error.__cause__
+    if cause is not None and str(cause) not in text:
+        text = f"{text} ({_reason(cause)})"
+    return " ".join(text.split()).removesuffix(":")

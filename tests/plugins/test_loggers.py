@@ -5,14 +5,17 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from lightning.pytorch.utilities import rank_zero_only
+from swanlab.sdk.internal.core_python import client
+from swanlab.sdk.internal.settings import set_global_settings
 
-from loragen import LoragenError
+from loragen.core.errors import UsageError
 from loragen.core.plugins import create, find
 from loragen.core.protocols import RunInfo
+from loragen.core.run_loggers import RunLoggers
 from loragen.plugins.loggers import _swanlab_run
 from loragen.testing import check_logger
 
@@ -34,6 +37,7 @@ class Service(BaseHTTPRequestHandler):
     """Answers what SwanLab asks when a run starts, up to `silent_after` requests."""
 
     silent_after = 1000
+    status = 201
     seen: list[tuple[str, dict]]
 
     def answer(self):
@@ -42,7 +46,7 @@ class Service(BaseHTTPRequestHandler):
         if len(self.seen) > self.silent_after:
             time.sleep(4 * TINY_LIMIT)
         reply = json.dumps(self.reply()).encode()
-        self.send_response(201)
+        self.send_response(self.status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(reply)))
         self.end_headers()
@@ -102,6 +106,9 @@ def serve(monkeypatch):
 
     start.point_at = point_at
     yield start
+    set_global_settings(None)  # or the next test would be logged in
+    if client.exists():
+        client.reset()
     for server in servers:
         server.shutdown()
         server.server_close()
@@ -145,6 +152,21 @@ def test_tensorboard_writes_event_files_straight_into_its_directory(run):
     assert {path.name for path in run.directory.iterdir()} == {"tensorboard_logs"}
 
 
+def test_tensorboard_hides_what_a_continued_run_does_again(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for value, steps, done in ((1.0, (1, 2, 3, 4), 0), (2.0, (3, 4, 5), 2)):
+        plugin = create("logger", "tensorboard", {})
+        logger = plugin.open(replace(run, resume_step=done))
+        for step in steps:
+            logger.log_metrics({"train/loss": value}, step=step)
+        plugin.close("interrupted")
+        time.sleep(1.1)  # the files are ordered by the second in their names
+    events = EventAccumulator(str(run.directory / "tensorboard_logs")).Reload()
+    points = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert points == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
+
+
 def test_swanlab_is_offline_by_default_and_silent(run, capfd, caplog):
     plugin, _ = record(run)
     (directory,) = run_directories(run)
@@ -174,8 +196,8 @@ def test_swanlab_mode_comes_from_the_environment_unless_given(run, monkeypatch):
 
 def test_swanlab_mode_of_the_environment_is_checked(run, monkeypatch):
     monkeypatch.setenv("SWANLAB_MODE", "ofline")
-    with pytest.raises(LoragenError, match="SWANLAB_MODE is 'ofline'; it may be online, cloud"):
-        record(run)
+    with pytest.raises(UsageError, match="SWANLAB_MODE is 'ofline'; it may be online, cloud"):
+        create("logger", "swanlab", {})
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -223,9 +245,15 @@ def test_swanlab_leaves_ctrl_c_to_the_caller(run):
 
 def test_swanlab_resumes_under_the_same_id(run, tmp_path):
     plugin, _ = record(run)
-    again = RunInfo(run.directory, run.name, run.project, run.config, plugin.run_id)
-    resumed, _ = record(again)
+    resumed, _ = record(replace(run, resume_id=plugin.run_id, resume_step=1))
     assert resumed.run_id == plugin.run_id
+
+
+def test_swanlab_online_goes_on_with_the_run_of_that_id(run, serve):
+    service = serve()
+    record(replace(run, resume_id="run12345", resume_step=1), mode="online")
+    sent = dict(service.seen)["POST /api/project/us/proj/experiment"]
+    assert sent["cuid"] == "run12345"
 
 
 def test_swanlab_does_not_go_on_with_a_run_that_was_left_open(run):
@@ -234,13 +262,6 @@ def test_swanlab_does_not_go_on_with_a_run_that_was_left_open(run):
     second, _ = record(run)
     assert second.run_id != first.run_id
     first.close("failed")
-
-
-def test_swanlab_starts_on_rank_zero_only(run, monkeypatch):
-    monkeypatch.setattr(rank_zero_only, "rank", 1)
-    plugin, _ = record(run, mode="online")
-    assert plugin.run_id is None
-    assert list(run.directory.iterdir()) == []
 
 
 def test_swanlab_local_without_the_dashboard_is_offline_with_one_warning(run, caplog, monkeypatch):
@@ -290,6 +311,78 @@ def test_swanlab_online_where_the_service_stops_answering(run, caplog, capfd, se
 def test_swanlab_online_where_the_answer_trickles(run, caplog, capfd, serve):
     serve(TricklingService)
     check_fell_back(run, caplog, capfd, "no answer within 1 s")
+
+
+def test_swanlab_online_with_a_wrong_key(run, caplog, capfd, serve):
+    serve(status=401)
+    check_fell_back(run, caplog, capfd, "API key")
+
+
+def whole_run(run, mode, between=None, status="success"):
+    """Twenty steps as training would log them; `between(step)` before each. Gives the seconds."""
+    loggers = RunLoggers({"swanlab": {"mode": mode}})
+    started = time.monotonic()
+    loggers.open(run)
+    for step in range(1, 21):
+        if between is not None:
+            between(step)
+        loggers.log_metrics({"train/loss": 1.0}, step)
+    loggers.close(status)
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("mode", ["offline", "local", "online"])
+def test_swanlab_that_cannot_write_is_left_out_with_one_warning(
+    run, caplog, capfd, mode, monkeypatch
+):
+    monkeypatch.setattr("loragen.plugins.loggers.swanlab.find_spec", lambda _: True)
+    (run.directory / "swanlab_logs").write_text("in the way")
+    whole_run(run, mode)
+    (warning,) = warnings_of(caplog)
+    assert warning.startswith("logger 'swanlab' failed and is left out: FileExistsError")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_swanlab_on_a_full_disk_complains_once(run, caplog, capfd, monkeypatch):
+    from swanlab.sdk.internal.core_python.store import DataStoreWriter
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def between(step):
+        if step == 5:
+            monkeypatch.setattr(DataStoreWriter, "write", full)
+        time.sleep(0.1)  # so that SwanLab writes several batches
+
+    whole_run(run, "offline", between)
+    (warning,) = warnings_of(caplog)
+    assert "No space left on device (said once); training goes on" in warning
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("status", ["success", "interrupted"])
+def test_swanlab_online_whose_network_goes_away_ends_all_the_same(
+    run, caplog, capfd, serve, monkeypatch, status
+):
+    """SwanLab itself would wait for the network for ever."""
+    monkeypatch.setattr(_swanlab_run, "UPLOAD_SECONDS", TINY_LIMIT)
+    service = serve()
+
+    def between(step):
+        if step == 5:
+            service.silent_after = 0
+
+    assert whole_run(run, "online", between, status) < 3 * TINY_LIMIT
+    (warning,) = warnings_of(caplog)
+    assert f"`swanlab sync {run_directories(run)[0]}` uploads what is missing" in warning
+    assert capfd.readouterr() == ("", "")
+
+
+def test_swanlab_speaks_for_itself_again_after_the_run(run):
+    import swanlab
+
+    record(run)
+    assert (swanlab.pkg.console.warning, swanlab.pkg.console.error) == _swanlab_run.THEIR_WORDS
 
 
 def test_swanlab_online_after_a_failed_start_in_the_same_process(run, caplog, serve):

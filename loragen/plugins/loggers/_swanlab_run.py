@@ -20,6 +20,7 @@ from requests import PreparedRequest, RequestException, Response
 from requests.adapters import HTTPAdapter
 from requests.exceptions import Timeout
 from swanlab.integration.pytorch_lightning import SwanLabLogger
+from swanlab.proto.swanlab.grpc.core.v1.core_pb2 import GetOperationStatsResponse
 from swanlab.sdk.internal.core_python import client
 from urllib3.util import Retry
 
@@ -29,11 +30,17 @@ from loragen.core.protocols import Status
 ONLINE_SECONDS = 10.0
 """How long the service may take, in all, until a run is open there."""
 
+UPLOAD_SECONDS = 60.0
+"""How long the end of a run may wait for what is not uploaded yet. SwanLab would wait for ever."""
+
 # SwanLab reads the first two as whole groups of settings and refuses to start; all three have
 # reached it as arguments.
 HIDDEN = ("SWANLAB_PROJECT", "SWANLAB_EXPERIMENT", "SWANLAB_WORKSPACE")
 
 STATES = {"success": "success", "failed": "crashed", "interrupted": "aborted"}
+
+console = swanlab.pkg.console
+THEIR_WORDS = console.warning, console.error
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +50,23 @@ class OpenRunLogger(SwanLabLogger):  # type: ignore[misc]  # swanlab is untyped
 
     def finalize(self, status: str | None = None) -> None:
         pass
+
+
+class FirstTrouble:
+    """Stands in for SwanLab's warnings and errors while a run is open. They come with every batch
+    that a full disk or a dead network refuses; the first becomes one warning of ours."""
+
+    def __init__(self, run: Any) -> None:
+        self.remedy = f"; `swanlab sync {run.dir}` uploads what is missing"
+        if run.mode != "online":
+            self.remedy = ""
+        self.told = False
+
+    def __call__(self, *words: Any, console_args: tuple[Any, ...] = (), **_: Any) -> None:
+        if not self.told:
+            self.told = True
+            reason = " ".join(" ".join(map(str, console_args or words)).split()).rstrip(".")
+            log.warning("SwanLab: %s (said once); training goes on%s", reason, self.remedy)
 
 
 def start(mode: str, arguments: Mapping[str, Any]) -> OpenRunLogger:
@@ -74,9 +98,13 @@ def start(mode: str, arguments: Mapping[str, Any]) -> OpenRunLogger:
 
 def finish(run: Any, status: Status) -> None:
     """Closes the run under SwanLab's word for the status; waits until it is written."""
-    if run.alive:
-        with _quiet():
+    if not run.alive:
+        return
+    try:
+        with _quiet(), _bounded_upload(run._core), requests_within(UPLOAD_SECONDS, []):
             run.finish(state=STATES[status], error=None if status == "success" else status)
+    finally:
+        console.warning, console.error = THEIR_WORDS
 
 
 def _open(mode: str, arguments: Mapping[str, Any]) -> OpenRunLogger:
@@ -89,7 +117,8 @@ def _open(mode: str, arguments: Mapping[str, Any]) -> OpenRunLogger:
         if swanlab.has_run():  # the logger would silently go on with it
             swanlab.finish()
         logger = OpenRunLogger(mode=mode, settings=settings, **arguments)
-        logger.experiment  # noqa: B018  # the property starts the run
+        run = logger.experiment  # the property starts the run
+    console.warning = console.error = FirstTrouble(run)
     return logger
 
 
@@ -150,12 +179,23 @@ def _result_of(call: Callable[[], Response], seconds: float) -> Response:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No banners. What SwanLab has to say later goes to stderr: stdout is for answers."""
-    console = swanlab.pkg.console.c
-    console.stderr, console.quiet = True, True
+    console.c.stderr, console.c.quiet = True, True
     try:
         yield
     finally:
-        console.quiet = False
+        console.c.quiet = False
+
+
+@contextmanager
+def _bounded_upload(core: Any) -> Iterator[None]:
+    """What is left goes to the service in the background, and is waited for so long only."""
+    transport = core._transport
+    if transport is not None:  # online
+        finish = transport.finish
+        transport.finish = lambda timeout: finish(UPLOAD_SECONDS)  # noqa: ARG005  # asked for None
+        no_stats = GetOperationStatsResponse(success=True)
+        core.get_operation_stats = lambda: no_stats  # else a display waits for their end
+    yield
 
 
 @contextmanager

@@ -48,6 +48,7 @@ class TestTraining:
             "checkpoints/last.ckpt",
             "config.yaml",
             "manifest.json",
+            "metrics.jsonl",
             "results/final_model/generator_model.pt",
         }
 

@@ -11,6 +11,7 @@ from loragen.core.checkpoints import read_tensors
 from loragen.core.config import LoraTrainConfig, load
 from loragen.core.lora.precision import load_training_base
 from loragen.core.lora.train import train
+from loragen.core.metrics_log import read_metrics
 from loragen.core.progress import Silent
 from loragen.core.runs import LoraManifest, checkpoint_files, read_manifest
 
@@ -23,7 +24,7 @@ lora: {{rank: 2}}
 training: {{batch_size: 4, max_steps: 4, packing: false}}
 schedule: {{stage1_steps: 2, learning_rate_stage1: 1.0e-2}}
 checkpoints: {{first_step: 3}}
-loggers: {{}}
+loggers: {{swanlab: {{}}}}
 trainer: {{accelerator: cpu, precision: 64-true}}
 """
 
@@ -75,6 +76,14 @@ def test_two_processes_train_what_one_does(work, two):
     assert manifest.final_loss == pytest.approx(alone.manifest.final_loss, abs=1e-10)
     assert (run / "adapter").is_dir()
     assert (run / "final_model").is_dir()
+
+
+def test_two_processes_log_once(work, two):
+    (run,) = (work / "two").iterdir()
+    assert [entry["step"] for entry in read_metrics(run / "metrics.jsonl")] == [1, 2, 3, 4]
+    run_id = read_manifest(run, LoraManifest).logger_run_ids["swanlab"]
+    (directory,) = [path for path in (run / "swanlab_logs").iterdir() if path.is_dir()]
+    assert directory.name.endswith(run_id)
 
 
 def test_two_processes_give_one_answer(two):
