@@ -138,7 +138,8 @@ class TestConvert:
         result = fails.loragen("ckpt", "convert", source, "--config", config, "--json")
         (document,) = json.loads(result.stdout)
         assert (document["base_model"], document["optimizer_states"]) == ("somewhere/else", 4)
-        assert document["dataset"] == {"name": "colors", "path": "", "sha256": "", "rows": 0}
+        unknown = {"name": "colors", "path": "", "sha256": "", "rows": 0}
+        assert document["dataset"].items() >= unknown.items()
 
     def test_a_bare_folder_needs_its_dataset(self, fails, legacy_run, dataset, tmp_path):
         bare = tmp_path / "bare"
