@@ -91,7 +91,7 @@ def train(
             if trainer.is_global_zero:
                 _save_results(session.directory, config, base, model)
     finally:
-        base.model = model.unload().to("cpu")
+        base.model = _handed_back(model)
     assert isinstance(session.manifest, LoraManifest)
     return LoraRun(session.directory, session.manifest)
 
@@ -122,12 +122,18 @@ def _module(
     )
 
 
+def _handed_back(model: Any) -> Any:
+    """The base without the adapter; on the CPU again, unless it is quantised and lives on a GPU."""
+    base = model.unload()
+    return base if getattr(base, "is_quantized", False) else base.to("cpu")
+
+
 def new_adapter(base: BaseModel, config: LoraTrainConfig) -> Any:
     """A PeftModel whose LoRA starts from the same weights for every dataset of a collection.
 
     Raises UsageError where target_modules names nothing of the base.
     """
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
 
     lora = LoraConfig(
         r=config.lora.rank,
@@ -136,6 +142,8 @@ def new_adapter(base: BaseModel, config: LoraTrainConfig) -> Any:
         target_modules=config.lora.target_modules,
         task_type=TaskType.CAUSAL_LM,
     )
+    if config.base_quantization != "none":
+        prepare_model_for_kbit_training(base.model, False)  # type: ignore[no-untyped-call]  # theirs
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         try:
@@ -151,7 +159,9 @@ def new_adapter(base: BaseModel, config: LoraTrainConfig) -> Any:
 def _save_results(directory: Path, config: LoraTrainConfig, base: BaseModel, model: Any) -> None:
     adapter = Adapter(plain_config(model.peft_config["default"]), file_keys(model.state_dict()))
     write_adapter(directory / "adapter", adapter, _card(config, directory.name))
-    if config.final_model == "merged":
+    if config.base_quantization != "none":
+        log.warning("no final_model/: the base is quantised; see `loragen lora export --merge`")
+    elif config.final_model == "merged":
         with written_atomically(directory / "final_model") as temporary:
             save_merged(model, base, temporary)
 
