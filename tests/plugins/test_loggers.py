@@ -167,6 +167,25 @@ def test_tensorboard_hides_what_a_continued_run_does_again(run):
     assert points == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
 
 
+def test_tensorboard_on_a_full_disk_is_left_out_with_one_warning(run, caplog, capfd, monkeypatch):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    loggers = RunLoggers({"tensorboard": {}})
+    loggers.open(run)
+    monkeypatch.setattr(RecordWriter, "write", full)
+    for step in range(1, 21):
+        loggers.log_metrics({"train/loss": 1.0}, step)
+        time.sleep(0.02)
+    loggers.close("success")
+    (warning,) = warnings_of(caplog)
+    assert warning.startswith("logger 'tensorboard' failed and is left out: ")
+    assert "No space left on device" in warning
+    assert capfd.readouterr() == ("", "")
+
+
 def test_swanlab_is_offline_by_default_and_silent(run, capfd, caplog):
     plugin, _ = record(run)
     (directory,) = run_directories(run)
