@@ -395,6 +395,10 @@ def test_swanlab_online_whose_network_goes_away_ends_all_the_same(
     (directory,) = run_directories(run)
     command = f"swanlab sync --id {directory.name.rpartition('-')[2]} {directory}"
     assert f"`{command}` uploads what is missing" in warning
+    deadline = time.monotonic() + 30  # a request that is under way may take its own time
+    while any(thread.name == "SwanLab·Transport" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, "the upload goes on for ever in the background"
+        time.sleep(0.1)
     assert capfd.readouterr() == ("", "")
 
 

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
+from types import SimpleNamespace
 from typing import Any
 
 import swanlab
@@ -194,12 +195,26 @@ def _quiet() -> Iterator[None]:
 def _bounded_upload(core: Any) -> Iterator[None]:
     """What is left goes to the service in the background, and is waited for so long only."""
     transport = core._transport
-    if transport is not None:  # online
-        finish = transport.finish
-        transport.finish = lambda timeout: finish(UPLOAD_SECONDS)  # noqa: ARG005  # asked for None
-        no_stats = GetOperationStatsResponse(success=True)
-        core.get_operation_stats = lambda: no_stats  # else a display waits for their end
+    if transport is None:  # not online
+        yield
+        return
+    finish = transport.finish
+    transport.finish = lambda timeout: finish(UPLOAD_SECONDS)  # noqa: ARG005  # asked for None
+    no_stats = GetOperationStatsResponse(success=True)
+    core.get_operation_stats = lambda: no_stats  # else a display waits for their end
     yield
+    if core._transport is not None:  # not everything is uploaded
+        _give_up(transport)
+
+
+def _give_up(transport: Any) -> None:
+    """Ends the thread that would try on for ever, and complain beside the next run."""
+    nothing_left = SimpleNamespace(remaining_records=[], failures=[])
+    transport._throttle = SimpleNamespace(warn=lambda: None, reset=lambda: None)
+    transport._dispatcher = lambda _: nothing_left
+    with transport._cond:
+        transport._retry_at = None
+        transport._cond.notify_all()
 
 
 @contextmanager
