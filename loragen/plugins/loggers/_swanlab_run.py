@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
+from types import SimpleNamespace
 from typing import Any
 
 import swanlab
@@ -57,9 +58,8 @@ class FirstTrouble:
     that a full disk or a dead network refuses; the first becomes one warning of ours."""
 
     def __init__(self, run: Any) -> None:
-        self.remedy = f"; `swanlab sync {run.dir}` uploads what is missing"
-        if run.mode != "online":
-            self.remedy = ""
+        online = run.mode == "online"
+        self.remedy = f"; `{_sync_command(run)}` uploads what is missing" if online else ""
         self.told = False
 
     def __call__(self, *words: Any, console_args: tuple[Any, ...] = (), **_: Any) -> None:
@@ -73,27 +73,25 @@ def start(mode: str, arguments: Mapping[str, Any]) -> OpenRunLogger:
     """An open run. Online becomes offline, with one warning, where the service does not answer."""
     directory = Path(arguments["log_dir"])
     directory.mkdir(parents=True, exist_ok=True)
-    if mode == "online":
-        before = set(directory.iterdir())
-        failures: list[str] = []
-        try:
-            with requests_within(ONLINE_SECONDS, failures):
-                logger = _open("online", arguments)
-        except Exception as error:  # noqa: BLE001  # whatever it is, it must not stop training
-            _forget_start(set(directory.iterdir()) - before)
-            log.warning(
-                "SwanLab online did not start (%s); recording offline, `swanlab sync` uploads %s",
-                failures[-1] if failures else _one_line(error),
-                directory,
-            )
-            mode = "offline"
-        else:
-            log.info("SwanLab run: %s", logger.experiment.url)
-            return logger
+    if mode != "online":
+        return _open_on_disk(mode, arguments)
+    before = set(directory.iterdir())
+    failures: list[str] = []
     try:
-        return _open(mode, arguments)
-    except Exception as error:
-        raise LoragenError(f"SwanLab ({mode}) did not start: {_one_line(error)}") from error
+        with requests_within(ONLINE_SECONDS, failures):
+            logger = _open("online", arguments)
+    except Exception as error:  # noqa: BLE001  # whatever it is, it must not stop training
+        _forget_start(set(directory.iterdir()) - before)
+        logger = _open_on_disk("offline", arguments)
+        reason = failures[-1] if failures else _one_line(error)
+        log.warning(
+            "SwanLab online did not start (%s); recording offline, `%s` uploads it later",
+            reason,
+            _sync_command(logger.experiment),
+        )
+    else:
+        log.info("SwanLab run: %s", logger.experiment.url)
+    return logger
 
 
 def finish(run: Any, status: Status) -> None:
@@ -105,6 +103,13 @@ def finish(run: Any, status: Status) -> None:
             run.finish(state=STATES[status], error=None if status == "success" else status)
     finally:
         console.warning, console.error = THEIR_WORDS
+
+
+def _open_on_disk(mode: str, arguments: Mapping[str, Any]) -> OpenRunLogger:
+    try:
+        return _open(mode, arguments)
+    except Exception as error:
+        raise LoragenError(f"SwanLab ({mode}) did not start: {_one_line(error)}") from error
 
 
 def _open(mode: str, arguments: Mapping[str, Any]) -> OpenRunLogger:
@@ -190,12 +195,26 @@ def _quiet() -> Iterator[None]:
 def _bounded_upload(core: Any) -> Iterator[None]:
     """What is left goes to the service in the background, and is waited for so long only."""
     transport = core._transport
-    if transport is not None:  # online
-        finish = transport.finish
-        transport.finish = lambda timeout: finish(UPLOAD_SECONDS)  # noqa: ARG005  # asked for None
-        no_stats = GetOperationStatsResponse(success=True)
-        core.get_operation_stats = lambda: no_stats  # else a display waits for their end
+    if transport is None:  # not online
+        yield
+        return
+    finish = transport.finish
+    transport.finish = lambda timeout: finish(UPLOAD_SECONDS)  # noqa: ARG005  # asked for None
+    no_stats = GetOperationStatsResponse(success=True)
+    core.get_operation_stats = lambda: no_stats  # else a display waits for their end
     yield
+    if core._transport is not None:  # not everything is uploaded
+        _give_up(transport)
+
+
+def _give_up(transport: Any) -> None:
+    """Ends the thread that would try on for ever, and complain beside the next run."""
+    nothing_left = SimpleNamespace(remaining_records=[], failures=[])
+    transport._throttle = SimpleNamespace(warn=lambda: None, reset=lambda: None)
+    transport._dispatcher = lambda _: nothing_left
+    with transport._cond:
+        transport._retry_at = None
+        transport._cond.notify_all()
 
 
 @contextmanager
@@ -225,6 +244,11 @@ def _forget_start(leftovers: set[Path]) -> None:
             shutil.rmtree(path, ignore_errors=True)
     if client.exists():  # the next start would take it for logged in
         client.reset()
+
+
+def _sync_command(run: Any) -> str:
+    """Without the id SwanLab would make it another run."""
+    return f"swanlab sync --id {run.id} {run.dir}"
 
 
 def _one_line(error: Exception) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
@@ -33,6 +35,7 @@ class TensorBoard:
     def open(self, run: RunInfo) -> TensorBoardLogger:
         from lightning.pytorch.loggers import TensorBoardLogger
 
+        _let_the_writer_die_quietly()
         self._logger = TensorBoardLogger(
             save_dir=run.directory / DIRECTORY,
             name="",  # with the empty version: straight into the directory, no lightning_logs/
@@ -50,3 +53,21 @@ class TensorBoard:
     def close(self, status: Status) -> None:
         if self._logger is not None:
             self._logger.finalize(status)
+
+
+def _let_the_writer_die_quietly() -> None:
+    """What TensorBoard's thread cannot write is raised at the next point, where it is handled; the
+    traceback that the thread prints besides says nothing more."""
+    from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
+
+    thread: Any = getattr(event_file_writer, "_AsyncWriterThread", None)
+    if thread is None or hasattr(thread.run, "__wrapped__"):  # done already
+        return
+    run = thread.run
+
+    @wraps(run)
+    def quiet(self: Any) -> None:
+        with suppress(Exception):
+            run(self)
+
+    thread.run = quiet
