@@ -1,5 +1,6 @@
 """The dtype in which the frozen base computes while an adapter trains."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -25,8 +26,12 @@ def load_training_base(config: LoraTrainConfig) -> BaseModel:
     if config.base_quantization != "none":
         return load_base(config.base_model, quantization=_quantization(config))
     base = load_base(config.base_model)
-    base.model.to(base_dtype(config, base.model))
-    return base
+    dtype = base_dtype(config, base.model)
+    if base.model.dtype == dtype:
+        return base
+    # Loaded anew: `.to(dtype)` would also round what models keep in float32, such as RoPE's angles.
+    stored, base.model = base.fingerprint, None
+    return replace(load_base(config.base_model, dtype), fingerprint=stored)
 
 
 def base_dtype(config: LoraTrainConfig, model: Any) -> torch.dtype:
@@ -37,6 +42,13 @@ def base_dtype(config: LoraTrainConfig, model: Any) -> torch.dtype:
         return DTYPES[named]
     large = sum(p.numel() for p in model.parameters()) >= FROM_PARAMETERS
     return torch.bfloat16 if large and fast_bfloat16(config.trainer.accelerator) else torch.float32
+
+
+def arithmetic(config: LoraTrainConfig, model: Any) -> str:
+    """Lightning's `precision`. Beside a base in bfloat16 the float32 adapter is multiplied in
+    bfloat16 too: otherwise every activation would be widened for it and narrowed again."""
+    asked = config.trainer.precision
+    return "bf16-mixed" if asked == "32-true" and model.dtype == torch.bfloat16 else asked
 
 
 def fast_bfloat16(accelerator: str) -> bool:

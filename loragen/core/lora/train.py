@@ -23,7 +23,7 @@ from loragen.core.lora.callbacks import StepCheckpoints, StepMetrics, StepSeeds
 from loragen.core.lora.data import LoraDataModule, Rows, load_rows
 from loragen.core.lora.merge import save_merged
 from loragen.core.lora.module import LoraModule
-from loragen.core.lora.precision import dtype_name
+from loragen.core.lora.precision import arithmetic, dtype_name
 from loragen.core.lora.provenance import Provenance
 from loragen.core.lora.resume import (
     ResumePoint,
@@ -82,7 +82,7 @@ def train(
             progress,
             _continued(resume),
         )
-        trainer = _trainer(config, session, rows, interruption)
+        trainer = _trainer(config, base, session, rows, interruption)
         if checkpoint:
             restore_progress(trainer, checkpoint)
         progress.start(name, config.training.max_steps)
@@ -167,7 +167,11 @@ def _save_results(directory: Path, config: LoraTrainConfig, base: BaseModel, mod
 
 
 def _trainer(
-    config: LoraTrainConfig, session: RunSession, rows: Rows, interruption: Interruption
+    config: LoraTrainConfig,
+    base: BaseModel,
+    session: RunSession,
+    rows: Rows,
+    interruption: Interruption,
 ) -> Any:
     training, validates = config.training, bool(rows.validation)
     every = min(training.val_every, training.max_steps) if validates else None
@@ -181,6 +185,7 @@ def _trainer(
         callbacks.append(EarlyStopping("val/loss", patience=ceil(training.patience / every)))
     callbacks.append(StepCheckpoints(session, config.checkpoints, every, interruption))
     options = config.trainer.model_dump()
+    options["precision"] = arithmetic(config, base.model)
     val_batches = options.pop("limit_val_batches") or 1.0
     return make_trainer(
         options,
