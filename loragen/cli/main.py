@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from loragen import __version__
-from loragen.cli import ckpt, config, demo, gen, lora, plugins, render
+from loragen.cli import ckpt, config, data, demo, gen, lora, plugins, render
 from loragen.core.errors import EXIT_FAILED, EXIT_INTERRUPTED, LoragenError
 
 # Read when torch is loaded. Threads that spin while they wait make two trainings on one machine
@@ -65,6 +65,7 @@ app = typer.Typer(
 app.add_typer(lora.app, name="lora")
 app.add_typer(gen.app, name="gen")
 app.add_typer(ckpt.app, name="ckpt")
+app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
 app.add_typer(plugins.app, name="plugins")
 app.command("demo")(demo.demo)
