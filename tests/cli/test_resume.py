@@ -6,6 +6,9 @@ import shutil
 import pytest
 
 from loragen.core.config import LoraTrainConfig, load
+from loragen.core.lora.precision import load_training_base
+from loragen.core.lora.train import train
+from loragen.core.progress import Silent
 from loragen.core.runs import LoraManifest, read_manifest
 
 
@@ -14,11 +17,13 @@ def snapshot(directory):
 
 
 @pytest.fixture
-def half(train_lora, dataset):
+def half(lora_config, dataset):
     """`half({...})`: a run of which only the first checkpoint is left."""
 
     def run(settings=None):
-        directory = train_lora(settings, file=dataset()).directory
+        config = lora_config(settings)
+        base = load_training_base(config)
+        directory = train(config, "colors", dataset(), base, Silent()).directory
         for step in (6, 7, 8):
             (directory / "checkpoints" / f"checkpoint-step-00{step}.ckpt").unlink()
         shutil.rmtree(directory / "adapter")

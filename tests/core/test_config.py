@@ -187,7 +187,7 @@ def test_a_file_that_names_loggers_names_all_of_them(configure):
 @pytest.mark.parametrize(
     "text, part",
     [
-        ("training: {patience: 5}", "training.patience needs data.val_ratio > 0"),
+        ("training: {patience: 5}", "training.patience watches val/loss"),
         (
             "training: {batch_size: 33}\ntrainer: {devices: 2}",
             "training.batch_size 33 must be a multiple of devices x num_nodes x",
