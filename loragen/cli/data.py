@@ -7,6 +7,7 @@ import typer
 
 from loragen.cli import render
 from loragen.cli.options import BaseModel, DataRoot, Json, SkipBadRows
+from loragen.cli.uses import uses
 
 if TYPE_CHECKING:
     from loragen.core.data.preview import Preview, Sample
@@ -16,10 +17,7 @@ app = typer.Typer(no_args_is_help=True, help="Look at a dataset.")
 MOST_BAD_ROWS = 10
 LONGEST_CUT = 200  # characters shown of what is cut
 
-
-@app.callback()
-def group() -> None:
-    """Keeps `preview` a subcommand while it is the only one."""
+app.command()(uses)
 
 
 @app.command()

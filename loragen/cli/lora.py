@@ -77,7 +77,8 @@ def train(
         directory = run_directory_of(resume)
         manifest = read_manifest(directory, LoraManifest)
         config = config or directory / CONFIG
-        given.append((("base_dtype",), manifest.base_dtype or None, "the run's manifest"))
+        if not load(LoraTrainConfig, directory / CONFIG, environment={}).trainer.sets_base_dtype:
+            given.append((("base_dtype",), manifest.base_dtype or None, "the run's manifest"))
         dataset = dataset or [manifest.dataset.path]
     flags = [Override(*one) for one in given if one[1] is not None]
     resolved = load(LoraTrainConfig, config, settings or (), flags)

@@ -63,6 +63,12 @@ def columns(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
+def one_line(text: str, longest: int = 60) -> str:
+    """The start of a text, its white space made single spaces."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= longest else f"{flat[: longest - 1]}…"
+
+
 def log_to_stderr() -> None:
     """loragen's warnings as `warning: ...` lines, once per process."""
     logger = logging.getLogger("loragen")

@@ -10,6 +10,8 @@ from typing import Any
 
 from loragen.core.errors import EXIT_INTERRUPTED, LoragenError
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class Interrupted(LoragenError):  # noqa: N818  # nothing went wrong
     """The user, or the scheduler, wanted the training to stop; it can be gone on with."""
@@ -29,14 +31,20 @@ class Interruption:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number in before:
-            signal.signal(number, self._remember)
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        self.listen()
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def listen(self) -> None:
+        """Once more when training begins: Lightning's own answer to SIGTERM, set in between, ends
+        it between two accumulation rounds or validation batches."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002  # the signal module's
         if self.requested:

@@ -61,6 +61,11 @@ class Trainer(Section):
     )
     detect_anomaly: bool = Field(False, description="Trace NaN gradients to their operation; slow.")
 
+    @property
+    def sets_base_dtype(self) -> bool:
+        """Whether the precision is the base weights' too; base_dtype has no say then."""
+        return self.precision in {"bf16-true", "64-true"}
+
 
 class LoraData(Section):
     root: str = Field(
@@ -157,7 +162,7 @@ class LoraTrainConfig(Section):
             raise ValueError(
                 "training.patience watches val/loss: it needs data.val_ratio > 0 or data.validation"
             )
-        if precision.endswith("-true") and precision != "32-true" and self.base_dtype != "auto":
+        if self.trainer.sets_base_dtype and self.base_dtype != "auto":
             raise ValueError(f"trainer.precision {precision} is the base's too: base_dtype auto")
         devices = self.trainer.devices if isinstance(self.trainer.devices, int) else 1
         parts = max(1, devices) * self.trainer.num_nodes * self.trainer.accumulate_grad_batches

@@ -72,11 +72,15 @@ def packed(
 
     One sequence computes the prefix once, but its attention grows with the square of its length.
     """
-    shared = common_tokens(examples)
-    remainders = [len(item.ids) - shared for item in examples]
-    bins = cheapest_bins(remainders, shared, cost)
+    shared, bins = division(examples, cost)
     rows = [[(n, shared, examples[i]) for n, i in enumerate(one, start=1)] for one in bins]
     return _laid_out(rows, shared, pad_id, step_answers or answers_of(examples), packed=True)
+
+
+def division(examples: Sequence[Example], cost: Cost) -> tuple[int, list[list[int]]]:
+    """The length of the shared prefix, and which examples go into which sequence after it."""
+    shared = common_tokens(examples)
+    return shared, cheapest_bins([len(item.ids) - shared for item in examples], shared, cost)
 
 
 def cheapest_bins(remainders: Sequence[int], shared: int, cost: Cost) -> list[list[int]]:

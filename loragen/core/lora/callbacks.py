@@ -99,8 +99,17 @@ class StepMetrics(StepCallback):
         self.session.log_metrics(found, trainer.global_step)
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """However the run ends, what there is can be traced."""
-        if self.provenance and self._tracked:
+        """Also where nothing was left to train."""
+        if trainer.is_global_zero:
+            self._write_mappings(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """However the run ends, what there is can be traced. (No teardown follows an error.)"""
+        if self._tracked:
+            self._write_mappings(pl_module)
+
+    def _write_mappings(self, pl_module: Any) -> None:
+        if self.provenance:
             manifest = _manifest(self.session)
             rates = {s: pl_module.schedule(s, pl_module.max_steps) for s in manifest.steps}
             write_mappings(self.session.directory, manifest.dataset.name, self.provenance, rates)
@@ -130,15 +139,20 @@ class StepCheckpoints(StepCallback):
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._after(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """A run that stopped early has its last step all the same, and needs no last.ckpt."""
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.interruption.listen()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """A run that stopped early has its last step all the same, and needs no last.ckpt. So has
+        one that was killed after its last step, and has nothing left to train."""
         self._keep(trainer, pl_module, self.settings.optimizer != "none")
         if trainer.is_global_zero:
             self._last.unlink(missing_ok=True)
 
     def _after(self, trainer: Trainer, pl_module: Any) -> None:
         step, settings = trainer.global_step, self.settings
-        final = step == trainer.max_steps
+        final = step == trainer.max_steps or trainer.should_stop
         due = step >= settings.first_step and (step - settings.first_step) % settings.every == 0
         resumable = settings.optimizer == "all" or (settings.optimizer == "last" and final)
         if due or final:

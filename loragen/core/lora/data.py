@@ -132,16 +132,21 @@ class LoraDataModule(LightningDataModule):
     def batching(self) -> Batching:
         """Known once the model is on its device, where it is asked whether it can be packed."""
         assert self.trainer is not None
-        model, rows = self.trainer.lightning_module.model, self.rows.training
+        parts, ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size
         return Batching(
             self.batch_size,
             self.seed,
             self.pad_id,
-            packing_cost(model, rows, self.pad_id) if self.packing else None,
-            parts=self.trainer.accumulate_grad_batches,
+            self._cost(self.batch_size // (parts * ranks)) if self.packing else None,
+            parts=parts,
             rank=self.trainer.global_rank,
-            ranks=self.trainer.world_size,
+            ranks=ranks,
         )
+
+    def _cost(self, rows: int) -> Cost | None:
+        assert self.trainer is not None
+        model = self.trainer.lightning_module.model
+        return packing_cost(model, self.rows.training, self.pad_id, rows)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self.trainer is not None

@@ -12,13 +12,22 @@ from typing import Any
 
 from loragen.core.config import LoraTrainConfig, load
 from loragen.core.data.batches import batch_indices, held_out
-from loragen.core.data.documents import content_hash, parsed_source
+from loragen.core.data.documents import Source, content_hash, location, parsed_source
 from loragen.core.data.rows import Row, read_rows
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import sha256_text, write_json
+from loragen.core.metrics_log import METRICS, read_metrics
 from loragen.core.plugins import create
 from loragen.core.protocols import Rate, Schedule
-from loragen.core.runs import CONFIG, LoraManifest, checkpoint_name, read_manifest, run_directory_of
+from loragen.core.runs import (
+    CONFIG,
+    LoraManifest,
+    checkpoint_files,
+    checkpoint_name,
+    checkpoint_step,
+    read_manifest,
+    run_directory_of,
+)
 
 TRACKING = "tracking"
 
@@ -53,42 +62,71 @@ class TracedRun:
     provenance: Provenance
     schedule: Schedule
     planned_steps: int
-    held_out: Sequence[int]
-    """The lines that only validated."""
+    done_steps: int
+    """Fewer than planned where the run was stopped, or is still going on."""
+    held_out: Sequence[Row]
+    """The rows that only validated."""
 
     def rate(self, step: int) -> Rate:
         return self.schedule(step, self.planned_steps)
 
+    def row_at(self, line: int) -> Row | None:
+        """The row of that line, trained on or held out."""
+        rows = (*self.provenance.rows, *self.held_out)
+        return next((row for row in rows if row.line == line), None)
 
-def provenance_of(config: LoraTrainConfig, rows: Sequence[Row]) -> tuple[Provenance, list[int]]:
-    """From the rows of the whole file; also the lines that are held out."""
+    def steps_of(self, line: int) -> list[int]:
+        """The steps that have trained on the row of that line."""
+        return self.provenance.steps_of(line, range(1, self.done_steps + 1))
+
+
+def provenance_of(config: LoraTrainConfig, rows: Sequence[Row]) -> tuple[Provenance, list[Row]]:
+    """From the rows of the whole file; also those that are held out."""
     training, held = held_out(len(rows), config.data.val_ratio, config.seed)
     kept = [rows[index] for index in training]
     provenance = Provenance(kept, config.training.batch_size, config.seed)
-    return provenance, [rows[index].line for index in held]
+    return provenance, [rows[index] for index in held]
 
 
-def traced_run(path: Path) -> TracedRun:
-    """The run at `path`, or that the checkpoint `path` is of.
+def traced_run(path: Path, data: Path | None = None) -> TracedRun:
+    """The run at `path`, or that the checkpoint `path` is of; `data` is where its rows are now, if
+    elsewhere than they were.
 
-    Raises UsageError where there is no such run or its data are gone, DataError where the data
-    have changed since.
+    Raises UsageError where there is no such run or its data are gone, DataError where they are
+    other data.
     """
     directory = run_directory_of(path)
     manifest = read_manifest(directory, LoraManifest)
     if manifest.converted_from:
         raise UsageError(f"{directory} was converted: its batches were not drawn by loragen")
     config = load(LoraTrainConfig, directory / CONFIG, environment={})
-    source = parsed_source(manifest.dataset.path)
-    if isinstance(source, Path) and not source.is_file():
-        raise UsageError(f"{directory}: the rows that it was trained on are gone: {source}")
-    if content_hash(source) != manifest.dataset.sha256:
-        raise DataError(f"{source} has changed since {directory} was trained on it")
-    rows = read_rows(source, config.data.skip_bad_rows)
+    source: Source = data or parsed_source(manifest.dataset.path)
+    _check_data(directory, manifest, source)
     left_out = set(manifest.dataset.too_long)
-    provenance, held = provenance_of(config, [row for row in rows if row.line not in left_out])
+    rows = [r for r in read_rows(source, config.data.skip_bad_rows) if r.line not in left_out]
+    provenance, held = provenance_of(config, rows)
     schedule = create("schedule", config.schedule.name, config.schedule.options)
-    return TracedRun(directory, manifest, provenance, schedule, config.training.max_steps, held)
+    planned, done = config.training.max_steps, done_steps(directory, manifest)
+    return TracedRun(directory, manifest, provenance, schedule, planned, done, held)
+
+
+def done_steps(directory: Path, manifest: LoraManifest) -> int:
+    """The last step that a run has done: of a killed one its log knows, not its manifest."""
+    file = directory / METRICS
+    logged = [int(entry["step"]) for entry in read_metrics(file)] if file.is_file() else []
+    kept = map(checkpoint_step, checkpoint_files(directory))
+    return max([*logged, *kept, *manifest.steps], default=0)
+
+
+def _check_data(directory: Path, manifest: LoraManifest, source: Source) -> None:
+    then = manifest.dataset.path
+    if isinstance(source, Path) and not source.is_file():
+        gone = f"{directory}: the rows that it was trained on are gone: {source}"
+        raise UsageError(gone if str(source) == then else f"{source}: no such file")
+    if content_hash(source) != manifest.dataset.sha256:
+        if location(source) == then:
+            raise DataError(f"{source} has changed since {directory} was trained on it")
+        raise DataError(f"{source}: {directory} was trained on other rows, those of {then}")
 
 
 def row_hash(row: Row) -> str:

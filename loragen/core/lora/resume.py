@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from torch.utils._pytree import tree_map_only
 
 from loragen.core.base_models import BaseModel
@@ -20,11 +21,13 @@ from loragen.core.config import LoraTrainConfig, load
 from loragen.core.errors import DataError, UsageError
 from loragen.core.lora.data import Rows
 from loragen.core.lora.precision import dtype_name
+from loragen.core.metrics_log import METRICS, read_metrics
 from loragen.core.runs import (
     CONFIG,
     LAST_CHECKPOINT,
     LoraManifest,
     checkpoint_files,
+    checkpoint_step,
     read_manifest,
     run_directory_of,
 )
@@ -63,7 +66,7 @@ def find_resume_point(path: Path) -> ResumePoint:
     manifest = read_manifest(directory, LoraManifest)
     config = load(LoraTrainConfig, directory / CONFIG, environment={})
     checkpoint = path if path.is_file() else newest_checkpoint(directory)
-    step = int(load_plain(checkpoint)["global_step"]) if checkpoint else 0
+    step = _progress(checkpoint)[1] if checkpoint else 0
     return ResumePoint(directory, manifest, config, checkpoint, step)
 
 
@@ -71,12 +74,17 @@ def newest_checkpoint(directory: Path) -> Path | None:
     """Of the highest step among those that carry the optimizer's state; else of the highest."""
     last = directory / LAST_CHECKPOINT
     files = [*checkpoint_files(directory), *([last] if last.is_file() else [])]
-    documents = [(file, load_plain(file)) for file in files[-2:]]
-    ranked = [
-        (bool(document["optimizer_states"]), int(document["global_step"]), file)
-        for file, document in documents
-    ]
+    ranked = [(*_progress(file), file) for file in files[-2:]]
     return max(ranked)[2] if ranked else None
+
+
+def _progress(file: Path) -> tuple[bool, int]:
+    """Whether a checkpoint carries the optimizer's state, and its step."""
+    document = load_plain(file)
+    step = document.get("global_step")
+    if type(step) is not int:
+        raise DataError(f"{file}: does not say its step (global_step): training cannot go on")
+    return bool(document.get("optimizer_states")), step
 
 
 def check_unchanged(
@@ -139,6 +147,9 @@ def restore_progress(trainer: Any, document: Mapping[str, Any]) -> None:
         if callback.state_key in document.get("callbacks", {}):
             callback.load_state_dict(document["callbacks"][callback.state_key])
     precision = trainer.precision_plugin
+    stopping = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]
+    if any(callback.wait_count >= callback.patience for callback in stopping):
+        epoch.max_steps = step  # the run had stopped by itself, and only its results are missing
     if type(precision).__qualname__ in document:  # the loss scale of 16-mixed
         precision.load_state_dict(document[type(precision).__qualname__])
 
@@ -150,6 +161,24 @@ def optimizer_state(document: Mapping[str, Any]) -> dict[str, Any] | None:
         log.warning("the checkpoint has no optimizer state: the optimizer starts afresh, not exact")
         return None
     return dict(states[0])
+
+
+def void_later(point: ResumePoint) -> None:
+    """Removes the checkpoints of steps that will be done again: a second kill must not find them
+    without their metrics."""
+    for file in checkpoint_files(point.directory):
+        if checkpoint_step(file) > point.step:
+            file.unlink()
+    if point.checkpoint is None or point.checkpoint.name != LAST_CHECKPOINT.name:
+        (point.directory / LAST_CHECKPOINT).unlink(missing_ok=True)
+
+
+def logged_loss(point: ResumePoint) -> float | None:
+    """The loss of the step that the run goes on after."""
+    file = point.directory / METRICS
+    entries = read_metrics(file) if file.is_file() else []
+    losses = [e["train/loss"] for e in entries if e["step"] == point.step and "train/loss" in e]
+    return losses[-1] if losses else None
 
 
 def read_resumable(point: ResumePoint) -> dict[str, Any] | None:

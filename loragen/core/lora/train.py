@@ -28,10 +28,12 @@ from loragen.core.lora.provenance import Provenance
 from loragen.core.lora.resume import (
     ResumePoint,
     check_unchanged,
+    logged_loss,
     optimizer_state,
     read_resumable,
     restore_adapter,
     restore_progress,
+    void_later,
 )
 from loragen.core.plugins import create
 from loragen.core.progress import Progress
@@ -85,6 +87,8 @@ def train(
         trainer = _trainer(config, base, session, rows, interruption)
         if checkpoint:
             restore_progress(trainer, checkpoint)
+        if resume and trainer.is_global_zero:
+            void_later(resume)
         progress.start(name, config.training.max_steps)
         with outcome(session), interruption.awaited():
             fit(trainer, module, _data(config, rows, base))
@@ -220,6 +224,7 @@ def _manifest(
     )
     if resume:
         manifest.started = resume.manifest.started
+        manifest.final_loss = logged_loss(resume)
         steps = map(checkpoint_step, checkpoint_files(resume.directory))  # a kill wrote no manifest
         manifest.steps = [step for step in steps if step <= resume.step]
         manifest.resumed_from = [*resume.manifest.resumed_from, resume.step]

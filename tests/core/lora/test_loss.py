@@ -2,10 +2,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from loragen.core.adapters import attach_adapter, read_adapter
 from loragen.core.base_models import load_base
-from loragen.core.data.tokenize import Example
-from loragen.core.lora.batch import IGNORED, padded
-from loragen.core.lora.loss import answer_logits, answer_losses
+from loragen.core.data.rows import read_rows
+from loragen.core.data.tokenize import Example, example
+from loragen.core.lora.batch import IGNORED, Cost, packed, padded
+from loragen.core.lora.evaluate import generate
+from loragen.core.lora.loss import answer_logits, answer_losses, rows_right
 
 EXAMPLES = [
     Example([5, 6, 7, 8, 9, 10, 11], 3),
@@ -83,3 +86,54 @@ def test_half_precision_is_widened_before_the_softmax(base_dir, batch):
     losses = answer_losses(model, batch)
     assert losses.dtype == torch.float32
     assert answer_losses(model.double(), batch).dtype == torch.float64
+
+
+def greedy(model, prompt, room):
+    """What the model writes, token by token, without a cache or a mask."""
+    ids = list(prompt)
+    for _ in range(room):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("together", [False, True], ids=["padded", "packed"])
+def test_rows_are_right_where_greedy_decoding_gives_the_answer(base, together):
+    """Half of the answers are what the model writes; the others differ in one token."""
+    examples, wanted = [], []
+    for i in range(10):
+        prompt = [5, 6, 7, *range(20, 20 + i % 4), 40 + i]
+        answer = greedy(base.model, prompt, 1 + i % 3)
+        if i % 2:
+            answer[i % len(answer)] = (answer[i % len(answer)] + 1) % 200
+        examples.append(Example([*prompt, *answer], len(answer)))
+        wanted.append(i % 2 == 0)
+    for pair in (0.0, 1e9) if together else (0.0,):
+        for item, right in zip(examples, wanted, strict=True):
+            one = padded([item], 0)
+            assert rows_right(answer_logits(base.model, one)[0], one).tolist() == [right]
+        batch = packed(examples, 0, Cost(1.0, pair)) if together else padded(examples, 0)
+        right = rows_right(answer_logits(base.model, batch)[0], batch)
+        assert right.shape == (10,)
+        assert int(right.sum()) == 5
+        if not together:  # packing changes the order of rows
+            assert right.tolist() == wanted
+
+
+@torch.inference_mode()
+def test_it_is_the_exact_match_of_lora_eval(train_lora, base, dataset):
+    """On rows of which a trained adapter gets some right, end token and all."""
+    file = dataset()
+    settings = {"training.max_steps": 30, "schedule.stage1_steps": 30, "checkpoints.first_step": 30}
+    with torch.inference_mode(False):
+        run = train_lora(settings, file=file)
+    model = attach_adapter(base.model, read_adapter(run.directory / "adapter"), "adapter")
+    rows = read_rows(file)
+    written = generate(model, base.tokenizer, rows, 4)
+    exact = [text.strip() == row.response for text, row in zip(written, rows, strict=True)]
+    assert 0 < sum(exact) < len(rows)
+    examples = [example(base.tokenizer, row, 100) for row in rows]
+    batch = padded(examples, 0)
+    assert rows_right(answer_logits(model, batch)[0], batch).tolist() == exact
+    batch = packed(examples, 0, Cost(1.0, 1.0))
+    assert int(rows_right(answer_logits(model, batch)[0], batch).sum()) == sum(exact)

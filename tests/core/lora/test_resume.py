@@ -1,0 +1,455 @@
+"""A run that went on is the run that was never interrupted, bit for bit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from loragen.core.adapters import read_adapter
+from loragen.core.errors import DataError, UsageError
+from loragen.core.lora.callbacks import StepMetrics
+from loragen.core.lora.precision import load_training_base
+from loragen.core.lora.resume import find_resume_point
+from loragen.core.lora.train import train
+from loragen.core.metrics_log import read_metrics
+from loragen.core.progress import Silent
+from loragen.core.runs import MANIFEST, LoraManifest, checkpoint_files, read_manifest
+
+LAST = "checkpoints/last.ckpt"
+CLOCKED = ("train/tokens_per_second", "hardware/")
+
+
+EARLY = {
+    "data.val_ratio": 0.5,
+    "training.max_steps": 40,
+    "training.val_every": 2,
+    "training.patience": 4,
+    "schedule.learning_rate_stage1": 3e-2,
+    "schedule.stage1_steps": 40,
+    "checkpoints.first_step": 100,
+    "checkpoints.last_every": 2,
+}
+
+
+class Kill(Exception):  # noqa: N818
+    """Ends a run as a kill would: nothing of the step is saved."""
+
+
+class StopAt(Silent):
+    """Ends the run after the step is logged and before it is saved."""
+
+    def __init__(self, step):
+        self.at, self.steps = step, []
+
+    def step(self, step):
+        self.steps.append(step.step)
+        if step.step == self.at:
+            raise Kill
+
+
+@pytest.fixture
+def file(dataset):
+    """Rows of unequal length, so that no two batches are alike."""
+    words = ["red", "green", "blue cat", "dog"]
+    return dataset(
+        [{"prompt": f"Question {'x' * i}?", "response": words[i % 4]} for i in range(14)]
+    )
+
+
+@pytest.fixture
+def unbroken(lora_config, base_dir, file):
+    def run(settings=None):
+        return fit(lora_config(settings), file).directory
+
+    return run
+
+
+@pytest.fixture
+def stopped(lora_config, tmp_path, file):
+    """`stopped(step, settings)`: the run that was killed in that step."""
+
+    def run(step, settings=None):
+        before = set(tmp_path.glob("runs/*"))
+        with pytest.raises(Kill):
+            fit(lora_config(settings), file, StopAt(step))
+        (directory,) = set(tmp_path.glob("runs/*")) - before
+        return directory
+
+    return run
+
+
+@pytest.fixture
+def resume(lora_config, file):
+    """`resume(path, settings)` goes on with the run and gives the steps that it did."""
+
+    def run(path, settings=None, rows=None, at=0):
+        progress, point = StopAt(at), find_resume_point(path)
+        fit(lora_config(settings), rows or file, progress, point)
+        return progress.steps
+
+    return run
+
+
+def fit(config, file, progress=None, point=None):
+    """On a base of its own, as another process would."""
+    return train(config, "colors", file, load_training_base(config), progress or Silent(), point)
+
+
+def document(file):
+    return torch.load(file, weights_only=True)
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return one.equal(other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def entries(run):
+    """metrics.jsonl without what a clock or a sensor has measured."""
+    return [
+        {key: value for key, value in entry.items() if not key.startswith(CLOCKED)}
+        for entry in read_metrics(run / "metrics.jsonl")
+    ]
+
+
+def assert_equal(one, other):
+    """Checkpoints, optimizers, adapter, metrics and manifest of the two runs."""
+    names = [file.name for file in checkpoint_files(one)]
+    assert [file.name for file in checkpoint_files(other)] == names
+    for name in names:
+        first, second = (document(run / "checkpoints" / name) for run in (one, other))
+        for key in ("state_dict", "optimizer_states", "global_step", "callbacks"):
+            assert same(first[key], second[key]), (name, key)
+    adapters = [read_adapter(run / "adapter").tensors for run in (one, other)]
+    assert same(*adapters)
+    assert entries(one) == entries(other)
+    assert [p.name for p in sorted(one.rglob("*"))] == [p.name for p in sorted(other.rglob("*"))]
+    manifests = [read_manifest(run, LoraManifest) for run in (one, other)]
+    free = {"started", "seconds", "resumed_from"}
+    first, second = (manifest.model_dump(exclude=free) for manifest in manifests)
+    assert first == second
+
+
+def snapshot(directory):
+    return {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+class TestExact:
+    @pytest.mark.parametrize("keeps", ["all", "last", "none"])
+    @pytest.mark.parametrize("step", [2, 4, 5, 8])
+    def test_from_wherever_it_was_killed(self, unbroken, stopped, resume, keeps, step):
+        settings = {"checkpoints.optimizer": keeps, "checkpoints.last_every": 2}
+        run = stopped(step, settings)
+        before = read_manifest(run, LoraManifest)
+        done = resume(run, settings)
+        assert done[-1] == 8
+        assert step - 2 <= done[0] <= step  # no more is lost than last_every
+        assert_equal(unbroken(settings), run)
+        after = read_manifest(run, LoraManifest)
+        assert after.resumed_from == [done[0] - 1]
+        assert after.started == before.started
+
+    def test_from_each_kept_checkpoint(self, unbroken, resume, tmp_path):
+        settings = {"lora.dropout": 0.3, "checkpoints.first_step": 1}
+        whole = unbroken(settings)
+        for step in range(1, 8):
+            copy = shutil.copytree(whole, tmp_path / f"from-{step}")
+            shutil.rmtree(copy / "adapter")
+            done = resume(copy / "checkpoints" / f"checkpoint-step-00{step}.ckpt", settings)
+            assert done == list(range(step + 1, 9))
+            assert_equal(whole, copy)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"lora.dropout": 0.3, "trainer.accumulate_grad_batches": 2},
+            {"training.packing": False, "training.weight_decay": 0.1},
+            {"trainer.gradient_clip_val": 0.5},
+            {"trainer.precision": "bf16-true"},
+            {"trainer.precision": "64-true"},
+            {"trainer.precision": "bf16-mixed"},
+            {"base_dtype": "bfloat16"},
+            {"training.batch_size": 16},
+        ],
+        ids=str,
+    )
+    def test_whatever_is_configured(self, unbroken, stopped, resume, settings):
+        settings = {**settings, "checkpoints.last_every": 1}
+        run = stopped(4, settings)
+        assert resume(run, settings) == [4, 5, 6, 7, 8]
+        assert_equal(unbroken(settings), run)
+
+    def test_workers_prepare_the_same_batches(self, unbroken, stopped, resume):
+        settings = {"checkpoints.last_every": 2, "lora.dropout": 0.3}
+        run = stopped(4, {**settings, "data.workers": 2})
+        assert resume(run, {**settings, "data.workers": 2}) == [3, 4, 5, 6, 7, 8]
+        assert_equal(unbroken(settings), run)
+
+    @pytest.mark.parametrize("parts", [1, 2])
+    @pytest.mark.parametrize("step", [5, 6, 7])
+    def test_early_stopping_decides_the_same(self, unbroken, stopped, resume, step, parts):
+        settings = {**EARLY, "trainer.accumulate_grad_batches": parts}
+        whole = unbroken(settings)
+        (end,) = read_manifest(whole, LoraManifest).steps
+        assert step < end < 40
+        run = stopped(step, settings)
+        assert resume(run, settings)[-1] == end
+        assert_equal(whole, run)
+
+    def test_a_run_may_be_killed_again_and_again(self, unbroken, stopped, resume):
+        settings = {"checkpoints.last_every": 1, "checkpoints.first_step": 6}
+        run = stopped(3, settings)
+        for step in (3, 5, 7):
+            with pytest.raises(Kill):
+                resume(run, settings, at=step)
+        resume(run, settings)
+        assert_equal(unbroken(settings), run)
+        assert read_manifest(run, LoraManifest).resumed_from == [2, 2, 4, 6]
+
+    def test_tracking_is_that_of_the_unbroken_run(self, unbroken, stopped, resume):
+        settings = {"track_batches": True, "checkpoints.last_every": 2}
+        whole, run = unbroken(settings), stopped(6, settings)
+        torn = run / "tracking" / "batch_tracking_colors.jsonl"
+        torn.write_bytes(torn.read_bytes() + b'{"step": 7, "sta')
+        resume(run, settings)
+        assert_equal(whole, run)
+        for file in (whole / "tracking").iterdir():
+            assert (run / "tracking" / file.name).read_bytes() == file.read_bytes()
+
+    def test_a_run_killed_before_any_checkpoint_starts_again(self, unbroken, stopped, resume):
+        run = stopped(3)
+        assert checkpoint_files(run) == []
+        assert resume(run) == list(range(1, 9))
+        assert_equal(unbroken(), run)
+
+    @pytest.mark.parametrize("keeps", ["all", "none"])
+    def test_a_run_killed_after_its_last_step_writes_its_results(
+        self, unbroken, lora_config, file, resume, monkeypatch, tmp_path, keeps
+    ):
+        settings = {
+            "checkpoints.optimizer": keeps,
+            "checkpoints.last_every": 4,
+            "track_batches": True,
+        }
+        whole = unbroken(settings)
+        with monkeypatch.context() as patch, pytest.raises(Kill):
+            patch.setattr("loragen.core.lora.train._save_results", raises(Kill))
+            fit(lora_config(settings), file)
+        (run,) = set((tmp_path / "runs").iterdir()) - {whole}
+        assert resume(run, settings) == []
+        assert_equal(whole, run)
+
+    @pytest.mark.parametrize("keeps", ["all", "last", "none"])
+    @pytest.mark.parametrize("stops_early", [False, True])
+    def test_a_run_killed_before_its_training_was_rounded_off(
+        self, unbroken, lora_config, file, resume, monkeypatch, tmp_path, keeps, stops_early
+    ):
+        settings = {"checkpoints.optimizer": keeps, "checkpoints.last_every": 4}
+        settings |= {"track_batches": True, **(EARLY if stops_early else {})}
+        whole = unbroken(settings)
+        with monkeypatch.context() as patch, pytest.raises(Kill):
+            patch.setattr(StepMetrics, "on_train_end", raises(Kill), raising=False)
+            patch.setattr(StepMetrics, "on_exception", lambda *_: None)
+            fit(lora_config(settings), file)
+        (run,) = set((tmp_path / "runs").iterdir()) - {whole}
+        assert resume(run, settings) == []
+        assert_equal(whole, run)
+
+    def test_a_run_that_stopped_early_does_not_go_on(self, unbroken, resume):
+        run = unbroken(EARLY)
+        (step,) = read_manifest(run, LoraManifest).steps
+        assert resume(run, EARLY) == []
+        assert read_manifest(run, LoraManifest).steps == [step]
+
+    def test_a_finished_run_is_left_as_it_is(self, unbroken, resume):
+        run = unbroken()
+        before = {p: p.read_bytes() for p in run.rglob("*.ckpt")}
+        assert resume(run) == []
+        assert {p: p.read_bytes() for p in run.rglob("*.ckpt")} == before
+        assert read_manifest(run, LoraManifest).steps == [5, 6, 7, 8]
+
+    def test_going_on_from_an_earlier_step_voids_the_later_ones(self, unbroken, resume, tmp_path):
+        """Else a second kill would leave steps without their metrics."""
+        whole = unbroken()
+        run = shutil.copytree(whole, tmp_path / "copy")
+        with pytest.raises(Kill):
+            resume(run / "checkpoints" / "checkpoint-step-005.ckpt", at=7)
+        assert resume(run) == [7, 8]
+        assert_equal(whole, run)
+
+    def test_what_a_kill_left_half_written_is_removed(self, stopped, resume, unbroken):
+        settings = {"checkpoints.last_every": 2}
+        run = stopped(6, settings)
+        for place in (run, run / "checkpoints"):
+            (place / ".checkpoint-step-006.ckpt.abc").mkdir()
+        resume(run, settings)
+        assert_equal(unbroken(settings), run)
+
+
+def raises(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+class TestRefusals:
+    @pytest.fixture
+    def run(self, stopped):
+        return stopped(6)
+
+    @pytest.fixture
+    def refused(self, run, resume):
+        """The problems with which the run is refused; nothing of it is touched."""
+
+        def check(settings=None, rows=None):
+            before = snapshot(run)
+            with pytest.raises(UsageError) as raised:
+                resume(run, settings, rows)
+            assert raised.value.exit_code == 2
+            assert snapshot(run) == before
+            start = f"{run} cannot go on: "
+            assert all(problem.startswith(start) for problem in raised.value.problems)
+            return [problem.removeprefix(start) for problem in raised.value.problems]
+
+        return check
+
+    @pytest.mark.parametrize(
+        "key, value, then",
+        [
+            ("training.batch_size", 2, 4),
+            ("seed", 7, 42),
+            ("training.max_steps", 9, 8),
+            ("lora.dropout", 0.5, 0.0),
+            ("trainer.accumulate_grad_batches", 2, 1),
+            ("trainer.precision", "bf16-mixed", "32-true"),
+            ("schedule.learning_rate_stage2", 1.0, 1e-3),
+            ("data.val_ratio", 0.1, 0.0),
+        ],
+    )
+    def test_a_setting_that_decides_the_result(self, refused, key, value, then):
+        assert refused({key: value}) == [f"{key} is {value}, the run has {then}"]
+
+    def test_other_data(self, refused, dataset, run):
+        other = dataset(name="other.jsonl")
+        then = read_manifest(run, LoraManifest).dataset.path
+        assert refused(rows=other) == [
+            f"the data are other data: {other} is not the {then} of the run"
+        ]
+
+    def changed(self, base_dir, tmp_path):
+        return shutil.copytree(base_dir, tmp_path / "changed")
+
+    def test_another_chat_template(self, refused, base_dir, tmp_path):
+        changed = self.changed(base_dir, tmp_path)
+        template = changed / "chat_template.jinja"
+        template.write_text(template.read_text().replace("<|user|>", "") + "!", encoding="utf-8")
+        assert refused({"base_model": str(changed)}) == [
+            "the rows make other tokens: another tokenizer or chat template"
+        ]
+
+    def test_other_weights(self, refused, base, base_dir, tmp_path):
+        changed = self.changed(base_dir, tmp_path)
+        with torch.no_grad():
+            base.model.get_input_embeddings().weight.add_(0.01)
+        base.model.save_pretrained(changed)
+        assert refused({"base_model": str(changed)}) == [
+            f"the base model has other weights: {changed}, the run was on {base_dir}"
+        ]
+
+    def test_another_dtype(self, refused):
+        assert refused({"base_dtype": "bfloat16"}) == [
+            "the base computes in bfloat16, the run's in float32"
+        ]
+
+    def test_all_of_it_at_once(self, refused, dataset):
+        problems = refused(
+            {"seed": 1, "training.batch_size": 2, "base_dtype": "bfloat16"},
+            dataset(name="other.jsonl"),
+        )
+        assert [problem.split()[0] for problem in problems] == [
+            "seed", "training.batch_size", "the", "the",
+        ]  # fmt: skip
+
+    def test_what_does_not_decide_the_result_may_change(
+        self, run, resume, unbroken, base_dir, tmp_path, file
+    ):
+        moved = shutil.move(self.changed(base_dir, tmp_path), tmp_path / "moved")
+        rows = shutil.copy(file, tmp_path / "copy.jsonl")
+        settings = {
+            "base_model": str(moved), "loggers": {}, "data.workers": 1,
+            "checkpoints.last_every": 1, "final_model": "none",
+        }  # fmt: skip
+        resume(run, settings, rows)
+        whole = unbroken()
+        for name in ("checkpoint-step-007.ckpt", "checkpoint-step-008.ckpt"):
+            first, second = (document(r / "checkpoints" / name) for r in (whole, run))
+            assert same(first["state_dict"], second["state_dict"])
+
+
+class TestWhatThereIs:
+    def test_nothing(self, tmp_path):
+        with pytest.raises(UsageError, match="no such run or checkpoint"):
+            find_resume_point(tmp_path / "none")
+
+    def test_no_run(self, tmp_path):
+        with pytest.raises(UsageError, match="neither a run directory nor inside one"):
+            find_resume_point(tmp_path)
+
+    def test_no_lora_run(self, experiment):
+        with pytest.raises(DataError, match="not the manifest of a lora run"):
+            find_resume_point(experiment)
+
+    def test_a_file_that_is_no_checkpoint(self, collection):
+        with pytest.raises(DataError, match="not a checkpoint"):
+            find_resume_point(collection.runs["colors"] / MANIFEST)
+
+    def test_the_newest_with_an_optimizer_counts(self, stopped):
+        settings = {"checkpoints.optimizer": "none", "checkpoints.last_every": 3}
+        run = stopped(8, settings)
+        assert find_resume_point(run).step == 6
+        assert find_resume_point(run).checkpoint == run / LAST
+        assert find_resume_point(run / "checkpoints" / "checkpoint-step-007.ckpt").step == 7
+
+    def test_without_an_optimizer_there_is_a_warning(self, stopped, resume, caplog):
+        settings = {"checkpoints.optimizer": "none", "checkpoints.last_every": 3}
+        run = stopped(8, settings)
+        assert resume(run / "checkpoints" / "checkpoint-step-007.ckpt", settings) == [8]
+        assert "the checkpoint has no optimizer state: the optimizer starts afresh" in caplog.text
+
+    def test_a_checkpoint_of_bare_tensors_is_one_clear_error(self, stopped):
+        run = stopped(7)
+        for name in ("checkpoint-step-006.ckpt", "checkpoint-step-005.ckpt"):
+            file = run / "checkpoints" / name
+            torch.save({"state_dict": document(file)["state_dict"]}, file)
+        with pytest.raises(DataError, match="does not say its step") as raised:
+            find_resume_point(run)
+        assert "\n" not in str(raised.value)
+
+    def test_a_checkpoint_of_another_adapter_is_refused(self, stopped, resume):
+        run = stopped(7)
+        file = run / "checkpoints" / "checkpoint-step-006.ckpt"
+        whole = document(file)
+        whole["state_dict"].popitem()
+        torch.save(whole, file)
+        before = snapshot(run)
+        with pytest.raises(DataError, match="not those of the run's adapter"):
+            resume(run)
+        assert snapshot(run) == before
+
+
+def test_the_manifest_of_a_killed_process_is_enough(stopped, resume, unbroken):
+    """kill -9 leaves the manifest as it was at the start, and no status."""
+    settings = {"checkpoints.last_every": 2}
+    run = stopped(7, settings)
+    manifest = json.loads((run / MANIFEST).read_text(encoding="utf-8"))
+    manifest |= {"status": "running", "steps": [], "seconds": None, "final_loss": None}
+    (run / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    resume(run, settings)
+    assert_equal(unbroken(settings), run)
