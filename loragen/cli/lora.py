@@ -114,7 +114,9 @@ def _resume(config: Any, datasets: list[tuple[str, Source]], path: Path) -> list
         raise UsageError("--resume goes on with one run, and so with one dataset")
     point = find_resume_point(path)
     found = point.checkpoint.name if point.checkpoint else "no checkpoint"
-    render.note(f"{point.directory}: found {found}; the next step is {point.step + 1}")
+    done = point.step == config.training.max_steps
+    then = "all steps are done" if done else f"the next step is {point.step + 1}"
+    render.note(f"{point.directory}: found {found}; {then}")
     base = load_training_base(config)
     ((_, file),) = datasets
     return [train(config, point.manifest.dataset.name, file, base, terminal_progress(), point)]

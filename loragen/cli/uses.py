@@ -77,6 +77,7 @@ def _show(document: dict[str, Any]) -> None:
         return
     for stage in dict.fromkeys(use["stage"] for use in steps):
         of_stage = [str(use["step"]) for use in steps if use["stage"] == stage]
-        render.answer(f"stage {stage}: step {', '.join(of_stage)}")
+        word = "step" if len(of_stage) == 1 else "steps"
+        render.answer(f"stage {stage}: {word} {', '.join(of_stage)}")
     render.answer(f"checkpoints of these steps: {', '.join(document['checkpoints']) or 'none'}")
     render.answer(f"({done})")

@@ -123,10 +123,13 @@ class LoraDataModule(LightningDataModule):
         pad_id: int,
         packing: bool = True,
         workers: int = 0,
+        limit: float | None = None,
     ) -> None:
+        """`limit`: train on so many micro-batches of the whole run (int), or that share (float)."""
         super().__init__()
         self.rows, self.batch_size, self.max_steps = rows, batch_size, max_steps
         self.seed, self.pad_id, self.packing, self.workers = seed, pad_id, packing, workers
+        self.limit = limit
 
     @cached_property
     def batching(self) -> Batching:
@@ -151,7 +154,10 @@ class LoraDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self.trainer is not None
         parts = self.batching.parts
-        remaining = range(self.trainer.global_step * parts, self.max_steps * parts)
+        every = range(self.max_steps * parts)
+        share = isinstance(self.limit, float)
+        end = None if self.limit is None else int(self.limit * (len(every) if share else 1))
+        remaining = every[:end][self.trainer.global_step * parts :]
         return DataLoader(
             MicroBatches(self.rows.training, self.batching),
             batch_size=None,

@@ -109,6 +109,7 @@ def _data(config: LoraTrainConfig, rows: Rows, base: BaseModel) -> LoraDataModul
         pad_id=pad_id(base.tokenizer),
         packing=config.training.packing,
         workers=config.data.workers,
+        limit=config.trainer.limit_train_batches,
     )
 
 
@@ -188,7 +189,7 @@ def _trainer(
     if training.patience and every:
         callbacks.append(EarlyStopping("val/loss", patience=ceil(training.patience / every)))
     callbacks.append(StepCheckpoints(session, config.checkpoints, every, interruption))
-    options = config.trainer.model_dump()
+    options = config.trainer.model_dump(exclude={"limit_train_batches"})  # ours counts resumed
     options["precision"] = arithmetic(config, base.model)
     val_batches = options.pop("limit_val_batches") or 1.0
     return make_trainer(

@@ -202,6 +202,13 @@ class TestExact:
         assert resume(run, settings)[-1] == end
         assert_equal(whole, run)
 
+    @pytest.mark.parametrize("limit", [6, 0.75])
+    def test_a_limit_counts_the_steps_of_the_whole_run(self, unbroken, stopped, resume, limit):
+        settings = {"trainer.limit_train_batches": limit, "checkpoints.last_every": 1}
+        run = stopped(4, settings)
+        assert resume(run, settings) == [4, 5, 6]
+        assert_equal(unbroken(settings), run)
+
     def test_a_run_may_be_killed_again_and_again(self, unbroken, stopped, resume):
         settings = {"checkpoints.last_every": 1, "checkpoints.first_step": 6}
         run = stopped(3, settings)
