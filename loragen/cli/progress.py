@@ -32,7 +32,7 @@ class PlainProgress:
             return
         self._next = now + SECONDS_BETWEEN_LINES
         left = (now - self._began) / step.step * (step.total - step.step)
-        render.note(f"{self._title}: {_figures(step)}, {left:.0f} s left")
+        render.note(f"{self._title}: {figures(step)}, {left:.0f} s left")
 
     def stop(self) -> None:
         pass
@@ -61,7 +61,7 @@ class RichProgress:
 
     def step(self, step: Step) -> None:
         if self._bar:
-            self._bar.update(self._task, completed=step.step, figures=_figures(step))
+            self._bar.update(self._task, completed=step.step, figures=figures(step))
 
     def stop(self) -> None:
         if self._bar:
@@ -69,7 +69,7 @@ class RichProgress:
         self._bar = None
 
 
-def _figures(step: Step) -> str:
+def figures(step: Step) -> str:
     return (
         f"stage {step.stage}, step {step.step}/{step.total}, "
         f"loss {step.loss:.4f}, {step.rate:.0f} {step.unit}"
