@@ -8,6 +8,7 @@ from typing import Any
 from loragen.cli import render
 from loragen.core.config import LoraTrainConfig, Override, dump, load
 from loragen.core.errors import LoragenError, UsageError
+from loragen.core.interrupt import Interrupted
 from loragen.core.lora.collect import Outcome, Task, collect, tasks
 
 
@@ -94,7 +95,13 @@ def _resumed(config: LoraTrainConfig, task: Task, path: Path) -> Outcome:
 
 
 def _report(outcomes: Sequence[Outcome], json: bool) -> None:
-    """The answer; then LoragenError for what failed, or what was interrupted."""
+    """The answer; then LoragenError for what failed, or what was interrupted.
+
+    The first process of a launcher alone tells: one that left with an error while the first still
+    writes its results would have torchrun end that too.
+    """
+    if not render.is_first_process():
+        return
     if json:
         render.answer_json([_document(outcome) for outcome in outcomes])
     else:
@@ -103,14 +110,19 @@ def _report(outcomes: Sequence[Outcome], json: bool) -> None:
                 render.answer(str(outcome.run.directory))
     if len(outcomes) > 1:
         render.note(_summary(outcomes))
-    errors = [outcome.error for outcome in outcomes if isinstance(outcome.error, Exception)]
+    _raise_for(outcomes)
+
+
+def _raise_for(outcomes: Sequence[Outcome]) -> None:
+    stopped = [one for one in outcomes if one.status == "interrupted" and one.error]
+    failed = [one for one in outcomes if one.status == "failed"]
+    lines = [f"{one.task.name}: {one.reason}" for one in stopped + failed]
+    errors = [one.error for one in failed if isinstance(one.error, Exception)]
     cause = ExceptionGroup("one a dataset", errors) if errors else None  # for --debug
-    for outcome in outcomes:
-        if outcome.status == "interrupted" and outcome.error:
-            raise outcome.error
-    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    if stopped:
+        raise Interrupted(*lines) from cause
     if failed:
-        raise LoragenError(*(f"{one.task.name}: {one.reason}" for one in failed)) from cause
+        raise LoragenError(*lines) from cause
 
 
 def _document(outcome: Outcome) -> dict[str, Any]:
@@ -133,7 +145,8 @@ def _summary(outcomes: Sequence[Outcome]) -> str:
         manifest = outcome.run.manifest if outcome.run else None
         seconds = manifest.seconds if manifest and outcome.status == "trained" else None
         loss = manifest.final_loss if manifest else None
-        what = str(outcome.run.directory) if outcome.run else outcome.reason
+        what = None if outcome.error else outcome.reason  # an error has a line of its own
+        what = str(outcome.run.directory) if outcome.run else what
         rows.append((outcome.task.name, outcome.status, loss, seconds, what))
     return render.columns(("dataset", "status", "loss", "seconds", "run"), rows)
 

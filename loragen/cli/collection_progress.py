@@ -116,7 +116,7 @@ class TableProgress:
 
     def ended(self, outcome: Outcome) -> None:
         status = "done" if outcome.status == "trained" else outcome.status
-        self._set(outcome.task, status, _told(outcome).removeprefix(f"{status}: "))
+        self._set(outcome.task, status, _told(outcome).removeprefix(status).lstrip(": "))
 
     def stop(self) -> None:
         if self._live:

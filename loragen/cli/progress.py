@@ -23,16 +23,24 @@ class PlainProgress:
 
     def start(self, title: str, total: int) -> None:  # noqa: ARG002  # a bar wants it
         self._title = title
-        self._began = time.monotonic()
-        self._next = self._began
+        self._first: tuple[float, int] | None = None
+        self._next = 0.0
 
     def step(self, step: Step) -> None:
         now = time.monotonic()
         if now < self._next and step.step < step.total:
             return
         self._next = now + SECONDS_BETWEEN_LINES
-        left = (now - self._began) / step.step * (step.total - step.step)
-        render.note(f"{self._title}: {figures(step)}, {left:.0f} s left")
+        render.note(f"{self._title}: {figures(step)}{self._left(now, step)}")
+
+    def _left(self, now: float, step: Step) -> str:
+        """Measured from the first step seen: of a run that goes on, others had the ones before."""
+        if self._first is None:
+            self._first = now, step.step
+        then, first = self._first
+        if step.step in (first, step.total):
+            return ""
+        return f", {(now - then) / (step.step - first) * (step.total - step.step):.0f} s left"
 
     def stop(self) -> None:
         pass

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from loragen.core.config import LoraTrainConfig
@@ -184,7 +185,7 @@ def _check_room(config: LoraTrainConfig, resources: dict[str, float]) -> None:
 def _result(error: Exception) -> Result:
     cause = getattr(error, "cause", None)
     if isinstance(cause, BaseException):
-        return Result(status="failed", reason=one_line(cause), traceback=str(error))
+        return Result(status="failed", reason=shorten(one_line(cause), 300), traceback=str(error))
     return Result(status="failed", reason=f"its worker died ({type(error).__name__})")
 
 
