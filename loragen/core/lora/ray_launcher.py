@@ -149,6 +149,8 @@ class _Collection:
 def _cluster(config: LoraTrainConfig) -> Iterator[Any]:
     """Ray, connected; a cluster that was started here ends with the block."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # It tells of dead workers on stdout; so do we, in one line, on stderr.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
     try:
         ray: Any = import_module("ray")
         import_module("ray.exceptions")
