@@ -84,7 +84,7 @@ def _resumed(config: LoraTrainConfig, task: Task, path: Path) -> Outcome:
 
     point = find_resume_point(path)
     if nothing_left(point, config):
-        render.note(f"{point.directory}: all {point.step} steps are done, nothing is left to do")
+        render.note(f"{point.directory}: finished at step {point.step}, nothing is left to do")
         return Outcome(task, "skipped", LoraRun(point.directory, point.manifest))
     found = point.checkpoint.name if point.checkpoint else "no checkpoint"
     render.note(f"{point.directory}: found {found}; the next step is {point.step + 1}")

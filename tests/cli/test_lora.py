@@ -213,7 +213,7 @@ class TestTrain:
         result = loragen("lora", "train", "--resume", run)
         assert result.exit_code == 0, result.output
         assert result.stdout == f"{run}\n"
-        assert result.stderr == f"{run}: all 6 steps are done, nothing is left to do\n"
+        assert result.stderr == f"{run}: finished at step 6, nothing is left to do\n"
         assert snapshot(loragen.work / run) == before
 
     def test_a_dry_run_tells_the_size_and_the_command_lines(

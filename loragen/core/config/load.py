@@ -57,8 +57,6 @@ def load(
         for override in sorted(layer, key=lambda override: override.keys[-1] != "name"):
             if override.keys[0] == "loggers" and len(override.keys) > 1:  # beside the default ones
                 tree.setdefault("loggers", deepcopy(model.model_fields["loggers"].default))
-            if _chooses_plugin(model, override):
-                _forget_options(tree, override)
             _insert(tree, override)
             origins[override.keys] = override.origin
     problems = _check_plugins(model, tree, origins)
@@ -139,22 +137,6 @@ def _value(text: str, origin: str) -> Any:
         raise UsageError(f"{origin}: the value is not YAML; put quotes around it") from None
 
 
-def _chooses_plugin(model: type[BaseModel], override: Override) -> bool:
-    section = model.model_fields.get(str(override.keys[0]))
-    return (
-        override.keys[1:] == ("name",)
-        and section is not None
-        and isinstance(section.default, PluginSection)
-    )
-
-
-def _forget_options(tree: dict[str, Any], override: Override) -> None:
-    """Where another plugin is chosen, the options beside the old name are not its."""
-    given = tree.get(str(override.keys[0]))
-    if isinstance(given, dict) and given.get("name") not in (None, override.value):
-        given.clear()
-
-
 def _insert(tree: dict[str, Any], override: Override) -> None:
     node: Any = tree
     for key in override.keys[:-1]:
@@ -166,6 +148,9 @@ def _insert(tree: dict[str, Any], override: Override) -> None:
     last = override.keys[-1]
     if isinstance(node, list):
         _item(node, last, override)
+    chooses = last == "name" and override.keys[0] != "launcher"  # launchers share theirs
+    if chooses and isinstance(node, dict) and node.get("name") not in (None, override.value):
+        node.clear()  # another plugin is chosen: the options beside the old name were not its
     node[last] = override.value
 
 

@@ -72,10 +72,11 @@ def newest_checkpoint(directory: Path) -> Path | None:
 
 
 def nothing_left(point: ResumePoint, config: LoraTrainConfig) -> bool:
-    """Whether the run has ended well, and at its last step."""
+    """Whether this is the end of a run that ended well, be it by early stopping."""
+    manifest = point.manifest
     return (
-        point.manifest.status == "success"
-        and point.step == point.config.training.max_steps
+        manifest.status == "success"
+        and point.step >= max(manifest.steps, default=manifest.max_steps)
         and not differences(point.config, config)
     )
 
