@@ -12,7 +12,7 @@ import pytest
 import loragen
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("torch", "lightning", "peft", "transformers", "sentence_transformers", "swanlab")
+HEAVY = ("torch", "lightning", "peft", "transformers", "sentence_transformers", "swanlab", "ray")
 
 LOADED = f"""
 import sys

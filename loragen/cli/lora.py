@@ -1,7 +1,7 @@
 """`loragen lora`: collect adapters, and measure one."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,7 +16,6 @@ from loragen.cli.options import (
     Settings,
     SkipBadRows,
 )
-from loragen.core.data.documents import Source
 
 app = typer.Typer(no_args_is_help=True, help="Train LoRA adapters, evaluate one, export it.")
 
@@ -29,6 +28,7 @@ def train(
             "--dataset", help="A name under --data-root, a file, or hub:owner/name. Repeatable."
         ),
     ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every dataset below --data-root.")] = False,
     config: ConfigFile = None,
     base_model: BaseModel = None,
     data_root: DataRoot = None,
@@ -53,17 +53,24 @@ def train(
             help="Go on with a run, from its newest checkpoint or the one named.",
         ),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train again what is trained already.")
+    ] = False,
+    launcher: Annotated[
+        str | None,
+        typer.Option("--launcher", help="local, or ray: the datasets as tasks of a Ray cluster."),
+    ] = None,
     dry_run: DryRun = False,
     settings: Settings = None,
     json: Json = False,
 ) -> None:
     """Train one LoRA adapter per dataset, in two stages, and keep the checkpoints of stage 2.
 
-    Runs on defaults with nothing but --dataset. Prints the run directory of each dataset.
+    Runs on defaults with nothing but --dataset. Prints the run directory of each dataset. What is
+    trained already is not trained again, and a dataset that fails does not stop the others.
     """
-    from loragen.core.config import LoraTrainConfig, Override, dump, load
-    from loragen.core.data.rows import find_dataset
-    from loragen.core.runs import CONFIG, LoraManifest, read_manifest, run_directory_of
+    from loragen.cli import collect
+    from loragen.core.config import Override
 
     given = [
         (("base_model",), base_model, "--base-model"),
@@ -72,102 +79,16 @@ def train(
         (("training", "batch_size"), batch_size, "--batch-size"),
         (("runs_dir",), str(runs_dir) if runs_dir else None, "--runs-dir"),
         (("track_batches",), track_batches or None, "--track-batches"),
+        (("launcher", "name"), launcher, "--launcher"),
     ]
-    if resume:
-        directory = run_directory_of(resume)
-        manifest = read_manifest(directory, LoraManifest)
-        config = config or directory / CONFIG
-        if not load(LoraTrainConfig, directory / CONFIG, environment={}).trainer.sets_base_dtype:
-            given.append((("base_dtype",), manifest.base_dtype or None, "the run's manifest"))
-        dataset = dataset or [manifest.dataset.path]
     flags = [Override(*one) for one in given if one[1] is not None]
-    resolved = load(LoraTrainConfig, config, settings or (), flags)
-    if test_mode:
-        _shorten(resolved)
-    wanted = dataset or ([resolved.data.dataset] if resolved.data.dataset else [])
-    datasets = [find_dataset(item, Path(resolved.data.root)) for item in _required(wanted)]
-    if len(wanted) == 1 and not resume:
-        resolved.data.dataset = wanted[0]
-    if dry_run:
-        _check_inputs(resolved, datasets)
-        render.answer(dump(resolved).rstrip())
-        return
-    runs = _resume(resolved, datasets, resume) if resume else _collect(resolved, wanted, datasets)
-    if json:
-        render.answer_json(
-            [{"run": str(run.directory), **run.manifest.model_dump()} for run in runs]
-        )
+    source = collect.Source(config, settings or [], flags, test_mode)
+    if resume:
+        collect.go_on(source, resume, dataset or [], every, launcher, dry_run, json)
+    elif dry_run:
+        collect.dry_run(source, dataset or [], every)
     else:
-        for run in runs:
-            render.answer(str(run.directory))
-
-
-def _resume(config: Any, datasets: list[tuple[str, Source]], path: Path) -> list[Any]:
-    """Goes on with the run at `path`."""
-    from loragen.cli.progress import terminal_progress
-    from loragen.core.errors import UsageError
-    from loragen.core.lora.precision import load_training_base
-    from loragen.core.lora.resume import find_resume_point
-    from loragen.core.lora.train import train
-
-    if len(datasets) > 1:
-        raise UsageError("--resume goes on with one run, and so with one dataset")
-    point = find_resume_point(path)
-    found = point.checkpoint.name if point.checkpoint else "no checkpoint"
-    done = point.step == config.training.max_steps
-    then = "all steps are done" if done else f"the next step is {point.step + 1}"
-    render.note(f"{point.directory}: found {found}; {then}")
-    base = load_training_base(config)
-    ((_, file),) = datasets
-    return [train(config, point.manifest.dataset.name, file, base, terminal_progress(), point)]
-
-
-def _shorten(config: Any) -> None:
-    """`--test-mode`: three steps of each stage, the checkpoints of the second."""
-    config.training.max_steps = 6
-    config.checkpoints.first_step = 4
-    if "stage1_steps" in config.schedule.options:
-        config.schedule = config.schedule.model_copy(update={"stage1_steps": 3})
-
-
-def _required(datasets: list[str]) -> list[str]:
-    from loragen.core.errors import UsageError
-
-    if not datasets:
-        raise UsageError("which dataset? Give --dataset NAME|FILE, or data.dataset in the YAML")
-    return datasets
-
-
-def _check_inputs(config: Any, datasets: list[tuple[str, Source]]) -> None:
-    """Everything that can be wrong before training, without a model in memory."""
-    from loragen.core.base_models import resolve_base
-    from loragen.core.data.rows import read_rows
-
-    resolve_base(config.base_model)
-    for name, file in datasets:
-        rows = read_rows(file, config.data.skip_bad_rows)
-        render.note(f"{name}: {len(rows)} rows in {file}")
-
-
-def _collect(config: Any, items: list[str], datasets: list[tuple[str, Source]]) -> list[Any]:
-    """A run per dataset, on one base model; `items` are the datasets as the user named them."""
-    from loragen.cli.progress import terminal_progress
-    from loragen.core.data.rows import read, refuse_bad
-
-    # A bad row of the last dataset is better known before the first has trained.
-    for _, file in datasets:
-        reading = read(file)
-        refuse_bad(file, reading.bad, len(reading.rows), config.data.skip_bad_rows)
-    from loragen.core.lora.precision import load_training_base
-    from loragen.core.lora.train import train
-
-    base = load_training_base(config)
-    runs = []
-    for item, (name, file) in zip(items, datasets, strict=True):
-        resolved = config.model_copy(deep=True)
-        resolved.data.dataset = item
-        runs.append(train(resolved, name, file, base, terminal_progress()))
-    return runs
+        collect.train(source, dataset or [], every, force, json)
 
 
 @app.command("eval")

@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from loragen import __version__
 from loragen.cli import ckpt, config, data, demo, gen, lora, plugins, render
-from loragen.core.errors import EXIT_FAILED, EXIT_INTERRUPTED, LoragenError
+from loragen.core.errors import EXIT_FAILED, EXIT_INTERRUPTED, LoragenError, one_line
 
 # Read when torch is loaded. Threads that spin while they wait make two trainings on one machine
 # ten times slower than threads that sleep; alone, a training does not notice.
@@ -46,8 +46,7 @@ class Root(TyperGroup):
         except Exception as error:
             if debug or type(error).__module__.startswith("typer."):  # Exit, Abort, usage errors
                 raise
-            reason = " ".join(str(error).split()) or "no message"
-            render.problems([f"{type(error).__name__}: {reason} (--debug shows where)"])
+            render.problems([f"{one_line(error)} (--debug shows where)"])
             raise typer.Exit(EXIT_FAILED) from error
 
 
@@ -66,7 +65,6 @@ app.add_typer(data.app, name="data")
 app.add_typer(lora.app, name="lora")
 app.add_typer(gen.app, name="gen")
 app.add_typer(ckpt.app, name="ckpt")
-app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
 app.add_typer(plugins.app, name="plugins")
 app.command("demo")(demo.demo)

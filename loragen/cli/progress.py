@@ -23,16 +23,24 @@ class PlainProgress:
 
     def start(self, title: str, total: int) -> None:  # noqa: ARG002  # a bar wants it
         self._title = title
-        self._began = time.monotonic()
-        self._next = self._began
+        self._first: tuple[float, int] | None = None
+        self._next = 0.0
 
     def step(self, step: Step) -> None:
         now = time.monotonic()
         if now < self._next and step.step < step.total:
             return
         self._next = now + SECONDS_BETWEEN_LINES
-        left = (now - self._began) / step.step * (step.total - step.step)
-        render.note(f"{self._title}: {_figures(step)}, {left:.0f} s left")
+        render.note(f"{self._title}: {figures(step)}{self._left(now, step)}")
+
+    def _left(self, now: float, step: Step) -> str:
+        """Measured from the first step seen: of a run that goes on, others had the ones before."""
+        if self._first is None:
+            self._first = now, step.step
+        then, first = self._first
+        if step.step in (first, step.total):
+            return ""
+        return f", {(now - then) / (step.step - first) * (step.total - step.step):.0f} s left"
 
     def stop(self) -> None:
         pass
@@ -61,7 +69,7 @@ class RichProgress:
 
     def step(self, step: Step) -> None:
         if self._bar:
-            self._bar.update(self._task, completed=step.step, figures=_figures(step))
+            self._bar.update(self._task, completed=step.step, figures=figures(step))
 
     def stop(self) -> None:
         if self._bar:
@@ -69,7 +77,7 @@ class RichProgress:
         self._bar = None
 
 
-def _figures(step: Step) -> str:
+def figures(step: Step) -> str:
     return (
         f"stage {step.stage}, step {step.step}/{step.total}, "
         f"loss {step.loss:.4f}, {step.rate:.0f} {step.unit}"

@@ -15,8 +15,14 @@ CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # all but tab and line feed
 
 def answer(text: str) -> None:
     """One answer per command, however many processes a launcher has started for it."""
-    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+    if is_first_process():
         typer.echo(text)
+
+
+def is_first_process() -> bool:
+    """Whether we are the one of all processes of a launcher (torchrun, Slurm, Lightning)."""
+    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    return all(os.environ.get(rank, "0") == "0" for rank in ranks)
 
 
 def answer_json(document: Any) -> None:

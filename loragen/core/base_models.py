@@ -71,6 +71,24 @@ def load_base(
     return BaseModel(name, model, tokenizer, stored, fingerprint(model))
 
 
+def empty_base(name: str) -> BaseModel:
+    """The architecture alone, built on the current torch device: on `meta` it takes no memory.
+
+    Raises UsageError where its configuration cannot be found, LoragenError where it is not one.
+    """
+    quiet_libraries()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = resolve_base(name)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # theirs
+    except (OSError, ValueError) as error:
+        raise _not_loaded(name, source, error) from error
+    model.requires_grad_(False)
+    return BaseModel(name, model, None, model.dtype, "")
+
+
 def fingerprint(model: Any, values: int = 512) -> str:
     """A hash of names, shapes and an even sample of `values` of every weight, in float32: the same
     for the same weights however they are stored in files, in 32 bits or fewer.

@@ -42,6 +42,14 @@ class DataError(LoragenError):
     """A file was found but what it holds is not what it should be."""
 
 
+def one_line(error: BaseException) -> str:
+    """What went wrong; of an error that is not ours, also its kind."""
+    if isinstance(error, LoragenError):
+        return "; ".join(error.problems)
+    reason = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {reason}"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`" Did you mean 'sbert'?"`, or nothing where no known word is near."""
     near = get_close_matches(word, list(known), n=1, cutoff=0.6)

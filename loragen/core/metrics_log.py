@@ -49,6 +49,20 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
     ]
 
 
+def metrics_after(file: Path, step: int, tail: int = 65536) -> list[dict[str, float]]:
+    """The entries of later steps, out of the last `tail` bytes; none where there is no file."""
+    if not file.is_file():
+        return []
+    with file.open("rb") as opened:
+        opened.seek(max(0, file.stat().st_size - tail))
+        content = opened.read()
+    return [
+        {name: nan if value is None else value for name, value in entry.items()}
+        for _, entry in _entries(content)
+        if entry["step"] > step
+    ]
+
+
 def _cut_back(file: Path, step: int) -> None:
     entries = _entries(file.read_bytes())
     kept = [line + b"\n" for line, entry in entries if entry["step"] <= step]

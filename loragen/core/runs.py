@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
+from loragen.core.config import LoraTrainConfig, load
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import write_json
 from loragen.core.plugins import describe
@@ -78,6 +80,14 @@ class LoraManifest(Manifest):
     """The traditional run that it was made of by `ckpt convert`."""
 
 
+@dataclass(frozen=True)
+class LoraRun:
+    """A run of one dataset."""
+
+    directory: Path
+    manifest: LoraManifest
+
+
 class GeneratorManifest(Manifest):
     """A generator and the runs it was trained on."""
 
@@ -131,6 +141,12 @@ def read_manifest(directory: Path, kind: type[AnyManifest]) -> AnyManifest:
             f"({FORMAT_VERSION}); upgrade loragen"
         )
     return manifest
+
+
+def read_run(directory: Path) -> tuple[LoraRun, LoraTrainConfig]:
+    """A run and what it was configured with. Raises LoragenError where either is not ours."""
+    manifest = read_manifest(directory, LoraManifest)
+    return LoraRun(directory, manifest), load(LoraTrainConfig, directory / CONFIG, environment={})
 
 
 def run_directory_of(path: Path) -> Path:

@@ -1,5 +1,8 @@
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -115,6 +118,9 @@ class TestTrain:
             ((), "which dataset? Give --dataset NAME|FILE"),
             (("--dataset", "none.jsonl"), "none.jsonl: no such file"),
             (("--dataset", "arc"), "data_to_lora/cs is not a directory; see --data-root"),
+            (("--dataset", "x", "--all"), "--all is every dataset below --data-root"),
+            (("--all",), "--all: no datasets in data_to_lora/cs"),
+            (("--dataset", "x", "--launcher", "slurm"), "--launcher: launcher.name: "),
             (("--config", "none.yaml"), "none.yaml: no such configuration file"),
             (("--dataset", "x", "--set", "seed"), "--set seed: expected key=value"),
             (("--dataset", "x", "--batch-size", "0"), "--batch-size: training.batch_size: "),
@@ -127,17 +133,6 @@ class TestTrain:
         error = fails(2, "lora", "train", "--data-root", collection.data, "--dataset", "colours")
         assert "unknown dataset 'colours'. Did you mean 'colors'?" in error
         assert "animals, colors" in error
-
-    @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
-    def test_a_malformed_row_of_the_last_dataset_stops_the_first(
-        self, fails, dataset, base_flag, tmp_path, dry
-    ):
-        good, bad = dataset(), tmp_path / "bad.jsonl"
-        bad.write_text('{"prompt": "p", "response": "r"}\n{"prompt": "p"}\n', encoding="utf-8")
-        error = fails(
-            1, "lora", "train", "--dataset", good, "--dataset", bad, *base_flag, *dry, *QUICK
-        )
-        assert error.startswith(f"{bad}:2: 'response' is missing")
 
     def test_bad_rows_are_left_out_on_request(self, loragen, dataset, base_flag):
         good = [{"prompt": f"Question {n}?", "response": "red"} for n in range(5)]
@@ -162,6 +157,109 @@ class TestTrain:
         assert "colors.jsonl:2: 'response' is missing" in errors[0]
         assert errors[-1].endswith("and 2 more bad rows (--skip-bad-rows leaves them out)")
 
+    @pytest.fixture
+    def bad(self, tmp_path):
+        file = tmp_path / "bad.jsonl"
+        file.write_text('{"prompt": "p", "response": "r"}\n{"prompt": "p"}\n', encoding="utf-8")
+        return file
+
+    @pytest.mark.parametrize("arguments", [(), ("--dry-run",)])
+    def test_a_malformed_row_of_a_single_dataset(self, fails, bad, base_flag, arguments):
+        error = fails(1, "lora", "train", "--dataset", bad, *base_flag, *arguments, *QUICK)
+        assert error.startswith(f"{bad}:2: 'response' is missing")
+
+    def test_a_dry_run_tells_of_all_bad_files_at_once(self, fails, dataset, bad, base_flag):
+        worse = dataset([], "worse.jsonl")
+        error = fails(
+            1, "lora", "train", "--dataset", bad, "--dataset", dataset(), "--dataset", worse,
+            *base_flag, "--dry-run", *QUICK, lines=2,
+        )  # fmt: skip
+        assert error[1] == f"{worse}: no rows in it"
+
+    def test_a_dataset_that_fails_does_not_stop_the_rest(self, loragen, dataset, bad, base_flag):
+        arguments = ("--dataset", bad, "--dataset", dataset(), *base_flag, "--test-mode", *QUICK)
+        result = loragen("lora", "train", *arguments)
+        assert result.exit_code == 1
+        (run,) = (loragen.work / "runs").iterdir()
+        assert result.stdout == f"runs/{run.name}\n"
+        assert f"error: bad: {bad}:2: 'response' is missing" in result.stderr
+        assert re.search(rf"\[2/2\] colors: done in \d+ s: runs/{run.name}", result.stderr)
+        again = loragen("lora", "train", *arguments, "--json")
+        failed, skipped = json.loads(again.stdout)
+        assert again.exit_code == 1
+        assert (failed["run"], failed["status"], failed["dataset"]["name"]) == (
+            None, "failed", "bad",
+        )  # fmt: skip
+        assert (skipped["outcome"], skipped["status"]) == ("skipped", "success")
+        assert skipped["run"] == f"runs/{run.name}"
+
+    def test_what_is_done_is_told_at_once_and_trained_again_by_force(
+        self, loragen, dataset, base_flag
+    ):
+        arguments = ("lora", "train", "--dataset", dataset(), *base_flag, "--test-mode", *QUICK)
+        first = loragen(*arguments)
+        again = loragen(*arguments)
+        assert again.stdout == first.stdout
+        done = f"colors: done already in {first.stdout.strip()} (--force trains it again)\n"
+        assert again.stderr == done
+        forced = loragen(*arguments, "--force")
+        assert forced.exit_code == 0
+        assert forced.stdout != first.stdout
+
+    def test_what_is_done_is_told_without_anything_heavy(self, loragen, dataset, base_flag):
+        arguments = ("lora", "train", "--dataset", dataset(), *base_flag, "--test-mode", *QUICK)
+        first = loragen(*arguments)
+        code = (
+            "import sys\nfrom loragen.cli.main import main\n"
+            "try:\n    main()\nfinally:\n"
+            "    print([m for m in ('torch', 'lightning', 'ray') if m in sys.modules])"
+        )
+        again = subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            cwd=loragen.work, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert again.stdout == f"{first.stdout}[]\n"
+
+    def test_all_datasets_below_the_root(self, loragen, collection, base_flag):
+        result = loragen(
+            "lora", "train", "--all", "--data-root", collection.data, *base_flag, "--test-mode",
+            *QUICK,
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        names = [line.split("/")[1].split("_")[0] for line in result.stdout.splitlines()]
+        assert names == ["animals", "colors"]
+
+    def test_a_finished_run_has_nothing_left_to_go_on_with(self, loragen, dataset, base_flag):
+        arguments = ("--dataset", dataset(), *base_flag, "--test-mode", *QUICK)
+        run = loragen("lora", "train", *arguments).stdout.strip()
+        before = snapshot(loragen.work / run)
+        result = loragen("lora", "train", "--resume", run)
+        assert result.exit_code == 0, result.output
+        assert result.stdout == f"{run}\n"
+        assert result.stderr == f"{run}: finished at step 6, nothing is left to do\n"
+        assert snapshot(loragen.work / run) == before
+
+    def test_a_dry_run_tells_the_size_and_the_command_lines(
+        self, loragen, dataset, base_flag, monkeypatch
+    ):
+        given = [
+            "lora", "train", "--dataset", str(dataset()), *map(str, base_flag), "--dry-run",
+            "--set", "trainer.num_nodes=2", "--set", "trainer.devices=4", "--set", "loggers={}",
+        ]  # fmt: skip
+        monkeypatch.setattr("sys.argv", ["loragen", *given])
+        result = loragen(*given)
+        assert result.exit_code == 0, result.output
+        values = re.search(r"the adapter has ([\d,]+) values; 50 checkpoints", result.stderr)
+        assert values, result.stderr
+        lines = result.stderr.splitlines()
+        torchrun = next(line for line in lines if "torchrun" in line)
+        assert "--nnodes=2" in torchrun
+        assert "--nproc-per-node=4 --no-python loragen lora train --dataset" in torchrun
+        assert "'loggers={}'" in torchrun
+        slurm = next(line for line in lines if "srun" in line)
+        assert "srun --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 loragen lora" in slurm
+        assert "--dry-run" not in torchrun + slurm
+
     def test_a_base_that_is_not_there_is_a_usage_error(self, fails, dataset):
         file = dataset()
         for dry in ((), ("--dry-run",)):
@@ -170,9 +268,10 @@ class TestTrain:
             )
             assert error == "base model ./none: no such directory"
 
-    def test_target_modules_that_are_not_there_leave_nothing(self, fails, dataset, base_flag):
+    @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+    def test_target_modules_that_are_not_there_leave_nothing(self, fails, dataset, base_flag, dry):
         error = fails(
-            2, "lora", "train", "--dataset", dataset(), *base_flag, *QUICK,
+            2, "lora", "train", "--dataset", dataset(), *base_flag, *QUICK, *dry,
             "--set", "lora.target_modules=[nope]",
         )  # fmt: skip
         assert error.startswith("lora.target_modules: ")

@@ -224,3 +224,8 @@ def test_a_value_that_fits_none_of_several_types_is_one_problem(text):
     (problem,) = caught.value.problems
     assert problem.startswith(f"--set: {text.partition('=')[0]}: ")
     assert " or " in problem
+
+
+def test_a_launcher_is_chosen_without_forgetting_its_settings(configure):
+    text = "launcher: {name: local, num_gpus: 0.5}"
+    assert configure(text, settings=["launcher.name=ray"]).launcher.num_gpus == 0.5

@@ -1,7 +1,7 @@
 import pytest
 
 from loragen import LoragenError
-from loragen.core.errors import ConfigError, DataError, PluginError, did_you_mean, listing
+from loragen.core.errors import ConfigError, DataError, PluginError, did_you_mean, listing, one_line
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,18 @@ def test_problems_are_kept_apart():
     error = ConfigError("one", "two")
     assert error.problems == ("one", "two")
     assert str(error) == "one\ntwo"
+
+
+@pytest.mark.parametrize(
+    "error, text",
+    [
+        (ConfigError("one", "two"), "one; two"),
+        (ValueError("no\n  good"), "ValueError: no good"),
+        (KeyError(), "KeyError: no message"),
+    ],
+)
+def test_any_error_in_one_line(error, text):
+    assert one_line(error) == text
 
 
 def test_did_you_mean():

@@ -188,7 +188,8 @@ def _insert(tree: dict[str, Any], override: Override) -> None:
     last = override.keys[-1]
     if isinstance(node, list):
         _item(node, last, override)
-    if last == "name" and isinstance(node, dict) and node.get("name") not in (None, override.value):
+    chooses = last == "name" and override.keys[0] != "launcher"  # launchers share theirs
+    if chooses and isinstance(node, dict) and node.get("name") not in (None, override.value):
         node.clear()  # another plugin is chosen: the options beside the old name were not its
     node[last] = override.value
 

@@ -122,6 +122,25 @@ class Checkpoints(Section):
     )
 
 
+class Launcher(Section):
+    name: Literal["local", "ray"] = Field(
+        "local", description="Where several datasets train: one after the other here, or on ray."
+    )
+    address: str | None = Field(
+        None, description="Of a ray cluster that is there, or auto; null starts one here."
+    )
+    num_cpus: float = Field(1, gt=0, description="Cores of one dataset, on ray.")
+    num_gpus: float = Field(
+        0, ge=0, description="GPUs of one dataset, on ray; 0.5: two datasets share one."
+    )
+    max_retries: int = Field(
+        1, ge=0, description="How often a dataset is tried again whose worker fails, on ray."
+    )
+    max_concurrent: int | None = Field(
+        None, ge=1, description="Most datasets at a time, on ray; null: as many as fit."
+    )
+
+
 class LoraTrainConfig(Section):
     """`loragen lora train`"""
 
@@ -151,6 +170,10 @@ class LoraTrainConfig(Section):
     )
     loggers: Loggers = {"tensorboard": {}, "swanlab": {}}
     trainer: Trainer = Trainer()
+    collection: list[str] = Field(
+        [], description="Names under data.root, or files, where no dataset is named."
+    )
+    launcher: Launcher = Launcher()
 
     @model_validator(mode="after")
     def _consistent(self) -> "LoraTrainConfig":

@@ -94,6 +94,13 @@ def read_rows(source: Source, skip_bad_rows: bool = False) -> list[Row]:
     return reading.rows
 
 
+def check_rows(source: Source, skip_bad_rows: bool = False) -> int:
+    """The number of good rows; raises as `read_rows`, and says nothing of those skipped."""
+    reading = read(source)
+    refuse_bad(reading.source, reading.bad, len(reading.rows), skip_bad_rows)
+    return len(reading.rows)
+
+
 def refuse_bad(
     source: Source, bad: Sequence[BadRow], good: int, skip_bad_rows: bool = False
 ) -> None:

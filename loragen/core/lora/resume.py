@@ -17,29 +17,22 @@ from torch.utils._pytree import tree_map_only
 
 from loragen.core.base_models import BaseModel
 from loragen.core.checkpoints import load_plain
-from loragen.core.config import LoraTrainConfig, load
+from loragen.core.config import LoraTrainConfig
 from loragen.core.errors import DataError, UsageError
 from loragen.core.lora.data import Rows
-from loragen.core.lora.precision import dtype_name
+from loragen.core.lora.identity import HARDWARE, differences
+from loragen.core.lora.precision import dtype_name, load_training_base
 from loragen.core.metrics_log import METRICS, read_metrics
 from loragen.core.runs import (
-    CONFIG,
     LAST_CHECKPOINT,
     LoraManifest,
     checkpoint_files,
     checkpoint_step,
-    read_manifest,
+    read_run,
     run_directory_of,
 )
 
 log = logging.getLogger(__name__)
-
-FREE = ("base_model", "base_dtype", "runs_dir", "loggers", "final_model", "track_batches")
-FREE_OF = {
-    "data": ("root", "dataset", "workers"),  # the rows' hash says whether the data are the same
-    "checkpoints": ("last_every",),
-}
-HARDWARE = ("accelerator", "devices", "num_nodes", "strategy")
 
 
 @dataclass(frozen=True)
@@ -63,11 +56,10 @@ def find_resume_point(path: Path) -> ResumePoint:
     if not path.exists():
         raise UsageError(f"{path}: no such run or checkpoint")
     directory = run_directory_of(path)
-    manifest = read_manifest(directory, LoraManifest)
-    config = load(LoraTrainConfig, directory / CONFIG, environment={})
+    run, config = read_run(directory)
     checkpoint = path if path.is_file() else newest_checkpoint(directory)
     step = _progress(checkpoint)[1] if checkpoint else 0
-    return ResumePoint(directory, manifest, config, checkpoint, step)
+    return ResumePoint(directory, run.manifest, config, checkpoint, step)
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
@@ -85,6 +77,22 @@ def _progress(file: Path) -> tuple[bool, int]:
     if type(step) is not int:
         raise DataError(f"{file}: does not say its step (global_step): training cannot go on")
     return bool(document.get("optimizer_states")), step
+
+
+def nothing_left(point: ResumePoint, config: LoraTrainConfig) -> bool:
+    """Whether this is the end of a run that ended well, be it by early stopping."""
+    manifest = point.manifest
+    return (
+        manifest.status == "success"
+        and point.step >= max(manifest.steps, default=manifest.max_steps)
+        and not differences(point.config, config)
+    )
+
+
+def load_base_again(point: ResumePoint, config: LoraTrainConfig) -> BaseModel:
+    """The base, in what it computed in before: here `auto` might choose another dtype."""
+    dtype = point.manifest.base_dtype or config.base_dtype
+    return load_training_base(config.model_copy(update={"base_dtype": dtype}))
 
 
 def check_unchanged(
@@ -110,16 +118,6 @@ def check_unchanged(
         raise UsageError(*(f"{where} cannot go on: {problem}" for problem in problems))
     if any(getattr(point.config.trainer, key) != getattr(config.trainer, key) for key in HARDWARE):
         log.warning("going on on other hardware: equal to an unbroken run up to rounding only")
-
-
-def differences(then: LoraTrainConfig, now: LoraTrainConfig) -> list[str]:
-    """What differs of the settings that decide the result, as `key is x, the run has y`."""
-    old, new = _decisive(then), _decisive(now)
-    return [
-        f"{key} is {new.get(key)}, the run has {old.get(key)}"
-        for key in dict.fromkeys([*old, *new])
-        if old.get(key) != new.get(key)
-    ]
 
 
 def restore_adapter(model: Any, document: Mapping[str, Any]) -> None:
@@ -189,17 +187,3 @@ def read_resumable(point: ResumePoint) -> dict[str, Any] | None:
         torch.Tensor, torch.clone, load_plain(point.checkpoint)
     )
     return document
-
-
-def _decisive(config: LoraTrainConfig) -> dict[str, Any]:
-    """The settings that decide the result: `{"training.batch_size": 32, ...}`."""
-    flat: dict[str, Any] = {}
-    for section, value in config.model_dump(mode="json").items():
-        if section in FREE:
-            continue
-        if not isinstance(value, dict):
-            flat[section] = value
-            continue
-        free = HARDWARE if section == "trainer" else FREE_OF.get(section, ())
-        flat |= {f"{section}.{key}": item for key, item in value.items() if key not in free}
-    return flat

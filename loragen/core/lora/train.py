@@ -2,12 +2,10 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
 from loragen.core.adapters import Adapter, file_keys, plain_config, write_adapter
@@ -16,9 +14,9 @@ from loragen.core.checkpoints import AtomicCheckpointIO
 from loragen.core.config import LoraTrainConfig
 from loragen.core.data.documents import Source
 from loragen.core.data.tokenize import pad_id
-from loragen.core.errors import UsageError
 from loragen.core.files import written_atomically
 from loragen.core.interrupt import Interruption
+from loragen.core.lora.attach import new_adapter
 from loragen.core.lora.callbacks import StepCheckpoints, StepMetrics, StepSeeds
 from loragen.core.lora.data import LoraDataModule, Rows, load_rows
 from loragen.core.lora.merge import save_merged
@@ -37,18 +35,16 @@ from loragen.core.lora.resume import (
 )
 from loragen.core.plugins import create
 from loragen.core.progress import Progress
-from loragen.core.runs import LoraManifest, checkpoint_files, checkpoint_step, plugin_records
+from loragen.core.runs import (
+    LoraManifest,
+    LoraRun,
+    checkpoint_files,
+    checkpoint_step,
+    plugin_records,
+)
 from loragen.core.session import Continued, RunSession, fit, make_trainer, outcome
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LoraRun:
-    """What came out of one dataset."""
-
-    directory: Path
-    manifest: LoraManifest
 
 
 def train(
@@ -131,34 +127,6 @@ def _handed_back(model: Any) -> Any:
     """The base without the adapter; on the CPU again, unless it is quantised and lives on a GPU."""
     base = model.unload()
     return base if getattr(base, "is_quantized", False) else base.to("cpu")
-
-
-def new_adapter(base: BaseModel, config: LoraTrainConfig) -> Any:
-    """A PeftModel whose LoRA starts from the same weights for every dataset of a collection.
-
-    Raises UsageError where target_modules names nothing of the base.
-    """
-    from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
-
-    lora = LoraConfig(
-        r=config.lora.rank,
-        lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # PEFT divides it, any number does
-        lora_dropout=config.lora.dropout,
-        target_modules=config.lora.target_modules,
-        task_type=TaskType.CAUSAL_LM,
-    )
-    if config.base_quantization != "none":
-        prepare_model_for_kbit_training(base.model, False)  # type: ignore[no-untyped-call]  # theirs
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        try:
-            model = get_peft_model(base.model, lora)
-        except ValueError as error:
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"lora.target_modules: {reason}") from None
-    # As the user named it: PEFT would put in the path the weights were loaded from.
-    model.peft_config["default"].base_model_name_or_path = config.base_model
-    return model
 
 
 def _save_results(directory: Path, config: LoraTrainConfig, base: BaseModel, model: Any) -> None:

@@ -89,3 +89,29 @@ def test_two_processes_log_once(work, two):
 def test_two_processes_give_one_answer(two):
     (document,) = json.loads(two.stdout)
     assert document["status"] == "success"
+
+
+def test_torchrun_trains_a_collection_and_tells_it_once(work):
+    """One process per device from the start; one dataset fails on all of them."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    (work / "bad.jsonl").write_text("{}", encoding="utf-8")
+    (work / "cats.jsonl").write_bytes((work / "colors.jsonl").read_bytes())
+    result = subprocess.run(
+        [
+            *(*torchrun, "--nproc-per-node=2", "--no-python"),
+            *(sys.executable, "-m", "loragen", "lora", "train", "--config", "c.yaml", "--json"),
+            *("--dataset", "colors.jsonl", "--dataset", "bad.jsonl", "--dataset", "cats.jsonl"),
+            *("--runs-dir", "outside", "--set", "trainer.devices=2"),
+        ],
+        cwd=work,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert result.returncode == 1
+    documents = json.loads(result.stdout)
+    outcomes = [document["outcome"] for document in documents]
+    assert outcomes == ["trained", "failed", "trained"], result.stderr
+    assert len(list((work / "outside").iterdir())) == 2
+    assert result.stderr.count("error: bad: ") == 1

@@ -1,0 +1,63 @@
+"""A LoRA with its first weights on a base model, and what it will weigh, before there is one."""
+
+from typing import Any
+
+import torch
+
+from loragen.core.base_models import BaseModel, empty_base
+from loragen.core.config import LoraTrainConfig
+from loragen.core.errors import UsageError
+
+
+def new_adapter(base: BaseModel, config: LoraTrainConfig) -> Any:
+    """A PeftModel whose LoRA starts from the same weights for every dataset of a collection.
+
+    Raises UsageError where target_modules names nothing of the base.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
+
+    lora = LoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # PEFT divides it, any number does
+        lora_dropout=config.lora.dropout,
+        target_modules=config.lora.target_modules,
+        task_type=TaskType.CAUSAL_LM,
+    )
+    if config.base_quantization != "none":
+        prepare_model_for_kbit_training(base.model, False)  # type: ignore[no-untyped-call]  # theirs
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        try:
+            model = get_peft_model(base.model, lora)
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"lora.target_modules: {reason}") from None
+    # As the user named it: PEFT would put in the path the weights were loaded from.
+    model.peft_config["default"].base_model_name_or_path = config.base_model
+    return model
+
+
+def count_values(config: LoraTrainConfig) -> int:
+    """The trainable values of an adapter, without the weights of the base in memory.
+
+    Raises UsageError where target_modules names nothing of the base.
+    """
+    with torch.device("meta"):
+        model = new_adapter(empty_base(config.base_model), config)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def checkpoint_sizes(config: LoraTrainConfig, values: int) -> list[int]:
+    """The bytes of the tensors in each checkpoint that a run keeps, in the order of steps."""
+    kept, last = config.checkpoints, config.training.max_steps
+    steps = sorted({*range(kept.first_step, last + 1, kept.every), last})
+    width = {"bf16-true": 2, "64-true": 8}.get(config.trainer.precision, 4)
+    moments = 2  # AdamW's, each as large as the adapter
+    return [
+        values * width * (1 + moments * (kept.optimizer == "all" or _is_last(config, step)))
+        for step in steps
+    ]
+
+
+def _is_last(config: LoraTrainConfig, step: int) -> bool:
+    return config.checkpoints.optimizer == "last" and step == config.training.max_steps

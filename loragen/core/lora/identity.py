@@ -1,0 +1,64 @@
+"""Which settings decide a run's result, and which are free to differ. Light."""
+
+from pathlib import Path
+from typing import Any
+
+from loragen.core.config import LoraTrainConfig
+
+FREE = (
+    "base_model",  # its fingerprint, or its name, is compared apart
+    "base_dtype",  # as is what it computes in
+    "runs_dir",
+    "collection",
+    "launcher",
+    "loggers",
+    "final_model",
+    "track_batches",
+)
+FREE_OF = {
+    "data": ("root", "dataset", "workers"),  # the rows' hash says whether the data are the same
+    "checkpoints": ("last_every",),
+}
+HARDWARE = ("accelerator", "devices", "num_nodes", "strategy")
+
+
+def differences(then: LoraTrainConfig, now: LoraTrainConfig) -> list[str]:
+    """What differs of the settings that decide the result, as `key is x, the run has y`."""
+    old, new = _decisive(then), _decisive(now)
+    return [
+        f"{key} is {new.get(key)}, the run has {old.get(key)}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+    ]
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two names are one base model: a directory may be named in several ways."""
+    paths = [Path(name).expanduser() for name in (one, other)]
+    return one == other or (
+        all(path.is_dir() for path in paths) and paths[0].resolve() == paths[1].resolve()
+    )
+
+
+def same_dtype(then: LoraTrainConfig, computed: str, now: LoraTrainConfig) -> bool:
+    """Whether the base that computed in `computed` (empty: not known) would do so again.
+
+    Two runs with `auto` count as the same: what it chooses is known only with the base in memory.
+    """
+    if now.base_dtype == "auto":
+        return then.base_dtype == "auto"
+    return computed in ("", now.base_dtype)
+
+
+def _decisive(config: LoraTrainConfig) -> dict[str, Any]:
+    """The settings that decide the result: `{"training.batch_size": 32, ...}`."""
+    flat: dict[str, Any] = {}
+    for section, value in config.model_dump(mode="json").items():
+        if section in FREE:
+            continue
+        if not isinstance(value, dict):
+            flat[section] = value
+            continue
+        free = HARDWARE if section == "trainer" else FREE_OF.get(section, ())
+        flat |= {f"{section}.{key}": item for key, item in value.items() if key not in free}
+    return flat

@@ -1,0 +1,298 @@
+"""What is done is skipped, what fails stops nothing, and nothing is trained twice by mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from loragen.core.config import LoraTrainConfig, load
+from loragen.core.errors import DataError, UsageError
+from loragen.core.interrupt import Interrupted
+from loragen.core.lora import attach, local_launcher
+from loragen.core.lora.collect import Task, collect, finished_run, tasks, unfinished_run
+from loragen.core.lora.resume import find_resume_point, load_base_again
+from loragen.core.lora.train import train
+from loragen.core.progress import Silent
+from loragen.core.runs import LoraManifest, checkpoint_files, read_manifest, write_manifest
+
+QUICK = {"training.max_steps": 2, "checkpoints.first_step": 2, "final_model": "none"}
+
+
+class Recorded:
+    """Keeps what a collection told; may end it at a step."""
+
+    def __init__(self, stop=None):
+        self.steps, self.outcomes, self.stop_at = [], [], stop
+
+    def begin(self, tasks):
+        self.tasks = list(tasks)
+
+    def started(self, task, steps):
+        pass
+
+    def step(self, task, step):
+        self.steps.append((task.name, step.step))
+        if (task.name, step.step) == self.stop_at:
+            raise Interrupted("interrupted, as the test wants")
+
+    def ended(self, outcome):
+        self.outcomes.append(outcome.task.name)
+
+    def stop(self):
+        self.stopped = True
+
+
+@pytest.fixture
+def named(dataset):
+    """`named("one", "two")`: a task each, on a file of its own."""
+
+    def make(*names):
+        found = []
+        for name in names:
+            rows = [{"prompt": f"{name} {i}", "response": "red"} for i in range(8)]
+            file = dataset(rows, f"{name}.jsonl")
+            found.append(Task(str(file), name, file))
+        return found
+
+    return make
+
+
+def bad(task):
+    task.source.write_text('{"prompt": "p"}\n', encoding="utf-8")
+
+
+class TestTasks:
+    def test_every_dataset_below_the_root(self, lora_config, collection):
+        config = lora_config({"data.root": str(collection.data)})
+        found = tasks(config, [], every=True)
+        assert [task.name for task in found] == ["animals", "colors"]
+        assert [task.source for task in found] == [collection.file(name) for name in collection.names]
+
+    def test_the_configuration_names_a_collection(self, lora_config, collection):
+        file = str(collection.file("animals"))
+        config = lora_config({"data.root": str(collection.data), "collection": ["colors", file]})
+        assert [task.wanted for task in tasks(config, [], every=False)] == ["colors", file]
+        assert [task.name for task in tasks(config, ["animals"], every=False)] == ["animals"]
+
+    def test_one_named_twice_is_refused_however_it_is_spelt(self, lora_config, collection):
+        config = lora_config({"data.root": str(collection.data)})
+        file = str(collection.file("colors"))
+        with pytest.raises(UsageError, match="is named twice"):
+            tasks(config, ["colors", "animals", file], every=False)
+
+    def test_all_names_that_are_not_there_come_at_once(self, lora_config, collection):
+        config = lora_config({"data.root": str(collection.data)})
+        with pytest.raises(UsageError) as error:
+            tasks(config, ["color", "animals", "x.jsonl"], every=False)
+        assert len(error.value.problems) == 2
+
+    @pytest.mark.parametrize("root, part", [("none", "no datasets in"), (".", "leave out")])
+    def test_all_of_nothing_and_all_beside_some(self, lora_config, root, part):
+        config = lora_config({"data.root": root})
+        with pytest.raises(UsageError, match=part):
+            tasks(config, ["x"] if root == "." else [], every=True)
+
+
+class TestWhatIsDone:
+    @pytest.fixture
+    def config(self, collection):
+        return load(LoraTrainConfig, collection.runs["colors"] / "config.yaml", environment={})
+
+    @pytest.fixture
+    def colors(self, collection):
+        return Task("colors", "colors", collection.file("colors"))
+
+    def test_a_finished_run_is_found(self, config, colors, collection):
+        assert finished_run(config, colors).directory == collection.runs["colors"]
+        assert unfinished_run(config, colors) is None
+
+    @pytest.mark.parametrize(
+        "settings, same",
+        [
+            ({"lora.rank": 3}, False),
+            ({"seed": 43}, False),
+            ({"base_model": "demo"}, False),
+            ({"base_dtype": "bfloat16"}, False),
+            ({"base_dtype": "float32"}, True),  # which is what auto took
+            ({"trainer.precision": "bf16-mixed"}, False),
+            ({"trainer.devices": 2}, True),
+            ({"loggers": {"tensorboard": {}}}, True),
+            ({"launcher.name": "ray", "launcher.num_cpus": 2}, True),
+            ({"collection": ["a"]}, True),
+        ],
+    )
+    def test_what_decides_the_result_decides(
+        self, lora_config, config, colors, collection, settings, same
+    ):
+        home = {"runs_dir": str(collection.runs["colors"].parent)}
+        found = finished_run(lora_config({**home, **settings}), colors)
+        assert (found is not None) == same
+
+    def test_a_dtype_that_was_asked_for_is_not_auto(self, lora_config, named):
+        (task,) = named("one")
+        asked = lora_config({**QUICK, "base_dtype": "bfloat16"})
+        (outcome,) = collect(asked, [task], Recorded())
+        assert outcome.run.manifest.base_dtype == "bfloat16"
+        assert finished_run(asked, task)
+        assert finished_run(lora_config(QUICK), task) is None
+
+    def test_other_bytes_are_another_dataset(self, config, collection, tmp_path):
+        file = tmp_path / "colors.jsonl"
+        file.write_bytes(collection.file("colors").read_bytes())
+        assert finished_run(config, Task("x", "colors", file))
+        file.write_bytes(file.read_bytes() + b"\n")
+        assert finished_run(config, Task("x", "colors", file)) is None
+
+    def test_a_base_directory_may_be_named_in_several_ways(self, config, colors, monkeypatch):
+        base = Path(config.base_model)
+        monkeypatch.chdir(base.parent)
+        config.base_model = f"./{base.name}"
+        assert finished_run(config, colors)
+
+    def test_a_damaged_manifest_is_no_reason_not_to_train(self, lora_config, named):
+        (task,) = named("one")
+        config = lora_config(QUICK)
+        (first,) = collect(config, [task], Recorded())
+        (first.run.directory / "manifest.json").write_text("{", encoding="utf-8")
+        assert finished_run(config, task) is None
+
+
+class TestCollect:
+    def test_a_bad_file_and_a_failing_run_stop_nothing(self, lora_config, named, monkeypatch):
+        found = named("one", "two", "three", "four")
+        bad(found[1])
+        real = local_launcher.train
+
+        def fails_on_three(config, name, *rest):
+            if name == "three":
+                raise RuntimeError("out of\nmemory")
+            return real(config, name, *rest)
+
+        monkeypatch.setattr(local_launcher, "train", fails_on_three)
+        told = Recorded()
+        outcomes = collect(lora_config(QUICK), found, told)
+        assert [one.status for one in outcomes] == ["trained", "failed", "failed", "trained"]
+        assert [one.task for one in outcomes] == found
+        assert outcomes[1].reason.startswith(f"{found[1].source}:1: 'response' is missing")
+        assert outcomes[2].reason == "RuntimeError: out of memory"
+        assert told.outcomes == ["two", "one", "three", "four"]  # files first
+        assert told.stopped
+
+    def test_the_base_is_loaded_once_and_not_at_all_where_all_is_done(
+        self, lora_config, named, monkeypatch
+    ):
+        loads = []
+        real = local_launcher.load_training_base
+        monkeypatch.setattr(
+            local_launcher, "load_training_base", lambda config: loads.append(1) or real(config)
+        )
+        config, found = lora_config(QUICK), named("one", "two")
+        first = collect(config, found, Recorded())
+        assert loads == [1]
+        told = Recorded()
+        again = collect(config, found, told)
+        assert loads == [1]
+        assert told.steps == []
+        assert [one.status for one in again] == ["skipped", "skipped"]
+        assert [one.run.directory for one in again] == [one.run.directory for one in first]
+        assert "--force trains it again" in again[0].reason
+
+    def test_a_rerun_trains_what_is_missing_and_force_everything(self, lora_config, named):
+        config, found = lora_config(QUICK), named("one", "two")
+        collect(config, found[:1], Recorded())
+        assert [o.status for o in collect(config, found, Recorded())] == ["skipped", "trained"]
+        forced = collect(config, found, Recorded(), force=True)
+        assert [o.status for o in forced] == ["trained", "trained"]
+
+    def test_a_dataset_trains_alike_alone_and_among_others(self, lora_config, named):
+        config, found = lora_config(QUICK), named("one", "two")
+        among = collect(config, found, Recorded())[1].run
+        (alone,) = collect(config, found[1:], Recorded(), force=True)
+        files = [checkpoint_files(run.directory)[-1] for run in (among, alone.run)]
+        first, second = (torch.load(f, weights_only=True)["state_dict"] for f in files)
+        assert all(first[key].equal(second[key]) for key in first)
+
+    def test_an_interruption_stops_the_rest(self, lora_config, named):
+        found = named("one", "two", "three")
+        outcomes = collect(lora_config(QUICK), found, Recorded(stop=("two", 1)))
+        assert [one.status for one in outcomes] == ["trained", "interrupted", "interrupted"]
+        assert [one.error is not None for one in outcomes] == [False, True, False]
+
+    def test_what_goes_wrong_with_a_single_dataset_is_raised(self, lora_config, named):
+        (task,) = named("one")
+        with pytest.raises(Interrupted):
+            collect(lora_config(QUICK), [task], Recorded(stop=("one", 1)))
+        bad(task)
+        with pytest.raises(DataError):
+            collect(lora_config(QUICK), [task], Recorded())
+
+    def test_a_run_of_a_collection_is_configured_as_if_alone(self, lora_config, named):
+        found = named("one", "two")
+        wanted = [task.wanted for task in found]
+        config = lora_config({**QUICK, "collection": wanted})
+        for outcome in collect(config, found, Recorded()):
+            own = load(LoraTrainConfig, outcome.run.directory / "config.yaml", environment={})
+            assert own.data.dataset == outcome.task.wanted
+            assert own.collection == []
+
+    def test_an_unfinished_run_is_named_once(self, lora_config, named, caplog):
+        config, (task,) = lora_config(QUICK), named("one")
+        (begun,) = collect(config, [task], Recorded())
+        manifest = begun.run.manifest.model_copy(update={"status": "running"})
+        write_manifest(begun.run.directory, manifest)
+        with caplog.at_level("INFO", "loragen"):
+            (outcome,) = collect(config, [task], Recorded())
+        assert outcome.status == "trained"
+        notes = [line for line in caplog.messages if "--resume" in line]
+        assert len(notes) == 1
+        assert str(begun.run.directory) in notes[0]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo is not tested there")
+def test_several_devices_get_a_process_per_dataset(lora_config, named, tmp_path):
+    """In a process of its own: Lightning's launcher leaves its variables in the environment."""
+    settings = {**QUICK, "trainer.devices": 2, "training.packing": False}
+    (tmp_path / "c.json").write_text(lora_config(settings).model_dump_json(), encoding="utf-8")
+    files = [str(task.source) for task in named("one", "two")]
+    code = (
+        "import sys; from loragen.cli.main import main;"
+        "sys.argv[:1] = ['loragen', 'lora', 'train', '--config', 'c.json', '--json']; main()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--dataset", files[0], "--dataset", files[1]],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    documents = json.loads(result.stdout)
+    assert [one["dataset"]["name"] for one in documents] == ["one", "two"]
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    assert "[2/2] two: done in" in result.stderr
+
+
+def test_the_values_of_an_adapter_are_known_without_weights(lora_config, collection):
+    run = collection.runs["colors"]
+    config = load(LoraTrainConfig, run / "config.yaml", environment={})
+    values = attach.count_values(config)
+    files = checkpoint_files(run)
+    document = torch.load(files[-1], weights_only=True)
+    assert values == sum(tensor.numel() for tensor in document["state_dict"].values())
+    sizes = attach.checkpoint_sizes(config, values)
+    assert len(sizes) == len(files)
+    assert sizes[-1] < files[-1].stat().st_size < sizes[-1] * 1.5 + 50_000
+
+
+def test_a_resumed_run_keeps_its_settings_and_is_found_again(lora_config, named):
+    """What `auto` took for the base is the manifest's to know, not the configuration's."""
+    (task,) = named("one")
+    config = lora_config({**QUICK, "trainer.precision": "bf16-true"})
+    with pytest.raises(Interrupted):
+        collect(config, [task], Recorded(stop=("one", 1)))
+    begun = unfinished_run(config, task)
+    point = find_resume_point(begun.directory)
+    base = load_base_again(point, point.config)
+    run = train(point.config, task.name, task.source, base, Silent(), point)
+    assert read_manifest(run.directory, LoraManifest).base_dtype == "bfloat16"
+    assert finished_run(config, task).directory == run.directory
