@@ -97,7 +97,7 @@ def test_what_is_no_run_is_a_usage_error(fails, path):
 def test_one_run_has_one_dataset(fails, half, dataset):
     file = dataset(name="other.jsonl")
     error = fails(2, "lora", "train", "--resume", half(), "--dataset", file, "--dataset", dataset())
-    assert error == "--resume goes on with one run, and so with one dataset"
+    assert error == "--resume goes on with one run, and so with one dataset, here"
 
 
 def test_a_run_of_test_mode_goes_on(loragen, dataset, base_dir):
