@@ -36,13 +36,7 @@ class Batch(NamedTuple):
     packed: bool
 
     def to(self, device: torch.device) -> "Batch":
-        ids, positions, segments, targets = (
-            tensor.to(device, non_blocking=True) for tensor in self[:4]
-        )
-        return Batch(ids, positions, segments, targets, self.step_answers, self.packed)
-
-    def pin_memory(self) -> "Batch":
-        ids, positions, segments, targets = (tensor.pin_memory() for tensor in self[:4])
+        ids, positions, segments, targets = (tensor.to(device) for tensor in self[:4])
         return Batch(ids, positions, segments, targets, self.step_answers, self.packed)
 
 

@@ -1,6 +1,7 @@
 """A dataset's rows, tokenised, as micro-batches that depend on (seed, step, rank, part) alone."""
 
 import hashlib
+import signal
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -163,6 +164,7 @@ class LoraDataModule(LightningDataModule):
             batch_size=None,
             sampler=remaining,
             num_workers=self.workers,
+            worker_init_fn=leave_interrupts_to_us,
         )
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -171,6 +173,11 @@ class LoraDataModule(LightningDataModule):
         starts = range(0, len(rows), self.batch_size)
         batches = [self.batching.batch(rows[at : at + self.batch_size]) for at in starts]
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is map-style
+
+
+def leave_interrupts_to_us(worker: int) -> None:  # noqa: ARG001  # the loader's signature
+    """Ctrl+C reaches every process of a terminal; a step that is to be finished needs its batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _hash(examples: Sequence[Example]) -> str:

@@ -69,7 +69,9 @@ class TestTasks:
         config = lora_config({"data.root": str(collection.data)})
         found = tasks(config, [], every=True)
         assert [task.name for task in found] == ["animals", "colors"]
-        assert [task.source for task in found] == [collection.file(name) for name in collection.names]
+        assert [task.source for task in found] == [
+            collection.file(name) for name in collection.names
+        ]
 
     def test_the_configuration_names_a_collection(self, lora_config, collection):
         file = str(collection.file("animals"))
