@@ -69,7 +69,8 @@ class TestTasks:
         config = lora_config({"data.root": str(collection.data)})
         found = tasks(config, [], every=True)
         assert [task.name for task in found] == ["animals", "colors"]
-        assert [task.source for task in found] == [
+        files = [collection.file(name) for name in collection.names]
+        assert [task.source for task in found] == files
             collection.file(name) for name in collection.names
         ]
 
