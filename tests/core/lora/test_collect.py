@@ -71,8 +71,6 @@ class TestTasks:
         assert [task.name for task in found] == ["animals", "colors"]
         files = [collection.file(name) for name in collection.names]
         assert [task.source for task in found] == files
-            collection.file(name) for name in collection.names
-        ]
 
     def test_the_configuration_names_a_collection(self, lora_config, collection):
         file = str(collection.file("animals"))
