@@ -44,10 +44,13 @@ class Measured:
 
 
 def main() -> None:
-    arguments = _parser().parse_args()
+    parser = _parser()
+    arguments = parser.parse_args()
     if arguments.worker:
         print(json.dumps(asdict(_measure(json.loads(arguments.worker)))))
         return
+    if arguments.data is None:
+        parser.error("--data ROWS is required")
     with tempfile.TemporaryDirectory() as folder:
         model = _random_model(arguments.model, arguments.data, Path(folder) / "model")
         results: dict[str, list[Measured]] = {arm: [] for arm in arguments.arms}
@@ -126,9 +129,7 @@ def _in_a_process(arguments: argparse.Namespace, arm: str, model: Path, folder: 
 
 def _measure(job: dict[str, Any]) -> Measured:
     settings = ARMS[job["arm"]]
-    measured = _trainer(job) if settings is None else _loragen(job, settings)
-    measured.peak_gib = _peak_gib()
-    return measured
+    return _trainer(job) if settings is None else _loragen(job, settings)
 
 
 def _config(job: dict[str, Any], settings: dict[str, Any]) -> Any:
@@ -168,7 +169,7 @@ def _loragen(job: dict[str, Any], settings: dict[str, Any]) -> Measured:
     return Measured(
         _differences(times),
         losses,
-        0.0,
+        _peak_gib(),
         checkpoint_mib=file.stat().st_size / 2**20,
         checkpoint_seconds=_seconds_to_write(file),
     )
@@ -187,8 +188,8 @@ def _trainer(job: dict[str, Any]) -> Measured:
 
     from loragen.core.base_models import load_base
     from loragen.core.data.batches import batch_indices
+    from loragen.core.lora.attach import new_adapter
     from loragen.core.lora.data import load_rows
-    from loragen.core.lora.train import new_adapter
     from loragen.core.plugins import create
 
     config = _config(job, {})
@@ -246,7 +247,7 @@ def _trainer(job: dict[str, Any]) -> Measured:
     trainer.train()
     sys.stdout = stdout
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return Measured(_differences(times), [float(loss) for loss in losses], 0.0)
+    return Measured(_differences(times), [float(loss) for loss in losses], _peak_gib())
 
 
 def _seconds_to_write(file: Path) -> float:

@@ -31,7 +31,6 @@ def analyze(
 
     Exits with 1 where a tensor is not finite.
     """
-    from loragen.core.errors import UsageError
 
     for path in paths:
         if not path.exists():

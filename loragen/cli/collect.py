@@ -9,11 +9,11 @@ from loragen.cli import render
 from loragen.core.config import LoraTrainConfig, Override, dump, load
 from loragen.core.errors import LoragenError, UsageError
 from loragen.core.interrupt import Interrupted
-from loragen.core.lora.collect import Outcome, Task, collect, tasks
+from loragen.core.lora.collect import Outcome, Task, collect, config_of, tasks
 
 
 @dataclass(frozen=True)
-class Source:
+class ConfigSource:
     """Where the configuration comes from."""
 
     file: Path | None
@@ -28,7 +28,9 @@ class Source:
         return config
 
 
-def train(source: Source, wanted: Sequence[str], every: bool, force: bool, json: bool) -> None:
+def train(
+    source: ConfigSource, wanted: Sequence[str], every: bool, force: bool, json: bool
+) -> None:
     """A run per dataset; exit 1 with the list of those that failed."""
     from loragen.cli.collection_progress import collection_progress
 
@@ -37,20 +39,22 @@ def train(source: Source, wanted: Sequence[str], every: bool, force: bool, json:
     _report(collect(config, chosen, collection_progress(len(chosen)), force), json)
 
 
-def dry_run(source: Source, wanted: Sequence[str], every: bool) -> None:
+def dry_run(source: ConfigSource, wanted: Sequence[str], every: bool) -> None:
     """The resolved configuration, once everything is checked."""
     from loragen.cli.dry_run import check
 
     config = source.config()
     chosen = tasks(config, wanted, every)
-    if len(wanted) == 1:
-        config.data.dataset = wanted[0]
     check(config, chosen)
+    if len(chosen) == 1:
+        config = config_of(config, chosen[0])
+    else:
+        config.collection = [task.wanted for task in chosen]
     render.answer(dump(config).rstrip())
 
 
 def go_on(
-    source: Source,
+    source: ConfigSource,
     path: Path,
     wanted: Sequence[str],
     every: bool,
@@ -69,7 +73,9 @@ def go_on(
     (task,) = tasks(config, wanted or [manifest.dataset.path], every=False)
     if dry:
         from loragen.cli.dry_run import check
+        from loragen.core.lora.resume import check_settings, find_resume_point
 
+        check_settings(find_resume_point(path), config)
         check(config, [task])
         render.answer(dump(config).rstrip())
         return
@@ -80,6 +86,7 @@ def _resumed(config: LoraTrainConfig, task: Task, path: Path) -> Outcome:
     from loragen.cli.progress import terminal_progress
     from loragen.core.lora.resume import find_resume_point, load_base_again, nothing_left
     from loragen.core.lora.train import train as train_one
+    from loragen.core.progress import Silent
     from loragen.core.runs import LoraRun
 
     point = find_resume_point(path)
@@ -92,7 +99,8 @@ def _resumed(config: LoraTrainConfig, task: Task, path: Path) -> Outcome:
     render.note(f"{point.directory}: found {found}; {then}")
     base = load_base_again(point, config)
     name = point.manifest.dataset.name
-    run = train_one(config, name, task.source, base, terminal_progress(), point)
+    progress = terminal_progress() if render.is_first_process() else Silent()
+    run = train_one(config, name, task.source, base, progress, point)
     return Outcome(task, "trained", run)
 
 
@@ -116,7 +124,7 @@ def _report(outcomes: Sequence[Outcome], json: bool) -> None:
 
 
 def _raise_for(outcomes: Sequence[Outcome]) -> None:
-    stopped = [one for one in outcomes if one.status == "interrupted" and one.error]
+    stopped = [one for one in outcomes if one.status == "interrupted"]
     failed = [one for one in outcomes if one.status == "failed"]
     lines = [f"{one.task.name}: {one.reason}" for one in stopped + failed]
     errors = [one.error for one in failed if isinstance(one.error, Exception)]

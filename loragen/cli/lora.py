@@ -82,7 +82,7 @@ def train(
         (("launcher", "name"), launcher, "--launcher"),
     ]
     flags = [Override(*one) for one in given if one[1] is not None]
-    source = collect.Source(config, settings or [], flags, test_mode)
+    source = collect.ConfigSource(config, settings or [], flags, test_mode)
     if resume:
         collect.go_on(source, resume, dataset or [], every, launcher, dry_run, json)
     elif dry_run:

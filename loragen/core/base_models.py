@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from loragen.core.config import DEMO
 from loragen.core.errors import LoragenError, UsageError, did_you_mean
 from loragen.core.quiet import quiet_libraries
-
-DEMO = "demo"
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -30,13 +30,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> None:
         with written_atomically(Path(path)) as temporary:
             super().save_checkpoint(checkpoint, temporary, storage_options)
-
-
-class NamedTensors(NamedTuple):
-    """One checkpoint as read: where from, and its tensors by PEFT's file keys."""
-
-    file: Path
-    tensors: dict[str, Tensor]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

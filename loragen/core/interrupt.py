@@ -57,7 +57,7 @@ class Interruption:
             return self.requested
         return bool(trainer.strategy.reduce_boolean_decision(self.requested, all=False))
 
-    def after(self, step: int, steps: int, directory: Path) -> Interrupted:
+    def error_after(self, step: int, steps: int, directory: Path) -> Interrupted:
         return Interrupted(
             f"interrupted after step {step} of {steps}, which is saved; to go on: "
             f"loragen lora train --resume {directory}"

@@ -36,6 +36,8 @@ class DatasetRecord(BaseModel):
     """The hash of the rows in tokens: tells of another tokenizer or chat template."""
     too_long: list[int] = []
     """Lines left out since the answer alone had more tokens than `data.max_length`."""
+    validation: str = ""
+    """The hash of the validation file, where there is one."""
 
 
 class PluginRecord(BaseModel):

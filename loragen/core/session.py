@@ -79,7 +79,8 @@ class RunSession(Callback):
             write_text(self.directory / CONFIG, dump(self._config))
             write_manifest(self.directory, self.manifest)
             self._loggers.open(self._info())
-            self.manifest.logger_run_ids = self._loggers.run_ids
+            before = self._continued.logger_run_ids if self._continued else {}
+            self.manifest.logger_run_ids = {**before, **self._loggers.run_ids}
             write_manifest(self.directory, self.manifest)
 
     def _made(self) -> str:
@@ -140,8 +141,10 @@ def fit(trainer: Trainer, module: LightningModule, data: Any) -> None:
     Lightning answers Ctrl+C with `exit(1)`; the caller gets the KeyboardInterrupt back.
     """
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             trainer.fit(module, datamodule=data)
+    except MisconfigurationException as error:
+        raise UsageError(f"trainer: {str(error).strip().splitlines()[0]}") from error
     except SystemExit:
         raise KeyboardInterrupt from None
 
@@ -181,6 +184,6 @@ def hardware_usage() -> dict[str, float]:
     }
     if torch.cuda.is_available():
         usage["hardware/gpu_memory_gib"] = torch.cuda.memory_reserved() / 2**30
-        with suppress(ModuleNotFoundError, RuntimeError):  # the sensor library is optional
+        with suppress(Exception):  # the sensor library is optional, and a MIG slice has no sensor
             usage["hardware/gpu_percent"] = float(torch.cuda.utilization())
     return usage

@@ -15,7 +15,8 @@ from statistics import fmean
 from typing import Any
 
 from loragen.core.adapters import read_adapter
-from loragen.core.base_models import DEMO, load_base
+from loragen.core.base_models import load_base
+from loragen.core.config import DEMO
 from loragen.core.errors import UsageError
 from loragen.core.files import write_json, write_text
 from loragen.core.generator.model import Generator

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any, TypeVar
 
-from loragen.core.base_models import DEMO
-from loragen.core.config import GenTrainConfig, LoraTrainConfig, Override, load
+from loragen.core.config import DEMO, GenTrainConfig, LoraTrainConfig, Override, load
 
 Model = TypeVar("Model", LoraTrainConfig, GenTrainConfig)
 

@@ -67,7 +67,8 @@ class Workers:
 def _start() -> None:
     import torch
 
-    from loragen.core.base_models import DEMO, load_base
+    from loragen.core.base_models import load_base
+    from loragen.core.config import DEMO
 
     torch.set_num_threads(1)
     global _base

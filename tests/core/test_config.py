@@ -193,6 +193,7 @@ def test_a_file_that_names_loggers_names_all_of_them(configure):
             "training: {batch_size: 33}\ntrainer: {devices: 2}",
             "training.batch_size 33 must be a multiple of devices x num_nodes x",
         ),
+        ("launcher: {name: ray}\ntrainer: {devices: 2}", "launcher ray gives every dataset one"),
     ],
 )
 def test_options_that_contradict_are_refused(configure, text, part):

@@ -75,7 +75,7 @@ def test_several_devices_decide_together(mine, anyone):
 
 
 def test_it_says_how_to_go_on(tmp_path):
-    error = Interruption().after(7, 125, tmp_path / "colors_lora_1")
+    error = Interruption().error_after(7, 125, tmp_path / "colors_lora_1")
     assert isinstance(error, Interrupted)
     assert error.exit_code == EXIT_INTERRUPTED == 130
     assert str(error) == (

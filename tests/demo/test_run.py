@@ -6,7 +6,8 @@ import pytest
 import yaml
 from peft import PeftModel
 
-from loragen.core.base_models import DEMO, load_base
+from loragen.core.base_models import load_base
+from loragen.core.config import DEMO
 from loragen.core.errors import UsageError
 from loragen.core.progress import Silent
 from loragen.demo import settings

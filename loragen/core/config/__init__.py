@@ -2,9 +2,10 @@
 
 from loragen.core.config.document import document
 from loragen.core.config.load import Override, dump, load
-from loragen.core.config.schema import GenTrainConfig, LoraTrainConfig, PluginSection
+from loragen.core.config.schema import DEMO, GenTrainConfig, LoraTrainConfig, PluginSection
 
 __all__ = [
+    "DEMO",
     "GenTrainConfig",
     "LoraTrainConfig",
     "Override",

@@ -4,6 +4,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+DEMO = "demo"
+"""The base model that ships with the package."""
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -154,7 +157,10 @@ class LoraTrainConfig(Section):
         "none", description="QLoRA: a base in 8 or 4 bits; needs a CUDA GPU and bitsandbytes."
     )
     seed: int = Field(
-        42, ge=0, description="Batches, dropout and the LoRA initialisation of a whole collection."
+        42,
+        ge=0,
+        le=2**32 - 1,
+        description="Batches, dropout and the LoRA initialisation of a whole collection.",
     )
     runs_dir: str = Field("runs", description="Where run directories are made.")
     data: LoraData = LoraData()
@@ -187,6 +193,10 @@ class LoraTrainConfig(Section):
             )
         if self.trainer.sets_base_dtype and self.base_dtype != "auto":
             raise ValueError(f"trainer.precision {precision} is the base's too: base_dtype auto")
+        if self.launcher.name == "ray" and (self.trainer.devices, self.trainer.num_nodes) != (1, 1):
+            raise ValueError(
+                "launcher ray gives every dataset one device: trainer.devices 1, num_nodes 1"
+            )
         devices = self.trainer.devices if isinstance(self.trainer.devices, int) else 1
         parts = max(1, devices) * self.trainer.num_nodes * self.trainer.accumulate_grad_batches
         if self.training.batch_size % parts:

@@ -95,7 +95,7 @@ class GeneratorModule(LightningModule):
         }
 
     def _rate(self, step: int) -> float:
-        return self.schedule(step, self.total_steps).learning_rate
+        return self.schedule(min(step, self.total_steps), self.total_steps).learning_rate
 
 
 def _with_noise(condition: Tensor, share: float) -> Tensor:

@@ -25,7 +25,7 @@ def new_adapter(base: BaseModel, config: LoraTrainConfig) -> Any:
     )
     if config.base_quantization != "none":
         prepare_model_for_kbit_training(base.model, False)  # type: ignore[no-untyped-call]  # theirs
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         try:
             model = get_peft_model(base.model, lora)

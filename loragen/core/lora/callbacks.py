@@ -162,7 +162,7 @@ class StepCheckpoints(StepCallback):
         if (stops or step % settings.last_every == 0) and not covered:
             self._save(trainer, pl_module, self._last, with_optimizer=True)
         if stops:
-            raise self.interruption.after(step, trainer.max_steps, self.session.directory)
+            raise self.interruption.error_after(step, trainer.max_steps, self.session.directory)
 
     @property
     def _last(self) -> Path:

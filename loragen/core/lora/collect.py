@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
+from traceback import clear_frames
 from typing import Literal, Protocol
 
 from loragen.core.config import LoraTrainConfig
@@ -12,7 +13,8 @@ from loragen.core.config.schema import Launcher
 from loragen.core.data.documents import Source, content_hash, location
 from loragen.core.data.rows import check_rows, dataset_names, find_dataset
 from loragen.core.errors import LoragenError, UsageError, one_line
-from loragen.core.lora.identity import differences, same_base, same_dtype
+from loragen.core.interrupt import Interrupted
+from loragen.core.lora.identity import differences, same_base, same_dtype, validation_hash
 from loragen.core.progress import Step
 from loragen.core.runs import MANIFEST, LoraRun, read_run
 
@@ -141,12 +143,21 @@ def config_of(config: LoraTrainConfig, task: Task) -> LoraTrainConfig:
 
 
 def failed(task: Task, error: BaseException) -> Outcome:
+    """Lets go of what the error's frames hold: batches and graphs that the next dataset needs."""
+    link: BaseException | None = error
+    while link:
+        clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
     return Outcome(task, "failed", reason=one_line(error), error=error)
+
+
+def interrupted(task: Task, reason: str) -> Outcome:
+    return Outcome(task, "interrupted", reason=reason, error=Interrupted(reason))
 
 
 def not_started(tasks: Iterable[Task]) -> list[Outcome]:
     """The rest of a collection that was interrupted."""
-    return [Outcome(task, "interrupted", reason="not started") for task in tasks]
+    return [interrupted(task, "not started") for task in tasks]
 
 
 def _place(source: Source) -> str:
@@ -175,15 +186,16 @@ def _named(config: LoraTrainConfig, wanted: Sequence[str], every: bool) -> list[
 def _settled(config: LoraTrainConfig, tasks: Sequence[Task], force: bool) -> Iterator[Outcome]:
     """The tasks of which nothing is to be trained: done already, or their file is bad."""
     for task in tasks:
-        run = None if force else finished_run(config, task)
+        try:
+            run = None if force else finished_run(config, task)
+            if run is None:
+                check_rows(task.source, config.data.skip_bad_rows)
+        except Exception as error:  # noqa: BLE001  # a file may not be readable, a hub not there
+            yield failed(task, error)
+            continue
         if run:
             reason = f"done already in {run.directory} (--force trains it again)"
             yield Outcome(task, "skipped", run, reason)
-            continue
-        try:
-            check_rows(task.source, config.data.skip_bad_rows)
-        except LoragenError as error:
-            yield failed(task, error)
 
 
 def _tell_of_unfinished(config: LoraTrainConfig, tasks: Iterable[Task]) -> None:
@@ -191,7 +203,7 @@ def _tell_of_unfinished(config: LoraTrainConfig, tasks: Iterable[Task]) -> None:
         run = unfinished_run(config, task)
         if run:
             log.info(
-                "%s: an unfinished run is there; to go on with it: --resume %s",
+                "%s: an unfinished run is there; unless it is running: --resume %s",
                 task.name,
                 run.directory,
             )
@@ -225,6 +237,7 @@ def _same_runs(config: LoraTrainConfig, task: Task) -> Iterator[LoraRun]:
             manifest.dataset.sha256 == digest
             and same_base(manifest.base_model, config.base_model)
             and same_dtype(then, manifest.base_dtype, config)
+            and manifest.dataset.validation == validation_hash(config)
             and not differences(then, config)
         ):
             yield run

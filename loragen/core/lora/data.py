@@ -16,8 +16,9 @@ from loragen.core.data.batches import batch_indices, held_out, micro_batch
 from loragen.core.data.documents import Source, content_hash, location, parsed_source
 from loragen.core.data.rows import BadRow, Row, read_rows, refuse_bad, warn_of_bad
 from loragen.core.data.tokenize import Example, example
-from loragen.core.errors import DataError
+from loragen.core.errors import DataError, UsageError
 from loragen.core.lora.batch import Batch, Cost, answers_of, packed, padded
+from loragen.core.lora.identity import validation_hash
 from loragen.core.lora.packing import packing_cost
 from loragen.core.runs import DatasetRecord
 
@@ -53,6 +54,7 @@ def load_rows(config: LoraTrainConfig, name: str, source: Source, tokenizer: Any
         rows=len(rows),
         tokens=_hash(examples),
         too_long=too_long,
+        validation=validation_hash(config),
     )
     return Rows(
         [examples[index] for index in training],
@@ -137,6 +139,11 @@ class LoraDataModule(LightningDataModule):
         """Known once the model is on its device, where it is asked whether it can be packed."""
         assert self.trainer is not None
         parts, ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        if self.batch_size % (parts * ranks):
+            raise UsageError(
+                f"training.batch_size {self.batch_size} must be a multiple of {ranks} devices x "
+                f"{parts} accumulate_grad_batches: it counts the rows of a whole step"
+            )
         return Batching(
             self.batch_size,
             self.seed,
@@ -155,10 +162,7 @@ class LoraDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self.trainer is not None
         parts = self.batching.parts
-        every = range(self.max_steps * parts)
-        share = isinstance(self.limit, float)
-        end = None if self.limit is None else int(self.limit * (len(every) if share else 1))
-        remaining = every[:end][self.trainer.global_step * parts :]
+        remaining = range(self.trainer.global_step * parts, self._last_step(parts) * parts)
         return DataLoader(
             MicroBatches(self.rows.training, self.batching),
             batch_size=None,
@@ -166,6 +170,16 @@ class LoraDataModule(LightningDataModule):
             num_workers=self.workers,
             worker_init_fn=leave_interrupts_to_us,
         )
+
+    def _last_step(self, parts: int) -> int:
+        """Where `limit` ends the run: after whole steps. Raises UsageError for none."""
+        if self.limit is None:
+            return self.max_steps
+        share = isinstance(self.limit, float)
+        batches = int(self.limit * self.max_steps * parts) if share else int(self.limit)
+        if batches < parts:
+            raise UsageError(f"trainer.limit_train_batches {self.limit} leaves no whole step")
+        return min(self.max_steps, batches // parts)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Every rank sees all held-out rows, so that every rank takes the same decisions."""

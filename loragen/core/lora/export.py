@@ -7,8 +7,9 @@ import torch
 
 import loragen
 from loragen.core.adapters import WEIGHTS_FILE, Adapter, attach_adapter, new_config, write_adapter
-from loragen.core.base_models import DEMO, load_base, resolve_base
+from loragen.core.base_models import load_base, resolve_base
 from loragen.core.checkpoints import read_checkpointed_adapter
+from loragen.core.config import DEMO
 from loragen.core.config.schema import Lora
 from loragen.core.conversion.discover import LegacyRun, weights_of
 from loragen.core.conversion.facts import adapter_facts, facts_beside

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from loragen.core.config import LoraTrainConfig
+from loragen.core.config import DEMO, LoraTrainConfig
+from loragen.core.data.documents import content_hash, location, parsed_source
 
 FREE = (
     "base_model",  # its fingerprint, or its name, is compared apart
@@ -16,7 +17,12 @@ FREE = (
     "track_batches",
 )
 FREE_OF = {
-    "data": ("root", "dataset", "workers"),  # the rows' hash says whether the data are the same
+    "data": (
+        "root",
+        "dataset",
+        "validation",
+        "workers",
+    ),  # hashes say whether the data are the same
     "checkpoints": ("last_every",),
 }
 HARDWARE = ("accelerator", "devices", "num_nodes", "strategy")
@@ -30,6 +36,23 @@ def differences(then: LoraTrainConfig, now: LoraTrainConfig) -> list[str]:
         for key in dict.fromkeys([*old, *new])
         if old.get(key) != new.get(key)
     ]
+
+
+def validation_hash(config: LoraTrainConfig) -> str:
+    """Of the content of `data.validation`; empty where there is none."""
+    return content_hash(parsed_source(config.data.validation)) if config.data.validation else ""
+
+
+def located(config: LoraTrainConfig) -> LoraTrainConfig:
+    """With the places of base and validation file made absolute: a run is gone on with, and an
+    adapter loaded, from other directories."""
+    found = config.model_copy(deep=True)
+    base = Path(config.base_model).expanduser()
+    if config.base_model != DEMO and base.is_dir():
+        found.base_model = str(base.absolute())
+    if config.data.validation:
+        found.data.validation = location(parsed_source(config.data.validation))
+    return found
 
 
 def same_base(one: str, other: str) -> bool:

@@ -1,6 +1,7 @@
 """The datasets of a collection one after the other, on this machine."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -77,36 +78,40 @@ def train_in_processes(
     config: LoraTrainConfig, tasks: Sequence[Task], progress: CollectionProgress
 ) -> Iterator[Outcome]:
     """Each in a process of its own, from which Lightning starts those of the other devices."""
-    for index, task in enumerate(tasks):
-        progress.started(task, config.training.max_steps)
-        job = Job(config=config_of(config, task), name=task.name, source=location(task.source))
-        outcome = outcome_of(task, _run(job, RunWatch(config, task), progress, task))
-        yield outcome
-        if outcome.status == "interrupted":
-            yield from not_started(tasks[index + 1 :])
-            return
+    interruption = Interruption()
+    with interruption.awaited():
+        for index, task in enumerate(tasks):
+            progress.started(task, config.training.max_steps)
+            job = Job(config=config_of(config, task), name=task.name, source=location(task.source))
+            watch = RunWatch(config, task)
+            outcome = outcome_of(task, _run(job, watch, progress, task, interruption))
+            yield outcome
+            if interruption.requested or outcome.status == "interrupted":
+                yield from not_started(tasks[index + 1 :])
+                return
 
 
-def _run(job: Job, watch: RunWatch, progress: CollectionProgress, task: Task) -> Result:
+def _run(
+    job: Job, watch: RunWatch, progress: CollectionProgress, task: Task, interruption: Interruption
+) -> Result:
     with tempfile.TemporaryDirectory(prefix="loragen-") as folder:
         job_file, result_file = Path(folder, "job.json"), Path(folder, "result.json")
         job_file.write_text(job.model_dump_json(), encoding="utf-8")
         module = "loragen.core.lora.worker"
         command = [sys.executable, "-m", module, str(job_file), str(result_file)]
-        interruption = Interruption()
-        with interruption.awaited():
-            # In a session of its own, so that Ctrl+C reaches it once: through us.
-            process = subprocess.Popen(command, start_new_session=True)
-            try:
-                told = False
-                while _running(process):
-                    for step in watch.news():
-                        progress.step(task, step)
-                    if interruption.requested and not told:
-                        process.terminate()
-                        told = True
-            finally:
-                _end(process)
+        # In a session of its own, so that Ctrl+C reaches it once: through us. (Not on Windows,
+        # where the console has told it already.)
+        process = subprocess.Popen(command, start_new_session=True)
+        try:
+            told = sys.platform == "win32"
+            while _running(process):
+                for step in watch.news():
+                    progress.step(task, step)
+                if interruption.requested and not told:
+                    process.terminate()
+                    told = True
+        finally:
+            _end(process)
         if not result_file.is_file():
             return Result(status="failed", reason=f"its process ended with {process.returncode}")
         return Result.model_validate_json(result_file.read_text(encoding="utf-8"))
@@ -127,7 +132,10 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
         try:
             process.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:
-            process.kill()
+            if sys.platform == "win32":
+                process.kill()
+            else:  # with the processes of the other devices
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 class _OfTask:

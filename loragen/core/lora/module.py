@@ -18,8 +18,6 @@ class LoraModule(LightningModule):
     A checkpoint holds the adapter's tensors and what resuming needs, never the base.
     """
 
-    strict_loading = False
-
     def __init__(
         self,
         model: Any,
@@ -75,7 +73,8 @@ class LoraModule(LightningModule):
         }
 
     def _rate(self, step: int) -> float:
-        return self.schedule(step, self.max_steps).learning_rate
+        """LambdaLR also asks for the step after the last."""
+        return self.schedule(min(step, self.max_steps), self.max_steps).learning_rate
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]  # ours
         """The adapter's tensors alone. (Walking through a whole model to leave most of it out

@@ -52,13 +52,14 @@ def _objection(
         return f"has a sliding window of {window} tokens, and a row has {len(longest[0].ids)}"
     trial = longest if len(longest) > 1 else longest * 2  # one row alone sees no other
     in_order = [trial[index] for one in division(trial, cost)[1] for index in one]
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}  # a base keeps its eval mode
     model.eval()
     try:
         alone = answer_losses(model, padded(in_order, pad_id).to(model.device))
         together = _losses_together(model, packed(trial, pad_id, cost).to(model.device))
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
     if isinstance(together, Exception):
         return f"refuses a 4-D attention mask ({type(together).__name__})"
     # nan, too, is no equality

@@ -12,7 +12,7 @@ from textwrap import shorten
 from typing import Any
 
 from loragen.core.config import LoraTrainConfig
-from loragen.core.data.documents import location, parsed_source
+from loragen.core.data.documents import location
 from loragen.core.errors import UsageError, one_line
 from loragen.core.interrupt import Interruption
 from loragen.core.lora.collect import (
@@ -20,8 +20,10 @@ from loragen.core.lora.collect import (
     Outcome,
     Task,
     config_of,
+    interrupted,
     not_started,
 )
+from loragen.core.lora.identity import located
 from loragen.core.lora.watch import RunWatch
 from loragen.core.lora.worker import Job, Result, outcome_of, train_job
 
@@ -117,7 +119,7 @@ class _Collection:
 
     def _again(self, attempt: _Attempt, result: Result) -> Outcome | None:
         most = self._config.launcher.max_retries
-        if attempt.failures == most:
+        if attempt.failures >= most:
             return outcome_of(attempt.task, result)
         attempt.failures += 1
         run = attempt.watch.directory
@@ -143,7 +145,7 @@ class _Collection:
             yield from self._ended()
         for reference, attempt in self._running.items():
             self._ray.cancel(reference, force=True)
-            yield Outcome(attempt.task, "interrupted", reason="did not stop, and was ended")
+            yield interrupted(attempt.task, "did not stop, and was ended")
 
 
 @contextmanager
@@ -195,13 +197,9 @@ def _result(error: Exception) -> Result:
 def _absolute(config: LoraTrainConfig) -> LoraTrainConfig:
     """Workers have a working directory of their own; and without a GPU they use the CPU, where
     Ray itself would leave them all on the first GPU."""
-    absolute = config.model_copy(deep=True)
+    absolute = located(config)
     absolute.runs_dir = str(Path(config.runs_dir).absolute())
     absolute.data.root = str(Path(config.data.root).absolute())
-    if config.data.validation:
-        absolute.data.validation = location(parsed_source(config.data.validation))
-    if Path(config.base_model).expanduser().is_dir():
-        absolute.base_model = str(Path(config.base_model).expanduser().absolute())
     if not config.launcher.num_gpus and config.trainer.accelerator == "auto":
         absolute.trainer.accelerator = "cpu"
     return absolute

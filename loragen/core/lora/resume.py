@@ -6,7 +6,7 @@ was never interrupted, bit for bit on one kind of hardware.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,11 @@ def load_base_again(point: ResumePoint, config: LoraTrainConfig) -> BaseModel:
     return load_training_base(config.model_copy(update={"base_dtype": dtype}))
 
 
+def check_settings(point: ResumePoint, config: LoraTrainConfig) -> None:
+    """What can be said without data and base in memory. Raises UsageError, as below."""
+    _refuse(point, differences(point.config, config))
+
+
 def check_unchanged(
     point: ResumePoint, config: LoraTrainConfig, rows: Rows, base: BaseModel
 ) -> None:
@@ -105,6 +110,8 @@ def check_unchanged(
         problems.append(f"the data are other data: {now.path} is not the {then.path} of the run")
     elif then.tokens not in ("", now.tokens):
         problems.append("the rows make other tokens: another tokenizer or chat template")
+    if then.validation != now.validation:
+        problems.append("the validation rows are others (data.validation)")
     if point.manifest.base_fingerprint not in ("", base.fingerprint):
         problems.append(
             f"the base model has other weights: {config.base_model}, "
@@ -113,11 +120,14 @@ def check_unchanged(
     dtype = dtype_name(base.model.dtype)
     if point.manifest.base_dtype not in ("", dtype):
         problems.append(f"the base computes in {dtype}, the run's in {point.manifest.base_dtype}")
-    if problems:
-        where = point.directory
-        raise UsageError(*(f"{where} cannot go on: {problem}" for problem in problems))
+    _refuse(point, problems)
     if any(getattr(point.config.trainer, key) != getattr(config.trainer, key) for key in HARDWARE):
         log.warning("going on on other hardware: equal to an unbroken run up to rounding only")
+
+
+def _refuse(point: ResumePoint, problems: Sequence[str]) -> None:
+    if problems:
+        raise UsageError(*(f"{point.directory} cannot go on: {problem}" for problem in problems))
 
 
 def restore_adapter(model: Any, document: Mapping[str, Any]) -> None:

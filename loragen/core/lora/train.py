@@ -15,10 +15,11 @@ from loragen.core.config import LoraTrainConfig
 from loragen.core.data.documents import Source
 from loragen.core.data.tokenize import pad_id
 from loragen.core.files import written_atomically
-from loragen.core.interrupt import Interruption
+from loragen.core.interrupt import Interrupted, Interruption
 from loragen.core.lora.attach import new_adapter
 from loragen.core.lora.callbacks import StepCheckpoints, StepMetrics, StepSeeds
 from loragen.core.lora.data import LoraDataModule, Rows, load_rows
+from loragen.core.lora.identity import located
 from loragen.core.lora.merge import save_merged
 from loragen.core.lora.module import LoraModule
 from loragen.core.lora.precision import arithmetic, dtype_name
@@ -61,6 +62,7 @@ def train(
     bad rows, UsageError where the adapter does not fit the base or the run cannot go on,
     Interrupted on Ctrl+C, once the step is saved.
     """
+    config = located(config)
     _warn_of_missing_stages(config)
     rows = load_rows(config, name, source, base.tokenizer)
     if resume:
@@ -90,6 +92,8 @@ def train(
             fit(trainer, module, _data(config, rows, base))
             if trainer.is_global_zero:
                 _save_results(session.directory, config, base, model)
+        if interruption.requested:  # after the last step: a collection is not to go on
+            raise Interrupted(f"interrupted; {session.directory} was finished all the same")
     finally:
         base.model = _handed_back(model)
     assert isinstance(session.manifest, LoraManifest)

@@ -131,3 +131,14 @@ def test_the_last_checkpoint_of_an_early_stop_carries_the_optimizer(watch):
     assert len(others) < 39
     assert torch.load(last, weights_only=True)["optimizer_states"]
     assert not torch.load(others[-1], weights_only=True)["optimizer_states"]
+
+
+def test_a_signal_after_the_last_step_is_not_forgotten(watch, monkeypatch):
+    """A collection has to stop, though this run is finished."""
+    from loragen.core.lora import train as training
+
+    monkeypatch.setattr(training, "_save_results", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Interrupted, match="was finished all the same"):
+        watch()
+    (run,) = watch.runs.iterdir()
+    assert read_manifest(run, LoraManifest).status == "success"

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -220,7 +221,7 @@ class TestCollect:
         found = named("one", "two", "three")
         outcomes = collect(lora_config(QUICK), found, Recorded(stop=("two", 1)))
         assert [one.status for one in outcomes] == ["trained", "interrupted", "interrupted"]
-        assert [one.error is not None for one in outcomes] == [False, True, False]
+        assert [one.error is not None for one in outcomes] == [False, True, True]
 
     def test_what_goes_wrong_with_a_single_dataset_is_raised(self, lora_config, named):
         (task,) = named("one")
@@ -297,3 +298,47 @@ def test_a_resumed_run_keeps_its_settings_and_is_found_again(lora_config, named)
     run = train(point.config, task.name, task.source, base, Silent(), point)
     assert read_manifest(run.directory, LoraManifest).base_dtype == "bfloat16"
     assert finished_run(config, task).directory == run.directory
+
+
+def test_what_a_failed_dataset_held_is_let_go(lora_config, named):
+    """One that ran out of memory must not keep its batch while the others train."""
+    held = []
+
+    class Failing(Recorded):
+        def step(self, task, step):
+            if task.name == "one" and not held:
+                batch = torch.zeros(3)
+                held.append(weakref.ref(batch))
+                raise RuntimeError("out of memory")
+
+    progress = Failing()
+    outcomes = collect(lora_config(QUICK), named("one", "two"), progress)
+    assert [one.status for one in outcomes] == ["failed", "trained"]
+    assert held[0]() is None
+
+
+def test_other_validation_rows_are_another_run(lora_config, named, dataset):
+    (task,) = named("one")
+    held_out = dataset(name="held_out.jsonl")
+    config = lora_config({**QUICK, "data.validation": str(held_out)})
+    collect(config, [task], Recorded())
+    assert finished_run(config, task)
+    dataset([{"prompt": "another", "response": "blue"}], "held_out.jsonl")
+    assert finished_run(config, task) is None
+
+
+def test_what_cannot_even_be_looked_at_stops_nothing(lora_config, named, monkeypatch):
+    from loragen.core.lora import collect as module
+
+    found = named("one", "two")
+
+    def look(config, task):
+        if task.name == "one":
+            raise PermissionError("not yours")
+
+    monkeypatch.setattr(module, "finished_run", look)
+    outcomes = collect(lora_config(QUICK), found, Recorded())
+    assert [(one.status, one.reason) for one in outcomes] == [
+        ("failed", "PermissionError: not yours"),
+        ("trained", ""),
+    ]
