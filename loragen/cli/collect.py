@@ -39,7 +39,7 @@ def train(
     _report(collect(config, chosen, collection_progress(len(chosen)), force), json)
 
 
-def dry_run(source: ConfigSource, wanted: Sequence[str], every: bool) -> None:
+def dry_run(source: ConfigSource, wanted: Sequence[str], every: bool, json: bool) -> None:
     """The resolved configuration, once everything is checked."""
     from loragen.cli.dry_run import check
 
@@ -50,7 +50,7 @@ def dry_run(source: ConfigSource, wanted: Sequence[str], every: bool) -> None:
         config = config_of(config, chosen[0])
     else:
         config.collection = [task.wanted for task in chosen]
-    render.answer(dump(config).rstrip())
+    _answer_config(config, json)
 
 
 def go_on(
@@ -77,7 +77,7 @@ def go_on(
 
         check_settings(find_resume_point(path), config)
         check(config, [task])
-        render.answer(dump(config).rstrip())
+        _answer_config(config, json)
         return
     _report([_resumed(config, task, path)], json)
 
@@ -104,6 +104,13 @@ def _resumed(config: LoraTrainConfig, task: Task, path: Path) -> Outcome:
     return Outcome(task, "trained", run)
 
 
+def _answer_config(config: LoraTrainConfig, json: bool) -> None:
+    if json:
+        render.answer_json(config.model_dump(mode="json"))
+    else:
+        render.answer(dump(config).rstrip())
+
+
 def _report(outcomes: Sequence[Outcome], json: bool) -> None:
     """The answer; then LoragenError for what failed, or what was interrupted.
 
@@ -126,13 +133,19 @@ def _report(outcomes: Sequence[Outcome], json: bool) -> None:
 def _raise_for(outcomes: Sequence[Outcome]) -> None:
     stopped = [one for one in outcomes if one.status == "interrupted"]
     failed = [one for one in outcomes if one.status == "failed"]
-    lines = [f"{one.task.name}: {one.reason}" for one in stopped + failed]
+    lines = [f"{one.task.name}: {line}" for one in stopped + failed for line in _reasons(one)]
     errors = [one.error for one in failed if isinstance(one.error, Exception)]
     cause = ExceptionGroup("one a dataset", errors) if errors else None  # for --debug
     if stopped:
         raise Interrupted(*lines) from cause
     if failed:
         raise LoragenError(*lines) from cause
+
+
+def _reasons(outcome: Outcome) -> Sequence[str]:
+    """One line per problem."""
+    error = outcome.error
+    return error.problems if isinstance(error, LoragenError) else [outcome.reason]
 
 
 def _document(outcome: Outcome) -> dict[str, Any]:

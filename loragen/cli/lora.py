@@ -86,7 +86,7 @@ def train(
     if resume:
         collect.go_on(source, resume, dataset or [], every, launcher, dry_run, json)
     elif dry_run:
-        collect.dry_run(source, dataset or [], every)
+        collect.dry_run(source, dataset or [], every, json)
     else:
         collect.train(source, dataset or [], every, force, json)
 
@@ -125,6 +125,8 @@ def evaluate(
 
     if (adapter is None) == (not no_adapter):
         raise UsageError("give either --adapter DIR|CKPT or --no-adapter")
+    if adapter and not adapter.exists():
+        raise UsageError(f"{adapter}: no such adapter or checkpoint")
     name, file = find_dataset(dataset, Path(data_root or "."), split="test")
     rows = read_rows(file, skip_bad_rows)[:limit]
 

@@ -5,6 +5,7 @@ runs, so that `--help` answers at once.
 """
 
 import os
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -22,6 +23,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 class Root(TyperGroup):
     """Maps what escapes from a command to a message and an exit code."""
+
+    interrupts = 0
+    """Ctrl+C so far, outside of training, which has an answer of its own."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """`--debug` is understood wherever it stands, not only before the command."""
@@ -44,6 +48,9 @@ class Root(TyperGroup):
             render.problems(["interrupted"])
             raise typer.Exit(EXIT_INTERRUPTED) from error
         except Exception as error:
+            if self.interrupts:  # an import that is interrupted may end in any error
+                render.problems(["interrupted"])
+                raise typer.Exit(EXIT_INTERRUPTED) from error
             if debug or type(error).__module__.startswith("typer."):  # Exit, Abort, usage errors
                 raise
             render.problems([f"{one_line(error)} (--debug shows where)"])
@@ -94,7 +101,13 @@ def root(
     render.log_to_stderr()
 
 
+def _count_interrupt(number: int, frame: Any) -> None:
+    Root.interrupts += 1
+    signal.default_int_handler(number, frame)
+
+
 def main() -> None:
+    signal.signal(signal.SIGINT, _count_interrupt)
     if sys.platform == "win32":  # a console in a legacy code page cannot print ‖ΔW‖
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a TextIOWrapper

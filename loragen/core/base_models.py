@@ -1,7 +1,6 @@
 """Base models: from a name to the model, its tokenizer, and nothing more than is needed."""
 
 import hashlib
-import os
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 
 from loragen.core.config import DEMO
 from loragen.core.errors import LoragenError, UsageError, did_you_mean
+from loragen.core.hub import silence
 from loragen.core.quiet import quiet_libraries
 
 
@@ -57,11 +57,14 @@ def load_base(
     quiet_libraries()
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    source = resolve_base(name)
+    source, where = resolve_base(name), _where(name)
     try:
-        stored = getattr(AutoConfig.from_pretrained(source), "dtype", None) or torch.float32
+        known = AutoConfig.from_pretrained(source, **where)
+        stored = getattr(known, "dtype", None) or torch.float32
         options = {"quantization_config": quantization} if quantization else {}
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or stored, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or stored, **options, **where
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_loaded(name, source, error) from error
     tokenizer = load_tokenizer(name)
@@ -86,6 +89,12 @@ def empty_base(name: str) -> BaseModel:
         raise _not_loaded(name, source, error) from error
     model.requires_grad_(False)
     return BaseModel(name, model, None, model.dtype, "")
+
+
+def _where(name: str) -> dict[str, bool]:
+    """A hub that does not answer is not asked again: what was downloaded before is all there is."""
+    silent = not Path(resolve_base(name)).is_dir() and silence()
+    return {"local_files_only": True} if silent else {}
 
 
 def fingerprint(model: Any, values: int = 512) -> str:
@@ -114,7 +123,7 @@ def load_tokenizer(name: str) -> Any:
 
     source = resolve_base(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **_where(name))
         if not tokenizer("a").input_ids:  # transformers makes an empty one of missing files
             raise ValueError("its tokenizer makes no tokens of a text; is tokenizer.json missing?")
     except (OSError, ValueError) as error:
@@ -126,8 +135,8 @@ def _not_loaded(name: str, source: str, error: Exception) -> LoragenError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if Path(source).is_dir():
         return LoragenError(f"base model {name} does not load: {reason}")
-    mirror = "" if os.environ.get("HF_ENDPOINT") else " (behind a slow network, set HF_ENDPOINT)"
+    asked = "the hub says: "
     return UsageError(
-        f"base model {name}: not a directory, and the hub says: {reason}"
-        f"{did_you_mean(name, [DEMO])}{mirror}"
+        f"base model {name}: not a directory, and {silence() or asked + reason}"
+        f"{did_you_mean(name, [DEMO])} (--base-model takes a directory, too, or demo)"
     )

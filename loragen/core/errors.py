@@ -43,9 +43,10 @@ class DataError(LoragenError):
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong; of an error that is not ours, also its kind."""
+    """What went wrong, the first of several problems; of a stranger's error also its kind."""
     if isinstance(error, LoragenError):
-        return "; ".join(error.problems)
+        more = f" (and {len(error.problems) - 1} more)" if len(error.problems) > 1 else ""
+        return f"{error.problems[0]}{more}" if error.problems else "no message"
     reason = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {reason}"
 

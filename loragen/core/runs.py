@@ -107,9 +107,13 @@ AnyManifest = TypeVar("AnyManifest", bound=Manifest)
 def create_run_directory(parent: Path, prefix: str, started: datetime | None = None) -> Path:
     """`<parent>/<prefix>_<YYYYmmdd_HHMMSS>`, made here and by nobody else; `started` is now.
 
-    Two runs of one second: the later takes `_2`, `_3`, ...
+    Two runs of one second: the later takes `_2`, `_3`, ... Raises UsageError where the parent
+    cannot be made.
     """
-    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{parent}: no directory for runs: {error.strerror}") from None
     name = f"{prefix}_{started or datetime.now().astimezone():%Y%m%d_%H%M%S}"
     attempt = 1
     while True:

@@ -20,7 +20,7 @@ def test_problems_are_kept_apart():
 @pytest.mark.parametrize(
     "error, text",
     [
-        (ConfigError("one", "two"), "one; two"),
+        (ConfigError("one", "two"), "one (and 1 more)"),
         (ValueError("no\n  good"), "ValueError: no good"),
         (KeyError(), "KeyError: no message"),
     ],

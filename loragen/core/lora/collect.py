@@ -99,6 +99,8 @@ def collect(
                 raise outcome.error
             progress.ended(outcome)
 
+    if Path(config.runs_dir).exists() and not Path(config.runs_dir).is_dir():
+        raise UsageError(f"runs_dir {config.runs_dir} is a file")
     progress.begin(tasks)
     try:
         settle(_settled(config, tasks, force))

@@ -63,10 +63,22 @@ def find_resume_point(path: Path) -> ResumePoint:
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """Of the highest step among those that carry the optimizer's state; else of the highest."""
+    """Of the highest step among those that carry the optimizer's state; else of the highest.
+
+    Raises DataError where there are checkpoints and none can be read.
+    """
     last = directory / LAST_CHECKPOINT
     files = [*checkpoint_files(directory), *([last] if last.is_file() else [])]
-    ranked = [(*_progress(file), file) for file in files[-2:]]
+    ranked: list[tuple[bool, int, Path]] = []
+    for file in reversed(files):
+        try:
+            ranked.append((*_progress(file), file))
+        except DataError as error:
+            if file == files[0] and not ranked:
+                raise
+            log.warning("%s; looking for an older one", error)
+        if len(ranked) == 2:  # the newest kept one, and last.ckpt
+            break
     return max(ranked)[2] if ranked else None
 
 
