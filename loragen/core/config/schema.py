@@ -51,7 +51,7 @@ class Trainer(Section):
     )
     gradient_clip_val: float | None = Field(None, gt=0, description="Largest gradient norm.")
     accumulate_grad_batches: int = Field(
-        1, ge=1, description="Micro-batches per optimizer step; they share training.batch_size."
+        1, ge=1, description="Micro-batches per step; those of lora share training.batch_size."
     )
     limit_train_batches: int | float | None = Field(
         None, gt=0, description="Stop after so many micro-batches, or that share of them."
@@ -224,7 +224,9 @@ class GenData(Section):
     checkpoint_dir: str | list[str] | None = Field(
         None, description="Run directories (or their checkpoints/); added to sources."
     )
-    batch_size: int = Field(8, ge=1, description="Pairs of condition and adapter per step.")
+    batch_size: int = Field(
+        8, ge=1, description="Pairs of condition and adapter per micro-batch, of all devices."
+    )
     prompts_per_condition: int = Field(
         16, ge=1, description="Prompt texts that the generator sees at once."
     )
