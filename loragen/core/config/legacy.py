@@ -76,6 +76,7 @@ LORA = {
     "model.model_name": "base_model",
     "model.model_name_or_path": "base_model",
     "model.base_model_name_or_path": "base_model",
+    "model.torch_dtype": "base_dtype",
     "model.max_length": "data.max_length",
     "model.max_seq_length": "data.max_length",
     "model_name": "base_model",
@@ -84,6 +85,9 @@ LORA = {
     "lora.lora_alpha": "lora.alpha",
     "lora.lora_dropout": "lora.dropout",
     "data.max_seq_length": "data.max_length",
+    "data.num_workers": "data.workers",
+    "training.num_workers": "data.workers",
+    "training.dataloader_num_workers": "data.workers",
     "data.data_dir": "data.root",
     "data.data_root": "data.root",
     "data.dataset_name": "data.dataset",
@@ -109,7 +113,7 @@ GENERATOR = {
     **LOGGING,
 }
 EVERY_STEP = Dropped("every step is logged")
-NO_WORKERS = Dropped("rows are read in the process itself")
+NO_WORKERS = Dropped("pairs are read in the process itself")
 WARM_UP = Dropped("schedule: {name: cosine, warmup_ratio: ...} warms up", (0, 0.0, None))
 BOTH = {
     "training.logging_steps": EVERY_STEP,
@@ -118,10 +122,7 @@ BOTH = {
     "logging.logging_steps": EVERY_STEP,
     "training.warmup_steps": WARM_UP,
     "training.warmup_ratio": WARM_UP,
-    "training.num_workers": NO_WORKERS,
-    "training.dataloader_num_workers": NO_WORKERS,
-    "data.num_workers": NO_WORKERS,
-    "data.pin_memory": NO_WORKERS,
+    "data.pin_memory": Dropped("batches are not pinned"),
 }
 ADAMW = ("adamw", "AdamW", "adamw_torch", None)
 LORA_DROPPED = {
@@ -132,9 +133,14 @@ LORA_DROPPED = {
         "each stage has its own: schedule.learning_rate_stage1 and schedule.learning_rate_stage2",
         (None,),
     ),
-    "model.torch_dtype": Dropped("trainer.precision is the base's too", ("float32", "auto", None)),
     "lora.bias": Dropped("LoRA trains the matrices alone", ("none", None)),
     "lora.task_type": Dropped("bases are causal language models", ("CAUSAL_LM", None)),
+    **BOTH,
+}
+GENERATOR_DROPPED = {
+    "training.num_workers": NO_WORKERS,
+    "training.dataloader_num_workers": NO_WORKERS,
+    "data.num_workers": NO_WORKERS,
     **BOTH,
 }
 
@@ -153,6 +159,11 @@ def _options(value: Any) -> Any:
     return {} if value is None or value is True else value
 
 
+def _dtype(value: Any) -> Any:
+    """`torch.bfloat16` is `bfloat16`."""
+    return GONE if value is None else str(value).removeprefix("torch.")
+
+
 def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
@@ -164,6 +175,7 @@ CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
         "constant" if value in (None, "none") else _lower(value)
     ),
     "training.precision": _precision,
+    "model.torch_dtype": _dtype,
     "training.bf16": _flag("bf16-mixed"),
     "training.fp16": _flag("16-mixed"),
     "logging.swanlab": _options,
@@ -210,7 +222,7 @@ ORIGINAL_GENERATOR = Form(
         "logging.swanlab",
     ),
     GENERATOR,
-    BOTH,
+    GENERATOR_DROPPED,
 )
 LOGGING_ALONE = Form("flat Lightning", "lora", ("logging.swanlab",), LORA, LORA_DROPPED)
 FORMS = (TRADITIONAL, FLAT, ORIGINAL_GENERATOR, LOGGING_ALONE)

@@ -139,6 +139,23 @@ class TestWhatBecomesOfAnOldFile:
         assert config.schedule.options["stage1_steps"] == 5
         assert config.schedule.options["learning_rate_stage1"] == 2e-4
 
+    def test_the_dtype_of_the_base_is_kept(self, configure, notices):
+        old = "training: {stage1_steps: 75}\nmodel: {name: a, torch_dtype: "
+        assert configure(old + "bfloat16}").base_dtype == "bfloat16"
+        assert configure(old + "torch.float32}").base_dtype == "float32"
+        assert configure(old + "null}").base_dtype == "auto"
+        assert "dropped" not in "".join(notices())
+
+    def test_the_workers_of_lora_are_kept(self, configure):
+        old = "training: {stage1_steps: 75}\ndata: {num_workers: 4}"
+        assert configure(old).data.workers == 4
+        old = "training: {stage1_steps: 75, dataloader_num_workers: 4}"
+        assert configure(old).data.workers == 4
+
+    def test_a_generator_has_no_workers(self, configure, notices):
+        configure("model: {hidden_dim: 8}\ndata: {num_workers: 4}", model=GenTrainConfig)
+        assert "data.num_workers: 4 is dropped: pairs are read in the process" in notices()[0]
+
     def test_a_flag_is_a_precision(self, configure):
         old = "training: {stage1_steps: 75, "
         assert configure(old + "bf16: true}").trainer.precision == "bf16-mixed"
@@ -194,6 +211,10 @@ class TestWhatIsRefused:
             (
                 "training: {stage1_steps: 5, optimizer: sgd}",
                 "c.yaml:1:29: training.optimizer: sgd has no place today: LoRA trains with AdamW",
+            ),
+            (
+                "training: {stage1_steps: 5}\nmodel: {torch_dtype: float16}",
+                "c.yaml:2:9 (model.torch_dtype): base_dtype: input should be 'auto', 'float32' or",
             ),
             (
                 "training: {stage1_steps: 5, warmup_steps: 10}",
