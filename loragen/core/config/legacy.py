@@ -2,16 +2,13 @@
 
 Three forms: the traditional nested training_config.yaml, the flat lightning_config.yaml, and
 generator_config.yaml. A file is an old one by its `signs`, keys that no file of today can have.
-The tables are the mapping; `translation` applies them, and does what takes more than a new name.
+The tables are the mapping; `recognition` knows the form, `translation` applies the tables and does
+what takes more than a new name.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from loragen.core.config.commands import MODELS
-from loragen.core.config.problems import has_key
-from loragen.core.config.yaml_file import paths as all_paths
 
 GONE = object()
 """What a converter makes of a value that means the default; also, no value."""
@@ -185,6 +182,7 @@ CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
 NOTES: Mapping[str, list[str]] = {
     "model.max_seq_len": ["which holds no real adapter; auto takes what it needs"]
 }
+SWANLAB = ("logging.swanlab", "swanlab")
 STAGE2_STEPS = ("training.stage2.steps", "training.stage2_steps")
 """Today the rest of `training.max_steps`."""
 
@@ -219,47 +217,10 @@ ORIGINAL_GENERATOR = Form(
         "model.max_seq_len",
         "training.optimizer_type",
         "training.scheduler_type",
-        "logging.swanlab",
+        *SWANLAB,
     ),
     GENERATOR,
     GENERATOR_DROPPED,
 )
-LOGGING_ALONE = Form("flat Lightning", "lora", ("logging.swanlab",), LORA, LORA_DROPPED)
+LOGGING_ALONE = Form("flat Lightning", "lora", SWANLAB, LORA, LORA_DROPPED)
 FORMS = (TRADITIONAL, FLAT, ORIGINAL_GENERATOR, LOGGING_ALONE)
-SHARED = frozenset({"seed", "data", "lora", "training", "trainer"})
-"""Sections of old files and of today's; any other section of today's schema is today's alone."""
-
-
-def recognised(tree: Mapping[str, Any], command: str | None = None) -> Form | None:
-    """The form, of the command's where that is told, that knows most of the file's keys; None for
-    a file without a sign."""
-    signed = [f for f in FORMS if command in (None, f.command) and _signs(tree, f)]
-    return max(signed, key=lambda form: _known(tree, form), default=None)
-
-
-def of_another_command(tree: Mapping[str, Any], command: str) -> Form | None:
-    """The form of the other command that the file plainly is in; one sign may be a mistake."""
-    others = [form for form in FORMS if form.command != command]
-    ours = [form for form in FORMS if form.command == command]
-    best = max(others, key=lambda form: _signs(tree, form))
-    plain = _signs(tree, best) > max(1, *(_signs(tree, form) for form in ours))
-    return best if plain else None
-
-
-def _signs(tree: Mapping[str, Any], form: Form) -> int:
-    return sum(_has(tree, sign) for sign in form.signs)
-
-
-def _known(tree: Mapping[str, Any], form: Form) -> int:
-    paths = {".".join(map(str, keys)) for keys in all_paths(tree) if keys}
-    ours = {*form.signs, *form.moved, *form.dropped}
-    model = MODELS[form.command]
-    return sum(path in ours or has_key(model, tuple(path.split("."))) for path in paths)
-
-
-def _has(tree: Any, path: str) -> bool:
-    for key in path.split("."):
-        if not isinstance(tree, Mapping) or key not in tree:
-            return False
-        tree = tree[key]
-    return True

@@ -16,8 +16,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from loragen.core.config.commands import MODELS, command_of
-from loragen.core.config.legacy import of_another_command
 from loragen.core.config.problems import place_of, problems_of
+from loragen.core.config.recognition import of_another_command
 from loragen.core.config.schema import PluginSection
 from loragen.core.config.translation import translated
 from loragen.core.config.yaml_file import Loc, dotted, paths, read_yaml

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from loragen.core.config.commands import MODELS
-from loragen.core.config.legacy import recognised
 from loragen.core.config.load import ENV_PREFIX, layered, validated
 from loragen.core.config.problems import has_key
+from loragen.core.config.recognition import recognised
 from loragen.core.config.yaml_file import Loc, dotted, read_yaml
 
 DEFAULT = "default"

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from loragen.core.config import GenTrainConfig, LoraTrainConfig, document, load
 from loragen.core.config.commands import MODELS
-from loragen.core.config.legacy import FORMS, recognised
+from loragen.core.config.legacy import FORMS
 from loragen.core.config.migrate import migrate
 from loragen.core.config.problems import has_key
+from loragen.core.config.recognition import recognised
 from loragen.core.config.translation import translated
 from loragen.core.errors import ConfigError
 
@@ -111,9 +112,12 @@ class TestWhatBecomesOfAnOldFile:
         assert notice.startswith("c.yaml is in the original generator form; ")
         assert "512, which holds no real adapter" in notice
 
+    @pytest.mark.parametrize(
+        "text", ["logging: {swanlab: {project: team}}", "swanlab: {project: team}"]
+    )
     @pytest.mark.parametrize("model", [LoraTrainConfig, GenTrainConfig])
-    def test_the_section_of_swanlab_is_enough(self, configure, notices, model):
-        config = configure("logging: {swanlab: {project: team}}", model=model)
+    def test_the_section_of_swanlab_is_enough(self, configure, notices, model, text):
+        config = configure(text, model=model)
         (notice,) = notices()
         assert (" c.yaml --command lora`" in notice) == (model is LoraTrainConfig)
         assert config.loggers["swanlab"]["project"] == "team"
@@ -183,6 +187,17 @@ class TestWhatBecomesOfAnOldFile:
         config = configure("training: {stage1: {steps: 3}, stage2: {steps: 4}}")
         assert config.training.max_steps == 7
 
+    def test_a_count_in_quotes_is_a_count(self, configure):
+        config = configure("training: {stage1: {steps: '60'}, stage2: {steps: '40'}}")
+        assert (config.training.max_steps, config.checkpoints.first_step) == (100, 61)
+        old = "training: {per_device_train_batch_size: '8', devices: '2'}"
+        assert configure(old).training.batch_size == 16
+
+    def test_one_key_of_today_leaves_an_old_file_old(self, configure):
+        config = configure(f"{TRADITIONAL}  packing: false\n")
+        assert (config.base_model, config.training.batch_size) == ("some/base", 32)
+        assert not config.training.packing
+
 
 def _documents(text):
     """A block of several excerpts (`# 传统 ...`, `# Lightning ...`), one tree each."""
@@ -223,6 +238,10 @@ class TestWhatIsRefused:
             (
                 "training: {stage1_steps: 5, learning_rate: 1e-3}",
                 "c.yaml:1:29: training.learning_rate: 1e-3 has no place today: each stage has",
+            ),
+            (
+                "training: {stage1: {steps: '60'}, stage2: {steps: 40}, max_steps: 125}",
+                "c.yaml:1:44: training.stage2.steps: 40 steps, but training.max_steps leaves 65",
             ),
             (
                 "training: {stage1: {steps: 5, stepz: 6}}",
@@ -308,6 +327,10 @@ class TestWhatIsRefused:
         (problem,) = problems_of(text, model=model)
         assert problem.startswith(f"c.yaml: in the {form}")
 
+    def test_a_stage_of_who_knows_how_many_steps_is_one_problem(self, problems_of):
+        (problem,) = problems_of("training: {stage1: {steps: many}, stage2: {steps: 40}}")
+        assert problem.startswith("c.yaml:1:21 (training.stage1.steps): schedule.stage1_steps: ")
+
     def test_every_problem_at_once(self, problems_of):
         found = problems_of(
             "training: {stage1: {steps: x}, optimizer: sgd, bogus: 1}\nlora: {r: 0}\n"
@@ -357,6 +380,15 @@ class TestTodaysFiles:
             "c.yaml:2:8: lora.r: unknown key",
             "c.yaml:1:30: training.optimizer: unknown key",
         ]
+
+    def test_keys_of_shared_sections_may_be_todays_alone(self, configure, notices):
+        config = configure(
+            "lora: {rank: 4}\ntraining: {packing: false, stage1_steps: 60}\n"
+            "data: {root: x}\ntrainer: {devices: 2}"
+        )
+        assert config.training.batch_size == 32
+        assert config.schedule.options["stage1_steps"] == 60
+        assert "rows" not in notices()[0]
 
     def test_a_mixed_files_batch_is_todays(self, configure):
         text = "training: {batch_size: 8, stage1_steps: 60}\nbase_model: a\ntrainer: {devices: 2}"
