@@ -1,13 +1,14 @@
 """Whose configuration a file is, and in which form, by its keys."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from loragen.core.config.commands import MODELS
 from loragen.core.config.legacy import FORMS, STAGE2_STEPS, Form
 from loragen.core.config.problems import has_key
 from loragen.core.config.schema import Trainer
-from loragen.core.config.yaml_file import Loc, dotted
+from loragen.core.config.yaml_file import Loc, dotted, read_yaml
 from loragen.core.config.yaml_file import paths as all_paths
 
 SHARED = {
@@ -35,6 +36,21 @@ SHARED = {
     "trainer": set(Trainer.model_fields),
 }
 """Keys that old files and today's have alike; any other of today's schema is today's alone."""
+
+
+def command_for(file: Path) -> str:
+    """Whose configuration a file is, by its keys: lora or gen; lora where they tell nothing.
+
+    Raises UsageError for a missing file, ConfigError for what is not YAML.
+    """
+    tree, origins = read_yaml(file)
+    old = recognised(tree)
+    if old is not None:
+        return old.command
+    known = {
+        command: sum(has_key(model, keys) for keys in origins) for command, model in MODELS.items()
+    }
+    return max(known, key=lambda command: known[command])
 
 
 def recognised(tree: Mapping[str, Any], command: str | None = None) -> Form | None:

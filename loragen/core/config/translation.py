@@ -68,7 +68,7 @@ class Translation:
         return "; ".join([form, *(f"{c.new or ''} {c}".lstrip() for c in told)])
 
     def place(self, keys: Loc) -> str:
-        """`file:line:column: ` of the key, or of the section around one that YAML merged in."""
+        """`file:line:column: ` of the key."""
         return place_of(keys, self.origins)
 
     def old_name(self, new: str) -> str | None:
