@@ -203,7 +203,7 @@ class Source(Section):
     run: str | None = Field(None, description="A run directory of `lora train`; it knows both.")
     checkpoints: str | None = Field(None, description="A directory of checkpoints or adapters.")
     prompts: str | None = Field(
-        None, description="A file of rows or texts; a run's default is its own dataset."
+        None, description="A file of rows or texts, or hub:owner/name; else a run's own dataset."
     )
 
     @model_validator(mode="after")
