@@ -42,7 +42,7 @@ def show(
 
     A value comes from the default, the file (file:line:column), a LORAGEN_ variable or --set.
     """
-    from loragen.core.config.provenance import settings_of
+    from loragen.core.config.origins import settings_of
     from loragen.core.config.yaml_file import inline
 
     found = settings_of(command.value, config, settings or ())
@@ -65,7 +65,7 @@ def validate(
     """
     from loragen.core.config import load
     from loragen.core.config.commands import MODELS
-    from loragen.core.config.provenance import command_for
+    from loragen.core.config.recognition import command_for
 
     whose = command.value if command else command_for(file)
     load(MODELS[whose], file, environment={})

@@ -173,6 +173,25 @@ def test_choosing_another_plugin_forgets_the_options_of_the_first(configure, lay
     assert "stage1_steps" not in config.schedule.options
 
 
+def test_what_is_no_plugin_may_have_a_name(configure, install):
+    install(
+        "their-plugin",
+        "from loragen import hookimpl\n@hookimpl\ndef loragen_loggers():\n"
+        "    return {'theirs': 'theirs_log:Log'}\n",
+        theirs_log="from pydantic import BaseModel\nclass Log:\n    class Config(BaseModel):\n"
+        "        name: str = ''\n        mode: str = ''\n",
+    )
+    text = "loggers: {theirs: {name: a, mode: b}}"
+    config = configure(text, settings=["loggers.theirs.name=c"])
+    assert config.loggers["theirs"] == {"name": "c", "mode": "b"}
+
+
+def test_a_variable_reaches_into_lists(configure):
+    text, environment = "sources: [{run: a}, {run: b}]", {"LORAGEN_SOURCES__1__RUN": "c"}
+    config = configure(text, model=GenTrainConfig, environment=environment)
+    assert [source.run for source in config.sources] == ["a", "c"]
+
+
 def test_one_option_of_a_default_logger_keeps_the_other_loggers(configure):
     config = configure(settings=["loggers.swanlab.mode=disabled"])
     assert config.loggers["swanlab"]["mode"] == "disabled"

@@ -2,16 +2,13 @@
 
 Three forms: the traditional nested training_config.yaml, the flat lightning_config.yaml, and
 generator_config.yaml. A file is an old one by its `signs`, keys that no file of today can have.
-The tables are the mapping; `translation` applies them, and does what takes more than a new name.
+The tables are the mapping; `recognition` knows the form, `translation` applies the tables and does
+what takes more than a new name.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from loragen.core.config.commands import MODELS
-from loragen.core.config.problems import has_key
-from loragen.core.config.yaml_file import paths as all_paths
 
 GONE = object()
 """What a converter makes of a value that means the default; also, no value."""
@@ -76,6 +73,7 @@ LORA = {
     "model.model_name": "base_model",
     "model.model_name_or_path": "base_model",
     "model.base_model_name_or_path": "base_model",
+    "model.torch_dtype": "base_dtype",
     "model.max_length": "data.max_length",
     "model.max_seq_length": "data.max_length",
     "model_name": "base_model",
@@ -84,6 +82,9 @@ LORA = {
     "lora.lora_alpha": "lora.alpha",
     "lora.lora_dropout": "lora.dropout",
     "data.max_seq_length": "data.max_length",
+    "data.num_workers": "data.workers",
+    "training.num_workers": "data.workers",
+    "training.dataloader_num_workers": "data.workers",
     "data.data_dir": "data.root",
     "data.data_root": "data.root",
     "data.dataset_name": "data.dataset",
@@ -109,7 +110,7 @@ GENERATOR = {
     **LOGGING,
 }
 EVERY_STEP = Dropped("every step is logged")
-NO_WORKERS = Dropped("rows are read in the process itself")
+NO_WORKERS = Dropped("pairs are read in the process itself")
 WARM_UP = Dropped("schedule: {name: cosine, warmup_ratio: ...} warms up", (0, 0.0, None))
 BOTH = {
     "training.logging_steps": EVERY_STEP,
@@ -118,10 +119,7 @@ BOTH = {
     "logging.logging_steps": EVERY_STEP,
     "training.warmup_steps": WARM_UP,
     "training.warmup_ratio": WARM_UP,
-    "training.num_workers": NO_WORKERS,
-    "training.dataloader_num_workers": NO_WORKERS,
-    "data.num_workers": NO_WORKERS,
-    "data.pin_memory": NO_WORKERS,
+    "data.pin_memory": Dropped("batches are not pinned"),
 }
 ADAMW = ("adamw", "AdamW", "adamw_torch", None)
 LORA_DROPPED = {
@@ -132,9 +130,14 @@ LORA_DROPPED = {
         "each stage has its own: schedule.learning_rate_stage1 and schedule.learning_rate_stage2",
         (None,),
     ),
-    "model.torch_dtype": Dropped("trainer.precision is the base's too", ("float32", "auto", None)),
     "lora.bias": Dropped("LoRA trains the matrices alone", ("none", None)),
     "lora.task_type": Dropped("bases are causal language models", ("CAUSAL_LM", None)),
+    **BOTH,
+}
+GENERATOR_DROPPED = {
+    "training.num_workers": NO_WORKERS,
+    "training.dataloader_num_workers": NO_WORKERS,
+    "data.num_workers": NO_WORKERS,
     **BOTH,
 }
 
@@ -153,6 +156,11 @@ def _options(value: Any) -> Any:
     return {} if value is None or value is True else value
 
 
+def _dtype(value: Any) -> Any:
+    """`torch.bfloat16` is `bfloat16`."""
+    return GONE if value is None else str(value).removeprefix("torch.")
+
+
 def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
@@ -164,6 +172,7 @@ CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
         "constant" if value in (None, "none") else _lower(value)
     ),
     "training.precision": _precision,
+    "model.torch_dtype": _dtype,
     "training.bf16": _flag("bf16-mixed"),
     "training.fp16": _flag("16-mixed"),
     "logging.swanlab": _options,
@@ -173,6 +182,7 @@ CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
 NOTES: Mapping[str, list[str]] = {
     "model.max_seq_len": ["which holds no real adapter; auto takes what it needs"]
 }
+SWANLAB = ("logging.swanlab", "swanlab")
 STAGE2_STEPS = ("training.stage2.steps", "training.stage2_steps")
 """Today the rest of `training.max_steps`."""
 
@@ -207,47 +217,10 @@ ORIGINAL_GENERATOR = Form(
         "model.max_seq_len",
         "training.optimizer_type",
         "training.scheduler_type",
-        "logging.swanlab",
+        *SWANLAB,
     ),
     GENERATOR,
-    BOTH,
+    GENERATOR_DROPPED,
 )
-LOGGING_ALONE = Form("flat Lightning", "lora", ("logging.swanlab",), LORA, LORA_DROPPED)
+LOGGING_ALONE = Form("flat Lightning", "lora", SWANLAB, LORA, LORA_DROPPED)
 FORMS = (TRADITIONAL, FLAT, ORIGINAL_GENERATOR, LOGGING_ALONE)
-SHARED = frozenset({"seed", "data", "lora", "training", "trainer"})
-"""Sections of old files and of today's; any other section of today's schema is today's alone."""
-
-
-def recognised(tree: Mapping[str, Any], command: str | None = None) -> Form | None:
-    """The form, of the command's where that is told, that knows most of the file's keys; None for
-    a file without a sign."""
-    signed = [f for f in FORMS if command in (None, f.command) and _signs(tree, f)]
-    return max(signed, key=lambda form: _known(tree, form), default=None)
-
-
-def of_another_command(tree: Mapping[str, Any], command: str) -> Form | None:
-    """The form of the other command that the file plainly is in; one sign may be a mistake."""
-    others = [form for form in FORMS if form.command != command]
-    ours = [form for form in FORMS if form.command == command]
-    best = max(others, key=lambda form: _signs(tree, form))
-    plain = _signs(tree, best) > max(1, *(_signs(tree, form) for form in ours))
-    return best if plain else None
-
-
-def _signs(tree: Mapping[str, Any], form: Form) -> int:
-    return sum(_has(tree, sign) for sign in form.signs)
-
-
-def _known(tree: Mapping[str, Any], form: Form) -> int:
-    paths = {".".join(map(str, keys)) for keys in all_paths(tree) if keys}
-    ours = {*form.signs, *form.moved, *form.dropped}
-    model = MODELS[form.command]
-    return sum(path in ours or has_key(model, tuple(path.split("."))) for path in paths)
-
-
-def _has(tree: Any, path: str) -> bool:
-    for key in path.split("."):
-        if not isinstance(tree, Mapping) or key not in tree:
-            return False
-        tree = tree[key]
-    return True

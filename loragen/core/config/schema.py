@@ -54,7 +54,7 @@ class Trainer(Section):
     )
     gradient_clip_val: float | None = Field(None, gt=0, description="Largest gradient norm.")
     accumulate_grad_batches: int = Field(
-        1, ge=1, description="Micro-batches per optimizer step; they share training.batch_size."
+        1, ge=1, description="Micro-batches per step; those of lora share training.batch_size."
     )
     limit_train_batches: int | float | None = Field(
         None, gt=0, description="Stop after so many micro-batches, or that share of them."
@@ -213,7 +213,7 @@ class Source(Section):
     run: str | None = Field(None, description="A run directory of `lora train`; it knows both.")
     checkpoints: str | None = Field(None, description="A directory of checkpoints or adapters.")
     prompts: str | None = Field(
-        None, description="A file of rows or texts; a run's default is its own dataset."
+        None, description="A file of rows or texts, or hub:owner/name; else a run's own dataset."
     )
 
     @model_validator(mode="after")
@@ -234,7 +234,9 @@ class GenData(Section):
     checkpoint_dir: str | list[str] | None = Field(
         None, description="Run directories (or their checkpoints/); added to sources."
     )
-    batch_size: int = Field(8, ge=1, description="Pairs of condition and adapter per step.")
+    batch_size: int = Field(
+        8, ge=1, description="Pairs of condition and adapter per micro-batch, of all devices."
+    )
     prompts_per_condition: int = Field(
         16, ge=1, description="Prompt texts that the generator sees at once."
     )

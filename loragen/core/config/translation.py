@@ -7,24 +7,26 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
+
 from loragen.core.config.commands import MODELS
 from loragen.core.config.legacy import (
     ANYTHING,
     CONVERTERS,
     GONE,
     NOTES,
-    SHARED,
     STAGE2_STEPS,
     Form,
-    recognised,
 )
 from loragen.core.config.problems import has_key, place_of
+from loragen.core.config.recognition import mostly_todays, recognised
 from loragen.core.config.yaml_file import Loc, dotted, inline
 from loragen.core.errors import did_you_mean, listing
 
 SPLITS = ("accumulate_grad_batches", "devices", "num_nodes")
 DEFAULT_BATCH = 32
 """Rows, of the scripts."""
+COUNT = TypeAdapter(NonNegativeInt)
 REST = "stage 2 is the rest of training.max_steps"
 
 
@@ -66,7 +68,7 @@ class Translation:
         return "; ".join([form, *(f"{c.new or ''} {c}".lstrip() for c in told)])
 
     def place(self, keys: Loc) -> str:
-        """`file:line:column: ` of the key, or of the section around one that YAML merged in."""
+        """`file:line:column: ` of the key."""
         return place_of(keys, self.origins)
 
     def old_name(self, new: str) -> str | None:
@@ -78,9 +80,8 @@ def translated(
 ) -> Translation | None:
     """Today's tree and places of an old file; None for a file that is not an old one.
 
-    `command` is whose configuration is wanted, where that is known. In a file that also has
-    sections which only today's files have, only keys that no file of today can have are
-    translated: the rest is judged as today's.
+    `command` is whose configuration is wanted, where that is known. In a file that is mostly
+    today's, only keys that no file of today can have are translated: the rest is judged as today's.
     """
     form = recognised(tree, command)
     if form is None:
@@ -88,7 +89,7 @@ def translated(
     done = Translation(form, deepcopy(dict(tree)), dict(origins))
     if (recognised(tree) or form).command != form.command:
         done.option = f" --command {form.command}"
-    mixed = bool((MODELS[form.command].model_fields.keys() - SHARED) & tree.keys())
+    mixed = mostly_todays(tree, form)
     moved = {old: new for old, new in form.moved.items() if _applies(form, old, mixed)}
     dropped = [old for old in form.dropped if _applies(form, old, mixed)]
     for old, new in moved.items():
@@ -159,18 +160,21 @@ def _stage2_steps(done: Translation) -> None:
             continue
         place = done.place(old)
         _take(done, old)
-        stage1 = _value(done.tree, ("schedule", "stage1_steps"), 75)
-        total = _value(done.tree, ("training", "max_steps"))
-        if not _is_count(steps):
+        key = ("training", "max_steps")
+        stage1 = _count(_value(done.tree, ("schedule", "stage1_steps"), 75))
+        given, total = _value(done.tree, key), _count(_value(done.tree, key))
+        stage2 = _count(steps)
+        if stage2 is None:
             done.problems.append(f"{place}{path}: expected a number of steps (got {steps!r})")
-        elif total is GONE and _is_count(stage1):
-            _put(done.tree, ("training", "max_steps"), stage1 + steps)
-            done.origins["training", "max_steps"] = f"{place[:-2]} ({path})"
-            note = f"{steps}, and {stage1} of stage 1"
-            done.changes.append(Change(path, "training.max_steps", note))
-        elif _is_count(stage1) and _is_count(total) and steps != total - stage1:
+        elif stage1 is None or (given is not GONE and total is None):
+            continue  # the schema refuses it
+        elif total is None:
+            _put(done.tree, key, stage1 + stage2)
+            done.origins[key] = f"{place[:-2]} ({path})"
+            done.changes.append(Change(path, dotted(key), f"{steps}, and {stage1} of stage 1"))
+        elif stage2 != total - stage1:
             done.problems.append(
-                f"{place}{path}: {steps} steps, but training.max_steps leaves {total - stage1} "
+                f"{place}{path}: {stage2} steps, but training.max_steps leaves {total - stage1} "
                 f"for stage 2 ({total} - {stage1}): let them agree"
             )
         else:
@@ -179,10 +183,10 @@ def _stage2_steps(done: Translation) -> None:
 
 def _first_kept_step(done: Translation) -> None:
     """The old scripts kept the steps of stage 2, wherever it began."""
-    stage1 = _value(done.tree, ("schedule", "stage1_steps"))
+    stage1 = _count(_value(done.tree, ("schedule", "stage1_steps")))
     first = ("checkpoints", "first_step")
     old = done.old_name("schedule.stage1_steps")
-    if old and _is_count(stage1) and stage1 != 75 and _value(done.tree, first) is GONE:
+    if old and stage1 not in (None, 75) and _value(done.tree, first) is GONE:
         _put(done.tree, first, stage1 + 1)
         done.origins[first] = done.origins["schedule", "stage1_steps"]
         note = f"{stage1}, and the steps of stage 2 were kept"
@@ -196,14 +200,15 @@ def _whole_batch(done: Translation, mixed: bool) -> None:
     if mixed and old is None:
         return
     given = _value(done.tree, key)
-    batch = DEFAULT_BATCH if given is GONE else given
-    parts = {name: _value(done.tree, ("trainer", name), 1) for name in SPLITS}
+    batch = DEFAULT_BATCH if given is GONE else _count(given)
+    parts = {name: _count(_value(done.tree, ("trainer", name), 1)) for name in SPLITS}
     split = [name for name, count in parts.items() if count != 1]
-    if not _is_count(batch) or not split:
+    if batch is None or not split:
         return
     note = f"{batch} rows{' by default' if given is GONE else ''}"
-    if all(map(_is_count, parts.values())):
-        _put(done.tree, key, batch * prod(parts.values()))
+    counts = [count for count in parts.values() if count is not None]
+    if len(counts) == len(parts):
+        _put(done.tree, key, batch * prod(counts))
         done.origins.setdefault(key, done.place(("trainer", split[0]))[:-2])
         note = " x ".join([note, *(f"{parts[name]} {name}" for name in split)])
     else:  # devices: auto
@@ -250,8 +255,12 @@ def _is_section(old: str, moved: Mapping[str, str]) -> bool:
     return any(path.startswith(f"{old}.") for path in moved)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _count(value: Any) -> int | None:
+    """As the schema reads it: `"60"` is 60; None for what the schema refuses."""
+    try:
+        return COUNT.validate_python(value)
+    except ValidationError:
+        return None
 
 
 def _value(tree: Any, keys: Loc, default: Any = GONE) -> Any:

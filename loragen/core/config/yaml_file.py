@@ -11,6 +11,7 @@ from loragen.core.errors import ConfigError, UsageError
 Loc = tuple[str | int, ...]
 DEEPEST = 50
 """Sections in one another; `a: &a [*a]` would have no end."""
+MERGE = "tag:yaml.org,2002:merge"
 
 
 def read_yaml(file: Path) -> tuple[dict[str, Any], dict[Loc, str]]:
@@ -46,13 +47,30 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], dict[Loc, str]]:
 
 def _places(node: yaml.Node, keys: Loc) -> Iterator[tuple[Loc, yaml.Mark]]:
     if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
+        for key, value in _items(node):
             yield (*keys, key.value), key.start_mark
             yield from _places(value, (*keys, key.value))
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             yield (*keys, index), value.start_mark
             yield from _places(value, (*keys, index))
+
+
+def _items(
+    node: yaml.MappingNode, around: tuple[yaml.Node, ...] = ()
+) -> list[tuple[yaml.Node, yaml.Node]]:
+    """A mapping's own keys, and those that `<<` merges in where it has none of that name.
+
+    `around`: mappings that merge this one in; one that merges itself in adds nothing.
+    """
+    items = [(key, value) for key, value in node.value if key.tag != MERGE]
+    for merge in [value for key, value in reversed(node.value) if key.tag == MERGE]:
+        for merged in merge.value if isinstance(merge, yaml.SequenceNode) else [merge]:
+            there = {key.value for key, _ in items}
+            if merged not in (*around, node):
+                more = _items(merged, (*around, node))
+                items += [item for item in more if item[0].value not in there]
+    return items
 
 
 def commented(tree: Mapping[str, Any], comment: Callable[[Loc], str], at: Loc = ()) -> str:

@@ -41,7 +41,7 @@ class GeneratorModule(LightningModule):
         self.register_buffer("scale", normalization.scale, persistent=False)
         self.register_buffer("valid", mask, persistent=False)
         self.metrics: dict[str, float] = {}
-        """Of the last training step, and of the last validation."""
+        """Of the last training step (the mean of its micro-batches), and of the last validation."""
 
     @property
     def normalization(self) -> Normalization:
@@ -50,7 +50,10 @@ class GeneratorModule(LightningModule):
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         noisy = _with_noise(batch.condition, self.training_options.condition_noise)
         loss, metrics = self._losses(batch._replace(condition=noisy))
-        self.metrics |= {f"train/{name}": value for name, value in metrics.items()}
+        parts = self.trainer.accumulate_grad_batches
+        for name, value in metrics.items():
+            before = 0.0 if batch_idx % parts == 0 else self.metrics[f"train/{name}"]
+            self.metrics[f"train/{name}"] = before + value / parts
         return loss
 
     def validation_step(self, batch: PairBatch, batch_idx: int, dataloader_idx: int) -> None:

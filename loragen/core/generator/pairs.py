@@ -1,9 +1,11 @@
 """Pairs to learn from: some prompts of a dataset, with any checkpoint of that dataset.
 
-Which pairs make up a step is a pure function of (seed, step, rank), as for LoRA training.
+Which pairs make up a step is a pure function of (seed, step), as for LoRA training; devices and
+accumulation rounds take their parts of it.
 """
 
 from collections.abc import Iterator, Sequence
+from math import ceil
 from random import Random
 from typing import NamedTuple
 
@@ -27,7 +29,10 @@ class PairBatch(NamedTuple):
 
 
 class PairBatches(Dataset[PairBatch]):
-    """Item k is the batch of step k, for one device; every checkpoint comes equally often."""
+    """Item k is the k-th micro-batch, `parts` to an optimizer step, for one device.
+
+    Every checkpoint comes equally often.
+    """
 
     def __init__(
         self,
@@ -37,26 +42,31 @@ class PairBatches(Dataset[PairBatch]):
         batch_size: int,
         prompts: int,
         seed: int,
+        parts: int = 1,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        """`texts[i]` are the indices of source i's prompt texts that may be drawn."""
+        """`texts[i]` are the indices of source i's prompt texts that may be drawn; `batch_size`
+        counts the pairs of a micro-batch, of all devices."""
         self.sources, self.texts = sources, texts
         self.batch_size, self.prompts, self.seed = batch_size, prompts, seed
-        self.rank, self.ranks = rank, ranks
+        self.parts, self.rank, self.ranks = parts, rank, ranks
         self.pairs = [(i, c) for i, source in enumerate(sources) for c in range(len(source.tokens))]
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.pairs) // self.batch_size)
+        """Optimizer steps; no step is cut by the end of an epoch."""
+        return ceil(len(self.pairs) / (self.batch_size * self.parts))
 
-    def __getitem__(self, step: int) -> PairBatch:
-        batch = batch_indices(len(self.pairs), self.batch_size, self.seed, step)
+    def __getitem__(self, k: int) -> PairBatch:
+        size = self.batch_size
+        step, part = divmod(k, self.parts)
+        batch = batch_indices(len(self.pairs), size * self.parts, self.seed, step)
+        mine = range(part * size + self.rank, (part + 1) * size, self.ranks)
         return _stacked(
             [
-                self._pair(*self.pairs[index], draw=f"{self.seed}:{step}:{place}")
-                for place, index in enumerate(batch)
-                if place % self.ranks == self.rank
+                self._pair(*self.pairs[batch[place]], draw=f"{self.seed}:{step}:{place}")
+                for place in mine
             ]
         )
 
@@ -70,19 +80,19 @@ def draw_texts(texts: Sequence[int], count: int, draw: str) -> list[int]:
     return sorted(Random(draw).sample(list(texts), min(count, len(texts))))
 
 
-class EpochSteps(Sampler[int]):
-    """The steps of the epoch the trainer stands in."""
+class EpochBatches(Sampler[int]):
+    """The micro-batches of the epoch the trainer stands in."""
 
-    def __init__(self, data: "PairDataModule", steps_per_epoch: int) -> None:
-        self.data, self.steps_per_epoch = data, steps_per_epoch
+    def __init__(self, data: "PairDataModule", batches_per_epoch: int) -> None:
+        self.data, self.batches_per_epoch = data, batches_per_epoch
 
     def __len__(self) -> int:
-        return self.steps_per_epoch
+        return self.batches_per_epoch
 
     def __iter__(self) -> Iterator[int]:
         assert self.data.trainer is not None
-        first = self.data.trainer.current_epoch * self.steps_per_epoch
-        return iter(range(first, first + self.steps_per_epoch))
+        first = self.data.trainer.current_epoch * self.batches_per_epoch
+        return iter(range(first, first + self.batches_per_epoch))
 
 
 class PairDataModule(LightningDataModule):
@@ -97,10 +107,13 @@ class PairDataModule(LightningDataModule):
         prompts: int,
         val_ratio: float,
         seed: int,
+        parts: int = 1,
     ) -> None:
+        """`parts`: micro-batches to an optimizer step."""
         super().__init__()
         self.sources, self.unseen = sources, unseen
-        self.batch_size, self.prompts, self.seed = batch_size, prompts, seed
+        self.batch_size, self.prompts = batch_size, prompts
+        self.seed, self.parts = seed, parts
         splits = [_split_texts(source, val_ratio, seed) for source in sources]
         self.train_texts = [split[0] for split in splits]
         self.val_texts = [split[1] for split in splits]
@@ -112,6 +125,7 @@ class PairDataModule(LightningDataModule):
             batch_size=self.batch_size,
             prompts=self.prompts,
             seed=self.seed,
+            parts=self.parts,
             rank=rank,
             ranks=ranks,
         )
@@ -119,7 +133,7 @@ class PairDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[PairBatch]:
         assert self.trainer is not None
         batches = self.train_batches(self.trainer.global_rank, self.trainer.world_size)
-        sampler = EpochSteps(self, batches.steps_per_epoch)
+        sampler = EpochBatches(self, batches.steps_per_epoch * self.parts)
         return DataLoader(batches, batch_size=None, sampler=sampler)
 
     def val_dataloader(self) -> list[DataLoader[PairBatch]]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from loragen.core.config.schema import GenTrainConfig
 from loragen.core.config.schema import Source as SourceConfig
+from loragen.core.data.documents import parsed_source
 from loragen.core.errors import UsageError
 from loragen.core.runs import CHECKPOINTS, MANIFEST, LoraManifest, read_manifest, run_directory_of
 
@@ -46,13 +47,15 @@ def directory_of(source: SourceConfig) -> Path:
 
 
 def check_places(config: GenTrainConfig) -> None:
-    """That every run, directory and file of prompts is there.
+    """That every run, directory and file of prompts is there; the hub is not asked.
 
-    Raises UsageError for the first that is not, DataError for a manifest that is no run's.
+    Raises UsageError for the first that is not, or a malformed hub id, DataError for a manifest
+    that is no run's.
     """
     for source in (*configured_sources(config), *config.val_sources):
         directory = directory_of(source)
         if source.run is not None:
             read_manifest(run_directory_of(directory), LoraManifest)
-        if source.prompts is not None and not Path(source.prompts).is_file():
-            raise UsageError(f"{source.prompts}: no such prompt file")
+        prompts = None if source.prompts is None else parsed_source(source.prompts)
+        if isinstance(prompts, Path) and not prompts.is_file():
+            raise UsageError(f"{prompts}: no such prompt file")

@@ -3,11 +3,12 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from loragen.core.checkpoints import AtomicCheckpointIO
@@ -18,7 +19,7 @@ from loragen.core.generator.layout import Layout
 from loragen.core.generator.model import Choice, Generator
 from loragen.core.generator.module import GeneratorModule
 from loragen.core.generator.normalization import Normalization
-from loragen.core.generator.pairs import PairDataModule
+from loragen.core.generator.pairs import PairBatch, PairDataModule
 from loragen.core.generator.places import configured_sources
 from loragen.core.generator.sources import (
     PreparedSource,
@@ -27,6 +28,7 @@ from loragen.core.generator.sources import (
     prepared,
     read_source,
 )
+from loragen.core.lora.callbacks import StepCallback
 from loragen.core.plugins import create, find
 from loragen.core.progress import Progress, Step
 from loragen.core.protocols import Encoder, Schedule
@@ -99,6 +101,7 @@ def _train(
         prompts=config.data.prompts_per_condition,
         val_ratio=config.data.val_ratio,
         seed=config.seed,
+        parts=config.trainer.accumulate_grad_batches,
     )
     generator = _new_generator(config, work, encoder, seen)
     total = _total_steps(config, data)
@@ -161,8 +164,13 @@ def _schedule(config: GenTrainConfig) -> Schedule:
 
 
 def _total_steps(config: GenTrainConfig, data: PairDataModule) -> int:
+    """Optimizer steps, as `training` and `trainer.limit_train_batches` end them."""
     steps = config.training.max_epochs * data.train_batches().steps_per_epoch
-    return min(steps, config.training.max_steps or steps)
+    steps = min(steps, config.training.max_steps or steps)
+    limit = config.trainer.limit_train_batches
+    if isinstance(limit, float):
+        return ceil(steps * min(limit, 1.0))
+    return min(steps, ceil(limit / data.parts)) if limit else steps
 
 
 def _best_checkpoint(data: PairDataModule) -> ModelCheckpoint:
@@ -182,26 +190,33 @@ def _trainer(
     config: GenTrainConfig, session: RunSession, best: ModelCheckpoint, total: int
 ) -> Trainer:
     validates = best.monitor is not None
+    options = config.trainer.model_dump(exclude={"limit_train_batches"})  # it is in the total
+    val_batches = options.pop("limit_val_batches") or 1.0
+    pairs = config.data.batch_size * config.trainer.accumulate_grad_batches
     return make_trainer(
-        config.trainer.model_dump(),
-        callbacks=[session, EpochMetrics(session, config.data.batch_size), best],
+        options,
+        callbacks=[session, EpochMetrics(session, pairs), best],
         plugins=[AtomicCheckpointIO()],
         max_steps=total,
         max_epochs=config.training.max_epochs,
         enable_checkpointing=True,
         check_val_every_n_epoch=config.training.val_every_epochs,
-        limit_val_batches=1.0 if validates else 0,
+        limit_val_batches=val_batches if validates else 0,
     )
 
 
-class EpochMetrics(Callback):
-    """Logs every training step and every validation, at the true step."""
+class EpochMetrics(StepCallback):
+    """Logs every optimizer step and every validation, at the true step."""
 
     def __init__(self, session: RunSession, pairs_per_step: int) -> None:
         self.session, self.pairs_per_step = session, pairs_per_step
+        self._began = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
         self._began = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+    def on_step(self, trainer: Trainer, pl_module: Any, batch: PairBatch) -> None:
         step, now = trainer.global_step, time.perf_counter()
         rate, self._began = self.pairs_per_step / (now - self._began), now
         learning_rate, stage = pl_module.schedule(step, pl_module.total_steps)

@@ -49,13 +49,13 @@ class StepCallback(Callback):
         self._done = trainer.global_step
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step > self._done:
             self._done = trainer.global_step
             self.on_step(trainer, pl_module, batch)
 
-    def on_step(self, trainer: Trainer, pl_module: Any, batch: Batch) -> None:
+    def on_step(self, trainer: Trainer, pl_module: Any, batch: Any) -> None:
         raise NotImplementedError
 
 

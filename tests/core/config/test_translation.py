@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from loragen.core.config import GenTrainConfig, LoraTrainConfig, document, load
 from loragen.core.config.commands import MODELS
-from loragen.core.config.legacy import FORMS, recognised
+from loragen.core.config.legacy import FORMS
 from loragen.core.config.migrate import migrate
 from loragen.core.config.problems import has_key
+from loragen.core.config.recognition import recognised
 from loragen.core.config.translation import translated
 from loragen.core.errors import ConfigError
 
@@ -111,9 +112,12 @@ class TestWhatBecomesOfAnOldFile:
         assert notice.startswith("c.yaml is in the original generator form; ")
         assert "512, which holds no real adapter" in notice
 
+    @pytest.mark.parametrize(
+        "text", ["logging: {swanlab: {project: team}}", "swanlab: {project: team}"]
+    )
     @pytest.mark.parametrize("model", [LoraTrainConfig, GenTrainConfig])
-    def test_the_section_of_swanlab_is_enough(self, configure, notices, model):
-        config = configure("logging: {swanlab: {project: team}}", model=model)
+    def test_the_section_of_swanlab_is_enough(self, configure, notices, model, text):
+        config = configure(text, model=model)
         (notice,) = notices()
         assert (" c.yaml --command lora`" in notice) == (model is LoraTrainConfig)
         assert config.loggers["swanlab"]["project"] == "team"
@@ -138,6 +142,23 @@ class TestWhatBecomesOfAnOldFile:
         assert config.training.batch_size == 64
         assert config.schedule.options["stage1_steps"] == 5
         assert config.schedule.options["learning_rate_stage1"] == 2e-4
+
+    def test_the_dtype_of_the_base_is_kept(self, configure, notices):
+        old = "training: {stage1_steps: 75}\nmodel: {name: a, torch_dtype: "
+        assert configure(old + "bfloat16}").base_dtype == "bfloat16"
+        assert configure(old + "torch.float32}").base_dtype == "float32"
+        assert configure(old + "null}").base_dtype == "auto"
+        assert "dropped" not in "".join(notices())
+
+    def test_the_workers_of_lora_are_kept(self, configure):
+        old = "training: {stage1_steps: 75}\ndata: {num_workers: 4}"
+        assert configure(old).data.workers == 4
+        old = "training: {stage1_steps: 75, dataloader_num_workers: 4}"
+        assert configure(old).data.workers == 4
+
+    def test_a_generator_has_no_workers(self, configure, notices):
+        configure("model: {hidden_dim: 8}\ndata: {num_workers: 4}", model=GenTrainConfig)
+        assert "data.num_workers: 4 is dropped: pairs are read in the process" in notices()[0]
 
     def test_a_flag_is_a_precision(self, configure):
         old = "training: {stage1_steps: 75, "
@@ -165,6 +186,17 @@ class TestWhatBecomesOfAnOldFile:
     def test_the_steps_of_both_stages_make_the_total(self, configure):
         config = configure("training: {stage1: {steps: 3}, stage2: {steps: 4}}")
         assert config.training.max_steps == 7
+
+    def test_a_count_in_quotes_is_a_count(self, configure):
+        config = configure("training: {stage1: {steps: '60'}, stage2: {steps: '40'}}")
+        assert (config.training.max_steps, config.checkpoints.first_step) == (100, 61)
+        old = "training: {per_device_train_batch_size: '8', devices: '2'}"
+        assert configure(old).training.batch_size == 16
+
+    def test_one_key_of_today_leaves_an_old_file_old(self, configure):
+        config = configure(f"{TRADITIONAL}  packing: false\n")
+        assert (config.base_model, config.training.batch_size) == ("some/base", 32)
+        assert not config.training.packing
 
 
 def _documents(text):
@@ -196,12 +228,20 @@ class TestWhatIsRefused:
                 "c.yaml:1:29: training.optimizer: sgd has no place today: LoRA trains with AdamW",
             ),
             (
+                "training: {stage1_steps: 5}\nmodel: {torch_dtype: float16}",
+                "c.yaml:2:9 (model.torch_dtype): base_dtype: input should be 'auto', 'float32' or",
+            ),
+            (
                 "training: {stage1_steps: 5, warmup_steps: 10}",
                 "c.yaml:1:29: training.warmup_steps: 10 has no place today: schedule: {name: cos",
             ),
             (
                 "training: {stage1_steps: 5, learning_rate: 1e-3}",
                 "c.yaml:1:29: training.learning_rate: 1e-3 has no place today: each stage has",
+            ),
+            (
+                "training: {stage1: {steps: '60'}, stage2: {steps: 40}, max_steps: 125}",
+                "c.yaml:1:44: training.stage2.steps: 40 steps, but training.max_steps leaves 65",
             ),
             (
                 "training: {stage1: {steps: 5, stepz: 6}}",
@@ -287,6 +327,10 @@ class TestWhatIsRefused:
         (problem,) = problems_of(text, model=model)
         assert problem.startswith(f"c.yaml: in the {form}")
 
+    def test_a_stage_of_who_knows_how_many_steps_is_one_problem(self, problems_of):
+        (problem,) = problems_of("training: {stage1: {steps: many}, stage2: {steps: 40}}")
+        assert problem.startswith("c.yaml:1:21 (training.stage1.steps): schedule.stage1_steps: ")
+
     def test_every_problem_at_once(self, problems_of):
         found = problems_of(
             "training: {stage1: {steps: x}, optimizer: sgd, bogus: 1}\nlora: {r: 0}\n"
@@ -336,6 +380,15 @@ class TestTodaysFiles:
             "c.yaml:2:8: lora.r: unknown key",
             "c.yaml:1:30: training.optimizer: unknown key",
         ]
+
+    def test_keys_of_shared_sections_may_be_todays_alone(self, configure, notices):
+        config = configure(
+            "lora: {rank: 4}\ntraining: {packing: false, stage1_steps: 60}\n"
+            "data: {root: x}\ntrainer: {devices: 2}"
+        )
+        assert config.training.batch_size == 32
+        assert config.schedule.options["stage1_steps"] == 60
+        assert "rows" not in notices()[0]
 
     def test_a_mixed_files_batch_is_todays(self, configure):
         text = "training: {batch_size: 8, stage1_steps: 60}\nbase_model: a\ntrainer: {devices: 2}"

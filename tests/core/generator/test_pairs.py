@@ -23,10 +23,9 @@ def prepared(code, checkpoints=3, texts=8, positions=1):
     )
 
 
-def pairs(sources, unseen=(), batch_size=4, prompts=3, val_ratio=0.25, seed=1):
-    return PairDataModule(
-        sources, unseen, batch_size=batch_size, prompts=prompts, val_ratio=val_ratio, seed=seed
-    )
+def pairs(sources, unseen=(), **settings):
+    ours = {"batch_size": 4, "prompts": 3, "val_ratio": 0.25, "seed": 1}
+    return PairDataModule(sources, unseen, **ours | settings)
 
 
 def equal(one, other):
@@ -125,6 +124,26 @@ def test_the_devices_share_one_batch(ranks):
     for rank, part in enumerate(parts):
         assert part.tokens.equal(whole.tokens[rank::ranks])
         assert part.condition.equal(whole.condition[rank::ranks])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_accumulation_rounds_share_one_batch(ranks):
+    sources = [prepared(1), prepared(2)]
+    whole = pairs(sources, batch_size=8).train_batches()[3]
+    data = pairs(sources, batch_size=4, parts=2)
+    parts = [[data.train_batches(r, ranks)[k] for r in range(ranks)] for k in (6, 7)]
+    for part, devices in enumerate(parts):
+        for rank, mine in enumerate(devices):
+            places = slice(4 * part + rank, 4 * part + 4, ranks)
+            assert mine.tokens.equal(whole.tokens[places])
+            assert mine.condition.equal(whole.condition[places])
+
+
+def test_an_epoch_is_whole_steps():
+    data = pairs([prepared(1, checkpoints=7)], batch_size=2, parts=3)
+    assert data.train_batches().steps_per_epoch == 2  # of 6 pairs
+    data.trainer = SimpleNamespace(global_rank=0, world_size=1, current_epoch=1)
+    assert list(data.train_dataloader().sampler) == list(range(6, 12))
 
 
 def test_each_epoch_goes_on_where_the_last_one_ended():

@@ -1,5 +1,7 @@
+import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from loragen.core.generator import train as module
 from loragen.core.generator.infer import infer
 from loragen.core.generator.model import Generator
 from loragen.core.generator.train import train
+from loragen.core.metrics_log import read_metrics
 from loragen.core.progress import Silent
 from loragen.core.runs import GeneratorManifest, generator_file, read_manifest
 
@@ -96,6 +99,39 @@ class TestTraining:
         run = train(gen_config({"training.max_steps": 3}), watching)
         assert [step.step for step in watching.steps] == [1, 2, 3]
         assert run.manifest.steps == 3
+
+    def test_accumulation_only_splits_the_work(self, gen_config):
+        """The doubled batch in one piece: the same steps, metrics and weights, up to rounding."""
+        found = []
+        for batch, parts in ((6, 1), (3, 2)):  # 8 checkpoints: no size divides them
+            watching = Watching()
+            settings = {"data.batch_size": batch, "trainer.accumulate_grad_batches": parts}
+            run = train(gen_config(settings), watching)
+            found.append((run, watching.steps, read_metrics(run.directory / "metrics.jsonl")))
+        (one, steps, logged), (other, split_steps, split_logged) = found
+        assert [step.step for step in split_steps] == [step.step for step in steps]
+        assert one.manifest.steps == other.manifest.steps == 8
+        assert [entry["step"] for entry in split_logged] == [entry["step"] for entry in logged]
+        for entry, split in zip(logged, split_logged, strict=True):
+            for name in entry.keys() & {"train/loss", "train/lr", "val/loss"}:
+                assert split[name] == pytest.approx(entry[name], rel=1e-4), name
+        ours = weights(one.directory)
+        for key, value in weights(other.directory).items():
+            assert torch.allclose(value, ours[key], atol=1e-5), key
+
+    def test_pairs_per_second_are_those_of_whole_steps(self, gen_config, monkeypatch):
+        clock = itertools.count()  # a second a step
+        monkeypatch.setattr(
+            module, "time", SimpleNamespace(perf_counter=lambda: float(next(clock)))
+        )
+        watching = Watching()
+        train(gen_config({"trainer.accumulate_grad_batches": 2}), watching)
+        assert {step.rate for step in watching.steps} == {8.0}
+
+    @pytest.mark.parametrize("limit, steps", [(3, 2), (0.5, 2), (100, 4), (2.0, 4)])
+    def test_a_limit_counts_the_micro_batches_of_the_whole_run(self, gen_config, limit, steps):
+        settings = {"trainer.limit_train_batches": limit, "trainer.accumulate_grad_batches": 2}
+        assert train(gen_config(settings), Silent()).manifest.steps == steps
 
     def test_held_out_datasets_are_what_the_best_is_chosen_by(self, gen_config, collection):
         animals, colors = (str(run) for run in collection.runs.values())

@@ -1,4 +1,4 @@
-"""Questions about a configuration: whose is a file, and where does each value come from?"""
+"""Where each value of a configuration comes from."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from loragen.core.config.commands import MODELS
-from loragen.core.config.legacy import recognised
 from loragen.core.config.load import ENV_PREFIX, layered, validated
-from loragen.core.config.problems import has_key
-from loragen.core.config.yaml_file import Loc, dotted, read_yaml
+from loragen.core.config.yaml_file import Loc, dotted
 
 DEFAULT = "default"
 
@@ -36,21 +34,6 @@ def settings_of(
         Setting(dotted(keys), value, _origin(keys, given.origins))
         for keys, value in _leaves(config, ())
     ]
-
-
-def command_for(file: Path) -> str:
-    """Whose configuration a file is, by its keys: lora or gen; lora where they tell nothing.
-
-    Raises UsageError for a missing file, ConfigError for what is not YAML.
-    """
-    tree, origins = read_yaml(file)
-    old = recognised(tree)
-    if old is not None:
-        return old.command
-    known = {
-        command: sum(has_key(model, keys) for keys in origins) for command, model in MODELS.items()
-    }
-    return max(known, key=lambda command: known[command])
 
 
 def _leaves(tree: Mapping[str, Any], at: Loc) -> Iterator[tuple[Loc, Any]]:

@@ -1,0 +1,28 @@
+import pytest
+
+from loragen.core.config import document
+from loragen.core.config.recognition import command_for
+
+
+@pytest.mark.parametrize(
+    "text, command",
+    [
+        ("decoder: {blocks: 1}", "gen"),
+        ("schedule: {name: two-stage}\nbase_model: a", "lora"),
+        ("training: {mse_weight: 1, max_steps: 3}", "gen"),
+        ("training: {patience: 1}\nbogus: 1", "lora"),
+        ("model: {hidden_dim: 3}", "gen"),
+        ("training: {stage1_steps: 3}", "lora"),
+        ("seed: 3", "lora"),
+        ("", "lora"),
+    ],
+)
+def test_the_keys_tell_whose_a_file_is(tmp_path, text, command):
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+    assert command_for(tmp_path / "c.yaml") == command
+
+
+@pytest.mark.parametrize("command", ["lora", "gen"])
+def test_a_document_is_its_own_commands(tmp_path, command):
+    (tmp_path / "c.yaml").write_text(document(command), encoding="utf-8")
+    assert command_for(tmp_path / "c.yaml") == command
