@@ -74,6 +74,17 @@ def test_choices_are_read_back_from_every_file(tmp_path, suffix):
     assert first.choices == ["[A]", "[B]"]
 
 
+def test_an_index_means_the_same_in_every_file(tmp_path):
+    """Or is refused: a cell of a CSV file is a text, and texts and numbers count differently."""
+    row = {"question": "Which?", "choices": ["red", "green", "blue"], "answer": 1}
+    for suffix in (".jsonl", ".json"):
+        FILES[suffix](tmp_path / f"d{suffix}", [row])
+        assert read_rows(tmp_path / f"d{suffix}")[0].response == "[B]"
+    FILES[".csv"](tmp_path / "d.csv", [row])
+    with pytest.raises(DataError, match=r"d\.csv:2: 'answer': '1' may count from 0 or from 1"):
+        read_rows(tmp_path / "d.csv")
+
+
 def lines(file, content):
     file.write_bytes(content.encode())
     return [(document.line, document.value) for document in read_documents(file)]
