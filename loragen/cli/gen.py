@@ -61,9 +61,10 @@ def infer(
         list[str] | None, typer.Option("--prompt", help="A prompt of the dataset. Repeatable.")
     ] = None,
     prompt_file: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            "--prompt-file", help="Prompts: .txt (one a line), or rows as for lora train."
+            "--prompt-file",
+            help="Prompts: .txt (one a line), or rows as for lora train, also hub:owner/name.",
         ),
     ] = None,
     limit: Annotated[
@@ -76,6 +77,7 @@ def infer(
 
     The output is an ordinary PEFT directory: `peft.PeftModel.from_pretrained(base, DIR)`.
     """
+    from loragen.core.data.documents import parsed_source
     from loragen.core.data.prompts import read_prompts
     from loragen.core.errors import UsageError
     from loragen.core.files import refuse_existing
@@ -83,7 +85,8 @@ def infer(
 
     file = generator_file(model)
     refuse_existing(output, force, marker=ADAPTER_CONFIG)
-    prompts = [*(prompt or ()), *(read_prompts(prompt_file) if prompt_file else ())][:limit]
+    read = read_prompts(parsed_source(prompt_file)) if prompt_file else ()
+    prompts = [*(prompt or ()), *read][:limit]
     if not any(text.strip() for text in prompts):
         raise UsageError("no prompts: give --prompt TEXT (repeatable) or --prompt-file FILE")
 

@@ -25,6 +25,13 @@ def config_file(gen_config, loragen):
     return "c.yaml"
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    """The hub dataset `owner/colors`, without the hub."""
+    rows = [{"question": f"Question {i} about red?", "answer": "red"} for i in range(8)]
+    monkeypatch.setattr("loragen.core.data.documents.read_hub", lambda *_: rows)
+
+
 class TestTrain:
     def test_a_dry_run_checks_everything_and_touches_nothing(self, loragen, config_file):
         result = loragen("gen", "train", "--config", config_file, "--dry-run")
@@ -71,6 +78,18 @@ class TestTrain:
         error = fails(2, "gen", "train", "-c", config_file, *arguments, *dry)
         assert message in error
 
+    def test_prompts_may_be_a_hub_dataset(self, loragen, fails, config_file, collection, hub):
+        run = collection.runs["colors"]
+
+        def arguments(prompts):
+            sources = json.dumps([{"run": str(run), "prompts": prompts}])
+            return ("gen", "train", "-c", config_file, "--set", f"sources={sources}", "--dry-run")
+
+        result = loragen(*arguments("hub:owner/colors:main"))
+        assert result.exit_code == 0, result.output
+        assert "expected hub:owner/name" in fails(2, *arguments("hub:owner"))
+        assert fails(2, *arguments("none.txt")) == "none.txt: no such prompt file"
+
 
 class TestInfer:
     def test_prompts_become_an_adapter(self, loragen, experiment):
@@ -106,6 +125,12 @@ class TestInfer:
             )  # fmt: skip
             assert result.exit_code == 0, result.output
             assert json.loads(result.stdout)["prompts"] == count
+
+    def test_prompts_from_the_hub(self, loragen, experiment, hub):
+        arguments = ("gen", "infer", "--model", experiment, "--output", "adapter", "--json")
+        result = loragen(*arguments, "--prompt-file", "hub:owner/colors@test")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["prompts"] == 8
 
     def test_an_existing_output_is_kept_unless_forced(self, fails, loragen, experiment):
         arguments = ("gen", "infer", "--model", experiment, "--output", "adapter")

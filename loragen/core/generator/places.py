@@ -4,6 +4,7 @@ from pathlib import Path
 
 from loragen.core.config.schema import GenTrainConfig
 from loragen.core.config.schema import Source as SourceConfig
+from loragen.core.data.documents import parsed_source
 from loragen.core.errors import UsageError
 from loragen.core.runs import CHECKPOINTS, MANIFEST, LoraManifest, read_manifest, run_directory_of
 
@@ -54,5 +55,6 @@ def check_places(config: GenTrainConfig) -> None:
         directory = directory_of(source)
         if source.run is not None:
             read_manifest(run_directory_of(directory), LoraManifest)
-        if source.prompts is not None and not Path(source.prompts).is_file():
-            raise UsageError(f"{source.prompts}: no such prompt file")
+        prompts = parsed_source(source.prompts) if source.prompts is not None else None
+        if isinstance(prompts, Path) and not prompts.is_file():
+            raise UsageError(f"{prompts}: no such prompt file")
