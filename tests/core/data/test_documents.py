@@ -115,6 +115,36 @@ def test_json_lines_under_the_name_of_json_are_read(tmp_path):
     assert lines(tmp_path / "d.json", '{"a": 1}\n\n{"a": 2}\n') == [(1, {"a": 1}), (3, {"a": 2})]
 
 
+BIG = '{"prompt": "p", "response": "r", "n": ' + "1" * 5000 + "}"
+DEEP = '{"prompt": "p", "response": "r", "n": ' + "[" * 100_000 + "]" * 100_000 + "}"
+READ = '{"prompt": "p", "response": "r"}'
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [(BIG, "a number in it is too long"), (DEEP, "nested too deeply")],
+    ids=["big", "deep"],
+)
+def test_json_that_python_cannot_hold_is_a_bad_row(tmp_path, content, reason):
+    file = tmp_path / "d.jsonl"
+    file.write_text(f"{READ}\n{content}\n", encoding="utf-8")
+    with pytest.raises(DataError) as error:
+        read_rows(file)
+    assert str(error.value) == f"{file}:2: {reason} (--skip-bad-rows leaves it out)"
+    assert len(read_rows(file, skip_bad_rows=True)) == 1
+    file = tmp_path / "d.json"
+    file.write_text(f"[{READ}, {content}]", encoding="utf-8")
+    with pytest.raises(DataError) as error:
+        read_rows(file)
+    assert str(error.value) == f"{file}: {reason}"
+
+
+def test_a_cell_that_python_cannot_hold_stays_a_text(tmp_path):
+    cell = "[" * 100_000
+    (tmp_path / "d.csv").write_text(f"prompt,choices\np,{cell}\n", encoding="utf-8")
+    assert next(read_documents(tmp_path / "d.csv")).value["choices"] == cell
+
+
 def test_suffixes_may_be_in_capitals(tmp_path):
     assert lines(tmp_path / "D.CSV", "a\n1\n") == [(2, {"a": "1"})]
 
