@@ -87,11 +87,11 @@ def layered(
     )
     for layer in layers:
         # A plugin's name first: choosing one forgets the options of another from earlier layers.
-        for override in sorted(layer, key=lambda override: override.keys[-1] != "name"):
+        for override in sorted(layer, key=lambda override: not _chooses(model, override.keys)):
             if override.keys[0] == "loggers" and len(override.keys) > 1:  # beside the default ones
                 default = deepcopy(model.model_fields["loggers"].default)
                 given.tree.setdefault("loggers", default)
-            _insert(given.tree, override)
+            _insert(given.tree, override, _chooses(model, override.keys))
             for keys in [keys for keys in given.origins if not _is_there(given.tree, keys)]:
                 del given.origins[keys]  # the override has replaced what was around it
             for keys in paths(override.value, override.keys):
@@ -144,13 +144,13 @@ def _from_environment(environment: Mapping[str, str], model: type[BaseModel]) ->
     A variable of a section that this command does not have is another command's, or a mistake.
     """
     for name in sorted(environment):
-        keys = tuple(name.removeprefix(ENV_PREFIX).lower().split("__"))
+        keys = _keys(name.removeprefix(ENV_PREFIX).lower().split("__"))
         if not name.startswith(ENV_PREFIX):
             continue
         if keys[0] in model.model_fields:
             yield Override(keys, _value(environment[name], name), name)
         else:
-            _warn_of_unknown(name, keys[0])
+            _warn_of_unknown(name, str(keys[0]))
 
 
 @cache
@@ -166,18 +166,29 @@ def _from_setting(text: str) -> Override:
     path, equals, value = text.partition("=")
     if not equals or not path.strip():
         raise UsageError(f"--set {text}: expected key=value, such as training.batch_size=16")
-    keys = tuple(int(key) if key.isdigit() else key for key in path.strip().split("."))
-    return Override(keys, _value(value, f"--set {text}"), "--set")
+    return Override(_keys(path.strip().split(".")), _value(value, f"--set {text}"), "--set")
+
+
+def _keys(parts: Iterable[str]) -> Loc:
+    """An index of a list is a number."""
+    return tuple(int(part) if part.isdecimal() else part for part in parts)
 
 
 def _value(text: str, origin: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: of 2025-13-01, a date
         raise UsageError(f"{origin}: the value is not YAML; put quotes around it") from None
 
 
-def _insert(tree: dict[str, Any], override: Override) -> None:
+def _chooses(model: type[BaseModel], keys: Loc) -> bool:
+    """Whether it is a plugin's name, as `schedule.name`: many an option is called name too."""
+    section = model.model_fields.get(str(keys[0]))
+    named = len(keys) == 2 and keys[1] == "name"
+    return named and section is not None and isinstance(section.default, PluginSection)
+
+
+def _insert(tree: dict[str, Any], override: Override, chooses: bool) -> None:
     node: Any = tree
     for key in override.keys[:-1]:
         child = node.get(key) if isinstance(node, dict) else _item(node, key, override)
@@ -188,7 +199,6 @@ def _insert(tree: dict[str, Any], override: Override) -> None:
     last = override.keys[-1]
     if isinstance(node, list):
         _item(node, last, override)
-    chooses = last == "name" and override.keys[0] != "launcher"  # launchers share theirs
     if chooses and isinstance(node, dict) and node.get("name") not in (None, override.value):
         node.clear()  # another plugin is chosen: the options beside the old name were not its
     node[last] = override.value
