@@ -4,6 +4,8 @@ import importlib.util
 import re
 from pathlib import Path
 
+from loragen.core.data.formats import FORMATS
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -31,3 +33,20 @@ def test_every_link_to_a_file_leads_somewhere():
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_every_kind_of_row_is_in_the_table():
+    text = (ROOT / "docs" / "collecting.md").read_text(encoding="utf-8")
+    rows = [
+        set(re.findall(r"`(\w+)`", line.split("|")[1])) for line in text.splitlines() if "|" in line
+    ]
+    for known in FORMATS:
+        assert any({*known.keys, *known.optional} <= row for row in rows), known.name
+
+
+def test_the_extra_that_the_hub_and_parquet_need_is_named_where_they_are():
+    for name in ("README.md", "README.zh-CN.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert 'pip install -e ".[offline,data]"' in text
+        (line,) = [line for line in text.splitlines() if "`.parquet`" in line]
+        assert "`data`" in line

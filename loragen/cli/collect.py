@@ -69,6 +69,8 @@ def go_on(
         raise UsageError("--resume goes on with one run, and so with one dataset, here")
     directory = run_directory_of(path)
     manifest = read_manifest(directory, LoraManifest)
+    if not wanted and not manifest.dataset.path:  # of a converted run
+        raise UsageError(f"{directory}: its dataset is not recorded; give --dataset FILE")
     config = source.config(directory / CONFIG)
     (task,) = tasks(config, wanted or [manifest.dataset.path], every=False)
     if dry:

@@ -26,7 +26,7 @@ def preview(
         str,
         typer.Argument(
             help="A file (.jsonl, .json, .csv, .parquet), a name under --data-root, or "
-            "hub:owner/name[:config][@split]."
+            r"hub:owner/name[:config]\[@split]."  # unescaped, @split would be markup
         ),
     ],
     base_model: BaseModel = None,

@@ -16,17 +16,24 @@ from loragen.core.errors import UsageError
 def written_atomically(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it once the block has succeeded.
 
-    Write a file or make a directory there; on an error nothing is left.
+    Write a file or make a directory there; on an error all is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    new, old = holder / path.name, holder / f"{path.name}.old"
     try:
-        yield holder / path.name
+        yield new
         if path.is_dir():
-            path.rename(holder / "replaced")  # a directory cannot be renamed over another
-        (holder / path.name).replace(path)
+            path.rename(old)  # a directory cannot be renamed over another
+        try:
+            new.replace(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
     finally:
-        shutil.rmtree(holder, ignore_errors=True)
+        if path.exists() or not old.exists():  # never the only copy
+            shutil.rmtree(holder, ignore_errors=True)
 
 
 def remove_unfinished(directory: Path) -> None:

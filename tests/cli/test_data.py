@@ -126,3 +126,10 @@ def test_a_terminal_shows_colours_and_obeys_no_escapes_of_the_data(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     assert render.highlighted("a", "good") == "⟦a⟧"
     assert render.visible("猫\u3000\n\t\r") == "猫\u3000\n\t\\x0d"
+
+
+def test_the_help_shows_the_whole_form_of_a_hub_dataset(loragen, monkeypatch):
+    """What is in brackets is not taken for markup."""
+    monkeypatch.setenv("COLUMNS", "200")
+    help_text = loragen("data", "preview", "--help").output
+    assert "hub:owner/name[:config][@split]" in help_text

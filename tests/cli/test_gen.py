@@ -25,6 +25,13 @@ def config_file(gen_config, loragen):
     return "c.yaml"
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    """The hub dataset `owner/colors`, without the hub."""
+    rows = [{"question": f"Question {i} about red?", "answer": "red"} for i in range(8)]
+    monkeypatch.setattr("loragen.core.data.documents.read_hub", lambda *_: rows)
+
+
 class TestTrain:
     def test_a_dry_run_checks_everything_and_touches_nothing(self, loragen, config_file):
         result = loragen("gen", "train", "--config", config_file, "--dry-run")
@@ -70,6 +77,18 @@ class TestTrain:
     def test_what_cannot_start_is_a_usage_error(self, fails, config_file, dry, arguments, message):
         error = fails(2, "gen", "train", "-c", config_file, *arguments, *dry)
         assert message in error
+
+    def test_prompts_may_be_a_hub_dataset(self, loragen, fails, config_file, collection, hub):
+        run = collection.runs["colors"]
+
+        def arguments(prompts):
+            sources = json.dumps([{"run": str(run), "prompts": prompts}])
+            return ("gen", "train", "-c", config_file, "--set", f"sources={sources}", "--dry-run")
+
+        result = loragen(*arguments("hub:owner/colors:main"))
+        assert result.exit_code == 0, result.output
+        assert "expected hub:owner/name" in fails(2, *arguments("hub:owner"))
+        assert fails(2, *arguments("none.txt")) == "none.txt: no such prompt file"
 
 
 class TestInfer:

@@ -9,7 +9,7 @@ from loragen.core.config import LoraTrainConfig, load
 from loragen.core.lora.precision import load_training_base
 from loragen.core.lora.train import train
 from loragen.core.progress import Silent
-from loragen.core.runs import LoraManifest, read_manifest
+from loragen.core.runs import LoraManifest, read_manifest, write_manifest
 
 
 def snapshot(directory):
@@ -85,6 +85,17 @@ def test_data_that_are_gone_are_one_line(fails, half, tmp_path):
     (tmp_path / "colors.jsonl").unlink()
     assert fails(2, "lora", "train", "--resume", run) == (
         f"{tmp_path / 'colors.jsonl'}: no such file"
+    )
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_run_that_was_converted_without_its_dataset_asks_for_it(fails, half, dry):
+    run = half()
+    manifest = read_manifest(run, LoraManifest)
+    manifest.dataset.path = ""
+    write_manifest(run, manifest)
+    assert fails(2, "lora", "train", "--resume", run, *dry) == (
+        f"{run}: its dataset is not recorded; give --dataset FILE"
     )
 
 

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import yaml
 
@@ -249,3 +251,60 @@ def test_a_value_that_fits_none_of_several_types_is_one_problem(text):
 def test_a_launcher_is_chosen_without_forgetting_its_settings(configure):
     text = "launcher: {name: local, num_gpus: 0.5}"
     assert configure(text, settings=["launcher.name=ray"]).launcher.num_gpus == 0.5
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {"settings": ["loggers.wandb.name=b"]},
+        {"environment": {"LORAGEN_LOGGERS__WANDB__NAME": "b"}},
+    ],
+)
+def test_an_option_that_is_called_name_chooses_no_plugin(install, configure, layers):
+    """So it forgets nothing."""
+    hooks = (
+        "from loragen import hookimpl\n\n"
+        "@hookimpl\ndef loragen_loggers():\n    return {'wandb': 'theirs:Theirs'}\n"
+    )
+    theirs = (
+        "from pydantic import BaseModel\n\n"
+        "class Theirs:\n    class Config(BaseModel, extra='forbid'):\n"
+        "        name: str = ''\n        project: str = ''\n"
+    )
+    install("theirs-package", hooks, theirs=theirs)
+    config = configure("loggers: {wandb: {name: a, project: p}}", **layers)
+    assert config.loggers["wandb"] == {"name": "b", "project": "p"}
+
+
+def test_a_variable_reaches_into_lists_too(configure):
+    text = "sources: [{run: a}, {run: b}]"
+    environment = {"LORAGEN_SOURCES__1__RUN": "c"}
+    config = configure(text, model=GenTrainConfig, environment=environment)
+    assert [source.run for source in config.sources] == ["a", "c"]
+
+
+TOO_LONG = "1" * 5000
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        (
+            "seed: 1\nexperiment_name: 2025-13-01",
+            "month must be in 1..12; put quotes around it .* line 2, column 18",
+        ),
+        ("lora: {rank: 0b_}", "invalid literal for int.* line 1, column 14"),
+        (f"seed: {TOO_LONG}", "Exceeds the limit.* line 1, column 7"),
+        ("a: " + "[" * 3000, "nested too deeply$"),
+    ],
+)
+def test_a_value_that_python_cannot_make_is_one_problem_with_its_place(configure, text, problem):
+    (found,) = problems_of(configure, text)
+    assert re.match(rf"c\.yaml: not YAML: {problem}", found)
+
+
+@pytest.mark.parametrize("value", ["2025-13-01", TOO_LONG, "[" * 3000])
+def test_a_value_on_the_command_line_is_one_problem_too(value):
+    for layer in ({"settings": [f"seed={value}"]}, {"environment": {"LORAGEN_SEED": value}}):
+        (problem,) = problems_of(load, LoraTrainConfig, **{"environment": {}, **layer})
+        assert problem.endswith("the value is not YAML; put quotes around it")

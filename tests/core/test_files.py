@@ -1,5 +1,6 @@
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -66,6 +67,30 @@ def test_a_directory_is_replaced_whole(tmp_path):
             temporary.mkdir()
             (temporary / name).touch()
     assert contents(tmp_path) == {"d", "d/new"}
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+@pytest.mark.parametrize("name", ["d", "replaced"])
+def test_a_directory_that_cannot_be_replaced_is_not_lost(tmp_path, monkeypatch, name, comes_back):
+    """On Windows a renaming fails while a scanner has a file open; perhaps the second one too."""
+
+    def refused(*_):
+        raise PermissionError("a scanner holds a file")
+
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "old").touch()
+    with pytest.raises(PermissionError), written_atomically(tmp_path / name) as temporary:
+        temporary.mkdir()
+        monkeypatch.setattr(Path, "replace", refused)
+        if not comes_back:
+            rename = Path.rename
+            monkeypatch.setattr(
+                Path, "rename", lambda p, to: refused() if to == tmp_path / name else rename(p, to)
+            )
+    if comes_back:
+        assert contents(tmp_path) == {name, f"{name}/old"}
+    else:
+        assert len(list(tmp_path.rglob("old"))) == 1
 
 
 def test_json_is_readable_text(tmp_path):

@@ -177,7 +177,7 @@ def _keys(parts: Iterable[str]) -> Loc:
 def _value(text: str, origin: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: of 2025-13-01, a date
         raise UsageError(f"{origin}: the value is not YAML; put quotes around it") from None
 
 

@@ -14,6 +14,18 @@ DEEPEST = 50
 MERGE = "tag:yaml.org,2002:merge"
 
 
+class _Loader(yaml.SafeLoader):
+    """Tells where a value stands that only looks like a date or a number, such as 2025-13-01."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:
+            raise yaml.MarkedYAMLError(
+                problem=f"{error}; put quotes around it", problem_mark=node.start_mark
+            ) from None
+
+
 def read_yaml(file: Path) -> tuple[dict[str, Any], dict[Loc, str]]:
     """A YAML mapping and the place (`file:line:column`) of each of its keys.
 
@@ -25,9 +37,11 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], dict[Loc, str]]:
     try:
         text = file.read_text(encoding="utf-8-sig")  # editors on Windows may add the mark
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{file}: not YAML: nested too deeply") from None
     if node is None:
         return {}, {}
     if not isinstance(tree, dict):

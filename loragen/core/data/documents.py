@@ -19,6 +19,7 @@ from loragen.core.files import sha256, sha256_text
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 NESTED = ("messages", "conversations", "choices", "history")  # as JSON in a CSV cell
 LONGEST_CELL = 2**31 - 1
+TOO_MUCH = (ValueError, RecursionError)  # of JSON: 4,300 digits, or some thousand brackets
 HUB_ID = r"[\w.-]+/[\w.-]+"
 
 
@@ -105,6 +106,8 @@ def _json_lines(file: Path) -> Iterator[Document]:
                 yield Document(line, json.loads(content))
             except json.JSONDecodeError as error:
                 yield Document(line, None, f"not JSON: {error.msg} at column {error.colno}")
+            except TOO_MUCH as error:
+                yield Document(line, None, _too_much(error))
 
 
 def _json(file: Path) -> Iterator[Document]:
@@ -115,9 +118,16 @@ def _json(file: Path) -> Iterator[Document]:
             yield from _json_lines(file)
             return
         raise DataError(f"{file}:{error.lineno}: not JSON: {error.msg}") from None
+    except TOO_MUCH as error:
+        raise DataError(f"{file}: {_too_much(error)}") from None
     if not isinstance(document, list):
         raise DataError(f"{file}:1: expected a list of rows, found {type(document).__name__}")
     yield from (Document(index, item) for index, item in enumerate(document, start=1))
+
+
+def _too_much(error: Exception) -> str:
+    deep = isinstance(error, RecursionError)
+    return "nested too deeply" if deep else "a number in it is too long"
 
 
 def _csv(file: Path) -> Iterator[Document]:
@@ -155,7 +165,7 @@ def _cell(key: str, text: str) -> Any:
     if key in NESTED and text.startswith(("[", "{")):
         try:
             return json.loads(text)
-        except json.JSONDecodeError:
+        except TOO_MUCH:  # JSONDecodeError is a ValueError
             pass  # it stays a text, which is then reported as no list
     return text
 

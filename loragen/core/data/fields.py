@@ -12,8 +12,10 @@ def text(document: Keys, key: str) -> str:
     value = document.get(key)
     if not isinstance(value, str):
         raise DataError(f"'{key}': expected a text, found {kind(value)}")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(f"'{key}': holds half of a surrogate pair, which is no text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"'{key}': holds half of a surrogate pair, which is no text") from None
     return value
 
 

@@ -69,9 +69,9 @@ def format_of(document: Any) -> Format:
         if all(key in document for key in known.keys):
             return known
     found = listing([str(key) for key in document])
-    for known in FORMATS:
-        if all(key in document for key in known.unlabelled):
-            raise DataError(f"'{known.keys[-1]}' is missing (keys here: {found})")
+    without = _unlabelled_format_of(document)
+    if without is not None:
+        raise DataError(f"'{without.keys[-1]}' is missing (keys here: {found})")
     formats = listing([known.name for known in FORMATS], limit=len(FORMATS))
     raise DataError(f"unknown keys: {found}. Known: {formats}")
 
@@ -81,14 +81,24 @@ def question_of(document: Any) -> Question:
     if isinstance(document, str):
         return Question(document)
     if isinstance(document, dict):
-        for wanted in ("keys", "unlabelled"):
-            for known in FORMATS:
-                if all(key in document for key in getattr(known, wanted)):
-                    return known.question(document)
+        labelled = (known for known in FORMATS if all(key in document for key in known.keys))
+        known = next(labelled, None) or _unlabelled_format_of(document)
+        if known is not None:
+            return known.question(document)
         found = f"keys {listing([str(key) for key in document])}"
     else:
         found = kind(document)
     raise DataError(f"expected a text or an object with a 'prompt' (or a row), found {found}")
+
+
+def _unlabelled_format_of(document: Keys) -> Format | None:
+    """The format that a row without its answer had with it, as far as its keys tell: of those that
+    differ from the first that fits by optional keys alone, the one with most of them."""
+    fitting = [known for known in FORMATS if all(key in document for key in known.unlabelled)]
+    alike = [known for known in fitting if known.unlabelled == fitting[0].unlabelled]
+    return max(
+        alike, key=lambda known: sum(map(document.__contains__, known.optional)), default=None
+    )
 
 
 def _text_question(key: str, extras: tuple[str, ...], document: Keys) -> Question:
@@ -119,16 +129,21 @@ def _choice_question(key: str, document: Keys) -> Question:
 
 
 def _chosen(key: str, document: Keys) -> str:
-    """`[C]`. The choice is named by its label. Choices without labels have letters, and numbers:
-    a text counts from 1 ("1" is the first, as in ARC), a number from 0 (as in MMLU)."""
-    labels, choices = _labelled_choices(document)
-    given, numbers = document[key], range(1, len(choices) + 1)
-    if type(given) is int and not isinstance(document["choices"], dict):
-        given += 1
-    for names in (labels, [str(number) for number in numbers]):
-        if str(given) in names:
-            return f"[{ascii_uppercase[names.index(str(given))]}]"
-    raise DataError(f"'{key}': {document[key]!r} is none of the choices {listing(labels)}")
+    """`[C]`. The choice is named by its label; choices without labels have letters, and a number
+    counts them from 0, as in MMLU."""
+    labels, _ = _labelled_choices(document)
+    given, names = document[key], labels
+    if not isinstance(document["choices"], dict):
+        if isinstance(given, str) and given.strip().isdecimal():  # any number in a CSV file is one
+            raise DataError(
+                f"'{key}': {given!r} may count from 0 or from 1: name the choice by its letter, "
+                f"{listing(labels)}"
+            )
+        if type(given) is int:
+            names = [str(number) for number in range(len(labels))]
+    if str(given) in names:
+        return f"[{ascii_uppercase[names.index(str(given))]}]"
+    raise DataError(f"'{key}': {given!r} is none of the choices {listing(labels)}")
 
 
 def _labelled_choices(document: Keys) -> tuple[list[str], list[str]]:

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from loragen.core.data.rows import BadRow, Reading, Row, refuse_bad
-from loragen.core.data.tokenize import answer_ids, prompt_ids, shared_prefix
+from loragen.core.data.rows import BadRow, Reading, refuse_bad
+from loragen.core.data.tokenize import Parts, in_parts, shared_prefix
+from loragen.core.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -56,31 +57,20 @@ class Preview:
         return {**asdict(self), "bad_rows": bad}
 
 
-class _Tokens(NamedTuple):
-    row: Row
-    prompt: list[int]
-    answer: list[int]
-    cut: int
-    """How many tokens of the prompt's start do not fit."""
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.answer)
-
-
 def preview(tokenizer: Any, reading: Reading, max_length: int, samples: int) -> Preview:
     """The good rows in tokens; a row whose answer does not fit is a bad one.
 
     Raises DataError where no row is good.
     """
-    found = [_tokens(tokenizer, row, max_length) for row in reading.rows]
-    fitting = [item for item in found if item.cut < len(item.prompt)]
-    too_long = [
-        BadRow(item.row.line, f"the answer has {len(item.answer)} tokens, max_length {max_length}")
-        for item in found
-        if item.cut >= len(item.prompt)
-    ]
-    bad = sorted([*reading.bad, *too_long])
+    fitting: list[tuple[int, Parts]] = []  # with their lines
+    bad = list(reading.bad)
+    for row in reading.rows:
+        try:
+            fitting.append((row.line, in_parts(tokenizer, row, max_length)))
+        except DataError as error:
+            bad.append(BadRow(row.line, str(error)))
+    bad.sort()
+    parts = [part for _, part in fitting]
     if not fitting:
         refuse_bad(reading.source, bad, good=0)
     return Preview(
@@ -89,19 +79,13 @@ def preview(tokenizer: Any, reading: Reading, max_length: int, samples: int) -> 
         rows=len(fitting),
         bad_rows=bad,
         max_length=max_length,
-        row_tokens=_lengths([item.length for item in fitting]),
-        answer_tokens=_lengths([len(item.answer) for item in fitting]),
-        rows_cut=sum(item.cut > 0 for item in fitting),
-        tokens_cut=sum(item.cut for item in fitting),
-        shared_prefix=shared_prefix([item.prompt[item.cut :] for item in fitting]),
-        samples=[_sample(tokenizer, item) for item in fitting[:samples]],
+        row_tokens=_lengths([sum(map(len, item)) for item in parts]),
+        answer_tokens=_lengths([len(item.answer) for item in parts]),
+        rows_cut=sum(bool(item.cut) for item in parts),
+        tokens_cut=sum(len(item.cut) for item in parts),
+        shared_prefix=shared_prefix([item.prompt for item in parts]),
+        samples=[_sample(tokenizer, line, item) for line, item in fitting[:samples]],
     )
-
-
-def _tokens(tokenizer: Any, row: Row, max_length: int) -> _Tokens:
-    prompt = prompt_ids(tokenizer, row.prompt, row.system, row.history)
-    answer = answer_ids(tokenizer, row.response)
-    return _Tokens(row, prompt, answer, max(0, len(prompt) + len(answer) - max_length))
 
 
 def _lengths(counts: Sequence[int]) -> Lengths:
@@ -109,7 +93,5 @@ def _lengths(counts: Sequence[int]) -> Lengths:
     return Lengths(int(p5), int(p50), int(p95), max(counts))
 
 
-def _sample(tokenizer: Any, item: _Tokens) -> Sample:
-    parts = (item.prompt[: item.cut], item.prompt[item.cut :], item.answer)
-    texts = (tokenizer.decode(part, skip_special_tokens=False) for part in parts)
-    return Sample(item.row.line, *texts)
+def _sample(tokenizer: Any, line: int, parts: Parts) -> Sample:
+    return Sample(line, *(tokenizer.decode(part, skip_special_tokens=False) for part in parts))

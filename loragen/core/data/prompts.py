@@ -9,26 +9,30 @@ from loragen.core.data.formats import question_of
 from loragen.core.data.rows import BadRow, bad_lines
 from loragen.core.errors import DataError, UsageError
 
+TEXT_HINT = " (text, a prompt a line, is a .txt)"
 
-def read_prompts(source: Source, skip_bad_rows: bool = False) -> list[str]:
+
+def read_prompts(source: Source) -> list[str]:
     """The prompts of a .txt (one a line), or of texts, rows and rows without a label in any other
     file or a hub dataset. Labels are not read.
 
     Raises UsageError for a missing file, DataError (with file:line) for one that is malformed.
     """
-    bad: list[BadRow] = []
     if isinstance(source, Path) and not source.is_file():
         raise UsageError(f"{source}: no such prompt file")
-    if isinstance(source, Path) and source.suffix.lower() not in SUFFIXES:
-        prompts = [line.strip() for line in utf8_text(source).split("\n")]
-    else:
-        prompts, bad = _prompts_of_rows(source)
-    prompts = [prompt for prompt in prompts if prompt]
-    if bad and not (skip_bad_rows and prompts):
-        raise DataError(*bad_lines(source, bad))
-    if not prompts:
-        raise DataError(f"{source}: no prompts in it")
-    return prompts
+    if isinstance(source, Path) and source.suffix.lower() == ".txt":
+        return _with_text(source, [line.strip() for line in utf8_text(source).split("\n")])
+    return prompts_of_rows(source)
+
+
+def prompts_of_rows(source: Source, skip_bad_rows: bool = False) -> list[str]:
+    """The prompts of what training reads as rows, whatever the name of the file; labels, where
+    there are any, are not read. Raises as `read_prompts`."""
+    prompts, bad = _prompts_and_bad_rows(source)
+    if bad and not (skip_bad_rows and any(prompts)):
+        unknown = isinstance(source, Path) and source.suffix.lower() not in SUFFIXES
+        raise DataError(*bad_lines(source, bad, TEXT_HINT if unknown else ""))
+    return _with_text(source, prompts)
 
 
 def joined(prompts: Sequence[str], samples_per_prompt: int) -> list[str]:
@@ -47,7 +51,14 @@ def grouped(prompts: Sequence[str], samples_per_prompt: int, seed: int) -> list[
     return texts[:whole] if whole else texts
 
 
-def _prompts_of_rows(source: Source) -> tuple[list[str], list[BadRow]]:
+def _with_text(source: Source, prompts: Sequence[str]) -> list[str]:
+    found = [prompt for prompt in prompts if prompt]
+    if not found:
+        raise DataError(f"{source}: no prompts in it")
+    return found
+
+
+def _prompts_and_bad_rows(source: Source) -> tuple[list[str], list[BadRow]]:
     prompts, bad = [], []
     for line, value, problem in read_documents(source):
         try:

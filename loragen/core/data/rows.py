@@ -137,10 +137,12 @@ def _row(document: Document) -> tuple[str, Row]:
 
 def find_dataset(name_or_file: str, root: Path, split: str = "train") -> tuple[str, Source]:
     """A dataset's name and where it is: a file, `hub:owner/name[:config][@split]`, a name below
-    the root (see `_files_of`), a folder as if it stood below the root, or a bare hub id.
+    the root (see `_files_of`), a folder as if its parent were the root, or a bare hub id.
 
     Raises UsageError naming what exists.
     """
+    if not name_or_file.strip():
+        raise UsageError("no dataset: its name is empty; give a name or a file")
     source = parsed_source(name_or_file, split)
     if isinstance(source, HubDataset):
         return source.name, source
@@ -148,19 +150,20 @@ def find_dataset(name_or_file: str, root: Path, split: str = "train") -> tuple[s
         return _name_of(source), source
     if source.suffix.lower() in SUFFIXES:
         raise UsageError(f"{source}: no such file")
-    found = _files_of(name_or_file, root, split)
-    if len(found) > 1:
-        files = listing([str(file) for file in found])
-        raise UsageError(f"dataset '{name_or_file}' is ambiguous: give one file of {files}")
-    if found:
-        return name_or_file, found[0]
-    if source.is_dir() and source.absolute().parent != root.absolute():
-        return find_dataset(source.absolute().name, source.absolute().parent, split)
-    if re.fullmatch(HUB_ID, name_or_file):
+    places = [root / source] if source.name else []  # "." is a folder, and no name
+    places += [source.absolute()] if source.is_dir() else []
+    for place in places:
+        found = _files_of(place.name, place.parent, split)
+        if len(found) > 1:
+            files = listing([str(file) for file in found])
+            raise UsageError(f"dataset '{name_or_file}' is ambiguous: give one file of {files}")
+        if found:
+            return place.name, found[0]
+    if re.fullmatch(HUB_ID, name_or_file) and not source.is_dir():
         log.info("%s: no file, and no name below %s; asking the hub", name_or_file, root)
         hub = HubDataset(name_or_file, None, split)
         return hub.name, hub
-    raise _unknown(name_or_file, root, split)
+    raise _unknown(places[-1].name, places[-1].parent, split)
 
 
 def dataset_names(root: Path, split: str = "train") -> list[str]:

@@ -15,6 +15,16 @@ class Example(NamedTuple):
     answer: int
 
 
+class Parts(NamedTuple):
+    """One row in tokens, as far as it fits."""
+
+    cut: list[int]
+    """The start of the prompt that does not fit."""
+    prompt: list[int]
+    answer: list[int]
+    """With the end token."""
+
+
 def prompt_ids(
     tokenizer: Any, prompt: str, system: str | None = None, history: Sequence[Turn] = ()
 ) -> list[int]:
@@ -37,7 +47,7 @@ def answer_ids(tokenizer: Any, response: str) -> list[int]:
     return [*ids, tokenizer.eos_token_id]
 
 
-def example(tokenizer: Any, row: Row, max_length: int) -> Example:
+def in_parts(tokenizer: Any, row: Row, max_length: int) -> Parts:
     """A row that is too long loses the start of its prompt, never any of its answer.
 
     Raises DataError where the answer alone does not fit.
@@ -47,7 +57,14 @@ def example(tokenizer: Any, row: Row, max_length: int) -> Example:
     room = max_length - len(answer)
     if room < 1:
         raise DataError(f"the answer has {len(answer)} tokens, data.max_length is {max_length}")
-    return Example([*prompt[-room:], *answer], len(answer))
+    cut = max(0, len(prompt) - room)
+    return Parts(prompt[:cut], prompt[cut:], answer)
+
+
+def example(tokenizer: Any, row: Row, max_length: int) -> Example:
+    """What is learned from: the row without what is cut. Raises as `in_parts`."""
+    _, prompt, answer = in_parts(tokenizer, row, max_length)
+    return Example([*prompt, *answer], len(answer))
 
 
 def shared_prefix(sequences: Sequence[list[int]]) -> int:

@@ -15,7 +15,7 @@ from loragen.core.checkpoints import find_checkpoints, read_tensors
 from loragen.core.config.schema import GenData, GenTrainConfig
 from loragen.core.config.schema import Source as SourceConfig
 from loragen.core.data.documents import content_hash, parsed_source
-from loragen.core.data.prompts import grouped, read_prompts
+from loragen.core.data.prompts import grouped, prompts_of_rows, read_prompts
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import sha256, sha256_text, written_atomically
 from loragen.core.generator.layout import Layout
@@ -83,10 +83,11 @@ def _from_run(path: Path, prompts: str | None, max_checkpoints: int) -> Source:
         raise DataError(
             f"{run}: its dataset {file} has changed since the run; name one with prompts: FILE"
         )
+    own = prompts is None  # whose bad rows the run has left out
     return Source(
         manifest.dataset.name,
         checkpoints,
-        read_prompts(file, skip_bad_rows=prompts is None),  # the run has left them out, or had none
+        prompts_of_rows(file, skip_bad_rows=True) if own else read_prompts(file),
         manifest.adapter_config,
         manifest.base_model,
     )

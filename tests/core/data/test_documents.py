@@ -74,6 +74,17 @@ def test_choices_are_read_back_from_every_file(tmp_path, suffix):
     assert first.choices == ["[A]", "[B]"]
 
 
+def test_an_index_means_the_same_in_every_file(tmp_path):
+    """Or is refused: a cell of a CSV file is a text, and texts and numbers count differently."""
+    row = {"question": "Which?", "choices": ["red", "green", "blue"], "answer": 1}
+    for suffix in (".jsonl", ".json"):
+        FILES[suffix](tmp_path / f"d{suffix}", [row])
+        assert read_rows(tmp_path / f"d{suffix}")[0].response == "[B]"
+    FILES[".csv"](tmp_path / "d.csv", [row])
+    with pytest.raises(DataError, match=r"d\.csv:2: 'answer': '1' may count from 0 or from 1"):
+        read_rows(tmp_path / "d.csv")
+
+
 def lines(file, content):
     file.write_bytes(content.encode())
     return [(document.line, document.value) for document in read_documents(file)]
@@ -102,6 +113,36 @@ def test_a_csv_row_of_other_length_is_a_bad_row(tmp_path):
 
 def test_json_lines_under_the_name_of_json_are_read(tmp_path):
     assert lines(tmp_path / "d.json", '{"a": 1}\n\n{"a": 2}\n') == [(1, {"a": 1}), (3, {"a": 2})]
+
+
+BIG = '{"prompt": "p", "response": "r", "n": ' + "1" * 5000 + "}"
+DEEP = '{"prompt": "p", "response": "r", "n": ' + "[" * 100_000 + "]" * 100_000 + "}"
+READ = '{"prompt": "p", "response": "r"}'
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [(BIG, "a number in it is too long"), (DEEP, "nested too deeply")],
+    ids=["big", "deep"],
+)
+def test_json_that_python_cannot_hold_is_a_bad_row(tmp_path, content, reason):
+    file = tmp_path / "d.jsonl"
+    file.write_text(f"{READ}\n{content}\n", encoding="utf-8")
+    with pytest.raises(DataError) as error:
+        read_rows(file)
+    assert str(error.value) == f"{file}:2: {reason} (--skip-bad-rows leaves it out)"
+    assert len(read_rows(file, skip_bad_rows=True)) == 1
+    file = tmp_path / "d.json"
+    file.write_text(f"[{READ}, {content}]", encoding="utf-8")
+    with pytest.raises(DataError) as error:
+        read_rows(file)
+    assert str(error.value) == f"{file}: {reason}"
+
+
+def test_a_cell_that_python_cannot_hold_stays_a_text(tmp_path):
+    cell = "[" * 100_000
+    (tmp_path / "d.csv").write_text(f"prompt,choices\np,{cell}\n", encoding="utf-8")
+    assert next(read_documents(tmp_path / "d.csv")).value["choices"] == cell
 
 
 def test_suffixes_may_be_in_capitals(tmp_path):

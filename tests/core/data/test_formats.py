@@ -67,7 +67,7 @@ def test_earlier_turns_are_kept_apart_from_the_last(document):
     [
         *((LABELLED, answer) for answer in ("B",)),
         *((NUMBERED, answer) for answer in ("2", 2)),
-        *((TEXTS, answer) for answer in ("B", "2", 1)),
+        *((TEXTS, answer) for answer in ("B", 1)),
     ],
 )
 @pytest.mark.parametrize(
@@ -88,7 +88,10 @@ def test_choices_are_lettered_and_the_answer_is_a_letter(choices, given, key, an
             {"question": "q", "choices": TEXTS, "answerKey": "D"},
             "'D' is none of the choices A, B, C",
         ),
-        ({"question": "q", "choices": TEXTS, "answerKey": "0"}, "'0' is none of the choices"),
+        (
+            {"question": "q", "choices": TEXTS, "answerKey": "1"},
+            "'answerKey': '1' may count from 0",
+        ),
         ({"question": "q", "choices": TEXTS, "answerKey": 3}, "3 is none of the choices"),
         ({"question": "q", "choices": TEXTS, "answerKey": -1}, "-1 is none of the choices"),
         ({"question": "q", "choices": TEXTS, "answerKey": True}, "True is none of the choices"),
@@ -131,7 +134,9 @@ def test_what_is_wrong_with_a_row_is_said(document, reason):
     [
         ("bare", "bare"),
         ({"prompt": "p", "response": 3}, "p"),
-        ({"instruction": "p", "context": "i"}, "p"),
+        ({"instruction": "p", "context": "i"}, "p\n\ni"),
+        ({"instruction": "p", "context": "i", "category": "c"}, "p\n\ni"),
+        ({"prompt": "p", "question": "Which?", "choices": TEXTS}, "p"),
         ({"instruction": "p", "input": "i"}, "p\n\ni"),
         ({"question": "Which?", "choices": TEXTS}, LETTERED),
         ({"question": "Which?", "choices": TEXTS, "answerKey": "Z"}, LETTERED),
@@ -142,6 +147,23 @@ def test_what_is_wrong_with_a_row_is_said(document, reason):
 )
 def test_a_question_needs_no_label(document, prompt):
     assert question_of(document).prompt == prompt
+
+
+@pytest.mark.parametrize(
+    "labelled, answer",
+    [
+        ({"instruction": "p", "context": "i", "response": "r"}, "response"),
+        ({"instruction": "p", "input": "i", "output": "r"}, "output"),
+        ({"question": "Which?", "choices": TEXTS, "answer": 1}, "answer"),
+        ({"prompt": "p", "response": "r", "question": "x", "choices": TEXTS}, "response"),
+    ],
+)
+def test_a_row_without_its_answer_asks_what_it_asked_in_training(labelled, answer):
+    row = {key: value for key, value in labelled.items() if key != answer}
+    assert question_of(row) == format_of(labelled).question(labelled)
+    if "context" in row:
+        with pytest.raises(DataError, match="'response' is missing"):
+            format_of(row)
 
 
 def test_formats_have_different_keys():

@@ -56,8 +56,8 @@ def test_an_answer_that_does_not_fit_makes_a_bad_row(tokenizer):
     result = preview(tokenizer, reading(("p", "x" * 20), ("p", "x")), 10, 3)
     assert result.rows == 1
     assert [sample.line for sample in result.samples] == [2]
-    assert result.bad_rows == [(1, "the answer has 21 tokens, max_length 10")]
-    with pytest.raises(DataError, match=r"d\.jsonl:1: the answer has 21 tokens, max_length 10"):
+    assert result.bad_rows == [(1, "the answer has 21 tokens, data.max_length is 10")]
+    with pytest.raises(DataError, match=r"d\.jsonl:1: the answer has 21 tokens, data\.max_length"):
         preview(tokenizer, reading(("p", "x" * 20)), 10, 3)
 
 

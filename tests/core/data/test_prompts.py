@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loragen.core.data.prompts import grouped, joined, read_prompts
+from loragen.core.data.prompts import grouped, joined, prompts_of_rows, read_prompts
 from loragen.core.errors import DataError, UsageError
 
 prompts = st.lists(st.text("abc ", min_size=1), max_size=30)
@@ -117,4 +117,14 @@ def test_bad_rows_are_all_reported_or_left_out(tmp_path):
         read_prompts(file)
     assert len(error.value.problems) == 2
     assert "--skip-bad-rows" not in str(error.value)  # which no command with prompts has
-    assert read_prompts(file, skip_bad_rows=True) == ["good"]
+    assert prompts_of_rows(file, skip_bad_rows=True) == ["good"]
+
+
+@pytest.mark.parametrize("name", ["p.ndjson", "p.data", "p"])
+def test_only_a_txt_has_lines_of_text(tmp_path, name):
+    """Any other file is read as training reads it, whatever its name."""
+    row = {"prompt": "a", "response": "secret"}
+    assert read_prompts(written(tmp_path, name, json.dumps(row))) == ["a"]
+    file = written(tmp_path, name, "a text\n")
+    with pytest.raises(DataError, match=r":1: not JSON: .* \(text, a prompt a line, is a \.txt\)"):
+        read_prompts(file)

@@ -254,6 +254,41 @@ def test_a_folder_is_a_dataset_too(root, tmp_path):
         find_dataset(str(root / "empty"), tmp_path / "none")
 
 
+def test_a_folder_elsewhere_is_never_a_namesake_here(root, tmp_path, monkeypatch):
+    """Not of the working directory, and not of the root."""
+    here = tmp_path / "here"
+    for folder, split in ((here / "boolq", "train"), (tmp_path / "other/boolq", "test")):
+        folder.mkdir(parents=True)
+        (folder / f"{split}.jsonl").write_text(GOOD, encoding="utf-8")
+    monkeypatch.chdir(here)
+    for wanted in (str(tmp_path / "other/boolq"), "../other/boolq"):
+        with pytest.raises(UsageError, match=r"'boolq' has no train split; .*test\.jsonl"):
+            find_dataset(wanted, root)
+        assert find_dataset(wanted, root, "test")[0] == "boolq"
+
+
+@pytest.mark.parametrize("wanted", ["boolq/", "cs/boolq", "cs/boolq/", "cs/x", "./cs/boolq"])
+def test_a_name_has_no_slash_in_it(root, tmp_path, wanted):
+    """A run directory is named after it."""
+    (root / "x.csv").touch()
+    place = root if wanted == "boolq/" else root.parent
+    name, file = find_dataset(wanted, place)
+    assert name == wanted.strip("/").rpartition("/")[2]
+    assert file == find_dataset(name, root)[1]
+
+
+def test_a_folder_may_be_the_working_directory(root, monkeypatch):
+    monkeypatch.chdir(root / "boolq")
+    for elsewhere in (root / "none", root, root / "boolq"):
+        assert find_dataset(".", elsewhere) == find_dataset("boolq", root)
+
+
+@pytest.mark.parametrize("nothing", ["", " "])
+def test_nothing_is_no_dataset(root, nothing):
+    with pytest.raises(UsageError, match=r"^no dataset: its name is empty"):
+        find_dataset(nothing, root)
+
+
 def test_owner_and_name_are_a_hub_dataset_where_they_are_nothing_else(root):
     name, source = find_dataset("owner/name", root, split="test")
     assert (name, str(source)) == ("name", "hub:owner/name@test")

@@ -1,12 +1,15 @@
 from copy import deepcopy
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loragen.core.data.formats import Turn
 from loragen.core.data.rows import Row
 from loragen.core.data.tokenize import (
     answer_ids,
     example,
+    in_parts,
     pad_id,
     prompt_ids,
 )
@@ -50,6 +53,21 @@ def test_only_the_answer_and_its_end_are_learned(request, kind, system):
     item = example(tokenizer, row(system=system), 64)
     assert item.ids[-item.answer :] == answer_ids(tokenizer, "blue")
     assert item.ids[: -item.answer] == prompt_ids(tokenizer, row().prompt, system)
+
+
+@given(st.text("ab ", max_size=12), st.text("xy", min_size=1, max_size=6), st.integers(2, 30))
+def test_a_row_in_parts_is_the_row(tokenizer, prompt, response, max_length):
+    whole = prompt_ids(tokenizer, prompt), answer_ids(tokenizer, response)
+    try:
+        parts = in_parts(tokenizer, row(prompt, response), max_length)
+    except DataError:
+        assert len(whole[1]) >= max_length
+        return
+    assert ([*parts.cut, *parts.prompt], parts.answer) == whole
+    assert parts.prompt
+    item = example(tokenizer, row(prompt, response), max_length)
+    assert item.ids == [*parts.prompt, *parts.answer]
+    assert len(item.ids) == (max_length if parts.cut else sum(map(len, whole)))
 
 
 @pytest.mark.parametrize("room", [1, 2, 5])

@@ -74,6 +74,14 @@ class TestReading:
         found = source(run=str(run), limit=2)
         assert [file.name[-8:] for file in found.checkpoints] == ["007.ckpt", "008.ckpt"]
 
+    @pytest.mark.parametrize("suffix", [".ndjson", ".txt"])
+    def test_its_dataset_is_rows_whatever_the_files_name(self, copied, suffix):
+        run, file = copied
+        manifest = read_manifest(run, LoraManifest)
+        manifest.dataset.path = str(file.rename(file.with_suffix(suffix)))
+        write_manifest(run, manifest)
+        assert source(run=str(run)).prompts == [f"Question {i} about red?" for i in range(16)]
+
     def test_other_prompts_may_be_named(self, run, tmp_path):
         (tmp_path / "p.txt").write_text("one\ntwo\n", encoding="utf-8")
         assert source(run=str(run), prompts=str(tmp_path / "p.txt")).prompts == ["one", "two"]
