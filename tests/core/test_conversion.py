@@ -308,6 +308,15 @@ class TestDiscover:
             (folder / "optimizer_step_1.pt").touch()
         assert [entry.name for entry in one_of(tmp_path).entries] == ["step_1", "step_2"]
 
+    @pytest.mark.parametrize(
+        "name", ["model_step_{:03}.safetensors", "pytorch_model_step_{}.bin", "model{}.safetensors"]
+    )
+    def test_numbered_models_are_no_shards(self, tmp_path, name):
+        files = [tmp_path / name.format(step) for step in (76, 100, 125)]
+        for file in files:
+            file.touch()
+        assert one_of(tmp_path).entries == files
+
     def test_our_own_runs_are_left_alone(self, collection, caplog):
         with pytest.raises(UsageError, match="nothing to convert"):
             find_runs(collection.runs["colors"])
@@ -397,6 +406,19 @@ class TestRead:
             name = f"model-0000{index}-of-00002.safetensors"
             save_file({f"m.lora_{matrix}.weight": torch.ones(2, 2)}, tmp_path / name)
         assert len(read_checkpoint(tmp_path).tensors) == 2
+
+    def test_a_tensor_in_two_shards_is_refused(self, tmp_path):
+        for index in (1, 2):
+            name = f"model-0000{index}-of-00002.safetensors"
+            save_file({"m.lora_A.weight": torch.full((2, 2), float(index))}, tmp_path / name)
+        with pytest.raises(DataError, match=r"00002-of-.*: m\.lora_A\.weight is in another shard"):
+            read_checkpoint(tmp_path)
+
+    def test_a_folder_of_checkpoints_is_none(self, tmp_path):
+        for step in (1, 2):
+            save_file({"m.lora_A.weight": torch.ones(2, 2)}, tmp_path / f"model_{step}.safetensors")
+        with pytest.raises(UsageError, match="2 checkpoints in it, name one: model_1.safetensors"):
+            read_checkpoint(tmp_path)
 
     def test_a_full_model_is_not_loaded(self, tmp_path, monkeypatch):
         """The base's 64 MiB stay in the file."""

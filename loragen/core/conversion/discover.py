@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from loragen.core.adapters import natural_key
-from loragen.core.errors import UsageError
+from loragen.core.errors import UsageError, listing
 from loragen.core.runs import CHECKPOINTS, MANIFEST
 
 log = logging.getLogger(__name__)
@@ -22,8 +22,10 @@ NOT_WEIGHTS = re.compile(
 DIRECTORY_WEIGHTS = (
     "adapter_model.safetensors",
     "adapter_model.bin",
-    "model*.safetensors",
-    "pytorch_model*.bin",
+    "model.safetensors",
+    "model-?????-of-?????.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model-?????-of-?????.bin",
 )
 STEP = re.compile(r"steps?[_=-]?(\d{1,7})(?!\d)", re.IGNORECASE)
 NUMBER = re.compile(r"(?:checkpoint|ckpt|iter|iteration)[_=-]?(\d{1,7})(?!\d)", re.IGNORECASE)
@@ -120,8 +122,18 @@ def _is_checkpoint(directory: Path) -> bool:
 
 
 def weights_of(entry: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights; several where a model is in shards."""
-    return [entry] if entry.is_file() else _directory_weights(entry) or _lone_weights(entry)
+    """The files that hold a checkpoint's weights; several where a model is in shards.
+
+    Raises UsageError for a folder of several checkpoints.
+    """
+    if entry.is_file():
+        return [entry]
+    shards = _directory_weights(entry)
+    lone = [] if shards else _lone_weights(entry)
+    if len(lone) > 1:
+        names = listing([file.name for file in lone], 4)
+        raise UsageError(f"{entry}: {len(lone)} checkpoints in it, name one: {names}")
+    return shards or lone
 
 
 def _directory_weights(directory: Path) -> list[Path]:
