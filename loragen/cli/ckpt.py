@@ -208,7 +208,7 @@ def _converted(run: Any, options: Any, count: str, alone: bool) -> dict[str, Any
     from loragen.core.conversion.convert import convert as convert_run
     from loragen.core.errors import LoragenError
 
-    source = str(run.directory)
+    source = str(run.source)
     render.note(f"{count} {source}")
     try:
         converted = convert_run(run, options)

@@ -119,6 +119,26 @@ def test_what_is_not_recorded_is_asked_for(fails, legacy_run):
     assert "give --base-model" in error
 
 
+def test_a_file_beside_a_lone_checkpoint_is_of_something_else(fails, legacy_run, collection):
+    file = legacy_run(yaml=False) / "checkpoints" / "step_008.pt"
+    (file.parent / "deploy.yaml").write_text("model_name: gpt-4\nlora_alpha: 99\n", "utf-8")
+    export = ("lora", "export", file, "--output", "mine", "--base-model", collection.base)
+    assert "give --alpha" in fails(2, *export)
+
+
+def test_a_folder_says_where_alpha_and_base_are_from(fails, legacy_run, collection):
+    folder = legacy_run(yaml=False) / "checkpoints" / "only"
+    folder.mkdir()
+    shutil.copy(folder.parent / "step_008.pt", folder)
+    file = folder / "train.yaml"
+    file.write_text(f"model_name: {collection.base}\nlora_alpha: lots\n", encoding="utf-8")
+    error = fails(2, "lora", "export", folder, "--output", "mine")
+    assert error.startswith(f"{file}:2:1: lora.alpha: input should be a valid number")
+    file.write_text(f"model_name: {collection.base}\nlora_alpha: 4\n", encoding="utf-8")
+    result = fails.loragen("lora", "export", folder, "--output", "mine")
+    assert f"lora.alpha 4 is from {file}:2:1\n" in result.stderr
+
+
 def test_an_adapter_of_another_base(fails, run):
     given = ("--output", "mine", "--merge", "--base-model", "demo")
     assert "does not fit this base model" in fails(1, "lora", "export", run, *given)

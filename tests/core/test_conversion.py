@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,9 +13,9 @@ from loragen.core.checkpoints import load_plain, read_tensors
 from loragen.core.config import LoraTrainConfig
 from loragen.core.conversion.convert import Options, check_one_dataset, convert
 from loragen.core.conversion.discover import find_runs, step_in_name
-from loragen.core.conversion.facts import facts_of
+from loragen.core.conversion.facts import facts_of, yaml_facts
 from loragen.core.conversion.read import converted_optimizer, read_checkpoint
-from loragen.core.errors import DataError, UsageError
+from loragen.core.errors import ConfigError, DataError, UsageError
 from loragen.core.files import sha256
 from loragen.core.runs import LoraManifest, checkpoint_name, read_manifest
 
@@ -34,6 +35,10 @@ def options(tmp_path, collection):
 def one_of(path):
     (run,) = find_runs(path)
     return run
+
+
+def values(facts):
+    return {name: fact.value for name, fact in facts.items()}
 
 
 def files_of(directory):
@@ -121,6 +126,33 @@ class TestConvert:
         assert again.directory == first.directory
         shutil.rmtree(first.directory)
         assert not convert(source, options).already
+
+    def test_lone_files_of_one_folder_are_two_conversions(self, legacy_run, options):
+        folder = legacy_run(yaml=False) / "checkpoints"
+        given = Options(options.output, "some/base", "colors", options.data_root, alpha=4)
+        for step in (5, 6):
+            converted = convert(one_of(folder / f"step_00{step}.pt"), given)
+            assert (converted.already, converted.manifest.steps) == (False, [step])
+        assert convert(one_of(folder / "step_005.pt"), given).already
+
+    def test_the_configuration_of_the_training_comes_along(self, legacy_run, options):
+        source = legacy_run()
+        with (source / "training_config.yaml").open("a", encoding="utf-8") as file:
+            file.write(
+                "training: {per_device_train_batch_size: 4, gradient_accumulation_steps: 2, "
+                "max_grad_norm: 1.0, optimizer: sgd, stage1: {steps: 4}, stage2: {steps: 4}}\n"
+            )
+        with pytest.raises(ConfigError, match=r"training_config\.yaml:4:\d+: training\.optimizer"):
+            convert(one_of(source), options)
+        text = (source / "training_config.yaml").read_text(encoding="utf-8")
+        mended = source.parent / "mended.yaml"
+        mended.write_text(text.replace("optimizer: sgd, ", ""), encoding="utf-8")
+        run = convert(one_of(source), dataclasses.replace(options, config=mended)).directory
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        assert config["trainer"]["gradient_clip_val"] == 1.0
+        assert config["trainer"]["accumulate_grad_batches"] == 2
+        assert config["training"]["batch_size"] == 8
+        assert config["schedule"]["stage1_steps"] == 4
 
     def test_nothing_is_overwritten(self, legacy_run, options):
         taken = options.output / "colors_lora_20250720_143052"
@@ -395,7 +427,7 @@ class TestRead:
         torch.save(document, tmp_path / "a.pt")
         checkpoint = read_checkpoint(tmp_path / "a.pt")
         assert checkpoint.step == 7
-        assert facts_of(checkpoint.facts) == {
+        assert values(facts_of(checkpoint.facts, "a.pt")) == {
             "lora.alpha": 32,
             "training.batch_size": 16,
             "training.weight_decay": 0.01,
@@ -417,7 +449,7 @@ class TestRead:
     def test_a_folder_of_checkpoints_is_none(self, tmp_path):
         for step in (1, 2):
             save_file({"m.lora_A.weight": torch.ones(2, 2)}, tmp_path / f"model_{step}.safetensors")
-        with pytest.raises(UsageError, match="2 checkpoints in it, name one: model_1.safetensors"):
+        with pytest.raises(UsageError, match="2 checkpoints in it, name one: model_1"):
             read_checkpoint(tmp_path)
 
     def test_a_full_model_is_not_loaded(self, tmp_path, monkeypatch):
@@ -461,7 +493,7 @@ class TestRead:
 
 
 class TestFacts:
-    def test_the_traditional_and_the_flat_spelling(self):
+    def test_the_traditional_and_the_flat_spelling(self, tmp_path):
         traditional = """
             model: {name: Qwen/Qwen2.5-0.5B-Instruct}
             lora: {r: 8, lora_alpha: 16, lora_dropout: 0.1}
@@ -469,13 +501,16 @@ class TestFacts:
               per_device_train_batch_size: 4
               gradient_accumulation_steps: 8
               max_steps: 125
+              max_grad_norm: 0.5
+              bf16: true
               stage1: {steps: 75, learning_rate: 1e-4}
               stage2: {steps: 50, learning_rate: 1e-5}
         """
         flat = """
-            base_model: Qwen/Qwen2.5-0.5B-Instruct
+            model_name: Qwen/Qwen2.5-0.5B-Instruct
             lora: {alpha: 16, dropout: 0.1}
-            training: {batch_size: 32, max_steps: 125, stage1_steps: 75,
+            training: {batch_size: 4, max_steps: 125, stage1_steps: 75, max_grad_norm: 0.5,
+                       bf16: true, gradient_accumulation_steps: 8,
                        learning_rate_stage1: 1.0e-4, learning_rate_stage2: 1.0e-5}
         """
         wanted = {
@@ -487,9 +522,34 @@ class TestFacts:
             "schedule.stage1_steps": 75,
             "schedule.learning_rate_stage1": 1e-4,
             "schedule.learning_rate_stage2": 1e-5,
+            "trainer.accumulate_grad_batches": 8,
+            "trainer.gradient_clip_val": 0.5,
+            "trainer.precision": "bf16-mixed",
         }
-        assert facts_of(yaml.safe_load(traditional)) == wanted
-        assert facts_of(yaml.safe_load(flat)) == wanted
+        file = tmp_path / "c.yaml"
+        for text in (traditional, flat):
+            file.write_text(text, encoding="utf-8")
+            found = values(yaml_facts(file))
+            assert {k: float(v) if "rate" in k else v for k, v in found.items()} == wanted
+        assert yaml_facts(file)["lora.alpha"].origin.startswith(f"{file}:3:20")
 
-    def test_other_numbers_are_not_taken_for_these(self):
-        assert facts_of({"loss": {"alpha": 1}, "eval": {"batch_size": 3}, "max_steps": -1}) == {}
+    def test_what_no_run_of_ours_can_say_is_refused(self, tmp_path):
+        file = tmp_path / "c.yaml"
+        text = "training:\n  stage1_steps: 75\n  optimizer: sgd\n  warmup_steps: 10\n"
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(ConfigError) as error:
+            yaml_facts(file)
+        assert [line.partition(" has")[0] for line in error.value.problems] == [
+            f"{file}:3:3: training.optimizer: sgd",
+            f"{file}:4:3: training.warmup_steps: 10",
+        ]
+
+    @pytest.mark.parametrize(
+        "tree",
+        [
+            {"loss": {"alpha": 1}, "eval": {"batch_size": 3}, "max_steps": -1},
+            {"service": {"model_name": "gpt-4", "lora_alpha": 99}},
+        ],
+    )
+    def test_other_settings_are_not_taken_for_these(self, tree):
+        assert facts_of(tree, "x") == {}

@@ -42,6 +42,13 @@ class LegacyRun:
     """Checkpoints, files or directories, as found; some may have no step."""
     traditional: bool
     """It has the parts checkpoints/ or models/: the folder around it is named after the dataset."""
+    lone: bool = False
+    """One file that was named: what lies beside it may be of other trainings."""
+
+    @property
+    def source(self) -> Path:
+        """What is converted."""
+        return self.entries[0] if self.lone else self.directory
 
     @property
     def started(self) -> datetime | None:
@@ -67,7 +74,7 @@ def find_runs(source: Path) -> list[LegacyRun]:
     if not source.exists():
         raise UsageError(f"{source}: no such file or directory")
     if source.is_file():
-        return [LegacyRun(source.parent, [source], traditional=False)]
+        return [LegacyRun(source.parent, [source], traditional=False, lone=True)]
     if source.name in {CHECKPOINTS, MODELS}:
         source = source.parent
     runs = list(_runs(source))

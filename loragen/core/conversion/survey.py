@@ -70,7 +70,7 @@ def _add(found: Survey, good: dict[int, Found], run: LegacyRun, entry: Path) -> 
     broken = [key for key, value in checkpoint.tensors.items() if not torch.isfinite(value).all()]
     if broken:
         raise DataError(f"{entry}: NaN or infinity in {len(broken)} tensors, such as {broken[0]}")
-    found.facts = {**found.facts, **facts_of(checkpoint.facts)}
+    found.facts = {**found.facts, **facts_of(checkpoint.facts, str(entry))}
     step = step_of(entry, checkpoint.step)
     if step is None:
         if entry != run.directory and not is_result(entry):
