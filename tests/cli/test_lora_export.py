@@ -155,6 +155,43 @@ def test_nothing_is_replaced_but_an_earlier_output(fails, run, collection, tmp_p
     assert "--force replaces only earlier outputs" in error
 
 
+def test_alpha_zero_is_refused(fails, run):
+    error = fails(2, "lora", "export", run, "--output", "mine", "--alpha", "0")
+    assert error == "--alpha: has to be a number above 0 (got 0)"
+
+
+def test_an_adapter_that_is_no_lora(fails, run, tmp_path):
+    adapter = shutil.copytree(run / "adapter", tmp_path / "ia3")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "IA3"}', encoding="utf-8")
+    error = fails(1, "lora", "export", adapter, "--output", "mine")
+    assert error.endswith(
+        "adapter_config.json: peft_type is IA3; only LoRA adapters are known here"
+    )
+
+
+def test_one_layer_of_the_merged_model_at_a_time(run, base, monkeypatch):
+    """All ΔW at once would be a second model in memory."""
+    import weakref
+
+    from peft.tuners.lora import Linear
+
+    from loragen.core.lora.merge import merged_state
+
+    model = attach_adapter(base.model, read_adapter(run / "adapter"), "run")
+    alive = []
+    compute = Linear.get_delta_weight
+
+    def counted(layer, name):
+        assert sum(one() is not None for one in alive) <= 1
+        delta = compute(layer, name)
+        alive.append(weakref.ref(delta))
+        return delta
+
+    monkeypatch.setattr(Linear, "get_delta_weight", counted)
+    merged_state(model, torch.float32)
+    assert len(alive) == 14
+
+
 def test_nothing_there(fails, tmp_path):
     error = fails(2, "lora", "export", "none", "--output", "mine")
     assert error == "none: no such adapter or checkpoint"

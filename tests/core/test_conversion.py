@@ -206,14 +206,41 @@ class TestConvert:
         assert "model.layers.1.mlp.up_proj" in targets
         assert len(targets) == 7
 
-    def test_a_base_that_is_not_here_is_taken_at_its_word(self, legacy_run, options):
+    def test_a_base_that_is_not_here_is_taken_at_its_word(self, legacy_run, options, caplog):
         source = legacy_run("torch", yaml=False)
-        given = {"alpha": 4.0, "base_model": "D:\\models\\Qwen"}
-        converted = convert(one_of(source), Options(options.output, data_root=Path("no"), **given))
+        yaml = "lora_alpha: 4.0\nbase_model: 'D:\\models\\Qwen'\n"
+        (source / "training.yaml").write_text(yaml, encoding="utf-8")
+        converted = convert(one_of(source), Options(options.output, data_root=Path("no")))
+        assert "base D:\\models\\Qwen is not here: fit and order of the tensors" in caplog.text
         assert converted.manifest.base_model == "D:\\models\\Qwen"
         assert converted.optimizer_states == 4
         record = converted.manifest.dataset
         assert (record.name, record.path, record.sha256, record.rows) == ("colors", "", "", 0)
+
+    def test_bad_rows_of_the_dataset_are_not_counted(self, legacy_run, options, dataset):
+        file = dataset()
+        with file.open("a", encoding="utf-8") as opened:
+            opened.write('{"prompt": "no answer"}\n')
+        given = dataclasses.replace(options, dataset=str(file))
+        record = convert(one_of(legacy_run()), given).manifest.dataset
+        assert (record.rows, record.path) == (12, str(file))
+
+    @pytest.mark.parametrize("recorded, name", [("gsm8k.v2", "gsm8k.v2"), ("some/set", "set")])
+    def test_a_recorded_dataset_that_is_not_here(
+        self, legacy_run, options, tmp_path, recorded, name, monkeypatch
+    ):
+        def offline(*_):
+            raise UsageError("the hub does not answer")
+
+        monkeypatch.setattr("loragen.core.data.documents.read_hub", offline)
+        folder = tmp_path / "bare"
+        shutil.copytree(legacy_run("safetensors") / "checkpoints", folder)
+        text = f"dataset: {recorded}\nlora_alpha: 4\nbase_model: some/base\n"
+        (folder / "c.yaml").write_text(text, encoding="utf-8")
+        record = convert(one_of(folder), options).manifest.dataset
+        assert (record.name, record.path) == (name, "")
+        with pytest.raises(UsageError, match="does not answer"):
+            convert(one_of(folder), dataclasses.replace(options, dataset="hub:some/set"))
 
     def test_rslora_is_said_as_plain_alpha(self, legacy_run, options):
         source = legacy_run("peft", yaml=False)
@@ -274,6 +301,18 @@ class TestRefusals:
         assert len(converted.left_out) == 1
         assert "step_006.pt" in converted.left_out[0]
 
+    def test_steps_count_from_one(self, legacy_run, options):
+        source = legacy_run()
+        folder = source / "checkpoints"
+        shutil.copy(folder / "step_005.pt", folder / "step_000.pt")
+        with pytest.raises(DataError, match=r"step_000\.pt: step 0: .* rename it .*--skip-bad"):
+            convert(one_of(source), options)
+
+    def test_a_base_that_was_given_has_to_be_there(self, legacy_run, options):
+        given = dataclasses.replace(options, base_model="./tpyo")
+        with pytest.raises(UsageError, match=r"base model \./tpyo: no such directory"):
+            convert(one_of(legacy_run()), given)
+
     def test_all_that_is_wrong_is_told_at_once(self, legacy_run, options):
         source = legacy_run()
         for name in ("step_005.pt", "step_007.pt"):
@@ -321,6 +360,35 @@ class TestDiscover:
         assert sorted(run.directory for run in found) == sorted(wanted)
         assert all(run.traditional and len(run.entries) == 4 for run in found)
         assert one_of(wanted[0] / "checkpoints").directory == wanted[0]
+
+    def test_a_stray_file_is_no_run(self, legacy_run, tmp_path, caplog):
+        run = legacy_run()
+        (tmp_path / "experiments" / "best.pt").touch()
+        assert one_of(tmp_path / "experiments").directory == run
+        assert "experiments: left out, for there are runs below: best.pt" in caplog.text
+
+    def test_numbered_files_are_a_run_beside_those_below(self, legacy_run, tmp_path):
+        wanted = legacy_run()
+        folder = tmp_path / "experiments"
+        (folder / "step_5.pt").touch()
+        (folder / "final").mkdir()
+        (folder / "final" / "model.pt").touch()
+        assert [run.directory for run in find_runs(folder)] == [folder, wanted]
+
+    def test_a_link_to_a_run_is_no_second_one(self, legacy_run):
+        run = legacy_run()
+        try:
+            (run.parent / "latest").symlink_to(run, target_is_directory=True)
+        except OSError:
+            pytest.skip("links are not allowed here")
+        assert one_of(run.parent).directory == run
+        assert len(one_of(run.parent / "latest").entries) == 4
+
+    def test_of_a_named_part_only_that(self, legacy_run):
+        run = legacy_run()
+        (run / "models" / "base.safetensors").touch()
+        assert len(one_of(run / "checkpoints").entries) == 4
+        assert len(one_of(run).entries) == 5
 
     def test_the_output_of_a_trainer(self, legacy_run, tmp_path):
         folder = legacy_run("peft") / "checkpoints"

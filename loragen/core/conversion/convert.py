@@ -1,5 +1,6 @@
 """A traditional run -> a run directory that `gen train` and resuming accept; whole, or nothing."""
 
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from loragen.core.conversion.facts import (
 from loragen.core.conversion.survey import Survey, rank_of, survey, targets_and_order
 from loragen.core.conversion.write import write_run
 from loragen.core.data.documents import SUFFIXES, content_hash, location
-from loragen.core.data.rows import find_dataset, read_rows
-from loragen.core.errors import DataError, UsageError, listing
+from loragen.core.data.rows import find_dataset, read
+from loragen.core.errors import DataError, LoragenError, UsageError, listing, one_line
 from loragen.core.files import written_atomically
 from loragen.core.runs import (
     MANIFEST,
@@ -34,6 +35,8 @@ from loragen.core.runs import (
     create_run_directory,
     read_manifest,
 )
+
+log = logging.getLogger(__name__)
 
 ASSUMED = ("training.batch_size", "data.max_length", "seed")
 
@@ -147,14 +150,23 @@ def _dataset(run: LegacyRun, facts: Facts, options: Options) -> DatasetRecord:
     wanted = options.dataset or dataset_in_path(run) or _value(facts, "data.dataset")
     if not wanted:
         raise UsageError(f"{run.source}: which dataset is it of? Give --dataset NAME|FILE")
+    wanted, file = str(wanted), None
     try:
-        name, file = find_dataset(str(wanted), options.data_root)
-    except UsageError:
-        if wanted == options.dataset and Path(wanted).suffix in SUFFIXES:
+        name, file = find_dataset(wanted, options.data_root)
+        rows, digest = len(read(file).rows), content_hash(file)
+    except LoragenError as error:
+        if options.dataset and (file or Path(wanted).suffix.lower() in SUFFIXES):
             raise
-        return DatasetRecord(name=Path(str(wanted)).stem, path="", sha256="", rows=0)
-    rows = len(read_rows(file))
-    return DatasetRecord(name=name, path=location(file), sha256=content_hash(file), rows=rows)
+        if file:
+            log.warning("dataset %s: %s", wanted, one_line(error))
+        return DatasetRecord(name=_plain_name(wanted), path="", sha256="", rows=0)
+    return DatasetRecord(name=name, path=location(file), sha256=digest, rows=rows)
+
+
+def _plain_name(dataset: str) -> str:
+    """`data/gsm8k.v2.jsonl` -> gsm8k.v2"""
+    path = Path(dataset)
+    return path.stem if path.suffix.lower() in SUFFIXES else path.name
 
 
 def _converted_before(run: LegacyRun, dataset: str, output: Path) -> Path | None:
@@ -174,7 +186,7 @@ def _config(
     _require(run, facts)
     try:
         rank = rank_of(surveyed.shapes)
-        targets, order = targets_and_order(facts["base_model"].value, rank, surveyed.shapes)
+        targets, order = targets_and_order(facts["base_model"], rank, surveyed.shapes)
     except DataError as error:
         raise DataError(f"{surveyed.checkpoints[-1].entry}: {error}") from None
     steps = [one.step for one in surveyed.checkpoints]

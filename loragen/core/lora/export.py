@@ -103,7 +103,7 @@ def _foreign(path: Path, base_model: str | None, alpha: float | None) -> Adapter
     shapes = {key: value.shape for key, value in checkpoint.tensors.items()}
     try:
         rank = rank_of(shapes)
-        targets, _ = targets_and_order(name, rank, shapes)
+        targets, _ = targets_and_order(facts["base_model"], rank, shapes)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     try:
