@@ -76,6 +76,8 @@ def find_runs(source: Path) -> list[LegacyRun]:
     if source.is_file():
         return [LegacyRun(source.parent, [source], traditional=False, lone=True)]
     alone = source.name in {CHECKPOINTS, MODELS}  # the other may hold the base
+    if source.is_symlink() and not alone:
+        source = source.resolve()  # one run has one name
     runs = list(_runs(source.parent, source) if alone else _runs(source))
     if not runs:
         raise UsageError(
