@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loragen.cli import render
-from loragen.cli.options import BaseModel, DataRoot, Json
+from loragen.cli.options import Alpha, BaseModel, DataRoot, Json
 from loragen.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -160,9 +160,7 @@ def convert(
         ),
     ] = None,
     data_root: DataRoot = "data_to_lora/cs",
-    alpha: Annotated[
-        float | None, typer.Option("--alpha", min=0, help="LoRA's alpha, where nothing records it.")
-    ] = None,
+    alpha: Alpha = None,
     config: Annotated[
         Path | None,
         typer.Option("--config", "-c", help="The training's own YAML: alpha, base, schedule, ..."),
@@ -178,10 +176,14 @@ def convert(
     .safetensors, PEFT and Trainer directories. Of a full model only the LoRA part is read. What was
     converted before is left as it is. Prints the run directories.
     """
-    from loragen.core.conversion.convert import Options, check_one_dataset
     from loragen.core.conversion.discover import find_runs
+    from loragen.core.files import refuse_file
 
+    refuse_file(output)
     runs = [run for source in sources for run in find_runs(source)]
+
+    from loragen.core.conversion.convert import Options, check_one_dataset
+
     options = Options(output, base_model, dataset, Path(data_root or "."), alpha, config, skip_bad)
     check_one_dataset(runs, options)
     documents = [
@@ -207,7 +209,7 @@ def _converted(run: Any, options: Any, count: str, alone: bool) -> dict[str, Any
     from loragen.core.conversion.convert import convert as convert_run
     from loragen.core.errors import LoragenError
 
-    source = str(run.directory)
+    source = str(run.source)
     render.note(f"{count} {source}")
     try:
         converted = convert_run(run, options)

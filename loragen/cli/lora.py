@@ -7,6 +7,7 @@ import typer
 
 from loragen.cli import render
 from loragen.cli.options import (
+    Alpha,
     BaseModel,
     ConfigFile,
     DataRoot,
@@ -168,9 +169,7 @@ def export(
         bool, typer.Option("--merge", help="A whole Hugging Face model instead of an adapter.")
     ] = False,
     base_model: BaseModel = None,
-    alpha: Annotated[
-        float | None, typer.Option("--alpha", min=0, help="LoRA's alpha, where nothing records it.")
-    ] = None,
+    alpha: Alpha = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -179,9 +178,12 @@ def export(
     The adapter loads with `peft.PeftModel.from_pretrained(base, DIR)`, the merged model, in the
     base's own dtype and with its tokenizer, with `AutoModelForCausalLM.from_pretrained(DIR)`.
     """
+    from loragen.core.errors import UsageError
     from loragen.core.files import refuse_existing
     from loragen.core.runs import ADAPTER_CONFIG, MERGED_MARKER
 
+    if not checkpoint.exists():
+        raise UsageError(f"{checkpoint}: no such adapter or checkpoint")
     refuse_existing(output, force, marker=MERGED_MARKER if merge else ADAPTER_CONFIG)
 
     from loragen.core.lora.export import export_adapter, export_merged, exported_adapter

@@ -1,9 +1,19 @@
 """Flags that several commands share, each written once."""
 
+from math import inf
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from loragen.core.errors import UsageError
+
+
+def _above_zero(value: float | None) -> float | None:
+    if value is not None and not 0 < value < inf:
+        raise UsageError(f"--alpha: has to be a number above 0 (got {value:g})")
+    return value
+
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else.")
@@ -22,6 +32,12 @@ DryRun = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 BaseModel = Annotated[
     str | None, typer.Option("--base-model", help="A hub id, a directory, or demo (shipped).")
+]
+Alpha = Annotated[
+    float | None,
+    typer.Option(
+        "--alpha", callback=_above_zero, help="LoRA's alpha; counts more than what is recorded."
+    ),
 ]
 DataRoot = Annotated[
     str | None, typer.Option("--data-root", help="Where dataset names are looked up.")

@@ -5,7 +5,6 @@ Everywhere in loragen an adapter's tensors go by PEFT's file keys:
 """
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,19 @@ def read_adapter(directory: Path) -> Adapter:
         config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{directory / CONFIG_FILE}: not JSON: {error}") from None
+    _check_is_lora(directory / CONFIG_FILE, config)
     return Adapter(config, read_safetensors(directory / WEIGHTS_FILE))
+
+
+def _check_is_lora(file: Path, config: Any) -> None:
+    if not isinstance(config, dict):
+        raise DataError(f"{file}: expected a JSON object, found {type(config).__name__}")
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise DataError(f"{file}: peft_type is {kind}; only LoRA adapters are known here")
+    for name in ("r", "lora_alpha"):
+        if not isinstance(config.get(name), int | float):
+            raise DataError(f"{file}: no LoRA adapter: {name} has to be a number")
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -63,11 +74,11 @@ def write_adapter(directory: Path, adapter: Adapter, card: str) -> None:
         write_text(temporary / "README.md", card)
 
 
-def new_config(lora: Lora, base_model: str) -> dict[str, Any]:
-    """PEFT's configuration, plain data, of a causal language model's adapter."""
+def peft_config(lora: Lora, base_model: str | None = None) -> Any:
+    """PEFT's configuration of a causal language model's adapter."""
     from peft import LoraConfig, TaskType
 
-    config = LoraConfig(
+    return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides it, any number does
         lora_dropout=lora.dropout,
@@ -75,13 +86,17 @@ def new_config(lora: Lora, base_model: str) -> dict[str, Any]:
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=base_model,
     )
-    return plain_config(config)
 
 
-def plain_config(peft_config: Any) -> dict[str, Any]:
+def new_config(lora: Lora, base_model: str) -> dict[str, Any]:
+    """The same as plain data."""
+    return plain_config(peft_config(lora, base_model))
+
+
+def plain_config(config: Any) -> dict[str, Any]:
     """PEFT's configuration as sorted plain data; sets become lists, so that two equal
     configurations are equal text (PEFT's own order depends on PYTHONHASHSEED)."""
-    document = {**peft_config.to_dict(), "inference_mode": True}
+    document = {**config.to_dict(), "inference_mode": True}
     plain = json.loads(json.dumps(document, default=_plain))
     if isinstance(plain.get("target_modules"), list):
         plain["target_modules"] = sorted(plain["target_modules"])
@@ -95,12 +110,6 @@ def file_keys(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for key, tensor in live.items()
         if "lora_" in key
     }
-
-
-def natural_key(key: str) -> list[tuple[int, int, str]]:
-    """Sorts `layers.2` before `layers.10`."""
-    parts = re.split(r"(\d+)", key)
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 
 
 def attach_adapter(base: Any, adapter: Adapter, origin: str) -> Any:

@@ -73,8 +73,9 @@ def load_base(
     return BaseModel(name, model, tokenizer, stored, fingerprint(model))
 
 
-def empty_base(name: str) -> BaseModel:
+def empty_base(name: str, local_files_only: bool = False) -> BaseModel:
     """The architecture alone, built on the current torch device: on `meta` it takes no memory.
+    With `local_files_only` the hub is not asked.
 
     Raises UsageError where its configuration cannot be found, LoragenError where it is not one.
     """
@@ -83,7 +84,7 @@ def empty_base(name: str) -> BaseModel:
 
     source = resolve_base(name)
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, local_files_only=local_files_only)
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # theirs
     except (OSError, ValueError) as error:
         raise _not_loaded(name, source, error) from error

@@ -13,12 +13,11 @@ from loragen.core.adapters import (
     WEIGHTS_FILE,
     Adapter,
     file_keys,
-    natural_key,
     read_adapter,
     read_safetensors,
 )
 from loragen.core.errors import DataError, UsageError
-from loragen.core.files import written_atomically
+from loragen.core.files import natural_key, written_atomically
 from loragen.core.runs import LoraManifest, checkpoint_files, read_manifest, run_directory_of
 
 

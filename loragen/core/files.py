@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -63,6 +64,13 @@ def refuse_existing(path: Path, force: bool, marker: str) -> None:
         raise UsageError(f"{path} has no {marker}: --force replaces only earlier outputs")
 
 
+def refuse_file(directory: Path) -> None:
+    """Raises UsageError where `directory`, or one above it, is a file."""
+    for place in (directory, *directory.parents):
+        if place.exists() and not place.is_dir():
+            raise UsageError(f"{place} is a file; --output is a directory")
+
+
 def sha256(path: Path) -> str:
     """The hex digest of a file's bytes, read in pieces."""
     with path.open("rb") as file:
@@ -77,3 +85,9 @@ def sha256_text(*parts: str) -> str:
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Sorts `layers.2` before `layers.10`."""
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]

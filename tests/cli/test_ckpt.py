@@ -152,6 +152,17 @@ class TestConvert:
         assert document["dataset"]["name"] == "mine"
         assert document["dataset"]["rows"] == 12
 
+    def test_the_output_is_a_directory(self, fails, legacy_run):
+        source = legacy_run()
+        (fails.loragen.work / "taken").touch()
+        error = fails(2, "ckpt", "convert", source, "--output", "taken/runs")
+        assert error == "taken is a file; --output is a directory"
+
+    @pytest.mark.parametrize("alpha", ["0", "-1", "nan", "inf"])
+    def test_alpha_is_above_zero(self, fails, legacy_run, alpha):
+        error = fails(2, "ckpt", "convert", legacy_run(), "--alpha", alpha)
+        assert error == f"--alpha: has to be a number above 0 (got {alpha})"
+
     def test_nothing_there(self, fails):
         assert fails(2, "ckpt", "convert", "none") == "none: no such file or directory"
         assert "nothing to convert" in fails(2, "ckpt", "convert", ".")

@@ -197,6 +197,8 @@ def test_a_variable_that_no_command_knows_is_told_once(loragen, monkeypatch):
         ("gen", "infer", "--model", "none", "--prompt", "x", "--output", "a"),
         ("gen", "infer", "--model", "c.yaml", "--prompt-file", "none", "--output", "a"),
         ("ckpt", "analyze", "none"),
+        ("ckpt", "convert", "none"),
+        ("lora", "export", "none", "--output", "a"),
         ("gen", "train", "--config", "c.yaml"),
         ("gen", "train", "--config", "c.yaml", "--set", "bogus=1"),
     ],

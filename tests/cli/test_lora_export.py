@@ -119,6 +119,26 @@ def test_what_is_not_recorded_is_asked_for(fails, legacy_run):
     assert "give --base-model" in error
 
 
+def test_a_file_beside_a_lone_checkpoint_is_of_something_else(fails, legacy_run, collection):
+    file = legacy_run(yaml=False) / "checkpoints" / "step_008.pt"
+    (file.parent / "deploy.yaml").write_text("model_name: gpt-4\nlora_alpha: 99\n", "utf-8")
+    export = ("lora", "export", file, "--output", "mine", "--base-model", collection.base)
+    assert "give --alpha" in fails(2, *export)
+
+
+def test_a_folder_says_where_alpha_and_base_are_from(fails, legacy_run, collection):
+    folder = legacy_run(yaml=False) / "checkpoints" / "only"
+    folder.mkdir()
+    shutil.copy(folder.parent / "step_008.pt", folder)
+    file = folder / "train.yaml"
+    file.write_text(f"model_name: {collection.base}\nlora_alpha: lots\n", encoding="utf-8")
+    error = fails(2, "lora", "export", folder, "--output", "mine")
+    assert error.startswith(f"{file}:2:1: lora.alpha: input should be a valid number")
+    file.write_text(f"model_name: {collection.base}\nlora_alpha: 4\n", encoding="utf-8")
+    result = fails.loragen("lora", "export", folder, "--output", "mine")
+    assert f"lora.alpha 4 is from {file}:2:1\n" in result.stderr
+
+
 def test_an_adapter_of_another_base(fails, run):
     given = ("--output", "mine", "--merge", "--base-model", "demo")
     assert "does not fit this base model" in fails(1, "lora", "export", run, *given)
@@ -133,6 +153,43 @@ def test_nothing_is_replaced_but_an_earlier_output(fails, run, collection, tmp_p
     model = shutil.copytree(collection.base, tmp_path / "model")
     error = fails(2, "lora", "export", run, "--output", model, "--merge", "--force")
     assert "--force replaces only earlier outputs" in error
+
+
+def test_alpha_zero_is_refused(fails, run):
+    error = fails(2, "lora", "export", run, "--output", "mine", "--alpha", "0")
+    assert error == "--alpha: has to be a number above 0 (got 0)"
+
+
+def test_an_adapter_that_is_no_lora(fails, run, tmp_path):
+    adapter = shutil.copytree(run / "adapter", tmp_path / "ia3")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "IA3"}', encoding="utf-8")
+    error = fails(1, "lora", "export", adapter, "--output", "mine")
+    assert error.endswith(
+        "adapter_config.json: peft_type is IA3; only LoRA adapters are known here"
+    )
+
+
+def test_one_layer_of_the_merged_model_at_a_time(run, base, monkeypatch):
+    """All ΔW at once would be a second model in memory."""
+    import weakref
+
+    from peft.tuners.lora import Linear
+
+    from loragen.core.lora.merge import merged_state
+
+    model = attach_adapter(base.model, read_adapter(run / "adapter"), "run")
+    alive = []
+    compute = Linear.get_delta_weight
+
+    def counted(layer, name):
+        assert sum(one() is not None for one in alive) <= 1
+        delta = compute(layer, name)
+        alive.append(weakref.ref(delta))
+        return delta
+
+    monkeypatch.setattr(Linear, "get_delta_weight", counted)
+    merged_state(model, torch.float32)
+    assert len(alive) == 14
 
 
 def test_nothing_there(fails, tmp_path):

@@ -9,7 +9,6 @@ from loragen.core.adapters import (
     Adapter,
     attach_adapter,
     file_keys,
-    natural_key,
     plain_config,
     read_adapter,
     shape_mismatch,
@@ -166,6 +165,23 @@ def test_broken_files_are_one_line(tmp_path, trained, broken):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "document, reason",
+    [
+        ({"peft_type": "IA3", "target_modules": ["k_proj"]}, "peft_type is IA3; only LoRA"),
+        ({"peft_type": "LORA", "lora_alpha": 4}, "r has to be a number"),
+        ({"r": 4}, "lora_alpha has to be a number"),
+        ([], "expected a JSON object, found list"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused(tmp_path, trained, document, reason):
+    write_adapter(tmp_path / "adapter", trained, "")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(DataError, match=f"adapter_config.json: .*{reason}"):
+        read_adapter(tmp_path / "adapter")
+
+
 def test_a_configuration_is_sorted_plain_data():
     from peft import LoraConfig
 
@@ -189,11 +205,6 @@ def test_live_and_lightning_keys_become_those_of_files():
         "base_model.model.q_proj.lora_B.weight",
     }
     assert file_keys(keys).keys() == keys.keys()
-
-
-def test_layers_sort_as_numbers():
-    keys = ["layers.10.x", "layers.2.x", "layers.2.a", "lm_head"]
-    assert sorted(keys, key=natural_key) == ["layers.2.a", "layers.2.x", "layers.10.x", "lm_head"]
 
 
 def test_equal_shapes_have_no_mismatch():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from loragen.core.errors import UsageError
 from loragen.core.files import (
+    natural_key,
     refuse_existing,
     sha256,
     sha256_text,
@@ -122,3 +123,8 @@ def test_different_lists_of_texts_have_different_hashes(one, other):
     assert (sha256_text(*one) == sha256_text(*other)) == (one == other)
     joined = ["".join(one)]
     assert (sha256_text(*joined) == sha256_text(*one)) == (joined == one)
+
+
+def test_layers_sort_as_numbers():
+    keys = ["layers.10.x", "layers.2.x", "layers.2.a", "lm_head"]
+    assert sorted(keys, key=natural_key) == ["layers.2.a", "layers.2.x", "layers.10.x", "lm_head"]

@@ -9,7 +9,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from loragen.core.adapters import natural_key
+from loragen.core.files import natural_key
 
 Factors = tuple[Tensor, Tensor]
 

@@ -1,5 +1,6 @@
 """A traditional run -> a run directory that `gen train` and resuming accept; whole, or nothing."""
 
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -7,23 +8,25 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from math import gcd
 from pathlib import Path
+from typing import Any
 
 from loragen.core.adapters import new_config
 from loragen.core.config import LoraTrainConfig, Override, load
-from loragen.core.config.yaml_file import read_yaml
 from loragen.core.conversion.discover import LegacyRun
 from loragen.core.conversion.facts import (
+    Fact,
     Facts,
     adapter_facts,
     dataset_in_path,
     facts_beside,
-    facts_of,
+    say_origins,
+    yaml_facts,
 )
 from loragen.core.conversion.survey import Survey, rank_of, survey, targets_and_order
 from loragen.core.conversion.write import write_run
 from loragen.core.data.documents import SUFFIXES, content_hash, location
-from loragen.core.data.rows import find_dataset, read_rows
-from loragen.core.errors import DataError, UsageError, listing
+from loragen.core.data.rows import find_dataset, read
+from loragen.core.errors import DataError, LoragenError, UsageError, listing, one_line
 from loragen.core.files import written_atomically
 from loragen.core.runs import (
     MANIFEST,
@@ -32,6 +35,8 @@ from loragen.core.runs import (
     create_run_directory,
     read_manifest,
 )
+
+log = logging.getLogger(__name__)
 
 ASSUMED = ("training.batch_size", "data.max_length", "seed")
 
@@ -70,7 +75,7 @@ def convert(run: LegacyRun, options: Options) -> Converted:
     dataset = _dataset(run, facts, options)
     if earlier := _converted_before(run, dataset.name, options.output):
         return Converted(earlier, read_manifest(earlier, LoraManifest), [], 0, [], already=True)
-    surveyed = survey(run, facts.get("training.max_steps"))
+    surveyed = survey(run, _value(facts, "training.max_steps"))
     if surveyed.bad and not options.skip_bad:
         raise DataError(*(f"{line} (--skip-bad leaves it out)" for line in surveyed.bad))
     facts = {**surveyed.facts, **facts}
@@ -112,7 +117,7 @@ def _manifest(
         seed=config.seed,
         max_steps=config.training.max_steps,
         steps=[one.step for one in surveyed.checkpoints],
-        converted_from=str(run.directory.absolute()),
+        converted_from=str(run.source.absolute()),
     )
 
 
@@ -122,33 +127,50 @@ def _assumed(facts: Facts) -> list[str]:
 
 
 def _facts(run: LegacyRun, options: Options) -> Facts:
-    """flags > --config > adapter_config.json > YAML beside the checkpoints"""
-    given = {"base_model": options.base_model, "lora.alpha": options.alpha}
-    return {
-        **facts_beside(run),
-        **adapter_facts(run),
-        **(facts_of(read_yaml(options.config)[0]) if options.config else {}),
-        **{key: value for key, value in given.items() if value is not None},
+    """flags > --config > adapter_config.json > YAML beside the checkpoints, which --config
+    replaces"""
+    given = {
+        "base_model": Fact(options.base_model, "--base-model"),
+        "lora.alpha": Fact(options.alpha, "--alpha"),
     }
+    return {
+        **({} if options.config else facts_beside(run)),
+        **adapter_facts(run),
+        **(yaml_facts(options.config) if options.config else {}),
+        **{key: fact for key, fact in given.items() if fact.value is not None},
+    }
+
+
+def _value(facts: Facts, name: str, default: Any = None) -> Any:
+    return facts[name].value if name in facts else default
 
 
 def _dataset(run: LegacyRun, facts: Facts, options: Options) -> DatasetRecord:
     """Its file as it is today, where it can be found; else the name alone."""
-    wanted = options.dataset or dataset_in_path(run) or facts.get("data.dataset")
+    wanted = options.dataset or dataset_in_path(run) or _value(facts, "data.dataset")
     if not wanted:
-        raise UsageError(f"{run.directory}: which dataset is it of? Give --dataset NAME|FILE")
+        raise UsageError(f"{run.source}: which dataset is it of? Give --dataset NAME|FILE")
+    wanted, file = str(wanted), None
     try:
-        name, file = find_dataset(str(wanted), options.data_root)
-    except UsageError:
-        if wanted == options.dataset and Path(wanted).suffix in SUFFIXES:
+        name, file = find_dataset(wanted, options.data_root)
+        rows, digest = len(read(file).rows), content_hash(file)
+    except LoragenError as error:
+        if options.dataset and (file or Path(wanted).suffix.lower() in SUFFIXES):
             raise
-        return DatasetRecord(name=Path(str(wanted)).stem, path="", sha256="", rows=0)
-    rows = len(read_rows(file))
-    return DatasetRecord(name=name, path=location(file), sha256=content_hash(file), rows=rows)
+        if file:
+            log.warning("dataset %s: %s", wanted, one_line(error))
+        return DatasetRecord(name=_plain_name(wanted), path="", sha256="", rows=0)
+    return DatasetRecord(name=name, path=location(file), sha256=digest, rows=rows)
+
+
+def _plain_name(dataset: str) -> str:
+    """`data/gsm8k.v2.jsonl` -> gsm8k.v2"""
+    path = Path(dataset)
+    return path.stem if path.suffix.lower() in SUFFIXES else path.name
 
 
 def _converted_before(run: LegacyRun, dataset: str, output: Path) -> Path | None:
-    source = str(run.directory.absolute())
+    source = str(run.source.absolute())
     for file in sorted(output.glob(f"{dataset}_lora_*/{MANIFEST}")):
         with suppress(DataError):  # not a run of ours: not the one we look for
             if read_manifest(file.parent, LoraManifest).converted_from == source:
@@ -168,19 +190,22 @@ def _config(
     except DataError as error:
         raise DataError(f"{surveyed.checkpoints[-1].entry}: {error}") from None
     steps = [one.step for one in surveyed.checkpoints]
+    say_origins(facts, ("base_model", "lora.alpha"))
     known = {
-        **facts,
+        **{name: value for name, (value, _) in facts.items()},
         "runs_dir": str(options.output),
         "data.root": str(options.data_root),
         "data.dataset": dataset.path or dataset.name,
         "lora.rank": rank,
         "lora.target_modules": targets,
-        "training.max_steps": max(steps[-1], int(facts.get("training.max_steps", 0))),
+        "training.max_steps": max(steps[-1], _value(facts, "training.max_steps", 0)),
         "checkpoints.first_step": steps[0],
         "checkpoints.every": gcd(*(b - a for a, b in pairwise(steps))) or 1,
     }
+    origins = {name: origin for name, (_, origin) in facts.items()}
     flags = [
-        Override(tuple(key.split(".")), value, str(run.directory)) for key, value in known.items()
+        Override(tuple(key.split(".")), value, origins.get(key, str(run.source)))
+        for key, value in known.items()
     ]
     return load(LoraTrainConfig, flags=flags, environment={}), order
 
@@ -188,10 +213,10 @@ def _config(
 def _require(run: LegacyRun, facts: Facts) -> None:
     if "lora.alpha" not in facts:
         raise UsageError(
-            f"{run.directory}: alpha is not recorded (no adapter_config.json, no lora_alpha in a "
+            f"{run.source}: alpha is not recorded (no adapter_config.json, no lora_alpha in a "
             "YAML file beside it); give --alpha or --config"
         )
     if "base_model" not in facts:
         raise UsageError(
-            f"{run.directory}: the base model is not recorded; give --base-model or --config"
+            f"{run.source}: the base model is not recorded; give --base-model or --config"
         )

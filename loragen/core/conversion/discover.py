@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from loragen.core.adapters import natural_key
-from loragen.core.errors import UsageError
+from loragen.core.errors import UsageError, listing
+from loragen.core.files import natural_key
 from loragen.core.runs import CHECKPOINTS, MANIFEST
 
 log = logging.getLogger(__name__)
@@ -22,8 +22,10 @@ NOT_WEIGHTS = re.compile(
 DIRECTORY_WEIGHTS = (
     "adapter_model.safetensors",
     "adapter_model.bin",
-    "model*.safetensors",
-    "pytorch_model*.bin",
+    "model.safetensors",
+    "model-?????-of-?????.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model-?????-of-?????.bin",
 )
 STEP = re.compile(r"steps?[_=-]?(\d{1,7})(?!\d)", re.IGNORECASE)
 NUMBER = re.compile(r"(?:checkpoint|ckpt|iter|iteration)[_=-]?(\d{1,7})(?!\d)", re.IGNORECASE)
@@ -40,6 +42,13 @@ class LegacyRun:
     """Checkpoints, files or directories, as found; some may have no step."""
     traditional: bool
     """It has the parts checkpoints/ or models/: the folder around it is named after the dataset."""
+    lone: bool = False
+    """One file that was named: what lies beside it may be of other trainings."""
+
+    @property
+    def source(self) -> Path:
+        """What is converted."""
+        return self.entries[0] if self.lone else self.directory
 
     @property
     def started(self) -> datetime | None:
@@ -65,10 +74,11 @@ def find_runs(source: Path) -> list[LegacyRun]:
     if not source.exists():
         raise UsageError(f"{source}: no such file or directory")
     if source.is_file():
-        return [LegacyRun(source.parent, [source], traditional=False)]
-    if source.name in {CHECKPOINTS, MODELS}:
-        source = source.parent
-    runs = list(_runs(source))
+        return [LegacyRun(source.parent, [source], traditional=False, lone=True)]
+    alone = source.name in {CHECKPOINTS, MODELS}  # the other may hold the base
+    if source.is_symlink() and not alone:
+        source = source.resolve()  # one run has one name
+    runs = list(_runs(source.parent, source) if alone else _runs(source))
     if not runs:
         raise UsageError(
             f"{source}: nothing to convert: no checkpoints ({', '.join(sorted(SUFFIXES))}) in "
@@ -77,18 +87,45 @@ def find_runs(source: Path) -> list[LegacyRun]:
     return runs
 
 
-def _runs(directory: Path) -> Iterator[LegacyRun]:
+def _runs(directory: Path, part: Path | None = None) -> Iterator[LegacyRun]:
+    """The run that a directory is, or those below it; of a `part` that one alone."""
     if (directory / MANIFEST).is_file():
         log.warning("%s: is one of loragen's own directories already; left alone", directory)
         return
-    parts = [entry for part in (CHECKPOINTS, MODELS) for entry in _entries(directory / part)]
-    entries = parts or list(_entries(directory, deep=False))
-    if entries:
-        yield LegacyRun(directory, entries, traditional=bool(parts))
+    places = [part] if part else [directory / CHECKPOINTS, directory / MODELS]
+    if entries := [entry for place in places for entry in _entries(place)]:
+        yield LegacyRun(directory, entries, traditional=True)
+    elif part is None:
+        yield from _bare_or_below(directory)
+
+
+def _bare_or_below(directory: Path) -> Iterator[LegacyRun]:
+    """A stray best.pt does not make a run of a folder that has runs below."""
+    entries = list(_entries(directory, deep=False))
+    if any(entry.is_dir() for entry in entries):
+        yield LegacyRun(directory, entries, traditional=False)
         return
+    below = [run for child in _subfolders(directory) for run in _runs(child)]
+    if entries:
+        below = [run for run in below if run.traditional or _numbered(run.entries)]
+    if entries and below and not _numbered(entries):
+        names = listing([entry.name for entry in entries], 4)
+        log.warning("%s: left out, for there are runs below: %s", directory, names)
+    elif entries:
+        yield LegacyRun(directory, entries, traditional=False)
+    yield from below
+
+
+def _subfolders(directory: Path) -> Iterator[Path]:
     for child in _children(directory):
-        if child.is_dir():
-            yield from _runs(child)
+        if child.is_dir() and child.is_symlink():  # `latest`: a run that is found anyway
+            log.info("%s: a link, left alone; name it to convert it", child)
+        elif child.is_dir():
+            yield child
+
+
+def _numbered(entries: list[Path]) -> bool:
+    return any(step_in_name(entry) is not None for entry in entries)
 
 
 def _entries(directory: Path, deep: bool = True) -> Iterator[Path]:
@@ -120,8 +157,18 @@ def _is_checkpoint(directory: Path) -> bool:
 
 
 def weights_of(entry: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights; several where a model is in shards."""
-    return [entry] if entry.is_file() else _directory_weights(entry) or _lone_weights(entry)
+    """The files that hold a checkpoint's weights; several where a model is in shards.
+
+    Raises UsageError for a folder of several checkpoints.
+    """
+    if entry.is_file():
+        return [entry]
+    shards = _directory_weights(entry)
+    lone = [] if shards else _lone_weights(entry)
+    if len(lone) > 1:
+        names = listing([file.name for file in lone], 4)
+        raise UsageError(f"{entry}: {len(lone)} checkpoints in it, name one: {names}")
+    return shards or lone
 
 
 def _directory_weights(directory: Path) -> list[Path]:

@@ -47,10 +47,11 @@ def read_checkpoint(entry: Path) -> LegacyCheckpoint:
         return _from_torch(files[0])
     found: dict[str, Tensor] = {}
     for file in files:
-        if file.suffix == ".safetensors":
-            found |= _from_safetensors(file)
-        else:
-            found |= _state(load_plain(file))
+        safe = file.suffix == ".safetensors"
+        shard = _from_safetensors(file) if safe else _state(load_plain(file))
+        if twice := sorted(found.keys() & shard.keys()):
+            raise DataError(f"{file}: {twice[0]} is in another shard too")
+        found |= shard
     return LegacyCheckpoint(_normalized(found, entry), ordered=False)
 
 

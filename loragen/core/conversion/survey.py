@@ -1,5 +1,6 @@
 """All checkpoints of a traditional run, read one by one: which are good, and do they agree."""
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,12 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loragen.core.adapters import file_keys, shape_mismatch
-from loragen.core.base_models import resolve_base
+from loragen.core.adapters import file_keys, peft_config, shape_mismatch
+from loragen.core.base_models import empty_base, resolve_base
+from loragen.core.config.schema import Lora
 from loragen.core.conversion.discover import LegacyRun, is_result
-from loragen.core.conversion.facts import Facts, facts_of
+from loragen.core.conversion.facts import Fact, Facts, facts_of
 from loragen.core.conversion.read import PREFIX, read_checkpoint, step_of
 from loragen.core.errors import DataError, LoragenError, UsageError
+
+log = logging.getLogger(__name__)
 
 Shapes = dict[str, torch.Size]
 
@@ -70,12 +74,17 @@ def _add(found: Survey, good: dict[int, Found], run: LegacyRun, entry: Path) -> 
     broken = [key for key, value in checkpoint.tensors.items() if not torch.isfinite(value).all()]
     if broken:
         raise DataError(f"{entry}: NaN or infinity in {len(broken)} tensors, such as {broken[0]}")
-    found.facts = {**found.facts, **facts_of(checkpoint.facts)}
+    found.facts = {**found.facts, **facts_of(checkpoint.facts, str(entry))}
     step = step_of(entry, checkpoint.step)
     if step is None:
         if entry != run.directory and not is_result(entry):
             raise DataError(f"{entry}: no step in it or in its name; rename it to step_NNN")
         found.results.append(entry)
+    elif step < 1:
+        raise DataError(
+            f"{entry}: step {step}: the number is that of the optimizer steps it has done, "
+            "from 1; rename it to step_NNN"
+        )
     elif step not in good:
         good[step] = Found(entry, step, _shapes(checkpoint.tensors))
     elif not _equal(read_checkpoint(good[step].entry).tensors, checkpoint.tensors):
@@ -114,27 +123,32 @@ def rank_of(shapes: Shapes) -> int:
 
 
 def targets_and_order(
-    base_model: str, rank: int, shapes: Shapes
+    base_model: Fact, rank: int, shapes: Shapes
 ) -> tuple[list[str], list[str] | None]:
     """(target modules, the tensors in the order of the base's modules).
 
-    Names such as `q_proj` where they say it all, else paths. The order is None where the base is
-    not on this machine; it is built without weights. Raises DataError where they do not fit it.
+    Names such as `q_proj` where they say it all, else paths. The base is built without weights;
+    where it is not on this machine the order is None, with a remark. Raises DataError where they
+    do not fit it, UsageError for a path that was given as a flag and is none.
     """
+    name, origin = base_model
+    if origin.startswith("--"):
+        resolve_base(name)
     problems = []
     for targets in _targets(shapes):
         try:
-            wanted = _wanted(base_model, rank, targets)
+            wanted = _wanted(name, rank, targets)
+        except UsageError:
+            log.warning("base %s is not here: fit and order of the tensors are not checked", name)
+            return targets, None
         except DataError as error:
             problems.append(str(error))
             continue
-        if wanted is None:
-            return targets, None
         problem = shape_mismatch(wanted, shapes)
         if problem is None:
             return targets, list(wanted)
         problems.append(problem)
-    raise DataError(f"the adapter does not fit the base model {base_model}: {problems[0]}")
+    raise DataError(f"the adapter does not fit the base model {name}: {problems[0]}")
 
 
 def _targets(shapes: Shapes) -> list[list[str]]:
@@ -151,22 +165,17 @@ def _targets(shapes: Shapes) -> list[list[str]]:
     return [*([sorted(layers)] if same else []), sorted(paths)]
 
 
-def _wanted(base_model: str, rank: int, targets: list[str]) -> Shapes | None:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+def _wanted(base_model: str, rank: int, targets: list[str]) -> Shapes:
     from loragen.core.quiet import quiet_libraries
 
     quiet_libraries()
-    try:
-        source = resolve_base(base_model)
-        shape = AutoConfig.from_pretrained(source, local_files_only=True)
-    except (UsageError, OSError, ValueError):
-        return None
+    from peft import get_peft_model
+
+    lora = peft_config(Lora(rank=rank, target_modules=targets))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape)  # type: ignore[no-untyped-call]  # theirs
+        model = empty_base(base_model, local_files_only=True).model
         try:
-            model = get_peft_model(model, LoraConfig(r=rank, target_modules=targets))
+            model = get_peft_model(model, lora)
         except ValueError as error:
             raise DataError(str(error).splitlines()[0]) from None
     return _shapes(file_keys(model.state_dict()))

@@ -9,7 +9,7 @@ import lightning
 import torch
 from torch import Tensor
 
-from loragen.core.adapters import Adapter, natural_key, write_adapter
+from loragen.core.adapters import Adapter, write_adapter
 from loragen.core.config import LoraTrainConfig, dump
 from loragen.core.conversion.discover import LegacyRun
 from loragen.core.conversion.read import (
@@ -19,7 +19,7 @@ from loragen.core.conversion.read import (
     read_optimizer,
 )
 from loragen.core.conversion.survey import Survey
-from loragen.core.files import write_text
+from loragen.core.files import natural_key, write_text
 from loragen.core.plugins import create
 from loragen.core.runs import CHECKPOINTS, LoraManifest, checkpoint_name, write_manifest
 

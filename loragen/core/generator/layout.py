@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loragen.core.adapters import natural_key, shape_mismatch
+from loragen.core.adapters import shape_mismatch
 from loragen.core.errors import DataError, UsageError
+from loragen.core.files import natural_key
 from loragen.core.protocols import TokenGrid
 
 NO_LAYER = -1

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from loragen.core.adapters import peft_config
 from loragen.core.base_models import BaseModel, empty_base
 from loragen.core.config import LoraTrainConfig
 from loragen.core.errors import UsageError
@@ -14,21 +15,14 @@ def new_adapter(base: BaseModel, config: LoraTrainConfig) -> Any:
 
     Raises UsageError where target_modules names nothing of the base.
     """
-    from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
+    from peft import get_peft_model, prepare_model_for_kbit_training
 
-    lora = LoraConfig(
-        r=config.lora.rank,
-        lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # PEFT divides it, any number does
-        lora_dropout=config.lora.dropout,
-        target_modules=config.lora.target_modules,
-        task_type=TaskType.CAUSAL_LM,
-    )
     if config.base_quantization != "none":
         prepare_model_for_kbit_training(base.model, False)  # type: ignore[no-untyped-call]  # theirs
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         try:
-            model = get_peft_model(base.model, lora)
+            model = get_peft_model(base.model, peft_config(config.lora))
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise UsageError(f"lora.target_modules: {reason}") from None

@@ -4,18 +4,21 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 import loragen
 from loragen.core.adapters import WEIGHTS_FILE, Adapter, attach_adapter, new_config, write_adapter
 from loragen.core.base_models import load_base, resolve_base
 from loragen.core.checkpoints import read_checkpointed_adapter
 from loragen.core.config import DEMO
+from loragen.core.config.problems import problems_of
 from loragen.core.config.schema import Lora
+from loragen.core.config.yaml_file import Loc
 from loragen.core.conversion.discover import LegacyRun, weights_of
-from loragen.core.conversion.facts import adapter_facts, facts_beside
+from loragen.core.conversion.facts import Fact, adapter_facts, facts_beside, say_origins
 from loragen.core.conversion.read import read_checkpoint
 from loragen.core.conversion.survey import rank_of, targets_and_order
-from loragen.core.errors import DataError, UsageError
+from loragen.core.errors import ConfigError, DataError, UsageError
 from loragen.core.files import write_json, write_text, written_atomically
 from loragen.core.lora.merge import save_merged
 from loragen.core.runs import MERGED_MARKER, run_directory_of
@@ -83,23 +86,33 @@ def _foreign(path: Path, base_model: str | None, alpha: float | None) -> Adapter
     """Of a file or directory that no run of ours knows: rank and targets from its tensors."""
     if not weights_of(path):
         raise UsageError(f"{path}: no adapter or checkpoint there")
-    place = LegacyRun(path if path.is_dir() else path.parent, [path], traditional=False)
+    lone = path.is_file()
+    place = LegacyRun(path.parent if lone else path, [path], traditional=False, lone=lone)
     checkpoint = read_checkpoint(path)
-    facts = {**facts_beside(place), **adapter_facts(place)}
-    alpha = alpha if alpha is not None else facts.get("lora.alpha")
-    name = base_model or facts.get("base_model")
-    if alpha is None:
+    given = {"lora.alpha": Fact(alpha, "--alpha"), "base_model": Fact(base_model, "--base-model")}
+    facts = {
+        **facts_beside(place),
+        **adapter_facts(place),
+        **{key: fact for key, fact in given.items() if fact.value is not None},
+    }
+    if "lora.alpha" not in facts:
         raise UsageError(f"{path}: its alpha is not recorded; give --alpha")
-    if not name:
+    if "base_model" not in facts:
         raise UsageError(f"{path}: its base model is not recorded; give --base-model")
+    say_origins(facts, ("base_model", "lora.alpha"))
+    name = facts["base_model"].value
     shapes = {key: value.shape for key, value in checkpoint.tensors.items()}
     try:
         rank = rank_of(shapes)
-        targets, _ = targets_and_order(name, rank, shapes)
+        targets, _ = targets_and_order(facts["base_model"], rank, shapes)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
-    config = new_config(Lora(rank=rank, alpha=alpha, target_modules=targets), name)
-    return Adapter(config, checkpoint.tensors)
+    try:
+        lora = Lora(rank=rank, alpha=facts["lora.alpha"].value, target_modules=targets)
+    except ValidationError as error:
+        origins: dict[Loc, str] = {("lora", "alpha"): facts["lora.alpha"].origin}
+        raise ConfigError(*problems_of(Lora, error, origins, ("lora",))) from None
+    return Adapter(new_config(lora, name), checkpoint.tensors)
 
 
 def _card(adapter: Adapter, source: Path, merged: bool) -> str:

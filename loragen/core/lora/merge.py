@@ -13,15 +13,17 @@ def merged_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
     (peft's merge changes the base in place, and unmerging does not give it back exactly.)
     """
-    deltas = {
-        f"{name}.base_layer.weight": layer.get_delta_weight("default")
+    layers = {
+        f"{name}.base_layer.weight": layer
         for name, layer in model.get_base_model().named_modules()
         if hasattr(layer, "get_delta_weight")
     }
     state = {}
     for key, value in model.get_base_model().state_dict().items():
         if "lora_" not in key:
-            merged = value + deltas[key].to(value) if key in deltas else value
+            merged = value
+            if key in layers:  # one ΔW at a time: all of them together are a second model
+                merged = value + layers[key].get_delta_weight("default").to(value)
             state[key.replace(".base_layer.", ".")] = merged.to(dtype).cpu()
     return state
 

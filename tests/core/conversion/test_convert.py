@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -5,18 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
 
 from loragen.core.adapters import read_adapter
 from loragen.core.checkpoints import load_plain, read_tensors
 from loragen.core.config import LoraTrainConfig
 from loragen.core.conversion.convert import Options, check_one_dataset, convert
-from loragen.core.conversion.discover import find_runs, step_in_name
-from loragen.core.conversion.facts import facts_of
-from loragen.core.conversion.read import converted_optimizer, read_checkpoint
-from loragen.core.errors import DataError, UsageError
+from loragen.core.conversion.discover import find_runs
+from loragen.core.errors import ConfigError, DataError, UsageError
 from loragen.core.files import sha256
 from loragen.core.runs import LoraManifest, checkpoint_name, read_manifest
+
+from .finding import one_of
 
 FORMS = ["torch", "full", "safetensors", "peft", "peft-bin", "plain"]
 STEPS = [5, 6, 7, 8]
@@ -29,11 +29,6 @@ def equal(one, other):
 @pytest.fixture
 def options(tmp_path, collection):
     return Options(output=tmp_path / "runs", data_root=collection.data)
-
-
-def one_of(path):
-    (run,) = find_runs(path)
-    return run
 
 
 def files_of(directory):
@@ -122,6 +117,33 @@ class TestConvert:
         shutil.rmtree(first.directory)
         assert not convert(source, options).already
 
+    def test_lone_files_of_one_folder_are_two_conversions(self, legacy_run, options):
+        folder = legacy_run(yaml=False) / "checkpoints"
+        given = Options(options.output, "some/base", "colors", options.data_root, alpha=4)
+        for step in (5, 6):
+            converted = convert(one_of(folder / f"step_00{step}.pt"), given)
+            assert (converted.already, converted.manifest.steps) == (False, [step])
+        assert convert(one_of(folder / "step_005.pt"), given).already
+
+    def test_the_configuration_of_the_training_comes_along(self, legacy_run, options):
+        source = legacy_run()
+        with (source / "training_config.yaml").open("a", encoding="utf-8") as file:
+            file.write(
+                "training: {per_device_train_batch_size: 4, gradient_accumulation_steps: 2, "
+                "max_grad_norm: 1.0, optimizer: sgd, stage1: {steps: 4}, stage2: {steps: 4}}\n"
+            )
+        with pytest.raises(ConfigError, match=r"training_config\.yaml:4:\d+: training\.optimizer"):
+            convert(one_of(source), options)
+        text = (source / "training_config.yaml").read_text(encoding="utf-8")
+        mended = source.parent / "mended.yaml"
+        mended.write_text(text.replace("optimizer: sgd, ", ""), encoding="utf-8")
+        run = convert(one_of(source), dataclasses.replace(options, config=mended)).directory
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        assert config["trainer"]["gradient_clip_val"] == 1.0
+        assert config["trainer"]["accumulate_grad_batches"] == 2
+        assert config["training"]["batch_size"] == 8
+        assert config["schedule"]["stage1_steps"] == 4
+
     def test_nothing_is_overwritten(self, legacy_run, options):
         taken = options.output / "colors_lora_20250720_143052"
         taken.mkdir(parents=True)
@@ -174,14 +196,41 @@ class TestConvert:
         assert "model.layers.1.mlp.up_proj" in targets
         assert len(targets) == 7
 
-    def test_a_base_that_is_not_here_is_taken_at_its_word(self, legacy_run, options):
+    def test_a_base_that_is_not_here_is_taken_at_its_word(self, legacy_run, options, caplog):
         source = legacy_run("torch", yaml=False)
-        given = {"alpha": 4.0, "base_model": "D:\\models\\Qwen"}
-        converted = convert(one_of(source), Options(options.output, data_root=Path("no"), **given))
+        yaml = "lora_alpha: 4.0\nbase_model: 'D:\\models\\Qwen'\n"
+        (source / "training.yaml").write_text(yaml, encoding="utf-8")
+        converted = convert(one_of(source), Options(options.output, data_root=Path("no")))
+        assert "base D:\\models\\Qwen is not here: fit and order of the tensors" in caplog.text
         assert converted.manifest.base_model == "D:\\models\\Qwen"
         assert converted.optimizer_states == 4
         record = converted.manifest.dataset
         assert (record.name, record.path, record.sha256, record.rows) == ("colors", "", "", 0)
+
+    def test_bad_rows_of_the_dataset_are_not_counted(self, legacy_run, options, dataset):
+        file = dataset()
+        with file.open("a", encoding="utf-8") as opened:
+            opened.write('{"prompt": "no answer"}\n')
+        given = dataclasses.replace(options, dataset=str(file))
+        record = convert(one_of(legacy_run()), given).manifest.dataset
+        assert (record.rows, record.path) == (12, str(file))
+
+    @pytest.mark.parametrize("recorded, name", [("gsm8k.v2", "gsm8k.v2"), ("some/set", "set")])
+    def test_a_recorded_dataset_that_is_not_here(
+        self, legacy_run, options, tmp_path, recorded, name, monkeypatch
+    ):
+        def offline(*_):
+            raise UsageError("the hub does not answer")
+
+        monkeypatch.setattr("loragen.core.data.documents.read_hub", offline)
+        folder = tmp_path / "bare"
+        shutil.copytree(legacy_run("safetensors") / "checkpoints", folder)
+        text = f"dataset: {recorded}\nlora_alpha: 4\nbase_model: some/base\n"
+        (folder / "c.yaml").write_text(text, encoding="utf-8")
+        record = convert(one_of(folder), options).manifest.dataset
+        assert (record.name, record.path) == (name, "")
+        with pytest.raises(UsageError, match="does not answer"):
+            convert(one_of(folder), dataclasses.replace(options, dataset="hub:some/set"))
 
     def test_rslora_is_said_as_plain_alpha(self, legacy_run, options):
         source = legacy_run("peft", yaml=False)
@@ -242,6 +291,18 @@ class TestRefusals:
         assert len(converted.left_out) == 1
         assert "step_006.pt" in converted.left_out[0]
 
+    def test_steps_count_from_one(self, legacy_run, options):
+        source = legacy_run()
+        folder = source / "checkpoints"
+        shutil.copy(folder / "step_005.pt", folder / "step_000.pt")
+        with pytest.raises(DataError, match=r"step_000\.pt: step 0: .* rename it .*--skip-bad"):
+            convert(one_of(source), options)
+
+    def test_a_base_that_was_given_has_to_be_there(self, legacy_run, options):
+        given = dataclasses.replace(options, base_model="./tpyo")
+        with pytest.raises(UsageError, match=r"base model \./tpyo: no such directory"):
+            convert(one_of(legacy_run()), given)
+
     def test_all_that_is_wrong_is_told_at_once(self, legacy_run, options):
         source = legacy_run()
         for name in ("step_005.pt", "step_007.pt"):
@@ -280,194 +341,3 @@ class TestRefusals:
     def test_a_dataset_file_that_was_named_has_to_be_there(self, legacy_run, options):
         with pytest.raises(UsageError, match=r"none\.jsonl: no such file"):
             convert(one_of(legacy_run()), Options(options.output, dataset="none.jsonl"))
-
-
-class TestDiscover:
-    def test_all_runs_below_a_folder(self, legacy_run, tmp_path):
-        wanted = [legacy_run(dataset="colors"), legacy_run(dataset="animals")]
-        found = find_runs(tmp_path / "experiments")
-        assert sorted(run.directory for run in found) == sorted(wanted)
-        assert all(run.traditional and len(run.entries) == 4 for run in found)
-        assert one_of(wanted[0] / "checkpoints").directory == wanted[0]
-
-    def test_the_output_of_a_trainer(self, legacy_run, tmp_path):
-        folder = legacy_run("peft") / "checkpoints"
-        output = shutil.copytree(folder, tmp_path / "output")
-        for file in (folder / "checkpoint-8").iterdir():
-            shutil.copy(file, output)
-        run = one_of(output)
-        assert run.entries == [output, *(output / f"checkpoint-{step}" for step in STEPS)]
-
-    def test_a_step_folder_with_one_file(self, tmp_path):
-        for step in (1, 2):
-            folder = tmp_path / "run" / f"step_{step}"
-            folder.mkdir(parents=True)
-            (folder / "lora.pt").touch()
-            (folder / "optimizer.pt").touch()
-            (folder / "rng_state_0.pth").touch()
-            (folder / "optimizer_step_1.pt").touch()
-        assert [entry.name for entry in one_of(tmp_path).entries] == ["step_1", "step_2"]
-
-    def test_our_own_runs_are_left_alone(self, collection, caplog):
-        with pytest.raises(UsageError, match="nothing to convert"):
-            find_runs(collection.runs["colors"])
-        assert "is one of loragen's own directories already" in caplog.text
-
-    @pytest.mark.parametrize("path", ["none", "."])
-    def test_nothing_there(self, tmp_path, path):
-        with pytest.raises(UsageError, match=r"no such file|nothing to convert"):
-            find_runs(tmp_path / path)
-
-    @pytest.mark.parametrize(
-        "name, step",
-        [
-            ("step_080.pt", 80),
-            ("checkpoint-80", 80),
-            ("checkpoint-step-080.ckpt", 80),
-            ("lora_step80_final.bin", 80),
-            ("epoch=1-step=80.ckpt", 80),
-            ("80.pth", 80),
-            ("checkpoint_epoch_3.pt", None),
-            ("lora_20250720_143052.pt", None),
-            ("checkpoint_20250720.pt", None),
-            ("last.ckpt", None),
-        ],
-    )
-    def test_the_step_in_a_name(self, name, step):
-        assert step_in_name(Path(name)) == step
-
-
-class TestRead:
-    @pytest.mark.parametrize(
-        "key",
-        [
-            "base_model.model.model.layers.0.q_proj.lora_A.weight",
-            "base_model.model.model.layers.0.q_proj.lora_A.default.weight",
-            "model.base_model.model.model.layers.0.q_proj.lora_A.default.weight",
-            "module.base_model.model.model.layers.0.q_proj.lora_A.mine.weight",
-            "_orig_mod.module.base_model.model.model.layers.0.q_proj.lora_A.default",
-            "model.layers.0.q_proj.lora_A",
-            "model.model.layers.0.q_proj.lora_A.weight",
-            "layers.0.q_proj.lora_A",
-        ],
-    )
-    def test_the_forms_of_a_key(self, tmp_path, key):
-        torch.save({"model": {key: torch.ones(2, 4), "other": torch.ones(1)}}, tmp_path / "a.pt")
-        save_file({key: torch.ones(2, 4), "other": torch.ones(1)}, tmp_path / "a.safetensors")
-        for file in tmp_path.iterdir():
-            (found,) = read_checkpoint(file).tensors
-            assert found == "base_model.model.model.layers.0.q_proj.lora_A.weight"
-
-    @pytest.mark.parametrize("key", ["a.lora_embedding_A", "a.lora_magnitude_vector", "lora_A"])
-    def test_what_is_not_known_is_refused_by_name(self, tmp_path, key):
-        torch.save({key: torch.ones(2, 4)}, tmp_path / "a.pt")
-        with pytest.raises(DataError, match=f"a.pt: {key} is not a matrix of LoRA"):
-            read_checkpoint(tmp_path / "a.pt")
-
-    def test_of_several_adapters_the_default_one(self, tmp_path):
-        keys = [f"m.lora_A.{name}.weight" for name in ("default", "other")]
-        torch.save(
-            {key: torch.full((2, 4), float(i)) for i, key in enumerate(keys)}, tmp_path / "a.pt"
-        )
-        (tensor,) = read_checkpoint(tmp_path / "a.pt").tensors.values()
-        assert not tensor.any()
-        torch.save({f"m.lora_A.{name}": torch.ones(2, 4) for name in "xy"}, tmp_path / "b.pt")
-        with pytest.raises(DataError, match="several adapters in it, none is 'default': x, y"):
-            read_checkpoint(tmp_path / "b.pt")
-
-    def test_what_was_saved_with_the_weights(self, tmp_path):
-        document = {
-            "model": {"m.lora_A": torch.ones(2, 4)},
-            "optimizer": {"param_groups": [{"weight_decay": 0.01}]},
-            "config": {"training": {"batch_size": 16}},
-            "lora_config": {"alpha": 32},
-            "step": torch.tensor(7),
-        }
-        torch.save(document, tmp_path / "a.pt")
-        checkpoint = read_checkpoint(tmp_path / "a.pt")
-        assert checkpoint.step == 7
-        assert facts_of(checkpoint.facts) == {
-            "lora.alpha": 32,
-            "training.batch_size": 16,
-            "training.weight_decay": 0.01,
-        }
-
-    def test_a_model_in_shards(self, tmp_path):
-        for index, matrix in enumerate("AB", 1):
-            name = f"model-0000{index}-of-00002.safetensors"
-            save_file({f"m.lora_{matrix}.weight": torch.ones(2, 2)}, tmp_path / name)
-        assert len(read_checkpoint(tmp_path).tensors) == 2
-
-    def test_a_full_model_is_not_loaded(self, tmp_path, monkeypatch):
-        """The base's 64 MiB stay in the file."""
-        psutil = pytest.importorskip("psutil")
-        big = {"base.weight": torch.ones(4096, 4096), "m.lora_A.weight": torch.ones(2, 4)}
-        torch.save({"model_state_dict": big}, tmp_path / "full.pt")
-        save_file(big, tmp_path / "full.safetensors")
-        del big
-        for file in ("full.pt", "full.safetensors"):
-            before = psutil.Process().memory_info().rss
-            kept = read_checkpoint(tmp_path / file)
-            assert psutil.Process().memory_info().rss - before < 16 * 2**20
-            assert kept.tensors["base_model.model.m.lora_A.weight"].untyped_storage().nbytes() == 32
-
-    @pytest.mark.parametrize(
-        "change",
-        [
-            lambda s: s["state"].pop(0),
-            lambda s: s["state"][0].update(max_exp_avg_sq=torch.ones(2, 2)),
-            lambda s: s["state"][0].update(exp_avg=torch.ones(3, 2)),
-            lambda s: s["state"][0].update(exp_avg=torch.full((2, 2), float("nan"))),
-            lambda s: s.pop("state"),
-            lambda s: s["param_groups"][0].update(decoupled_weight_decay=False),
-            lambda s: s["param_groups"][0].pop("params"),
-            lambda s: s["state"][0].update(exp_avg=1.0),
-        ],
-    )
-    def test_an_optimizer_that_does_not_fit_is_left_out(self, change):
-        tensors = {"a": torch.zeros(2, 2, requires_grad=True)}
-        frozen = torch.zeros(5, requires_grad=True)
-        optimizer = torch.optim.AdamW([frozen, *tensors.values()], lr=0.1)
-        tensors["a"].sum().backward()
-        optimizer.step()
-        state = optimizer.state_dict()
-        assert converted_optimizer(state, tensors, 0.1)["param_groups"][0]["params"] == [0]
-        state["state"] = {0: state["state"][1]}
-        state["param_groups"][0]["params"] = [0]
-        change(state)
-        assert converted_optimizer(state, tensors, 0.1) is None
-
-
-class TestFacts:
-    def test_the_traditional_and_the_flat_spelling(self):
-        traditional = """
-            model: {name: Qwen/Qwen2.5-0.5B-Instruct}
-            lora: {r: 8, lora_alpha: 16, lora_dropout: 0.1}
-            training:
-              per_device_train_batch_size: 4
-              gradient_accumulation_steps: 8
-              max_steps: 125
-              stage1: {steps: 75, learning_rate: 1e-4}
-              stage2: {steps: 50, learning_rate: 1e-5}
-        """
-        flat = """
-            base_model: Qwen/Qwen2.5-0.5B-Instruct
-            lora: {alpha: 16, dropout: 0.1}
-            training: {batch_size: 32, max_steps: 125, stage1_steps: 75,
-                       learning_rate_stage1: 1.0e-4, learning_rate_stage2: 1.0e-5}
-        """
-        wanted = {
-            "base_model": "Qwen/Qwen2.5-0.5B-Instruct",
-            "lora.alpha": 16,
-            "lora.dropout": 0.1,
-            "training.batch_size": 32,
-            "training.max_steps": 125,
-            "schedule.stage1_steps": 75,
-            "schedule.learning_rate_stage1": 1e-4,
-            "schedule.learning_rate_stage2": 1e-5,
-        }
-        assert facts_of(yaml.safe_load(traditional)) == wanted
-        assert facts_of(yaml.safe_load(flat)) == wanted
-
-    def test_other_numbers_are_not_taken_for_these(self):
-        assert facts_of({"loss": {"alpha": 1}, "eval": {"batch_size": 3}, "max_steps": -1}) == {}
