@@ -61,10 +61,9 @@ def in_parts(tokenizer: Any, row: Row, max_length: int) -> Parts:
     return Parts(prompt[:cut], prompt[cut:], answer)
 
 
-def example(tokenizer: Any, row: Row, max_length: int) -> Example:
-    """What is learned from: the row without what is cut. Raises as `in_parts`."""
-    _, prompt, answer = in_parts(tokenizer, row, max_length)
-    return Example([*prompt, *answer], len(answer))
+def learned(parts: Parts) -> Example:
+    """What is learned from: the row without what is cut."""
+    return Example([*parts.prompt, *parts.answer], len(parts.answer))
 
 
 def shared_prefix(sequences: Sequence[list[int]]) -> int:

@@ -7,7 +7,7 @@ import torch
 from loragen.core.adapters import peft_config
 from loragen.core.base_models import BaseModel, empty_base
 from loragen.core.config import LoraTrainConfig
-from loragen.core.errors import UsageError
+from loragen.core.errors import UsageError, listing
 
 
 def new_adapter(base: BaseModel, config: LoraTrainConfig) -> Any:
@@ -26,9 +26,27 @@ def new_adapter(base: BaseModel, config: LoraTrainConfig) -> Any:
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise UsageError(f"lora.target_modules: {reason}") from None
+    _require_all_found(model, config.lora.target_modules)
     # As the user named it: PEFT would put in the path the weights were loaded from.
     model.peft_config["default"].base_model_name_or_path = config.base_model
     return model
+
+
+def _require_all_found(model: Any, wanted: str | list[str]) -> None:
+    """PEFT is content with one name of a list that it finds; a misspelt one would only make the
+    adapter smaller."""
+    found = model.base_model.targeted_module_names
+    missing = [
+        name
+        for name in (wanted if isinstance(wanted, list) else ())
+        if not any(module == name or module.endswith(f".{name}") for module in found)
+    ]
+    if missing:
+        known = sorted({module.rpartition(".")[2] for module in found})
+        model.unload()
+        raise UsageError(
+            f"lora.target_modules: {listing(missing)} not found in the base, only {listing(known)}"
+        )
 
 
 def count_values(config: LoraTrainConfig) -> int:

@@ -1,6 +1,7 @@
 """A dataset's rows, tokenised, as micro-batches that depend on (seed, step, rank, part) alone."""
 
 import hashlib
+import logging
 import signal
 from array import array
 from collections.abc import Sequence
@@ -15,12 +16,14 @@ from loragen.core.config import LoraTrainConfig
 from loragen.core.data.batches import batch_indices, held_out, micro_batch
 from loragen.core.data.documents import Source, content_hash, location, parsed_source
 from loragen.core.data.rows import BadRow, Row, read_rows, refuse_bad, warn_of_bad
-from loragen.core.data.tokenize import Example, example
+from loragen.core.data.tokenize import Example, in_parts, learned
 from loragen.core.errors import DataError, UsageError
 from loragen.core.lora.batch import Batch, Cost, answers_of, packed, padded
 from loragen.core.lora.identity import validation_hash
 from loragen.core.lora.packing import packing_cost
 from loragen.core.runs import DatasetRecord
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,16 +69,19 @@ def load_rows(config: LoraTrainConfig, name: str, source: Source, tokenizer: Any
 
 def fitting(
     tokenizer: Any, rows: Sequence[Row], max_length: int
-) -> tuple[list[Row], list[Example], list[BadRow]]:
-    """The rows whose answer fits, their tokens, and the others."""
-    kept, examples, too_long = [], [], []
+) -> tuple[list[Row], list[Example], list[BadRow], int]:
+    """The rows whose answer fits, their tokens, the others, and how many prompts had to be cut."""
+    kept, examples, too_long, cut = [], [], [], 0
     for row in rows:
         try:
-            examples.append(example(tokenizer, row, max_length))
-            kept.append(row)
+            parts = in_parts(tokenizer, row, max_length)
         except DataError as error:
             too_long.append(BadRow(row.line, str(error)))
-    return kept, examples, too_long
+            continue
+        kept.append(row)
+        examples.append(learned(parts))
+        cut += bool(parts.cut)
+    return kept, examples, too_long, cut
 
 
 @dataclass(frozen=True)
@@ -207,7 +213,16 @@ def _tokenised(
     """The rows, their tokens, and the lines of skipped rows whose answer was too long."""
     skip = config.data.skip_bad_rows
     found = read_rows(source, skip)
-    rows, examples, too_long = fitting(tokenizer, found, config.data.max_length)
+    rows, examples, too_long, cut = fitting(tokenizer, found, config.data.max_length)
     refuse_bad(source, too_long, len(rows), skip)
     warn_of_bad(source, too_long, len(rows))
+    if cut:
+        log.warning(
+            "%s: %d of %d rows are longer than data.max_length %d and lose the start of their "
+            "prompt; `loragen data preview` shows it",
+            source,
+            cut,
+            len(rows),
+            config.data.max_length,
+        )
     return rows, examples, [row.line for row in too_long]

@@ -8,8 +8,8 @@ from loragen.core.data.formats import Turn
 from loragen.core.data.rows import Row
 from loragen.core.data.tokenize import (
     answer_ids,
-    example,
     in_parts,
+    learned,
     pad_id,
     prompt_ids,
 )
@@ -50,7 +50,7 @@ def test_the_end_token_is_part_of_the_answer(tokenizer):
 @pytest.mark.parametrize("system", [None, "be short"])
 def test_only_the_answer_and_its_end_are_learned(request, kind, system):
     tokenizer = request.getfixturevalue(kind)
-    item = example(tokenizer, row(system=system), 64)
+    item = learned(in_parts(tokenizer, row(system=system), 64))
     assert item.ids[-item.answer :] == answer_ids(tokenizer, "blue")
     assert item.ids[: -item.answer] == prompt_ids(tokenizer, row().prompt, system)
 
@@ -65,15 +65,15 @@ def test_a_row_in_parts_is_the_row(tokenizer, prompt, response, max_length):
         return
     assert ([*parts.cut, *parts.prompt], parts.answer) == whole
     assert parts.prompt
-    item = example(tokenizer, row(prompt, response), max_length)
+    item = learned(in_parts(tokenizer, row(prompt, response), max_length))
     assert item.ids == [*parts.prompt, *parts.answer]
     assert len(item.ids) == (max_length if parts.cut else sum(map(len, whole)))
 
 
 @pytest.mark.parametrize("room", [1, 2, 5])
 def test_a_long_row_loses_the_start_of_its_prompt_never_its_answer(tokenizer, room):
-    whole = example(tokenizer, row(), 64)
-    cut = example(tokenizer, row(), whole.answer + room)
+    whole = learned(in_parts(tokenizer, row(), 64))
+    cut = learned(in_parts(tokenizer, row(), whole.answer + room))
     assert len(cut.ids) == whole.answer + room
     assert cut.ids == whole.ids[-len(cut.ids) :]
     assert cut.answer == whole.answer
@@ -82,8 +82,8 @@ def test_a_long_row_loses_the_start_of_its_prompt_never_its_answer(tokenizer, ro
 def test_an_answer_that_does_not_fit_is_an_error(tokenizer):
     length = len(answer_ids(tokenizer, "blue"))
     with pytest.raises(DataError, match=f"^the answer has {length} tokens, data.max_length"):
-        example(tokenizer, row(), length)
-    assert len(example(tokenizer, row(), length + 1).ids) == length + 1
+        learned(in_parts(tokenizer, row(), length))
+    assert len(learned(in_parts(tokenizer, row(), length + 1)).ids) == length + 1
 
 
 def test_the_end_token_pads_where_there_is_no_padding_token(tokenizer):
@@ -102,6 +102,6 @@ def test_the_end_token_pads_where_there_is_no_padding_token(tokenizer):
 )
 def test_earlier_turns_are_given_and_only_the_last_answer_is_learned(request, kind, text):
     tokenizer = request.getfixturevalue(kind)
-    item = example(tokenizer, row("red", system="s", history=(Turn("a", "b"),)), 64)
+    item = learned(in_parts(tokenizer, row("red", system="s", history=(Turn("a", "b"),)), 64))
     assert tokenizer.decode(item.ids[: -item.answer]) == text
     assert item.ids[-item.answer :] == answer_ids(tokenizer, "blue")

@@ -2,7 +2,8 @@ import pytest
 
 from loragen.core.data.tokenize import Example
 from loragen.core.errors import UsageError
-from loragen.core.lora.data import LoraDataModule, Rows
+from loragen.core.lora.attach import new_adapter
+from loragen.core.lora.data import LoraDataModule, Rows, load_rows
 
 
 class FakeTrainer:
@@ -46,3 +47,18 @@ def test_a_limit_ends_after_whole_steps(module, limit, steps):
 def test_a_limit_below_one_step_is_refused(module, limit):
     with pytest.raises(UsageError, match="leaves no whole step"):
         module(FakeTrainer(parts=2), limit=limit).train_dataloader()
+
+
+def test_rows_that_lose_a_part_of_their_prompt_are_counted(lora_config, base, dataset, caplog):
+    file = dataset([{"prompt": "q" * n, "response": "red"} for n in (3, 90, 3, 91)])
+    load_rows(lora_config(), "colors", file, base.tokenizer)
+    (record,) = caplog.records
+    assert "2 of 4 rows are longer than data.max_length 64" in record.getMessage()
+
+
+def test_one_misspelt_module_of_several_is_refused(lora_config, base):
+    config = lora_config({"lora.target_modules": ["q_proj", "v_porj"]})
+    before = list(base.model.state_dict())
+    with pytest.raises(UsageError, match="v_porj not found in the base, only q_proj"):
+        new_adapter(base, config)
+    assert list(base.model.state_dict()) == before

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from loragen.core.data.rows import Row
-from loragen.core.data.tokenize import answer_ids, example, pad_id, prompt_ids
+from loragen.core.data.tokenize import answer_ids, in_parts, learned, pad_id, prompt_ids
 from loragen.core.lora.batch import padded
 from loragen.core.lora.evaluate import (
     choice_accuracy,
@@ -160,7 +160,7 @@ def test_a_closed_answer_set_is_small_and_recurs(responses, closed):
 def test_log_likelihoods_are_the_sums_of_the_answer_losses(base, dtype):
     base.model.to(dtype)
     rows = [row("a", "red"), row("bb", "green"), row("c" * 20, "x"), row("d", "blue cat")]
-    examples = [example(base.tokenizer, r, 64) for r in rows]
+    examples = [learned(in_parts(base.tokenizer, r, 64)) for r in rows]
     padding = pad_id(base.tokenizer)
     found = log_likelihoods(base.model, examples, padding, batch_size=3)
     with torch.inference_mode():

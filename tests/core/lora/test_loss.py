@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from loragen.core.adapters import attach_adapter, read_adapter
 from loragen.core.base_models import load_base
 from loragen.core.data.rows import read_rows
-from loragen.core.data.tokenize import Example, example
+from loragen.core.data.tokenize import Example, in_parts, learned
 from loragen.core.lora.batch import IGNORED, Cost, packed, padded
 from loragen.core.lora.evaluate import generate
 from loragen.core.lora.loss import answer_logits, answer_losses, rows_right
@@ -132,7 +132,7 @@ def test_it_is_the_exact_match_of_lora_eval(train_lora, base, dataset):
     written = generate(model, base.tokenizer, rows, 4)
     exact = [text.strip() == row.response for text, row in zip(written, rows, strict=True)]
     assert 0 < sum(exact) < len(rows)
-    examples = [example(base.tokenizer, row, 100) for row in rows]
+    examples = [learned(in_parts(base.tokenizer, row, 100)) for row in rows]
     batch = padded(examples, 0)
     assert rows_right(answer_logits(model, batch)[0], batch).tolist() == exact
     batch = packed(examples, 0, Cost(1.0, 1.0))
