@@ -17,12 +17,8 @@ FREE = (
     "track_batches",
 )
 FREE_OF = {
-    "data": (
-        "root",
-        "dataset",
-        "validation",
-        "workers",
-    ),  # hashes say whether the data are the same
+    # Hashes say whether the data are the same; with skip_bad_rows, a file without bad rows is.
+    "data": ("root", "dataset", "validation", "skip_bad_rows", "workers"),
     "checkpoints": ("last_every",),
 }
 HARDWARE = ("accelerator", "devices", "num_nodes", "strategy")

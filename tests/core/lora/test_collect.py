@@ -317,6 +317,13 @@ def test_what_a_failed_dataset_held_is_let_go(lora_config, named):
     assert held[0]() is None
 
 
+def test_skipping_bad_rows_trains_nothing_again_that_had_none(lora_config, named):
+    """It is what the error of another dataset has advised."""
+    (task,) = named("one")
+    collect(lora_config(QUICK), [task], Recorded())
+    assert finished_run(lora_config({**QUICK, "data.skip_bad_rows": True}), task)
+
+
 def test_other_validation_rows_are_another_run(lora_config, named, dataset):
     (task,) = named("one")
     held_out = dataset(name="held_out.jsonl")
