@@ -47,7 +47,7 @@ class Root(TyperGroup):
         except KeyboardInterrupt as error:
             render.problems(["interrupted"])
             raise typer.Exit(EXIT_INTERRUPTED) from error
-        except Exception as error:
+        except Exception as error:  # a bug of ours or of a library: one line, too
             if self.interrupts:  # an import that is interrupted may end in any error
                 render.problems(["interrupted"])
                 raise typer.Exit(EXIT_INTERRUPTED) from error

@@ -124,6 +124,14 @@ class Checkpoints(Section):
         5, ge=1, description="Renew last.ckpt, from which a killed run goes on, so often (steps)."
     )
 
+    def keeps(self, step: int, final: bool) -> bool:
+        """Whether a step has a checkpoint of its own; the final one always has."""
+        return final or (step >= self.first_step and (step - self.first_step) % self.every == 0)
+
+    def carries_optimizer(self, final: bool) -> bool:
+        """Whether such a checkpoint is one to go on from."""
+        return self.optimizer == "all" or (self.optimizer == "last" and final)
+
 
 class Launcher(Section):
     name: Literal["local", "ray"] = Field(

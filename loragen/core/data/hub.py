@@ -27,7 +27,7 @@ def read_hub(identifier: str, config: str | None, split: str) -> Iterable[dict[s
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(identifier, config, split=split)  # type: ignore[no-any-return]
+        return datasets.load_dataset(identifier, config, split=split)  # type: ignore[no-any-return]  # rows are mappings
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"hub dataset {identifier}: {reason}") from error

@@ -62,14 +62,10 @@ def count_values(config: LoraTrainConfig) -> int:
 def checkpoint_sizes(config: LoraTrainConfig, values: int) -> list[int]:
     """The bytes of the tensors in each checkpoint that a run keeps, in the order of steps."""
     kept, last = config.checkpoints, config.training.max_steps
-    steps = sorted({*range(kept.first_step, last + 1, kept.every), last})
     width = {"bf16-true": 2, "64-true": 8}.get(config.trainer.precision, 4)
     moments = 2  # AdamW's, each as large as the adapter
     return [
-        values * width * (1 + moments * (kept.optimizer == "all" or _is_last(config, step)))
-        for step in steps
+        values * width * (1 + moments * kept.carries_optimizer(final=step == last))
+        for step in range(1, last + 1)
+        if kept.keeps(step, final=step == last)
     ]
-
-
-def _is_last(config: LoraTrainConfig, step: int) -> bool:
-    return config.checkpoints.optimizer == "last" and step == config.training.max_steps

@@ -1,6 +1,7 @@
 """What happens around the steps of LoRA training: seeds, metrics, checkpoints, the end of it."""
 
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class StepSeeds(Callback):
         torch.manual_seed((self.seed * 1_000_003 + k) * 4099 + trainer.global_rank)
 
 
-class StepCallback(Callback):
+class StepCallback(Callback, ABC):
     """Calls `on_step` once per optimizer step: with accumulation, several batches end at one."""
 
     _done = 0
@@ -55,8 +56,8 @@ class StepCallback(Callback):
             self._done = trainer.global_step
             self.on_step(trainer, pl_module, batch)
 
-    def on_step(self, trainer: Trainer, pl_module: Any, batch: Any) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def on_step(self, trainer: Trainer, pl_module: Any, batch: Any) -> None: ...
 
 
 class StepMetrics(StepCallback):
@@ -153,9 +154,8 @@ class StepCheckpoints(StepCallback):
     def _after(self, trainer: Trainer, pl_module: Any) -> None:
         step, settings = trainer.global_step, self.settings
         final = step == trainer.max_steps or trainer.should_stop
-        due = step >= settings.first_step and (step - settings.first_step) % settings.every == 0
-        resumable = settings.optimizer == "all" or (settings.optimizer == "last" and final)
-        if due or final:
+        resumable = settings.carries_optimizer(final)
+        if settings.keeps(step, final):
             self._keep(trainer, pl_module, resumable)
         stops = self.interruption.requested_on_any(trainer)
         covered = resumable and step in _manifest(self.session).steps

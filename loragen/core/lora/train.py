@@ -67,37 +67,42 @@ def train(
     rows = load_rows(config, name, source, base.tokenizer)
     if resume:
         check_unchanged(resume, config, rows, base)
-    checkpoint = read_resumable(resume) if resume else None
     model = new_adapter(base, config)
     try:
-        if checkpoint:
-            restore_adapter(model, checkpoint)
-        module = _module(config, model, checkpoint)
-        interruption = Interruption()
-        session = RunSession(
-            Path(config.runs_dir),
-            f"{name}_lora",
-            config,
-            _manifest(config, rows, base, model, resume),
-            progress,
-            _continued(resume),
-        )
-        trainer = _trainer(config, base, session, rows, interruption)
-        if checkpoint:
-            restore_progress(trainer, checkpoint)
-        if resume and trainer.is_global_zero:
-            void_later(resume)
-        progress.start(name, config.training.max_steps)
-        with outcome(session), interruption.awaited():
-            fit(trainer, module, _data(config, rows, base))
-            if trainer.is_global_zero:
-                _save_results(session.directory, config, base, model)
-        if interruption.requested:  # after the last step: a collection is not to go on
-            raise Interrupted(f"interrupted; {session.directory} was finished all the same")
+        return _trained(config, rows, base, model, progress, resume)
     finally:
         base.model = _handed_back(model)
-    assert isinstance(session.manifest, LoraManifest)
-    return LoraRun(session.directory, session.manifest)
+
+
+def _trained(
+    config: LoraTrainConfig,
+    rows: Rows,
+    base: BaseModel,
+    model: Any,
+    progress: Progress,
+    resume: ResumePoint | None,
+) -> LoraRun:
+    name = rows.record.name
+    manifest = _manifest(config, rows, base, model, resume)
+    session = RunSession(
+        Path(config.runs_dir), f"{name}_lora", config, manifest, progress, _continued(resume)
+    )
+    interruption = Interruption()
+    trainer = _trainer(config, base, session, rows, interruption)
+    checkpoint = read_resumable(resume) if resume else None
+    if checkpoint:
+        restore_adapter(model, checkpoint)
+        restore_progress(trainer, checkpoint)
+    if resume and trainer.is_global_zero:
+        void_later(resume)
+    progress.start(name, config.training.max_steps)
+    with outcome(session), interruption.awaited():
+        fit(trainer, _module(config, model, checkpoint), _data(config, rows, base))
+        if trainer.is_global_zero:
+            _save_results(session.directory, config, base, model)
+    if interruption.requested:  # after the last step: a collection is not to go on
+        raise Interrupted(f"interrupted; {session.directory} was finished all the same")
+    return LoraRun(session.directory, manifest)
 
 
 def _data(config: LoraTrainConfig, rows: Rows, base: BaseModel) -> LoraDataModule:
