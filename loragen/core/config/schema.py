@@ -215,7 +215,7 @@ class LoraTrainConfig(Section):
         return self
 
 
-class Source(Section):
+class SourceSection(Section):
     """Checkpoints of one dataset and the prompts that go with them."""
 
     run: str | None = Field(None, description="A run directory of `lora train`; it knows both.")
@@ -225,7 +225,7 @@ class Source(Section):
     )
 
     @model_validator(mode="after")
-    def _one_origin(self) -> "Source":
+    def _one_origin(self) -> "SourceSection":
         if (self.run is None) == (self.checkpoints is None):
             raise ValueError("give either run or checkpoints")
         return self
@@ -282,8 +282,8 @@ class GenTrainConfig(Section):
         42, ge=0, description="Initial weights, grouping of prompts, split and batches."
     )
     experiments_dir: str = Field("experiments", description="Where experiment directories go.")
-    sources: list[Source] = Field([], description="What to learn from.")
-    val_sources: list[Source] = Field(
+    sources: list[SourceSection] = Field([], description="What to learn from.")
+    val_sources: list[SourceSection] = Field(
         [], description="Datasets held out whole, for val_unseen/ metrics."
     )
     encoder: EncoderSection = EncoderSection(name="sbert")

@@ -2,19 +2,18 @@
 
 from pathlib import Path
 
-from loragen.core.config.schema import GenTrainConfig
-from loragen.core.config.schema import Source as SourceConfig
+from loragen.core.config.schema import GenTrainConfig, SourceSection
 from loragen.core.data.documents import parsed_source
 from loragen.core.errors import UsageError
 from loragen.core.runs import CHECKPOINTS, MANIFEST, LoraManifest, read_manifest, run_directory_of
 
 
-def configured_sources(config: GenTrainConfig) -> list[SourceConfig]:
+def configured_sources(config: GenTrainConfig) -> list[SourceSection]:
     """`sources` and `data.checkpoint_dir` together. Raises UsageError where there are none."""
     listed = config.data.checkpoint_dir or []
     directories = [listed] if isinstance(listed, str) else listed
     runs = [run for directory in directories for run in _runs_in(Path(directory))]
-    sources = [*config.sources, *(SourceConfig(run=str(run)) for run in runs)]
+    sources = [*config.sources, *(SourceSection(run=str(run)) for run in runs)]
     places = [Path(str(source.run or source.checkpoints)).resolve() for source in sources]
     for place in places:
         if places.count(place) > 1:
@@ -37,7 +36,7 @@ def _runs_in(directory: Path) -> list[Path]:
     return finished or [directory]
 
 
-def directory_of(source: SourceConfig) -> Path:
+def directory_of(source: SourceSection) -> Path:
     """Raises UsageError where it is not there."""
     directory = Path(str(source.run or source.checkpoints))
     if not directory.is_dir():

@@ -12,8 +12,7 @@ import torch
 
 from loragen.core.adapters import CONFIG_FILE, read_adapter
 from loragen.core.checkpoints import find_checkpoints, read_tensors
-from loragen.core.config.schema import GenData, GenTrainConfig
-from loragen.core.config.schema import Source as SourceConfig
+from loragen.core.config.schema import GenData, GenTrainConfig, SourceSection
 from loragen.core.data.documents import content_hash, parsed_source
 from loragen.core.data.prompts import grouped, prompts_of_rows, read_prompts
 from loragen.core.errors import DataError, UsageError
@@ -25,7 +24,7 @@ from loragen.core.runs import LoraManifest, read_manifest, run_directory_of
 
 
 @dataclass(frozen=True)
-class Source:
+class Collection:
     """One dataset: its checkpoints, its prompts, and the adapter they are of."""
 
     name: str
@@ -48,7 +47,7 @@ class PreparedSource:
     """``[texts, positions]`` bool"""
 
 
-def read_source(config: SourceConfig, max_checkpoints: int) -> Source:
+def read_source(config: SourceSection, max_checkpoints: int) -> Collection:
     """Finds checkpoints and prompts; a run's manifest knows both.
 
     Raises UsageError for what is not there, DataError for a dataset that has changed since.
@@ -64,10 +63,10 @@ def read_source(config: SourceConfig, max_checkpoints: int) -> Source:
     adapter = read_adapter(checkpoints[0])
     base = str(adapter.config.get("base_model_name_or_path"))
     prompts = read_prompts(parsed_source(config.prompts))
-    return Source(directory.name, checkpoints, prompts, adapter.config, base)
+    return Collection(directory.name, checkpoints, prompts, adapter.config, base)
 
 
-def _from_run(path: Path, prompts: str | None, max_checkpoints: int) -> Source:
+def _from_run(path: Path, prompts: str | None, max_checkpoints: int) -> Collection:
     run = run_directory_of(path)
     manifest = read_manifest(run, LoraManifest)
     checkpoints = find_checkpoints(run)[-max_checkpoints:]
@@ -84,7 +83,7 @@ def _from_run(path: Path, prompts: str | None, max_checkpoints: int) -> Source:
             f"{run}: its dataset {file} has changed since the run; name one with prompts: FILE"
         )
     own = prompts is None  # whose bad rows the run has left out
-    return Source(
+    return Collection(
         manifest.dataset.name,
         checkpoints,
         prompts_of_rows(file, skip_bad_rows=True) if own else read_prompts(file),
@@ -93,7 +92,7 @@ def _from_run(path: Path, prompts: str | None, max_checkpoints: int) -> Source:
     )
 
 
-def common_layout(sources: Sequence[Source], config: GenTrainConfig) -> Layout:
+def common_layout(sources: Sequence[Collection], config: GenTrainConfig) -> Layout:
     """The layout of all sources. Raises DataError naming a source whose adapters differ."""
     layout = Layout.of(
         read_tensors(sources[0].checkpoints[-1]), config.layout.token_dim, config.layout.max_seq_len
@@ -109,7 +108,7 @@ def common_layout(sources: Sequence[Source], config: GenTrainConfig) -> Layout:
 
 @contextmanager
 def prepared(
-    sources: Sequence[Source],
+    sources: Sequence[Collection],
     layout: Layout,
     encoder: Encoder,
     encoder_key: str,
@@ -136,7 +135,7 @@ def _cache(data: GenData) -> Iterator[Path]:
         yield Path(directory)
 
 
-def _tokenized(cache: Path, layout: Layout, source: Source) -> np.ndarray:
+def _tokenized(cache: Path, layout: Layout, source: Collection) -> np.ndarray:
     hashes = [sha256(_weights(file)) for file in source.checkpoints]
     file = cache / "tokens" / f"{sha256_text(repr(layout.state()), *hashes)[:32]}.npy"
     if not file.is_file():

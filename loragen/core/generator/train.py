@@ -22,8 +22,8 @@ from loragen.core.generator.normalization import Normalization
 from loragen.core.generator.pairs import PairBatch, PairDataModule
 from loragen.core.generator.places import configured_sources
 from loragen.core.generator.sources import (
+    Collection,
     PreparedSource,
-    Source,
     common_layout,
     prepared,
     read_source,
@@ -47,8 +47,8 @@ class GeneratorRun:
 class Plan:
     """What training will work on, known before anything is written."""
 
-    sources: list[Source]
-    unseen: list[Source]
+    sources: list[Collection]
+    unseen: list[Collection]
     layout: Layout
 
     def summary(self) -> str:

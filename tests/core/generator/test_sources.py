@@ -7,7 +7,7 @@ import torch
 
 from loragen.core.adapters import read_adapter, write_adapter
 from loragen.core.checkpoints import read_tensors
-from loragen.core.config.schema import Source as SourceConfig
+from loragen.core.config.schema import SourceSection
 from loragen.core.data.documents import content_hash, parsed_source
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import sha256
@@ -49,7 +49,7 @@ class Encoder:
 
 
 def source(limit=50, **config):
-    return read_source(SourceConfig(**config), limit)
+    return read_source(SourceSection(**config), limit)
 
 
 class TestReading:
