@@ -15,7 +15,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loragen.core.data.documents import Source, content_hash, location, read_documents
-from loragen.core.data.prompts import Prompt, numbered_prompts, text_of, whole_groups
+from loragen.core.data.prompts import Prompt, numbered_prompts, same_text, text_of, whole_groups
 from loragen.core.data.rows import BadRow, refuse_bad, warn_of_bad
 from loragen.core.errors import DataError, UsageError, did_you_mean, listing
 from loragen.core.files import write_json, write_text
@@ -151,21 +151,21 @@ def split(prompts: Sequence[Prompt], name: str, grouping: Grouping, sides: dict[
     remembers where each text went, so that one which several datasets have is on the same side in
     all of them.
     """
-    distinct = list({_same(prompt): prompt for prompt in reversed(prompts)}.values())
+    distinct = list({same_text(prompt.text): prompt for prompt in reversed(prompts)}.values())
     random = Random(f"prepare:{grouping.seed}:{name}")
     random.shuffle(distinct)
     size = grouping.samples_per_prompt
     held_out = _held_out_texts(len(distinct) // size, grouping.test_ratio) * size
     by_side = defaultdict(list)
     for prompt in distinct:
-        by_side[sides.get(_same(prompt), "")].append(prompt)
+        by_side[sides.get(same_text(prompt.text), "")].append(prompt)
     free = by_side[""]
     missing = max(0, held_out - len(by_side[VAL]))
     by_side[VAL] += free[:missing]
     by_side[TRAIN] += free[missing:]
     groups = {}
     for side in (TRAIN, VAL):
-        sides |= {_same(prompt): side for prompt in by_side[side]}
+        sides |= {same_text(prompt.text): side for prompt in by_side[side]}
         random.shuffle(by_side[side])  # what another dataset has too is not all in the first texts
         groups[side] = whole_groups(by_side[side], size)
     grouped = size * (len(groups[TRAIN]) + len(groups[VAL]))
@@ -229,10 +229,6 @@ def _dataset_record(
 def _held_out_texts(texts: int, ratio: float) -> int:
     """At least one, and one is left to learn from."""
     return min(texts - 1, max(1, round(texts * ratio))) if ratio and texts > 1 else 0
-
-
-def _same(prompt: Prompt) -> str:
-    return " ".join(prompt.text.split())
 
 
 def _text(dataset: str, group: Sequence[Prompt]) -> Text:

@@ -47,6 +47,11 @@ def prompts_of_rows(source: Source, skip_bad_rows: bool = False) -> list[str]:
     return _texts(source, *_prompts_and_bad_rows(source), skip_bad_rows)
 
 
+def same_text(prompt: str) -> str:
+    """What two prompts have in common that say the same: white space is no difference."""
+    return " ".join(prompt.split())
+
+
 def text_of(prompts: Sequence[str]) -> str:
     """Several prompts as one text."""
     return "\n\n".join(prompts)
