@@ -282,8 +282,8 @@ class GenTraining(Section):
     objective: Literal["auto", "reconstruction", "behaviour", "reconstruction-then-behaviour"] = (
         Field(
             "auto",
-            description="The collected weights, the base's loss with the generated ones in it, or one "
-            "after the other, which is auto where the base and labelled rows are on this machine.",
+            description="Match the collected weights, or lower the base's loss with generated ones in "
+            "it, or one after the other; auto: that, where base and labels are on this machine.",
         )
     )
     max_epochs: int = Field(100, ge=1, description="An epoch shows every checkpoint once.")
