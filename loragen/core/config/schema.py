@@ -215,17 +215,19 @@ class LoraTrainConfig(Section):
         return self
 
 
-class Source(Section):
+class SourceSection(Section):
     """Checkpoints of one dataset and the prompts that go with them."""
 
     run: str | None = Field(None, description="A run directory of `lora train`; it knows both.")
     checkpoints: str | None = Field(None, description="A directory of checkpoints or adapters.")
     prompts: str | None = Field(
-        None, description="A file of rows or texts, or hub:owner/name; else a run's own dataset."
+        None,
+        description="A file of rows or texts, hub:owner/name, or a directory of `data prepare`; "
+        "else a run's own dataset.",
     )
 
     @model_validator(mode="after")
-    def _one_origin(self) -> "Source":
+    def _one_origin(self) -> "SourceSection":
         if (self.run is None) == (self.checkpoints is None):
             raise ValueError("give either run or checkpoints")
         return self
@@ -240,7 +242,15 @@ class Layout(Section):
 
 class GenData(Section):
     checkpoint_dir: str | list[str] | None = Field(
-        None, description="Run directories (or their checkpoints/); added to sources."
+        None, description="Run directories, or folders of them; added to sources."
+    )
+    prompts: str | None = Field(
+        None, description="A directory of `data prepare`, in place of the runs' own datasets."
+    )
+    pairing: Literal["dataset", "tracked"] = Field(
+        "dataset",
+        description="A checkpoint goes with any prompts of its dataset, or with those of the rows "
+        "that it was trained on last.",
     )
     batch_size: int = Field(
         8, ge=1, description="Pairs of condition and adapter per micro-batch, of all devices."
@@ -255,7 +265,11 @@ class GenData(Section):
     )
     cache_dir: str = Field(".loragen-cache", description="Where; may be deleted at any time.")
     val_ratio: float = Field(
-        0.1, ge=0, lt=1, description="Share of every source's prompt texts held out for val/."
+        0.1,
+        ge=0,
+        lt=1,
+        description="Share of every source's prompt texts held out for val/; prepared prompts "
+        "have their own.",
     )
 
 
@@ -282,8 +296,8 @@ class GenTrainConfig(Section):
         42, ge=0, description="Initial weights, grouping of prompts, split and batches."
     )
     experiments_dir: str = Field("experiments", description="Where experiment directories go.")
-    sources: list[Source] = Field([], description="What to learn from.")
-    val_sources: list[Source] = Field(
+    sources: list[SourceSection] = Field([], description="What to learn from.")
+    val_sources: list[SourceSection] = Field(
         [], description="Datasets held out whole, for val_unseen/ metrics."
     )
     encoder: EncoderSection = EncoderSection(name="sbert")

@@ -1,4 +1,4 @@
-"""Pairs to learn from: some prompts of a dataset, with any checkpoint of that dataset.
+"""Pairs to learn from: some prompts of a dataset, with a checkpoint of that dataset.
 
 Which pairs make up a step is a pure function of (seed, step), as for LoRA training; devices and
 accumulation rounds take their parts of it.
@@ -15,8 +15,9 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from loragen.core.data.batches import batch_indices, held_out
+from loragen.core.data.batches import batch_indices
 from loragen.core.generator.sources import PreparedSource
+from loragen.core.generator.texts import held_out_texts
 
 
 class PairBatch(NamedTuple):
@@ -46,8 +47,9 @@ class PairBatches(Dataset[PairBatch]):
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        """`texts[i]` are the indices of source i's prompt texts that may be drawn; `batch_size`
-        counts the pairs of a micro-batch, of all devices."""
+        """`texts[i]` are the indices of source i's prompt texts that may be drawn, where its
+        checkpoints have none of their own; `batch_size` counts the pairs of a micro-batch, of all
+        devices."""
         self.sources, self.texts = sources, texts
         self.batch_size, self.prompts, self.seed = batch_size, prompts, seed
         self.parts, self.rank, self.ranks = parts, rank, ranks
@@ -71,7 +73,9 @@ class PairBatches(Dataset[PairBatch]):
         )
 
     def _pair(self, source: int, checkpoint: int, draw: str) -> PairBatch:
-        drawn = draw_texts(self.texts[source], self.prompts, f"prompts:{draw}")
+        tracked = self.sources[source].tracked
+        texts = self.texts[source] if tracked is None else tracked[checkpoint]
+        drawn = draw_texts(texts, self.prompts, f"prompts:{draw}")
         return _pair(self.sources[source], drawn, checkpoint)
 
 
@@ -109,7 +113,8 @@ class PairDataModule(LightningDataModule):
         seed: int,
         parts: int = 1,
     ) -> None:
-        """`parts`: micro-batches to an optimizer step."""
+        """`val_ratio` is for sources that do not say which of their texts are held out; `parts`:
+        micro-batches to an optimizer step."""
         super().__init__()
         self.sources, self.unseen = sources, unseen
         self.batch_size, self.prompts = batch_size, prompts
@@ -153,9 +158,10 @@ class PairDataModule(LightningDataModule):
 
 
 def _split_texts(source: PreparedSource, ratio: float, seed: int) -> tuple[list[int], list[int]]:
-    """At least one text is left to train on; a source with a single one validates on none."""
     texts = len(source.embeddings)
-    return held_out(texts, min(ratio, (texts - 1) / texts), seed)
+    if source.held_out is None:
+        return held_out_texts(texts, ratio, seed)
+    return sorted({*range(texts)} - {*source.held_out}), list(source.held_out)
 
 
 def _pair(source: PreparedSource, texts: Sequence[int], checkpoint: int) -> PairBatch:
