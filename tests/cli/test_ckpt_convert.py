@@ -14,7 +14,8 @@ def test_the_converted_run_trains_a_generator(
     assert "[1/1] " in result.stderr
     assert "4 checkpoints, steps 5 to 8\n  rank 2, alpha 4, base " in result.stderr
     assert "0 of 4 have an optimizer state that fits" in result.stderr
-    report = json.loads(loragen("ckpt", "analyze", result.stdout.strip(), "--json").stdout)
+    analysis = json.loads(loragen("ckpt", "analyze", result.stdout.strip(), "--json").stdout)
+    (report,) = analysis["collections"]
     assert (report["checkpoints"], report["values"], report["scaling"]) == (4, 1856, 2.0)
 
     from loragen.core.generator.train import train

@@ -33,7 +33,7 @@ def test_the_trajectory_is_the_pca_of_the_dense_matrices(dense):
     centred = dense - dense.mean(0)
     values = torch.linalg.svdvals(centred)
     assert found.shares == pytest.approx((values**2 / (values**2).sum())[:3].tolist())
-    points = torch.tensor(found.coordinates)
+    points = torch.tensor(found.coordinates, dtype=torch.float64)
     assert torch.allclose(points.norm(dim=0), values[:3])
     assert torch.allclose(points.sum(0), torch.zeros(3, dtype=torch.float64), atol=1e-9)
     assert (points[-1] >= points[0]).all()  # from the first towards the last
