@@ -199,7 +199,7 @@ def _heat(panel: "Axes", grid: np.ndarray, label: str, signed: bool = False) -> 
         if isfinite(value):
             red, green, blue, _ = image.cmap(image.norm(value))
             ink = "#000000" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.45 else "#ffffff"
-            panel.text(column, row, f"{value:.2g}", ha="center", va="center", color=ink, size=7)
+            panel.text(column, row, f"{value:.3g}", ha="center", va="center", color=ink, size=7)
 
 
 def _legend(panel: "Axes", lines: int) -> None:
