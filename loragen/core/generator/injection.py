@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loragen.core.analysis.lora_algebra import scaling_of
+from loragen.core.analysis.places import module_scaling
 from loragen.core.errors import LoragenError
 from loragen.core.generator.layout import Layout
 
@@ -23,16 +23,19 @@ class Injection:
 
     def __init__(self, model: nn.Module, layout: Layout, adapter_config: Mapping[str, Any]) -> None:
         """Raises LoragenError where the adapter is no plain LoRA on linear modules of the base."""
-        self.scaling = scaling_of(adapter_config)
         self.modules: dict[str, nn.Module] = {}
+        self.scaling: dict[str, float] = {}
         there = dict(model.named_modules())
         for spec in layout.tensors:
             path = spec.key.removeprefix(PREFIX).partition(".lora_")[0]
             if spec.matrix not in ("lora_A", "lora_B") or len(spec.shape) != 2:
-                raise LoragenError(f"{spec.key}: only lora_A and lora_B of linear modules are known")
+                raise LoragenError(
+                    f"{spec.key}: only lora_A and lora_B of linear modules are known"
+                )
             if path not in there:
-                raise LoragenError(f"the base model has no module {path}, which the adapter changes")
+                raise LoragenError(f"the base has no module {path}, which the adapter changes")
             self.modules[path] = there[path]
+            self.scaling[path] = module_scaling(adapter_config, path)
 
     @contextmanager
     def injected(self, adapters: Mapping[str, Tensor]) -> Iterator[None]:
@@ -41,7 +44,7 @@ class Injection:
         with ExitStack() as hooks:
             for path, module in self.modules.items():
                 factors = (adapters[f"{PREFIX}{path}.lora_{which}.weight"] for which in "AB")
-                hook = _Added(*factors, self.scaling)
+                hook = _Added(*factors, self.scaling[path])
                 hooks.callback(module.register_forward_hook(hook).remove)
             yield
 
@@ -52,7 +55,7 @@ class _Added:
     def __init__(self, a: Tensor, b: Tensor, scaling: float) -> None:
         self.a, self.b, self.scaling = a, b, scaling  # (D, r, in), (D, out, r)
 
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = inputs[0]
         parts = x.reshape(len(self.a), -1, x.shape[-1]).to(self.a)  # (D, rows * T, in)
         low = torch.bmm(parts, self.a.transpose(1, 2))  # (D, rows * T, r)
