@@ -156,7 +156,10 @@ def _document(made: "Generated") -> dict[str, Any]:
 def _tell(made: Sequence["Generated"]) -> None:
     prompts, seconds = sum(one.origin.prompts for one in made), sum(one.seconds for one in made)
     adapters = "" if len(made) == 1 else f"{len(made)} adapters of "
-    render.note(f"{adapters}{made[0].values:,} values from {prompts} prompts in {seconds:.3f} s")
+    plural = "" if prompts == 1 else "s"
+    render.note(
+        f"{adapters}{made[0].values:,} values from {prompts} prompt{plural} in {seconds:.3f} s"
+    )
 
 
 def _warn(made: Sequence["Generated"]) -> None:

@@ -37,7 +37,8 @@ def adapter_card(origin: Origin, merged: bool = False) -> str:
 
 def _front_matter(origin: Origin, merged: bool) -> str:
     """The hub takes a hub id for `base_model`; a directory or `demo` would be a broken link."""
-    hub_id = origin.base_model != DEMO and not Path(origin.base_model).is_absolute()
+    place = Path(origin.base_model)
+    hub_id = origin.base_model != DEMO and not place.is_absolute() and not place.is_dir()
     base = f"base_model: {json.dumps(origin.base_model)}\n" if hub_id else ""
     library = "transformers" if merged else "peft"
     return f"---\n{base}library_name: {library}\ntags: [lora, loragen, generated]\n---\n"
@@ -45,9 +46,7 @@ def _front_matter(origin: Origin, merged: bool) -> str:
 
 def _what(origin: Origin) -> str:
     plugins = ", ".join(
-        f"{p['kind']} {p['name']} ({p['distribution']} {p['version']})"
-        for p in origin.plugins
-        if p["kind"] in ("encoder", "decoder")
+        f"{p['kind']} {p['name']} ({p['distribution']} {p['version']})" for p in origin.plugins
     )
     drawn = (
         ""
@@ -72,8 +71,8 @@ def _limits(origin: Origin) -> str:
         "How far the prompts are from the training was not measured: the generator's file is of "
         "an older format."
         if origin.distance is None
-        else f"The prompts are {origin.distance:g} times the training's reach away from its nearest "
-        f"dataset, {origin.nearest_dataset}: below 1 is within it."
+        else f"The nearest training dataset, {origin.nearest_dataset}, is {origin.distance:g} "
+        "times the training's reach away from the prompts: below 1 is within it."
     )
     warning = "\n\n**Warning**: " + said if (said := origin.warning()) else ""
     return (

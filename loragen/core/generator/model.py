@@ -83,7 +83,8 @@ class Generator:
         """
         given = with_text(prompts)
         chosen = draw_prompts(given, draws, prompts_per_draw, seed, self.usual_prompts)
-        tokens, distances = torch.zeros(self.layout.tokens, self.layout.token_dim), []
+        tokens = torch.zeros(self.layout.tokens, self.layout.token_dim)
+        distances: list[Distance] = []
         for drawn in chosen:
             condition, mask = self.embed(drawn)
             tokens += self._tokens(condition, mask) / len(chosen)
@@ -142,11 +143,16 @@ class Generator:
             decoder=self.decoder.name,
             prompts=len(prompts),
             prompts_sha256=sha256_text(*prompts),
-            plugins=self.provenance.get("plugins", []),
+            plugins=[
+                plugin
+                for plugin in self.provenance.get("plugins", [])
+                if plugin["kind"] in ("encoder", "decoder")
+            ],
             datasets=self.datasets,
             nearest_dataset=middle[0].nearest if middle else None,
             distance=middle[0].ratio if middle else None,
             far=bool(middle) and middle[0].far,
+            vague=bool(middle) and middle[0].vague,
         )
 
     @property

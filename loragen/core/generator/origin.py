@@ -29,13 +29,21 @@ class Origin:
     that was trained before this was measured."""
     far: bool = False
     """Whether that is too far to expect an adapter that does what the prompts ask."""
+    vague: bool = False
+    """Whether the prompts are too few to tell which dataset they are of."""
 
     def warning(self) -> str | None:
-        """One line for the user where the prompts are far from the training."""
-        if not self.far:
-            return None
-        return (
-            f"these prompts are far from everything the generator was trained on: {self.distance:g} "
-            f"times its reach from the nearest dataset, {self.nearest_dataset} (within is below 1); "
-            "do not expect the adapter to do what they ask before you have evaluated it"
-        )
+        """One line for the user where the prompts are not like those of the training."""
+        if self.far:
+            return (
+                "these prompts are far from everything the generator was trained on, "
+                f"{self.distance:g} times its reach from the nearest dataset, "
+                f"{self.nearest_dataset} (within is below 1): evaluate the adapter before you "
+                "expect anything of it"
+            )
+        if self.vague:
+            return (
+                f"{self.prompts_per_draw} of such prompts do not tell one dataset from another: "
+                "give more of them, as in training"
+            )
+        return None
