@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from loragen.core.data.batches import batch_indices
 from loragen.core.generator.sources import PreparedSource
 from loragen.core.generator.texts import held_out_texts
+from loragen.core.lora.batch import Batch
 
 
 class PairBatch(NamedTuple):
@@ -27,6 +28,8 @@ class PairBatch(NamedTuple):
     """``[batch, prompts, positions]`` bool"""
     tokens: Tensor
     """``[batch, tokens, token_dim]``: adapters, not normalised."""
+    rows: Batch | None = None
+    """Where the behaviour is judged: equally many rows of every adapter's dataset, in order."""
 
 
 class PairBatches(Dataset[PairBatch]):
@@ -65,7 +68,7 @@ class PairBatches(Dataset[PairBatch]):
         step, part = divmod(k, self.parts)
         batch = batch_indices(len(self.pairs), size * self.parts, self.seed, step)
         mine = range(part * size + self.rank, (part + 1) * size, self.ranks)
-        return _stacked(
+        return stacked(
             [
                 self._pair(*self.pairs[batch[place]], draw=f"{self.seed}:{step}:{place}")
                 for place in mine
@@ -76,7 +79,7 @@ class PairBatches(Dataset[PairBatch]):
         tracked = self.sources[source].tracked
         texts = self.texts[source] if tracked is None else tracked[checkpoint]
         drawn = draw_texts(texts, self.prompts, f"prompts:{draw}")
-        return _pair(self.sources[source], drawn, checkpoint)
+        return pair_of(self.sources[source], drawn, checkpoint)
 
 
 def draw_texts(texts: Sequence[int], count: int, draw: str) -> list[int]:
@@ -154,7 +157,7 @@ class PairDataModule(LightningDataModule):
     def _validation_pair(self, source: PreparedSource, texts: Sequence[int]) -> PairBatch:
         """Some texts of a dataset with its last checkpoint; the same pair at every validation."""
         drawn = draw_texts(texts, self.prompts, f"validation:{self.seed}")
-        return _stacked([_pair(source, drawn, len(source.tokens) - 1)])
+        return stacked([pair_of(source, drawn, len(source.tokens) - 1)])
 
 
 def _split_texts(source: PreparedSource, ratio: float, seed: int) -> tuple[list[int], list[int]]:
@@ -164,7 +167,7 @@ def _split_texts(source: PreparedSource, ratio: float, seed: int) -> tuple[list[
     return sorted({*range(texts)} - {*source.held_out}), list(source.held_out)
 
 
-def _pair(source: PreparedSource, texts: Sequence[int], checkpoint: int) -> PairBatch:
+def pair_of(source: PreparedSource, texts: Sequence[int], checkpoint: int) -> PairBatch:
     return PairBatch(
         torch.from_numpy(np.array(source.embeddings[texts])),
         torch.from_numpy(np.array(source.mask[texts])),
@@ -172,7 +175,7 @@ def _pair(source: PreparedSource, texts: Sequence[int], checkpoint: int) -> Pair
     )
 
 
-def _stacked(pairs: Sequence[PairBatch]) -> PairBatch:
+def stacked(pairs: Sequence[PairBatch]) -> PairBatch:
     """Pads to the most prompts and positions; padding is off in the mask."""
     prompts = max(pair.mask.shape[0] for pair in pairs)
     positions = max(pair.mask.shape[1] for pair in pairs)

@@ -20,6 +20,7 @@ from loragen.core.errors import DataError, UsageError
 from loragen.core.files import sha256, sha256_text, written_atomically
 from loragen.core.generator.layout import Layout
 from loragen.core.generator.places import PromptDirectories, configured_sources, directory_of
+from loragen.core.generator.targets import TargetForm, in_form
 from loragen.core.generator.texts import (
     Texts,
     paired_with_dataset,
@@ -44,6 +45,8 @@ class Collection:
     """The prompts as `data prepare` has joined and split them; None: at random, here."""
     provenance: Provenance | None = None
     """The rows that each step was trained on, where checkpoints are to be paired with them."""
+    rows: str | None = None
+    """The dataset with its labels, which only the behaviour of an adapter needs; None: unknown."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,9 @@ def read_source(
     adapter = read_adapter(checkpoints[0])
     base = str(adapter.config.get("base_model_name_or_path"))
     prompts = _prompts(groups) if groups else read_prompts(parsed_source(str(config.prompts)))
-    return Collection(directory.name, checkpoints, prompts, adapter.config, base, groups)
+    return Collection(
+        directory.name, checkpoints, prompts, adapter.config, base, groups, rows=config.prompts
+    )
 
 
 def _from_run(
@@ -119,6 +124,7 @@ def _from_run(
         manifest.base_model,
         groups,
         traced_run(run).provenance if tracked else None,
+        rows=manifest.dataset.path or None,
     )
 
 
@@ -146,10 +152,7 @@ def _prompts_of_run(run: Path, prompts: str | None, manifest: LoraManifest) -> l
 
 def texts_of(source: Collection, config: GenTrainConfig) -> Texts:
     """The source's texts, as `data.pairing` and `data.val_ratio` have them."""
-    data = config.data
-    groups = source.groups or split_groups(
-        source.prompts, data.samples_per_prompt, data.val_ratio, config.seed
-    )
+    data, groups = config.data, groups_of(source, config)
     if source.provenance is None:
         return paired_with_dataset(groups)
     return paired_with_rows(
@@ -159,6 +162,14 @@ def texts_of(source: Collection, config: GenTrainConfig) -> Texts:
         groups.val,
         samples_per_prompt=data.samples_per_prompt,
         most_texts=data.prompts_per_condition,
+    )
+
+
+def groups_of(source: Collection, config: GenTrainConfig) -> Groups:
+    """The source's prompts as they are joined and split."""
+    data = config.data
+    return source.groups or split_groups(
+        source.prompts, data.samples_per_prompt, data.val_ratio, config.seed
     )
 
 
@@ -190,7 +201,7 @@ def prepared(
         for source in sources:
             of = texts_of(source, config)
             embeddings, mask = _embedded(cache, encoder, encoder_key, of.texts)
-            tokens = _tokenized(cache, layout, source)
+            tokens = _tokenized(cache, layout, source, config.layout.target_form)
             ready.append(
                 PreparedSource(source.name, tokens, embeddings, mask, of.held_out, of.tracked)
             )
@@ -206,16 +217,17 @@ def _cache(data: GenData) -> Iterator[Path]:
         yield Path(directory)
 
 
-def _tokenized(cache: Path, layout: Layout, source: Collection) -> np.ndarray:
+def _tokenized(cache: Path, layout: Layout, source: Collection, form: TargetForm) -> np.ndarray:
     hashes = [sha256(_weights(file)) for file in source.checkpoints]
-    file = cache / "tokens" / f"{sha256_text(repr(layout.state()), *hashes)[:32]}.npy"
+    file = cache / "tokens" / f"{sha256_text(repr(layout.state()), form, *hashes)[:32]}.npy"
     if not file.is_file():
         shape = (len(source.checkpoints), layout.tokens, layout.token_dim)
         with written_atomically(file) as temporary:
             array = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
             for row, checkpoint in enumerate(source.checkpoints):
                 try:
-                    array[row] = layout.pack(read_tensors(checkpoint)).float().numpy()
+                    tensors = in_form(read_tensors(checkpoint), form)
+                    array[row] = layout.pack(tensors).float().numpy()
                 except DataError as error:
                     raise DataError(f"{checkpoint}: {error}") from None
                 if not np.isfinite(array[row]).all():
