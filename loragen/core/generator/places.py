@@ -170,10 +170,13 @@ def _runs_in(directory: Path) -> list[LoraRun]:
     return [LoraRun(place, read_manifest(place, LoraManifest)) for place in places]
 
 
-def _worth_taking(directory: Path, runs: Sequence[LoraRun], found: FoundSources) -> list[LoraRun]:
-    """The finished runs of a folder that are no tests; the others are noted."""
-    unfinished = [run for run in runs if run.manifest.status != "success"]
-    tests = [run for run in runs if run not in unfinished and _is_test(run.manifest)]
+def _worth_taking(
+    directory: Path, runs: Sequence[LoraRun], named: Sequence[Path], found: FoundSources
+) -> list[LoraRun]:
+    """The finished runs of a folder that are no tests, nor named; the others are noted."""
+    left = [run for run in runs if run.directory.resolve() not in named]
+    unfinished = [run for run in left if run.manifest.status != "success"]
+    tests = [run for run in left if run not in unfinished and _is_test(run.manifest)]
     if runs and len(unfinished) + len(tests) == len(runs):
         raise UsageError(
             f"{directory}: none of its {len(runs)} runs is one to learn from ({len(unfinished)} "
