@@ -84,4 +84,8 @@ def test_there_is_one_version():
 
 
 def test_what_loragen_offers_at_the_top():
-    assert set(loragen.__all__) == {"LoragenError", "__version__", "hookimpl"}
+    assert set(loragen.__all__) == {"Generator", "LoragenError", "__version__", "hookimpl"}
+    assert set(loragen.__all__) <= set(dir(loragen))
+    assert loragen.Generator.__module__ == "loragen.core.generator.model"
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        _ = loragen.Nothing

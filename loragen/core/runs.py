@@ -191,6 +191,13 @@ def generator_file(path: Path) -> Path:
     return file
 
 
+def experiment_name(file: Path) -> str:
+    """What a generator's file is called by: its experiment's name, else its own."""
+    home = file.absolute().parents
+    inside = len(home) > 2 and file.absolute() == home[2] / GENERATOR_FILE
+    return home[2].name if inside else file.stem
+
+
 def plugin_records(chosen: Mapping[str, list[str]]) -> list[PluginRecord]:
     """`{kind: names}` with the distribution and version each came from."""
     records = []

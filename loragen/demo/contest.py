@@ -116,13 +116,13 @@ class Contest:
             "mean_adapter": self._mean_adapter,
             "nearest_adapter": self._nearest_adapter(prompts),
             "multi_task": self.multi_task,
-            "random_prompts": self.generator.generate(self.encoder, foreign),
+            "random_prompts": self.generator.generate(foreign),
             "oracle": self.oracles[target.train_file],
         }
 
     def _generated(self, target: Target, draw: int, prompts: Sequence[str]) -> Adapter:
         directory = self.generated / target.split / target.pair.name / f"draw-{draw}"
-        result = infer(self.generator, self.encoder, prompts, directory)
+        result = infer(self.generator, prompts, directory)
         self._seconds.append(result.seconds)
         return read_adapter(directory)
 

@@ -75,7 +75,7 @@ def run(
     contest = Contest(
         base=load_base(DEMO),
         generator=generator,
-        encoder=generator.load_encoder(),
+        encoder=generator.text_encoder,
         runs=runs,
         multi_task=read_adapter(everything.directory / "adapter"),
         oracles={done.job.file: read_adapter(done.directory / "adapter") for done in judges},
