@@ -34,7 +34,7 @@ COLUMNS = (
     Column("nearest_adapter", "nearest", f"{_HERE}:NearestAdapter", needs_sources=True),
     Column(MULTI_TASK, "multi-task", f"{_HERE}:MultiTask", trains=True, needs_sources=True),
     Column("few_shot", "{shots}-shot", f"{_HERE}:FewShot"),
-    Column("random_prompts", "random prompts", f"{_HERE}:RandomPrompts"),
+    Column("random_prompts", "random prompts", f"{_HERE}:RandomPrompts", needs_sources=True),
     Column(GENERATED, "generated", f"{_HERE}:Generated"),
     Column(ORACLE, "oracle", f"{_HERE}:Oracle", trains=True, needs_sources=True),
 )
