@@ -67,6 +67,19 @@ def find_targets(
     return targets
 
 
+def check_oracles(targets: Sequence[Target]) -> None:
+    """Raises UsageError for datasets that have no labels but those they are tested on."""
+    without = [target.name for target in targets if target.train_source is None]
+    if without:
+        raise UsageError(
+            *(
+                f"{name}: no train split to train an oracle on; give a folder with a train and a "
+                "test file, or leave out the oracle"
+                for name in without
+            )
+        )
+
+
 def _target(wanted: str, root: Path, limit: int | None, skip_bad_rows: bool) -> Target:
     name, source = find_dataset(wanted, root, split="test")
     rows = read_rows(source, skip_bad_rows)

@@ -15,7 +15,6 @@ from loragen.core.config.schema import Checkpoints, ScheduleSection
 from loragen.core.data.documents import Source as Rows
 from loragen.core.data.documents import parsed_source
 from loragen.core.data.rows import Row, read_rows
-from loragen.core.errors import UsageError
 from loragen.core.evaluation.bench import Trained
 from loragen.core.evaluation.targets import Target
 from loragen.core.files import sha256_text, write_text
@@ -60,7 +59,6 @@ def train_oracles(
 ) -> dict[tuple[str, str], Trained]:
     """A LoRA for every dataset, on the labels of its train split, as the generator's own training
     adapters were trained."""
-    check_oracles(targets)
     _, config = read_run(run_directory_of(sources[0].checkpoints[0]))
     config = _recipe(config, base, cache)
     config.checkpoints = Checkpoints(first_step=config.training.max_steps, optimizer="none")
@@ -70,19 +68,6 @@ def train_oracles(
         run = _trained_once(config, target.name, target.train_source, base, progress)
         found[target.key] = Trained(run.directory, run.manifest.seconds or 0.0, _steps(run))
     return found
-
-
-def check_oracles(targets: Sequence[Target]) -> None:
-    """Raises UsageError for datasets that have no labels but those they are tested on."""
-    without = [target.name for target in targets if target.train_source is None]
-    if without:
-        raise UsageError(
-            *(
-                f"{name}: no train split to train an oracle on; give a folder with a train and a "
-                "test file, or leave out the oracle"
-                for name in without
-            )
-        )
 
 
 def multi_task_config(config: LoraTrainConfig, steps: int) -> LoraTrainConfig:
