@@ -1,7 +1,8 @@
 """`loragen gen eval`: does the generated adapter beat the alternatives?"""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -68,7 +69,7 @@ def evaluate(
     from loragen.core.evaluation.columns import MULTI_TASK, ORACLE, chosen
     from loragen.core.evaluation.targets import check_oracles, find_targets
     from loragen.core.files import refuse_existing, refuse_file
-    from loragen.core.runs import generator_file
+    from loragen.core.runs import experiment_name, generator_file
 
     also = [name for name, on in ((MULTI_TASK, multi_task), (ORACLE, oracle)) if on]
     wanted = chosen((columns or "").split(","), also)
@@ -81,7 +82,7 @@ def evaluate(
         check_oracles(targets)
 
     from loragen.core.evaluation.bench import Options
-    from loragen.core.evaluation.report import remarks, tables, write
+    from loragen.core.evaluation.report import write
     from loragen.core.evaluation.run import evaluate_generator
 
     results = evaluate_generator(
@@ -95,10 +96,17 @@ def evaluate(
         strict=columns is not None,
     )
     if out:
-        write(results, f"Does {file.stem if file == model else model.name} beat the rest?", out)
+        write(results, f"Does {experiment_name(file)} beat the rest?", out)
     if json:
         render.answer_json(results)
-        return
+    else:
+        answer_results(results)
+
+
+def answer_results(results: Mapping[str, Any]) -> None:
+    """The tables, and what may be said of them."""
+    from loragen.core.evaluation.report import remarks, tables
+
     for table in tables(results):
         render.answer(render.columns(table.header, table.rows) + "\n")
     render.answer("\n".join(remarks(results)))

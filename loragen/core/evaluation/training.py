@@ -27,6 +27,7 @@ from loragen.core.progress import Progress
 from loragen.core.runs import CHECKPOINTS, LoraRun, checkpoint_name, read_run, run_directory_of
 
 HELD_OUT = 0.05  # share of the rows of all datasets that early stopping looks at
+MOST_STEPS = 4  # times those of the whole collection, should early stopping never come
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +45,8 @@ def train_multi_task(
     file = cache / "multi-task" / f"{sha256_text(text)[:32]}.jsonl"
     if not file.is_file():
         write_text(file, text)
-    steps = sum(run.manifest.max_steps for run, _ in runs)
-    config = multi_task_config(_recipe(runs[0][1], base, cache), steps)
+    together = sum(run.manifest.max_steps for run, _ in runs)
+    config = multi_task_config(_recipe(runs[0][1], base, cache), MOST_STEPS * together)
     run = _trained_once(config, "multi-task", file, base, progress)
     return Trained(best_checkpoint(run.directory), run.manifest.seconds or 0.0, _steps(run))
 
@@ -71,9 +72,9 @@ def train_oracles(
 
 
 def multi_task_config(config: LoraTrainConfig, steps: int) -> LoraTrainConfig:
-    """As one dataset's adapter, but at a constant rate, the highest of its schedule, for as many
-    steps as the whole collection took at most: it ends once the loss on held-out rows has not
-    improved for as many steps as one dataset's adapter was trained for."""
+    """As one dataset's adapter, but at a constant rate, the highest of its schedule, and until the
+    loss on held-out rows has not improved for as many steps as one dataset's adapter was trained
+    for; `steps` at most."""
     one, own = config.training.max_steps, config.model_copy(deep=True)
     schedule = create("schedule", config.schedule.name, config.schedule.options)
     highest = max(schedule(step, one).learning_rate for step in range(1, one + 1))
@@ -81,13 +82,9 @@ def multi_task_config(config: LoraTrainConfig, steps: int) -> LoraTrainConfig:
     own.data.val_ratio, own.data.validation = HELD_OUT, None
     own.training.max_steps, own.training.patience = steps, one
     own.training.val_every = max(1, one // 5)
-    own.checkpoints = validated_steps(own.training.val_every)
+    every = own.training.val_every  # a checkpoint for every validation: the best is taken
+    own.checkpoints = Checkpoints(first_step=every, every=every, optimizer="none")
     return own
-
-
-def validated_steps(val_every: int) -> Checkpoints:
-    """A checkpoint for every validation, so that the best can be taken."""
-    return Checkpoints(first_step=val_every, every=val_every, optimizer="none")
 
 
 def best_checkpoint(run: Path) -> Path:
