@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from loragen.core.analysis.collection import Studied, Tell, study
+from loragen.core.analysis.collection import Studied, Tell, silent, study
 from loragen.core.analysis.gram import cosine, evenly, gram, trajectory
 from loragen.core.analysis.places import find_collections
 from loragen.core.analysis.report import Analysis, Comparison, Twins
@@ -14,7 +14,7 @@ MOST_TOGETHER = 60
 """Checkpoints of all collections in a comparison; each gives an even share, at least its last."""
 
 
-def analyze(paths: Sequence[Path], tell: Tell = lambda name, done, total: None) -> Analysis:
+def analyze(paths: Sequence[Path], tell: Tell = silent) -> Analysis:
     """Runs, folders of runs, PEFT directories, folders of them, and single files.
 
     Raises UsageError for a path with nothing there, DataError for a file that does not load or a
@@ -49,11 +49,12 @@ def compare(group: Sequence[Studied]) -> Comparison:
     """Collections of the same modules and sizes, through one matrix of inner products."""
     samples = [evenly(one.finite, max(1, MOST_TOGETHER // len(group))) for one in group]
     products = gram([file for sample in samples for file in sample])
-    sizes = [len(sample) for sample in samples]
-    last = torch.tensor(sizes).cumsum(0) - 1
-    # ⟨mean of ΔWᵢ, mean of ΔWⱼ⟩ = the mean of ⟨ΔWᵢ, ΔWⱼ⟩ over the block of two collections.
-    blocks = [rows.split(sizes, dim=1) for rows in products.split(sizes)]
-    means = torch.stack([torch.stack([block.mean() for block in row]) for row in blocks])
+    sizes = torch.tensor([len(sample) for sample in samples])
+    last = sizes.cumsum(0) - 1
+    # Row k of `mean` takes the mean over collection k: ⟨mean ΔW, mean ΔW'⟩ = mean of all ⟨ΔW, ΔW'⟩.
+    owners = torch.arange(len(group)).repeat_interleave(sizes)
+    mean = (owners == torch.arange(len(group))[:, None]).double() / sizes[:, None]
+    means = mean @ products @ mean.T
     return Comparison(
         collections=[one.report.name for one in group],
         cosine_last=cosine(products[last][:, last]).tolist(),

@@ -45,6 +45,10 @@ Tell = Callable[[str, int, int], None]
 """Told of progress: the collection's name, files done, files in all."""
 
 
+def silent(name: str, done: int, total: int) -> None:
+    """For callers who want no progress."""
+
+
 @dataclass(frozen=True)
 class Studied:
     """A report, and what comparing it with others needs."""
@@ -125,7 +129,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for key in sorted(tensors):
         tensor = tensors[key].contiguous()
         found.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -42,10 +42,10 @@ def inner_products(first: Sequence[Factors], second: Sequence[Factors]) -> Tenso
     All ``A`` of a list are stacked to ``[n·r, in]`` (and all ``B`` to ``[out, n·r]``), so that a
     matrix product does the work of n·m small ones; the ranks may differ from pair to pair.
     """
-    (a1, b1, ranks1), (a2, b2, ranks2) = _stacked(first), _stacked(second)
+    (a1, b1, owners1), (a2, b2, owners2) = _stacked(first), _stacked(second)
     products = (b1.T @ b2) * (a1 @ a2.T)  # (sum of ranks, sum of ranks)
-    rows = torch.stack([block.sum(0) for block in products.split(ranks1)])
-    return torch.stack([block.sum(1) for block in rows.split(ranks2, dim=1)], dim=1)
+    rows = products.new_zeros(len(first), len(owners2)).index_add_(0, owners1, products)
+    return products.new_zeros(len(first), len(second)).index_add_(1, owners2, rows)
 
 
 def singular_values(factors: Factors) -> Tensor:
@@ -88,11 +88,11 @@ def modules(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Factors]]:
             yield key.partition(".lora_A.")[0].removeprefix("base_model.model."), (a, b)
 
 
-def _stacked(several: Sequence[Factors]) -> tuple[Tensor, Tensor, list[int]]:
-    """(``[sum of ranks, in]``, ``[out, sum of ranks]``, the ranks)."""
+def _stacked(several: Sequence[Factors]) -> tuple[Tensor, Tensor, Tensor]:
+    """(``[sum of ranks, in]``, ``[out, sum of ranks]``, ``[sum of ranks]``: whose each is)."""
     wide = [_wide(factors) for factors in several]
-    ranks = [a.shape[0] for a, _ in wide]
-    return torch.cat([a for a, _ in wide]), torch.cat([b for _, b in wide], dim=1), ranks
+    owners = torch.tensor([i for i, (a, _) in enumerate(wide) for _ in range(a.shape[0])])
+    return torch.cat([a for a, _ in wide]), torch.cat([b for _, b in wide], dim=1), owners
 
 
 def _wide(factors: Factors) -> Factors:

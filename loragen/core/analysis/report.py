@@ -1,6 +1,8 @@
 """What is found out about checkpoints, as plain data: what `--json` prints and the page shows."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite, nan
 from typing import Any
 
 
@@ -97,14 +99,22 @@ class Report:
     """Of the last checkpoint: ΔW (nearly) zero beside the others'."""
 
     @property
+    def dead(self) -> list[str]:
+        """Dead layers, and dead modules of layers that are alive, in words."""
+        buried = {m.module for m in self.modules if m.layer in self.dead_layers}
+        layers = [f"layer {layer}" for layer in self.dead_layers]
+        return layers + [name for name in self.dead_modules if name not in buried]
+
+    @property
     def norm_delta(self) -> float:
         """‖ΔW‖ of the last checkpoint."""
         return self.drift[-1].norm_delta
 
     @property
     def mean_norm(self) -> float:
-        """‖ΔW‖, the mean over the checkpoints."""
-        return _mean([drift.norm_delta for drift in self.drift])
+        """‖ΔW‖, the mean over the checkpoints that are finite."""
+        norms = [drift.norm_delta for drift in self.drift]
+        return _mean([norm for norm in norms if isfinite(norm)])
 
     @property
     def detour(self) -> float | None:
@@ -155,8 +165,22 @@ class Analysis:
         return document
 
 
+def by_tensor(found: Sequence[str]) -> list[str]:
+    """`file: tensor` lines, those of one tensor in several files as one."""
+    files: dict[str, list[str]] = {}
+    for line in found:
+        file, _, tensor = line.partition(": ")
+        files.setdefault(tensor, []).append(file)
+    return [
+        f"{named[0]}: {tensor}"
+        if len(named) == 1
+        else f"{named[0]} to {named[-1]} ({len(named)}): {tensor}"
+        for tensor, named in files.items()
+    ]
+
+
 DERIVED = ("norm_delta", "mean_norm", "detour", "stable_rank", "effective_rank")
 
 
 def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")
+    return sum(values) / len(values) if values else nan

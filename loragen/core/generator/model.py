@@ -17,13 +17,14 @@ from loragen.core.files import sha256_text, written_atomically
 from loragen.core.generator.draws import draw_prompts, with_text
 from loragen.core.generator.generated import GeneratedAdapter
 from loragen.core.generator.layout import Layout
+from loragen.core.generator.network import new_network
 from loragen.core.generator.normalization import Normalization
 from loragen.core.generator.origin import Origin
 from loragen.core.plugins import create
 from loragen.core.protocols import Encoder
 from loragen.core.runs import experiment_name, generator_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no scale of the conditions
 
 
 @dataclass(frozen=True)
@@ -176,9 +177,7 @@ class Generator:
     @classmethod
     def _from_document(cls, document: dict[str, Any], name: str) -> "Generator":
         decoder, layout = Choice(**document["decoder"]), Layout.from_state(document["layout"])
-        network = create(
-            "decoder", decoder.name, decoder.options, document["condition_dim"], layout.grid()
-        )
+        network = new_network(decoder.name, decoder.options, document["condition_dim"], layout)
         network.load_state_dict(document["state_dict"])
         kept = (
             "encoder_fingerprint",
