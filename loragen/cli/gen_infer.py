@@ -53,19 +53,20 @@ def infer(
 
     quiet_libraries()
     generator = Generator.load(file)
-    result = generate(generator, generator.load_encoder(), prompts, output)
+    result = generate(generator, prompts, output, overwrite=force)
     if json:
         render.answer_json(
             {
                 "adapter": str(output),
                 "base_model": generator.base_model,
                 "values": result.values,
-                "prompts": result.prompts,
+                "prompts": result.origin.prompts,
                 "seconds": result.seconds,
             }
         )
     else:
         render.note(
-            f"{result.values:,} values from {result.prompts} prompts in {result.seconds:.3f} s"
+            f"{result.values:,} values from {result.origin.prompts} prompts "
+            f"in {result.seconds:.3f} s"
         )
         render.answer(str(output))

@@ -21,6 +21,8 @@ CHECKPOINTS = "checkpoints"
 ADAPTER_CONFIG = "adapter_config.json"
 MERGED_MARKER = "loragen_export.json"  # tells a merged model of ours from any other
 CHECKPOINT_SUFFIX = ".ckpt"
+TEST_MODE_STEPS = (4, 5, 6)
+"""The checkpoints of `lora train --test-mode`: three steps of each stage, those of the second."""
 LAST_CHECKPOINT = Path("checkpoints/last.ckpt")
 """What a killed run goes on from; no part of the collection."""
 GENERATOR_FILE = Path("results/final_model/generator_model.pt")
@@ -189,6 +191,13 @@ def generator_file(path: Path) -> Path:
     if not file.is_file():
         raise UsageError(f"{path}: no generator there (looked for {file})")
     return file
+
+
+def experiment_name(file: Path) -> str:
+    """What a generator's file is called by: its experiment's name, else its own."""
+    home = file.absolute().parents
+    inside = len(home) > 2 and file.absolute() == home[2] / GENERATOR_FILE
+    return home[2].name if inside else file.stem
 
 
 def plugin_records(chosen: Mapping[str, list[str]]) -> list[PluginRecord]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,18 @@ from loragen.core.adapters import Adapter
 from loragen.core.checkpoints import load_plain
 from loragen.core.data.prompts import joined
 from loragen.core.errors import DataError, LoragenError
-from loragen.core.files import written_atomically
+from loragen.core.files import sha256_text, written_atomically
+from loragen.core.generator.draws import draw_prompts, with_text
+from loragen.core.generator.generated import GeneratedAdapter
 from loragen.core.generator.layout import Layout
+from loragen.core.generator.network import new_network
 from loragen.core.generator.normalization import Normalization
+from loragen.core.generator.origin import Origin
 from loragen.core.plugins import create
 from loragen.core.protocols import Encoder
+from loragen.core.runs import experiment_name, generator_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no scale of the conditions
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,8 @@ class Choice:
 class Generator:
     """A trained decoder with all that it needs but the encoder's weights.
 
-    The encoder is frozen: its name, options and fingerprint identify it.
+    The encoder is frozen: its name, options and fingerprint identify it, and it is loaded when a
+    prompt is first embedded.
     """
 
     encoder: Choice
@@ -49,23 +56,54 @@ class Generator:
     network: nn.Module
     provenance: dict[str, Any] = field(default_factory=dict)
     """Of plain data: sources, plugins with distribution and version, training metrics."""
+    name: str = "unnamed"
+    """The experiment it was loaded from, or its file."""
 
-    @torch.inference_mode()
-    def generate(self, encoder: Encoder, prompts: Sequence[str]) -> Adapter:
-        """The adapter for these prompts, in their own dtype; the base model is not needed."""
-        condition, mask = encoder(joined(prompts, self.samples_per_prompt))
-        return self.generate_from(condition, mask)
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        draws: int = 1,
+        prompts_per_draw: int | None = None,
+        seed: int = 0,
+    ) -> GeneratedAdapter:
+        """The adapter for these prompts, each tensor in the dtype of the training adapters.
 
-    @torch.inference_mode()
+        All prompts are read at once; or `prompts_per_draw` of them at random, `draws` times, and
+        the mean of what these make is taken. That mean is of A and of B, token by token, as the
+        decoder writes them: the mean of the products ΔW = BA would have up to `draws` times the
+        rank and be no adapter of this shape. Since one decoder writes all draws, they share a
+        basis, and the two means are close while the draws agree.
+
+        Raises UsageError where no prompt has text or the draws cannot be made, LoragenError where
+        the encoder is not the one of the training.
+        """
+        given = with_text(prompts)
+        chosen = draw_prompts(given, draws, prompts_per_draw, seed, self.usual_prompts)
+        tokens = torch.zeros(self.layout.tokens, self.layout.token_dim)
+        for drawn in chosen:
+            tokens += self._tokens(*self.embed(drawn)) / len(chosen)
+        origin = self._origin(given, draws, len(chosen[0]))
+        return GeneratedAdapter(dict(self.adapter_config), self.layout.unpack(tokens), origin)
+
     def generate_from(self, condition: Tensor, mask: Tensor) -> Adapter:
         """The adapter for embedded prompts: ``[texts, positions, dim]`` and their mask."""
-        self.network.eval()
-        normalized = self.network(condition.unsqueeze(0), mask.unsqueeze(0)).squeeze(0)
-        tokens = self.normalization.denormalize(normalized)
-        return Adapter(dict(self.adapter_config), self.layout.unpack(tokens))
+        return Adapter(dict(self.adapter_config), self.layout.unpack(self._tokens(condition, mask)))
 
-    def load_encoder(self) -> Encoder:
-        """Raises LoragenError where the installed encoder has other weights than in training."""
+    @torch.inference_mode()
+    def embed(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Prompts -> the condition ``[texts, positions, dim]`` and its mask; the texts are made of
+        `samples_per_prompt` prompts each."""
+        return self.text_encoder(joined(prompts, self.samples_per_prompt))
+
+    @property
+    def usual_prompts(self) -> int:
+        """How many prompts made a condition in training."""
+        return self.prompts_per_condition * self.samples_per_prompt
+
+    @cached_property
+    def text_encoder(self) -> Encoder:
+        """Loaded once. Raises LoragenError where the installed encoder has other weights than in
+        training."""
         encoder: Encoder = create("encoder", self.encoder.name, self.encoder.options)
         if encoder.fingerprint != self.encoder_fingerprint:
             raise LoragenError(
@@ -74,7 +112,29 @@ class Generator:
             )
         return encoder
 
-    def save(self, file: Path) -> None:
+    @torch.inference_mode()
+    def _tokens(self, condition: Tensor, mask: Tensor) -> Tensor:
+        """``[tokens, token_dim]``, in the adapter's own units."""
+        self.network.eval()
+        normalized = self.network(condition.unsqueeze(0), mask.unsqueeze(0)).squeeze(0)
+        return self.normalization.denormalize(normalized)
+
+    def _origin(self, prompts: Sequence[str], draws: int, per_draw: int) -> Origin:
+        return Origin(
+            generator=self.name,
+            format_version=FORMAT_VERSION,
+            base_model=self.base_model,
+            encoder=self.encoder.name,
+            decoder=self.decoder.name,
+            prompts=len(prompts),
+            prompts_sha256=sha256_text(*prompts),
+            draws=draws,
+            prompts_per_draw=per_draw,
+            plugins=self.provenance.get("plugins", []),
+            datasets=self.provenance.get("sources", []),
+        )
+
+    def save(self, file: str | Path) -> None:
         """A file that `torch.load(file, weights_only=True)` reads."""
         document = {
             "format_version": FORMAT_VERSION,
@@ -91,18 +151,23 @@ class Generator:
             "state_dict": {k: v.detach().cpu() for k, v in self.network.state_dict().items()},
             "provenance": self.provenance,
         }
-        with written_atomically(file) as temporary:
+        with written_atomically(Path(file)) as temporary:
             torch.save(document, temporary)
 
     @classmethod
-    def load(cls, file: Path) -> "Generator":
-        """Raises DataError for a file that is not a generator of a format this version reads."""
+    def load(cls, path: str | Path) -> "Generator":
+        """Of an experiment directory or its generator_model.pt.
+
+        Raises UsageError where there is none, DataError for a file that is not a generator of a
+        format this version reads.
+        """
+        file = generator_file(Path(path))
         document = load_plain(file)
         try:
             version = document["format_version"]
             if version > FORMAT_VERSION:
                 raise DataError(f"{file}: format {version} is newer than this loragen; upgrade it")
-            return cls._from_document(document)
+            return cls._from_document(document, experiment_name(file))
         except KeyError as error:
             raise DataError(f"{file}: not a generator file: it has no {error}") from error
         except (RuntimeError, TypeError) as error:
@@ -110,11 +175,9 @@ class Generator:
             raise DataError(f"{file}: not a generator file: {reason}") from error
 
     @classmethod
-    def _from_document(cls, document: dict[str, Any]) -> "Generator":
+    def _from_document(cls, document: dict[str, Any], name: str) -> "Generator":
         decoder, layout = Choice(**document["decoder"]), Layout.from_state(document["layout"])
-        network = create(
-            "decoder", decoder.name, decoder.options, document["condition_dim"], layout.grid()
-        )
+        network = new_network(decoder.name, decoder.options, document["condition_dim"], layout)
         network.load_state_dict(document["state_dict"])
         kept = (
             "encoder_fingerprint",
@@ -131,5 +194,6 @@ class Generator:
             layout=layout,
             normalization=Normalization(**document["normalization"]),
             network=network.eval(),
+            name=name,
             **{key: document[key] for key in kept},
         )

@@ -74,15 +74,14 @@ class TestTraining:
         run = train(config, watching)
         losses = [step.loss for step in watching.steps]
         assert losses[-1] < 0.2 * losses[0]
-        generator = Generator.load(generator_file(run.directory))
-        encoder = generator.load_encoder()
+        generator = Generator.load(run.directory)
         errors = {}
         for name, other in (("colors", "animals"), ("animals", "colors")):
             prompts = [
                 json.loads(line)["prompt"]
                 for line in collection.file(name).read_text(encoding="utf-8").splitlines()
             ]
-            made = generator.layout.pack(generator.generate(encoder, prompts).tensors)
+            made = generator.layout.pack(generator.generate(prompts).tensors)
             for candidate in (name, other):
                 wanted = read_adapter(collection.runs[candidate] / "adapter").tensors
                 errors[name, candidate] = torch.dist(made, generator.layout.pack(wanted)).item()
@@ -247,13 +246,13 @@ class TestFailure:
 class TestInfer:
     @pytest.fixture
     def generator(self, experiment):
-        return Generator.load(generator_file(experiment))
+        return Generator.load(experiment)
 
     def test_it_writes_an_adapter_that_plain_peft_loads(self, generator, base, tmp_path):
         from peft import PeftModel
 
-        result = infer(generator, generator.load_encoder(), PROMPTS, tmp_path / "new" / "adapter")
-        assert (result.directory, result.prompts) == (tmp_path / "new" / "adapter", 2)
+        result = infer(generator, PROMPTS, tmp_path / "new" / "adapter")
+        assert (result.path, result.origin.prompts) == (tmp_path / "new" / "adapter", 2)
         assert result.values == generator.layout.values == 1856
         assert 0 < result.seconds < 60
         assert files(tmp_path / "new") == {
@@ -264,10 +263,10 @@ class TestInfer:
         ids = torch.arange(8).view(1, 8)
         with torch.inference_mode():
             without = base.model(ids).logits
-            model = PeftModel.from_pretrained(base.model, str(result.directory)).eval()
+            model = PeftModel.from_pretrained(base.model, str(result.path)).eval()
             assert (model(ids).logits - without).abs().max() > 1e-3
         live = {k: v for k, v in model.state_dict().items() if "lora_" in k}
-        written = read_adapter(result.directory).tensors
+        written = read_adapter(result.path).tensors
         assert len(live) == len(written)
         for key, value in written.items():
             assert live[key.replace(".weight", ".default.weight")].equal(value)
@@ -275,13 +274,13 @@ class TestInfer:
     def test_it_never_needs_the_base(self, generator, collection, tmp_path):
         away = collection.base.rename(collection.base.with_name("away"))
         try:
-            infer(generator, generator.load_encoder(), PROMPTS, tmp_path / "adapter")
+            infer(generator, PROMPTS, tmp_path / "adapter")
         finally:
             away.rename(collection.base)
         assert read_adapter(tmp_path / "adapter").tensors
 
     def test_the_card_says_what_it_is(self, generator, collection, tmp_path):
-        infer(generator, generator.load_encoder(), PROMPTS, tmp_path / "adapter")
+        infer(generator, PROMPTS, tmp_path / "adapter")
         card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
         assert card.startswith(f"---\nbase_model: {collection.base}\nlibrary_name: peft\n")
         assert "from 2 unlabelled prompts" in card
@@ -290,13 +289,14 @@ class TestInfer:
     @pytest.mark.parametrize("prompts", [[], ["", " "]])
     def test_prompts_without_text_are_refused(self, generator, tmp_path, prompts):
         with pytest.raises(UsageError, match="no prompts: there is no text"):
-            infer(generator, generator.load_encoder(), prompts, tmp_path / "adapter")
+            infer(generator, prompts, tmp_path / "adapter")
         assert list(tmp_path.iterdir()) == []
 
     def test_an_error_leaves_nothing(self, generator, tmp_path):
         def fail(texts):
             raise RuntimeError("no")
 
+        generator.text_encoder = fail
         with pytest.raises(RuntimeError):
-            infer(generator, fail, PROMPTS, tmp_path / "adapter")
+            infer(generator, PROMPTS, tmp_path / "adapter")
         assert list(tmp_path.iterdir()) == []
