@@ -15,7 +15,7 @@ from loragen.core.evaluation.targets import Target
 from loragen.core.files import sha256_text
 from loragen.core.generator.draws import draw_prompts
 from loragen.core.generator.model import Generator
-from loragen.core.generator.sources import Source, read_source
+from loragen.core.generator.sources import Collection, read_source
 
 PROMPTS_PER_CENTRE = 64
 ALL_CHECKPOINTS = 2**31
