@@ -272,7 +272,12 @@ class GenTraining(Section):
     condition_noise: float = Field(
         0.0, ge=0, description="Std of Gaussian noise on conditions, in units of their own std."
     )
-    val_every_epochs: int = Field(1, ge=1, description="Validate every so many epochs.")
+    val_every_epochs: int = Field(
+        1, ge=1, description="Validate every so many epochs, and after the last step."
+    )
+    last_every: int = Field(
+        50, ge=1, description="Renew last.ckpt, from which a killed run goes on, so often (steps)."
+    )
 
 
 class GenTrainConfig(Section):

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from loragen.core.config.schema import GenTraining
 from loragen.core.generator.normalization import Normalization
+from loragen.core.generator.optimization import StepPlan, optimizer_for
 from loragen.core.generator.pairs import PairBatch
-from loragen.core.lora.module import step_schedule
-from loragen.core.protocols import Schedule
+from loragen.core.steps import step_schedule
 
 VALIDATION = ("val", "val_unseen")
 """Held-out prompt texts of the training datasets, and held-out datasets."""
@@ -26,22 +26,26 @@ class GeneratorModule(LightningModule):
     def __init__(
         self,
         network: nn.Module,
-        schedule: Schedule,
+        plan: StepPlan,
         normalization: Normalization,
         mask: Tensor,
         training: GenTraining,
-        total_steps: int,
+        *,
+        first_step: int = 0,
+        optimizer_state: dict[str, Any] | None = None,
     ) -> None:
-        """`mask` is the layout's: ``[tokens, token_dim]`` bool."""
+        """`mask` is the layout's: ``[tokens, token_dim]`` bool. `first_step` steps are done already
+        and have left `optimizer_state`."""
         super().__init__()
         self.network = network
-        self.schedule, self.training_options, self.total_steps = schedule, training, total_steps
+        self.plan, self.training_options = plan, training
+        self.first_step, self._optimizer_state = first_step, optimizer_state
         # Not in checkpoints: they are as large as an adapter each and the same in all of them.
         self.register_buffer("mean", normalization.mean, persistent=False)
         self.register_buffer("scale", normalization.scale, persistent=False)
         self.register_buffer("valid", mask, persistent=False)
-        self.metrics: dict[str, float] = {}
-        """Of the last training step (the mean of its micro-batches), and of the last validation."""
+        self.step_metrics: dict[str, Any] = {}
+        """Of this device's part of the last training step: the mean of its micro-batches."""
 
     @property
     def normalization(self) -> Normalization:
@@ -52,8 +56,8 @@ class GeneratorModule(LightningModule):
         loss, metrics = self._losses(batch._replace(condition=noisy))
         parts = self.trainer.accumulate_grad_batches
         for name, value in metrics.items():
-            before = 0.0 if batch_idx % parts == 0 else self.metrics[f"train/{name}"]
-            self.metrics[f"train/{name}"] = before + value / parts
+            before = 0.0 if batch_idx % parts == 0 else self.step_metrics[f"train/{name}"]
+            self.step_metrics[f"train/{name}"] = before + value / parts
         return loss
 
     def validation_step(self, batch: PairBatch, batch_idx: int, dataloader_idx: int) -> None:
@@ -88,26 +92,18 @@ class GeneratorModule(LightningModule):
         return loss, metrics
 
     def configure_optimizers(self) -> Any:
-        options = self.training_options
-        optimizer = torch.optim.AdamW(
-            _decayed_and_not(self.network), lr=1.0, weight_decay=options.weight_decay
+        optimizer = optimizer_for(self.network, self.training_options)
+        if self._optimizer_state:
+            optimizer.load_state_dict(self._optimizer_state)
+        schedule = step_schedule(
+            optimizer, lambda step: self.plan.rate(step).learning_rate, self.first_step
         )
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": step_schedule(optimizer, self._rate), "interval": "step"},
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
-
-    def _rate(self, step: int) -> float:
-        return self.schedule(min(step, self.total_steps), self.total_steps).learning_rate
 
 
 def _with_noise(condition: Tensor, share: float) -> Tensor:
     """Gaussian noise of `share` times the condition's own standard deviation."""
     return condition + share * condition.std() * torch.randn_like(condition) if share else condition
-
-
-def _decayed_and_not(network: nn.Module) -> list[dict[str, Any]]:
-    """Vectors (biases, norms) are not decayed, matrices are."""
-    trained = [p for p in network.parameters() if p.requires_grad]
-    vectors = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}
-    return [{"params": [p for p in trained if p.ndim >= 2]}, vectors]

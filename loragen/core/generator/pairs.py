@@ -4,7 +4,7 @@ Which pairs make up a step is a pure function of (seed, step), as for LoRA train
 accumulation rounds take their parts of it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import ceil
 from random import Random
 from typing import NamedTuple
@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from loragen.core.data.batches import batch_indices, held_out
+from loragen.core.errors import UsageError
 from loragen.core.generator.sources import PreparedSource
 
 
@@ -80,21 +81,6 @@ def draw_texts(texts: Sequence[int], count: int, draw: str) -> list[int]:
     return sorted(Random(draw).sample(list(texts), min(count, len(texts))))
 
 
-class EpochBatches(Sampler[int]):
-    """The micro-batches of the epoch the trainer stands in."""
-
-    def __init__(self, data: "PairDataModule", batches_per_epoch: int) -> None:
-        self.data, self.batches_per_epoch = data, batches_per_epoch
-
-    def __len__(self) -> int:
-        return self.batches_per_epoch
-
-    def __iter__(self) -> Iterator[int]:
-        assert self.data.trainer is not None
-        first = self.data.trainer.current_epoch * self.batches_per_epoch
-        return iter(range(first, first + self.batches_per_epoch))
-
-
 class PairDataModule(LightningDataModule):
     """Training pairs; validation pairs from held-out prompt texts, and from held-out datasets."""
 
@@ -130,11 +116,25 @@ class PairDataModule(LightningDataModule):
             ranks=ranks,
         )
 
+    @property
+    def validates(self) -> bool:
+        """Whether anything is held out."""
+        return bool(self.unseen) or any(self.val_texts)
+
     def train_dataloader(self) -> DataLoader[PairBatch]:
+        """From the step the trainer stands at. Raises UsageError where devices cannot share a
+        batch equally."""
         assert self.trainer is not None
-        batches = self.train_batches(self.trainer.global_rank, self.trainer.world_size)
-        sampler = EpochBatches(self, batches.steps_per_epoch * self.parts)
-        return DataLoader(batches, batch_size=None, sampler=sampler)
+        ranks = self.trainer.world_size
+        if self.batch_size % ranks:
+            raise UsageError(
+                f"data.batch_size {self.batch_size} must be a multiple of {ranks} devices: "
+                "it counts the pairs of all of them"
+            )
+        batches = self.train_batches(self.trainer.global_rank, ranks)
+        first, last = self.trainer.global_step, self.trainer.max_steps
+        remaining = range(first * self.parts, last * self.parts)
+        return DataLoader(batches, batch_size=None, sampler=remaining)
 
     def val_dataloader(self) -> list[DataLoader[PairBatch]]:
         """One loader for held-out texts, one for held-out datasets; either may be empty."""

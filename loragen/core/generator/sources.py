@@ -21,7 +21,7 @@ from loragen.core.files import sha256, sha256_text, written_atomically
 from loragen.core.generator.layout import Layout
 from loragen.core.generator.places import directory_of
 from loragen.core.protocols import Encoder
-from loragen.core.runs import LoraManifest, read_manifest, run_directory_of
+from loragen.core.runs import LoraManifest, SourceRecord, read_manifest, run_directory_of
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class PreparedSource:
     """``[texts, positions, dim]`` float32"""
     mask: np.ndarray
     """``[texts, positions]`` bool"""
+    record: SourceRecord | None = None
+    """What it held, for the manifest."""
 
 
 def read_source(config: SourceConfig, max_checkpoints: int) -> Source:
@@ -121,9 +123,10 @@ def prepared(
         for source in sources:
             texts = grouped(source.prompts, config.data.samples_per_prompt, config.seed)
             embeddings, mask = _embedded(cache, encoder, encoder_key, texts)
-            ready.append(
-                PreparedSource(source.name, _tokenized(cache, layout, source), embeddings, mask)
-            )
+            key = _tokens_key(layout, source)
+            tokens = _tokenized(cache, key, layout, source)
+            record = SourceRecord(name=source.name, checkpoints=key, prompts=sha256_text(*texts))
+            ready.append(PreparedSource(source.name, tokens, embeddings, mask, record))
         yield ready
 
 
@@ -136,9 +139,13 @@ def _cache(data: GenData) -> Iterator[Path]:
         yield Path(directory)
 
 
-def _tokenized(cache: Path, layout: Layout, source: Source) -> np.ndarray:
+def _tokens_key(layout: Layout, source: Source) -> str:
     hashes = [sha256(_weights(file)) for file in source.checkpoints]
-    file = cache / "tokens" / f"{sha256_text(repr(layout.state()), *hashes)[:32]}.npy"
+    return sha256_text(repr(layout.state()), *hashes)[:32]
+
+
+def _tokenized(cache: Path, key: str, layout: Layout, source: Source) -> np.ndarray:
+    file = cache / "tokens" / f"{key}.npy"
     if not file.is_file():
         shape = (len(source.checkpoints), layout.tokens, layout.token_dim)
         with written_atomically(file) as temporary:
