@@ -110,7 +110,7 @@ def overlay_figure(reports: Sequence[Report]) -> str:
             units.add(unit)
             drift = [d.from_first for d in report.drift]
             panel.plot(at, drift, _line(i), color=_colour(i), label=report.name)
-        panel.set(xlabel=" or ".join(sorted(units)), ylabel="‖ΔW - ΔW of the first‖", title="drift")
+        panel.set(xlabel=" or ".join(sorted(units)), ylabel="‖ΔW − first ΔW‖", title="drift")
         _legend(panel, len(reports))
 
     return _svg(draw, 8.6, 3.2)
