@@ -278,13 +278,14 @@ class GenData(Section):
     )
 
 
+Training = Literal["auto", "reconstruction", "behaviour", "reconstruction-then-behaviour"]
+
+
 class GenTraining(Section):
-    objective: Literal["auto", "reconstruction", "behaviour", "reconstruction-then-behaviour"] = (
-        Field(
-            "auto",
-            description="Match the collected weights, or lower the base's loss with generated ones in "
-            "it, or one after the other; auto: that, where base and labels are on this machine.",
-        )
+    objective: Training = Field(
+        "auto",
+        description="Collected weights, the base's loss, or one after the other; auto: the last "
+        "where base and labels are on this machine.",
     )
     max_epochs: int = Field(100, ge=1, description="An epoch shows every checkpoint once.")
     max_steps: int | None = Field(None, ge=1, description="Ends earlier, in optimizer steps.")
