@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loragen.core.adapters import Adapter
 from loragen.core.checkpoints import load_plain
@@ -18,7 +18,7 @@ from loragen.core.generator.draws import draw_prompts, with_text
 from loragen.core.generator.familiarity import Distance, Familiarity
 from loragen.core.generator.generated import GeneratedAdapter
 from loragen.core.generator.layout import Layout
-from loragen.core.generator.network import new_network
+from loragen.core.generator.network import Network, new_network
 from loragen.core.generator.normalization import Normalization
 from loragen.core.generator.origin import Origin
 from loragen.core.plugins import create
@@ -55,7 +55,7 @@ class Generator:
     base_model: str
     samples_per_prompt: int
     prompts_per_condition: int
-    network: nn.Module
+    network: Network
     familiarity: Familiarity | None = None
     """How far prompts are from the training; None in a file of format 1."""
     provenance: dict[str, Any] = field(default_factory=dict)
