@@ -35,6 +35,7 @@ finally:
         ["lora", "export", "--help"],
         ["ckpt", "convert", "--help"],
         ["gen", "train", "--help"],
+        ["gen", "eval", "--help"],
         ["plugins", "list"],
         ["plugins", "show", "schedule", "cosine"],
         ["plugins", "show", "logger", "swanlab"],

@@ -13,7 +13,14 @@ def train(
     checkpoint_dir: Annotated[
         list[str] | None,
         typer.Option(
-            "--checkpoint-dir", help="A run of lora train (or its checkpoints/). Repeatable."
+            "--checkpoint-dir",
+            help="A run of lora train (or its checkpoints/), or a folder of runs. Repeatable.",
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts", help="A directory of data prepare; else the runs' own datasets are read."
         ),
     ] = None,
     dry_run: DryRun = False,
@@ -27,8 +34,11 @@ def train(
     from loragen.core.config import GenTrainConfig, Override, dump, load
     from loragen.core.generator.places import check_places
 
-    keys = ("data", "checkpoint_dir")
-    flags = [Override(keys, checkpoint_dir, "--checkpoint-dir")] if checkpoint_dir else []
+    given = [
+        (("data", "checkpoint_dir"), checkpoint_dir or None, "--checkpoint-dir"),
+        (("data", "prompts"), prompts, "--prompts"),
+    ]
+    flags = [Override(*one) for one in given if one[1] is not None]
     resolved = load(GenTrainConfig, config, settings or (), flags, early=check_places)
 
     from loragen.core.generator.train import plan

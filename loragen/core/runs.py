@@ -21,6 +21,8 @@ CHECKPOINTS = "checkpoints"
 ADAPTER_CONFIG = "adapter_config.json"
 MERGED_MARKER = "loragen_export.json"  # tells a merged model of ours from any other
 CHECKPOINT_SUFFIX = ".ckpt"
+TEST_MODE_STEPS = (4, 5, 6)
+"""The checkpoints of `lora train --test-mode`: three steps of each stage, those of the second."""
 LAST_CHECKPOINT = Path("checkpoints/last.ckpt")
 """What a killed run goes on from; no part of the collection."""
 GENERATOR_FILE = Path("results/final_model/generator_model.pt")

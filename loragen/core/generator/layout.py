@@ -139,6 +139,18 @@ class Layout:
             adapter[spec.key] = torch.empty(spec.shape, dtype=spec.dtype).copy_(placed)
         return adapter
 
+    def unpack_several(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Several adapters out of ``[adapters, tokens, token_dim]``, as ``{file key: [adapters,
+        ...shape]}``: views in the dtype of the tokens, through which gradients flow."""
+        flat = tokens.flatten(1)  # (D, tokens * token_dim)
+        adapters = {}
+        for spec, start in zip(self.tensors, self.starts, strict=True):
+            values = flat[:, start * self.token_dim :][:, : spec.size]
+            shape = spec.shape[::-1] if spec.by_columns else spec.shape
+            several = values.unflatten(1, shape)
+            adapters[spec.key] = several.mT if spec.by_columns else several
+        return adapters
+
     def check(self, adapter: Mapping[str, Tensor]) -> None:
         """Raises DataError naming the first tensor that this layout does not expect."""
         wanted = {spec.key: torch.Size(spec.shape) for spec in self.tensors}

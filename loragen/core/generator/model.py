@@ -18,6 +18,7 @@ from loragen.core.generator.draws import draw_prompts, with_text
 from loragen.core.generator.familiarity import Distance, Familiarity
 from loragen.core.generator.generated import GeneratedAdapter
 from loragen.core.generator.layout import Layout
+from loragen.core.generator.network import new_network
 from loragen.core.generator.normalization import Normalization
 from loragen.core.generator.origin import Origin
 from loragen.core.plugins import create
@@ -25,7 +26,7 @@ from loragen.core.protocols import Encoder
 from loragen.core.runs import CHECKPOINTS, experiment_name, generator_file
 
 FORMAT_VERSION = 2
-"""Version 1 had no `familiarity`."""
+"""Version 1 had neither the scale of the conditions nor their `familiarity`."""
 
 
 @dataclass(frozen=True)
@@ -207,9 +208,7 @@ class Generator:
     @classmethod
     def _from_document(cls, document: dict[str, Any], name: str) -> "Generator":
         decoder, layout = Choice(**document["decoder"]), Layout.from_state(document["layout"])
-        network = create(
-            "decoder", decoder.name, decoder.options, document["condition_dim"], layout.grid()
-        )
+        network = new_network(decoder.name, decoder.options, document["condition_dim"], layout)
         network.load_state_dict(document["state_dict"])
         kept = (
             "encoder_fingerprint",

@@ -1,5 +1,6 @@
-"""Generator training as a LightningModule: reconstruct adapters from prompts."""
+"""Generator training as a LightningModule: adapters from prompts, judged by the objectives."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,57 +8,88 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from loragen.core.config.schema import GenTraining
-from loragen.core.generator.normalization import Normalization
+from loragen.core.generator.network import Network
+from loragen.core.generator.objectives import Behaviour, Losses, Reconstruction
 from loragen.core.generator.pairs import PairBatch
+from loragen.core.generator.phases import Objective, Phases
 from loragen.core.lora.module import step_schedule
-from loragen.core.protocols import Schedule
+from loragen.core.protocols import Rate, Schedule
 
 VALIDATION = ("val", "val_unseen")
 """Held-out prompt texts of the training datasets, and held-out datasets."""
 
 
 class GeneratorModule(LightningModule):
-    """`mse_weight · MSE + l1_weight · L1` on normalised tokens, under the mask."""
+    """A network on its way through the phases: what a batch holds says which objective it is for.
 
-    mean: Tensor
-    scale: Tensor
-    valid: Tensor
+    Validation looks at what the phases do: the reconstruction of held-out pairs, and where the base
+    is at hand, its loss and accuracy on held-out rows with the generated adapter in place.
+    """
 
     def __init__(
         self,
-        network: nn.Module,
-        schedule: Schedule,
-        normalization: Normalization,
-        mask: Tensor,
+        network: Network,
+        schedules: Mapping[Objective, Schedule],
+        phases: Phases,
         training: GenTraining,
-        total_steps: int,
+        reconstruction: Reconstruction,
+        behaviour: Behaviour | None = None,
+        reconstruction_weight: float = 0.0,
     ) -> None:
-        """`mask` is the layout's: ``[tokens, token_dim]`` bool."""
+        """`reconstruction_weight`: its share beside the behaviour."""
         super().__init__()
         self.network = network
-        self.schedule, self.training_options, self.total_steps = schedule, training, total_steps
-        # Not in checkpoints: they are as large as an adapter each and the same in all of them.
-        self.register_buffer("mean", normalization.mean, persistent=False)
-        self.register_buffer("scale", normalization.scale, persistent=False)
-        self.register_buffer("valid", mask, persistent=False)
+        self.schedules, self.phases, self.training_options = schedules, phases, training
+        # Not in checkpoints: they are the same in all of them, and the base may be large.
+        self._objectives = reconstruction, behaviour
+        self.reconstruction_weight = reconstruction_weight
         self.metrics: dict[str, float] = {}
         """Of the last training step (the mean of its micro-batches), and of the last validation."""
 
     @property
-    def normalization(self) -> Normalization:
-        return Normalization(self.mean, self.scale)
+    def total_steps(self) -> int:
+        return self.phases.total
+
+    def on_fit_start(self) -> None:
+        for objective in self._objectives:
+            if objective:
+                objective.to(self.device)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        noisy = _with_noise(batch.condition, self.training_options.condition_noise)
-        loss, metrics = self._losses(batch._replace(condition=noisy))
+        condition = self._with_noise(batch.condition)
+        written = self.network(condition, batch.mask)  # (B, tokens, token_dim)
+        loss, metrics = self._losses(written, batch)
         parts = self.trainer.accumulate_grad_batches
         for name, value in metrics.items():
             before = 0.0 if batch_idx % parts == 0 else self.metrics[f"train/{name}"]
-            self.metrics[f"train/{name}"] = before + value / parts
+            self.metrics[f"train/{name}"] = before + float(value) / parts
         return loss
 
+    def _losses(self, written: Tensor, batch: PairBatch) -> Losses:
+        reconstruction, behaviour = self._objectives
+        if batch.rows is None:
+            return reconstruction(written, batch.tokens, self.training_options.target_noise)
+        assert behaviour is not None
+        loss, metrics = behaviour(written, batch.rows)
+        if self.reconstruction_weight:
+            beside, more = reconstruction(written, batch.tokens)
+            loss, metrics = loss + self.reconstruction_weight * beside, metrics | more
+        return loss, {**metrics, "loss": loss.detach()}
+
+    def _with_noise(self, condition: Tensor) -> Tensor:
+        """Gaussian, in units of the spread of every dimension of the conditions."""
+        share = self.training_options.condition_noise
+        if not share:
+            return condition
+        return condition + share * self.network.condition_spread * torch.randn_like(condition)
+
     def validation_step(self, batch: PairBatch, batch_idx: int, dataloader_idx: int) -> None:
-        _, metrics = self._losses(batch)
+        reconstruction, behaviour = self._objectives
+        written = self.network(batch.condition, batch.mask)
+        metrics = reconstruction(written, batch.tokens)[1]
+        metrics |= reconstruction.in_own_units(written, batch.tokens)
+        if behaviour and batch.rows is not None:
+            metrics["behaviour"], metrics["accuracy"] = behaviour.accuracy(written, batch.rows)
         for name, value in metrics.items():
             self.log(
                 f"{VALIDATION[dataloader_idx]}/{name}",
@@ -67,25 +99,6 @@ class GeneratorModule(LightningModule):
                 logger=False,
                 sync_dist=True,
             )
-
-    def _losses(self, batch: PairBatch) -> tuple[Tensor, dict[str, Any]]:
-        target = self.normalization.normalize(batch.tokens)  # (B, L, C)
-        error = self.network(batch.condition, batch.mask) - target
-        error = torch.where(self.valid, error, 0.0)
-        count = self.valid.sum() * len(error)
-        mse, l1 = error.square().sum() / count, error.abs().sum() / count
-        loss = self.training_options.mse_weight * mse + self.training_options.l1_weight * l1
-        raw = error.detach() * self.scale  # in the adapter's own units
-        norm = torch.linalg.vector_norm(torch.where(self.valid, batch.tokens, 0.0))
-        metrics = {
-            "loss": loss.detach(),
-            "mse": mse.detach(),
-            "l1": l1.detach(),
-            "mae": raw.abs().sum() / count,
-            "rmse": (raw.square().sum() / count).sqrt(),
-            "relative_error": torch.linalg.vector_norm(raw) / norm,
-        }
-        return loss, metrics
 
     def configure_optimizers(self) -> Any:
         options = self.training_options
@@ -97,13 +110,13 @@ class GeneratorModule(LightningModule):
             "lr_scheduler": {"scheduler": step_schedule(optimizer, self._rate), "interval": "step"},
         }
 
+    def rate(self, step: int) -> Rate:
+        """The rate of optimizer step `step`, counted from 1; stages are counted over all phases."""
+        phase, within = self.phases.at(step)
+        return self.schedules[phase.objective](within, phase.steps)
+
     def _rate(self, step: int) -> float:
-        return self.schedule(min(step, self.total_steps), self.total_steps).learning_rate
-
-
-def _with_noise(condition: Tensor, share: float) -> Tensor:
-    """Gaussian noise of `share` times the condition's own standard deviation."""
-    return condition + share * condition.std() * torch.randn_like(condition) if share else condition
+        return self.rate(step).learning_rate
 
 
 def _decayed_and_not(network: nn.Module) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Pairs to learn from: some prompts of a dataset, with any checkpoint of that dataset.
+"""Pairs to learn from: some prompts of a dataset, with a checkpoint of that dataset.
 
 Which pairs make up a step is a pure function of (seed, step), as for LoRA training; devices and
 accumulation rounds take their parts of it.
@@ -15,8 +15,10 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from loragen.core.data.batches import batch_indices, held_out
+from loragen.core.data.batches import batch_indices
 from loragen.core.generator.sources import PreparedSource
+from loragen.core.generator.texts import held_out_texts
+from loragen.core.lora.batch import Batch
 
 
 class PairBatch(NamedTuple):
@@ -26,6 +28,8 @@ class PairBatch(NamedTuple):
     """``[batch, prompts, positions]`` bool"""
     tokens: Tensor
     """``[batch, tokens, token_dim]``: adapters, not normalised."""
+    rows: Batch | None = None
+    """Where the behaviour is judged: equally many rows of every adapter's dataset, in order."""
 
 
 class PairBatches(Dataset[PairBatch]):
@@ -46,8 +50,9 @@ class PairBatches(Dataset[PairBatch]):
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        """`texts[i]` are the indices of source i's prompt texts that may be drawn; `batch_size`
-        counts the pairs of a micro-batch, of all devices."""
+        """`texts[i]` are the indices of source i's prompt texts that may be drawn, where its
+        checkpoints have none of their own; `batch_size` counts the pairs of a micro-batch, of all
+        devices."""
         self.sources, self.texts = sources, texts
         self.batch_size, self.prompts, self.seed = batch_size, prompts, seed
         self.parts, self.rank, self.ranks = parts, rank, ranks
@@ -63,7 +68,7 @@ class PairBatches(Dataset[PairBatch]):
         step, part = divmod(k, self.parts)
         batch = batch_indices(len(self.pairs), size * self.parts, self.seed, step)
         mine = range(part * size + self.rank, (part + 1) * size, self.ranks)
-        return _stacked(
+        return stacked(
             [
                 self._pair(*self.pairs[batch[place]], draw=f"{self.seed}:{step}:{place}")
                 for place in mine
@@ -71,8 +76,10 @@ class PairBatches(Dataset[PairBatch]):
         )
 
     def _pair(self, source: int, checkpoint: int, draw: str) -> PairBatch:
-        drawn = draw_texts(self.texts[source], self.prompts, f"prompts:{draw}")
-        return _pair(self.sources[source], drawn, checkpoint)
+        tracked = self.sources[source].tracked
+        texts = self.texts[source] if tracked is None else tracked[checkpoint]
+        drawn = draw_texts(texts, self.prompts, f"prompts:{draw}")
+        return pair_of(self.sources[source], drawn, checkpoint)
 
 
 def draw_texts(texts: Sequence[int], count: int, draw: str) -> list[int]:
@@ -109,7 +116,8 @@ class PairDataModule(LightningDataModule):
         seed: int,
         parts: int = 1,
     ) -> None:
-        """`parts`: micro-batches to an optimizer step."""
+        """`val_ratio` is for sources that do not say which of their texts are held out; `parts`:
+        micro-batches to an optimizer step."""
         super().__init__()
         self.sources, self.unseen = sources, unseen
         self.batch_size, self.prompts = batch_size, prompts
@@ -149,16 +157,17 @@ class PairDataModule(LightningDataModule):
     def _validation_pair(self, source: PreparedSource, texts: Sequence[int]) -> PairBatch:
         """Some texts of a dataset with its last checkpoint; the same pair at every validation."""
         drawn = draw_texts(texts, self.prompts, f"validation:{self.seed}")
-        return _stacked([_pair(source, drawn, len(source.tokens) - 1)])
+        return stacked([pair_of(source, drawn, len(source.tokens) - 1)])
 
 
 def _split_texts(source: PreparedSource, ratio: float, seed: int) -> tuple[list[int], list[int]]:
-    """At least one text is left to train on; a source with a single one validates on none."""
     texts = len(source.embeddings)
-    return held_out(texts, min(ratio, (texts - 1) / texts), seed)
+    if source.held_out is None:
+        return held_out_texts(texts, ratio, seed)
+    return sorted({*range(texts)} - {*source.held_out}), list(source.held_out)
 
 
-def _pair(source: PreparedSource, texts: Sequence[int], checkpoint: int) -> PairBatch:
+def pair_of(source: PreparedSource, texts: Sequence[int], checkpoint: int) -> PairBatch:
     return PairBatch(
         torch.from_numpy(np.array(source.embeddings[texts])),
         torch.from_numpy(np.array(source.mask[texts])),
@@ -166,7 +175,7 @@ def _pair(source: PreparedSource, texts: Sequence[int], checkpoint: int) -> Pair
     )
 
 
-def _stacked(pairs: Sequence[PairBatch]) -> PairBatch:
+def stacked(pairs: Sequence[PairBatch]) -> PairBatch:
     """Pads to the most prompts and positions; padding is off in the mask."""
     prompts = max(pair.mask.shape[0] for pair in pairs)
     positions = max(pair.mask.shape[1] for pair in pairs)

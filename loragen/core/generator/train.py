@@ -21,13 +21,12 @@ from loragen.core.generator.model import Choice, Generator
 from loragen.core.generator.module import GeneratorModule
 from loragen.core.generator.normalization import Normalization
 from loragen.core.generator.pairs import PairBatch, PairDataModule
-from loragen.core.generator.places import configured_sources
 from loragen.core.generator.sources import (
+    Collection,
     PreparedSource,
-    Source,
     common_layout,
     prepared,
-    read_source,
+    read_sources,
 )
 from loragen.core.lora.callbacks import StepCallback
 from loragen.core.plugins import create, find
@@ -48,8 +47,8 @@ class GeneratorRun:
 class Plan:
     """What training will work on, known before anything is written."""
 
-    sources: list[Source]
-    unseen: list[Source]
+    sources: list[Collection]
+    unseen: list[Collection]
     layout: Layout
 
     def summary(self) -> str:
@@ -63,9 +62,7 @@ class Plan:
 
 def plan(config: GenTrainConfig) -> Plan:
     """Finds every source and derives the layout. Raises UsageError or DataError."""
-    limit = config.data.max_checkpoints
-    sources = [read_source(source, limit) for source in configured_sources(config)]
-    unseen = [read_source(source, limit) for source in config.val_sources]
+    sources, unseen = read_sources(config)
     for source in (*sources, *unseen):
         if source.base_model != sources[0].base_model:
             raise DataError(
