@@ -53,7 +53,7 @@ def evaluate_generator(
     return {"generator": str(file), **document(outcomes, bench, spread)}
 
 
-def _sources(generator: Generator, required: bool) -> list[Source]:
+def _sources(generator: Generator, required: bool) -> list[Collection]:
     try:
         return training_sources(generator)
     except LoragenError as error:

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def train_multi_task(
-    sources: Sequence[Source], base: BaseModel, cache: Path, progress: Progress
+    sources: Sequence[Collection], base: BaseModel, cache: Path, progress: Progress
 ) -> Trained:
     """One LoRA for the rows of all of the generator's training datasets together.
 
@@ -53,7 +53,7 @@ def train_multi_task(
 
 def train_oracles(
     targets: Sequence[Target],
-    sources: Sequence[Source],
+    sources: Sequence[Collection],
     base: BaseModel,
     cache: Path,
     progress: Progress,
