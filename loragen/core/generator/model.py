@@ -215,7 +215,7 @@ class Generator:
             network.load_state_dict(document["state_dict"])
         except RuntimeError as error:
             written = "".join(
-                f" of {plugin['distribution']} {plugin['version']}"
+                f", of {plugin['distribution']} {plugin['version']}"
                 for plugin in document["provenance"].get("plugins", [])
                 if plugin["kind"] == "decoder"
             )

@@ -94,7 +94,7 @@ def test_a_newer_format_is_refused(file, tmp_path):
         Generator.load(tmp_path / "new.pt")
 
 
-def test_format_1_still_generates(generator, file, tmp_path):
+def test_a_file_without_familiarity_still_generates(generator, file, tmp_path):
     document = {**torch.load(file, weights_only=True), "format_version": 1}
     del document["familiarity"]
     torch.save(document, tmp_path / "old.pt")
@@ -106,6 +106,15 @@ def test_format_1_still_generates(generator, file, tmp_path):
     assert len(old.datasets) == 2
     old.save(tmp_path / "new.pt")
     assert Generator.load(tmp_path / "new.pt").format_version == 2
+
+
+def test_weights_of_another_decoder_are_refused_with_what_to_do(file, tmp_path):
+    document = {**torch.load(file, weights_only=True), "format_version": 1}
+    document["state_dict"] = {f"old.{k}": v for k, v in document["state_dict"].items()}
+    torch.save(document, tmp_path / "old.pt")
+    told = r"old\.pt: .*\(format 1\) are of another decoder hyperconv .* written with, of loragen"
+    with pytest.raises(DataError, match=told):
+        Generator.load(tmp_path / "old.pt")
 
 
 def broken(file, collection, kind, path):
