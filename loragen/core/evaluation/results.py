@@ -12,7 +12,7 @@ from loragen.core.evaluation.columns import GENERATED
 from loragen.core.evaluation.contest import Cell, Outcome
 from loragen.core.evaluation.intervals import interval
 from loragen.core.evaluation.novelty import Spread
-from loragen.core.generator.sources import Source
+from loragen.core.generator.sources import Collection
 from loragen.core.runs import LoraManifest, read_manifest, run_directory_of
 
 MEASURES = {
@@ -96,7 +96,7 @@ def _row(outcome: Outcome, spread: Spread | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _seconds(outcomes: Sequence[Outcome], sources: Sequence[Source]) -> dict[str, Any]:
+def _seconds(outcomes: Sequence[Outcome], sources: Sequence[Collection]) -> dict[str, Any]:
     """To obtain an adapter, the mean over the datasets, and what training costs more."""
     obtain = {}
     for name in outcomes[0].cells:
@@ -111,7 +111,7 @@ def _seconds(outcomes: Sequence[Outcome], sources: Sequence[Source]) -> dict[str
     }
 
 
-def _training_seconds(sources: Sequence[Source]) -> float | None:
+def _training_seconds(sources: Sequence[Collection]) -> float | None:
     """Of one of the generator's training adapters, the mean, as their manifests say."""
     try:
         runs = [run_directory_of(source.checkpoints[0]) for source in sources]
