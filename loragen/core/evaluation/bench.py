@@ -17,7 +17,7 @@ from loragen.core.generator.draws import draw_prompts
 from loragen.core.generator.model import Generator
 from loragen.core.generator.sources import Collection, read_source
 
-PROMPTS_PER_CENTRE = 64
+PROMPTS_PER_CENTRE = 32
 ALL_CHECKPOINTS = 2**31
 
 
