@@ -189,8 +189,26 @@ def generator_file(path: Path) -> Path:
     """
     file = path / GENERATOR_FILE if path.is_dir() else path
     if not file.is_file():
+        if (path / MANIFEST).is_file():
+            raise UsageError(_why_no_generator(path))
         raise UsageError(f"{path}: no generator there (looked for {file})")
     return file
+
+
+def _why_no_generator(run: Path) -> str:
+    kind = json.loads((run / MANIFEST).read_text(encoding="utf-8")).get("kind")
+    if kind != "generator":
+        return f"{run}: the run of an adapter, not of a generator: `gen train --checkpoint-dir` it"
+    told = {
+        "running": "is still in training, or was killed",
+        "interrupted": "was interrupted",
+        "failed": "has failed",
+        "success": "has lost its generator",
+    }[read_manifest(run, GeneratorManifest).status]
+    return (
+        f"{run}: no generator there: the experiment {told}; train it to the end, "
+        f"`loragen gen train --config {run / CONFIG}`, or name another"
+    )
 
 
 def experiment_name(file: Path) -> str:

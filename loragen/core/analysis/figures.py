@@ -32,6 +32,7 @@ STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,  # a `$` in a name is a dollar
     "font.size": 9,
+    "figure.constrained_layout.hspace": 0.06,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 10,
@@ -50,7 +51,6 @@ def modules_figure(modules: Sequence[ModuleReport]) -> str:
         _heat_of(norms, modules, lambda m: m.norm_delta, lambda values: hypot(*values), "‖ΔW‖")
         _heat_of(ranks, modules, lambda m: m.effective_rank, np.mean, "effective rank")
         ranks.set_xlabel("layer")
-        figure.get_layout_engine().set(hspace=0.06)
 
     kinds = len({module.kind for module in modules})
     return _svg(draw, 8.6, 1.6 + 0.5 * kinds)
@@ -199,7 +199,7 @@ def _heat(panel: "Axes", grid: np.ndarray, label: str, signed: bool = False) -> 
         if isfinite(value):
             red, green, blue, _ = image.cmap(image.norm(value))
             ink = "#000000" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.45 else "#ffffff"
-            panel.text(column, row, f"{value:.2g}", ha="center", va="center", color=ink, size=7)
+            panel.text(column, row, f"{value:.3g}", ha="center", va="center", color=ink, size=7)
 
 
 def _legend(panel: "Axes", lines: int) -> None:

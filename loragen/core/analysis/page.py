@@ -95,6 +95,9 @@ def _figures(report: Report) -> list[tuple[Markup, str]]:
         )
         figures.append((Markup(drift_figure(report)), caption))
     if report.sample:
-        caption = f"{len(report.sample.checkpoints)} of {report.checkpoints} checkpoints."
+        caption = (
+            f"{len(report.sample.checkpoints)} of {report.checkpoints} checkpoints, evenly spaced. "
+            "An arc alone proves nothing: a random walk draws one, too."
+        )
         figures.append((Markup(sample_figure(report.sample)), caption))
     return figures

@@ -278,13 +278,14 @@ class GenData(Section):
     )
 
 
+Training = Literal["auto", "reconstruction", "behaviour", "reconstruction-then-behaviour"]
+
+
 class GenTraining(Section):
-    objective: Literal["auto", "reconstruction", "behaviour", "reconstruction-then-behaviour"] = (
-        Field(
-            "auto",
-            description="The collected weights, the base's loss with the generated ones in it, or one "
-            "after the other, which is auto where the base and labelled rows are on this machine.",
-        )
+    objective: Training = Field(
+        "auto",
+        description="Collected weights, the base's loss, or one after the other; auto: the last "
+        "where base and labels are on this machine.",
     )
     max_epochs: int = Field(100, ge=1, description="An epoch shows every checkpoint once.")
     max_steps: int | None = Field(None, ge=1, description="Ends earlier, in optimizer steps.")

@@ -15,6 +15,7 @@ from loragen.core.checkpoints import AtomicCheckpointIO
 from loragen.core.config import GenTrainConfig
 from loragen.core.errors import DataError
 from loragen.core.files import sha256_text
+from loragen.core.generator.familiarity import Familiarity
 from loragen.core.generator.layout import Layout
 from loragen.core.generator.model import Choice, Generator
 from loragen.core.generator.module import GeneratorModule
@@ -147,6 +148,7 @@ def _new_generator(
         samples_per_prompt=config.data.samples_per_prompt,
         prompts_per_condition=config.data.prompts_per_condition,
         network=network,
+        familiarity=Familiarity.fit((one.name, one.embeddings, one.mask) for one in seen),
     )
 
 

@@ -1,6 +1,6 @@
 """HyperConv: a condition becomes a feature map over the adapter, convolved along each axis."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -40,8 +40,8 @@ class HyperConv(nn.Module):
         kernel_size: Literal[1, 3, 5, 7] = Field(
             3, description="Kernel of the convolutions along layers, kinds or map axes."
         )
-        rank: int | Literal["auto"] = Field(
-            "auto", ge=1, description="Directions R; auto: what max_parameters allows, 4 to 32."
+        rank: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+            "auto", description="Directions R; auto: what max_parameters allows, 4 to 32."
         )
         train_directions: bool = Field(
             True, description="Whether the directions train, or stay the principal components."
