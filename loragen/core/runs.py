@@ -92,6 +92,18 @@ class LoraRun:
     manifest: LoraManifest
 
 
+class SourceRecord(BaseModel):
+    """What a generator was trained on, or validated on, as hashes: a resumed run needs the same."""
+
+    name: str
+    checkpoints: str
+    """Of their content, in their order, cut into the tokens of the layout."""
+    prompts: str
+    """Of the prompt texts, in their order."""
+    held_out: bool = False
+    """A dataset of `val_sources`."""
+
+
 class GeneratorManifest(Manifest):
     """A generator and the runs it was trained on."""
 
@@ -99,8 +111,14 @@ class GeneratorManifest(Manifest):
     base_model: str
     sources: list[str]
     val_sources: list[str]
+    source_records: list[SourceRecord] = []
+    encoder_fingerprint: str = ""
+    """Of the encoder's weights, before any training of them."""
     steps: int = 0
+    """Optimizer steps of the whole training, once it has ended."""
     metrics: dict[str, float] = {}
+    resumed_from: list[int] = []
+    """The steps at which the run was gone on with."""
 
 
 AnyManifest = TypeVar("AnyManifest", bound=Manifest)
@@ -155,6 +173,11 @@ def read_run(directory: Path) -> tuple[LoraRun, LoraTrainConfig]:
     """A run and what it was configured with. Raises LoragenError where either is not ours."""
     manifest = read_manifest(directory, LoraManifest)
     return LoraRun(directory, manifest), load(LoraTrainConfig, directory / CONFIG, environment={})
+
+
+def config_of(path: Path) -> Path:
+    """The configuration of the run that `path` belongs to. Raises UsageError where it is none."""
+    return run_directory_of(path) / CONFIG
 
 
 def run_directory_of(path: Path) -> Path:

@@ -297,7 +297,10 @@ class GenTraining(Section):
     l1_weight: float = Field(0.1, ge=0, description="Weight of the absolute error in the loss.")
     optimizer: Literal["adamw"] = Field("adamw", description="adamw is the only one.")
     condition_noise: float = Field(
-        0.0, ge=0, description="Std of Gaussian noise on conditions, in units of their own std."
+        0.0, ge=0, description="Std of Gaussian noise on every prompt, in units of their own std."
+    )
+    dataset_noise: float = Field(
+        0.0, ge=0, description="The same on all prompts of a condition together."
     )
     target_noise: float = Field(
         0.0, ge=0, description="Std of Gaussian noise on targets, in units of their own spread."
@@ -305,7 +308,12 @@ class GenTraining(Section):
     importance: bool = Field(
         False, description="Weigh tokens that the checkpoints of a dataset agree on more."
     )
-    val_every_epochs: int = Field(1, ge=1, description="Validate every so many epochs.")
+    val_every_epochs: int = Field(
+        1, ge=1, description="Validate every so many epochs, and after the last step."
+    )
+    last_every: int = Field(
+        50, ge=1, description="Renew last.ckpt, from which a killed run goes on, so often (steps)."
+    )
     val_rows: int = Field(
         32,
         ge=0,
