@@ -288,7 +288,9 @@ class GenTraining(Section):
         "where base and labels are on this machine.",
     )
     max_epochs: int = Field(100, ge=1, description="An epoch shows every checkpoint once.")
-    max_steps: int | None = Field(None, ge=1, description="Ends earlier, in optimizer steps.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Ends the reconstruction earlier; behaviour has steps of its own."
+    )
     learning_rate: float = Field(
         1e-4, gt=0, description="For schedules that have a learning_rate and were given none."
     )
