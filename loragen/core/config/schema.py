@@ -301,9 +301,6 @@ class GenTraining(Section):
     condition_noise: float = Field(
         0.0, ge=0, description="Std of Gaussian noise on every prompt, in units of their own std."
     )
-    dataset_noise: float = Field(
-        0.0, ge=0, description="The same on all prompts of a condition together."
-    )
     target_noise: float = Field(
         0.0, ge=0, description="Std of Gaussian noise on targets, in units of their own spread."
     )
