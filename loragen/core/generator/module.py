@@ -51,8 +51,10 @@ class GeneratorModule(LightningModule):
         written = self.network(self._with_noise(batch.condition), batch.mask)
         loss, metrics = self._losses(written, batch)
         parts = self.trainer.accumulate_grad_batches
+        if batch_idx % parts == 0:
+            self.step_metrics = {}
         for name, value in metrics.items():
-            before = 0.0 if batch_idx % parts == 0 else self.step_metrics[f"train/{name}"]
+            before = self.step_metrics.get(f"train/{name}", 0.0)
             self.step_metrics[f"train/{name}"] = before + value / parts
         return loss
 

@@ -61,13 +61,22 @@ def nothing_left(point: GeneratorPoint, config: GenTrainConfig) -> bool:
     return (
         manifest.status == "success"
         and point.step >= manifest.steps
-        and not differences(point.config, config, FREE)
+        and not _differences(point, config)
     )
+
+
+def settled(point: GeneratorPoint, config: GenTrainConfig) -> GenTrainConfig:
+    """With the objective that `auto` had come to: what else is on this machine may have changed."""
+    if config.training.objective != "auto":
+        return config
+    found = config.model_copy(deep=True)
+    found.training.objective = point.config.training.objective
+    return found
 
 
 def check_settings(point: GeneratorPoint, config: GenTrainConfig) -> None:
     """What can be said before the sources are read. Raises UsageError, as below."""
-    point.refuse(differences(point.config, config, FREE))
+    point.refuse(_differences(point, config))
 
 
 def check_unchanged(
@@ -75,7 +84,7 @@ def check_unchanged(
 ) -> None:
     """Raises UsageError naming every difference between the run and what would go on with it."""
     then = point.manifest
-    problems = differences(point.config, config, FREE)
+    problems = _differences(point, config)
     if then.encoder_fingerprint not in ("", manifest.encoder_fingerprint):
         problems.append(f"the encoder {config.encoder.name} has other weights")
     if then.source_records:
@@ -93,6 +102,10 @@ def located(config: GenTrainConfig) -> GenTrainConfig:
     found.val_sources = [_located(source) for source in config.val_sources]
     found.data.checkpoint_dir = None
     return found
+
+
+def _differences(point: GeneratorPoint, config: GenTrainConfig) -> list[str]:
+    return differences(point.config, settled(point, config), FREE)
 
 
 def _located(source: SourceSection) -> SourceSection:

@@ -27,6 +27,7 @@ from loragen.core.generator.resume import (
     check_unchanged,
     located,
     restore_weights,
+    settled,
     void_later,
 )
 from loragen.core.generator.samples import CollectionSamples
@@ -60,6 +61,7 @@ def train(
     """
     quiet_libraries()
     if resume:
+        config = settled(resume, config)
         check_settings(resume, config)
     work = plan(config)
     config = located(work.config)
@@ -135,7 +137,7 @@ def _walk(
     selection = select_by(any(data.val_texts), bool(data.unseen), data.tries_rows)
     every = min(config.training.val_every_epochs * steps.per_epoch, steps.total)
     val_every = every if data.validates else None
-    metrics = GeneratorMetrics(session, steps, config.data.batch_size * data.parts)
+    metrics = GeneratorMetrics(session, steps, data.adapters_per_step)
     checkpoints = GeneratorCheckpoints(
         session,
         selection,
