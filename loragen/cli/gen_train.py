@@ -40,11 +40,12 @@ def train(
     """
     from loragen.core.config import GenTrainConfig, Override, dump, load
     from loragen.core.generator.places import check_places
-    from loragen.core.runs import config_of
+    from loragen.core.runs import CONFIG, GeneratorManifest, resumable_run
 
     keys = ("data", "checkpoint_dir")
     flags = [Override(keys, checkpoint_dir, "--checkpoint-dir")] if checkpoint_dir else []
-    file = config or (config_of(resume) if resume else None)
+    run = resumable_run(resume, GeneratorManifest) if resume else None
+    file = config or (run / CONFIG if run else None)
     resolved = load(GenTrainConfig, file, settings or (), flags, early=check_places)
 
     from loragen.core.generator.resume import check_settings, find_resume_point
@@ -57,11 +58,11 @@ def train(
         render.note(plan(resolved).summary())
         render.answer(dump(resolved).rstrip())
         return
-    run = _trained(resolved, point)
+    made = _trained(resolved, point)
     if json:
-        render.answer_json({"run": str(run.directory), **run.manifest.model_dump()})
+        render.answer_json({"run": str(made.directory), **made.manifest.model_dump()})
     else:
-        render.answer(str(run.directory))
+        render.answer(str(made.directory))
 
 
 def _trained(config: "GenTrainConfig", point: "GeneratorPoint | None") -> "GeneratorRun":

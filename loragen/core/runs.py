@@ -173,9 +173,16 @@ def read_run(directory: Path) -> tuple[LoraRun, LoraTrainConfig]:
     return LoraRun(directory, manifest), load(LoraTrainConfig, directory / CONFIG, environment={})
 
 
-def config_of(path: Path) -> Path:
-    """The configuration of the run that `path` belongs to. Raises UsageError where it is none."""
-    return run_directory_of(path) / CONFIG
+def resumable_run(path: Path, kind: type[Manifest]) -> Path:
+    """The directory of the run at `path`, or that the checkpoint `path` is of.
+
+    Raises UsageError where there is none, DataError where it is a run of another kind.
+    """
+    if not path.exists():
+        raise UsageError(f"{path}: no such run or checkpoint")
+    directory = run_directory_of(path)
+    read_manifest(directory, kind)
+    return directory
 
 
 def run_directory_of(path: Path) -> Path:

@@ -12,7 +12,7 @@ from loragen.core.config.schema import Source as SourceConfig
 from loragen.core.data.documents import location, parsed_source
 from loragen.core.errors import DataError
 from loragen.core.generator.places import configured_sources
-from loragen.core.resume import ResumePoint, existing, newest, progress_of
+from loragen.core.resume import ResumePoint, newest, progress_of
 from loragen.core.runs import (
     CHECKPOINT_SUFFIX,
     CHECKPOINTS,
@@ -20,7 +20,7 @@ from loragen.core.runs import (
     GeneratorManifest,
     SourceRecord,
     read_manifest,
-    run_directory_of,
+    resumable_run,
 )
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def find_resume_point(path: Path) -> GeneratorPoint:
 
     Raises UsageError where there is no run or the checkpoint cannot be gone on from.
     """
-    directory = run_directory_of(existing(path))
+    directory = resumable_run(path, GeneratorManifest)
     manifest = read_manifest(directory, GeneratorManifest)
     config = load(GenTrainConfig, directory / CONFIG, environment={})
     checkpoint = path if path.is_file() else newest(_by_age(directory))
