@@ -35,6 +35,7 @@ finally:
         ["lora", "export", "--help"],
         ["ckpt", "convert", "--help"],
         ["gen", "train", "--help"],
+        ["gen", "eval", "--help"],
         ["plugins", "list"],
         ["plugins", "show", "schedule", "cosine"],
         ["plugins", "show", "logger", "swanlab"],
@@ -84,4 +85,8 @@ def test_there_is_one_version():
 
 
 def test_what_loragen_offers_at_the_top():
-    assert set(loragen.__all__) == {"LoragenError", "__version__", "hookimpl"}
+    assert set(loragen.__all__) == {"Generator", "LoragenError", "__version__", "hookimpl"}
+    assert set(loragen.__all__) <= set(dir(loragen))
+    assert loragen.Generator.__module__ == "loragen.core.generator.model"
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        _ = loragen.Nothing

@@ -10,6 +10,7 @@ from loragen.core.config import LoraTrainConfig, Override, dump, load
 from loragen.core.errors import LoragenError, UsageError
 from loragen.core.interrupt import Interrupted
 from loragen.core.lora.collect import Outcome, Task, collect, config_of, tasks
+from loragen.core.runs import TEST_MODE_STEPS
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,9 @@ def _summary(outcomes: Sequence[Outcome]) -> str:
 
 
 def _shorten(config: LoraTrainConfig) -> None:
-    """`--test-mode`: three steps of each stage, the checkpoints of the second."""
-    config.training.max_steps = 6
-    config.checkpoints.first_step = 4
+    """`--test-mode`"""
+    first, *_, last = TEST_MODE_STEPS
+    config.training.max_steps = last
+    config.checkpoints.first_step = first
     if "stage1_steps" in config.schedule.options:
-        config.schedule = config.schedule.model_copy(update={"stage1_steps": 3})
+        config.schedule = config.schedule.model_copy(update={"stage1_steps": first - 1})

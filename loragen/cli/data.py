@@ -1,4 +1,4 @@
-"""`loragen data`: look at a dataset before anything is trained on it."""
+"""`loragen data`: look at a dataset before anything is trained on it, and prepare its prompts."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -6,18 +6,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loragen.cli import render
+from loragen.cli.data_prepare import prepare
 from loragen.cli.options import BaseModel, DataRoot, Json, SkipBadRows
 from loragen.cli.uses import uses
 
 if TYPE_CHECKING:
     from loragen.core.data.preview import Preview, Sample
 
-app = typer.Typer(no_args_is_help=True, help="Look at a dataset.")
+app = typer.Typer(no_args_is_help=True, help="Look at a dataset, and prepare its prompts.")
 
 MOST_BAD_ROWS = 10
 LONGEST_CUT = 200  # characters shown of what is cut
 
-app.command()(uses)
+for command in (prepare, uses):
+    app.command()(command)
 
 
 @app.command()

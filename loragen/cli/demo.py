@@ -1,7 +1,7 @@
 """`loragen demo`: the whole path in a few minutes, on a laptop, without network."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -32,31 +32,16 @@ def demo(
     is asked can only arrive through an adapter. 32 tasks are collected; adapters for others are
     generated from 16 unlabelled prompts each.
     """
+    from loragen.cli.gen_eval import answer_results
     from loragen.cli.progress import terminal_progress
-    from loragen.demo.picture import draw
     from loragen.demo.run import run
 
     results = run(out, seed, world, force, render.note, terminal_progress())
-    draw(results, out / "results.png")
     if json:
         render.answer_json(results)
-    else:
-        render.answer(_table(results))
-        render.answer(f"\n{out / 'results.json'}\n{out / 'results.png'}")
-
-
-def _table(results: dict[str, Any]) -> str:
-    accuracy, seconds = results["accuracy"], results["seconds"]
-    columns = next(iter(accuracy.values()))
-    rows = [
-        (split.replace("_", " "), *(f"{of[column]:.2f}" for column in columns))
-        for split, of in accuracy.items()
-    ]
-    header = ("split", *(column.replace("_", " ") for column in columns))
+        return
+    answer_results(results)
     held_out = ", ".join("-".join(pair) for pair in results["held_out"])
-    return (
-        f"{render.columns(header, rows)}\n\n"
-        f"an adapter: {seconds['train_adapter']:.1f} s to train, "
-        f"{seconds['generate_adapter']:.3f} s to generate; in all {seconds['total']:.0f} s\n"
-        f"held out (seed {results['seed']}): {held_out}"
-    )
+    render.answer(f"held out (seed {seed}): {held_out}")
+    render.answer(f"in all {results['seconds']['total']:.0f} s")
+    render.answer("\n".join(str(out / f"results.{kind}") for kind in ("json", "md", "png")))

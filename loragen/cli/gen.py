@@ -2,9 +2,10 @@
 
 import typer
 
+from loragen.cli.gen_eval import evaluate
 from loragen.cli.gen_infer import infer
 from loragen.cli.gen_train import train
 
 app = typer.Typer(no_args_is_help=True, help="Train a generator, and generate adapters.")
-for command in (train, infer):
-    app.command()(command)
+for name, command in (("train", train), ("infer", infer), ("eval", evaluate)):
+    app.command(name)(command)

@@ -19,7 +19,14 @@ def train(
     checkpoint_dir: Annotated[
         list[str] | None,
         typer.Option(
-            "--checkpoint-dir", help="A run of lora train (or its checkpoints/). Repeatable."
+            "--checkpoint-dir",
+            help="A run of lora train (or its checkpoints/), or a folder of runs. Repeatable.",
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts", help="A directory of data prepare; else the runs' own datasets are read."
         ),
     ] = None,
     resume: Annotated[
@@ -42,14 +49,17 @@ def train(
     from loragen.core.generator.places import check_places
     from loragen.core.runs import CONFIG, GeneratorManifest, resumable_run
 
-    keys = ("data", "checkpoint_dir")
-    flags = [Override(keys, checkpoint_dir, "--checkpoint-dir")] if checkpoint_dir else []
+    given = [
+        (("data", "checkpoint_dir"), checkpoint_dir or None, "--checkpoint-dir"),
+        (("data", "prompts"), prompts, "--prompts"),
+    ]
+    flags = [Override(*one) for one in given if one[1] is not None]
     run = resumable_run(resume, GeneratorManifest) if resume else None
     file = config or (run / CONFIG if run else None)
     resolved = load(GenTrainConfig, file, settings or (), flags, early=check_places)
 
     from loragen.core.generator.resume import check_settings, find_resume_point
-    from loragen.core.generator.train import plan
+    from loragen.core.generator.plan import plan
 
     point = find_resume_point(resume) if resume else None
     if dry_run:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 
@@ -139,3 +139,20 @@ class Decoder(Protocol):
     def __init__(self, config: Any, condition_dim: int, grid: TokenGrid) -> None: ...
 
     def __call__(self, condition: Tensor, mask: Tensor) -> Tensor: ...
+
+
+class Samples(Protocol):
+    """Example adapters as a decoder is to generate them, ``[samples, tokens, token_dim]`` float32,
+    read from disk where they are asked for: ``samples[first:last]`` are those tokens of all."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+
+    def __getitem__(self, tokens: slice) -> Tensor: ...
+
+
+@runtime_checkable
+class StartsFromSamples(Protocol):
+    """A decoder that may look at examples once, before its first step; others do without."""
+
+    def start_from(self, samples: Samples) -> None: ...

@@ -21,6 +21,8 @@ CHECKPOINTS = "checkpoints"
 ADAPTER_CONFIG = "adapter_config.json"
 MERGED_MARKER = "loragen_export.json"  # tells a merged model of ours from any other
 CHECKPOINT_SUFFIX = ".ckpt"
+TEST_MODE_STEPS = (4, 5, 6)
+"""The checkpoints of `lora train --test-mode`: three steps of each stage, those of the second."""
 LAST_CHECKPOINT = Path("checkpoints/last.ckpt")
 """What a killed run goes on from; no part of the collection."""
 GENERATOR_FILE = Path("results/final_model/generator_model.pt")
@@ -109,6 +111,8 @@ class GeneratorManifest(Manifest):
     base_model: str
     sources: list[str]
     val_sources: list[str]
+    base_fingerprint: str = ""
+    """Of the base that was trained through; empty where none was."""
     source_records: list[SourceRecord] = []
     encoder_fingerprint: str = ""
     """Of the encoder's weights, before any training of them."""
@@ -217,8 +221,33 @@ def generator_file(path: Path) -> Path:
     """
     file = path / GENERATOR_FILE if path.is_dir() else path
     if not file.is_file():
+        if (path / MANIFEST).is_file():
+            raise UsageError(_why_no_generator(path))
         raise UsageError(f"{path}: no generator there (looked for {file})")
     return file
+
+
+def _why_no_generator(run: Path) -> str:
+    kind = json.loads((run / MANIFEST).read_text(encoding="utf-8")).get("kind")
+    if kind != "generator":
+        return f"{run}: the run of an adapter, not of a generator: `gen train --checkpoint-dir` it"
+    told = {
+        "running": "is still in training, or was killed",
+        "interrupted": "was interrupted",
+        "failed": "has failed",
+        "success": "has lost its generator",
+    }[read_manifest(run, GeneratorManifest).status]
+    return (
+        f"{run}: no generator there: the experiment {told}; train it to the end, "
+        f"`loragen gen train --config {run / CONFIG}`, or name another"
+    )
+
+
+def experiment_name(file: Path) -> str:
+    """What a generator's file is called by: its experiment's name, else its own."""
+    home = file.absolute().parents
+    inside = len(home) > 2 and file.absolute() == home[2] / GENERATOR_FILE
+    return home[2].name if inside else file.stem
 
 
 def plugin_records(chosen: Mapping[str, list[str]]) -> list[PluginRecord]:

@@ -14,17 +14,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from loragen.core.adapters import read_adapter
-from loragen.core.base_models import load_base
-from loragen.core.config import DEMO
 from loragen.core.errors import UsageError
-from loragen.core.files import write_json, write_text
+from loragen.core.evaluation.report import write
+from loragen.core.evaluation.targets import Target
+from loragen.core.files import write_text
 from loragen.core.generator.model import Generator
 from loragen.core.generator.train import train as train_generator
 from loragen.core.progress import Progress
 from loragen.core.runs import generator_file
 from loragen.demo import settings
-from loragen.demo.contest import Contest, Target
+from loragen.demo.contest import contest, target
 from loragen.demo.workers import Done, Job, Workers
 from loragen.demo.world import PAIRS, WORLD_FILE, Pair, Wording, World
 
@@ -72,27 +71,14 @@ def run(
         judges = finished(demo, "oracles", oracles)
         everything = finished(demo, "multi-task", multi_task)[0]
     demo.say(f"multi-task: stopped after {everything.steps} steps, {everything.seconds:.0f} s")
-    contest = Contest(
-        base=load_base(DEMO),
-        generator=generator,
-        encoder=generator.load_encoder(),
-        runs=runs,
-        multi_task=read_adapter(everything.directory / "adapter"),
-        oracles={done.job.file: read_adapter(done.directory / "adapter") for done in judges},
-        generated=out / "generated",
-    )
     results = {
-        **contest.hold(targets).as_dict(),
+        **contest(generator, targets, everything, judges, out / "generated"),
         "seed": seed,
         "held_out": [list(pair) for pair in world.held_out_pairs(seed)],
-        "targets": {split: [t.pair.name for t in targets if t.split == split] for split in SPLITS},
         "multi_task": {"steps": everything.steps, "patience": settings.MULTI_TASK_PATIENCE},
     }
-    results["seconds"] |= {
-        "train_adapter": round(fmean(done.seconds for done in collected), 3),
-        "total": round(time.perf_counter() - started, 1),
-    }
-    write_json(out / "results.json", results)
+    results["seconds"]["total"] = round(time.perf_counter() - started, 1)
+    write(results, _title(results), out)
     return results
 
 
@@ -119,7 +105,7 @@ def collection_jobs(demo: Demo) -> list[Job]:
 def oracle_jobs(demo: Demo, targets: Sequence[Target]) -> list[Job]:
     """One adapter per target, from the target's own labels, in the target's wordings."""
     config = settings.oracle_config(demo.out / "oracles", demo.seed)
-    return [Job(target.pair.name, target.train_file, config) for target in targets]
+    return [Job(target.name, Path(str(target.train_source)), config) for target in targets]
 
 
 def multi_task_job(demo: Demo) -> Job:
@@ -156,15 +142,23 @@ def choose_targets(demo: Demo) -> list[Target]:
     seen = demo.world.sample_training_pairs(demo.seed, len(held_out))
     chosen = {"new_wording": seen, "new_combination": held_out, "both": held_out}
     return [
-        Target(
-            split=split,
-            pair=pair,
+        target(
+            split,
+            pair,
             train_file=demo.data(pair, "train", SPLITS[split]),
             test_file=demo.data(pair, "test", SPLITS[split]),
         )
         for split, pairs in chosen.items()
         for pair in pairs
     ]
+
+
+def _title(results: dict[str, Any]) -> str:
+    seconds = results["seconds"]
+    return (
+        f"Accuracy on unseen creatures (seed {results['seed']}): an adapter trained in "
+        f"{seconds['train_adapter']:.1f} s, generated in {seconds['generate_adapter']:.2f} s"
+    )
 
 
 def _make_room(out: Path, force: bool) -> None:

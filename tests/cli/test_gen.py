@@ -63,6 +63,32 @@ class TestTrain:
             str(run) for run in collection.runs.values()
         ]
 
+    def test_prepared_prompts_are_named_on_the_command_line(
+        self, loragen, fails, config_file, collection
+    ):
+        sources = [part for n in collection.names for part in ("--source", collection.file(n))]
+        prepare = ("data", "prepare", *sources, "--output-dir", "p")
+        assert loragen(*prepare, "--samples-per-prompt", "2").exit_code == 0
+        train = ("gen", "train", "-c", config_file, "--set", "training.max_steps=2")
+        result = loragen(*train, "--prompts", "p", "--set", "data.pairing=tracked")
+        assert result.exit_code == 0, result.output
+        config = yaml.safe_load((loragen.work / result.stdout.strip() / "config.yaml").read_text())
+        assert (config["data"]["prompts"], config["data"]["pairing"]) == ("p", "tracked")
+        error = fails(2, *train, "--prompts", "p", "--set", "data.samples_per_prompt=4")
+        assert "set data.samples_per_prompt to 2 (it is 4)" in error
+        assert "none: no such directory of prompts" in fails(2, *train, "--prompts", "none")
+
+    def test_a_run_with_test_mode_is_taken_only_by_name(
+        self, loragen, fails, config_file, base_dir, dataset
+    ):
+        lora = ("lora", "train", "--dataset", dataset(), "--base-model", base_dir, "--test-mode")
+        result = loragen(*lora, "--set", "loggers={}", "--set", "final_model=none")
+        assert result.exit_code == 0, result.output
+        train = ("gen", "train", "-c", config_file, "--set", "sources=[]", "--dry-run")
+        error = fails(2, *train, "--checkpoint-dir", "runs")
+        assert "(0 not finished, 1 of --test-mode)" in error
+        assert loragen(*train, "--checkpoint-dir", result.stdout.strip()).exit_code == 0
+
     @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
     @pytest.mark.parametrize(
         "arguments, message",

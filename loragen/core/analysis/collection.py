@@ -1,101 +1,119 @@
-"""What the weights of a checkpoint or a whole collection are: norms, drift, damage.
+"""What the checkpoints of a collection are: norms, spectra, drift, damage.
 
-Holds two checkpoints at a time, whatever the number of files.
+A stream: the first checkpoint, the one before and the one at hand are held, whatever the number of
+files. What compares checkpoints each with each works on a bounded sample (`gram.py`).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import hypot, isfinite, sqrt
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from loragen.core.analysis.lora_algebra import Factors, distance, modules, norm
-from loragen.core.checkpoints import find_checkpoints, read_checkpointed_adapter, read_tensors
-from loragen.core.errors import DataError, LoragenError
+from loragen.core.analysis.gram import sampled
+from loragen.core.analysis.lora_algebra import (
+    Factors,
+    distance,
+    effective_rank,
+    modules,
+    norm,
+    singular_values,
+    stable_rank,
+)
+from loragen.core.analysis.places import Checkpoint, Collection, read_checkpoint
+from loragen.core.analysis.report import Drift, ModuleReport, Report
+from loragen.core.errors import DataError
+from loragen.core.generator.layout import NO_LAYER, TensorSpec
+
+Label = TypeVar("Label", int, str)
+Sizes = dict[str, tuple[int, int]]
+"""Module -> (in, out): whose ΔW can be compared."""
+
+DEAD = 1e-3
+"""A module (layer) is dead below this share of the root mean square ‖ΔW‖ of all modules (layers).
+
+The root mean square, since neither one that explodes nor a majority that is dead moves it far:
+among 200 modules it is at least a fourteenth of the largest, so that at 1e-3 a living module is not
+called dead beside one 70 times its size."""
+
+
+Tell = Callable[[str, int, int], None]
+"""Told of progress: the collection's name, files done, files in all."""
+
+
+def silent(name: str, done: int, total: int) -> None:
+    """For callers who want no progress."""
 
 
 @dataclass(frozen=True)
-class ModuleNorms:
-    """Frobenius norms of one module in the last checkpoint."""
+class Studied:
+    """A report, and what comparing it with others needs."""
 
-    module: str
-    rank: int
-    norm_a: float
-    norm_b: float
-    norm_delta: float
-    """‖ΔW‖ = scaling · ‖B A‖"""
+    report: Report
+    finite: list[Path]
+    sizes: Sizes
 
 
-@dataclass(frozen=True)
-class Drift:
-    """Where one checkpoint stands, over all modules together."""
+def study(collection: Collection, seen: dict[str, list[str]], tell: Tell) -> Studied:
+    """`seen` collects the files under the hash of their tensors, for duplicates.
 
-    checkpoint: str
-    norm_delta: float
-    from_first: float
-    """‖ΔW - ΔW of the first checkpoint‖"""
-    from_previous: float
-    """‖ΔW - ΔW of the checkpoint before‖: the length of this step of the path"""
-
-
-@dataclass
-class Report:
-    path: str
-    checkpoints: int
-    bytes: int
-    """Of all files together."""
-    tensors: int
-    values: int
-    """Of one adapter."""
-    dtypes: list[str]
-    scaling: float | None
-    """alpha / rank, None where the file does not say; ΔW is then B A."""
-    modules: list[ModuleNorms] = field(default_factory=list)
-    drift: list[Drift] = field(default_factory=list)
-    not_finite: list[str] = field(default_factory=list)
-    """`file: tensor` with NaN or infinity."""
-    zero: list[str] = field(default_factory=list)
-    """`file: tensor` with nothing but zeros."""
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def analyze(path: Path) -> Report:
-    """A run, a folder of checkpoints or adapters, or one file.
-
-    Raises UsageError where there is nothing, DataError where the checkpoints differ in shape.
+    Raises DataError where a file does not load or the checkpoints differ in modules or shapes.
     """
-    files = find_checkpoints(path)
-    scaling = _scaling(files[0])
-    tensors = read_tensors(files[-1])
+    last = read_checkpoint(collection.files[-1])
     report = Report(
-        path=str(path),
-        checkpoints=len(files),
-        bytes=sum(_size(file) for file in files),
-        tensors=len(tensors),
-        values=sum(t.numel() for t in tensors.values()),
-        dtypes=sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
-        scaling=scaling,
-        modules=module_norms(tensors, scaling or 1.0),
+        name=collection.name,
+        path=str(collection.path),
+        checkpoints=len(collection.files),
+        bytes=sum(_size(file) for file in collection.files),
+        tensors=len(last.tensors),
+        values=sum(t.numel() for t in last.tensors.values()),
+        dtypes=sorted({str(t.dtype).removeprefix("torch.") for t in last.tensors.values()}),
+        scaling=last.scaling("") if last.config else None,
+        modules=module_reports(last),
     )
-    _walk(report, files, scaling or 1.0)
-    return report
+    report.dead_layers, report.dead_modules = dead(report.modules)
+    finite = _walk(report, collection, seen, tell)
+    report.path_length = sum(drift.from_previous for drift in report.drift)
+    report.displacement = report.drift[-1].from_first
+    report.sample = sampled(finite)
+    sizes = {name: (a.shape[1], b.shape[0]) for name, (a, b) in modules(last.tensors)}
+    return Studied(report, finite, sizes)
 
 
-def module_norms(tensors: Mapping[str, Tensor], scaling: float) -> list[ModuleNorms]:
-    return [
-        ModuleNorms(
-            module=name,
-            rank=a.shape[0],
-            norm_a=float(a.double().norm()),
-            norm_b=float(b.double().norm()),
-            norm_delta=scaling * norm((a, b)),
-        )
-        for name, (a, b) in modules(tensors)
-    ]
+def module_reports(checkpoint: Checkpoint) -> list[ModuleReport]:
+    return [_module(name, *f, checkpoint.scaling(name)) for name, f in modules(checkpoint.tensors)]
+
+
+def _module(name: str, a: Tensor, b: Tensor, scaling: float) -> ModuleReport:
+    place = TensorSpec(f"{name}.lora_A.weight", tuple(a.shape), a.dtype)
+    values = scaling * singular_values((a, b))
+    return ModuleReport(
+        module=name,
+        layer=place.layer,
+        kind=place.module,
+        rank=a.shape[0],
+        norm_a=float(a.double().norm()),
+        norm_b=float(b.double().norm()),
+        norm_delta=float(values.norm()),
+        sigma_1=float(values.max()),
+        stable_rank=stable_rank(values),
+        effective_rank=effective_rank(values),
+    )
+
+
+def dead(reports: Sequence[ModuleReport]) -> tuple[list[int], list[str]]:
+    """(layers, modules) whose ΔW is (nearly) zero beside the others': below `DEAD` of the root mean
+    square; all of them where every ΔW is zero."""
+    norms = {report.module: report.norm_delta for report in reports}
+    layers: dict[int, float] = {}
+    for report in reports:
+        if report.layer != NO_LAYER:
+            layers[report.layer] = hypot(layers.get(report.layer, 0.0), report.norm_delta)
+    return _below(layers), _below(norms)
 
 
 def damage(tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
@@ -105,49 +123,61 @@ def damage(tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
     return not_finite, zero
 
 
-def _walk(report: Report, files: Sequence[Path], scaling: float) -> None:
-    """Along the checkpoints in the order of their steps."""
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """The hash of what the tensors are, whatever file they are in."""
+    found = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key].contiguous()
+        found.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _walk(
+    report: Report, collection: Collection, seen: dict[str, list[str]], tell: Tell
+) -> list[Path]:
+    """Along the checkpoints in the order of their steps; gives those that are finite."""
     first = previous = None
-    for file in files:
-        tensors = read_tensors(file)
-        not_finite, zero = damage(tensors)
+    finite = []
+    for done, file in enumerate(collection.files, start=1):
+        checkpoint = read_checkpoint(file)
+        not_finite, zero = damage(checkpoint.tensors)
         report.not_finite += [f"{file.name}: {key}" for key in not_finite]
         report.zero += [f"{file.name}: {key}" for key in zero]
-        factors = dict(modules(tensors))
-        first, previous = first or factors, previous or factors
+        finite += [] if not_finite else [file]
+        seen.setdefault(digest(checkpoint.tensors), []).append(str(file))
+        deltas = checkpoint.deltas()
+        first, previous = first or deltas, previous or deltas
         report.drift.append(
             Drift(
                 checkpoint=file.name,
-                norm_delta=scaling * _total(norm(f) for f in factors.values()),
-                from_first=scaling * _apart(file, factors, first),
-                from_previous=scaling * _apart(file, factors, previous),
+                norm_delta=hypot(*(norm(factors) for factors in deltas.values())),
+                from_first=_apart(file, deltas, first),
+                from_previous=_apart(file, deltas, previous),
             )
         )
-        previous = factors
+        previous = deltas
+        tell(collection.name, done, len(collection.files))
+    return finite
 
 
 def _apart(file: Path, one: Mapping[str, Factors], other: Mapping[str, Factors]) -> float:
     if _shapes(one) != _shapes(other):
-        raise DataError(f"{file}: other modules or shapes than the first checkpoint")
-    return _total(distance(factors, other[name]) for name, factors in one.items())
+        raise DataError(
+            f"{file}: other modules or shapes than the first checkpoint; "
+            "give different adapters one by one to compare them"
+        )
+    return hypot(*(distance(factors, other[name]) for name, factors in one.items()))
 
 
 def _shapes(factors: Mapping[str, Factors]) -> dict[str, tuple[torch.Size, torch.Size]]:
     return {name: (a.shape, b.shape) for name, (a, b) in factors.items()}
 
 
-def _total(norms: Any) -> float:
-    """The norm of the whole from the norms of its parts."""
-    return float(sum(value**2 for value in norms) ** 0.5)
-
-
-def _scaling(file: Path) -> float | None:
-    try:
-        config = read_checkpointed_adapter(file).config
-    except LoragenError:  # a lone file that no run knows
-        return None
-    root = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
-    return float(config["lora_alpha"] / root)
+def _below(norms: Mapping[Label, float]) -> list[Label]:
+    finite = [norm for norm in norms.values() if isfinite(norm)]
+    threshold = DEAD * hypot(*finite) / sqrt(max(len(finite), 1))
+    return [label for label, norm in norms.items() if norm <= threshold]
 
 
 def _size(file: Path) -> int:

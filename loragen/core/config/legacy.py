@@ -161,16 +161,31 @@ def _dtype(value: Any) -> Any:
     return GONE if value is None else str(value).removeprefix("torch.")
 
 
-def _lower(value: Any) -> Any:
-    return value.lower() if isinstance(value, str) else value
+def _renamed(names: Mapping[Any, str]) -> Callable[[Any], Any]:
+    """Small letters, and the name of today where there is another."""
 
+    def rename(value: Any) -> Any:
+        name = value.lower() if isinstance(value, str) else value
+        return names.get(name, name) if isinstance(name, str | None) else name
+
+    return rename
+
+
+OPTIMIZERS = {"adamw_torch": "adamw", "adamw_hf": "adamw"}
+SCHEDULES = {
+    None: "constant",
+    "none": "constant",
+    "cosine_annealing": "cosine",
+    "cosineannealinglr": "cosine",
+    "linearlr": "linear",
+    "constantlr": "constant",
+}
+"""What transformers, torch and scripts call them."""
 
 CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
     "model.max_seq_len": lambda value: "auto" if value == 512 else value,
-    "training.optimizer_type": _lower,
-    "training.scheduler_type": lambda value: (
-        "constant" if value in (None, "none") else _lower(value)
-    ),
+    "training.optimizer_type": _renamed(OPTIMIZERS),
+    "training.scheduler_type": _renamed(SCHEDULES),
     "training.precision": _precision,
     "model.torch_dtype": _dtype,
     "training.bf16": _flag("bf16-mixed"),

@@ -1,9 +1,10 @@
 """A generator: everything between a few prompts and an adapter, and the file that holds it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,20 @@ from loragen.core.adapters import Adapter
 from loragen.core.checkpoints import load_plain
 from loragen.core.data.prompts import joined
 from loragen.core.errors import DataError, LoragenError
-from loragen.core.files import written_atomically
+from loragen.core.files import sha256_text, written_atomically
+from loragen.core.generator.draws import draw_prompts, with_text
+from loragen.core.generator.familiarity import Distance, Familiarity
+from loragen.core.generator.generated import GeneratedAdapter
 from loragen.core.generator.layout import Layout
+from loragen.core.generator.network import new_network
 from loragen.core.generator.normalization import Normalization
+from loragen.core.generator.origin import Origin
 from loragen.core.plugins import create
 from loragen.core.protocols import Encoder
+from loragen.core.runs import CHECKPOINTS, experiment_name, generator_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 had neither the scale of the conditions nor their `familiarity`."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +39,10 @@ class Choice:
 
 @dataclass
 class Generator:
-    """A trained decoder with all that it needs but the encoder's weights.
+    """A trained decoder with all that it needs but the weights of a frozen encoder.
 
-    The encoder is frozen: its name, options and fingerprint identify it.
+    Name, options and fingerprint identify the encoder, which is loaded when a prompt is first
+    embedded; the weights of one that was trained along are here.
     """
 
     encoder: Choice
@@ -47,26 +56,79 @@ class Generator:
     samples_per_prompt: int
     prompts_per_condition: int
     network: nn.Module
+    encoder_state: dict[str, Tensor] | None = None
+    """The encoder's weights where they were trained along; None where it is frozen."""
+    familiarity: Familiarity | None = None
+    """How far prompts are from the training; None in a file of format 1."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Of plain data: sources, plugins with distribution and version, training metrics."""
+    name: str = "unnamed"
+    """The experiment it was loaded from, or its file."""
+    format_version: int = FORMAT_VERSION
 
-    @torch.inference_mode()
-    def generate(self, encoder: Encoder, prompts: Sequence[str]) -> Adapter:
-        """The adapter for these prompts, in their own dtype; the base model is not needed."""
-        condition, mask = encoder(joined(prompts, self.samples_per_prompt))
-        return self.generate_from(condition, mask)
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        draws: int = 1,
+        prompts_per_draw: int | None = None,
+        seed: int = 0,
+    ) -> GeneratedAdapter:
+        """The adapter for these prompts, each tensor in the dtype of the training adapters.
 
-    @torch.inference_mode()
+        All prompts are read at once; or `prompts_per_draw` of them at random, `draws` times, and
+        the mean of what these make is taken. That mean is of A and of B, token by token, as the
+        decoder writes them: the mean of the products ΔW = BA would have up to `draws` times the
+        rank and be no adapter of this shape. Since one decoder writes all draws, they share a
+        basis, and the two means are close while the draws agree.
+
+        Raises UsageError where no prompt has text or the draws cannot be made, LoragenError where
+        the encoder is not the one of the training.
+        """
+        given = with_text(prompts)
+        chosen = draw_prompts(given, draws, prompts_per_draw, seed, self.usual_prompts)
+        tokens = torch.zeros(self.layout.tokens, self.layout.token_dim)
+        distances: list[Distance] = []
+        for drawn in chosen:
+            condition, mask = self.embed(drawn)
+            tokens += self._tokens(condition, mask) / len(chosen)
+            if self.familiarity:
+                distances.append(self.familiarity.distance(condition, mask))
+        origin = replace(
+            self._origin(given, distances),
+            draws=draws,
+            prompts_per_draw=len(chosen[0]),
+            seed=None if len(chosen[0]) == len(given) else seed,
+        )
+        return GeneratedAdapter(dict(self.adapter_config), self.layout.unpack(tokens), origin)
+
     def generate_from(self, condition: Tensor, mask: Tensor) -> Adapter:
         """The adapter for embedded prompts: ``[texts, positions, dim]`` and their mask."""
-        self.network.eval()
-        normalized = self.network(condition.unsqueeze(0), mask.unsqueeze(0)).squeeze(0)
-        tokens = self.normalization.denormalize(normalized)
-        return Adapter(dict(self.adapter_config), self.layout.unpack(tokens))
+        return Adapter(dict(self.adapter_config), self.layout.unpack(self._tokens(condition, mask)))
 
-    def load_encoder(self) -> Encoder:
-        """Raises LoragenError where the installed encoder has other weights than in training."""
+    @torch.inference_mode()
+    def embed(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Prompts -> the condition ``[texts, positions, dim]`` and its mask; the texts are made of
+        `samples_per_prompt` prompts each."""
+        return self.text_encoder(joined(prompts, self.samples_per_prompt))
+
+    @property
+    def usual_prompts(self) -> int:
+        """How many prompts made a condition in training."""
+        return self.prompts_per_condition * self.samples_per_prompt
+
+    @cached_property
+    def text_encoder(self) -> Encoder:
+        """Loaded once, with the weights of the training where it was trained along. Raises
+        LoragenError where a frozen one has other weights than in training."""
         encoder: Encoder = create("encoder", self.encoder.name, self.encoder.options)
+        if self.encoder_state is not None:
+            try:
+                cast(nn.Module, encoder).load_state_dict(self.encoder_state)
+            except RuntimeError as error:
+                raise LoragenError(
+                    f"the encoder {self.encoder.name} {self.encoder.options} has other shapes than "
+                    "the one this generator was trained with"
+                ) from error
         if encoder.fingerprint != self.encoder_fingerprint:
             raise LoragenError(
                 f"the encoder {self.encoder.name} {self.encoder.options} has other weights than "
@@ -74,7 +136,45 @@ class Generator:
             )
         return encoder
 
-    def save(self, file: Path) -> None:
+    @torch.inference_mode()
+    def _tokens(self, condition: Tensor, mask: Tensor) -> Tensor:
+        """``[tokens, token_dim]``, in the adapter's own units."""
+        self.network.eval()
+        normalized = self.network(condition.unsqueeze(0), mask.unsqueeze(0)).squeeze(0)
+        return self.normalization.denormalize(normalized)
+
+    def _origin(self, prompts: Sequence[str], distances: Sequence[Distance]) -> Origin:
+        """Of several draws, the median distance."""
+        middle = sorted(distances, key=lambda d: d.ratio)[(len(distances) - 1) // 2 :][:1]
+        return Origin(
+            generator=self.name,
+            format_version=self.format_version,
+            base_model=self.base_model,
+            encoder=self.encoder.name,
+            decoder=self.decoder.name,
+            prompts=len(prompts),
+            prompts_sha256=sha256_text(*prompts),
+            plugins=[
+                plugin
+                for plugin in self.provenance.get("plugins", [])
+                if plugin["kind"] in ("encoder", "decoder")
+            ],
+            datasets=self.datasets,
+            nearest_dataset=middle[0].nearest if middle else None,
+            distance=middle[0].ratio if middle else None,
+            far=bool(middle) and middle[0].far,
+            vague=bool(middle) and middle[0].vague,
+        )
+
+    @property
+    def datasets(self) -> list[str]:
+        """The names of the training datasets, or of their runs where only these are known."""
+        if self.familiarity:
+            return self.familiarity.datasets
+        places = [Path(source) for source in self.provenance.get("sources", [])]
+        return [(p.parent if p.name == CHECKPOINTS else p).name for p in places]
+
+    def save(self, file: str | Path) -> None:
         """A file that `torch.load(file, weights_only=True)` reads."""
         document = {
             "format_version": FORMAT_VERSION,
@@ -88,21 +188,28 @@ class Generator:
             "base_model": self.base_model,
             "samples_per_prompt": self.samples_per_prompt,
             "prompts_per_condition": self.prompts_per_condition,
-            "state_dict": {k: v.detach().cpu() for k, v in self.network.state_dict().items()},
+            "state_dict": _on_cpu(self.network.state_dict()),
+            "encoder_state": _on_cpu(self.encoder_state) if self.encoder_state else None,
+            "familiarity": self.familiarity.state() if self.familiarity else None,
             "provenance": self.provenance,
         }
-        with written_atomically(file) as temporary:
+        with written_atomically(Path(file)) as temporary:
             torch.save(document, temporary)
 
     @classmethod
-    def load(cls, file: Path) -> "Generator":
-        """Raises DataError for a file that is not a generator of a format this version reads."""
+    def load(cls, path: str | Path) -> "Generator":
+        """Of an experiment directory or its generator_model.pt.
+
+        Raises UsageError where there is none, DataError for a file that is not a generator of a
+        format this version reads.
+        """
+        file = generator_file(Path(path))
         document = load_plain(file)
         try:
             version = document["format_version"]
             if version > FORMAT_VERSION:
                 raise DataError(f"{file}: format {version} is newer than this loragen; upgrade it")
-            return cls._from_document(document)
+            return cls._from_document(document, experiment_name(file))
         except KeyError as error:
             raise DataError(f"{file}: not a generator file: it has no {error}") from error
         except (RuntimeError, TypeError) as error:
@@ -110,11 +217,9 @@ class Generator:
             raise DataError(f"{file}: not a generator file: {reason}") from error
 
     @classmethod
-    def _from_document(cls, document: dict[str, Any]) -> "Generator":
+    def _from_document(cls, document: dict[str, Any], name: str) -> "Generator":
         decoder, layout = Choice(**document["decoder"]), Layout.from_state(document["layout"])
-        network = create(
-            "decoder", decoder.name, decoder.options, document["condition_dim"], layout.grid()
-        )
+        network = new_network(decoder.name, decoder.options, document["condition_dim"], layout)
         network.load_state_dict(document["state_dict"])
         kept = (
             "encoder_fingerprint",
@@ -124,12 +229,21 @@ class Generator:
             "samples_per_prompt",
             "prompts_per_condition",
             "provenance",
+            "format_version",
         )
+        known = document.get("familiarity")
         return cls(
             encoder=Choice(**document["encoder"]),
             decoder=decoder,
             layout=layout,
             normalization=Normalization(**document["normalization"]),
             network=network.eval(),
+            encoder_state=document.get("encoder_state"),
+            familiarity=Familiarity(**known) if known else None,
+            name=name,
             **{key: document[key] for key in kept},
         )
+
+
+def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.detach().cpu() for key, tensor in state.items()}

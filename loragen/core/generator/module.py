@@ -1,4 +1,4 @@
-"""Generator training as a LightningModule: reconstruct adapters from prompts."""
+"""Generator training as a LightningModule: adapters from prompts, judged by the objectives."""
 
 from typing import Any
 
@@ -7,8 +7,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from loragen.core.config.schema import GenTraining
-from loragen.core.generator.normalization import Normalization
-from loragen.core.generator.optimization import StepPlan, optimizer_for
+from loragen.core.generator.encoding import conditions
+from loragen.core.generator.network import Network
+from loragen.core.generator.objectives import Losses, Objectives
+from loragen.core.generator.optimization import StepPlan, averaged, optimizer_for
 from loragen.core.generator.pairs import PairBatch
 from loragen.core.steps import step_schedule
 
@@ -17,51 +19,96 @@ VALIDATION = ("val", "val_unseen")
 
 
 class GeneratorModule(LightningModule):
-    """`mse_weight · MSE + l1_weight · L1` on normalised tokens, under the mask."""
+    """A network on its way through the phases: what a batch holds says which objective it is for.
 
-    mean: Tensor
-    scale: Tensor
-    valid: Tensor
+    Validation looks at the reconstruction of held-out pairs and, where the base is at hand, at its
+    loss and accuracy on held-out rows with the generated adapter in place.
+    """
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Network,
         plan: StepPlan,
-        normalization: Normalization,
-        mask: Tensor,
+        objectives: Objectives,
         training: GenTraining,
         *,
+        encoder: Any = None,
         first_step: int = 0,
         optimizer_state: dict[str, Any] | None = None,
     ) -> None:
-        """`mask` is the layout's: ``[tokens, token_dim]`` bool. `first_step` steps are done already
-        and have left `optimizer_state`."""
+        """`encoder` where it is trained along; `first_step` steps are done already and have left
+        `optimizer_state`."""
         super().__init__()
         self.network = network
+        self.encoder = encoder.train() if encoder else None
         self.plan, self.training_options = plan, training
+        self.averaged = averaged(self.trained, training.ema_decay)
+        # No submodules: what they hold is the same in all checkpoints, and the base may be large.
+        self._objectives = objectives
         self.first_step, self._optimizer_state = first_step, optimizer_state
-        # Not in checkpoints: they are as large as an adapter each and the same in all of them.
-        self.register_buffer("mean", normalization.mean, persistent=False)
-        self.register_buffer("scale", normalization.scale, persistent=False)
-        self.register_buffer("valid", mask, persistent=False)
         self.step_metrics: dict[str, Any] = {}
         """Of this device's part of the last training step: the mean of its micro-batches."""
 
     @property
-    def normalization(self) -> Normalization:
-        return Normalization(self.mean, self.scale)
+    def trained(self) -> nn.ModuleDict:
+        """`network` and, where it is trained along, `encoder`."""
+        parts = {"network": self.network, "encoder": self.encoder}
+        return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
+
+    @property
+    def kept(self) -> nn.ModuleDict:
+        """What is validated and saved: the average of the weights where one is wanted."""
+        found = self.averaged.module if self.averaged else self.trained
+        assert isinstance(found, nn.ModuleDict)
+        return found
+
+    def on_fit_start(self) -> None:
+        self._objectives.to(self.device)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        noisy = _with_noise(batch.condition, self.training_options.condition_noise)
-        loss, metrics = self._losses(batch._replace(condition=noisy))
+        condition, mask = _condition(batch, self.encoder)
+        loss, metrics = self._losses(self.network(self._with_noise(condition), mask), batch)
         parts = self.trainer.accumulate_grad_batches
-        for name, value in metrics.items():
-            before = 0.0 if batch_idx % parts == 0 else self.step_metrics[f"train/{name}"]
-            self.step_metrics[f"train/{name}"] = before + value / parts
+        before = {} if batch_idx % parts == 0 else self.step_metrics
+        self.step_metrics = {
+            f"train/{name}": before.get(f"train/{name}", 0.0) + value / parts
+            for name, value in metrics.items()
+        }
         return loss
 
+    def _losses(self, written: Tensor, batch: PairBatch) -> Losses:
+        reconstruction, behaviour = self._objectives.reconstruction, self._objectives.behaviour
+        if batch.rows is None:
+            return reconstruction(written, batch.tokens, self.training_options.target_noise)
+        assert behaviour is not None
+        loss, metrics = behaviour(written, batch.rows)
+        share = self._objectives.reconstruction_weight
+        if share:
+            beside, more = reconstruction(written, batch.tokens)
+            loss, metrics = loss + share * beside, more | metrics
+        return loss, {**metrics, "loss": loss.detach()}
+
+    def _with_noise(self, condition: Tensor) -> Tensor:
+        """Gaussian, in units of the spread of every dimension of the conditions: of each prompt on
+        its own, and of all prompts of a dataset together."""
+        options, spread = self.training_options, self.network.condition_spread
+        if options.condition_noise:
+            condition = condition + options.condition_noise * spread * torch.randn_like(condition)
+        if options.dataset_noise:
+            shape = (len(condition), 1, 1, condition.shape[-1])
+            shift = torch.randn(shape, device=condition.device, dtype=condition.dtype)
+            condition = condition + options.dataset_noise * spread * shift
+        return condition
+
     def validation_step(self, batch: PairBatch, batch_idx: int, dataloader_idx: int) -> None:
-        _, metrics = self._losses(batch)
+        reconstruction, behaviour = self._objectives.reconstruction, self._objectives.behaviour
+        kept = self.kept
+        condition, mask = _condition(batch, kept["encoder"] if self.encoder else None)
+        written = kept["network"](condition, mask)
+        metrics = reconstruction(written, batch.tokens)[1]
+        metrics |= reconstruction.in_own_units(written, batch.tokens)
+        if behaviour and batch.rows is not None:
+            metrics["behaviour"], metrics["accuracy"] = behaviour.accuracy(written, batch.rows)
         for name, value in metrics.items():
             self.log(
                 f"{VALIDATION[dataloader_idx]}/{name}",
@@ -72,27 +119,8 @@ class GeneratorModule(LightningModule):
                 sync_dist=True,
             )
 
-    def _losses(self, batch: PairBatch) -> tuple[Tensor, dict[str, Any]]:
-        target = self.normalization.normalize(batch.tokens)  # (B, L, C)
-        error = self.network(batch.condition, batch.mask) - target
-        error = torch.where(self.valid, error, 0.0)
-        count = self.valid.sum() * len(error)
-        mse, l1 = error.square().sum() / count, error.abs().sum() / count
-        loss = self.training_options.mse_weight * mse + self.training_options.l1_weight * l1
-        raw = error.detach() * self.scale  # in the adapter's own units
-        norm = torch.linalg.vector_norm(torch.where(self.valid, batch.tokens, 0.0))
-        metrics = {
-            "loss": loss.detach(),
-            "mse": mse.detach(),
-            "l1": l1.detach(),
-            "mae": raw.abs().sum() / count,
-            "rmse": (raw.square().sum() / count).sqrt(),
-            "relative_error": torch.linalg.vector_norm(raw) / norm,
-        }
-        return loss, metrics
-
     def configure_optimizers(self) -> Any:
-        optimizer = optimizer_for(self.network, self.training_options)
+        optimizer = optimizer_for(self.trained, self.training_options)
         if self._optimizer_state:
             optimizer.load_state_dict(self._optimizer_state)
         schedule = step_schedule(
@@ -104,6 +132,9 @@ class GeneratorModule(LightningModule):
         }
 
 
-def _with_noise(condition: Tensor, share: float) -> Tensor:
-    """Gaussian noise of `share` times the condition's own standard deviation."""
-    return condition + share * condition.std() * torch.randn_like(condition) if share else condition
+def _condition(batch: PairBatch, encoder: Any) -> tuple[Tensor, Tensor]:
+    """``[batch, prompts, positions, dim]`` and its mask, embedded beforehand or now."""
+    if encoder is None:
+        return batch.condition, batch.mask
+    assert batch.texts is not None
+    return conditions(encoder, batch.texts)

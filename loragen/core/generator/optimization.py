@@ -1,15 +1,17 @@
 """How the weights move: the number of steps and their rates, and the optimizer."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from loragen.core.config import GenTrainConfig
 from loragen.core.config.schema import GenTraining
+from loragen.core.generator.phases import Objective, Phase, Phases
 from loragen.core.plugins import create, find
 from loragen.core.protocols import Rate, Schedule
 
@@ -18,52 +20,91 @@ from loragen.core.protocols import Rate, Schedule
 class StepPlan:
     """The optimizer steps of a whole training, whatever of it is done already."""
 
-    total: int
-    schedule: Schedule
+    phases: Phases
+    schedules: Mapping[Objective, Schedule]
+    """Each phase has its own, from its first step to its last."""
     per_epoch: int
-    """Steps in which every checkpoint comes once."""
+    """Steps of reconstruction in which every checkpoint comes once."""
+
+    @property
+    def total(self) -> int:
+        return self.phases.total
 
     def rate(self, step: int) -> Rate:
         """Of optimizer step `step`, counted from 1. (LambdaLR also asks for the one after the
         last.)"""
-        return self.schedule(min(step, self.total), self.total)
+        phase, within = self.phases.at(step)
+        return self.schedules[phase.objective](within, phase.steps)
 
     def epochs(self, step: int) -> float:
-        """How often every checkpoint has been seen after `step` steps."""
+        """How often every checkpoint would have been seen after `step` steps."""
         return step / self.per_epoch
 
 
 def step_plan(config: GenTrainConfig, per_epoch: int) -> StepPlan:
-    """As `training` and `trainer.limit_train_batches` end them."""
-    total = config.training.max_epochs * per_epoch
-    total = min(total, config.training.max_steps or total)
-    limit, parts = config.trainer.limit_train_batches, config.trainer.accumulate_grad_batches
+    """As `training`, `behaviour` and `trainer.limit_train_batches` end the phases."""
+    objective = config.training.objective
+    steps = config.training.max_epochs * per_epoch
+    reconstruction = Phase("reconstruction", min(steps, config.training.max_steps or steps))
+    behaviour = Phase("behaviour", config.behaviour.max_steps)
+    wanted = {
+        "reconstruction": (reconstruction,),
+        "behaviour": (behaviour,),
+        "reconstruction-then-behaviour": (reconstruction, behaviour),
+    }[objective]
+    phases = tuple(Phase(one.objective, _limited(config, one.steps)) for one in wanted)
+    schedules: dict[Objective, Schedule] = {
+        "reconstruction": _schedule(config, config.training.learning_rate),
+        "behaviour": _schedule(config, config.behaviour.learning_rate),
+    }
+    return StepPlan(Phases(phases), schedules, per_epoch)
+
+
+def _limited(config: GenTrainConfig, steps: int) -> int:
+    limit = config.trainer.limit_train_batches
     if isinstance(limit, float):
-        total = ceil(total * min(limit, 1.0))
-    elif limit:
-        total = min(total, ceil(limit / parts))
-    return StepPlan(total, _schedule(config), per_epoch)
+        return ceil(steps * min(limit, 1.0))
+    return min(steps, ceil(limit / config.trainer.accumulate_grad_batches)) if limit else steps
 
 
-def _schedule(config: GenTrainConfig) -> Schedule:
-    """`training.learning_rate` is meant for any schedule with a `learning_rate` left at default."""
+def _schedule(config: GenTrainConfig, learning_rate: float) -> Schedule:
+    """`learning_rate` is meant for any schedule with a `learning_rate` left at its default."""
     options = config.schedule.options
     default = find("schedule", config.schedule.name).Config.model_fields.get("learning_rate")
     if default is not None and options.get("learning_rate") == default.default:
-        options = {**options, "learning_rate": config.training.learning_rate}
+        options = {**options, "learning_rate": learning_rate}
     schedule: Schedule = create("schedule", config.schedule.name, options)
     return schedule
 
 
-def optimizer_for(network: nn.Module, options: GenTraining) -> torch.optim.Optimizer:
-    """At a rate of 1, which `step_schedule` multiplies."""
-    return torch.optim.AdamW(
-        decayed_and_not(network.parameters()), lr=1.0, weight_decay=options.weight_decay
-    )
+def optimizer_for(trained: nn.ModuleDict, options: GenTraining) -> torch.optim.Optimizer:
+    """Of the network and, where it trains, the encoder; at rates that `step_schedule` multiplies."""
+    groups = _groups(trained["network"], 1.0)
+    if "encoder" in trained:
+        groups += _groups(trained["encoder"], options.encoder_rate)
+    decay = options.weight_decay
+    match options.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=1.0, weight_decay=decay)
+        case "adam":
+            return torch.optim.Adam(groups, lr=1.0, weight_decay=decay)
+        case "sgd":
+            return torch.optim.SGD(groups, lr=1.0, weight_decay=decay, momentum=options.momentum)
 
 
-def decayed_and_not(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+def _groups(module: nn.Module, factor: float) -> list[dict[str, Any]]:
     """Vectors (biases, norms) are not decayed, matrices are."""
-    trained = [p for p in parameters if p.requires_grad]
-    vectors = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}
-    return [{"params": [p for p in trained if p.ndim >= 2]}, vectors]
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "factor": factor},
+        {"params": [p for p in trained if p.ndim < 2], "factor": factor, "weight_decay": 0.0},
+    ]
+
+
+def averaged(trained: nn.ModuleDict, decay: float | None) -> AveragedModel | None:
+    """A copy that follows the weights as their exponential moving average, and starts as they
+    are after the first step; None where none is wanted."""
+    if decay is None:
+        return None
+    copy = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]  # torch's
+    return copy.requires_grad_(False)

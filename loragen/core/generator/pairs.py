@@ -1,4 +1,4 @@
-"""Pairs to learn from: some prompts of a dataset, with any checkpoint of that dataset.
+"""Pairs to learn from: some prompts of a dataset, with a checkpoint of that dataset.
 
 Which pairs make up a step is a pure function of (seed, step), as for LoRA training; devices and
 accumulation rounds take their parts of it.
@@ -11,13 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from loragen.core.data.batches import batch_indices, held_out
-from loragen.core.errors import UsageError
+from loragen.core.data.batches import batch_indices
 from loragen.core.generator.sources import PreparedSource
+from loragen.core.lora.batch import Batch
 
 
 class PairBatch(NamedTuple):
@@ -27,6 +26,10 @@ class PairBatch(NamedTuple):
     """``[batch, prompts, positions]`` bool"""
     tokens: Tensor
     """``[batch, tokens, token_dim]``: adapters, not normalised."""
+    rows: Batch | None = None
+    """Where the behaviour is judged: equally many rows of every adapter's dataset, in order."""
+    texts: list[list[str]] | None = None
+    """The prompts of every condition, where the encoder trains along; `condition` is empty then."""
 
 
 class PairBatches(Dataset[PairBatch]):
@@ -47,8 +50,9 @@ class PairBatches(Dataset[PairBatch]):
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        """`texts[i]` are the indices of source i's prompt texts that may be drawn; `batch_size`
-        counts the pairs of a micro-batch, of all devices."""
+        """`texts[i]` are the indices of source i's prompt texts that may be drawn, where its
+        checkpoints have none of their own; `batch_size` counts the pairs of a micro-batch, of all
+        devices."""
         self.sources, self.texts = sources, texts
         self.batch_size, self.prompts, self.seed = batch_size, prompts, seed
         self.parts, self.rank, self.ranks = parts, rank, ranks
@@ -64,7 +68,7 @@ class PairBatches(Dataset[PairBatch]):
         step, part = divmod(k, self.parts)
         batch = batch_indices(len(self.pairs), size * self.parts, self.seed, step)
         mine = range(part * size + self.rank, (part + 1) * size, self.ranks)
-        return _stacked(
+        return stacked(
             [
                 self._pair(*self.pairs[batch[place]], draw=f"{self.seed}:{step}:{place}")
                 for place in mine
@@ -72,8 +76,10 @@ class PairBatches(Dataset[PairBatch]):
         )
 
     def _pair(self, source: int, checkpoint: int, draw: str) -> PairBatch:
-        drawn = draw_texts(self.texts[source], self.prompts, f"prompts:{draw}")
-        return _pair(self.sources[source], drawn, checkpoint)
+        tracked = self.sources[source].tracked
+        texts = self.texts[source] if tracked is None else tracked[checkpoint]
+        drawn = draw_texts(texts, self.prompts, f"prompts:{draw}")
+        return pair_of(self.sources[source], drawn, checkpoint)
 
 
 def draw_texts(texts: Sequence[int], count: int, draw: str) -> list[int]:
@@ -81,92 +87,16 @@ def draw_texts(texts: Sequence[int], count: int, draw: str) -> list[int]:
     return sorted(Random(draw).sample(list(texts), min(count, len(texts))))
 
 
-class PairDataModule(LightningDataModule):
-    """Training pairs; validation pairs from held-out prompt texts, and from held-out datasets."""
-
-    def __init__(
-        self,
-        sources: Sequence[PreparedSource],
-        unseen: Sequence[PreparedSource],
-        *,
-        batch_size: int,
-        prompts: int,
-        val_ratio: float,
-        seed: int,
-        parts: int = 1,
-    ) -> None:
-        """`parts`: micro-batches to an optimizer step."""
-        super().__init__()
-        self.sources, self.unseen = sources, unseen
-        self.batch_size, self.prompts = batch_size, prompts
-        self.seed, self.parts = seed, parts
-        splits = [_split_texts(source, val_ratio, seed) for source in sources]
-        self.train_texts = [split[0] for split in splits]
-        self.val_texts = [split[1] for split in splits]
-
-    def train_batches(self, rank: int = 0, ranks: int = 1) -> PairBatches:
-        return PairBatches(
-            self.sources,
-            self.train_texts,
-            batch_size=self.batch_size,
-            prompts=self.prompts,
-            seed=self.seed,
-            parts=self.parts,
-            rank=rank,
-            ranks=ranks,
-        )
-
-    @property
-    def validates(self) -> bool:
-        """Whether anything is held out."""
-        return bool(self.unseen) or any(self.val_texts)
-
-    def train_dataloader(self) -> DataLoader[PairBatch]:
-        """From the step the trainer stands at. Raises UsageError where devices cannot share a
-        batch equally."""
-        assert self.trainer is not None
-        ranks = self.trainer.world_size
-        if self.batch_size % ranks:
-            raise UsageError(
-                f"data.batch_size {self.batch_size} must be a multiple of {ranks} devices: "
-                "it counts the pairs of all of them"
-            )
-        batches = self.train_batches(self.trainer.global_rank, ranks)
-        first, last = self.trainer.global_step, self.trainer.max_steps
-        remaining = range(first * self.parts, last * self.parts)
-        return DataLoader(batches, batch_size=None, sampler=remaining)
-
-    def val_dataloader(self) -> list[DataLoader[PairBatch]]:
-        """One loader for held-out texts, one for held-out datasets; either may be empty."""
-        seen = [
-            self._validation_pair(source, texts)
-            for source, texts in zip(self.sources, self.val_texts, strict=True)
-            if texts
-        ]
-        unseen = [self._validation_pair(s, range(len(s.embeddings))) for s in self.unseen]
-        return [DataLoader(pairs, batch_size=None) for pairs in (seen, unseen)]  # type: ignore[arg-type]  # a list is a map-style dataset
-
-    def _validation_pair(self, source: PreparedSource, texts: Sequence[int]) -> PairBatch:
-        """Some texts of a dataset with its last checkpoint; the same pair at every validation."""
-        drawn = draw_texts(texts, self.prompts, f"validation:{self.seed}")
-        return _stacked([_pair(source, drawn, len(source.tokens) - 1)])
-
-
-def _split_texts(source: PreparedSource, ratio: float, seed: int) -> tuple[list[int], list[int]]:
-    """At least one text is left to train on; a source with a single one validates on none."""
-    texts = len(source.embeddings)
-    return held_out(texts, min(ratio, (texts - 1) / texts), seed)
-
-
-def _pair(source: PreparedSource, texts: Sequence[int], checkpoint: int) -> PairBatch:
+def pair_of(source: PreparedSource, texts: Sequence[int], checkpoint: int) -> PairBatch:
     return PairBatch(
         torch.from_numpy(np.array(source.embeddings[texts])),
         torch.from_numpy(np.array(source.mask[texts])),
         torch.from_numpy(np.array(source.tokens[checkpoint])),
+        texts=[[source.texts[index] for index in texts]] if source.texts else None,
     )
 
 
-def _stacked(pairs: Sequence[PairBatch]) -> PairBatch:
+def stacked(pairs: Sequence[PairBatch]) -> PairBatch:
     """Pads to the most prompts and positions; padding is off in the mask."""
     prompts = max(pair.mask.shape[0] for pair in pairs)
     positions = max(pair.mask.shape[1] for pair in pairs)
@@ -176,4 +106,5 @@ def _stacked(pairs: Sequence[PairBatch]) -> PairBatch:
     for row, pair in enumerate(pairs):
         n, p = pair.mask.shape
         condition[row, :n, :p], mask[row, :n, :p] = pair.condition, pair.mask
-    return PairBatch(condition, mask, torch.stack([pair.tokens for pair in pairs]))
+    texts = [row for pair in pairs for row in pair.texts or ()] or None
+    return PairBatch(condition, mask, torch.stack([pair.tokens for pair in pairs]), texts=texts)

@@ -8,7 +8,7 @@ from torch import nn
 
 from loragen.core.config import GenTrainConfig, load
 from loragen.core.config.differences import HARDWARE, differences, other_hardware
-from loragen.core.config.schema import Source as SourceConfig
+from loragen.core.config.schema import SourceSection
 from loragen.core.data.documents import location, parsed_source
 from loragen.core.errors import DataError
 from loragen.core.generator.places import configured_sources
@@ -67,7 +67,10 @@ def nothing_left(point: GeneratorPoint, config: GenTrainConfig) -> bool:
 
 def check_settings(point: GeneratorPoint, config: GenTrainConfig) -> None:
     """What can be said before the sources are read. Raises UsageError, as below."""
-    point.refuse(differences(point.config, config, FREE))
+    problems = differences(point.config, config, FREE)
+    if config.training.objective == "auto":  # what that comes to is settled with the sources
+        problems = [one for one in problems if not one.startswith("training.objective is")]
+    point.refuse(problems)
 
 
 def check_unchanged(
@@ -78,6 +81,8 @@ def check_unchanged(
     problems = differences(point.config, config, FREE)
     if then.encoder_fingerprint not in ("", manifest.encoder_fingerprint):
         problems.append(f"the encoder {config.encoder.name} has other weights")
+    if then.base_fingerprint not in ("", manifest.base_fingerprint):
+        problems.append("the base model has other weights")
     if then.source_records:
         problems += _other_sources(then.source_records, manifest.source_records)
     point.refuse(problems)
@@ -92,10 +97,12 @@ def located(config: GenTrainConfig) -> GenTrainConfig:
     found.sources = [_located(source) for source in configured_sources(config)]
     found.val_sources = [_located(source) for source in config.val_sources]
     found.data.checkpoint_dir = None
+    if config.data.prompts is not None:
+        found.data.prompts = str(Path(config.data.prompts).absolute())
     return found
 
 
-def _located(source: SourceConfig) -> SourceConfig:
+def _located(source: SourceSection) -> SourceSection:
     """With absolute paths."""
     places = {
         key: str(Path(place).absolute())

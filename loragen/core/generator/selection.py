@@ -26,13 +26,19 @@ class Selection:
         return f"val_{str(self.metric).rpartition('/')[2]}={value:.4f}"
 
 
-def select_by(seen: bool, unseen: bool) -> Selection:
-    """The rule, given whether prompts of the training datasets, and whole datasets, are held out.
+def select_by(seen: bool, unseen: bool, tried: bool) -> Selection:
+    """The rule, given whether prompts of the training datasets, and whole datasets, are held out,
+    and whether the base model is tried on held-out rows with the generated adapters.
 
-    New datasets are what a generator is for: they decide where there are any.
+    New datasets are what a generator is for: they decide where there are any. So does what an
+    adapter does, over what it looks like; its loss, since accuracies are coarse on few rows.
     """
-    if unseen:
-        return Selection("val_unseen/loss", sentence="lowest val_unseen/loss")
-    if seen:
-        return Selection("val/loss", sentence="lowest val/loss")
-    return Selection(None)
+    if not (seen or unseen):
+        return Selection(None)
+    where, who = ("val_unseen", "datasets") if unseen else ("val", "prompts")
+    if tried:
+        told = f"lowest {where}/behaviour: the base's loss on held-out rows of held-out {who}"
+        return Selection(f"{where}/behaviour", sentence=told)
+    return Selection(
+        f"{where}/loss", sentence=f"lowest {where}/loss, reconstructing held-out {who}"
+    )

@@ -1,25 +1,27 @@
 """Learn: collections and their prompts -> an experiment directory with a generator in it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
 
 from loragen.core.checkpoints import AtomicCheckpointIO, load_plain
 from loragen.core.config import GenTrainConfig
-from loragen.core.errors import DataError
 from loragen.core.files import sha256_text
-from loragen.core.generator.callbacks import GeneratorCheckpoints, GeneratorMetrics
-from loragen.core.generator.layout import Layout
+from loragen.core.generator.behaviour import rehearsal
+from loragen.core.generator.callbacks import Averaging, GeneratorCheckpoints, GeneratorMetrics
+from loragen.core.generator.data import GeneratorData
+from loragen.core.generator.encoding import embedded
+from loragen.core.generator.familiarity import Familiarity
 from loragen.core.generator.model import Choice, Generator
 from loragen.core.generator.module import GeneratorModule
-from loragen.core.generator.normalization import Normalization
-from loragen.core.generator.optimization import StepPlan, step_plan
-from loragen.core.generator.pairs import PairDataModule
-from loragen.core.generator.places import configured_sources
+from loragen.core.generator.network import Network, new_network
+from loragen.core.generator.normalization import Normalization, importance
+from loragen.core.generator.objectives import Behaviour, Objectives, Reconstruction
+from loragen.core.generator.optimization import StepPlan
+from loragen.core.generator.plan import Plan, plan
 from loragen.core.generator.resume import (
     GeneratorPoint,
     check_settings,
@@ -28,14 +30,9 @@ from loragen.core.generator.resume import (
     restore_weights,
     void_later,
 )
+from loragen.core.generator.samples import CollectionSamples
 from loragen.core.generator.selection import Selection, select_by
-from loragen.core.generator.sources import (
-    PreparedSource,
-    Source,
-    common_layout,
-    prepared,
-    read_source,
-)
+from loragen.core.generator.sources import prepared
 from loragen.core.interrupt import Interruption
 from loragen.core.plugins import create
 from loragen.core.progress import Progress
@@ -53,37 +50,6 @@ class GeneratorRun:
     manifest: GeneratorManifest
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What training will work on, known before anything is written."""
-
-    sources: list[Source]
-    unseen: list[Source]
-    layout: Layout
-
-    def summary(self) -> str:
-        checkpoints = sum(len(source.checkpoints) for source in self.sources)
-        return (
-            f"{len(self.sources)} datasets, {checkpoints} checkpoints of {self.layout.values:,} "
-            f"values -> {self.layout.tokens:,} tokens of {self.layout.token_dim} "
-            f"(fill {self.layout.values / (self.layout.tokens * self.layout.token_dim):.1%})"
-        )
-
-
-def plan(config: GenTrainConfig) -> Plan:
-    """Finds every source and derives the layout. Raises UsageError or DataError."""
-    limit = config.data.max_checkpoints
-    sources = [read_source(source, limit) for source in configured_sources(config)]
-    unseen = [read_source(source, limit) for source in config.val_sources]
-    for source in (*sources, *unseen):
-        if source.base_model != sources[0].base_model:
-            raise DataError(
-                f"{source.name} was trained on {source.base_model}, {sources[0].name} on "
-                f"{sources[0].base_model}: a generator serves one base model"
-            )
-    return Plan(sources, unseen, common_layout([*sources, *unseen], config))
-
-
 def train(
     config: GenTrainConfig, progress: Progress, resume: GeneratorPoint | None = None
 ) -> GeneratorRun:
@@ -97,44 +63,44 @@ def train(
     if resume:
         check_settings(resume, config)
     work = plan(config)
+    config = located(work.config)
+    tried = rehearsal(work)
     encoder: Encoder = create("encoder", config.encoder.name, config.encoder.options)
     key = sha256_text(config.encoder.name, repr(config.encoder.options), encoder.fingerprint)
     both = [*work.sources, *work.unseen]
     with prepared(both, work.layout, encoder, key, config) as ready:
         seen, unseen = ready[: len(work.sources)], ready[len(work.sources) :]
-        return _train(located(config), work, encoder, seen, unseen, progress, resume)
+        data = GeneratorData(seen, unseen, config, tried)
+        return _train(work, data, encoder, progress, resume)
 
 
 def _train(
-    config: GenTrainConfig,
     work: Plan,
+    data: GeneratorData,
     encoder: Encoder,
-    seen: Sequence[PreparedSource],
-    unseen: Sequence[PreparedSource],
     progress: Progress,
     resume: GeneratorPoint | None,
 ) -> GeneratorRun:
-    manifest = _manifest(config, work, encoder, seen, unseen, resume)
+    manifest = _manifest(work, data, encoder, resume)
     if resume:
-        check_unchanged(resume, config, manifest)
+        check_unchanged(resume, data.config, manifest)
     checkpoint = resume.read() if resume else None
-    data = _data(config, seen, unseen)
-    steps = step_plan(config, data.train_batches().steps_per_epoch)
-    generator = _new_generator(config, work, encoder, seen)
-    module = _module(config, generator, steps, checkpoint)
-    walk = _walk(config, data, steps, manifest, progress, resume)
+    generator = _new_generator(data, work, encoder)
+    module = _module(data, generator, encoder, checkpoint)
+    walk = _walk(data, manifest, progress, resume)
     if checkpoint:
         restore_weights(module, checkpoint)
         restore_progress(walk.trainer, checkpoint)
     if resume and walk.trainer.is_global_zero:
         void_later(resume)
-    progress.start("generator", steps.total)
+    progress.start("generator", data.plan.total)
     with outcome(walk.session), walk.interruption.awaited():
         fit(walk.trainer, module, data)
         manifest.steps, manifest.metrics = walk.trainer.global_step, walk.metrics.latest
-        generator.provenance = _provenance(manifest, walk.selection)
+        generator.provenance = _provenance(manifest, walk.selection, data.plan)
         if walk.checkpoints.best:
             restore_weights(module, load_plain(walk.checkpoints.best))
+        _keep(generator, module, data)
         if walk.trainer.is_global_zero:
             generator.save(walk.session.directory / GENERATOR_FILE)
     return GeneratorRun(walk.session.directory, manifest)
@@ -153,13 +119,12 @@ class Walk:
 
 
 def _walk(
-    config: GenTrainConfig,
-    data: PairDataModule,
-    steps: StepPlan,
+    data: GeneratorData,
     manifest: GeneratorManifest,
     progress: Progress,
     resume: GeneratorPoint | None,
 ) -> Walk:
+    config, steps = data.config, data.plan
     session = RunSession(
         Path(config.experiments_dir),
         "lora_generator",
@@ -169,10 +134,10 @@ def _walk(
         resume.continued() if resume else None,
     )
     interruption = Interruption()
-    selection = select_by(seen=any(data.val_texts), unseen=bool(data.unseen))
+    selection = select_by(any(data.val_texts), bool(data.unseen), data.tries_rows)
     every = min(config.training.val_every_epochs * steps.per_epoch, steps.total)
     val_every = every if data.validates else None
-    metrics = GeneratorMetrics(session, steps, data.batch_size * data.parts)
+    metrics = GeneratorMetrics(session, steps, config.data.batch_size * data.parts)
     checkpoints = GeneratorCheckpoints(
         session,
         selection,
@@ -181,7 +146,7 @@ def _walk(
         val_every=val_every,
         last_every=config.training.last_every,
     )
-    callbacks = [session, StepSeeds(config.seed), metrics, checkpoints]
+    callbacks = [session, StepSeeds(config.seed), Averaging(), metrics, checkpoints]
     trainer = _trainer(config, callbacks, steps, val_every)
     return Walk(session, metrics, checkpoints, selection, interruption, trainer)
 
@@ -204,68 +169,83 @@ def _trainer(
     )
 
 
-def _data(
-    config: GenTrainConfig, seen: Sequence[PreparedSource], unseen: Sequence[PreparedSource]
-) -> PairDataModule:
-    return PairDataModule(
-        seen,
-        unseen,
-        batch_size=config.data.batch_size,
-        prompts=config.data.prompts_per_condition,
-        val_ratio=config.data.val_ratio,
-        seed=config.seed,
-        parts=config.trainer.accumulate_grad_batches,
-    )
-
-
 def _module(
-    config: GenTrainConfig,
-    generator: Generator,
-    steps: StepPlan,
-    checkpoint: dict[str, Any] | None,
+    data: GeneratorData, generator: Generator, encoder: Encoder, checkpoint: dict[str, Any] | None
 ) -> GeneratorModule:
     return GeneratorModule(
-        generator.network,
-        steps,
-        generator.normalization,
-        generator.layout.mask(),
-        config.training,
+        cast(Network, generator.network),
+        data.plan,
+        _objectives(data, generator),
+        data.config.training,
+        encoder=None if encoder.frozen else encoder,
         first_step=int(checkpoint["global_step"]) if checkpoint else 0,
         optimizer_state=optimizer_state(checkpoint) if checkpoint else None,
     )
 
 
-def _new_generator(
-    config: GenTrainConfig, work: Plan, encoder: Encoder, seen: Sequence[PreparedSource]
-) -> Generator:
+def _objectives(data: GeneratorData, generator: Generator) -> Objectives:
+    layout, normalization, training = (
+        generator.layout,
+        generator.normalization,
+        data.config.training,
+    )
+    collections = [source.tokens for source in data.sources]
+    weights = (
+        importance(layout, normalization, collections)
+        if training.importance
+        else torch.ones(layout.tokens, 1)
+    )
+    behaviour = None
+    if data.rehearsal:
+        base = data.rehearsal.base
+        behaviour = Behaviour(base, layout, normalization, generator.adapter_config)
+    return Objectives(
+        Reconstruction(normalization, layout.mask(), training, weights),
+        behaviour,
+        data.config.behaviour.reconstruction_weight,
+    )
+
+
+def _new_generator(data: GeneratorData, work: Plan, encoder: Encoder) -> Generator:
+    config, layout = data.config, work.layout
+    collections = [source.tokens for source in data.sources]
+    normalization = Normalization.fit(layout, collections)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        network = create(
-            "decoder", config.decoder.name, config.decoder.options, encoder.dim, work.layout.grid()
-        )
+        network = new_network(config.decoder.name, config.decoder.options, encoder.dim, layout)
+    network.fit_conditions((texts, mask) for _, texts, mask in embedded(encoder, data.sources))
+    network.start_from(CollectionSamples(collections, normalization))
     return Generator(
         encoder=Choice(config.encoder.name, config.encoder.options),
         encoder_fingerprint=encoder.fingerprint,
         decoder=Choice(config.decoder.name, config.decoder.options),
         condition_dim=encoder.dim,
-        layout=work.layout,
-        normalization=Normalization.fit(work.layout, (source.tokens for source in seen)),
+        layout=layout,
+        normalization=normalization,
         adapter_config=work.sources[0].adapter_config,
-        base_model=work.sources[0].base_model,
+        base_model=work.base_model,
         samples_per_prompt=config.data.samples_per_prompt,
         prompts_per_condition=config.data.prompts_per_condition,
         network=network,
+        familiarity=Familiarity.fit(embedded(encoder, data.sources)),
     )
 
 
+def _keep(generator: Generator, module: GeneratorModule, data: GeneratorData) -> None:
+    """What the training has made of the weights, averaged or not."""
+    kept = module.kept.eval()
+    generator.network = kept["network"]
+    if "encoder" in kept:
+        encoder: Any = kept["encoder"]
+        generator.encoder_state = encoder.state_dict()
+        generator.encoder_fingerprint = encoder.fingerprint
+        generator.familiarity = Familiarity.fit(embedded(encoder, data.sources))
+
+
 def _manifest(
-    config: GenTrainConfig,
-    work: Plan,
-    encoder: Encoder,
-    seen: Sequence[PreparedSource],
-    unseen: Sequence[PreparedSource],
-    resume: GeneratorPoint | None,
+    work: Plan, data: GeneratorData, encoder: Encoder, resume: GeneratorPoint | None
 ) -> GeneratorManifest:
+    config = data.config
     chosen = {
         "encoder": [config.encoder.name],
         "decoder": [config.decoder.name],
@@ -274,14 +254,15 @@ def _manifest(
     }
     records = [
         source.record.model_copy(update={"held_out": held_out})
-        for sources, held_out in ((seen, False), (unseen, True))
+        for sources, held_out in ((data.sources, False), (data.unseen, True))
         for source in sources
         if source.record
     ]
     manifest = GeneratorManifest(
-        base_model=work.sources[0].base_model,
+        base_model=work.base_model,
         sources=[str(s.checkpoints[0].parent.absolute()) for s in work.sources],
         val_sources=[str(s.checkpoints[0].parent.absolute()) for s in work.unseen],
+        base_fingerprint=data.rehearsal.base.fingerprint if data.rehearsal else "",
         source_records=records,
         encoder_fingerprint=encoder.fingerprint,
         plugins=plugin_records(chosen),
@@ -292,7 +273,9 @@ def _manifest(
     return manifest
 
 
-def _provenance(manifest: GeneratorManifest, selection: Selection) -> dict[str, Any]:
+def _provenance(
+    manifest: GeneratorManifest, selection: Selection, steps: StepPlan
+) -> dict[str, Any]:
     """What the generator's file tells of its training."""
     known = manifest.model_dump(mode="json", exclude={"status", "seconds", "logger_run_ids"})
-    return {**known, "chosen_by": selection.sentence}
+    return {**known, "trained_for": str(steps.phases), "chosen_by": selection.sentence}

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loragen.core.data.answers import allowed_answers, closed_answers
 from loragen.core.data.rows import Row
 from loragen.core.data.tokenize import Example, answer_ids, pad_id, prompt_ids
 from loragen.core.lora.batch import padded
 from loragen.core.lora.loss import answer_losses
-
-MOST_CLOSED_ANSWERS = 16  # a dataset with no more distinct responses has a closed answer set
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,8 @@ class Scores:
     """The greedy answer, stripped, is the response, stripped."""
     choice_accuracy: float | None
     """The response is the likeliest of the row's choices; None where there are none."""
+    format_validity: float | None
+    """Share of answers that are one of those allowed, right or not; None where any text is."""
     choices: int | None
     """How many answers the closed set has; None where every row brings its own."""
     seconds: float
@@ -34,18 +35,28 @@ class Scores:
 
 
 def evaluate(
-    model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int = 32, choices: bool = True
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    batch_size: int = 32,
+    choices: bool = True,
+    closed: list[str] | None = None,
 ) -> Scores:
-    """Scores a causal language model, adapter or not, on labelled rows."""
+    """Scores a causal language model, adapter or not, on labelled rows.
+
+    `closed` are the answers of the whole dataset, where `rows` are only some of its rows;
+    `choices=False` leaves out the choice accuracy, which costs a forward pass per choice.
+    """
     started = time.perf_counter()
-    answers = generate(model, tokenizer, rows, batch_size)
-    hits = [given.strip() == row.response.strip() for given, row in zip(answers, rows, strict=True)]
-    closed = closed_answers(rows) if choices else None
+    answers = [text.strip() for text in generate(model, tokenizer, rows, batch_size)]
+    hits = [given == row.response.strip() for given, row in zip(answers, rows, strict=True)]
+    closed = closed or closed_answers(rows)
     accuracy = choice_accuracy(model, tokenizer, rows, closed, batch_size) if choices else None
     return Scores(
         rows=len(rows),
         exact_match=sum(hits) / len(rows),
         choice_accuracy=accuracy,
+        format_validity=format_validity(answers, rows, closed),
         choices=len(closed) if closed else None,
         seconds=round(time.perf_counter() - started, 3),
     )
@@ -56,13 +67,12 @@ def generate(model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int) -
     """The greedy answers. Each may be as long as the longest response, no longer."""
     room = max(len(answer_ids(tokenizer, row.response)) for row in rows)
     padding = pad_id(tokenizer)
-    texts: list[str] = []
+    prompts = [prompt_ids(tokenizer, row.prompt, row.system, row.history) for row in rows]
+    order = sorted(range(len(rows)), key=lambda row: len(prompts[row]))  # little padding
+    texts = [""] * len(rows)
     for first in range(0, len(rows), batch_size):
-        prompts = [
-            prompt_ids(tokenizer, row.prompt, row.system, row.history)
-            for row in rows[first : first + batch_size]
-        ]
-        ids, attention = _padded_left(prompts, padding, model.device)
+        batch = order[first : first + batch_size]
+        ids, attention = _padded_left([prompts[row] for row in batch], padding, model.device)
         written = model.generate(
             input_ids=ids,
             attention_mask=attention,
@@ -74,15 +84,25 @@ def generate(model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int) -
             pad_token_id=padding,
             eos_token_id=tokenizer.eos_token_id,
         )
-        texts += tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+        answers = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+        for row, answer in zip(batch, answers, strict=True):
+            texts[row] = answer
     return texts
 
 
-def closed_answers(rows: Sequence[Row]) -> list[str] | None:
-    """The answers of the whole dataset where they are few and recur; None where they are free."""
-    distinct = sorted({row.response for row in rows})
-    recur = len(distinct) <= min(MOST_CLOSED_ANSWERS, len(rows) // 2)
-    return distinct if len(distinct) > 1 and recur else None
+def format_validity(
+    answers: Sequence[str], rows: Sequence[Row], closed: list[str] | None
+) -> float | None:
+    """Share of `answers` that are one of their row's choices, or of the closed set, white space
+    around them aside; None where some row has neither."""
+    allowed = allowed_answers(rows, closed)
+    if allowed is None:
+        return None
+    valid = [
+        given.strip() in {one.strip() for one in known}
+        for given, known in zip(answers, allowed, strict=True)
+    ]
+    return sum(valid) / len(rows)
 
 
 def choice_accuracy(
@@ -92,13 +112,13 @@ def choice_accuracy(
 
     A row's own choices come first, then the closed set; None where some row has neither.
     """
-    options = [row.choices or closed for row in rows]
-    if not all(options):
+    options = allowed_answers(rows, closed)
+    if options is None:
         return None
     examples, owners = [], []
     for index, (row, candidates) in enumerate(zip(rows, options, strict=True)):
         prompt = prompt_ids(tokenizer, row.prompt, row.system, row.history)
-        for candidate in candidates or ():
+        for candidate in candidates:
             answer = answer_ids(tokenizer, candidate)
             examples.append(Example([*prompt, *answer], len(answer)))
             owners.append((index, candidate))

@@ -1,75 +1,108 @@
 """HyperConv: a condition becomes a feature map over the adapter, convolved along each axis."""
 
-from math import prod
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from loragen.core.protocols import TokenGrid
+from loragen.core.protocols import Samples, TokenGrid
+from loragen.plugins.decoders._directions import principal_directions
+
+FEWEST_DIRECTIONS, MOST_DIRECTIONS = 4, 32
 
 
 class HyperConv(nn.Module):
     """A hyper-convolutional decoder, after Drag-and-Drop LLMs (arXiv 2506.16406).
 
-    The feature map is ``[batch, H, L, W]``: H layers of the base model, L tokens in each layer,
-    W = `hidden_dim` channels. The paper's first axis is the prompts; here these are pooled first,
-    so that any number of them will do, and the layers take their place.
+    With `shapes` it has the paper's geometry (see `_feature_maps.FeatureMaps`). Without, the
+    feature map ``(N, L, C)`` covers the adapter cell by cell: N layers of the base model, L kinds
+    of matrix in a layer (q_proj's lora_A, ...), C channels. It decides how far the adapter goes, in
+    each cell, along a few directions of weight space, rather than every single weight::
 
-    ::
+        read      [B, prompts, positions, dim] -> each prompt on its own, averaged -> [B, hidden]
+        expand    [B, N, L, C]   the condition, and what each cell adds of its own
+        blocks    [B, N, L, C]   ConvW (mixes channels) -> ConvH (along the layers) -> ConvL (along
+                                 the kinds), residual, normalised
+        steer     [B, N, L, R]   coefficients of R directions: common ones + each cell's correction
+        project   [B, tokens, token_dim]   sum over the directions of a cell's tokens
 
-        condition          [B, prompts, positions, dim]   and its mask
-        input projection   [B, prompts, positions, 2 hidden] -> mean under the mask -> [B, rank]
-        sequence expander  [B, H, L, W]: `rank` coefficients times learned maps
-        blocks x N         ConvW (W x W, mixes channels) -> ConvH (kernel along the layers)
-                           -> ConvL (kernel along the tokens of a layer), residual, normalised
-        output projection  [B, H, L, token_dim] -> [B, tokens, token_dim]
-
-    Parameters: the expander has ``rank · tokens · hidden_dim`` where `max_parameters` allows it
-    (linear in the tokens), otherwise ``rank · (tokens / layers + layers) · hidden_dim``: maps
-    shared over the layers and scaled per layer, with the largest rank that fits. Each block has
-    ``2 · hidden_dim² + 2 · kernel · hidden_dim``, whatever the number of tokens.
+    The directions start as the principal components of the collected adapters (`start_from`), so
+    training begins where a linear model of the collection ends. Parameters: the directions have
+    ``R · tokens · token_dim``; `rank: auto` takes as many as `max_parameters` allows, between 4 and
+    32. All else is a few millions, whatever the size of the adapter.
     """
 
     class Config(BaseModel, extra="forbid"):
         blocks: int = Field(3, ge=0, description="Blocks of ConvW -> ConvH -> ConvL.")
-        hidden_dim: int = Field(384, ge=1, description="Channels W of the feature map.")
+        hidden_dim: int = Field(384, ge=1, description="Channels C of the feature map.")
         kernel_size: Literal[1, 3, 5, 7] = Field(
-            3, description="Kernel of ConvH (in layers) and ConvL (in tokens)."
+            3, description="Kernel of the convolutions along layers, kinds or map axes."
         )
-        rank: int = Field(
-            32, ge=1, description="Coefficients that the condition is condensed to, at most."
+        rank: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+            "auto", description="Directions R; auto: what max_parameters allows, 4 to 32."
+        )
+        train_directions: bool = Field(
+            True, description="Whether the directions train, or stay the principal components."
         )
         dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the condition.")
         max_parameters: int = Field(
-            40_000_000, ge=1, description="Most parameters of the sequence expander."
+            40_000_000, ge=1, description="Most parameters of the directions (rank: auto)."
+        )
+        shapes: list[tuple[int, int, int]] | None = Field(
+            None,
+            min_length=2,
+            description="The paper's geometry: maps [N, L, C], the condition's to the tokens'.",
         )
 
     def __init__(self, config: Config, condition_dim: int, grid: TokenGrid) -> None:
+        """Raises ValueError where the last of `shapes` has too few values."""
+        super().__init__()
+        self.body: nn.Module
+        if config.shapes:
+            from loragen.plugins.decoders._feature_maps import FeatureMaps
+
+            self.body = FeatureMaps(
+                config.shapes, condition_dim, config.kernel_size, grid.tokens, grid.token_dim
+            )
+        else:
+            self.body = CellMap(config, condition_dim, grid)
+
+    def forward(self, condition: Tensor, mask: Tensor) -> Tensor:
+        tokens: Tensor = self.body(condition, mask)
+        return tokens
+
+    def start_from(self, samples: Samples) -> None:
+        """Before the first step: the directions from examples of what is to be generated."""
+        if isinstance(self.body, CellMap):
+            self.body.project.start_from(samples)
+
+
+class CellMap(nn.Module):
+    """The derived geometry: a map over the cells, whose channels steer directions."""
+
+    def __init__(self, config: HyperConv.Config, condition_dim: int, grid: TokenGrid) -> None:
         super().__init__()
         width = config.hidden_dim
-        places, length = token_places(grid)
-        layers = int(grid.layer.max()) + 1
+        cell, shape = cells(grid)
+        rank = directions_for(config, grid)
         self.read = ConditionReader(condition_dim, 2 * width, config.dropout)
-        self.expand = make_expander(config, 2 * width, layers, length)
+        self.expand = Expander(2 * width, (*shape, width))
         self.blocks = nn.ModuleList(
             HyperConvBlock(width, config.kernel_size) for _ in range(config.blocks)
         )
-        self.project = nn.Linear(width, grid.token_dim)
-        if width == grid.token_dim:
-            nn.init.eye_(self.project.weight)  # the map's channels start as the token's values
-        # Where each token stands in the map; layers may differ in length, the rest is unused.
-        self.register_buffer("place", torch.from_numpy(places), persistent=False)
+        self.steer = Steering(2 * width, width, rank)
+        self.project = Directions(rank, cell, grid, config.train_directions)
 
     def forward(self, condition: Tensor, mask: Tensor) -> Tensor:
-        x = self.read(condition, mask)  # (B, 2 hidden)
-        x = self.expand(x)  # (B, H, L, W)
+        read = self.read(condition, mask)  # (B, 2 C)
+        x = self.expand(read)  # (B, N, L, C)
         for block in self.blocks:
-            x = block(x)  # (B, H, L, W)
-        x = self.project(x).flatten(1, 2)  # (B, H * L, token_dim)
-        return x[:, self.place]  # (B, tokens, token_dim)
+            x = block(x)  # (B, N, L, C)
+        coefficients = self.steer(read, x)  # (B, N, L, R)
+        tokens: Tensor = self.project(coefficients)  # (B, tokens, token_dim)
+        return tokens
 
 
 class ConditionReader(nn.Module):
@@ -81,59 +114,70 @@ class ConditionReader(nn.Module):
 
     def __init__(self, dim: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
         self.layers = nn.Sequential(
             nn.Dropout(dropout), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden)
         )
 
     def forward(self, condition: Tensor, mask: Tensor) -> Tensor:
         kept = mask.unsqueeze(-1)  # (B, N, P, 1)
-        read = self.layers(self.norm(condition))  # (B, N, P, hidden)
+        read = self.layers(condition)  # (B, N, P, hidden)
         total = torch.where(kept, read, 0.0).sum(dim=(1, 2))
         return total / kept.sum(dim=(1, 2)).clamp(min=1)  # (B, hidden)
 
 
-class FullExpander(nn.Module):
-    """Coefficients times learned maps ``[rank, H, L, W]``."""
+class Expander(nn.Module):
+    """A vector in every cell of the map ``(N, L, C)``, beside what the cell itself is."""
 
-    def __init__(self, hidden: int, rank: int, shape: tuple[int, int, int]) -> None:
+    def __init__(self, hidden: int, shape: tuple[int, int, int]) -> None:
         super().__init__()
-        self.shape = shape
-        self.condense = nn.Linear(hidden, rank)
-        self.maps = nn.Parameter(torch.randn(rank, prod(shape)) * rank**-0.5)
+        self.spread = nn.Linear(hidden, shape[2])
+        self.place = nn.Parameter(torch.randn(shape) * 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.condense(x) @ self.maps).unflatten(-1, self.shape)
+        return self.spread(x)[:, None, None] + self.place  # (B, N, L, C)
 
 
-class SharedExpander(nn.Module):
-    """Coefficients times maps ``[rank, L, W]`` shared by all layers, scaled by ``[rank, H, W]``."""
+class Steering(nn.Module):
+    """How far to go along each direction: the same in all cells at first, then as the map says."""
 
-    def __init__(self, hidden: int, rank: int, shape: tuple[int, int, int]) -> None:
+    def __init__(self, hidden: int, width: int, rank: int) -> None:
         super().__init__()
-        layers, length, width = shape
-        self.condense = nn.Linear(hidden, rank)
-        self.maps = nn.Parameter(torch.randn(rank, length, width) * rank**-0.5)
-        self.scales = nn.Parameter(torch.randn(rank, layers, width))
+        self.common = nn.Linear(hidden, rank)
+        self.norm = nn.LayerNorm(width)
+        self.correct = nn.Linear(width, rank)
+        nn.init.zeros_(self.correct.weight)
+        nn.init.zeros_(self.correct.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        scaled = torch.einsum("br,rhw->brhw", self.condense(x), self.scales)
-        return torch.einsum("brhw,rlw->bhlw", scaled, self.maps)
+    def forward(self, read: Tensor, x: Tensor) -> Tensor:
+        return self.common(read)[:, None, None] + self.correct(self.norm(x))  # (B, N, L, R)
 
 
-def make_expander(
-    config: HyperConv.Config, hidden: int, layers: int, length: int
-) -> FullExpander | SharedExpander:
-    """The full expander where it fits into `max_parameters`, else the shared one."""
-    shape = (layers, length, config.hidden_dim)
-    if config.rank * prod(shape) <= config.max_parameters:
-        return FullExpander(hidden, config.rank, shape)
-    fitting = config.max_parameters // ((layers + length) * config.hidden_dim)
-    return SharedExpander(hidden, max(1, min(config.rank * layers, fitting)), shape)
+class Directions(nn.Module):
+    """Coefficients ``[B, N, L, R]`` times the directions of each token, ``[tokens, R, dim]``."""
+
+    cell: Tensor
+
+    def __init__(self, rank: int, cell: np.ndarray, grid: TokenGrid, trained: bool) -> None:
+        super().__init__()
+        start = torch.randn(grid.tokens, rank, grid.token_dim) * rank**-0.5
+        self.directions = nn.Parameter(start, requires_grad=trained)
+        self.register_buffer("cell", torch.from_numpy(cell), persistent=False)
+
+    def forward(self, coefficients: Tensor) -> Tensor:
+        of_token = coefficients.flatten(1, 2)[:, self.cell]  # (B, tokens, R)
+        tokens = torch.bmm(of_token.transpose(0, 1), self.directions)  # (tokens, B, token_dim)
+        return tokens.transpose(0, 1)
+
+    @torch.no_grad()
+    def start_from(self, samples: Samples) -> None:
+        """The principal components of the samples, as long as they reach; the rest stay small."""
+        found = principal_directions(samples, self.directions.shape[1])  # (tokens, R', dim)
+        self.directions.mul_(0.1)
+        self.directions[:, : found.shape[1]] = found
 
 
 class HyperConvBlock(nn.Module):
-    """ConvW -> ConvH -> ConvL on ``[B, H, L, W]``, each mixing the axis it is named after.
+    """ConvW -> ConvH -> ConvL on ``[B, N, L, C]``, each mixing the axis it is named after.
 
     Starts as the identity: the last convolution is zero at first, so that depth costs nothing
     until it helps.
@@ -151,14 +195,14 @@ class HyperConvBlock(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv_w(self.norm(x))  # (B, H, L, W)
+        y = self.conv_w(self.norm(x))  # (B, N, L, C)
         y = self.act(self.conv_h(y))
         y = self.act(self.conv_l(y))
         return x + self.out(y)
 
 
 class AxisConv(nn.Module):
-    """A depthwise convolution along one axis of ``[B, H, L, W]``, zero beyond the border.
+    """A depthwise convolution along one axis of ``[B, N, L, C]``, zero beyond the border.
 
     Written as shifted multiply-adds: with channels last this needs no transpose and is faster on
     a CPU than a grouped convolution.
@@ -186,16 +230,18 @@ def _placed(x: Tensor, axis: int, before: int, after: int) -> Tensor:
     return nn.functional.pad(x, padding)
 
 
-def token_places(grid: TokenGrid) -> tuple[np.ndarray, int]:
-    """Each token's index in the flattened map ``[H * L]``, and L: the tokens of the longest layer.
+def cells(grid: TokenGrid) -> tuple[np.ndarray, tuple[int, int]]:
+    """Each token's cell in the flattened map, ``[tokens]``, and the map's (layers, kinds): a kind
+    is a matrix of a module, the same in every layer."""
+    matrices = int(grid.matrix.max()) + 1
+    kind = np.unique(grid.module * matrices + grid.matrix, return_inverse=True)[1]
+    kinds = int(kind.max()) + 1
+    return grid.layer * kinds + kind, (int(grid.layer.max()) + 1, kinds)
 
-    A layer's tokens keep their order, which puts the same matrix of two equal layers at the same
-    place.
-    """
-    counts = np.bincount(grid.layer)
-    length = int(counts.max())
-    order = np.argsort(grid.layer, kind="stable")
-    starts = np.cumsum(counts) - counts
-    within = np.empty(grid.tokens, dtype=np.int64)
-    within[order] = np.arange(grid.tokens) - np.repeat(starts, counts)
-    return grid.layer * length + within, length
+
+def directions_for(config: HyperConv.Config, grid: TokenGrid) -> int:
+    """R, as configured or as many as `max_parameters` allows."""
+    if config.rank != "auto":
+        return config.rank
+    allowed = config.max_parameters // (grid.tokens * grid.token_dim)
+    return min(max(allowed, FEWEST_DIRECTIONS), MOST_DIRECTIONS)

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, Field
@@ -68,7 +68,8 @@ class SentenceBert(nn.Module):
     def dim(self) -> int:
         if self.config.positions == "sentence":
             return int(self.model.get_embedding_dimension() or 0)
-        return int(self.model[0].get_embedding_dimension())
+        first: Any = self.model[0]
+        return int(first.get_embedding_dimension())
 
     @property
     def fingerprint(self) -> str:
@@ -96,7 +97,7 @@ class SentenceBert(nn.Module):
     def _embedded(self, texts: Sequence[str]) -> list[Tensor]:
         """``[positions, dim]`` of each text."""
         model = self.model
-        prefix = model.prompts.get(model.default_prompt_name or "", "")
+        prefix = model.prompts.get(model.default_prompt_name or "") or ""
         features = model.tokenizer(
             [prefix + text for text in texts],
             padding=True,

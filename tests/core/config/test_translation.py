@@ -57,6 +57,35 @@ data:
 logging:
   swanlab: {project: "team", workspace: "组", experiment_name: "v1"}
 """
+README = """\
+model:
+  text_encoder_name: "all-MiniLM-L6-v2"  # Sentence-BERT模型
+  hidden_dim: 384                         # 隐藏层维度
+  max_seq_len: 512                        # 最大序列长度
+  num_hyperconv_blocks: 3                 # HyperConv块数量
+  output_dim: 384                         # 输出维度
+  freeze_text_encoder: true               # 冻结文本编码器
+training:
+  max_epochs: 100
+  learning_rate: 1e-4
+  weight_decay: 0.01
+  mse_weight: 1.0
+  l1_weight: 0.1
+  optimizer_type: "adamw"
+  scheduler_type: "cosine"
+data:
+  checkpoint_dir: "runs/arc-challenge_lora_20250721_005053/checkpoints"
+  batch_size: 8
+  samples_per_prompt: 4
+  max_checkpoints: 50
+  cache_tokenized: true
+logging:
+  swanlab:
+    project: "lora-research-2025"
+    workspace: "ai-lab"
+    experiment_name: "hyperconv-v1"
+"""
+"""The blocks of the original generator's README, as they stand there."""
 OLD = [(TRADITIONAL, LoraTrainConfig), (FLAT, LoraTrainConfig), (GENERATOR, GenTrainConfig)]
 
 
@@ -111,6 +140,53 @@ class TestWhatBecomesOfAnOldFile:
         (notice,) = notices()
         assert notice.startswith("c.yaml is in the original generator form; ")
         assert "512, which holds no real adapter" in notice
+
+    def test_the_generators_readme(self, configure, notices):
+        config = configure(README, model=GenTrainConfig)
+        assert (config.encoder.name, config.encoder.options["frozen"]) == ("sbert", True)
+        assert config.encoder.options["model"] == "all-MiniLM-L6-v2"
+        assert config.decoder.options["hidden_dim"] == 384
+        assert config.decoder.options["blocks"] == 3
+        assert (config.layout.token_dim, config.layout.max_seq_len) == (384, "auto")
+        training = config.training
+        assert (training.max_epochs, training.learning_rate) == (100, 1e-4)
+        assert (training.weight_decay, training.optimizer) == (0.01, "adamw")
+        assert (training.mse_weight, training.l1_weight) == (1.0, 0.1)
+        assert config.schedule.name == "cosine"
+        data = config.data
+        assert data.checkpoint_dir == "runs/arc-challenge_lora_20250721_005053/checkpoints"
+        assert (data.batch_size, data.samples_per_prompt) == (8, 4)
+        assert (data.max_checkpoints, data.cache_tokenized) == (50, True)
+        swanlab = config.loggers["swanlab"]
+        assert (swanlab["project"], swanlab["workspace"]) == ("lora-research-2025", "ai-lab")
+        assert swanlab["experiment_name"] == "hyperconv-v1"
+        (notice,) = notices()
+        assert notice.count(";") == 3, "one value alone is another one today"
+
+    @pytest.mark.parametrize(
+        "old, keys, today",
+        [
+            ("training: {scheduler_type: linear}", "schedule.name", "linear"),
+            ("training: {scheduler_type: Constant}", "schedule.name", "constant"),
+            ("training: {scheduler_type: none}", "schedule.name", "constant"),
+            ("training: {scheduler_type: null}", "schedule.name", "constant"),
+            ("training: {scheduler_type: CosineAnnealingLR}", "schedule.name", "cosine"),
+            ("training: {scheduler_type: two-stage}", "schedule.name", "two-stage"),
+            ("training: {optimizer_type: Adam}", "training.optimizer", "adam"),
+            ("training: {optimizer_type: SGD}", "training.optimizer", "sgd"),
+            ("training: {optimizer_type: adamw_torch}", "training.optimizer", "adamw"),
+            ("training: {optimizer_type: 3}", "training.optimizer", 3),
+            ("model: {freeze_text_encoder: false}", "encoder.frozen", False),
+            ("model: {output_dim: 128}", "layout.token_dim", 128),
+            ("model: {max_seq_len: 12000}", "layout.max_seq_len", 12000),
+        ],
+    )
+    def test_a_value_of_the_generators(self, old, keys, today):
+        """Whether it is one of today's is for the schema to say."""
+        tree = translated(yaml.safe_load(old), {}).tree
+        for key in keys.split("."):
+            tree = tree[key]
+        assert tree == today
 
     @pytest.mark.parametrize(
         "text", ["logging: {swanlab: {project: team}}", "swanlab: {project: team}"]
@@ -287,11 +363,11 @@ class TestWhatIsRefused:
         "text, problem",
         [
             (
-                "model: {freeze_text_encoder: false}",
-                "c.yaml:1:9 (model.freeze_text_encoder): encoder.frozen: input should be True",
+                "model: {freeze_text_encoder: perhaps}",
+                "c.yaml:1:9 (model.freeze_text_encoder): encoder.frozen: input should be",
             ),
             (
-                "training: {optimizer_type: sgd}",
+                "training: {optimizer_type: lion}",
                 "c.yaml:1:12 (training.optimizer_type): training.optimizer: input should be 'ad",
             ),
             (
@@ -558,6 +634,6 @@ class TestMigrate:
 
     def test_what_cannot_be_said_today_is_not_migrated(self, tmp_path):
         file = Path(tmp_path / "old.yaml")
-        file.write_text("model: {freeze_text_encoder: false}", encoding="utf-8")
-        with pytest.raises(ConfigError, match=r"old.yaml:1:9 \(model.freeze_text_encoder\)"):
+        file.write_text("model: {max_seq_len: many}", encoding="utf-8")
+        with pytest.raises(ConfigError, match=r"old.yaml:1:9 \(model.max_seq_len\)"):
             migrate(file)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loragen.core.data.prompts import grouped, joined, prompts_of_rows, read_prompts
+from loragen.core.data.prompts import joined, prompts_of_rows, random_groups, read_prompts
 from loragen.core.errors import DataError, UsageError
 
 prompts = st.lists(st.text("abc ", min_size=1), max_size=30)
@@ -82,7 +82,7 @@ def test_joined_loses_nothing(prompts, size):
 @given(st.integers(0, 40), sizes, st.integers(0, 99))
 def test_no_prompt_is_in_two_groups_and_every_group_is_whole(count, size, seed):
     names = [f"prompt {i}" for i in range(count)]
-    groups = [text.split("\n\n") for text in grouped(names, size, seed)]
+    groups = random_groups(names, size, seed)
     members = Counter(member for group in groups for member in group)
     assert set(members.values()) <= {1}
     assert members.keys() <= set(names)
@@ -91,13 +91,13 @@ def test_no_prompt_is_in_two_groups_and_every_group_is_whole(count, size, seed):
         assert count - len(members) < size
     elif count:
         assert [sorted(group) for group in groups] == [sorted(names)]
-    assert grouped(names, size, seed) == grouped(names, size, seed)
+    assert groups == random_groups(names, size, seed)
 
 
 def test_groups_are_drawn_at_random():
     names = [str(i) for i in range(40)]
-    assert grouped(names, 4, 1) != grouped(names, 4, 2)
-    assert grouped(names, 4, 1) != joined(names, 4)
+    assert random_groups(names, 4, 1) != random_groups(names, 4, 2)
+    assert random_groups(names, 4, 1)[0] != tuple(names[:4])
 
 
 def test_rows_of_every_format_have_prompts(tmp_path):

@@ -27,11 +27,10 @@ def equal(one, other):
 
 
 def test_what_is_saved_generates_the_same_after_loading(generator, tmp_path):
-    encoder = generator.load_encoder()
-    first = generator.generate(encoder, PROMPTS)
+    first = generator.generate(PROMPTS)
     generator.save(tmp_path / "again" / "generator_model.pt")
     again = Generator.load(tmp_path / "again" / "generator_model.pt")
-    second = again.generate(again.load_encoder(), PROMPTS)
+    second = again.generate(PROMPTS)
     assert equal(first.tensors, second.tensors)
     assert first.config == second.config
 
@@ -50,7 +49,7 @@ def test_the_adapter_has_the_shapes_and_the_configuration_of_the_collection(gene
     from loragen.core.adapters import read_adapter
 
     trained = read_adapter(collection.runs["colors"] / "adapter")
-    made = generator.generate(generator.load_encoder(), PROMPTS)
+    made = generator.generate(PROMPTS)
     assert made.config == trained.config
     shapes = {key: (t.shape, t.dtype) for key, t in trained.tensors.items()}
     assert {key: (t.shape, t.dtype) for key, t in made.tensors.items()} == shapes
@@ -60,15 +59,14 @@ def test_the_adapter_has_the_shapes_and_the_configuration_of_the_collection(gene
 @pytest.mark.parametrize("count", [1, 2, 5, 40])
 def test_any_number_of_prompts_will_do(generator, count):
     prompts = [f"prompt {i}" for i in range(count)]
-    made = generator.generate(generator.load_encoder(), prompts)
+    made = generator.generate(prompts)
     assert len(made.tensors) == 28
 
 
 def test_other_prompts_make_another_adapter_and_the_same_the_same(generator):
-    encoder = generator.load_encoder()
-    one = generator.generate(encoder, ["red green blue"] * 2).tensors
-    assert equal(one, generator.generate(encoder, ["red green blue"] * 2).tensors)
-    assert not equal(one, generator.generate(encoder, ["a cat and a dog"] * 2).tensors)
+    one = generator.generate(["red green blue"] * 2).tensors
+    assert equal(one, generator.generate(["red green blue"] * 2).tensors)
+    assert not equal(one, generator.generate(["a cat and a dog"] * 2).tensors)
 
 
 def test_an_encoder_with_other_weights_is_refused(generator, sbert_dir, tmp_path):
@@ -79,14 +77,14 @@ def test_an_encoder_with_other_weights_is_refused(generator, sbert_dir, tmp_path
     save_file(tensors, weights, metadata={"format": "pt"})
     generator.encoder.options["model"] = str(other)
     with pytest.raises(LoragenError, match=r"the encoder sbert .* has other weights") as error:
-        generator.load_encoder()
+        _ = generator.text_encoder
     assert "\n" not in str(error.value)
 
 
 def test_a_moved_encoder_with_the_same_weights_is_taken(generator, sbert_dir, tmp_path):
     other = shutil.copytree(sbert_dir, tmp_path / "sbert")
     generator.encoder.options["model"] = str(other)
-    assert generator.load_encoder().fingerprint == generator.encoder_fingerprint
+    assert generator.text_encoder.fingerprint == generator.encoder_fingerprint
 
 
 def test_a_newer_format_is_refused(file, tmp_path):

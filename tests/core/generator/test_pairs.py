@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -96,6 +97,24 @@ def test_a_source_with_one_text_trains_on_it():
     data = pairs([prepared(1, texts=1)])
     assert (data.train_texts, data.val_texts) == ([[0]], [[]])
     assert data.train_batches()[0].mask.all()
+
+
+def test_a_source_may_say_which_texts_are_held_out():
+    data = pairs([replace(prepared(1, texts=4), held_out=[1, 3])], val_ratio=0.9)
+    assert (data.train_texts, data.val_texts) == ([[0, 2]], [[1, 3]])
+
+
+def test_tracked_checkpoints_come_with_their_own_texts_alone():
+    tracked = [[0, 1], [2], [1, 3, 4]]
+    source = replace(prepared(1, checkpoints=3), held_out=[6, 7], tracked=tracked)
+    batches = pairs([source], prompts=2).train_batches()
+    for step in range(10):
+        batch = batches[step]
+        for condition, mask, tokens in zip(*batch, strict=True):
+            texts = {int(value) - 100 for value in condition[mask][:, 0]}
+            own = tracked[int(tokens[0, 0]) - 100]
+            assert texts <= set(own)
+            assert len(texts) == min(2, len(own))
 
 
 def test_validation_is_the_last_checkpoint_and_the_same_every_time():

@@ -131,6 +131,16 @@ class TestExact:
             {"trainer.gradient_clip_val": 0.5, "schedule.name": "constant"},
             {"data.val_ratio": 0.0},
             {"training.max_steps": 7},
+            {"training.optimizer": "sgd", "training.ema_decay": 0.9},
+            {"encoder.frozen": False, "training.ema_decay": 0.9, "training.optimizer": "adam"},
+            {"encoder.frozen": False, "encoder.positions": "tokens", "encoder.max_tokens": 5},
+            {
+                "training.objective": "reconstruction-then-behaviour",
+                "training.max_steps": 4,
+                "behaviour.max_steps": 4,
+                "behaviour.batch_size": 2,
+                "encoder.frozen": False,
+            },
         ],
         ids=str,
     )

@@ -7,15 +7,17 @@ import torch
 
 from loragen.core.adapters import read_adapter, write_adapter
 from loragen.core.checkpoints import read_tensors
-from loragen.core.config.schema import Source as SourceConfig
+from loragen.core.config.schema import SourceSection
 from loragen.core.data.documents import content_hash, parsed_source
+from loragen.core.data.prepare import Grouping, prepare, read_prepared
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import sha256
 from loragen.core.generator import sources as module
 from loragen.core.generator.places import configured_sources
-from loragen.core.generator.sources import common_layout, prepared, read_source
+from loragen.core.generator.sources import common_layout, prepared, read_source, texts_of
 from loragen.core.generator.train import plan
-from loragen.core.runs import LoraManifest, read_manifest, write_manifest
+from loragen.core.lora.provenance import traced_run
+from loragen.core.runs import LoraManifest, checkpoint_step, read_manifest, write_manifest
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ class Encoder:
 
 
 def source(limit=50, **config):
-    return read_source(SourceConfig(**config), limit)
+    return read_source(SourceSection(**config), limit)
 
 
 class TestReading:
@@ -160,6 +162,102 @@ class TestReading:
         assert [source.run for source in configured_sources(config)] == ["a", "b"]
         with pytest.raises(UsageError, match="nothing to learn from"):
             configured_sources(gen_config({"sources": []}))
+
+
+class TestPreparedPrompts:
+    @pytest.fixture
+    def prompts(self, collection, tmp_path):
+        sources = [(name, collection.file(name)) for name in collection.names]
+        prepare(sources, tmp_path / "prompts", Grouping(samples_per_prompt=2, test_ratio=0.25))
+        return tmp_path / "prompts"
+
+    def test_each_run_has_the_texts_of_its_dataset(self, prompts, gen_config):
+        config = gen_config({"data.prompts": str(prompts)})
+        for found in plan(config).sources:
+            texts = texts_of(found, config)
+            groups = read_prepared(prompts).of(found.name)
+            held = [texts.texts[i] for i in texts.held_out]
+            assert held == ["\n\n".join(group) for group in groups.val]
+            assert len(held) == 2
+            assert texts.texts[: -len(held)] == ["\n\n".join(group) for group in groups.train]
+            assert sorted(found.prompts) == sorted(p for t in texts.texts for p in t.split("\n\n"))
+
+    def test_the_dataset_itself_need_not_be_there(self, copied, prompts, gen_config):
+        run, file = copied
+        file.unlink()
+        config = gen_config({"sources": [{"run": str(run)}], "data.prompts": str(prompts)})
+        assert len(plan(config).sources[0].prompts) == 16
+
+    def test_a_folder_of_adapters_has_its_own(self, run, prompts, tmp_path, collection):
+        write_adapter(tmp_path / "adapters" / "one", read_adapter(run / "adapter"), "")
+        single = tmp_path / "single"
+        prepare([("colors", collection.file("colors"))], single, Grouping())
+        found = source(checkpoints=str(tmp_path / "adapters"), prompts=str(single))
+        assert (found.name, len(found.groups.train)) == ("adapters", 3)
+        with pytest.raises(UsageError, match=r"set data\.samples_per_prompt to 2"):
+            source(checkpoints=str(tmp_path / "adapters"), prompts=str(prompts))
+
+
+class TestTracked:
+    def test_a_checkpoint_goes_with_the_rows_of_its_step(self, gen_config):
+        config = gen_config({"data.pairing": "tracked", "data.prompts_per_condition": 2})
+        for found in plan(config).sources:
+            rows, texts = traced_run(found.checkpoints[0]).provenance, texts_of(found, config)
+            held = {p for i in texts.held_out for p in texts.texts[i].split("\n\n")}
+            for file, tracked in zip(found.checkpoints, texts.tracked, strict=True):
+                drawn = [p for i in tracked for p in texts.texts[i].split("\n\n")]
+                step = checkpoint_step(file)
+                own = [row.prompt for row in rows.rows_of(step) if row.prompt not in held]
+                assert drawn[: len(own)] == own
+                assert len(drawn) == 4
+                assert held.isdisjoint(drawn)
+
+    def test_the_held_out_texts_are_those_of_prepared_prompts(
+        self, collection, gen_config, tmp_path
+    ):
+        sources = [(name, collection.file(name)) for name in collection.names]
+        prepare(sources, tmp_path / "p", Grouping(samples_per_prompt=2, test_ratio=0.25))
+        config = gen_config({"data.pairing": "tracked", "data.prompts": str(tmp_path / "p")})
+        found = plan(config).sources[0]
+        texts = texts_of(found, config)
+        held = read_prepared(tmp_path / "p").of(found.name).val
+        assert [texts.texts[i] for i in texts.held_out] == ["\n\n".join(group) for group in held]
+
+    def test_a_dataset_held_out_whole_is_seen_as_by_infer(self, collection, gen_config):
+        sources = [{"run": str(run)} for run in collection.runs.values()]
+        ours = {"sources": sources[:1], "val_sources": sources[1:], "data.pairing": "tracked"}
+        work = plan(gen_config(ours))
+        assert work.sources[0].provenance is not None
+        assert work.unseen[0].provenance is None
+
+    def test_adapters_without_steps_are_refused(self, run, tmp_path, gen_config, collection):
+        write_adapter(tmp_path / "adapters" / "one", read_adapter(run / "adapter"), "")
+        place = {
+            "checkpoints": str(tmp_path / "adapters"),
+            "prompts": str(collection.file("colors")),
+        }
+        with pytest.raises(
+            UsageError, match=r"do not know the rows .* data\.pairing tracked is for"
+        ):
+            plan(gen_config({"sources": [place], "data.pairing": "tracked"}))
+
+    def test_a_converted_run_is_refused(self, copied, gen_config):
+        manifest = read_manifest(copied[0], LoraManifest)
+        write_manifest(copied[0], manifest.model_copy(update={"converted_from": "x"}))
+        with pytest.raises(UsageError, match="was converted: its batches were not drawn"):
+            plan(gen_config({"sources": [{"run": str(copied[0])}], "data.pairing": "tracked"}))
+
+    def test_a_generator_learns_from_them(self, gen_config):
+        """From end to end: the arrays have what the texts say."""
+        config = gen_config({"data.pairing": "tracked"})
+        work = plan(config)
+        encoder = Encoder()
+        with prepared(work.sources, work.layout, encoder, "key", config) as ready:
+            for found, arrays in zip(work.sources, ready, strict=True):
+                texts = texts_of(found, config)
+                assert arrays.embeddings[:, 0, 0].tolist() == [len(text) for text in texts.texts]
+                assert (arrays.held_out, arrays.tracked) == (texts.held_out, texts.tracked)
+                assert len(arrays.tracked) == len(arrays.tokens)
 
 
 class TestCommonLayout:

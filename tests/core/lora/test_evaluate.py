@@ -134,10 +134,22 @@ def test_choice_accuracy_falls_back_to_the_closed_set_of_answers(tokenizer, orac
     assert scores.exact_match == 0.5
 
 
+def test_an_answer_is_valid_that_is_allowed_right_or_not(tokenizer, oracle):
+    rows = [
+        row(prompt, response) for prompt, response in zip("abcd", ["cat", "dog"] * 2, strict=True)
+    ]
+    model = oracle({"a": "dog", "b": "dog", "c": " cat", "d": "fox"})
+    assert evaluate(model, tokenizer, rows).format_validity == 0.75
+    chosen = [row("a", "fox", choices=["fox", "cat"]), row("d", "fox", choices=["fox", "cat"])]
+    assert evaluate(model, tokenizer, chosen).format_validity == 0.5
+    assert evaluate(model, tokenizer, rows[:1]).format_validity is None
+    assert evaluate(model, tokenizer, rows[3:], closed=["cat", "dog"]).format_validity == 0.0
+
+
 def test_without_choices_there_is_no_choice_accuracy(tokenizer, oracle):
     rows = [row("a", "cat"), row("b", "dog")] * 2
     scores = evaluate(oracle({}), tokenizer, rows, choices=False)
-    assert (scores.choice_accuracy, scores.choices) == (None, None)
+    assert (scores.choice_accuracy, scores.choices) == (None, 2)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,112 @@
+"""One adapter as tokens: the layout it gets, what it fills, and whether it comes back unchanged."""
+
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from loragen.core.checkpoints import find_checkpoints, read_tensors
+from loragen.core.generator.layout import NO_LAYER, Layout, TensorSpec
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of a value -> integers that compare bit for bit: NaN equals NaN, and 0 is not -0."""
+
+
+@dataclass(frozen=True)
+class TensorKind:
+    """The tensors of one kind of module, over its layers."""
+
+    module: str
+    matrix: str
+    tensors: int
+    layers: int
+    """0 where the modules are in no layer."""
+    shape: list[int]
+    dtype: str
+    tokens_each: int
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    file: str
+    token_dim: int
+    tokens: int
+    max_tokens: int | Literal["auto"]
+    fits: bool
+    tensors: int
+    values: int
+    fill: float
+    """Share of the grid that holds values; the rest is padding."""
+    bits_changed: int
+    """Values that are not the same, bit for bit, once packed and unpacked."""
+    largest_error: float
+    """Of those that are finite, the largest difference."""
+    kinds: list[TensorKind]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def tokenized(path: Path, token_dim: int, max_tokens: int | Literal["auto"]) -> Tokenized:
+    """A .ckpt, .pt, .safetensors, a PEFT directory; of a run or a folder, its newest checkpoint.
+
+    Raises UsageError where there is nothing, DataError for a file that holds no LoRA.
+    """
+    file = find_checkpoints(path)[-1]
+    adapter = read_tensors(file)
+    layout = Layout.of(adapter, token_dim)
+    back = layout.unpack(layout.pack(adapter))
+    return Tokenized(
+        file=str(file),
+        token_dim=token_dim,
+        tokens=layout.tokens,
+        max_tokens=max_tokens,
+        fits=max_tokens == "auto" or layout.tokens <= max_tokens,
+        tensors=len(layout.tensors),
+        values=layout.values,
+        fill=layout.values / (layout.tokens * token_dim),
+        bits_changed=sum(bits_changed(t, back[key]) for key, t in adapter.items()),
+        largest_error=max(largest_error(t, back[key]) for key, t in adapter.items()),
+        kinds=_kinds(layout),
+    )
+
+
+def bits_changed(one: Tensor, other: Tensor) -> int:
+    """How many values of two tensors of one shape and dtype differ in any bit."""
+    integers = BITS[one.element_size()]
+    pair = (tensor.contiguous().view(integers) for tensor in (one, other))
+    return int(torch.ne(*pair).sum())
+
+
+def largest_error(one: Tensor, other: Tensor) -> float:
+    difference = (one.double() - other.double()).abs()
+    finite = difference[torch.isfinite(difference)]
+    return float(finite.max()) if len(finite) else 0.0
+
+
+def _kinds(layout: Layout) -> list[TensorKind]:
+    """Tensors alike but for their layer as one line, in the order of the modules."""
+
+    def likeness(spec: TensorSpec) -> tuple[Any, ...]:
+        return spec.module, spec.matrix, spec.shape, str(spec.dtype)
+
+    tokens = dict(zip(layout.tensors, layout.counts, strict=True))
+    kinds = []
+    for _, group in groupby(sorted(layout.tensors, key=likeness), key=likeness):
+        specs = list(group)
+        first = specs[0]
+        kinds.append(
+            TensorKind(
+                module=first.module,
+                matrix=first.matrix,
+                tensors=len(specs),
+                layers=len({spec.layer for spec in specs} - {NO_LAYER}),
+                shape=list(first.shape),
+                dtype=str(first.dtype).removeprefix("torch."),
+                tokens_each=tokens[first],
+            )
+        )
+    return kinds

@@ -1,0 +1,1 @@
+"""Know: does the generated adapter beat the alternatives, on any datasets?"""

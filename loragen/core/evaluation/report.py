@@ -1,0 +1,132 @@
+"""The results in words and tables, for a terminal, Markdown and a picture. Light."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from loragen.core.evaluation.columns import GENERATED, titles
+from loragen.core.files import write_json, write_text
+
+MEASURES = {
+    "accuracy": "exact match",
+    "choice_accuracy": "choice accuracy",
+    "format_validity": "format validity",
+}
+
+
+class Line(NamedTuple):
+    """A row of the tables: a dataset, or the average over a group."""
+
+    name: str
+    told: Mapping[str, Any]
+    """Measure -> column -> value, and the claims."""
+
+
+class Table(NamedTuple):
+    header: list[str]
+    rows: list[list[str]]
+
+
+def lines(document: Mapping[str, Any]) -> list[Line]:
+    """The groups, where there are several; else the datasets and their average."""
+    keys = (*MEASURES, "interval", "beats", "beaten_by")
+    groups = list(document["accuracy"])
+    averages = {
+        group: {key: document[key][group] for key in keys if group in document.get(key, {})}
+        for group in groups
+    }
+    if len(groups) > 1:
+        return [Line(group.replace("_", " "), told) for group, told in averages.items()]
+    datasets = [Line(one["name"], one) for one in document["datasets"]]
+    if len(datasets) == 1:
+        return datasets
+    return [*datasets, Line(f"mean of {len(datasets)}", averages[groups[0]])]
+
+
+def tables(document: Mapping[str, Any]) -> Iterator[Table]:
+    """A table for each measure that some line has, and one of what the adapters cost."""
+    names, above = document["columns"], titles(document["options"]["shots"])
+    header = [above[name] for name in names]
+    for measure, title in MEASURES.items():
+        with_it = [line for line in lines(document) if measure in line.told]
+        if with_it:
+            rows = [[line.name, *_cells(line, measure, names)] for line in with_it]
+            yield Table([title, *header], rows)
+    obtain = document["seconds"]["obtain"]
+    seconds = ["-" if obtain[name] is None else f"{obtain[name]:.3g}" for name in names]
+    yield Table(["seconds to obtain", *header], [["an adapter", *seconds]])
+
+
+def remarks(document: Mapping[str, Any]) -> list[str]:
+    """What may be claimed, and how it was measured, a sentence each."""
+    above = titles(document["options"]["shots"])
+    said = [_claim(line, above) for line in lines(document) if "beats" in line.told]
+    seconds, novelty = document["seconds"], document["novelty"]
+    if seconds["ratio"]:
+        said.append(
+            f"cost: {seconds['train_adapter']:.3g} s to train an adapter, "
+            f"{seconds['generate_adapter']:.3g} s to generate one: {seconds['ratio']:.0f} to 1"
+        )
+    if novelty:
+        within = novelty["within_a_dataset"]
+        said += [
+            f"novelty{_of(group, novelty['groups'])}: the generated ΔW is {of['to_nearest']:.3g} "
+            f"from the nearest training checkpoint and {of['to_mean']:.3g} from the mean adapter; "
+            f"checkpoints of one dataset are {within:.3g} from their mean"
+            for group, of in novelty["groups"].items()
+        ]
+    if GENERATED in document["columns"]:
+        said.append(_drawn(document))
+    return said
+
+
+def markdown(document: Mapping[str, Any], title: str) -> str:
+    """The same as a document."""
+    parts = [f"# {title}\n"]
+    for table in tables(document):
+        cells = [table.header, ["---"] * len(table.header), *table.rows]
+        parts.append("".join(f"| {' | '.join(map(_escaped, row))} |\n" for row in cells))
+    parts.append("".join(f"- {_escaped(sentence)}\n" for sentence in remarks(document)))
+    return "\n".join(parts)
+
+
+def write(document: Mapping[str, Any], title: str, directory: Any) -> None:
+    """results.json, results.md and results.png; each appears whole or not at all."""
+    from loragen.core.evaluation.picture import draw
+
+    draw(document, title, directory / "results.png")
+    write_text(directory / "results.md", markdown(document, title))
+    write_json(directory / "results.json", document)
+
+
+def _cells(line: Line, measure: str, names: Sequence[str]) -> Iterator[str]:
+    for name in names:
+        text = f"{line.told[measure][name]:.2f}"
+        interval = line.told.get("interval", {}).get(name) if measure == "accuracy" else None
+        yield f"{text} [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else text
+
+
+def _claim(line: Line, above: Mapping[str, str]) -> str:
+    """Which columns are outside the interval, and on which side."""
+    others = [name for name in line.told["accuracy"] if name != GENERATED]
+    beats, beaten = line.told["beats"], line.told["beaten_by"]
+    undecided = [name for name in others if name not in (*beats, *beaten)]
+    parts = (("beats", beats), ("is beaten by", beaten), ("is not told apart from", undecided))
+    told = [f"{verb} {', '.join(above[name] for name in which)}" for verb, which in parts if which]
+    return f"{line.name}: generated {'; '.join(told) or 'has no opponent'}"
+
+
+def _drawn(document: Mapping[str, Any]) -> str:
+    options, origins = document["options"], [one["prompts_from"] for one in document["datasets"]]
+    places = " or ".join(f"its {origin}" for origin in dict.fromkeys(origins))
+    return (
+        f"generated: the mean of {options['draws']} adapters a dataset, each from "
+        f"{options['prompts']} prompts without labels out of {places}; [95 % interval]"
+    )
+
+
+def _of(group: str, groups: Mapping[str, Any]) -> str:
+    return f" of {group.replace('_', ' ')}" if len(groups) > 1 else ""
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")

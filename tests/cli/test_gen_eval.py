@@ -1,0 +1,90 @@
+import json
+import shutil
+
+import pytest
+
+from loragen.core.runs import GENERATOR_FILE
+
+
+@pytest.fixture
+def arguments(experiment, collection):
+    """On both training datasets; a name below a root is tested on its test split."""
+    files = [part for name in collection.names for part in ("--dataset", collection.file(name))]
+    return ("gen", "eval", "--model", experiment, *files, "--draws", 2, "--limit", 4)
+
+
+def test_the_table_and_what_may_be_said_of_it(loragen, arguments):
+    result = loragen(*arguments, "--out", "out")
+    assert result.exit_code == 0, result.output
+    header, *rows = result.stdout.split("\n\n")[0].splitlines()
+    assert header.split("  ")[0] == "exact match"
+    assert "4-shot  random prompts  generated" in header
+    assert [row.split()[0] for row in rows] == ["animals", "colors", "mean"]
+    assert "generated: the mean of 2 adapters a dataset, each from 6 prompts" in result.stdout
+    assert {file.name for file in (loragen.work / "out").iterdir()} == {
+        "results.json", "results.md", "results.png",
+    }  # fmt: skip
+    again = loragen(*arguments, "--out", "out")
+    assert again.exit_code == 2
+    assert "out exists already" in again.stderr
+
+
+def test_json_is_one_document_with_the_columns_asked_for(loragen, arguments):
+    result = loragen(*arguments, "--columns", "base,generated", "--json")
+    document = json.loads(result.stdout)
+    assert document["columns"] == ["base", "generated"]
+    assert document["options"]["draws"] == 2
+    assert [one["rows"] for one in document["datasets"]] == [4, 4]
+    assert document["novelty"]["within_a_dataset"] > 0
+
+
+def test_without_the_training_runs_what_needs_them_is_left_out(
+    loragen, arguments, experiment, tmp_path, monkeypatch
+):
+    import torch
+
+    document = torch.load(experiment / GENERATOR_FILE, weights_only=True)
+    document["provenance"]["sources"] = [str(tmp_path / "elsewhere")]
+    torch.save(document, loragen.work / "moved.pt")
+    moved = ("gen", "eval", "--model", "moved.pt", *arguments[4:])
+    result = loragen(*moved, "--json")
+    assert result.exit_code == 0, result.output
+    assert "warning: without the training runs" in result.stderr
+    results = json.loads(result.stdout)
+    assert results["columns"] == ["base", "mean_adapter", "few_shot", "generated"]
+    assert results["novelty"] is None
+    asked = loragen(*moved, "--columns", "nearest_adapter")
+    assert asked.exit_code == 2
+    assert "elsewhere" in asked.stderr
+
+
+def test_a_folder_of_two_splits_can_have_an_oracle(loragen, experiment, collection):
+    for split in ("train", "test"):
+        place = loragen.work / "data" / "colors" / f"{split}.jsonl"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(collection.file("colors"), place)
+    wanted = ("--dataset", "colors", "--data-root", "data", "--columns", "base", "--oracle")
+    result = loragen("gen", "eval", "--model", experiment, *wanted, "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["columns"] == ["base", "oracle"]
+    assert document["datasets"][0]["prompts_from"] == "train split"
+    again = loragen("gen", "eval", "--model", experiment, *wanted)
+    assert "colors: trained before, " in again.stderr
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--columns", "bse"), "unknown column 'bse'. Did you mean 'base'?"),
+        (("--dataset", "nothing.jsonl"), "nothing.jsonl: no such file"),
+        (("--model", "nowhere"), "nowhere: no generator there"),
+    ],
+)
+def test_what_cannot_start_is_a_usage_error(fails, arguments, more, message):
+    assert message in fails(2, *arguments, *more)
+
+
+def test_an_oracle_needs_labels_of_its_own(fails, arguments):
+    problems = fails(2, *arguments, "--oracle", lines=2)
+    assert "animals: no train split to train an oracle on" in problems[0]

@@ -1,0 +1,128 @@
+"""From datasets to the table: what is scored, what is told, and what may be claimed."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from loragen.core.adapters import read_adapter
+from loragen.core.checkpoints import read_checkpointed_adapter
+from loragen.core.evaluation.bench import Trained
+from loragen.core.evaluation.columns import COLUMNS, NAMES, chosen
+from loragen.core.evaluation.contest import Cell, Outcome, hold
+from loragen.core.evaluation.novelty import novelty
+from loragen.core.evaluation.report import lines, markdown, remarks, tables, write
+from loragen.core.evaluation.results import document
+from loragen.core.lora.evaluate import Scores, evaluate
+
+OTHERS = ("base", "mean_adapter", "oracle")
+
+
+@pytest.fixture
+def outcome(targets):
+    """`outcome({"base": [0.1], "generated": [0.5, 0.7]})`: a dataset with these accuracies."""
+
+    def make(accuracies, name="colors", validity=0.5, group="all"):
+        cells = {
+            column: Cell([Scores(10, value, None, validity, 3, 0.1) for value in values], [0.5])
+            for column, values in accuracies.items()
+        }
+        return Outcome(replace(targets[0], name=name, group=group), cells)
+
+    return make
+
+
+def told(outcomes, bench):
+    return document(outcomes, bench, None)
+
+
+def test_every_column_is_scored_and_the_base_is_handed_back(bench, targets, collection):
+    made = bench(batch_size=8)
+    oracles = {one.key: Trained(collection.runs[one.name], 2.0, 8) for one in targets}
+    made = replace(made, multi_task=Trained(collection.runs["colors"], 3.0, 8), oracles=oracles)
+    before = {key: value.clone() for key, value in made.base.model.state_dict().items()}
+    outcomes = hold(made, COLUMNS, targets)
+    after = made.base.model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    for one in outcomes:
+        assert tuple(one.cells) == NAMES
+        assert len(one.cells["generated"].scores) == 2
+        assert one.cells["oracle"].seconds == [2.0]
+        assert one.cells["base"].seconds == []
+    results = told(outcomes, made)
+    assert results["seconds"]["obtain"]["multi_task"] == 3.0
+    json.dumps(results)
+
+
+def test_a_score_is_the_one_that_lora_eval_would_give(bench, base, targets, collection):
+    made = bench()
+    oracles = {one.key: Trained(collection.runs[one.name], 2.0, 8) for one in targets}
+    (outcome, _) = hold(replace(made, oracles=oracles), chosen(["base", "oracle"]), targets)
+    rows = targets[0].rows
+    alone = evaluate(base.model, base.tokenizer, rows, choices=False)
+    assert outcome.cells["base"].scores[0].exact_match == alone.exact_match
+    adapter = read_checkpointed_adapter(collection.runs[targets[0].name])
+    assert (
+        adapter.tensors.keys()
+        == read_adapter(collection.runs[targets[0].name] / "adapter").tensors.keys()
+    )
+    from loragen.core.adapters import attach_adapter
+
+    model = attach_adapter(base.model, adapter, "it")
+    with_it = evaluate(model, base.tokenizer, rows, choices=False)
+    assert outcome.cells["oracle"].scores[0].exact_match == with_it.exact_match
+
+
+def test_only_what_lies_outside_the_interval_is_claimed(outcome, bench):
+    made = {"base": [0.1], "mean_adapter": [0.6], "oracle": [1.0], "generated": [0.5, 0.6, 0.7]}
+    results = told([outcome(made)], bench())
+    assert results["beats"] == {"all": ["base"]}
+    assert results["beaten_by"] == {"all": ["oracle"]}
+    (claim,) = [said for said in remarks(results) if said.startswith("colors")]
+    assert claim == (
+        "colors: generated beats base; is beaten by oracle; is not told apart from mean"
+    )
+
+
+def test_averages_are_over_datasets_and_their_interval_covers_both_kinds_of_chance(outcome, bench):
+    results = told(
+        [
+            outcome({"base": [0.0], "generated": [0.2, 0.4]}, "colors"),
+            outcome({"base": [0.5], "generated": [0.9, 0.9]}, "animals"),
+        ],
+        bench(),
+    )
+    assert results["accuracy"]["all"] == {"base": 0.25, "generated": 0.6}
+    assert results["interval"]["all"]["generated"] == [0.0, 1.0]  # two datasets tell little
+    assert [line.name for line in lines(results)] == ["colors", "animals", "mean of 2"]
+
+
+def test_groups_are_told_in_place_of_their_datasets(outcome, bench):
+    made = {"base": [0.0], "generated": [0.2, 0.4]}
+    results = told([outcome(made, group="both"), outcome(made, group="new_wording")], bench())
+    assert [line.name for line in lines(results)] == ["both", "new wording"]
+    assert set(results["accuracy"]) == {"both", "new_wording"}
+
+
+def test_a_measure_that_a_dataset_lacks_has_no_average(outcome, bench):
+    made = {"base": [0.0], "generated": [0.2, 0.4]}
+    outcomes = [outcome(made), outcome(made, "animals", validity=None)]
+    results = told(outcomes, bench())
+    assert "format_validity" not in results
+    assert results["datasets"][0]["format_validity"] == {"base": 0.5, "generated": 0.5}
+    validity = next(table for table in tables(results) if table.header[0] == "format validity")
+    assert [row[0] for row in validity.rows] == ["colors"]
+
+
+def test_the_three_files_say_the_same(bench, targets, tmp_path):
+    made = bench()
+    outcomes = hold(made, chosen(["base", "generated"]), targets)
+    results = document(outcomes, made, novelty(made, targets))
+    write(results, "A title", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "results.json").read_text("utf-8")) == results
+    text = (tmp_path / "out" / "results.md").read_text("utf-8")
+    assert text == markdown(results, "A title")
+    assert text.startswith("# A title\n\n| exact match | base | generated |\n| --- | --- | --- |\n")
+    assert "- novelty: the generated ΔW is " in text
+    assert (tmp_path / "out" / "results.png").stat().st_size > 5_000

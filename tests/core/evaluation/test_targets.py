@@ -1,0 +1,45 @@
+import pytest
+
+from loragen.core.errors import UsageError
+from loragen.core.evaluation.targets import check_oracles, find_targets
+from tests.conftest import COLORS, rows_of, write_lines
+
+
+@pytest.fixture
+def root(tmp_path):
+    for split, count in (("train", 12), ("test", 8)):
+        write_lines(tmp_path / "colors" / f"{split}.jsonl", rows_of(COLORS, count))
+    return tmp_path
+
+
+def test_a_name_is_tested_on_its_test_split_and_gives_prompts_of_the_other(root):
+    (target,) = find_targets(["colors"], root, limit=3)
+    assert (target.name, len(target.rows), len(target.prompts)) == ("colors", 3, 12)
+    assert target.prompts_from == "train split"
+    assert target.train_source == root / "colors" / "train.jsonl"
+
+
+def test_a_file_has_no_other_split(root):
+    (target,) = find_targets([str(root / "colors" / "test.jsonl")], root)
+    assert (target.prompts_from, len(target.prompts)) == ("tested rows", 8)
+    with pytest.raises(UsageError, match="colors: no train split to train an oracle on"):
+        check_oracles([target])
+
+
+def test_the_answers_are_those_of_the_whole_dataset_however_few_rows_are_tested(root):
+    (target,) = find_targets(["colors"], root, limit=1)
+    assert target.closed == sorted(COLORS)
+
+
+def test_what_is_wrong_with_each_dataset_is_told_at_once(root):
+    with pytest.raises(UsageError) as caught:
+        find_targets(["colour", "nothing.jsonl"], root)
+    first, second = caught.value.problems
+    assert "unknown dataset 'colour'. Did you mean 'colors'?" in first
+    assert second == "nothing.jsonl: no such file"
+
+
+def test_two_datasets_of_one_name_cannot_be_told_apart(root):
+    other = write_lines(root / "other" / "colors.jsonl", rows_of(COLORS))
+    with pytest.raises(UsageError, match="two datasets are called colors"):
+        find_targets(["colors", str(other)], root)

@@ -1,0 +1,66 @@
+"""The opponents that are trained: once, on what they should be, the best of them."""
+
+import json
+
+import pytest
+
+from loragen.core.config import LoraTrainConfig
+from loragen.core.data.rows import read_rows
+from loragen.core.evaluation.targets import find_targets
+from loragen.core.evaluation.training import (
+    best_checkpoint,
+    multi_task_config,
+    train_multi_task,
+    train_oracles,
+)
+from loragen.core.progress import Silent
+from loragen.core.runs import LoraManifest, read_manifest, run_directory_of
+from tests.conftest import ANIMALS, COLORS, rows_of, write_lines
+
+
+def test_the_multi_task_lora_has_all_rows_and_is_trained_once(bench, base, tmp_path):
+    sources = bench().sources
+    first = train_multi_task(sources, base, tmp_path, Silent())
+    manifest = read_manifest(run_directory_of(first.path), LoraManifest)
+    assert manifest.dataset.rows == 32
+    answers = {row.response for row in read_rows(next((tmp_path / "multi-task").iterdir()))}
+    assert answers == {*ANIMALS, *COLORS}
+    assert first.steps <= 4 * 2 * 8
+    again = train_multi_task(sources, base, tmp_path, Silent())
+    assert again == first
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_it_is_trained_at_the_highest_rate_until_it_gets_no_better(lora_config):
+    config = multi_task_config(lora_config(), steps=100)
+    assert config.schedule.name == "constant"
+    assert config.schedule.options["learning_rate"] == 1e-2
+    assert (config.training.max_steps, config.training.patience) == (100, 8)
+    assert config.data.val_ratio > 0
+    LoraTrainConfig.model_validate(config.model_dump())
+
+
+def test_the_best_checkpoint_has_the_lowest_validation_loss(tmp_path):
+    entries = [{"step": 1, "train/loss": 0.1}]
+    entries += [{"step": step, "val/loss": loss} for step, loss in ((2, 0.5), (4, 0.3), (6, 0.4))]
+    text = "".join(json.dumps(entry) + "\n" for entry in entries)
+    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
+    assert best_checkpoint(tmp_path) == tmp_path / "checkpoints" / "checkpoint-step-004.ckpt"
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_an_oracle_learns_the_train_split_and_other_data_train_another(
+    bench, base, tmp_path, changed
+):
+    root, cache = tmp_path / "data", tmp_path / "cache"
+    for split in ("train", "test"):
+        write_lines(root / "colors" / f"{split}.jsonl", rows_of(COLORS, 12))
+    found = find_targets(["colors"], root)
+    first = train_oracles(found, bench().sources, base, cache, Silent())
+    manifest = read_manifest(first["all", "colors"].path, LoraManifest)
+    assert manifest.dataset.path == str(root / "colors" / "train.jsonl")
+    assert manifest.steps == [8]
+    if changed:
+        write_lines(root / "colors" / "train.jsonl", rows_of(COLORS, 9))
+    again = train_oracles(found, bench().sources, base, cache, Silent())
+    assert (again == first) is not changed
