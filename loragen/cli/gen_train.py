@@ -58,8 +58,8 @@ def train(
     file = config or (run / CONFIG if run else None)
     resolved = load(GenTrainConfig, file, settings or (), flags, early=check_places)
 
-    from loragen.core.generator.resume import check_settings, find_resume_point
     from loragen.core.generator.plan import plan
+    from loragen.core.generator.resume import check_settings, find_resume_point
 
     point = find_resume_point(resume) if resume else None
     if dry_run:

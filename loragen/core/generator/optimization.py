@@ -78,7 +78,7 @@ def _schedule(config: GenTrainConfig, learning_rate: float) -> Schedule:
 
 
 def optimizer_for(trained: nn.ModuleDict, options: GenTraining) -> torch.optim.Optimizer:
-    """Of the network and, where it trains, the encoder; at rates that `step_schedule` multiplies."""
+    """Of the network and, where it trains, the encoder; `step_schedule` multiplies the rates."""
     groups = _groups(trained["network"], 1.0)
     if "encoder" in trained:
         groups += _groups(trained["encoder"], options.encoder_rate)
