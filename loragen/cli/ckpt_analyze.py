@@ -103,11 +103,12 @@ def _show(analysis: Analysis, most: int | None) -> None:
 def _show_collection(report: Report, most: int | None, in_full: bool) -> None:
     scaling = "unknown, ΔW = B A" if report.scaling is None else f"{report.scaling:g}"
     render.answer(
-        f"{report.path}\n{report.checkpoints} checkpoints, {report.bytes / 2**20:.1f} MiB; "
+        f"{report.path}\n{_checkpoints(report.checkpoints)}, {report.bytes / 2**20:.1f} MiB; "
         f"{report.values:,} values in {report.tensors} tensors ({', '.join(report.dtypes)}); "
-        f"scaling {scaling}\n"
+        f"scaling {scaling}"
     )
     if in_full:
+        render.answer("")
         _show_modules(report, most)
         _show_drift(report, most)
     for title, found in (
@@ -118,6 +119,10 @@ def _show_collection(report: Report, most: int | None, in_full: bool) -> None:
         if in_full or found:
             _list(title, found, most)
     render.answer("")
+
+
+def _checkpoints(count: int) -> str:
+    return f"{count} checkpoint" if count == 1 else f"{count} checkpoints"
 
 
 def _show_modules(report: Report, most: int | None) -> None:
@@ -183,10 +188,10 @@ def _show_cosines(comparison: Comparison, most: int | None) -> None:
     if most is not None and len(names) > MOST_COLLECTIONS_IN_A_MATRIX:
         render.answer(f"cosines of {len(names)} collections: --all, --html or --json show them\n")
         return
-    for title, matrix in (
-        ("cosine of the last ΔW", comparison.cosine_last),
-        ("cosine of the mean ΔW", comparison.cosine_mean),
-    ):
+    matrices = {"cosine of the last ΔW": comparison.cosine_last}
+    if any(len(files) > 1 for files in comparison.checkpoints):
+        matrices["cosine of the mean ΔW"] = comparison.cosine_mean
+    for title, matrix in matrices.items():
         rows = [
             (f"{i} {name}", *(f"{value:.3f}" for value in row))
             for i, (name, row) in enumerate(zip(names, matrix, strict=True), start=1)

@@ -87,23 +87,17 @@ def infer(
     """
     from loragen.core.data.documents import parsed_source
     from loragen.core.errors import UsageError
-    from loragen.core.generator.outputs import check_output, default_output, place_of
+    from loragen.core.generator.draws import draw_prompts
     from loragen.core.generator.requests import requests
-    from loragen.core.runs import ADAPTER_CONFIG, MERGED_MARKER, generator_file
+    from loragen.core.runs import generator_file
 
     file = generator_file(model)
-    if file_format and not per:
-        raise UsageError("--format goes with --per; for one adapter the ending of --output tells")
     if base_model and not merge:
         raise UsageError("--base-model goes with --merge; an adapter needs no base")
-    if merge and ((file_format or Format.peft) is not Format.peft or _is_file(output)):
-        raise UsageError("--merge writes directories")
     asked = requests(prompt or (), [parsed_source(one) for one in prompt_file or ()], per, limit)
-    home = output or default_output()
-    suffix = "" if file_format in (None, Format.peft) else f".{file_format}"
-    places = [place_of(home, one.name, suffix) for one in asked]
-    for place in places:
-        check_output(place, force, MERGED_MARKER if merge else ADAPTER_CONFIG)
+    places = _places([one.name for one in asked], output, per, file_format, merge, force)
+    for one in asked:  # the draws themselves are made once the generator is known
+        draw_prompts(one.prompts, draws, prompts_per_draw, seed, usual=len(one.prompts))
 
     from loragen.core.generator.infer import infer as generate
     from loragen.core.generator.merged import Merger
@@ -137,10 +131,34 @@ def infer(
         _tell(made)
 
 
-def _is_file(output: Path | None) -> bool:
-    from loragen.core.generator.outputs import FILE_SUFFIXES
+def _places(
+    names: Sequence[str],
+    output: Path | None,
+    per: str | None,
+    file_format: Format | None,
+    merge: bool,
+    force: bool,
+) -> list[Path]:
+    """Where each adapter goes. Raises UsageError where it cannot, for any of them."""
+    from loragen.core.errors import UsageError
+    from loragen.core.generator.outputs import (
+        FILE_SUFFIXES,
+        check_output,
+        default_output,
+        place_of,
+    )
+    from loragen.core.runs import ADAPTER_CONFIG, MERGED_MARKER
 
-    return output is not None and output.suffix in FILE_SUFFIXES
+    if file_format and not per:
+        raise UsageError("--format goes with --per; for one adapter the ending of --output tells")
+    home = output or default_output()
+    files = file_format not in (None, Format.peft)
+    if merge and (files or home.suffix in FILE_SUFFIXES):
+        raise UsageError("--merge writes directories")
+    places = [place_of(home, name, f".{file_format}" if files else "") for name in names]
+    for place in places:
+        check_output(place, force, MERGED_MARKER if merge else ADAPTER_CONFIG)
+    return places
 
 
 def _document(made: "Generated") -> dict[str, Any]:

@@ -239,7 +239,7 @@ def _why_no_generator(run: Path) -> str:
     }[read_manifest(run, GeneratorManifest).status]
     return (
         f"{run}: no generator there: the experiment {told}; train it to the end, "
-        f"`loragen gen train --config {run / CONFIG}`, or name another"
+        f"`loragen gen train --resume {run}`, or name another"
     )
 
 

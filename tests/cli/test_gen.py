@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ import yaml
 
 from loragen.core.adapters import read_adapter
 from loragen.core.config import GenTrainConfig
-from loragen.core.runs import GeneratorManifest, read_manifest
+from loragen.core.runs import GENERATOR_FILE, GeneratorManifest, read_manifest
 
 PROMPT = ("--prompt", "Question 1 about red?")
 
@@ -52,6 +54,45 @@ class TestTrain:
         result = loragen(*arguments, "--json")
         document = json.loads(result.stdout)
         assert (document["kind"], document["status"]) == ("generator", "success")
+
+    def test_a_run_goes_on_from_a_checkpoint(self, loragen, config_file, fails):
+        run = loragen("gen", "train", "-c", config_file).stdout.strip()
+        result = loragen("gen", "train", "--resume", run)
+        assert result.exit_code == 0, result.output
+        assert result.stdout == f"{run}\n"
+        assert result.stderr == f"{run}: finished at step 8, nothing is left to do\n"
+        (best,) = (loragen.work / run / "checkpoints").glob("epoch=*")
+        result = loragen("gen", "train", "--resume_from_checkpoint", best, "--json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["resumed_from"]
+        assert f"found {best.name}; " in result.stderr
+        dry = loragen("gen", "train", "--resume", run, "--dry-run")
+        assert (dry.exit_code, yaml.safe_load(dry.stdout)["seed"]) == (0, 42)
+        for arguments in (("--set", "seed=3"), ("--set", "seed=3", "--dry-run")):
+            error = fails(2, "gen", "train", "--resume", run, *arguments)
+            assert error == f"{run} cannot go on: seed is 3, the run has 42"
+
+    def test_what_cannot_go_on_is_told_by_name(self, fails, collection):
+        error = fails(2, "gen", "train", "--resume", "none")
+        assert error == "none: no such run or checkpoint"
+        error = fails(1, "gen", "train", "--resume", collection.runs["colors"])
+        assert "not the manifest of a generator run" in error
+
+    def test_two_devices_learn_as_one(self, loragen, config_file):
+        """Real processes: Lightning starts the second with the same command line."""
+        settings = ("training.max_steps=3", "data.val_ratio=0", "trainer.strategy=ddp")
+        given = [part for setting in settings for part in ("--set", setting)]
+        arguments = ("gen", "train", "-c", config_file, *given)
+        alone = loragen(*arguments).stdout.strip()
+        result = subprocess.run(
+            [sys.executable, "-m", "loragen", *arguments, "--set", "trainer.devices=2"],
+            cwd=loragen.work, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        one, two = (
+            torch.load(loragen.work / run / GENERATOR_FILE, weights_only=True)["state_dict"]
+            for run in (alone, result.stdout.strip())
+        )
+        assert all(torch.allclose(value, two[key], atol=1e-5) for key, value in one.items())
 
     def test_runs_are_named_on_the_command_line(self, loragen, config_file, collection):
         flags = [part for run in collection.runs.values() for part in ("--checkpoint_dir", run)]
@@ -211,3 +252,64 @@ class TestInfer:
         )
         assert result.exit_code == 0, result.output
         assert json.loads(result.stdout)["base_model"] == str(collection.base)
+
+    def test_without_an_output_a_new_directory_is_made(self, loragen, experiment):
+        for number in (1, 2):
+            result = loragen("gen", "infer", "--model", experiment, *PROMPT)
+            assert result.exit_code == 0, result.output
+            assert result.stdout == f"generated/adapter-00{number}\n"
+            assert read_adapter(loragen.work / "generated" / f"adapter-00{number}").tensors
+
+    @pytest.mark.parametrize("form, suffix", [((), ""), (("--format", "pt"), ".pt")])
+    def test_one_adapter_a_group_or_a_line(self, loragen, experiment, form, suffix):
+        rows = [{"prompt": f"about {w}?", "set": w} for w in ("red", "cat", "red")]
+        lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+        (loragen.work / "rows.jsonl").write_text(lines, encoding="utf-8")
+        arguments = ("gen", "infer", "--model", experiment, "--prompt-file", "rows.jsonl", *form)
+        result = loragen(*arguments, "--per", "set", "--output", "sets")
+        assert result.exit_code == 0, result.output
+        assert result.stdout == f"sets/red{suffix}\nsets/cat{suffix}\n"
+        result = loragen(*arguments, "--per", "line", "--output", "lines", "--json")
+        made = json.loads(result.stdout)["adapters"]
+        assert [one["adapter"] for one in made] == [
+            f"lines/prompt-00{number}{suffix}" for number in (1, 2, 3)
+        ]
+        assert "exists already" in loragen(*arguments, "--per", "set", "--output", "sets").stderr
+
+    def test_the_original_spelling_writes_one_file(self, loragen, experiment):
+        result = loragen(
+            "gen", "infer", "--model", experiment / "results/final_model/generator_model.pt",
+            *PROMPT, "--output", "results/generated_params.pt",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        assert files(loragen.work) == {"results/generated_params.pt"}
+        torch.load(loragen.work / "results/generated_params.pt", weights_only=True)
+
+    def test_merged_models(self, loragen, experiment):
+        result = loragen("gen", "infer", "--model", experiment, *PROMPT, "--merge", "--output", "m")
+        assert result.exit_code == 0, result.output
+        assert {"m/config.json", "m/model.safetensors", "m/README.md"} <= files(loragen.work)
+
+    def test_far_prompts_are_told(self, loragen, experiment):
+        far = [part for i in range(8) for part in ("--prompt", f"{i} {{[(<=>)]}} ;;;; @#$%^&*")]
+        result = loragen("gen", "infer", "--model", experiment, *far, "--output", "a", "--json")
+        document = json.loads(result.stdout)
+        assert document["far"] is True
+        assert document["distance"] > 1
+        assert f"warning: {document['warning']}\n" in result.stderr
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (("--output", "a", "--format", "pt"), "--format goes with --per"),
+            (("--output", "a", "--base-model", "demo"), "--base-model goes with --merge"),
+            (("--output", "a.pt", "--merge"), "--merge writes directories"),
+            (("--output", "a.pt", "--per", "line"), "a.pt: --per writes a directory"),
+            (("--output", "a.ckpt"), "a.ckpt: write a directory (PEFT), or"),
+            (("--output", "a", "--per", "set"), "--per set: a field of rows"),
+            (("--output", "a", "--draws", "3"), "3 random draws of 1 prompts each need more"),
+        ],
+    )
+    def test_options_that_contradict(self, fails, experiment, arguments, message):
+        error = fails(2, "gen", "infer", "--model", experiment, *PROMPT, *arguments)
+        assert error.startswith(message)

@@ -110,7 +110,7 @@ def overlay_figure(reports: Sequence[Report]) -> str:
             units.add(unit)
             drift = [d.from_first for d in report.drift]
             panel.plot(at, drift, _line(i), color=_colour(i), label=report.name)
-        panel.set(xlabel=" or ".join(sorted(units)), ylabel="‖ΔW - ΔW of the first‖", title="drift")
+        panel.set(xlabel=" or ".join(sorted(units)), ylabel="‖ΔW − first ΔW‖", title="drift")
         _legend(panel, len(reports))
 
     return _svg(draw, 8.6, 3.2)
@@ -154,6 +154,7 @@ def _plane(axes: "Axes", pca: Trajectory) -> np.ndarray:
     if points.shape[1] == 1:
         points = np.concatenate([points, np.zeros_like(points)], axis=1)
     axes.margins(0.1)
+    axes.locator_params(axis="x", nbins=5)
     shares = [*pca.shares, 0.0]
     axes.set_xlabel(f"axis 1: {shares[0]:.1%} of the variance")
     axes.set_ylabel(f"axis 2: {shares[1]:.1%} of the variance")

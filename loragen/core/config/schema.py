@@ -288,7 +288,9 @@ class GenTraining(Section):
         "where base and labels are on this machine.",
     )
     max_epochs: int = Field(100, ge=1, description="An epoch shows every checkpoint once.")
-    max_steps: int | None = Field(None, ge=1, description="Ends earlier, in optimizer steps.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Ends the reconstruction earlier; behaviour has steps of its own."
+    )
     learning_rate: float = Field(
         1e-4, gt=0, description="For schedules that have a learning_rate and were given none."
     )
@@ -311,9 +313,6 @@ class GenTraining(Section):
     )
     condition_noise: float = Field(
         0.0, ge=0, description="Std of Gaussian noise on every prompt, in units of their own std."
-    )
-    dataset_noise: float = Field(
-        0.0, ge=0, description="The same on all prompts of a condition together."
     )
     target_noise: float = Field(
         0.0, ge=0, description="Std of Gaussian noise on targets, in units of their own spread."

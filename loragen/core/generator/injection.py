@@ -43,8 +43,8 @@ class Injection:
         one after the other: ``{file key: [adapters, rows, columns]}``."""
         with ExitStack() as hooks:
             for path, module in self.modules.items():
-                factors = (adapters[f"{PREFIX}{path}.lora_{which}.weight"] for which in "AB")
-                hook = _Added(*factors, self.scaling[path])
+                a, b = (adapters[f"{PREFIX}{path}.lora_{which}.weight"] for which in "AB")
+                hook = _Added(a, b, self.scaling[path])
                 hooks.callback(module.register_forward_hook(hook).remove)
             yield
 

@@ -147,7 +147,7 @@ class Layout:
         for spec, start in zip(self.tensors, self.starts, strict=True):
             values = flat[:, start * self.token_dim :][:, : spec.size]
             shape = spec.shape[::-1] if spec.by_columns else spec.shape
-            several = values.unflatten(1, shape)
+            several = values.reshape(-1, *shape)
             adapters[spec.key] = several.mT if spec.by_columns else several
         return adapters
 

@@ -18,7 +18,7 @@ from loragen.core.generator.draws import draw_prompts, with_text
 from loragen.core.generator.familiarity import Distance, Familiarity
 from loragen.core.generator.generated import GeneratedAdapter
 from loragen.core.generator.layout import Layout
-from loragen.core.generator.network import new_network
+from loragen.core.generator.network import Network, new_network
 from loragen.core.generator.normalization import Normalization
 from loragen.core.generator.origin import Origin
 from loragen.core.plugins import create
@@ -55,7 +55,7 @@ class Generator:
     base_model: str
     samples_per_prompt: int
     prompts_per_condition: int
-    network: nn.Module
+    network: Network
     encoder_state: dict[str, Tensor] | None = None
     """The encoder's weights where they were trained along; None where it is frozen."""
     familiarity: Familiarity | None = None
@@ -208,8 +208,10 @@ class Generator:
         try:
             version = document["format_version"]
             if version > FORMAT_VERSION:
-                raise DataError(f"{file}: format {version} is newer than this loragen; upgrade it")
+                raise DataError(f"format {version} is newer than this loragen; upgrade it")
             return cls._from_document(document, experiment_name(file))
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from error
         except KeyError as error:
             raise DataError(f"{file}: not a generator file: it has no {error}") from error
         except (RuntimeError, TypeError) as error:
@@ -220,7 +222,19 @@ class Generator:
     def _from_document(cls, document: dict[str, Any], name: str) -> "Generator":
         decoder, layout = Choice(**document["decoder"]), Layout.from_state(document["layout"])
         network = new_network(decoder.name, decoder.options, document["condition_dim"], layout)
-        network.load_state_dict(document["state_dict"])
+        try:
+            network.load_state_dict(document["state_dict"])
+        except RuntimeError as error:
+            written = "".join(
+                f", of {plugin['distribution']} {plugin['version']}"
+                for plugin in document["provenance"].get("plugins", [])
+                if plugin["kind"] == "decoder"
+            )
+            raise DataError(
+                f"not a generator file of this version: its weights (format "
+                f"{document['format_version']}) are of another decoder {decoder.name} than the one "
+                f"installed; train it again, or use the decoder it was written with{written}"
+            ) from error
         kept = (
             "encoder_fingerprint",
             "condition_dim",

@@ -89,16 +89,11 @@ class GeneratorModule(LightningModule):
         return loss, {**metrics, "loss": loss.detach()}
 
     def _with_noise(self, condition: Tensor) -> Tensor:
-        """Gaussian, in units of the spread of every dimension of the conditions: of each prompt on
-        its own, and of all prompts of a dataset together."""
-        options, spread = self.training_options, self.network.condition_spread
-        if options.condition_noise:
-            condition = condition + options.condition_noise * spread * torch.randn_like(condition)
-        if options.dataset_noise:
-            shape = (len(condition), 1, 1, condition.shape[-1])
-            shift = torch.randn(shape, device=condition.device, dtype=condition.dtype)
-            condition = condition + options.dataset_noise * spread * shift
-        return condition
+        """Gaussian, in units of the spread of every dimension of the conditions."""
+        share = self.training_options.condition_noise
+        if not share:
+            return condition
+        return condition + share * self.network.condition_spread * torch.randn_like(condition)
 
     def validation_step(self, batch: PairBatch, batch_idx: int, dataloader_idx: int) -> None:
         reconstruction, behaviour = self._objectives.reconstruction, self._objectives.behaviour

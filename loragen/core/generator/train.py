@@ -173,7 +173,7 @@ def _module(
     data: GeneratorData, generator: Generator, encoder: Encoder, checkpoint: dict[str, Any] | None
 ) -> GeneratorModule:
     return GeneratorModule(
-        cast(Network, generator.network),
+        generator.network,
         data.plan,
         _objectives(data, generator),
         data.config.training,
@@ -234,7 +234,7 @@ def _new_generator(data: GeneratorData, work: Plan, encoder: Encoder) -> Generat
 def _keep(generator: Generator, module: GeneratorModule, data: GeneratorData) -> None:
     """What the training has made of the weights, averaged or not."""
     kept = module.kept.eval()
-    generator.network = kept["network"]
+    generator.network = cast(Network, kept["network"])
     if "encoder" in kept:
         encoder: Any = kept["encoder"]
         generator.encoder_state = encoder.state_dict()

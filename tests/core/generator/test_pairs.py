@@ -110,7 +110,7 @@ def test_tracked_checkpoints_come_with_their_own_texts_alone():
     batches = pairs([source], prompts=2).train_batches()
     for step in range(10):
         batch = batches[step]
-        for condition, mask, tokens in zip(*batch, strict=True):
+        for condition, mask, tokens in zip(batch.condition, batch.mask, batch.tokens, strict=True):
             texts = {int(value) - 100 for value in condition[mask][:, 0]}
             own = tracked[int(tokens[0, 0]) - 100]
             assert texts <= set(own)

@@ -370,9 +370,9 @@ class TestInfer:
     def test_the_card_says_what_it_is(self, generator, collection, tmp_path):
         infer(generator, PROMPTS, tmp_path / "adapter")
         card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
-        assert card.startswith(f"---\nbase_model: {collection.base}\nlibrary_name: peft\n")
-        assert "from 2 unlabelled prompts" in card
-        assert "sbert -> hyperconv, trained on 2 datasets" in card
+        assert card.startswith("---\nlibrary_name: peft\n")
+        assert f"- **base model**: {collection.base}\n- **prompts**: 2 (sha256 " in card
+        assert "2 datasets: animals, colors" in card
 
     @pytest.mark.parametrize("prompts", [[], ["", " "]])
     def test_prompts_without_text_are_refused(self, generator, tmp_path, prompts):
