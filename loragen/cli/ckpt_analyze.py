@@ -3,16 +3,20 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from loragen.cli import render
 from loragen.cli.options import Force, Json
+from loragen.core.analysis.report import (
+    Analysis,
+    Comparison,
+    ModuleReport,
+    Report,
+    by_tensor,
+)
 from loragen.core.errors import UsageError
-
-if TYPE_CHECKING:
-    from loragen.core.analysis.report import Analysis, Comparison, ModuleReport, Report
 
 MOST_ROWS = 12
 MOST_IN_FULL = 3
@@ -83,7 +87,7 @@ def refuse_existing_file(file: Path, force: bool) -> None:
         raise UsageError(f"{file} exists already; choose another place or add --force")
 
 
-def _show(analysis: "Analysis", most: int | None) -> None:
+def _show(analysis: Analysis, most: int | None) -> None:
     in_full = most is None or len(analysis.collections) <= MOST_IN_FULL
     for report in analysis.collections:
         _show_collection(report, most, in_full)
@@ -96,16 +100,15 @@ def _show(analysis: "Analysis", most: int | None) -> None:
     _list("equal, bit for bit", [" = ".join(twins.files) for twins in analysis.twins], most)
 
 
-def _show_collection(report: "Report", most: int | None, in_full: bool) -> None:
-    from loragen.core.analysis.report import by_tensor
-
+def _show_collection(report: Report, most: int | None, in_full: bool) -> None:
     scaling = "unknown, ΔW = B A" if report.scaling is None else f"{report.scaling:g}"
     render.answer(
-        f"{report.path}\n{report.checkpoints} checkpoints, {report.bytes / 2**20:.1f} MiB; "
+        f"{report.path}\n{_checkpoints(report.checkpoints)}, {report.bytes / 2**20:.1f} MiB; "
         f"{report.values:,} values in {report.tensors} tensors ({', '.join(report.dtypes)}); "
-        f"scaling {scaling}\n"
+        f"scaling {scaling}"
     )
     if in_full:
+        render.answer("")
         _show_modules(report, most)
         _show_drift(report, most)
     for title, found in (
@@ -118,7 +121,11 @@ def _show_collection(report: "Report", most: int | None, in_full: bool) -> None:
     render.answer("")
 
 
-def _show_modules(report: "Report", most: int | None) -> None:
+def _checkpoints(count: int) -> str:
+    return f"{count} checkpoint" if count == 1 else f"{count} checkpoints"
+
+
+def _show_modules(report: Report, most: int | None) -> None:
     _table(
         ("module (last checkpoint)", "rank", "‖A‖", "‖B‖", "‖ΔW‖", "σ₁", *RANKS),
         [
@@ -129,7 +136,7 @@ def _show_modules(report: "Report", most: int | None) -> None:
     )
 
 
-def _show_drift(report: "Report", most: int | None) -> None:
+def _show_drift(report: Report, most: int | None) -> None:
     if len(report.drift) < 2:
         return
     steps = [(d.checkpoint, d.norm_delta, d.from_first, d.from_previous) for d in report.drift]
@@ -137,7 +144,7 @@ def _show_drift(report: "Report", most: int | None) -> None:
     render.answer(_path(report) + "\n")
 
 
-def _path(report: "Report") -> str:
+def _path(report: Report) -> str:
     """The drift in words: how long, how straight, in how many directions."""
     text = f"path {report.path_length:.4g}, displacement {report.displacement:.4g}"
     if report.detour is not None:
@@ -150,7 +157,7 @@ def _path(report: "Report") -> str:
     return text
 
 
-def _show_side_by_side(reports: "Sequence[Report]", most: int | None) -> None:
+def _show_side_by_side(reports: Sequence[Report], most: int | None) -> None:
     path = ("displacement", "path", "path / displacement")
     _table(
         ("collection", "checkpoints", "mean ‖ΔW‖", *path, *RANKS),
@@ -170,21 +177,21 @@ def _show_side_by_side(reports: "Sequence[Report]", most: int | None) -> None:
     )
 
 
-def _ranks(of: "ModuleReport | Report") -> tuple[float, float]:
+def _ranks(of: ModuleReport | Report) -> tuple[float, float]:
     """Under the columns `RANKS`."""
     return of.stable_rank, of.effective_rank
 
 
-def _show_cosines(comparison: "Comparison", most: int | None) -> None:
+def _show_cosines(comparison: Comparison, most: int | None) -> None:
     """Matrices that a terminal holds; larger ones are for the page and --json."""
     names = comparison.collections
     if most is not None and len(names) > MOST_COLLECTIONS_IN_A_MATRIX:
         render.answer(f"cosines of {len(names)} collections: --all, --html or --json show them\n")
         return
-    for title, matrix in (
-        ("cosine of the last ΔW", comparison.cosine_last),
-        ("cosine of the mean ΔW", comparison.cosine_mean),
-    ):
+    matrices = {"cosine of the last ΔW": comparison.cosine_last}
+    if any(len(files) > 1 for files in comparison.checkpoints):
+        matrices["cosine of the mean ΔW"] = comparison.cosine_mean
+    for title, matrix in matrices.items():
         rows = [
             (f"{i} {name}", *(f"{value:.3f}" for value in row))
             for i, (name, row) in enumerate(zip(names, matrix, strict=True), start=1)

@@ -1,11 +1,17 @@
 """`loragen gen train`: learn a generator from collected adapters."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loragen.cli import render
 from loragen.cli.options import ConfigFile, DryRun, Json, Settings
+
+if TYPE_CHECKING:
+    from loragen.core.config import GenTrainConfig
+    from loragen.core.generator.resume import GeneratorPoint
+    from loragen.core.generator.train import GeneratorRun
 
 
 def train(
@@ -23,6 +29,14 @@ def train(
             "--prompts", help="A directory of data prepare; else the runs' own datasets are read."
         ),
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume",
+            "--resume-from-checkpoint",
+            help="Go on with a run, from its newest checkpoint or the one named.",
+        ),
+    ] = None,
     dry_run: DryRun = False,
     settings: Settings = None,
     json: Json = False,
@@ -33,25 +47,45 @@ def train(
     """
     from loragen.core.config import GenTrainConfig, Override, dump, load
     from loragen.core.generator.places import check_places
+    from loragen.core.runs import config_of
 
     given = [
         (("data", "checkpoint_dir"), checkpoint_dir or None, "--checkpoint-dir"),
         (("data", "prompts"), prompts, "--prompts"),
     ]
     flags = [Override(*one) for one in given if one[1] is not None]
-    resolved = load(GenTrainConfig, config, settings or (), flags, early=check_places)
+    file = config or (config_of(resume) if resume else None)
+    resolved = load(GenTrainConfig, file, settings or (), flags, early=check_places)
 
-    from loragen.core.generator.train import plan
-    from loragen.core.generator.train import train as train_generator
+    from loragen.core.generator.plan import plan
+    from loragen.core.generator.resume import check_settings, find_resume_point
 
+    point = find_resume_point(resume) if resume else None
     if dry_run:
+        if point:
+            check_settings(point, resolved)
         render.note(plan(resolved).summary())
         render.answer(dump(resolved).rstrip())
         return
-    from loragen.cli.progress import terminal_progress
-
-    run = train_generator(resolved, terminal_progress())
+    run = _trained(resolved, point)
     if json:
         render.answer_json({"run": str(run.directory), **run.manifest.model_dump()})
     else:
         render.answer(str(run.directory))
+
+
+def _trained(config: "GenTrainConfig", point: "GeneratorPoint | None") -> "GeneratorRun":
+    """A new run, or the rest of one."""
+    from loragen.cli.progress import terminal_progress
+    from loragen.core.generator.resume import nothing_left
+    from loragen.core.generator.train import GeneratorRun, train
+    from loragen.core.progress import Silent
+
+    if point and nothing_left(point, config):
+        render.note(f"{point.directory}: finished at step {point.step}, nothing is left to do")
+        return GeneratorRun(point.directory, point.manifest)
+    if point:
+        found = point.checkpoint.name if point.checkpoint else "no checkpoint"
+        render.note(f"{point.directory}: found {found}; {point.step} steps are done")
+    progress = terminal_progress() if render.is_first_process() else Silent()
+    return train(config, progress, point)

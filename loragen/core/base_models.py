@@ -45,6 +45,14 @@ def resolve_base(name: str) -> str:
     return name
 
 
+def is_local(name: str) -> bool:
+    """Whether a base is on this machine, as a directory or downloaded before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    source = resolve_base(name)
+    return Path(source).is_dir() or isinstance(try_to_load_from_cache(source, "config.json"), str)
+
+
 def load_base(
     name: str, dtype: torch.dtype | None = None, quantization: Any | None = None
 ) -> BaseModel:

@@ -4,7 +4,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -57,8 +56,8 @@ class Interruption:
             return self.requested
         return bool(trainer.strategy.reduce_boolean_decision(self.requested, all=False))
 
-    def error_after(self, step: int, steps: int, directory: Path) -> Interrupted:
+    def error_after(self, step: int, steps: int, command: str) -> Interrupted:
+        """`command` goes on with the run: `lora train --resume RUN`."""
         return Interrupted(
-            f"interrupted after step {step} of {steps}, which is saved; to go on: "
-            f"loragen lora train --resume {directory}"
+            f"interrupted after step {step} of {steps}, which is saved; to go on: loragen {command}"
         )

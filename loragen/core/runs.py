@@ -92,6 +92,18 @@ class LoraRun:
     manifest: LoraManifest
 
 
+class SourceRecord(BaseModel):
+    """What a generator was trained on, or validated on, as hashes: a resumed run needs the same."""
+
+    name: str
+    checkpoints: str
+    """Of their content, in their order, cut into the tokens of the layout."""
+    prompts: str
+    """Of the prompt texts, in their order."""
+    held_out: bool = False
+    """A dataset of `val_sources`."""
+
+
 class GeneratorManifest(Manifest):
     """A generator and the runs it was trained on."""
 
@@ -99,8 +111,14 @@ class GeneratorManifest(Manifest):
     base_model: str
     sources: list[str]
     val_sources: list[str]
+    source_records: list[SourceRecord] = []
+    encoder_fingerprint: str = ""
+    """Of the encoder's weights, before any training of them."""
     steps: int = 0
+    """Optimizer steps of the whole training, once it has ended."""
     metrics: dict[str, float] = {}
+    resumed_from: list[int] = []
+    """The steps at which the run was gone on with."""
 
 
 AnyManifest = TypeVar("AnyManifest", bound=Manifest)
@@ -157,6 +175,11 @@ def read_run(directory: Path) -> tuple[LoraRun, LoraTrainConfig]:
     return LoraRun(directory, manifest), load(LoraTrainConfig, directory / CONFIG, environment={})
 
 
+def config_of(path: Path) -> Path:
+    """The configuration of the run that `path` belongs to. Raises UsageError where it is none."""
+    return run_directory_of(path) / CONFIG
+
+
 def run_directory_of(path: Path) -> Path:
     """The run that `path` belongs to: the run itself, its checkpoints/, or a file in there."""
     for candidate in (path, *list(path.absolute().parents)[:2]):
@@ -189,8 +212,26 @@ def generator_file(path: Path) -> Path:
     """
     file = path / GENERATOR_FILE if path.is_dir() else path
     if not file.is_file():
+        if (path / MANIFEST).is_file():
+            raise UsageError(_why_no_generator(path))
         raise UsageError(f"{path}: no generator there (looked for {file})")
     return file
+
+
+def _why_no_generator(run: Path) -> str:
+    kind = json.loads((run / MANIFEST).read_text(encoding="utf-8")).get("kind")
+    if kind != "generator":
+        return f"{run}: the run of an adapter, not of a generator: `gen train --checkpoint-dir` it"
+    told = {
+        "running": "is still in training, or was killed",
+        "interrupted": "was interrupted",
+        "failed": "has failed",
+        "success": "has lost its generator",
+    }[read_manifest(run, GeneratorManifest).status]
+    return (
+        f"{run}: no generator there: the experiment {told}; train it to the end, "
+        f"`loragen gen train --resume {run}`, or name another"
+    )
 
 
 def experiment_name(file: Path) -> str:

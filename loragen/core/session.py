@@ -72,8 +72,6 @@ class RunSession(Callback):
         made = self._made() if trainer.is_global_zero else ""
         self.directory = Path(trainer.strategy.broadcast(made))
         (self.directory / CHECKPOINTS).mkdir(exist_ok=True)
-        for checkpoint in trainer.checkpoint_callbacks:
-            checkpoint.dirpath = str(self.directory / CHECKPOINTS)  # type: ignore[attr-defined]
         if trainer.is_global_zero:
             # First what a run killed from here on is known by: a logger may take seconds to open.
             write_text(self.directory / CONFIG, dump(self._config))

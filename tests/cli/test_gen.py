@@ -211,3 +211,64 @@ class TestInfer:
         )
         assert result.exit_code == 0, result.output
         assert json.loads(result.stdout)["base_model"] == str(collection.base)
+
+    def test_without_an_output_a_new_directory_is_made(self, loragen, experiment):
+        for number in (1, 2):
+            result = loragen("gen", "infer", "--model", experiment, *PROMPT)
+            assert result.exit_code == 0, result.output
+            assert result.stdout == f"generated/adapter-00{number}\n"
+            assert read_adapter(loragen.work / "generated" / f"adapter-00{number}").tensors
+
+    @pytest.mark.parametrize("form, suffix", [((), ""), (("--format", "pt"), ".pt")])
+    def test_one_adapter_a_group_or_a_line(self, loragen, experiment, form, suffix):
+        rows = [{"prompt": f"about {w}?", "set": w} for w in ("red", "cat", "red")]
+        lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+        (loragen.work / "rows.jsonl").write_text(lines, encoding="utf-8")
+        arguments = ("gen", "infer", "--model", experiment, "--prompt-file", "rows.jsonl", *form)
+        result = loragen(*arguments, "--per", "set", "--output", "sets")
+        assert result.exit_code == 0, result.output
+        assert result.stdout == f"sets/red{suffix}\nsets/cat{suffix}\n"
+        result = loragen(*arguments, "--per", "line", "--output", "lines", "--json")
+        made = json.loads(result.stdout)["adapters"]
+        assert [one["adapter"] for one in made] == [
+            f"lines/prompt-00{number}{suffix}" for number in (1, 2, 3)
+        ]
+        assert "exists already" in loragen(*arguments, "--per", "set", "--output", "sets").stderr
+
+    def test_the_original_spelling_writes_one_file(self, loragen, experiment):
+        result = loragen(
+            "gen", "infer", "--model", experiment / "results/final_model/generator_model.pt",
+            *PROMPT, "--output", "results/generated_params.pt",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        assert files(loragen.work) == {"results/generated_params.pt"}
+        torch.load(loragen.work / "results/generated_params.pt", weights_only=True)
+
+    def test_merged_models(self, loragen, experiment):
+        result = loragen("gen", "infer", "--model", experiment, *PROMPT, "--merge", "--output", "m")
+        assert result.exit_code == 0, result.output
+        assert {"m/config.json", "m/model.safetensors", "m/README.md"} <= files(loragen.work)
+
+    def test_far_prompts_are_told(self, loragen, experiment):
+        far = [part for i in range(8) for part in ("--prompt", f"{i} {{[(<=>)]}} ;;;; @#$%^&*")]
+        result = loragen("gen", "infer", "--model", experiment, *far, "--output", "a", "--json")
+        document = json.loads(result.stdout)
+        assert document["far"] is True
+        assert document["distance"] > 1
+        assert f"warning: {document['warning']}\n" in result.stderr
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (("--output", "a", "--format", "pt"), "--format goes with --per"),
+            (("--output", "a", "--base-model", "demo"), "--base-model goes with --merge"),
+            (("--output", "a.pt", "--merge"), "--merge writes directories"),
+            (("--output", "a.pt", "--per", "line"), "a.pt: --per writes a directory"),
+            (("--output", "a.ckpt"), "a.ckpt: write a directory (PEFT), or"),
+            (("--output", "a", "--per", "set"), "--per set: a field of rows"),
+            (("--output", "a", "--draws", "3"), "3 random draws of 1 prompts each need more"),
+        ],
+    )
+    def test_options_that_contradict(self, fails, experiment, arguments, message):
+        error = fails(2, "gen", "infer", "--model", experiment, *PROMPT, *arguments)
+        assert error.startswith(message)

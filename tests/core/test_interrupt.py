@@ -75,10 +75,10 @@ def test_several_devices_decide_together(mine, anyone):
 
 
 def test_it_says_how_to_go_on(tmp_path):
-    error = Interruption().error_after(7, 125, tmp_path / "colors_lora_1")
+    error = Interruption().error_after(7, 125, f"lora train --resume {tmp_path}")
     assert isinstance(error, Interrupted)
     assert error.exit_code == EXIT_INTERRUPTED == 130
     assert str(error) == (
         "interrupted after step 7 of 125, which is saved; to go on: "
-        f"loragen lora train --resume {tmp_path / 'colors_lora_1'}"
+        f"loragen lora train --resume {tmp_path}"
     )

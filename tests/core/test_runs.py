@@ -7,12 +7,14 @@ import pytest
 from loragen.core import runs
 from loragen.core.errors import DataError, PluginError, UsageError
 from loragen.core.runs import (
+    GENERATOR_FILE,
     DatasetRecord,
     GeneratorManifest,
     LoraManifest,
     checkpoint_files,
     checkpoint_name,
     create_run_directory,
+    experiment_name,
     generator_file,
     plugin_records,
     read_manifest,
@@ -135,3 +137,25 @@ def test_the_generator_of_an_experiment_or_the_file_itself(tmp_path):
     file.parent.mkdir(parents=True)
     file.touch()
     assert generator_file(tmp_path) == generator_file(file) == file
+
+
+@pytest.mark.parametrize(
+    "status, told",
+    [
+        ("running", "is still in training, or was killed"),
+        ("interrupted", "was interrupted"),
+        ("failed", "has failed"),
+    ],
+)
+def test_an_experiment_without_a_generator_says_why(tmp_path, status, told):
+    manifest = GeneratorManifest(
+        status=status, plugins=[], base_model="demo", sources=[], val_sources=[]
+    )
+    write_manifest(tmp_path, manifest)
+    with pytest.raises(UsageError, match=f"the experiment {told}; train it to the end"):
+        generator_file(tmp_path)
+
+
+def test_a_generator_is_called_by_its_experiment_or_its_file(tmp_path):
+    assert experiment_name(tmp_path / "exp" / GENERATOR_FILE) == "exp"
+    assert experiment_name(tmp_path / "mine.pt") == "mine"

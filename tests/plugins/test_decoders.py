@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from loragen.core.generator.layout import Layout
 from loragen.core.plugins import create, find
 from loragen.core.protocols import TokenGrid
-from loragen.plugins.decoders.hyperconv import AxisConv, token_places
+from loragen.plugins.decoders._directions import principal_directions
+from loragen.plugins.decoders._feature_maps import dealt
+from loragen.plugins.decoders.hyperconv import AxisConv, cells
 from loragen.testing import check_decoder, grid
 
 SMALL = {"blocks": 1, "hidden_dim": 12, "rank": 4}
@@ -37,8 +39,8 @@ def uneven():
         {**SMALL, "blocks": 0},
         {**SMALL, "blocks": 3, "kernel_size": 7},
         {**SMALL, "kernel_size": 1},
-        {**SMALL, "max_parameters": 100},  # shared expander
-        {**SMALL, "hidden_dim": 8},  # as wide as a token
+        {**SMALL, "rank": "auto", "max_parameters": 100},
+        {**SMALL, "train_directions": False},
         {"hidden_dim": 16},
     ],
 )
@@ -46,24 +48,80 @@ def test_contract(options):
     check_decoder(find("decoder", "hyperconv"), **options)
 
 
-def test_the_expander_is_full_where_it_fits():
-    shape = grid(layers=3)
-    rank, width = SMALL["rank"], SMALL["hidden_dim"]
-    expander = decoder(shape).expand
-    full = rank * shape.tokens * width
-    assert expander.maps.numel() == full
-    assert decoder(shape, max_parameters=full).expand.maps.numel() == full
-    assert decoder(shape, max_parameters=full - 1).expand.maps.numel() < full
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(3, 2, 4), (24, 2, 4)],
+        [(1, 1, 8), (5, 3, 4), (13, 4, 4)],  # more values than the 12 tokens of 8 need
+        [(50, 3, 2), (96, 1, 2)],  # more places than prompts
+    ],
+)
+def test_the_papers_geometry_keeps_the_contract(shapes):
+    check_decoder(find("decoder", "hyperconv"), shapes=shapes)
 
 
-@pytest.mark.parametrize("allowed", [500, 1000, 2000, 5000])
-def test_the_shared_expander_takes_the_largest_rank_that_fits(allowed):
-    layers, length = 12, 12
-    module = decoder(grid(layers=layers), rank=400, max_parameters=allowed).expand
-    rank = module.scales.shape[0]
-    each = (layers + length) * SMALL["hidden_dim"]
-    assert module.maps.numel() + module.scales.numel() == rank * each
-    assert rank == max(1, allowed // each)
+def test_a_last_map_that_is_too_small_is_refused():
+    with pytest.raises(ValueError, match="has 95 values, the adapter needs 24 tokens x 8 = 192"):
+        create("decoder", "hyperconv", {"shapes": [(3, 2, 4), (19, 1, 5)]}, 6, grid())
+
+
+@pytest.mark.parametrize(("allowed", "rank"), [(96, 4), (24 * 8 * 7, 7), (10**9, 32)])
+def test_as_many_directions_as_the_budget_allows(allowed, rank):
+    shape = grid()
+    module = create("decoder", "hyperconv", {"max_parameters": allowed}, 6, shape).body
+    assert module.project.directions.shape == (shape.tokens, rank, shape.token_dim)
+
+
+@pytest.mark.parametrize("items", [1, 3, 4, 7])
+def test_prompts_are_dealt_out_evenly(items):
+    """Any number of them to four places, and what is masked to none."""
+    mask = torch.tensor([[True] * items + [False] * 2])
+    weights = dealt(mask, 4)[0]
+    assert weights.shape == (4, items + 2)
+    assert torch.allclose(weights.sum(1), torch.ones(4))
+    assert not weights[:, items:].any()
+    taken = (weights > 0).sum(0)[:items]
+    assert taken.min() >= 1
+    assert taken.max() - taken.min() <= 1
+
+
+class Held:
+    def __init__(self, values):
+        self.values, self.shape = values, tuple(values.shape)
+
+    def __getitem__(self, tokens):
+        return self.values[:, tokens]
+
+
+@pytest.mark.parametrize(("samples", "most"), [(6, 3), (3, 8)])
+def test_it_starts_from_the_principal_components(samples, most):
+    torch.manual_seed(0)
+    values = torch.randn(samples, 24, 8)
+    values -= values.mean(0)
+    found = principal_directions(Held(values), most)
+    _, s, vt = torch.linalg.svd(values.flatten(1), full_matrices=False)
+    kept = min(most, samples - 1)  # centred samples span one dimension less
+    assert found.shape == (24, kept, 8)
+    wanted = (s[:kept, None] * vt[:kept]).view(kept, 24, 8) / samples**0.5
+    for k in range(kept):
+        sign = torch.sign((found[:, k] * wanted[k]).sum())
+        assert torch.allclose(found[:, k] * sign, wanted[k], atol=1e-4)
+
+
+def test_what_the_samples_do_not_span_starts_small():
+    torch.manual_seed(0)
+    module = decoder(grid(), rank=4)
+    before = module.body.project.directions.detach().clone()
+    module.start_from(Held(torch.randn(1, 24, 8)))
+    after = module.body.project.directions
+    assert torch.allclose(after[:, 1:], 0.1 * before[:, 1:])
+    assert not torch.allclose(after[:, 0], 0.1 * before[:, 0])
+
+
+def test_directions_may_stay_as_they_are():
+    module = decoder(grid(), train_directions=False)
+    assert not module.body.project.directions.requires_grad
+    assert "body.project.directions" in module.state_dict()
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 5])
@@ -72,29 +130,27 @@ def test_a_block_costs_the_same_whatever_the_number_of_tokens(kernel, layers):
     """2 · hidden² + 2 · kernel · hidden, and biases and the norm: 6 · hidden."""
     width = SMALL["hidden_dim"]
     module = decoder(grid(layers=layers), blocks=2, kernel_size=kernel)
-    for block in module.blocks:
+    for block in module.body.blocks:
         assert count(block) == 2 * width**2 + 2 * kernel * width + 6 * width
 
 
 def test_layers_may_differ_in_length():
     shape = uneven()
-    places, length = token_places(shape)
-    assert length == 4
-    assert places.tolist() == [0, 4, 5, 1, 6, 7, 8]
     output = decoder(shape)(torch.randn(2, 3, 1, 6), torch.ones(2, 3, 1, dtype=torch.bool))
     assert output.shape == (2, 7, 5)
 
 
 @settings(max_examples=50)
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=30))
-def test_every_token_has_a_place_of_its_own_in_its_layer(layers):
-    codes = np.unique(layers, return_inverse=True)[1].astype(np.int64)
-    zeros = np.zeros(len(layers), dtype=np.int64)
-    places, length = token_places(TokenGrid(len(layers), 2, codes, zeros, zeros, zeros))
-    assert len(set(places.tolist())) == len(layers)
-    assert (places // length).tolist() == codes.tolist()
-    for layer in set(codes.tolist()):
-        assert (np.diff(places[codes == layer]) > 0).all()
+@given(st.lists(st.tuples(*[st.integers(0, 3)] * 3), min_size=1, max_size=30))
+def test_tokens_share_a_cell_when_they_share_layer_module_and_matrix(places):
+    codes = [np.unique(axis, return_inverse=True)[1] for axis in zip(*places, strict=True)]
+    layer, module, matrix = (code.astype(np.int64) for code in codes)
+    shape = TokenGrid(len(places), 2, layer, module, matrix, np.zeros(len(places), np.int64))
+    cell, (layers, kinds) = cells(shape)
+    assert cell.max() < layers * kinds
+    assert (cell // kinds).tolist() == layer.tolist()
+    same = {(int(c), place) for c, place in zip(cell, places, strict=True)}
+    assert len(same) == len(set(cell.tolist())) == len(set(places))
 
 
 @pytest.mark.parametrize("axis", [1, 2])
@@ -157,7 +213,8 @@ def test_a_real_adapter_is_decoded_within_the_budget():
     layout = Layout.of(adapter, token_dim=384)
     assert layout.values == 4_399_104
     module = create("decoder", "hyperconv", {}, 384, layout.grid()).eval()
-    assert count(module.expand) <= 40_000_000 + 1_000_000  # and its condensing layer
+    assert count(module.body.project) <= 40_000_000
+    assert count(module) - count(module.body.project) < 4_000_000
     started = time.perf_counter()
     with torch.inference_mode():
         output = module(torch.randn(1, 16, 1, 384), torch.ones(1, 16, 1, dtype=torch.bool))

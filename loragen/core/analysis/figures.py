@@ -32,6 +32,7 @@ STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,  # a `$` in a name is a dollar
     "font.size": 9,
+    "figure.constrained_layout.hspace": 0.06,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 10,
@@ -50,7 +51,6 @@ def modules_figure(modules: Sequence[ModuleReport]) -> str:
         _heat_of(norms, modules, lambda m: m.norm_delta, lambda values: hypot(*values), "‖ΔW‖")
         _heat_of(ranks, modules, lambda m: m.effective_rank, np.mean, "effective rank")
         ranks.set_xlabel("layer")
-        figure.get_layout_engine().set(hspace=0.06)
 
     kinds = len({module.kind for module in modules})
     return _svg(draw, 8.6, 1.6 + 0.5 * kinds)
@@ -110,7 +110,7 @@ def overlay_figure(reports: Sequence[Report]) -> str:
             units.add(unit)
             drift = [d.from_first for d in report.drift]
             panel.plot(at, drift, _line(i), color=_colour(i), label=report.name)
-        panel.set(xlabel=" or ".join(sorted(units)), ylabel="‖ΔW - ΔW of the first‖", title="drift")
+        panel.set(xlabel=" or ".join(sorted(units)), ylabel="‖ΔW − first ΔW‖", title="drift")
         _legend(panel, len(reports))
 
     return _svg(draw, 8.6, 3.2)
@@ -154,6 +154,7 @@ def _plane(axes: "Axes", pca: Trajectory) -> np.ndarray:
     if points.shape[1] == 1:
         points = np.concatenate([points, np.zeros_like(points)], axis=1)
     axes.margins(0.1)
+    axes.locator_params(axis="x", nbins=5)
     shares = [*pca.shares, 0.0]
     axes.set_xlabel(f"axis 1: {shares[0]:.1%} of the variance")
     axes.set_ylabel(f"axis 2: {shares[1]:.1%} of the variance")
@@ -199,7 +200,7 @@ def _heat(panel: "Axes", grid: np.ndarray, label: str, signed: bool = False) -> 
         if isfinite(value):
             red, green, blue, _ = image.cmap(image.norm(value))
             ink = "#000000" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.45 else "#ffffff"
-            panel.text(column, row, f"{value:.2g}", ha="center", va="center", color=ink, size=7)
+            panel.text(column, row, f"{value:.3g}", ha="center", va="center", color=ink, size=7)
 
 
 def _legend(panel: "Axes", lines: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loragen.core.analysis.lora_algebra import Factors, inner_products
+from loragen.core.analysis.lora_algebra import inner_products, modules
 from loragen.core.analysis.places import read_checkpoint
 from loragen.core.analysis.report import Sample, Trajectory
 
@@ -23,7 +23,8 @@ MOST_AXES = 3
 RESOLUTION = 1e-12
 """Share of Σ‖ΔW‖² below which the variance is rounding: cosines cannot tell such ΔW apart."""
 
-Deltas = dict[str, Factors]
+Scaled = dict[str, tuple[Tensor, Tensor, float]]
+"""Module -> (A, B, scaling), as the file has them: half the memory of float64, or less."""
 
 
 def evenly(files: Sequence[Path], most: int) -> list[Path]:
@@ -50,11 +51,11 @@ def gram(files: Sequence[Path]) -> Tensor:
     result = torch.empty(len(files), len(files), dtype=torch.float64)
     blocks = list(_blocks(files))
     for rows in blocks:
-        held = [_deltas(files[i]) for i in rows]
+        held = [_read(files[i]) for i in rows]
         for columns in blocks:
             if columns.start > rows.start:
                 break
-            others = held if columns == rows else [_deltas(files[j]) for j in columns]
+            others = held if columns == rows else [_read(files[j]) for j in columns]
             products = _products(held, others)
             result[rows.start : rows.stop, columns.start : columns.stop] = products
             result[columns.start : columns.stop, rows.start : rows.stop] = products.T
@@ -87,19 +88,27 @@ def trajectory(products: Tensor) -> Trajectory | None:
 
 def _blocks(files: Sequence[Path]) -> Iterator[range]:
     """Ranges of files of which two fit into `HELD_BYTES`."""
-    one = sum(factor.nbytes for factors in _deltas(files[0]).values() for factor in factors)
+    one = sum(a.nbytes + b.nbytes for a, b, _ in _read(files[0]).values())
     size = max(1, HELD_BYTES // (2 * max(one, 1)))
     for start in range(0, len(files), size):
         yield range(start, min(start + size, len(files)))
 
 
-def _products(one: Sequence[Deltas], other: Sequence[Deltas]) -> Tensor:
+def _products(one: Sequence[Scaled], other: Sequence[Scaled]) -> Tensor:
     """``[n, m]``: module by module, so that only one is widened to float64 at a time."""
     total = torch.zeros(len(one), len(other), dtype=torch.float64)
     for module in one[0]:
-        total += inner_products([d[module] for d in one], [d[module] for d in other])
+        rows, columns = [held[module] for held in one], [held[module] for held in other]
+        scalings = torch.outer(*(_scalings(several) for several in (rows, columns)))
+        total += scalings * inner_products([r[:2] for r in rows], [c[:2] for c in columns])
     return total
 
 
-def _deltas(file: Path) -> Deltas:
-    return read_checkpoint(file).deltas()
+def _scalings(several: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
+    return torch.tensor([scaling for _, _, scaling in several], dtype=torch.float64)
+
+
+def _read(file: Path) -> Scaled:
+    checkpoint = read_checkpoint(file)
+    factors = modules(checkpoint.tensors)
+    return {name: (a, b, checkpoint.scaling(name)) for name, (a, b) in factors}

@@ -58,7 +58,8 @@ def singular_values(factors: Factors) -> Tensor:
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         return torch.full((min(a.shape[0], a.shape[1], b.shape[0]),), nan, dtype=torch.float64)
     r_a, r_b = torch.linalg.qr(a.T).R, torch.linalg.qr(b).R  # 'reduced': at most r rows
-    return torch.linalg.svdvals(r_b @ r_a.T)
+    values: Tensor = torch.linalg.svdvals(r_b @ r_a.T)
+    return values
 
 
 def stable_rank(values: Tensor) -> float:

@@ -56,10 +56,8 @@ def warned(analysis: Analysis) -> list[Warned]:
     """What a reader has to know before any number."""
     reports = analysis.collections
     found = {
-        "NaN or infinity": [
-            f"{r.name}/{line}" for r in reports for line in by_tensor(r.not_finite)
-        ],
-        "all zero": [f"{r.name}/{line}" for r in reports for line in by_tensor(r.zero)],
+        "NaN or infinity": [line for r in reports for line in _placed(r, r.not_finite)],
+        "all zero": [line for r in reports for line in _placed(r, r.zero)],
         "dead: ΔW next to nothing beside the others": [
             f"{r.name}: {line}" for r in reports for line in r.dead
         ],
@@ -72,6 +70,13 @@ def warned(analysis: Analysis) -> list[Warned]:
         for title, lines in found.items()
         if lines
     ]
+
+
+def _placed(report: Report, found: list[str]) -> list[str]:
+    """With the collection's name, where that is not the file's own."""
+    lines = by_tensor(found)
+    alone = report.name == report.drift[0].checkpoint
+    return lines if alone else [f"{report.name}/{line}" for line in lines]
 
 
 def number(value: float | None) -> str:
@@ -95,6 +100,9 @@ def _figures(report: Report) -> list[tuple[Markup, str]]:
         )
         figures.append((Markup(drift_figure(report)), caption))
     if report.sample:
-        caption = f"{len(report.sample.checkpoints)} of {report.checkpoints} checkpoints."
+        caption = (
+            f"{len(report.sample.checkpoints)} of {report.checkpoints} checkpoints, evenly spaced. "
+            "An arc alone proves nothing: a random walk draws one, too."
+        )
         figures.append((Markup(sample_figure(report.sample)), caption))
     return figures

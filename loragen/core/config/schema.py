@@ -278,16 +278,19 @@ class GenData(Section):
     )
 
 
+Training = Literal["auto", "reconstruction", "behaviour", "reconstruction-then-behaviour"]
+
+
 class GenTraining(Section):
-    objective: Literal["auto", "reconstruction", "behaviour", "reconstruction-then-behaviour"] = (
-        Field(
-            "auto",
-            description="The collected weights, the base's loss with the generated ones in it, or one "
-            "after the other, which is auto where the base and labelled rows are on this machine.",
-        )
+    objective: Training = Field(
+        "auto",
+        description="Collected weights, the base's loss, or one after the other; auto: the last "
+        "where base and labels are on this machine.",
     )
     max_epochs: int = Field(100, ge=1, description="An epoch shows every checkpoint once.")
-    max_steps: int | None = Field(None, ge=1, description="Ends earlier, in optimizer steps.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Ends the reconstruction earlier; behaviour has steps of its own."
+    )
     learning_rate: float = Field(
         1e-4, gt=0, description="For schedules that have a learning_rate and were given none."
     )
@@ -296,7 +299,7 @@ class GenTraining(Section):
     l1_weight: float = Field(0.1, ge=0, description="Weight of the absolute error in the loss.")
     optimizer: Literal["adamw"] = Field("adamw", description="adamw is the only one.")
     condition_noise: float = Field(
-        0.0, ge=0, description="Std of Gaussian noise on conditions, in units of their own std."
+        0.0, ge=0, description="Std of Gaussian noise on every prompt, in units of their own std."
     )
     target_noise: float = Field(
         0.0, ge=0, description="Std of Gaussian noise on targets, in units of their own spread."
@@ -304,7 +307,12 @@ class GenTraining(Section):
     importance: bool = Field(
         False, description="Weigh tokens that the checkpoints of a dataset agree on more."
     )
-    val_every_epochs: int = Field(1, ge=1, description="Validate every so many epochs.")
+    val_every_epochs: int = Field(
+        1, ge=1, description="Validate every so many epochs, and after the last step."
+    )
+    last_every: int = Field(
+        50, ge=1, description="Renew last.ckpt, from which a killed run goes on, so often (steps)."
+    )
     val_rows: int = Field(
         32,
         ge=0,

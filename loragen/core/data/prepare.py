@@ -56,8 +56,8 @@ class DatasetRecord(BaseModel):
 class Grouping(BaseModel):
     """How prompts are joined and split."""
 
-    samples_per_prompt: int = 4
-    test_ratio: float = 0.1
+    samples_per_prompt: int = Field(4, ge=1)
+    test_ratio: float = Field(0.1, ge=0, lt=1)
     seed: int = 42
 
 

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from loragen.core.adapters import Adapter
 from loragen.core.base_models import BaseModel
-from loragen.core.config.schema import Source as SourceConfig
+from loragen.core.config.schema import SourceSection
+from loragen.core.errors import UsageError
 from loragen.core.evaluation.targets import Target
 from loragen.core.files import sha256_text
 from loragen.core.generator.draws import draw_prompts
 from loragen.core.generator.model import Generator
-from loragen.core.generator.sources import Source, read_source
+from loragen.core.generator.sources import Collection, read_source
 
-PROMPTS_PER_CENTRE = 64
+PROMPTS_PER_CENTRE = 32
 ALL_CHECKPOINTS = 2**31
 
 
@@ -52,7 +53,7 @@ class Options:
 class Bench:
     base: BaseModel
     generator: Generator
-    sources: Sequence[Source] = ()
+    sources: Sequence[Collection] = ()
     """What the generator learned from; empty where no column needs it."""
     multi_task: Trained | None = None
     oracles: Mapping[tuple[str, str], Trained] = field(default_factory=dict)
@@ -90,10 +91,12 @@ class Bench:
         return self._centres[key]
 
 
-def training_sources(generator: Generator) -> list[Source]:
+def training_sources(generator: Generator) -> list[Collection]:
     """The datasets that the generator was trained on, through the manifests of their runs.
 
     Raises LoragenError where one is not there any more, or is no run of `lora train`.
     """
     places = generator.provenance.get("sources", [])
-    return [read_source(SourceConfig(checkpoints=place), ALL_CHECKPOINTS) for place in places]
+    if not places:
+        raise UsageError("the generator's file does not name the runs that it learned from")
+    return [read_source(SourceSection(checkpoints=place), ALL_CHECKPOINTS) for place in places]

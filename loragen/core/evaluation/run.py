@@ -15,7 +15,7 @@ from loragen.core.evaluation.results import document
 from loragen.core.evaluation.targets import Target
 from loragen.core.evaluation.training import train_multi_task, train_oracles
 from loragen.core.generator.model import Generator
-from loragen.core.generator.sources import Source
+from loragen.core.generator.sources import Collection
 from loragen.core.progress import Progress
 from loragen.core.quiet import quiet_libraries
 
@@ -53,7 +53,7 @@ def evaluate_generator(
     return {"generator": str(file), **document(outcomes, bench, spread)}
 
 
-def _sources(generator: Generator, required: bool) -> list[Source]:
+def _sources(generator: Generator, required: bool) -> list[Collection]:
     try:
         return training_sources(generator)
     except LoragenError as error:

@@ -12,13 +12,12 @@ from pathlib import Path
 from loragen.core.base_models import BaseModel
 from loragen.core.config import LoraTrainConfig
 from loragen.core.config.schema import Checkpoints, ScheduleSection
-from loragen.core.data.documents import Source as Rows
-from loragen.core.data.documents import parsed_source
+from loragen.core.data.documents import Source, parsed_source
 from loragen.core.data.rows import Row, read_rows
 from loragen.core.evaluation.bench import Trained
 from loragen.core.evaluation.targets import Target
 from loragen.core.files import sha256_text, write_text
-from loragen.core.generator.sources import Source
+from loragen.core.generator.sources import Collection
 from loragen.core.lora.collect import Task, finished_run
 from loragen.core.lora.train import train
 from loragen.core.metrics_log import METRICS, read_metrics
@@ -33,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def train_multi_task(
-    sources: Sequence[Source], base: BaseModel, cache: Path, progress: Progress
+    sources: Sequence[Collection], base: BaseModel, cache: Path, progress: Progress
 ) -> Trained:
     """One LoRA for the rows of all of the generator's training datasets together.
 
@@ -53,7 +52,7 @@ def train_multi_task(
 
 def train_oracles(
     targets: Sequence[Target],
-    sources: Sequence[Source],
+    sources: Sequence[Collection],
     base: BaseModel,
     cache: Path,
     progress: Progress,
@@ -106,7 +105,7 @@ def _recipe(config: LoraTrainConfig, base: BaseModel, cache: Path) -> LoraTrainC
 
 
 def _trained_once(
-    config: LoraTrainConfig, name: str, source: Rows, base: BaseModel, progress: Progress
+    config: LoraTrainConfig, name: str, source: Source, base: BaseModel, progress: Progress
 ) -> LoraRun:
     task = Task(name, name, source)
     known = finished_run(config, task)

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
-from loragen.core.adapters import Adapter, attach_adapter, write_adapter
+from loragen.core.adapters import Adapter, attach_adapter, write_adapter, write_safetensors
 from loragen.core.files import written_atomically
 from loragen.core.generator.card import adapter_card
 from loragen.core.generator.origin import Origin
@@ -54,8 +53,7 @@ def _write_safetensors(file: Path, adapter: GeneratedAdapter) -> None:
         "generated": json.dumps(asdict(adapter.origin), ensure_ascii=False),
     }
     with written_atomically(file) as temporary:
-        # save_file would make it readable for its owner alone.
-        temporary.write_bytes(save(adapter.tensors, metadata))
+        write_safetensors(temporary, adapter.tensors, metadata)
 
 
 def _write_pt(file: Path, adapter: GeneratedAdapter) -> None:

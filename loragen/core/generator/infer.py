@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from loragen.core.generator.merged import Merger
 from loragen.core.generator.model import Generator
 from loragen.core.generator.origin import Origin
 
@@ -29,14 +30,19 @@ def infer(
     prompts_per_draw: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    merger: Merger | None = None,
 ) -> Generated:
-    """Writes the adapter that the generator makes of the prompts, as `GeneratedAdapter.save` does.
+    """Writes the adapter that the generator makes of the prompts, as `GeneratedAdapter.save` does;
+    with a `merger`, the base with the adapter in it.
 
     Raises UsageError where no prompt has any text or `output` exists already.
     """
     _ = generator.text_encoder  # loading is not generating
     started = time.perf_counter()
     adapter = generator.generate(prompts, draws, prompts_per_draw, seed)
-    adapter.save(output, overwrite)
+    if merger:
+        merger.save(adapter, output, overwrite)
+    else:
+        adapter.save(output, overwrite)
     seconds = time.perf_counter() - started
     return Generated(output, generator.layout.values, adapter.origin, round(seconds, 4))

@@ -33,9 +33,7 @@ class Injection:
                     f"{spec.key}: only lora_A and lora_B of linear modules are known"
                 )
             if path not in there:
-                raise LoragenError(
-                    f"the base model has no module {path}, which the adapter changes"
-                )
+                raise LoragenError(f"the base has no module {path}, which the adapter changes")
             self.modules[path] = there[path]
             self.scaling[path] = module_scaling(adapter_config, path)
 
@@ -45,8 +43,8 @@ class Injection:
         one after the other: ``{file key: [adapters, rows, columns]}``."""
         with ExitStack() as hooks:
             for path, module in self.modules.items():
-                factors = (adapters[f"{PREFIX}{path}.lora_{which}.weight"] for which in "AB")
-                hook = _Added(*factors, self.scaling[path])
+                a, b = (adapters[f"{PREFIX}{path}.lora_{which}.weight"] for which in "AB")
+                hook = _Added(a, b, self.scaling[path])
                 hooks.callback(module.register_forward_hook(hook).remove)
             yield
 
@@ -57,7 +55,7 @@ class _Added:
     def __init__(self, a: Tensor, b: Tensor, scaling: float) -> None:
         self.a, self.b, self.scaling = a, b, scaling  # (D, r, in), (D, out, r)
 
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = inputs[0]
         parts = x.reshape(len(self.a), -1, x.shape[-1]).to(self.a)  # (D, rows * T, in)
         low = torch.bmm(parts, self.a.transpose(1, 2))  # (D, rows * T, r)

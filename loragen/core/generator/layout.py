@@ -134,10 +134,9 @@ class Layout:
         flat = tokens.reshape(-1)
         adapter = {}
         for spec, start in zip(self.tensors, self.starts, strict=True):
-            values = flat[start * self.token_dim :][: spec.size].to(spec.dtype, copy=True)
-            shape = spec.shape[::-1] if spec.by_columns else spec.shape
-            tensor = values.view(shape)
-            adapter[spec.key] = tensor.T.contiguous() if spec.by_columns else tensor
+            values = flat[start * self.token_dim :][: spec.size]
+            placed = values.view(spec.shape[::-1]).T if spec.by_columns else values.view(spec.shape)
+            adapter[spec.key] = torch.empty(spec.shape, dtype=spec.dtype).copy_(placed)
         return adapter
 
     def unpack_several(self, tokens: Tensor) -> dict[str, Tensor]:
@@ -148,7 +147,7 @@ class Layout:
         for spec, start in zip(self.tensors, self.starts, strict=True):
             values = flat[:, start * self.token_dim :][:, : spec.size]
             shape = spec.shape[::-1] if spec.by_columns else spec.shape
-            several = values.unflatten(1, shape)
+            several = values.reshape(-1, *shape)
             adapters[spec.key] = several.mT if spec.by_columns else several
         return adapters
 

@@ -1,13 +1,13 @@
 """A generator: everything between a few prompts and an adapter, and the file that holds it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loragen.core.adapters import Adapter
 from loragen.core.checkpoints import load_plain
@@ -15,16 +15,18 @@ from loragen.core.data.prompts import joined
 from loragen.core.errors import DataError, LoragenError
 from loragen.core.files import sha256_text, written_atomically
 from loragen.core.generator.draws import draw_prompts, with_text
+from loragen.core.generator.familiarity import Distance, Familiarity
 from loragen.core.generator.generated import GeneratedAdapter
 from loragen.core.generator.layout import Layout
-from loragen.core.generator.network import new_network
+from loragen.core.generator.network import Network, new_network
 from loragen.core.generator.normalization import Normalization
 from loragen.core.generator.origin import Origin
 from loragen.core.plugins import create
 from loragen.core.protocols import Encoder
-from loragen.core.runs import experiment_name, generator_file
+from loragen.core.runs import CHECKPOINTS, experiment_name, generator_file
 
-FORMAT_VERSION = 2  # 1 had no scale of the conditions
+FORMAT_VERSION = 2
+"""Version 1 had neither the scale of the conditions nor their `familiarity`."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,14 @@ class Generator:
     base_model: str
     samples_per_prompt: int
     prompts_per_condition: int
-    network: nn.Module
+    network: Network
+    familiarity: Familiarity | None = None
+    """How far prompts are from the training; None in a file of format 1."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Of plain data: sources, plugins with distribution and version, training metrics."""
     name: str = "unnamed"
     """The experiment it was loaded from, or its file."""
+    format_version: int = FORMAT_VERSION
 
     def generate(
         self,
@@ -80,9 +85,18 @@ class Generator:
         given = with_text(prompts)
         chosen = draw_prompts(given, draws, prompts_per_draw, seed, self.usual_prompts)
         tokens = torch.zeros(self.layout.tokens, self.layout.token_dim)
+        distances: list[Distance] = []
         for drawn in chosen:
-            tokens += self._tokens(*self.embed(drawn)) / len(chosen)
-        origin = self._origin(given, draws, len(chosen[0]))
+            condition, mask = self.embed(drawn)
+            tokens += self._tokens(condition, mask) / len(chosen)
+            if self.familiarity:
+                distances.append(self.familiarity.distance(condition, mask))
+        origin = replace(
+            self._origin(given, distances),
+            draws=draws,
+            prompts_per_draw=len(chosen[0]),
+            seed=None if len(chosen[0]) == len(given) else seed,
+        )
         return GeneratedAdapter(dict(self.adapter_config), self.layout.unpack(tokens), origin)
 
     def generate_from(self, condition: Tensor, mask: Tensor) -> Adapter:
@@ -119,20 +133,36 @@ class Generator:
         normalized = self.network(condition.unsqueeze(0), mask.unsqueeze(0)).squeeze(0)
         return self.normalization.denormalize(normalized)
 
-    def _origin(self, prompts: Sequence[str], draws: int, per_draw: int) -> Origin:
+    def _origin(self, prompts: Sequence[str], distances: Sequence[Distance]) -> Origin:
+        """Of several draws, the median distance."""
+        middle = sorted(distances, key=lambda d: d.ratio)[(len(distances) - 1) // 2 :][:1]
         return Origin(
             generator=self.name,
-            format_version=FORMAT_VERSION,
+            format_version=self.format_version,
             base_model=self.base_model,
             encoder=self.encoder.name,
             decoder=self.decoder.name,
             prompts=len(prompts),
             prompts_sha256=sha256_text(*prompts),
-            draws=draws,
-            prompts_per_draw=per_draw,
-            plugins=self.provenance.get("plugins", []),
-            datasets=self.provenance.get("sources", []),
+            plugins=[
+                plugin
+                for plugin in self.provenance.get("plugins", [])
+                if plugin["kind"] in ("encoder", "decoder")
+            ],
+            datasets=self.datasets,
+            nearest_dataset=middle[0].nearest if middle else None,
+            distance=middle[0].ratio if middle else None,
+            far=bool(middle) and middle[0].far,
+            vague=bool(middle) and middle[0].vague,
         )
+
+    @property
+    def datasets(self) -> list[str]:
+        """The names of the training datasets, or of their runs where only these are known."""
+        if self.familiarity:
+            return self.familiarity.datasets
+        places = [Path(source) for source in self.provenance.get("sources", [])]
+        return [(p.parent if p.name == CHECKPOINTS else p).name for p in places]
 
     def save(self, file: str | Path) -> None:
         """A file that `torch.load(file, weights_only=True)` reads."""
@@ -149,6 +179,7 @@ class Generator:
             "samples_per_prompt": self.samples_per_prompt,
             "prompts_per_condition": self.prompts_per_condition,
             "state_dict": {k: v.detach().cpu() for k, v in self.network.state_dict().items()},
+            "familiarity": self.familiarity.state() if self.familiarity else None,
             "provenance": self.provenance,
         }
         with written_atomically(Path(file)) as temporary:
@@ -166,8 +197,10 @@ class Generator:
         try:
             version = document["format_version"]
             if version > FORMAT_VERSION:
-                raise DataError(f"{file}: format {version} is newer than this loragen; upgrade it")
+                raise DataError(f"format {version} is newer than this loragen; upgrade it")
             return cls._from_document(document, experiment_name(file))
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from error
         except KeyError as error:
             raise DataError(f"{file}: not a generator file: it has no {error}") from error
         except (RuntimeError, TypeError) as error:
@@ -178,7 +211,19 @@ class Generator:
     def _from_document(cls, document: dict[str, Any], name: str) -> "Generator":
         decoder, layout = Choice(**document["decoder"]), Layout.from_state(document["layout"])
         network = new_network(decoder.name, decoder.options, document["condition_dim"], layout)
-        network.load_state_dict(document["state_dict"])
+        try:
+            network.load_state_dict(document["state_dict"])
+        except RuntimeError as error:
+            written = "".join(
+                f", of {plugin['distribution']} {plugin['version']}"
+                for plugin in document["provenance"].get("plugins", [])
+                if plugin["kind"] == "decoder"
+            )
+            raise DataError(
+                f"not a generator file of this version: its weights (format "
+                f"{document['format_version']}) are of another decoder {decoder.name} than the one "
+                f"installed; train it again, or use the decoder it was written with{written}"
+            ) from error
         kept = (
             "encoder_fingerprint",
             "condition_dim",
@@ -187,13 +232,16 @@ class Generator:
             "samples_per_prompt",
             "prompts_per_condition",
             "provenance",
+            "format_version",
         )
+        known = document.get("familiarity")
         return cls(
             encoder=Choice(**document["encoder"]),
             decoder=decoder,
             layout=layout,
             normalization=Normalization(**document["normalization"]),
             network=network.eval(),
+            familiarity=Familiarity(**known) if known else None,
             name=name,
             **{key: document[key] for key in kept},
         )

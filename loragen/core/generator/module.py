@@ -1,19 +1,17 @@
 """Generator training as a LightningModule: adapters from prompts, judged by the objectives."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 
 from loragen.core.config.schema import GenTraining
 from loragen.core.generator.network import Network
-from loragen.core.generator.objectives import Behaviour, Losses, Reconstruction
+from loragen.core.generator.objectives import Losses, Objectives
+from loragen.core.generator.optimization import StepPlan, optimizer_for
 from loragen.core.generator.pairs import PairBatch
-from loragen.core.generator.phases import Objective, Phases
-from loragen.core.lora.module import step_schedule
-from loragen.core.protocols import Rate, Schedule
+from loragen.core.steps import step_schedule
 
 VALIDATION = ("val", "val_unseen")
 """Held-out prompt texts of the training datasets, and held-out datasets."""
@@ -22,58 +20,52 @@ VALIDATION = ("val", "val_unseen")
 class GeneratorModule(LightningModule):
     """A network on its way through the phases: what a batch holds says which objective it is for.
 
-    Validation looks at what the phases do: the reconstruction of held-out pairs, and where the base
-    is at hand, its loss and accuracy on held-out rows with the generated adapter in place.
+    Validation looks at the reconstruction of held-out pairs and, where the base is at hand, at its
+    loss and accuracy on held-out rows with the generated adapter in place.
     """
 
     def __init__(
         self,
         network: Network,
-        schedules: Mapping[Objective, Schedule],
-        phases: Phases,
+        plan: StepPlan,
+        objectives: Objectives,
         training: GenTraining,
-        reconstruction: Reconstruction,
-        behaviour: Behaviour | None = None,
-        reconstruction_weight: float = 0.0,
+        *,
+        first_step: int = 0,
+        optimizer_state: dict[str, Any] | None = None,
     ) -> None:
-        """`reconstruction_weight`: its share beside the behaviour."""
+        """`first_step` steps are done already and have left `optimizer_state`."""
         super().__init__()
         self.network = network
-        self.schedules, self.phases, self.training_options = schedules, phases, training
-        # Not in checkpoints: they are the same in all of them, and the base may be large.
-        self._objectives = reconstruction, behaviour
-        self.reconstruction_weight = reconstruction_weight
-        self.metrics: dict[str, float] = {}
-        """Of the last training step (the mean of its micro-batches), and of the last validation."""
-
-    @property
-    def total_steps(self) -> int:
-        return self.phases.total
+        self.plan, self.training_options = plan, training
+        # No submodules: what they hold is the same in all checkpoints, and the base may be large.
+        self._objectives = objectives
+        self.first_step, self._optimizer_state = first_step, optimizer_state
+        self.step_metrics: dict[str, Any] = {}
+        """Of this device's part of the last training step: the mean of its micro-batches."""
 
     def on_fit_start(self) -> None:
-        for objective in self._objectives:
-            if objective:
-                objective.to(self.device)
+        self._objectives.to(self.device)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        condition = self._with_noise(batch.condition)
-        written = self.network(condition, batch.mask)  # (B, tokens, token_dim)
+        written = self.network(self._with_noise(batch.condition), batch.mask)
         loss, metrics = self._losses(written, batch)
         parts = self.trainer.accumulate_grad_batches
         for name, value in metrics.items():
-            before = 0.0 if batch_idx % parts == 0 else self.metrics[f"train/{name}"]
-            self.metrics[f"train/{name}"] = before + float(value) / parts
+            before = 0.0 if batch_idx % parts == 0 else self.step_metrics[f"train/{name}"]
+            self.step_metrics[f"train/{name}"] = before + value / parts
         return loss
 
     def _losses(self, written: Tensor, batch: PairBatch) -> Losses:
-        reconstruction, behaviour = self._objectives
+        reconstruction, behaviour = self._objectives.reconstruction, self._objectives.behaviour
         if batch.rows is None:
             return reconstruction(written, batch.tokens, self.training_options.target_noise)
         assert behaviour is not None
         loss, metrics = behaviour(written, batch.rows)
-        if self.reconstruction_weight:
+        share = self._objectives.reconstruction_weight
+        if share:
             beside, more = reconstruction(written, batch.tokens)
-            loss, metrics = loss + self.reconstruction_weight * beside, metrics | more
+            loss, metrics = loss + share * beside, more | metrics
         return loss, {**metrics, "loss": loss.detach()}
 
     def _with_noise(self, condition: Tensor) -> Tensor:
@@ -84,7 +76,7 @@ class GeneratorModule(LightningModule):
         return condition + share * self.network.condition_spread * torch.randn_like(condition)
 
     def validation_step(self, batch: PairBatch, batch_idx: int, dataloader_idx: int) -> None:
-        reconstruction, behaviour = self._objectives
+        reconstruction, behaviour = self._objectives.reconstruction, self._objectives.behaviour
         written = self.network(batch.condition, batch.mask)
         metrics = reconstruction(written, batch.tokens)[1]
         metrics |= reconstruction.in_own_units(written, batch.tokens)
@@ -101,26 +93,13 @@ class GeneratorModule(LightningModule):
             )
 
     def configure_optimizers(self) -> Any:
-        options = self.training_options
-        optimizer = torch.optim.AdamW(
-            _decayed_and_not(self.network), lr=1.0, weight_decay=options.weight_decay
+        optimizer = optimizer_for(self.network, self.training_options)
+        if self._optimizer_state:
+            optimizer.load_state_dict(self._optimizer_state)
+        schedule = step_schedule(
+            optimizer, lambda step: self.plan.rate(step).learning_rate, self.first_step
         )
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": step_schedule(optimizer, self._rate), "interval": "step"},
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
-
-    def rate(self, step: int) -> Rate:
-        """The rate of optimizer step `step`, counted from 1; stages are counted over all phases."""
-        phase, within = self.phases.at(step)
-        return self.schedules[phase.objective](within, phase.steps)
-
-    def _rate(self, step: int) -> float:
-        return self.rate(step).learning_rate
-
-
-def _decayed_and_not(network: nn.Module) -> list[dict[str, Any]]:
-    """Vectors (biases, norms) are not decayed, matrices are."""
-    trained = [p for p in network.parameters() if p.requires_grad]
-    vectors = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}
-    return [{"params": [p for p in trained if p.ndim >= 2]}, vectors]

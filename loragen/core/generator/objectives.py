@@ -4,6 +4,7 @@ Both take tokens as the decoder writes them, normalised, ``[batch, tokens, token
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,6 +68,21 @@ class Reconstruction:
         }
 
 
+@dataclass(frozen=True)
+class Objectives:
+    """All that a training judges adapters by."""
+
+    reconstruction: Reconstruction
+    behaviour: "Behaviour | None" = None
+    reconstruction_weight: float = 0.0
+    """Of the reconstruction beside the behaviour."""
+
+    def to(self, device: torch.device) -> None:
+        self.reconstruction.to(device)
+        if self.behaviour:
+            self.behaviour.to(device)
+
+
 class Behaviour:
     """The language-model loss of the base, with every generated adapter in its place, on rows of
     the adapter's own dataset."""
@@ -93,22 +109,17 @@ class Behaviour:
         devices has the same mean.
         """
         logits, tokens, owner = self._answers(written, rows)
-        losses = token_losses(logits, tokens)
-        per_adapter = losses.new_zeros(len(written)).index_add_(0, owner, losses)
-        counts = torch.bincount(owner, minlength=len(written))
-        loss = (per_adapter / counts).mean()
+        loss = mean_of_means(token_losses(logits, tokens), owner, len(written))
         return loss, {"behaviour": loss.detach()}
 
     @torch.no_grad()
     def accuracy(self, written: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
-        """(mean loss as above, share of rows whose greedy answer is right)."""
+        """(the loss as above, share of rows whose greedy answer is right)."""
         logits, tokens, owner = self._answers(written, rows)
-        losses = token_losses(logits, tokens)
-        per_adapter = losses.new_zeros(len(written)).index_add_(0, owner, losses)
-        loss = (per_adapter / torch.bincount(owner, minlength=len(written))).mean()
+        loss = mean_of_means(token_losses(logits, tokens), owner, len(written))
         row = torch.arange(len(rows.ids), device=tokens.device)[:, None].expand_as(rows.ids)
-        wrong = row[rows.targets != IGNORED][logits.argmax(-1) != tokens]
-        return loss, 1 - len(wrong.unique()) / torch.tensor(float(len(rows.ids)))
+        wrong = torch.bincount(row[rows.targets != IGNORED][logits.argmax(-1) != tokens])
+        return loss, 1 - wrong.count_nonzero() / len(rows.ids)
 
     def _answers(self, written: Tensor, rows: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, tokens and the adapter of every answer token."""
@@ -119,3 +130,9 @@ class Behaviour:
         sequence = torch.arange(len(rows.ids), device=rows.ids.device)[:, None]
         owner = (sequence // each).expand_as(rows.ids)[rows.targets != IGNORED]
         return logits, tokens, owner
+
+
+def mean_of_means(values: Tensor, owner: Tensor, owners: int) -> Tensor:
+    """The mean over owners of the mean of each one's values."""
+    sums = values.new_zeros(owners).index_add_(0, owner, values)
+    return (sums / torch.bincount(owner, minlength=owners)).mean()

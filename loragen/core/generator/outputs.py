@@ -10,6 +10,28 @@ FILE_SUFFIXES = (".safetensors", ".pt")
 OTHER_WEIGHTS = (".bin", ".ckpt", ".gguf", ".npz", ".pth")
 
 
+def default_output() -> Path:
+    """`generated/adapter-001`, or the first number that is free."""
+    number = 1
+    while (path := Path("generated") / f"adapter-{number:03d}").exists():
+        number += 1
+    return path
+
+
+def place_of(output: Path, name: str, suffix: str) -> Path:
+    """Of one adapter among several, by its name; the only one (no name) is the output itself.
+
+    Raises UsageError where several would go into one file.
+    """
+    if not name:
+        return output
+    if output.suffix in FILE_SUFFIXES:
+        raise UsageError(
+            f"{output}: --per writes a directory; for files in it, add --format {output.suffix[1:]}"
+        )
+    return output / f"{name}{suffix}"
+
+
 def check_output(path: Path, overwrite: bool, marker: str = ADAPTER_CONFIG) -> None:
     """Raises UsageError where something is at `path` that must not be replaced.
 

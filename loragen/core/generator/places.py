@@ -58,31 +58,33 @@ def configured_sources(config: GenTrainConfig) -> list[SourceSection]:
 
 
 def find_sources(config: GenTrainConfig) -> FoundSources:
-    """What is named is taken; of a folder of runs, the newest finished one of each dataset.
+    """What is named is taken; of a folder of runs, the newest finished one of each dataset that
+    is not held out.
 
     Raises UsageError where there is nothing, a source is named twice, or a folder has no run that
     can be taken; DataError for a damaged manifest in a folder.
     """
     listed = config.data.checkpoint_dir or []
     directories = [Path(one) for one in ([listed] if isinstance(listed, str) else listed)]
-    folders = {directory: _runs_in(directory) for directory in directories}
+    folders = [(directory, _runs_in(directory)) for directory in directories]
     named = [
         *config.sources,
-        *(SourceSection(run=str(place)) for place, runs in folders.items() if not runs),
+        *(SourceSection(run=str(place)) for place, runs in folders if not runs),
     ]
-    places = [_place(source) for source in named]
+    settled = [*named, *config.val_sources]
+    places = [_place(source) for source in settled]
     for place in places:
         if places.count(place) > 1:
             raise UsageError(f"{place.name} is named twice among the sources")
     found = FoundSources(named)
-    taken = {_trained(run) for run in map(_run_of, named) if run}
+    taken = {_trained(run) for run in map(_run_of, settled) if run}
     others = {
         run.directory.resolve(): run
-        for directory, runs in folders.items()
-        for run in _worth_taking(directory, runs, found)
-        if run.directory.resolve() not in places
+        for directory, runs in folders
+        for run in _worth_taking(directory, runs, places, found)
     }
-    found.sources += (SourceSection(run=str(p)) for p in _newest(others.values(), taken, found))
+    newest = _newest(list(others.values()), taken, found)
+    found.sources += (SourceSection(run=str(directory)) for directory in newest)
     if not found.sources:
         raise UsageError(
             "nothing to learn from: give --checkpoint-dir RUN (repeatable), or sources in the YAML"
@@ -168,10 +170,13 @@ def _runs_in(directory: Path) -> list[LoraRun]:
     return [LoraRun(place, read_manifest(place, LoraManifest)) for place in places]
 
 
-def _worth_taking(directory: Path, runs: Sequence[LoraRun], found: FoundSources) -> list[LoraRun]:
-    """The finished runs of a folder that are no tests; the others are noted."""
-    unfinished = [run for run in runs if run.manifest.status != "success"]
-    tests = [run for run in runs if run not in unfinished and _is_test(run.manifest)]
+def _worth_taking(
+    directory: Path, runs: Sequence[LoraRun], named: Sequence[Path], found: FoundSources
+) -> list[LoraRun]:
+    """The finished runs of a folder that are no tests, nor named; the others are noted."""
+    left = [run for run in runs if run.directory.resolve() not in named]
+    unfinished = [run for run in left if run.manifest.status != "success"]
+    tests = [run for run in left if run not in unfinished and _is_test(run.manifest)]
     if runs and len(unfinished) + len(tests) == len(runs):
         raise UsageError(
             f"{directory}: none of its {len(runs)} runs is one to learn from ({len(unfinished)} "
@@ -179,7 +184,7 @@ def _worth_taking(directory: Path, runs: Sequence[LoraRun], found: FoundSources)
         )
     found.unfinished += (run.directory for run in unfinished)
     found.test_mode += (run.directory for run in tests)
-    return [run for run in runs if run not in unfinished and run not in tests]
+    return [run for run in left if run not in unfinished and run not in tests]
 
 
 def _newest(
@@ -191,9 +196,9 @@ def _newest(
         for run in sorted(runs, key=lambda r: (r.manifest.started, natural_key(r.directory.name)))
         if _trained(run) not in taken
     }
-    left = [run.directory for run in runs if run.directory not in newest.values()]
-    found.superseded += left
-    return [run.directory for run in runs if run.directory not in left]
+    taken_here = set(newest.values())
+    found.superseded += (run.directory for run in runs if run.directory not in taken_here)
+    return [run.directory for run in runs if run.directory in taken_here]
 
 
 def _trained(run: LoraRun) -> tuple[object, ...]:

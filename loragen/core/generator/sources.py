@@ -29,7 +29,13 @@ from loragen.core.generator.texts import (
 )
 from loragen.core.lora.provenance import Provenance, traced_run
 from loragen.core.protocols import Encoder
-from loragen.core.runs import LoraManifest, checkpoint_step, read_manifest, run_directory_of
+from loragen.core.runs import (
+    LoraManifest,
+    SourceRecord,
+    checkpoint_step,
+    read_manifest,
+    run_directory_of,
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,8 @@ class PreparedSource:
     """Indices of the texts that validate; None where nobody has said."""
     tracked: Sequence[Sequence[int]] | None = None
     """For each checkpoint the indices of its own texts; None where any text goes with any."""
+    record: SourceRecord | None = None
+    """What it held, for the manifest."""
 
 
 def read_sources(config: GenTrainConfig) -> tuple[list[Collection], list[Collection]]:
@@ -201,9 +209,13 @@ def prepared(
         for source in sources:
             of = texts_of(source, config)
             embeddings, mask = _embedded(cache, encoder, encoder_key, of.texts)
-            tokens = _tokenized(cache, layout, source, config.layout.target_form)
+            key = _tokens_key(layout, source, config.layout.target_form)
+            tokens = _tokenized(cache, key, layout, source, config.layout.target_form)
+            record = SourceRecord(name=source.name, checkpoints=key, prompts=sha256_text(*of.texts))
             ready.append(
-                PreparedSource(source.name, tokens, embeddings, mask, of.held_out, of.tracked)
+                PreparedSource(
+                    source.name, tokens, embeddings, mask, of.held_out, of.tracked, record
+                )
             )
         yield ready
 
@@ -217,9 +229,15 @@ def _cache(data: GenData) -> Iterator[Path]:
         yield Path(directory)
 
 
-def _tokenized(cache: Path, layout: Layout, source: Collection, form: TargetForm) -> np.ndarray:
+def _tokens_key(layout: Layout, source: Collection, form: TargetForm) -> str:
     hashes = [sha256(_weights(file)) for file in source.checkpoints]
-    file = cache / "tokens" / f"{sha256_text(repr(layout.state()), form, *hashes)[:32]}.npy"
+    return sha256_text(repr(layout.state()), form, *hashes)[:32]
+
+
+def _tokenized(
+    cache: Path, key: str, layout: Layout, source: Collection, form: TargetForm
+) -> np.ndarray:
+    file = cache / "tokens" / f"{key}.npy"
     if not file.is_file():
         shape = (len(source.checkpoints), layout.tokens, layout.token_dim)
         with written_atomically(file) as temporary:

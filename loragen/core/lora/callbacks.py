@@ -1,12 +1,11 @@
-"""What happens around the steps of LoRA training: seeds, metrics, checkpoints, the end of it."""
+"""What happens around the steps of LoRA training: metrics, checkpoints, the end of it."""
 
 import time
-from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 
 from loragen.core.config.schema import Checkpoints
 from loragen.core.interrupt import Interruption
@@ -21,43 +20,7 @@ from loragen.core.metrics_log import StepLog
 from loragen.core.progress import Step
 from loragen.core.runs import CHECKPOINTS, LAST_CHECKPOINT, LoraManifest, checkpoint_name
 from loragen.core.session import RunSession
-
-
-class StepSeeds(Callback):
-    """Dropout as a pure function of (seed, micro-batch, rank), like the batches."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def on_train_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        parts = trainer.accumulate_grad_batches
-        k = trainer.global_step * parts + batch_idx % parts
-        torch.manual_seed((self.seed * 1_000_003 + k) * 4099 + trainer.global_rank)
-
-
-class StepCallback(Callback, ABC):
-    """Calls `on_step` once per optimizer step: with accumulation, several batches end at one."""
-
-    _done = 0
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._done = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step > self._done:
-            self._done = trainer.global_step
-            self.on_step(trainer, pl_module, batch)
-
-    @abstractmethod
-    def on_step(self, trainer: Trainer, pl_module: Any, batch: Any) -> None: ...
+from loragen.core.steps import StepCallback
 
 
 class StepMetrics(StepCallback):
@@ -162,7 +125,9 @@ class StepCheckpoints(StepCallback):
         if (stops or step % settings.last_every == 0) and not covered:
             self._save(trainer, pl_module, self._last, with_optimizer=True)
         if stops:
-            raise self.interruption.error_after(step, trainer.max_steps, self.session.directory)
+            raise self.interruption.error_after(
+                step, trainer.max_steps, f"lora train --resume {self.session.directory}"
+            )
 
     @property
     def _last(self) -> Path:

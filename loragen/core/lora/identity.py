@@ -1,9 +1,10 @@
 """Which settings decide a run's result, and which are free to differ. Light."""
 
 from pathlib import Path
-from typing import Any
 
 from loragen.core.config import DEMO, LoraTrainConfig
+from loragen.core.config.differences import HARDWARE
+from loragen.core.config.differences import differences as config_differences
 from loragen.core.data.documents import content_hash, location, parsed_source
 
 FREE = (
@@ -15,23 +16,20 @@ FREE = (
     "loggers",
     "final_model",
     "track_batches",
-)
-FREE_OF = {
     # Hashes say whether the data are the same; with skip_bad_rows, a file without bad rows is.
-    "data": ("root", "dataset", "validation", "skip_bad_rows", "workers"),
-    "checkpoints": ("last_every",),
-}
-HARDWARE = ("accelerator", "devices", "num_nodes", "strategy")
+    "data.root",
+    "data.dataset",
+    "data.validation",
+    "data.skip_bad_rows",
+    "data.workers",
+    "checkpoints.last_every",
+    *HARDWARE,
+)
 
 
 def differences(then: LoraTrainConfig, now: LoraTrainConfig) -> list[str]:
     """What differs of the settings that decide the result, as `key is x, the run has y`."""
-    old, new = _decisive(then), _decisive(now)
-    return [
-        f"{key} is {new.get(key)}, the run has {old.get(key)}"
-        for key in dict.fromkeys([*old, *new])
-        if old.get(key) != new.get(key)
-    ]
+    return config_differences(then, now, FREE)
 
 
 def validation_hash(config: LoraTrainConfig) -> str:
@@ -67,17 +65,3 @@ def same_dtype(then: LoraTrainConfig, computed: str, now: LoraTrainConfig) -> bo
     if now.base_dtype == "auto":
         return then.base_dtype == "auto"
     return computed in ("", now.base_dtype)
-
-
-def _decisive(config: LoraTrainConfig) -> dict[str, Any]:
-    """The settings that decide the result: `{"training.batch_size": 32, ...}`."""
-    flat: dict[str, Any] = {}
-    for section, value in config.model_dump(mode="json").items():
-        if section in FREE:
-            continue
-        if not isinstance(value, dict):
-            flat[section] = value
-            continue
-        free = HARDWARE if section == "trainer" else FREE_OF.get(section, ())
-        flat |= {f"{section}.{key}": item for key, item in value.items() if key not in free}
-    return flat

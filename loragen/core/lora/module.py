@@ -1,6 +1,5 @@
 """LoRA training as a LightningModule: the loss, the optimizer, and what a checkpoint keeps."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from loragen.core.lora.batch import Batch
 from loragen.core.lora.loss import answer_logits, answer_losses, rows_right, token_losses
 from loragen.core.protocols import Schedule
+from loragen.core.steps import step_schedule
 
 
 class LoraModule(LightningModule):
@@ -84,15 +84,3 @@ class LoraModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if not self.saves_optimizer:
             checkpoint["optimizer_states"] = []
-
-
-def step_schedule(
-    optimizer: torch.optim.Optimizer, rate: Callable[[int], float], done: int = 0
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """`rate(step)`, counted from 1, as the learning rate of an optimizer built with lr=1 that has
-    `done` steps behind it."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] = 1.0
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda steps: rate(steps + 1), last_epoch=done - 1
-    )

@@ -17,7 +17,7 @@ from loragen.core.data.tokenize import pad_id
 from loragen.core.files import written_atomically
 from loragen.core.interrupt import Interrupted, Interruption
 from loragen.core.lora.attach import new_adapter
-from loragen.core.lora.callbacks import StepCheckpoints, StepMetrics, StepSeeds
+from loragen.core.lora.callbacks import StepCheckpoints, StepMetrics
 from loragen.core.lora.data import LoraDataModule, Rows, load_rows
 from loragen.core.lora.identity import located
 from loragen.core.lora.merge import save_merged
@@ -25,17 +25,15 @@ from loragen.core.lora.module import LoraModule
 from loragen.core.lora.precision import arithmetic, dtype_name
 from loragen.core.lora.provenance import Provenance
 from loragen.core.lora.resume import (
-    ResumePoint,
+    LoraPoint,
     check_unchanged,
     logged_loss,
-    optimizer_state,
-    read_resumable,
     restore_adapter,
-    restore_progress,
     void_later,
 )
 from loragen.core.plugins import create
 from loragen.core.progress import Progress
+from loragen.core.resume import optimizer_state, restore_progress
 from loragen.core.runs import (
     LoraManifest,
     LoraRun,
@@ -43,7 +41,8 @@ from loragen.core.runs import (
     checkpoint_step,
     plugin_records,
 )
-from loragen.core.session import Continued, RunSession, fit, make_trainer, outcome
+from loragen.core.session import RunSession, fit, make_trainer, outcome
+from loragen.core.steps import StepSeeds
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ def train(
     source: Source,
     base: BaseModel,
     progress: Progress,
-    resume: ResumePoint | None = None,
+    resume: LoraPoint | None = None,
 ) -> LoraRun:
     """Trains one adapter, or goes on with a run; the base is handed back as it was.
 
@@ -80,16 +79,21 @@ def _trained(
     base: BaseModel,
     model: Any,
     progress: Progress,
-    resume: ResumePoint | None,
+    resume: LoraPoint | None,
 ) -> LoraRun:
     name = rows.record.name
     manifest = _manifest(config, rows, base, model, resume)
     session = RunSession(
-        Path(config.runs_dir), f"{name}_lora", config, manifest, progress, _continued(resume)
+        Path(config.runs_dir),
+        f"{name}_lora",
+        config,
+        manifest,
+        progress,
+        resume.continued() if resume else None,
     )
     interruption = Interruption()
     trainer = _trainer(config, base, session, rows, interruption)
-    checkpoint = read_resumable(resume) if resume else None
+    checkpoint = resume.read() if resume else None
     if checkpoint:
         restore_adapter(model, checkpoint)
         restore_progress(trainer, checkpoint)
@@ -186,7 +190,7 @@ def _manifest(
     rows: Rows,
     base: BaseModel,
     model: Any,
-    resume: ResumePoint | None,
+    resume: LoraPoint | None,
 ) -> LoraManifest:
     manifest = LoraManifest(
         base_model=config.base_model,
@@ -207,15 +211,6 @@ def _manifest(
         manifest.steps = [step for step in steps if step <= resume.step]
         manifest.resumed_from = [*resume.manifest.resumed_from, resume.step]
     return manifest
-
-
-def _continued(resume: ResumePoint | None) -> Continued | None:
-    if resume is None:
-        return None
-    manifest = resume.manifest
-    return Continued(
-        resume.directory, resume.step, manifest.logger_run_ids, manifest.seconds or 0.0
-    )
 
 
 def _warn_of_missing_stages(config: LoraTrainConfig) -> None:

@@ -110,9 +110,9 @@ def _conv(channels: int, out: int, kernel: int) -> nn.Conv2d:
 
 def _along_width(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """``[B, N, L, C]`` with C as channels over the plane (N, L); channels last needs no copy."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # type: ignore[no-any-return]  # a tensor
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def _along_rows(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """``[B, N, L, C]`` with L as channels over the plane (N, C)."""
-    return conv(x.transpose(1, 2)).transpose(1, 2)  # type: ignore[no-any-return]  # a tensor
+    return conv(x.transpose(1, 2)).transpose(1, 2)

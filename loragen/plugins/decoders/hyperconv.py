@@ -1,6 +1,6 @@
 """HyperConv: a condition becomes a feature map over the adapter, convolved along each axis."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -40,8 +40,8 @@ class HyperConv(nn.Module):
         kernel_size: Literal[1, 3, 5, 7] = Field(
             3, description="Kernel of the convolutions along layers, kinds or map axes."
         )
-        rank: int | Literal["auto"] = Field(
-            "auto", ge=1, description="Directions R; auto: what max_parameters allows, 4 to 32."
+        rank: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+            "auto", description="Directions R; auto: what max_parameters allows, 4 to 32."
         )
         train_directions: bool = Field(
             True, description="Whether the directions train, or stay the principal components."
@@ -109,18 +109,23 @@ class ConditionReader(nn.Module):
     """A set of prompts -> one vector, whatever their number and order.
 
     Each prompt is read on its own and the readings are averaged, so that a few prompts that the
-    encoder places oddly are outvoted.
+    encoder places oddly are outvoted. A reading is linear and what a hidden layer, silent at first,
+    makes of it beside: what is new in a prompt is mostly a new mixture of what was seen.
     """
 
     def __init__(self, dim: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Dropout(dropout), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden)
-        )
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(dim, hidden)
+        last = nn.Linear(hidden, hidden)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.bend = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), last)
 
     def forward(self, condition: Tensor, mask: Tensor) -> Tensor:
         kept = mask.unsqueeze(-1)  # (B, N, P, 1)
-        read = self.layers(condition)  # (B, N, P, hidden)
+        condition = self.dropout(condition)
+        read = self.linear(condition) + self.bend(condition)  # (B, N, P, hidden)
         total = torch.where(kept, read, 0.0).sum(dim=(1, 2))
         return total / kept.sum(dim=(1, 2)).clamp(min=1)  # (B, hidden)
 

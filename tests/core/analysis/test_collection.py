@@ -6,25 +6,22 @@ import torch
 from safetensors.torch import save_file
 
 from loragen.core.adapters import read_adapter, write_adapter
-from loragen.core.analysis.collection import analyze, damage
+from loragen.core.analysis.analyze import analyze as analyze_paths
+from loragen.core.analysis.collection import damage, dead
+from loragen.core.analysis.report import ModuleReport
 from loragen.core.checkpoints import read_tensors
 from loragen.core.errors import DataError, UsageError
+from loragen.core.files import natural_key
 from loragen.core.runs import checkpoint_files
 
 A = "base_model.model.layers.0.q_proj.lora_A.weight"
 B = "base_model.model.layers.0.q_proj.lora_B.weight"
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """`folder([{...}, ...])` writes a lone checkpoint for each set of tensors."""
-
-    def write(collection):
-        for step, tensors in enumerate(collection, start=1):
-            torch.save(tensors, tmp_path / f"checkpoint-step-{step:03d}.ckpt")
-        return tmp_path
-
-    return write
+def analyze(path):
+    """The report of the one collection at a path."""
+    (report,) = analyze_paths([path]).collections
+    return report
 
 
 def deltas(tensors, scaling):
@@ -69,9 +66,59 @@ def test_a_run_is_described_as_its_dense_matrices_are(collection):
 
 
 def test_a_report_is_plain_data(collection):
-    document = analyze(collection.runs["colors"]).as_dict()
+    document = analyze_paths(list(collection.runs.values())).as_dict()
     assert json.loads(json.dumps(document)) == document
-    assert document["modules"][0]["rank"] == 2
+    assert document["collections"][0]["modules"][0]["rank"] == 2
+
+
+def test_path_and_spectrum(collection):
+    run = collection.runs["colors"]
+    report = analyze(run)
+    assert report.path_length == pytest.approx(sum(d.from_previous for d in report.drift))
+    assert report.displacement == report.drift[-1].from_first
+    assert report.detour == pytest.approx(report.path_length / report.displacement)
+    for module, delta in zip(report.modules, deltas_in_order(run), strict=True):
+        values = torch.linalg.svdvals(delta)[:2]
+        assert module.sigma_1 == pytest.approx(float(values[0]))
+        assert module.norm_delta == pytest.approx(float(values.norm()))
+        assert module.stable_rank == pytest.approx(float((values.norm() / values[0]) ** 2))
+        shares = values / values.sum()
+        assert module.effective_rank == pytest.approx(float((-shares * shares.log()).sum().exp()))
+
+
+def deltas_in_order(run):
+    """Of the last checkpoint, as the report has its modules."""
+    tensors = read_tensors(checkpoint_files(run)[-1])
+    return deltas(dict(sorted(tensors.items(), key=lambda item: natural_key(item[0]))), 2.0)
+
+
+def reports(norms):
+    """Modules of so large a ΔW each: `{(layer, kind): ‖ΔW‖}`."""
+    return [
+        ModuleReport(f"layers.{layer}.{kind}", layer, kind, 2, 1.0, 1.0, norm, norm, 1.0, 1.0)
+        for (layer, kind), norm in norms.items()
+    ]
+
+
+def test_what_is_next_to_nothing_beside_the_others_is_dead():
+    alive = {(layer, kind): 1.0 for layer in range(4) for kind in "qv"}
+    assert dead(reports(alive)) == ([], [])
+    assert dead(reports({**alive, (0, "q"): 1e-4})) == ([], ["layers.0.q"])
+    layer = {(2, "q"): 1e-4, (2, "v"): 0.0}
+    assert dead(reports({**alive, **layer})) == ([2], ["layers.2.q", "layers.2.v"])
+    assert dead(reports({**alive, (0, "q"): 50.0})) == ([], [])  # one that is large kills no other
+    assert dead(reports({**alive, (0, "q"): float("nan"), (1, "q"): 0.0})) == ([], ["layers.1.q"])
+    assert dead(reports(dict.fromkeys(alive, 0.0)))[0] == [0, 1, 2, 3]  # B is zero before training
+
+
+def test_dead_modules_of_a_dead_layer_are_not_named_twice(folder, walk):
+    (tensors,) = walk(1)
+    for key in tensors:
+        if "layers.1" in key or "layers.0.q_proj.lora_B" in key:
+            tensors[key] *= 1e-6
+    report = analyze(folder([tensors]))
+    assert report.dead == ["layer 1", "layers.0.q_proj"]
+    assert report.dead_modules == ["layers.0.q_proj", "layers.1.q_proj", "layers.1.up_proj"]
 
 
 def test_a_single_file_and_an_adapter_are_reported(collection, tmp_path):
@@ -84,6 +131,7 @@ def test_a_single_file_and_an_adapter_are_reported(collection, tmp_path):
     lone = analyze(shutil.copy(file, tmp_path / "lone.ckpt"))
     assert lone.scaling is None  # ΔW is then B A
     assert lone.modules[0].norm_delta == pytest.approx(one.modules[0].norm_delta / 2)
+    assert (one.sample, one.detour) == (None, None)
 
 
 def test_rank_stabilised_scaling_is_understood(collection, tmp_path):

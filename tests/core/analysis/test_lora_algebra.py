@@ -3,7 +3,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loragen.core.analysis.lora_algebra import distance, inner, modules, norm
+from loragen.core.analysis.lora_algebra import (
+    distance,
+    effective_rank,
+    inner,
+    inner_products,
+    modules,
+    norm,
+    singular_values,
+    stable_rank,
+)
 
 
 @st.composite
@@ -74,6 +83,57 @@ def test_a_small_step_far_from_zero_keeps_its_digits(step):
     moved = torch.randn(4, 30, generator=generator, dtype=torch.float64) * step
     wanted = float((b @ moved).norm())
     assert distance((a + moved, b), (a, b)) == pytest.approx(wanted, rel=1e-4)
+
+
+@given(factor_pairs(), factor_pairs())
+def test_all_inner_products_at_once(pair, other_pair):
+    """The shapes of two pairs differ: each pair is compared with itself."""
+    for one, other in (pair, other_pair):
+        found = inner_products([one, other, one], [other, one])
+        assert found.shape == (3, 2)
+        for row, first in enumerate((one, other, one)):
+            for column, second in enumerate((other, one)):
+                wanted = pytest.approx(inner(first, second), abs=1e-12 * size(first) * size(second))
+                assert float(found[row, column]) == wanted
+
+
+@given(factor_pairs())
+def test_the_spectrum_is_that_of_the_dense_matrix(pair):
+    one, _ = pair
+    values, wanted = singular_values(one), torch.linalg.svdvals(dense(one))
+    assert torch.allclose(values, wanted[: len(values)], rtol=1e-9, atol=1e-12 * size(one))
+    assert float(wanted[len(values) :].sum()) == pytest.approx(0, abs=1e-12 * size(one))
+    assert float(values.norm()) == pytest.approx(norm(one), rel=1e-6, abs=1e-7 * size(one))
+    assert 1 <= stable_rank(values) <= len(values) + 1e-9
+    assert 1 - 1e-9 <= effective_rank(values) <= len(values) + 1e-9
+
+
+@given(factor_pairs(), st.integers(0, 1000))
+def test_ranks_do_not_depend_on_how_delta_w_is_factorised(pair, seed):
+    """B -> BQ, A -> Q⁻¹A leaves BA as it is."""
+    a, b = (factor.double() for factor in pair[0])
+    noise = torch.randn(len(a), len(a), generator=torch.Generator().manual_seed(seed))
+    q = torch.eye(len(a), dtype=torch.float64) * 3 + noise.double() / len(a)
+    values = singular_values((a, b))
+    turned = singular_values((torch.linalg.solve(q, a), b @ q))
+    assert torch.allclose(turned, values, rtol=1e-7, atol=1e-10 * float(values[0]))
+    assert stable_rank(turned) == pytest.approx(stable_rank(values), rel=1e-6)
+    assert effective_rank(turned) == pytest.approx(effective_rank(values), rel=1e-6)
+
+
+def test_equal_directions_count_fully_and_one_counts_once():
+    assert stable_rank(torch.ones(4)) == effective_rank(torch.ones(4)) == pytest.approx(4)
+    one = torch.tensor([3.0, 0.0, 0.0])
+    assert stable_rank(one) == effective_rank(one) == pytest.approx(1)
+    assert stable_rank(torch.zeros(3)) == effective_rank(torch.zeros(3)) == 0
+
+
+def test_a_factor_that_is_not_finite_has_no_spectrum():
+    values = singular_values((torch.tensor([[float("inf"), 1.0]]), torch.ones(3, 1)))
+    assert values.shape == (1,)
+    assert values.isnan().all()
+    assert stable_rank(values) != stable_rank(values)  # NaN
+    assert effective_rank(values) != effective_rank(values)
 
 
 def test_half_precision_is_widened():

@@ -37,7 +37,7 @@ def test_what_is_saved_generates_the_same_after_loading(generator, tmp_path):
 
 def test_the_file_is_plain_data_and_tensors(file):
     document = torch.load(file, weights_only=True)
-    assert document["format_version"] == 1
+    assert document["format_version"] == 2
     assert document["encoder"]["name"] == "sbert"
     assert document["decoder"]["name"] == "hyperconv"
     assert document["layout"]["token_dim"] == 16
@@ -88,10 +88,33 @@ def test_a_moved_encoder_with_the_same_weights_is_taken(generator, sbert_dir, tm
 
 
 def test_a_newer_format_is_refused(file, tmp_path):
-    document = {**torch.load(file, weights_only=True), "format_version": 2}
+    document = {**torch.load(file, weights_only=True), "format_version": 3}
     torch.save(document, tmp_path / "new.pt")
-    with pytest.raises(DataError, match=r"new\.pt: format 2 is newer than this loragen"):
+    with pytest.raises(DataError, match=r"new\.pt: format 3 is newer than this loragen"):
         Generator.load(tmp_path / "new.pt")
+
+
+def test_a_file_without_familiarity_still_generates(generator, file, tmp_path):
+    document = {**torch.load(file, weights_only=True), "format_version": 1}
+    del document["familiarity"]
+    torch.save(document, tmp_path / "old.pt")
+    old = Generator.load(tmp_path / "old.pt")
+    made = old.generate(PROMPTS)
+    assert equal(made.tensors, generator.generate(PROMPTS).tensors)
+    assert (made.origin.generator, made.origin.format_version) == ("old", 1)
+    assert made.origin.distance is made.origin.warning() is None
+    assert len(old.datasets) == 2
+    old.save(tmp_path / "new.pt")
+    assert Generator.load(tmp_path / "new.pt").format_version == 2
+
+
+def test_weights_of_another_decoder_are_refused_with_what_to_do(file, tmp_path):
+    document = {**torch.load(file, weights_only=True), "format_version": 1}
+    document["state_dict"] = {f"old.{k}": v for k, v in document["state_dict"].items()}
+    torch.save(document, tmp_path / "old.pt")
+    told = r"old\.pt: .*\(format 1\) are of another decoder hyperconv .* written with, of loragen"
+    with pytest.raises(DataError, match=told):
+        Generator.load(tmp_path / "old.pt")
 
 
 def broken(file, collection, kind, path):

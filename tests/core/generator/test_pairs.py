@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loragen.core.errors import UsageError
 from loragen.core.generator.pairs import PairDataModule, draw_texts
 from loragen.core.generator.sources import PreparedSource
 
@@ -109,7 +110,7 @@ def test_tracked_checkpoints_come_with_their_own_texts_alone():
     batches = pairs([source], prompts=2).train_batches()
     for step in range(10):
         batch = batches[step]
-        for condition, mask, tokens in zip(*batch, strict=True):
+        for condition, mask, tokens in zip(batch.condition, batch.mask, batch.tokens, strict=True):
             texts = {int(value) - 100 for value in condition[mask][:, 0]}
             own = tracked[int(tokens[0, 0]) - 100]
             assert texts <= set(own)
@@ -161,16 +162,19 @@ def test_the_accumulation_rounds_share_one_batch(ranks):
 def test_an_epoch_is_whole_steps():
     data = pairs([prepared(1, checkpoints=7)], batch_size=2, parts=3)
     assert data.train_batches().steps_per_epoch == 2  # of 6 pairs
-    data.trainer = SimpleNamespace(global_rank=0, world_size=1, current_epoch=1)
+
+
+def test_the_walk_goes_from_the_trainers_step_to_the_last():
+    data = pairs([prepared(1)], batch_size=2, parts=3)
+    data.trainer = SimpleNamespace(global_rank=0, world_size=1, global_step=2, max_steps=4)
     assert list(data.train_dataloader().sampler) == list(range(6, 12))
 
 
-def test_each_epoch_goes_on_where_the_last_one_ended():
-    data = pairs([prepared(1)], batch_size=2)
-    data.trainer = SimpleNamespace(global_rank=0, world_size=1, current_epoch=0)
-    for epoch in (0, 1, 2):
-        data.trainer.current_epoch = epoch
-        assert list(data.train_dataloader().sampler) == [2 * epoch, 2 * epoch + 1]
+def test_devices_that_cannot_share_a_batch_equally_are_refused():
+    data = pairs([prepared(1)], batch_size=3)
+    data.trainer = SimpleNamespace(global_rank=0, world_size=2, global_step=0, max_steps=4)
+    with pytest.raises(UsageError, match=r"data\.batch_size 3 must be a multiple of 2 devices"):
+        data.train_dataloader()
 
 
 @given(st.integers(0, 20), st.integers(1, 25), st.text(max_size=5))

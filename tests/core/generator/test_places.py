@@ -6,7 +6,7 @@ import pytest
 
 from loragen.core.data.prepare import Grouping, prepare
 from loragen.core.errors import UsageError
-from loragen.core.generator.places import check_places, configured_sources
+from loragen.core.generator.places import check_places, configured_sources, find_sources
 from loragen.core.runs import LoraManifest, read_manifest, write_manifest
 
 
@@ -79,6 +79,22 @@ class TestFolders:
             assert names(named) == [name]
             assert names(runs.folder, named / "checkpoints")[0] == "checkpoints"
             assert len(names(runs.folder, named)) == 1, "the folder has another of that dataset"
+
+    def test_what_is_named_is_not_told_to_be_left_out(self, runs, gen_config, caplog):
+        folder, run = str(runs.folder), runs("a", status="failed")
+        check_places(gen_config({"sources": [], "data.checkpoint_dir": [folder, str(run)]}))
+        assert caplog.messages == [f"{run}: not finished; the checkpoints there are taken"]
+
+    def test_what_is_held_out_is_not_learned_from(self, runs, gen_config):
+        runs("a", **NEW)
+        held = runs("b", "animals", **OLD)
+        runs("c", "animals", **NEW)
+        config = {"data.checkpoint_dir": str(runs.folder), "val_sources": [{"run": str(held)}]}
+        found = find_sources(gen_config({"sources": [], **config}))
+        assert [Path(one.run).name for one in found.sources] == ["a"]
+        assert [place.name for place in found.superseded] == ["c"]
+        with pytest.raises(UsageError, match="b is named twice"):
+            find_sources(gen_config({"sources": [{"run": str(held)}], **config}))
 
     def test_a_folder_with_nothing_to_learn_from_is_refused(self, runs, names):
         runs("a", **TEST)

@@ -9,6 +9,7 @@ import torch
 from loragen.core.adapters import read_adapter
 from loragen.core.config import GenTrainConfig, load
 from loragen.core.errors import DataError, LoragenError, UsageError
+from loragen.core.generator import callbacks
 from loragen.core.generator import train as module
 from loragen.core.generator.infer import infer
 from loragen.core.generator.model import Generator
@@ -46,7 +47,7 @@ class TestTraining:
     def test_files_are_as_documented(self, experiment):
         found = files(experiment)
         (best,) = [name for name in found if name.startswith("checkpoints/epoch=")]
-        assert best.startswith("checkpoints/epoch=3-val_loss=")
+        assert best.startswith("checkpoints/epoch=4-val_loss=")
         assert found - {best} == {
             "checkpoints/last.ckpt",
             "config.yaml",
@@ -121,7 +122,7 @@ class TestTraining:
     def test_pairs_per_second_are_those_of_whole_steps(self, gen_config, monkeypatch):
         clock = itertools.count()  # a second a step
         monkeypatch.setattr(
-            module, "time", SimpleNamespace(perf_counter=lambda: float(next(clock)))
+            callbacks, "time", SimpleNamespace(perf_counter=lambda: float(next(clock)))
         )
         watching = Watching()
         train(gen_config({"trainer.accumulate_grad_batches": 2}), watching)
@@ -158,7 +159,7 @@ class TestTraining:
         best = [f for f in (run.directory / "checkpoints").iterdir() if "epoch=" in f.name]
         state = torch.load(best[0], weights_only=True)["state_dict"]
         kept = weights(run.directory)
-        assert int(best[0].name.removeprefix("epoch=")[0]) <= 2
+        assert int(best[0].name.removeprefix("epoch=")[0]) <= 3
         assert all(state[f"network.{key}"].equal(value) for key, value in kept.items())
 
     def test_with_nothing_held_out_the_last_step_is_kept(self, gen_config):
@@ -282,9 +283,9 @@ class TestInfer:
     def test_the_card_says_what_it_is(self, generator, collection, tmp_path):
         infer(generator, PROMPTS, tmp_path / "adapter")
         card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
-        assert card.startswith(f"---\nbase_model: {collection.base}\nlibrary_name: peft\n")
-        assert "from 2 unlabelled prompts" in card
-        assert "sbert -> hyperconv, trained on 2 datasets" in card
+        assert card.startswith("---\nlibrary_name: peft\n")
+        assert f"- **base model**: {collection.base}\n- **prompts**: 2 (sha256 " in card
+        assert "2 datasets: animals, colors" in card
 
     @pytest.mark.parametrize("prompts", [[], ["", " "]])
     def test_prompts_without_text_are_refused(self, generator, tmp_path, prompts):
