@@ -70,7 +70,8 @@ def judged(
     if not (results / "results.json").is_file():
         model = learned(out, [run for other, run in runs.items() if other != name])
         where = ["--data-root", data, "--cache-dir", str(out / "cache"), "--out", str(results)]
-        run([*LORAGEN, "gen", "eval", "--model", model, "--dataset", name, *where, *more])
+        command = [*LORAGEN, "gen", "eval", "--model", model, "--dataset", name, *where, *more]
+        print(run(command), file=sys.stderr)
     document: dict[str, Any] = json.loads((results / "results.json").read_text(encoding="utf-8"))
     return document
 
@@ -105,7 +106,6 @@ def run(command: Sequence[str]) -> str:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
-    sys.stderr.write(done.stdout)
     return done.stdout
 
 

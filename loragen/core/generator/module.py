@@ -118,6 +118,7 @@ class GeneratorModule(LightningModule):
         optimizer = optimizer_for(self.trained, self.training_options)
         if self._optimizer_state:
             optimizer.load_state_dict(self._optimizer_state)
+            self._optimizer_state = None  # as large as the weights, twice
         schedule = step_schedule(
             optimizer, lambda step: self.plan.rate(step).learning_rate, self.first_step
         )

@@ -93,6 +93,7 @@ def _train(
     if checkpoint:
         restore_weights(module, checkpoint)
         restore_progress(walk.trainer, checkpoint)
+        del checkpoint  # several times the weights
     if resume and walk.trainer.is_global_zero:
         void_later(resume)
     progress.start("generator", data.plan.total)
