@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -47,7 +48,7 @@ class TestTraining:
     def test_files_are_as_documented(self, experiment):
         found = files(experiment)
         (best,) = [name for name in found if name.startswith("checkpoints/epoch=")]
-        assert best.startswith("checkpoints/epoch=4-val_loss=")
+        assert re.fullmatch(r"checkpoints/epoch=[1-4]-val_loss=\d\.\d{4}\.ckpt", best)
         assert found - {best} == {
             "checkpoints/last.ckpt",
             "config.yaml",
