@@ -47,6 +47,7 @@ TINY_GENERATOR = {
     "data.prompts_per_condition": 3,
     "data.samples_per_prompt": 2,
     "data.val_ratio": 0.25,
+    "training.objective": "reconstruction",
     "training.max_epochs": 4,
     "training.learning_rate": 1e-2,
     "loggers": {},

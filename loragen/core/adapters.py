@@ -5,6 +5,7 @@ Everywhere in loragen an adapter's tensors go by PEFT's file keys:
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,21 @@ def plain_config(config: Any) -> dict[str, Any]:
     if isinstance(plain.get("target_modules"), list):
         plain["target_modules"] = sorted(plain["target_modules"])
     return dict(sorted(plain.items()))
+
+
+def module_scaling(config: Mapping[str, Any], module: str) -> float:
+    """alpha / r, or alpha / √r (rsLoRA), with PEFT's exceptions for single modules."""
+    alpha = _exception(config.get("alpha_pattern"), module, config["lora_alpha"])
+    rank = _exception(config.get("rank_pattern"), module, config["r"])
+    return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
+
+
+def _exception(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+    """As PEFT's `get_pattern_key`: the first pattern that the end of the path matches."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
 
 
 def file_keys(live: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,13 @@ from loragen.core.errors import LoragenError, UsageError, did_you_mean
 from loragen.core.hub import silence
 from loragen.core.quiet import quiet_libraries
 
+WEIGHTS = tuple(
+    f"{stem}{index}"
+    for stem in ("model.safetensors", "pytorch_model.bin")
+    for index in ("", ".index.json")
+)
+"""The files of which a base on the hub has one."""
+
 
 @dataclass
 class BaseModel:
@@ -46,11 +53,16 @@ def resolve_base(name: str) -> str:
 
 
 def is_local(name: str) -> bool:
-    """Whether a base is on this machine, as a directory or downloaded before."""
+    """Whether a base is on this machine, as a directory or downloaded before: with its weights, a
+    configuration alone may be here since a dry run."""
     from huggingface_hub import try_to_load_from_cache
 
-    source = resolve_base(name)
-    return Path(source).is_dir() or isinstance(try_to_load_from_cache(source, "config.json"), str)
+    try:
+        source = resolve_base(name)
+    except UsageError:  # a directory that is gone
+        return False
+    cached = (try_to_load_from_cache(source, file) for file in WEIGHTS)
+    return Path(source).is_dir() or any(isinstance(file, str) for file in cached)
 
 
 def load_base(

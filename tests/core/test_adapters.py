@@ -9,6 +9,7 @@ from loragen.core.adapters import (
     Adapter,
     attach_adapter,
     file_keys,
+    module_scaling,
     plain_config,
     read_adapter,
     shape_mismatch,
@@ -211,3 +212,19 @@ def test_equal_shapes_have_no_mismatch():
     shapes = {"a": torch.Size([1, 2])}
     assert shape_mismatch(shapes, dict(shapes)) is None
     assert shape_mismatch({}, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "scaling"),
+    [
+        ({}, 2.0),
+        ({"use_rslora": True}, 8 / 4**0.5),
+        ({"alpha_pattern": {"q_proj": 4}}, 1.0),
+        ({"rank_pattern": {r"layers\.\d+\.q_proj": 16}}, 0.5),
+        ({"alpha_pattern": {"v_proj": 4}, "rank_pattern": {"proj": 1}}, 2.0),
+        ({"alpha_pattern": None}, 2.0),
+    ],
+)
+def test_scaling_is_as_peft_has_it(config, scaling):
+    whole = {"r": 4, "lora_alpha": 8, **config}
+    assert module_scaling(whole, "model.layers.3.q_proj") == pytest.approx(scaling)

@@ -1,15 +1,14 @@
 """What is at a path: collections of checkpoints, each checkpoint's ΔW with its own scaling."""
 
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from loragen.core.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from loragen.core.adapters import CONFIG_FILE, WEIGHTS_FILE, module_scaling, read_adapter
 from loragen.core.analysis.lora_algebra import Factors, modules
 from loragen.core.checkpoints import find_checkpoints, read_tensors
 from loragen.core.errors import LoragenError, UsageError
@@ -75,21 +74,6 @@ def read_checkpoint(file: Path) -> Checkpoint:
         adapter = read_adapter(folder)
         return Checkpoint(adapter.tensors, adapter.config)
     return Checkpoint(read_tensors(file), _run_config(file))
-
-
-def module_scaling(config: Mapping[str, Any], module: str) -> float:
-    """alpha / r, or alpha / √r (rsLoRA), with PEFT's exceptions for single modules."""
-    alpha = _exception(config.get("alpha_pattern"), module, config["lora_alpha"])
-    rank = _exception(config.get("rank_pattern"), module, config["r"])
-    return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
-
-
-def _exception(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    """As PEFT's `get_pattern_key`: the first pattern that the end of the path matches."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
 
 
 def _collection(path: Path) -> Collection | None:

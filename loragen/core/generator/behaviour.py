@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from loragen.core.base_models import BaseModel
 from loragen.core.config import LoraTrainConfig
 from loragen.core.data.tokenize import pad_id
-from loragen.core.errors import UsageError
 from loragen.core.generator.plan import Plan
-from loragen.core.generator.rows import LabelledRows, labelled_rows
+from loragen.core.generator.rows import LabelledRows, has_rows, labelled_rows
 from loragen.core.generator.sources import Collection, groups_of
 from loragen.core.lora.precision import load_training_base
 
@@ -46,14 +45,12 @@ def rehearsal(work: Plan) -> Rehearsal | None:
     return Rehearsal(
         base,
         [rows_of(source) for source in work.sources],
-        [_all_held_out(source, work, base) for source in work.unseen],
+        [_all_of(source, work, base) if has_rows(source) else None for source in work.unseen],
     )
 
 
-def _all_held_out(source: Collection, work: Plan, base: BaseModel) -> LabelledRows | None:
+def _all_of(source: Collection, work: Plan, base: BaseModel) -> LabelledRows:
+    """Held out whole."""
     config = work.config
-    try:
-        rows = labelled_rows(source, [], base.tokenizer, config.behaviour.max_length, config.seed)
-    except UsageError:
-        return None
+    rows = labelled_rows(source, [], base.tokenizer, config.behaviour.max_length, config.seed)
     return LabelledRows([], rows.training)

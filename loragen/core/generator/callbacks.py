@@ -1,6 +1,7 @@
 """What happens around the steps of generator training: metrics, checkpoints, the end of it."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from lightning.pytorch import Trainer
 
 from loragen.core.generator.optimization import StepPlan
 from loragen.core.generator.pairs import PairBatch
+from loragen.core.generator.phases import Objective
 from loragen.core.generator.selection import Selection
 from loragen.core.interrupt import Interruption
 from loragen.core.progress import Step
@@ -22,7 +24,9 @@ BEST = f"epoch=*{CHECKPOINT_SUFFIX}"
 class GeneratorMetrics(StepCallback):
     """Logs every optimizer step and every validation, at the true step."""
 
-    def __init__(self, session: RunSession, plan: StepPlan, pairs_per_step: int) -> None:
+    def __init__(
+        self, session: RunSession, plan: StepPlan, pairs_per_step: Callable[[Objective], int]
+    ) -> None:
         self.session, self.plan, self.pairs_per_step = session, plan, pairs_per_step
         self.latest: dict[str, float] = {}
         """Of the last step and of the last validation, resumed or not."""
@@ -34,9 +38,11 @@ class GeneratorMetrics(StepCallback):
 
     def on_step(self, trainer: Trainer, pl_module: Any, batch: PairBatch) -> None:
         step, now = trainer.global_step, time.perf_counter()
-        speed, self._began = self.pairs_per_step / (now - self._began), now
+        pairs = self.pairs_per_step(self.plan.phases.at(step)[0].objective)
+        speed, self._began = pairs / (now - self._began), now
         found = _over_devices(trainer, pl_module.step_metrics)
-        self.latest |= found
+        validated = {key: value for key, value in self.latest.items() if key.startswith("val")}
+        self.latest = validated | found
         rate = self.plan.rate(step)
         more = {"train/lr": rate.learning_rate, "train/epoch": self.plan.epochs(step)}
         self.session.log_metrics(found | more, step)
@@ -54,6 +60,14 @@ class GeneratorMetrics(StepCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.latest = dict(state_dict["latest"])
+
+
+class Averaging(StepCallback):
+    """The average of the weights takes in every step, before it is validated or saved."""
+
+    def on_step(self, trainer: Trainer, pl_module: Any, batch: PairBatch) -> None:
+        if pl_module.averaged:
+            pl_module.averaged.update_parameters(pl_module.trained)
 
 
 class GeneratorCheckpoints(StepCallback):

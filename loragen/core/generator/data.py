@@ -16,6 +16,7 @@ from loragen.core.generator.behaviour_batches import (
 )
 from loragen.core.generator.optimization import StepPlan, step_plan
 from loragen.core.generator.pairs import PairBatch, PairBatches, draw_texts, pair_of, stacked
+from loragen.core.generator.phases import Objective
 from loragen.core.generator.rows import LabelledRows
 from loragen.core.generator.sources import PreparedSource
 from loragen.core.generator.texts import held_out_texts
@@ -56,6 +57,11 @@ class GeneratorData(LightningDataModule):
             return all(self.rehearsal.unseen)
         pairs = zip(self.rehearsal.rows, self.val_texts, strict=True)
         return all(rows.held_out for rows, texts in pairs if texts)
+
+    def adapters_per_step(self, objective: Objective) -> int:
+        """Of an optimizer step, over all devices and micro-batches."""
+        section = self.config.behaviour if objective == "behaviour" else self.config.data
+        return section.batch_size * self.parts
 
     def train_dataloader(self) -> DataLoader[PairBatch]:
         """From the step the trainer stands at. Raises UsageError where devices cannot share a

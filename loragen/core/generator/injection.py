@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loragen.core.analysis.places import module_scaling
+from loragen.core.adapters import module_scaling
 from loragen.core.errors import LoragenError
 from loragen.core.generator.layout import Layout
 

@@ -16,7 +16,7 @@ from loragen.core.generator.injection import Injection
 from loragen.core.generator.layout import Layout
 from loragen.core.generator.normalization import Normalization
 from loragen.core.lora.batch import IGNORED, Batch
-from loragen.core.lora.loss import answer_logits, token_losses
+from loragen.core.lora.loss import answer_logits, rows_right, token_losses
 
 Losses = tuple[Tensor, dict[str, Tensor]]
 """The loss to descend on, and what is logged of it (detached)."""
@@ -68,21 +68,6 @@ class Reconstruction:
         }
 
 
-@dataclass(frozen=True)
-class Objectives:
-    """All that a training judges adapters by."""
-
-    reconstruction: Reconstruction
-    behaviour: "Behaviour | None" = None
-    reconstruction_weight: float = 0.0
-    """Of the reconstruction beside the behaviour."""
-
-    def to(self, device: torch.device) -> None:
-        self.reconstruction.to(device)
-        if self.behaviour:
-            self.behaviour.to(device)
-
-
 class Behaviour:
     """The language-model loss of the base, with every generated adapter in its place, on rows of
     the adapter's own dataset."""
@@ -117,9 +102,7 @@ class Behaviour:
         """(the loss as above, share of rows whose greedy answer is right)."""
         logits, tokens, owner = self._answers(written, rows)
         loss = mean_of_means(token_losses(logits, tokens), owner, len(written))
-        row = torch.arange(len(rows.ids), device=tokens.device)[:, None].expand_as(rows.ids)
-        wrong = torch.bincount(row[rows.targets != IGNORED][logits.argmax(-1) != tokens])
-        return loss, 1 - wrong.count_nonzero() / len(rows.ids)
+        return loss, rows_right(logits, rows).float().mean()
 
     def _answers(self, written: Tensor, rows: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, tokens and the adapter of every answer token."""
@@ -130,6 +113,21 @@ class Behaviour:
         sequence = torch.arange(len(rows.ids), device=rows.ids.device)[:, None]
         owner = (sequence // each).expand_as(rows.ids)[rows.targets != IGNORED]
         return logits, tokens, owner
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """All that a training judges adapters by."""
+
+    reconstruction: Reconstruction
+    behaviour: Behaviour | None = None
+    reconstruction_weight: float = 0.0
+    """Of the reconstruction beside the behaviour."""
+
+    def to(self, device: torch.device) -> None:
+        self.reconstruction.to(device)
+        if self.behaviour:
+            self.behaviour.to(device)
 
 
 def mean_of_means(values: Tensor, owner: Tensor, owners: int) -> Tensor:

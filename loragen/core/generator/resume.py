@@ -12,7 +12,7 @@ from loragen.core.config.schema import SourceSection
 from loragen.core.data.documents import location, parsed_source
 from loragen.core.errors import DataError
 from loragen.core.generator.places import configured_sources
-from loragen.core.resume import ResumePoint, existing, newest, progress_of
+from loragen.core.resume import ResumePoint, newest, progress_of
 from loragen.core.runs import (
     CHECKPOINT_SUFFIX,
     CHECKPOINTS,
@@ -20,7 +20,7 @@ from loragen.core.runs import (
     GeneratorManifest,
     SourceRecord,
     read_manifest,
-    run_directory_of,
+    resumable_run,
 )
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def find_resume_point(path: Path) -> GeneratorPoint:
 
     Raises UsageError where there is no run or the checkpoint cannot be gone on from.
     """
-    directory = run_directory_of(existing(path))
+    directory = resumable_run(path, GeneratorManifest)
     manifest = read_manifest(directory, GeneratorManifest)
     config = load(GenTrainConfig, directory / CONFIG, environment={})
     checkpoint = path if path.is_file() else newest(_by_age(directory))
@@ -61,13 +61,22 @@ def nothing_left(point: GeneratorPoint, config: GenTrainConfig) -> bool:
     return (
         manifest.status == "success"
         and point.step >= manifest.steps
-        and not differences(point.config, config, FREE)
+        and not _differences(point, config)
     )
+
+
+def settled(point: GeneratorPoint, config: GenTrainConfig) -> GenTrainConfig:
+    """With the objective that `auto` had come to: what else is on this machine may have changed."""
+    if config.training.objective != "auto":
+        return config
+    found = config.model_copy(deep=True)
+    found.training.objective = point.config.training.objective
+    return found
 
 
 def check_settings(point: GeneratorPoint, config: GenTrainConfig) -> None:
     """What can be said before the sources are read. Raises UsageError, as below."""
-    point.refuse(differences(point.config, config, FREE))
+    point.refuse(_differences(point, config))
 
 
 def check_unchanged(
@@ -75,9 +84,11 @@ def check_unchanged(
 ) -> None:
     """Raises UsageError naming every difference between the run and what would go on with it."""
     then = point.manifest
-    problems = differences(point.config, config, FREE)
+    problems = _differences(point, config)
     if then.encoder_fingerprint not in ("", manifest.encoder_fingerprint):
         problems.append(f"the encoder {config.encoder.name} has other weights")
+    if then.base_fingerprint not in ("", manifest.base_fingerprint):
+        problems.append("the base model has other weights")
     if then.source_records:
         problems += _other_sources(then.source_records, manifest.source_records)
     point.refuse(problems)
@@ -92,7 +103,13 @@ def located(config: GenTrainConfig) -> GenTrainConfig:
     found.sources = [_located(source) for source in configured_sources(config)]
     found.val_sources = [_located(source) for source in config.val_sources]
     found.data.checkpoint_dir = None
+    if config.data.prompts is not None:
+        found.data.prompts = str(Path(config.data.prompts).absolute())
     return found
+
+
+def _differences(point: GeneratorPoint, config: GenTrainConfig) -> list[str]:
+    return differences(point.config, settled(point, config), FREE)
 
 
 def _located(source: SourceSection) -> SourceSection:

@@ -42,6 +42,10 @@ def labelled_rows(
         except DataError:  # an answer that does not fit, as in the training of the adapter
             continue
         examples.append((same_text(row.prompt), learned(parts)))
+    if not examples:
+        raise UsageError(
+            f"{source.name}: no answer fits into {max_length} tokens; raise behaviour.max_length"
+        )
     held = {same_text(prompt) for prompt in validation}
     training = [example for prompt, example in examples if prompt not in held]
     if not training:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from loragen.core.adapters import read_adapter, write_adapter
-from loragen.core.analysis.places import find_collections, module_scaling, read_checkpoint
+from loragen.core.analysis.places import find_collections, read_checkpoint
 from loragen.core.errors import UsageError
 
 
@@ -37,22 +37,6 @@ def test_nothing_there(tmp_path, path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no checkpoints or adapters there"):
         find_collections([tmp_path / path])
-
-
-@pytest.mark.parametrize(
-    ("config", "scaling"),
-    [
-        ({}, 2.0),
-        ({"use_rslora": True}, 8 / 4**0.5),
-        ({"alpha_pattern": {"q_proj": 4}}, 1.0),
-        ({"rank_pattern": {r"layers\.\d+\.q_proj": 16}}, 0.5),
-        ({"alpha_pattern": {"v_proj": 4}, "rank_pattern": {"proj": 1}}, 2.0),
-        ({"alpha_pattern": None}, 2.0),
-    ],
-)
-def test_scaling_is_as_peft_has_it(config, scaling):
-    whole = {"r": 4, "lora_alpha": 8, **config}
-    assert module_scaling(whole, "model.layers.3.q_proj") == pytest.approx(scaling)
 
 
 def test_the_scaling_is_in_the_delta(collection):
