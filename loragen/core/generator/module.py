@@ -115,7 +115,9 @@ class GeneratorModule(LightningModule):
             )
 
     def configure_optimizers(self) -> Any:
-        optimizer = optimizer_for(self.trained, self.training_options)
+        # Lightning clips no gradients of a fused optimizer in mixed precision.
+        fused = not (self.trainer.gradient_clip_val and "mixed" in str(self.trainer.precision))
+        optimizer = optimizer_for(self.trained, self.training_options, fused)
         if self._optimizer_state:
             optimizer.load_state_dict(self._optimizer_state)
             self._optimizer_state = None  # as large as the weights, twice
