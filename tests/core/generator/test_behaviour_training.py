@@ -1,7 +1,5 @@
 """Training through the base model, from the first step to the generator's file."""
 
-import shutil
-
 import pytest
 import torch
 
@@ -199,4 +197,3 @@ class TestResume:
         run = trained().directory
         with pytest.raises(UsageError, match=r"behaviour\.max_steps is 9, the run has 4"):
             train(gen_config({**SMALL, "behaviour.max_steps": 9}), Silent(), find_resume_point(run))
-        shutil.rmtree(run)
