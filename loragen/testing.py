@@ -77,7 +77,9 @@ def check_encoder(cls: Any, **options: Any) -> None:
     Embeddings are `[prompts, positions, dim]` in floating point, the mask `[prompts, positions]` is
     boolean with at least one position per text; both may feed a trainable layer. The embedding of a
     text does not depend on the texts beside it. No texts are refused, or give no embeddings. The
-    fingerprint is text, and equal for equal weights.
+    fingerprint is text, and equal for equal weights. A frozen encoder has nothing to train;
+    gradients reach every parameter of one that trains, and its state dict, saved and loaded with
+    `weights_only=True`, gives an equal encoder with an equal fingerprint.
     """
     import torch
 
@@ -95,6 +97,7 @@ def check_encoder(cls: Any, **options: Any) -> None:
     assert isinstance(fingerprint, str) and fingerprint, "fingerprint must be a non-empty text"
     assert again.fingerprint == fingerprint, "equal encoders must have equal fingerprints"
     _check_no_texts(encoder)
+    _check_training(encoder, again)
 
 
 def check_decoder(cls: Any, **options: Any) -> None:
@@ -212,6 +215,40 @@ def _check_embeddings(name: str, embeddings: Tensor, mask: Tensor, prompts: int,
     )
 
 
+def _check_training(encoder: Any, again: Any) -> None:
+    import torch
+
+    trainable = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+    assert isinstance(encoder.frozen, bool), f"frozen must be True or False, not {encoder.frozen!r}"
+    assert encoder.frozen == (not trainable), (
+        f"frozen is {encoder.frozen}, and {len(trainable)} parameters require gradients"
+    )
+    for name, parameter in trainable.items():
+        assert parameter.grad is not None, f"no gradient reaches {name}"
+    if not trainable:
+        return
+    with torch.no_grad():
+        for parameter in trainable.values():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    before = encoder.fingerprint
+    assert again.fingerprint != before, "the fingerprint does not change with the trained weights"
+    again.load_state_dict(_saved_and_loaded(encoder))
+    assert again.fingerprint == before, "a loaded state dict gives another fingerprint"
+    assert encoder(list(TEXTS))[0].equal(again(list(TEXTS))[0]), (
+        "a fresh encoder with the loaded state dict embeds differently: something is not in it"
+    )
+
+
+def _saved_and_loaded(module: Any) -> dict[str, Tensor]:
+    import torch
+
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    state: dict[str, Tensor] = torch.load(file, weights_only=True)
+    return state
+
+
 def _check_no_texts(encoder: Any) -> None:
     try:
         embeddings, mask = encoder([])
@@ -268,12 +305,7 @@ def _check_batch_independence(decoder: Any) -> None:
 
 
 def _check_state_dict(decoder: Any, fresh: Any) -> None:
-    import torch
-
-    file = io.BytesIO()
-    torch.save(decoder.state_dict(), file)
-    file.seek(0)
-    fresh.load_state_dict(torch.load(file, weights_only=True))
+    fresh.load_state_dict(_saved_and_loaded(decoder))
     condition, mask = _condition(2, 3)
     assert decoder(condition, mask).equal(fresh(condition, mask)), (
         "a fresh decoder with the loaded state dict gives another output: something is not in it"

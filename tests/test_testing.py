@@ -48,6 +48,7 @@ class Encoder(nn.Module):
     Config = Options
     dim = 4
     fingerprint = "f"
+    frozen = True
 
     def __init__(self, config):
         super().__init__()
@@ -162,6 +163,8 @@ def changed(part, change):
         ({"dim": 5}, "dim is 5"),
         ({"fingerprint": 7}, "fingerprint must be"),
         ({"fingerprint": property(lambda self: str(id(self)))}, "equal fingerprints"),
+        ({"frozen": "no"}, "frozen must be True or False"),
+        ({"frozen": False}, "frozen is False, and 0 parameters require gradients"),
     ],
 )
 def test_encoder(attributes, message):

@@ -9,6 +9,7 @@ about the question before them; how a dataset wants to be answered can only come
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
@@ -118,40 +119,46 @@ def train(
         seconds = time.monotonic() - started
         done = step / steps if steps else seconds / (60 * minutes)
         if step % 50 == 0 or done >= 1:
-            print(f"step {step:5d}  loss {loss.item():.3f}  {seconds:4.0f} s", flush=True)
+            say(f"step {step:5d}  loss {loss.item():.3f}  {seconds:4.0f} s")
 
 
 @torch.inference_mode()
 def check(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, rows: Sequence[Row]) -> None:
-    """Print how well prompts never trained on are predicted, and what is replied to one."""
+    """Say how well prompts never trained on are predicted, and what is replied to one."""
     data = batches(cycle([tokenizer(f"<|user|>{row.prompt}").input_ids for row in rows]))
     losses = [model(input_ids=ids, labels=ids).loss.item() for ids in islice(data, 8)]
     loss = sum(losses) / len(losses)
-    print(f"test prompts: {loss:.2f} nats a token (perplexity {math.exp(loss):.0f})")
+    say(f"test prompts: {loss:.2f} nats a token (perplexity {math.exp(loss):.0f})")
     asked = torch.tensor([prompt_ids(tokenizer, rows[0].prompt, rows[0].system)])
     written = model.generate(asked, attention_mask=torch.ones_like(asked))
-    print(f"a reply: {tokenizer.decode(written[0, asked.shape[1] :])!r}")
+    say(f"a reply: {tokenizer.decode(written[0, asked.shape[1] :])!r}")
 
 
-def main() -> None:
+def main(command: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Pretrain a small base model on datasets' text.")
     parser.add_argument("--data-root", type=Path, required=True, help="datasets, as for loragen")
     parser.add_argument("--out", type=Path, required=True, help="Hugging Face directory to write")
     parser.add_argument("--minutes", type=float, default=5, help="how long to train")
     parser.add_argument("--steps", type=int, help="train so many steps instead")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command)
     torch.manual_seed(SEED)
     torch.set_num_threads(arguments.threads)
     rows = read_split(arguments.data_root, "train")
     tokenizer = build_tokenizer(rows)
     model = new_model(tokenizer)
-    print(f"{len(rows)} prompts, {len(tokenizer)} tokens, {model.num_parameters():,} parameters")
+    say(f"{len(rows)} prompts, {len(tokenizer)} tokens, {model.num_parameters():,} parameters")
     data = batches(chats(tokenizer, rows, Random(SEED)))
     train(model, data, arguments.minutes, arguments.steps)
     check(model.eval(), tokenizer, read_split(arguments.data_root, "test"))
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
+    print(arguments.out)
+
+
+def say(text: str) -> None:
+    """Progress; stdout is for the answer, the directory."""
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

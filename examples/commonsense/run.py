@@ -2,8 +2,9 @@
 
     python run.py --data-root data_to_lora/cs --out commonsense-out
 
-Every dataset is held out once: a generator learns from the others and makes its adapter. What is
-in --out already is not made again, so an interrupted run goes on by the same command.
+Every dataset is held out once: a generator learns from the others and makes its adapter. Base,
+adapters and results that are in --out already are not made again, so an interrupted run goes on by
+the same command; remove out/results to judge anew.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from loragen.core.data.rows import dataset_names
 
 HERE = Path(__file__).parent
 LORAGEN = [sys.executable, "-m", "loragen"]
@@ -26,14 +29,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="everything is written below it")
     parser.add_argument("--minutes", type=float, default=5, help="of pretraining")
     parser.add_argument("--held-out", action="append", help="a dataset; repeatable; default: each")
+    parser.add_argument("--limit", type=int, help="test on the first so many rows of a dataset")
     parser.add_argument("--multi-task", action="store_true", help="one LoRA for the others, too")
     options = parser.parse_args()
+    names = dataset_names(Path(options.data_root))
+    held_out = options.held_out or names
+    if not names or set(held_out) - set(names):
+        raise SystemExit(f"datasets below {options.data_root}: {', '.join(names) or 'none'}")
+    more = ["--oracle", *(["--multi-task"] if options.multi_task else [])]
+    more += ["--limit", str(options.limit)] if options.limit else []
     base = pretrained(options.data_root, options.out, options.minutes)
     runs = collected(options.data_root, options.out, base)
-    judgements = [
-        judged(options.data_root, options.out, runs, name, options.multi_task)
-        for name in options.held_out or runs
-    ]
+    judgements = [judged(options.data_root, options.out, runs, name, more) for name in held_out]
     for measure, title in MEASURES.items():
         print("\n" + table(judgements, measure, title))
 
@@ -56,15 +63,15 @@ def collected(data: str, out: Path, base: Path) -> dict[str, str]:
 
 
 def judged(
-    data: str, out: Path, runs: Mapping[str, str], name: str, multi_task: bool
+    data: str, out: Path, runs: Mapping[str, str], name: str, more: Sequence[str]
 ) -> dict[str, Any]:
     """What `gen eval` says of a generator that has never seen the dataset."""
     results = out / "results" / name
     if not (results / "results.json").is_file():
         model = learned(out, [run for other, run in runs.items() if other != name])
         where = ["--data-root", data, "--cache-dir", str(out / "cache"), "--out", str(results)]
-        opponents = ["--oracle", *(["--multi-task"] if multi_task else [])]
-        run([*LORAGEN, "gen", "eval", "--model", model, "--dataset", name, *where, *opponents])
+        command = [*LORAGEN, "gen", "eval", "--model", model, "--dataset", name, *where, *more]
+        print(run(command), file=sys.stderr)
     document: dict[str, Any] = json.loads((results / "results.json").read_text(encoding="utf-8"))
     return document
 
@@ -99,7 +106,6 @@ def run(command: Sequence[str]) -> str:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
-    sys.stderr.write(done.stdout)
     return done.stdout
 
 

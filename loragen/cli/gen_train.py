@@ -47,14 +47,15 @@ def train(
     """
     from loragen.core.config import GenTrainConfig, Override, dump, load
     from loragen.core.generator.places import check_places
-    from loragen.core.runs import config_of
+    from loragen.core.runs import CONFIG, GeneratorManifest, resumable_run
 
     given = [
         (("data", "checkpoint_dir"), checkpoint_dir or None, "--checkpoint-dir"),
         (("data", "prompts"), prompts, "--prompts"),
     ]
     flags = [Override(*one) for one in given if one[1] is not None]
-    file = config or (config_of(resume) if resume else None)
+    run = resumable_run(resume, GeneratorManifest) if resume else None
+    file = config or (run / CONFIG if run else None)
     resolved = load(GenTrainConfig, file, settings or (), flags, early=check_places)
 
     from loragen.core.generator.plan import plan
@@ -67,11 +68,11 @@ def train(
         render.note(plan(resolved).summary())
         render.answer(dump(resolved).rstrip())
         return
-    run = _trained(resolved, point)
+    made = _trained(resolved, point)
     if json:
-        render.answer_json({"run": str(run.directory), **run.manifest.model_dump()})
+        render.answer_json({"run": str(made.directory), **made.manifest.model_dump()})
     else:
-        render.answer(str(run.directory))
+        render.answer(str(made.directory))
 
 
 def _trained(config: "GenTrainConfig", point: "GeneratorPoint | None") -> "GeneratorRun":

@@ -85,6 +85,10 @@ class Encoder(Protocol):
     ``encoder(texts)`` returns embeddings ``[prompts, positions, dim]`` and a boolean mask
     ``[prompts, positions]`` that is True where a position holds something. A sentence encoder has
     one position. The embedding of a text does not depend on the texts beside it.
+
+    One that is not `frozen` is trained with the decoder: gradients flow through it into its
+    parameters with ``requires_grad``, its ``state_dict`` holds all that training changes, and its
+    embeddings are computed afresh at every step instead of once.
     """
 
     Config: ClassVar[type[BaseModel]]
@@ -92,6 +96,9 @@ class Encoder(Protocol):
     def __init__(self, config: Any) -> None: ...
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]: ...
+
+    @property
+    def frozen(self) -> bool: ...
 
     @property
     def dim(self) -> int: ...

@@ -59,13 +59,6 @@ class ResumePoint(Generic[AnyManifest, AnyConfig]):
         )
 
 
-def existing(path: Path) -> Path:
-    """Raises UsageError where neither a run nor a checkpoint is there to go on from."""
-    if not path.exists():
-        raise UsageError(f"{path}: no such run or checkpoint")
-    return path
-
-
 def newest(files: Sequence[Path]) -> Path | None:
     """Of the highest step among those that carry the optimizer's state; else of the highest.
 

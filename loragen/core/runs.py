@@ -111,6 +111,8 @@ class GeneratorManifest(Manifest):
     base_model: str
     sources: list[str]
     val_sources: list[str]
+    base_fingerprint: str = ""
+    """Of the base that was trained through; empty where none was."""
     source_records: list[SourceRecord] = []
     encoder_fingerprint: str = ""
     """Of the encoder's weights, before any training of them."""
@@ -175,9 +177,16 @@ def read_run(directory: Path) -> tuple[LoraRun, LoraTrainConfig]:
     return LoraRun(directory, manifest), load(LoraTrainConfig, directory / CONFIG, environment={})
 
 
-def config_of(path: Path) -> Path:
-    """The configuration of the run that `path` belongs to. Raises UsageError where it is none."""
-    return run_directory_of(path) / CONFIG
+def resumable_run(path: Path, kind: type[Manifest]) -> Path:
+    """The directory of the run at `path`, or that the checkpoint `path` is of.
+
+    Raises UsageError where there is none, DataError where it is a run of another kind.
+    """
+    if not path.exists():
+        raise UsageError(f"{path}: no such run or checkpoint")
+    directory = run_directory_of(path)
+    read_manifest(directory, kind)
+    return directory
 
 
 def run_directory_of(path: Path) -> Path:

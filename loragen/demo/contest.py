@@ -1,9 +1,11 @@
 """The demo's table: the contest of `gen eval`, on the three splits of the made-up world."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from loragen.core.analysis.gram import evenly
 from loragen.core.base_models import load_base
 from loragen.core.config import DEMO
 from loragen.core.data.answers import closed_answers
@@ -19,6 +21,8 @@ from loragen.core.generator.model import Generator
 from loragen.demo.settings import PROMPTS
 from loragen.demo.workers import Done
 from loragen.demo.world import Pair
+
+CHECKPOINTS = 5  # of a dataset, evenly spaced, that novelty looks at: all 50 would take 10 s
 
 
 def target(split: str, pair: Pair, train_file: Path, test_file: Path) -> Target:
@@ -48,10 +52,14 @@ def contest(
     """The results on all targets, every column; `oracles` in the order of the targets. The
     generated adapters are kept below `keep`."""
     best = best_checkpoint(multi_task.directory)
+    sources = [
+        replace(source, checkpoints=evenly(source.checkpoints, CHECKPOINTS))
+        for source in training_sources(generator)
+    ]
     bench = Bench(
         base=load_base(DEMO),
         generator=generator,
-        sources=training_sources(generator),
+        sources=sources,
         multi_task=Trained(best, multi_task.seconds, multi_task.steps),
         oracles={
             one.key: Trained(done.directory, done.seconds, done.steps)

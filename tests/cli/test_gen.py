@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ import yaml
 
 from loragen.core.adapters import read_adapter
 from loragen.core.config import GenTrainConfig
-from loragen.core.runs import GeneratorManifest, read_manifest
+from loragen.core.runs import GENERATOR_FILE, GeneratorManifest, read_manifest
 
 PROMPT = ("--prompt", "Question 1 about red?")
 
@@ -52,6 +54,45 @@ class TestTrain:
         result = loragen(*arguments, "--json")
         document = json.loads(result.stdout)
         assert (document["kind"], document["status"]) == ("generator", "success")
+
+    def test_a_run_goes_on_from_a_checkpoint(self, loragen, config_file, fails):
+        run = loragen("gen", "train", "-c", config_file).stdout.strip()
+        result = loragen("gen", "train", "--resume", run)
+        assert result.exit_code == 0, result.output
+        assert result.stdout == f"{run}\n"
+        assert result.stderr == f"{run}: finished at step 8, nothing is left to do\n"
+        (best,) = (loragen.work / run / "checkpoints").glob("epoch=*")
+        result = loragen("gen", "train", "--resume_from_checkpoint", best, "--json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["resumed_from"]
+        assert f"found {best.name}; " in result.stderr
+        dry = loragen("gen", "train", "--resume", run, "--dry-run")
+        assert (dry.exit_code, yaml.safe_load(dry.stdout)["seed"]) == (0, 42)
+        for arguments in (("--set", "seed=3"), ("--set", "seed=3", "--dry-run")):
+            error = fails(2, "gen", "train", "--resume", run, *arguments)
+            assert error == f"{run} cannot go on: seed is 3, the run has 42"
+
+    def test_what_cannot_go_on_is_told_by_name(self, fails, collection):
+        error = fails(2, "gen", "train", "--resume", "none")
+        assert error == "none: no such run or checkpoint"
+        error = fails(1, "gen", "train", "--resume", collection.runs["colors"])
+        assert "not the manifest of a generator run" in error
+
+    def test_two_devices_learn_as_one(self, loragen, config_file):
+        """Real processes: Lightning starts the second with the same command line."""
+        settings = ("training.max_steps=3", "data.val_ratio=0", "trainer.strategy=ddp")
+        given = [part for setting in settings for part in ("--set", setting)]
+        arguments = ("gen", "train", "-c", config_file, *given)
+        alone = loragen(*arguments).stdout.strip()
+        result = subprocess.run(
+            [sys.executable, "-m", "loragen", *arguments, "--set", "trainer.devices=2"],
+            cwd=loragen.work, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        one, two = (
+            torch.load(loragen.work / run / GENERATOR_FILE, weights_only=True)["state_dict"]
+            for run in (alone, result.stdout.strip())
+        )
+        assert all(torch.allclose(value, two[key], atol=1e-5) for key, value in one.items())
 
     def test_runs_are_named_on_the_command_line(self, loragen, config_file, collection):
         flags = [part for run in collection.runs.values() for part in ("--checkpoint_dir", run)]

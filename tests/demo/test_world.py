@@ -112,3 +112,15 @@ def test_a_file_may_name_the_held_out_pairs(tmp_path):
     file = tmp_path / "world.yaml"
     file.write_text(yaml.safe_dump(changed(held_out=[["color", "word"]])), encoding="utf-8")
     assert World.load(file).held_out_pairs(3) == (Pair("color", "word"),)
+
+
+def test_a_whole_attribute_may_be_held_out_but_not_everything(tmp_path):
+    file = tmp_path / "world.yaml"
+    pairs = [list(pair) for pair in PAIRS if pair.attribute == "legs"]
+    file.write_text(yaml.safe_dump(changed(held_out=pairs)), encoding="utf-8")
+    training = World.load(file).training_pairs(0)
+    assert len(training) == 35
+    assert "legs" not in {pair.attribute for pair in training}
+    file.write_text(yaml.safe_dump(changed(held_out=list(map(list, PAIRS)))), encoding="utf-8")
+    with pytest.raises(ConfigError, match="nothing is left to train on"):
+        World.load(file)

@@ -14,6 +14,9 @@ from loragen.testing import check_schedule
         ("two-stage", {}),
         ("two-stage", {"stage1_steps": 0}),
         ("two-stage", {"stage1_steps": 5000}),
+        ("linear", {}),
+        ("linear", {"warmup_ratio": 0.0}),
+        ("linear", {"warmup_ratio": 0.5, "floor": 0.1}),
         ("cosine", {}),
         ("cosine", {"warmup_ratio": 0.0}),
         ("cosine", {"warmup_ratio": 0.5, "floor": 0.1}),
@@ -34,6 +37,14 @@ def test_two_stage_changes_at_step_76():
     assert schedule(75, 125) == (1e-4, 1)
     assert schedule(76, 125) == (1e-5, 2)
     assert schedule(125, 125) == (1e-5, 2)
+
+
+def test_linear_rises_to_the_peak_and_falls_straight_to_the_floor():
+    options = {"learning_rate": 1.0, "warmup_ratio": 0.1, "floor": 0.1}
+    schedule = create("schedule", "linear", options)
+    rates = [schedule(step, 100).learning_rate for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+    assert rates[10:] == pytest.approx([1 - 0.01 * step for step in range(90)])
 
 
 def test_cosine_rises_to_the_peak_and_falls_to_the_floor():

@@ -288,19 +288,31 @@ class GenTraining(Section):
         "where base and labels are on this machine.",
     )
     max_epochs: int = Field(100, ge=1, description="An epoch shows every checkpoint once.")
-    max_steps: int | None = Field(None, ge=1, description="Ends earlier, in optimizer steps.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Ends the reconstruction earlier; behaviour has steps of its own."
+    )
     learning_rate: float = Field(
         1e-4, gt=0, description="For schedules that have a learning_rate and were given none."
     )
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay.")
+    weight_decay: float = Field(
+        0.01, ge=0, description="Of matrices: decoupled in adamw, in the gradient in adam and sgd."
+    )
     mse_weight: float = Field(1.0, ge=0, description="Weight of the squared error in the loss.")
     l1_weight: float = Field(0.1, ge=0, description="Weight of the absolute error in the loss.")
-    optimizer: Literal["adamw"] = Field("adamw", description="adamw is the only one.")
+    optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="As in torch.optim.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Of sgd; the others have their own.")
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Validate and keep an exponential moving average of the weights (0.999); "
+        "null: the weights as they are.",
+    )
+    encoder_rate: float = Field(
+        0.1, gt=0, description="Learning rate of an encoder that is not frozen, as a share."
+    )
     condition_noise: float = Field(
         0.0, ge=0, description="Std of Gaussian noise on every prompt, in units of their own std."
-    )
-    dataset_noise: float = Field(
-        0.0, ge=0, description="The same on all prompts of a condition together."
     )
     target_noise: float = Field(
         0.0, ge=0, description="Std of Gaussian noise on targets, in units of their own spread."

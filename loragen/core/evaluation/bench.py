@@ -11,13 +11,14 @@ from torch import Tensor
 from loragen.core.adapters import Adapter
 from loragen.core.base_models import BaseModel
 from loragen.core.config.schema import SourceSection
+from loragen.core.errors import UsageError
 from loragen.core.evaluation.targets import Target
 from loragen.core.files import sha256_text
 from loragen.core.generator.draws import draw_prompts
 from loragen.core.generator.model import Generator
 from loragen.core.generator.sources import Collection, read_source
 
-PROMPTS_PER_CENTRE = 64
+PROMPTS_PER_CENTRE = 32
 ALL_CHECKPOINTS = 2**31
 
 
@@ -96,4 +97,6 @@ def training_sources(generator: Generator) -> list[Collection]:
     Raises LoragenError where one is not there any more, or is no run of `lora train`.
     """
     places = generator.provenance.get("sources", [])
+    if not places:
+        raise UsageError("the generator's file does not name the runs that it learned from")
     return [read_source(SourceSection(checkpoints=place), ALL_CHECKPOINTS) for place in places]

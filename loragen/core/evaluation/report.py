@@ -1,6 +1,7 @@
 """The results in words and tables, for a terminal, Markdown and a picture. Light."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from loragen.core.evaluation.columns import GENERATED, titles
@@ -89,7 +90,7 @@ def markdown(document: Mapping[str, Any], title: str) -> str:
     return "\n".join(parts)
 
 
-def write(document: Mapping[str, Any], title: str, directory: Any) -> None:
+def write(document: Mapping[str, Any], title: str, directory: Path) -> None:
     """results.json, results.md and results.png; each appears whole or not at all."""
     from loragen.core.evaluation.picture import draw
 
@@ -116,11 +117,13 @@ def _claim(line: Line, above: Mapping[str, str]) -> str:
 
 
 def _drawn(document: Mapping[str, Any]) -> str:
-    options, origins = document["options"], [one["prompts_from"] for one in document["datasets"]]
-    places = " or ".join(f"its {origin}" for origin in dict.fromkeys(origins))
+    datasets, draws = document["datasets"], document["options"]["draws"]
+    places = " or ".join(dict.fromkeys(f"its {one['prompts_from']}" for one in datasets))
+    counts = sorted({one["prompts"] for one in datasets})
+    prompts = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     return (
-        f"generated: the mean of {options['draws']} adapters a dataset, each from "
-        f"{options['prompts']} prompts without labels out of {places}; [95 % interval]"
+        f"generated: the mean of {draws} adapters a dataset, each from {prompts} prompts without "
+        f"labels out of {places}; [95 % interval]"
     )
 
 

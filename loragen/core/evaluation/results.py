@@ -31,7 +31,7 @@ def document(outcomes: Sequence[Outcome], bench: Bench, spread: Spread | None) -
     summaries = {group: _summary(members) for group, members in groups.items()}
     keys = dict.fromkeys(chain.from_iterable(summaries.values()))
     options = asdict(bench.options)
-    del options["keep"]
+    del options["keep"], options["prompts"]
     return {
         "base_model": bench.base.name,
         "columns": list(outcomes[0].cells),
@@ -39,8 +39,8 @@ def document(outcomes: Sequence[Outcome], bench: Bench, spread: Spread | None) -
         "seconds": _seconds(outcomes, bench.sources),
         "multi_task": {"steps": bench.multi_task.steps} if bench.multi_task else None,
         "novelty": spread.as_dict() if spread else None,
-        "options": {**options, "prompts": len(bench.draws(outcomes[0].target)[0])},
-        "datasets": [_row(outcome, spread) for outcome in outcomes],
+        "options": options,
+        "datasets": [_row(outcome, bench, spread) for outcome in outcomes],
     }
 
 
@@ -62,12 +62,13 @@ def _summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def _claims(outcomes: Sequence[Outcome], accuracy: Mapping[str, float]) -> dict[str, Any]:
-    """The interval of what was generated; a column is beaten that lies below all of it."""
+    """The interval of what was generated; a column is beaten that lies below all of it. Compared
+    as they are printed: rounding is no victory."""
     values = _values([outcome.cells[GENERATED] for outcome in outcomes], "exact_match")
-    _, low, high = interval(values or [])
+    low, high = (round(bound, 4) for bound in interval(values or [])[1:])
     others = {name: value for name, value in accuracy.items() if name != GENERATED}
     return {
-        "interval": {GENERATED: [round(low, 4), round(high, 4)]},
+        "interval": {GENERATED: [low, high]},
         "beats": [name for name, value in others.items() if value < low],
         "beaten_by": [name for name, value in others.items() if value > high],
     }
@@ -79,7 +80,7 @@ def _values(cells: Sequence[Cell], field: str) -> list[list[float]] | None:
     return [values for values in found if values is not None] if None not in found else None
 
 
-def _row(outcome: Outcome, spread: Spread | None) -> dict[str, Any]:
+def _row(outcome: Outcome, bench: Bench, spread: Spread | None) -> dict[str, Any]:
     target = outcome.target
     new = [one for one in spread.novelties if one.target == target] if spread else []
     generated = outcome.cells.get(GENERATED)
@@ -88,6 +89,7 @@ def _row(outcome: Outcome, spread: Spread | None) -> dict[str, Any]:
         "group": target.group,
         "source": target.source,
         "rows": len(target.rows),
+        "prompts": len(bench.draws(target)[0]),
         "prompts_from": target.prompts_from,
         **_summary([outcome]),
         "draws": generated.values("exact_match") if generated else None,

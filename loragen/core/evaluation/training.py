@@ -12,8 +12,7 @@ from pathlib import Path
 from loragen.core.base_models import BaseModel
 from loragen.core.config import LoraTrainConfig
 from loragen.core.config.schema import Checkpoints, ScheduleSection
-from loragen.core.data.documents import Source as Rows
-from loragen.core.data.documents import parsed_source
+from loragen.core.data.documents import Source, parsed_source
 from loragen.core.data.rows import Row, read_rows
 from loragen.core.evaluation.bench import Trained
 from loragen.core.evaluation.targets import Target
@@ -106,7 +105,7 @@ def _recipe(config: LoraTrainConfig, base: BaseModel, cache: Path) -> LoraTrainC
 
 
 def _trained_once(
-    config: LoraTrainConfig, name: str, source: Rows, base: BaseModel, progress: Progress
+    config: LoraTrainConfig, name: str, source: Source, base: BaseModel, progress: Progress
 ) -> LoraRun:
     task = Task(name, name, source)
     known = finished_run(config, task)

@@ -62,6 +62,14 @@ class GeneratorMetrics(StepCallback):
         self.latest = dict(state_dict["latest"])
 
 
+class Averaging(StepCallback):
+    """The average of the weights takes in every step, before it is validated or saved."""
+
+    def on_step(self, trainer: Trainer, pl_module: Any, batch: PairBatch) -> None:
+        if pl_module.averaged:
+            pl_module.averaged.update_parameters(pl_module.trained)
+
+
 class GeneratorCheckpoints(StepCallback):
     """Keeps the best step by validation; renews last.ckpt in between and at the end.
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loragen.core.adapters import Adapter
 from loragen.core.checkpoints import load_plain
@@ -39,10 +39,10 @@ class Choice:
 
 @dataclass
 class Generator:
-    """A trained decoder with all that it needs but the encoder's weights.
+    """A trained decoder with all that it needs but the weights of a frozen encoder.
 
-    The encoder is frozen: its name, options and fingerprint identify it, and it is loaded when a
-    prompt is first embedded.
+    Name, options and fingerprint identify the encoder, which is loaded when a prompt is first
+    embedded; the weights of one that was trained along are here.
     """
 
     encoder: Choice
@@ -56,6 +56,8 @@ class Generator:
     samples_per_prompt: int
     prompts_per_condition: int
     network: Network
+    encoder_state: dict[str, Tensor] | None = None
+    """The encoder's weights where they were trained along; None where it is frozen."""
     familiarity: Familiarity | None = None
     """How far prompts are from the training; None in a file of format 1."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -116,9 +118,17 @@ class Generator:
 
     @cached_property
     def text_encoder(self) -> Encoder:
-        """Loaded once. Raises LoragenError where the installed encoder has other weights than in
-        training."""
+        """Loaded once, with the weights of the training where it was trained along. Raises
+        LoragenError where a frozen one has other weights than in training."""
         encoder: Encoder = create("encoder", self.encoder.name, self.encoder.options)
+        if self.encoder_state is not None:
+            try:
+                cast(nn.Module, encoder).load_state_dict(self.encoder_state)
+            except RuntimeError as error:
+                raise LoragenError(
+                    f"the encoder {self.encoder.name} {self.encoder.options} has other shapes than "
+                    "the one this generator was trained with"
+                ) from error
         if encoder.fingerprint != self.encoder_fingerprint:
             raise LoragenError(
                 f"the encoder {self.encoder.name} {self.encoder.options} has other weights than "
@@ -178,7 +188,8 @@ class Generator:
             "base_model": self.base_model,
             "samples_per_prompt": self.samples_per_prompt,
             "prompts_per_condition": self.prompts_per_condition,
-            "state_dict": {k: v.detach().cpu() for k, v in self.network.state_dict().items()},
+            "state_dict": _on_cpu(self.network.state_dict()),
+            "encoder_state": _on_cpu(self.encoder_state) if self.encoder_state else None,
             "familiarity": self.familiarity.state() if self.familiarity else None,
             "provenance": self.provenance,
         }
@@ -241,7 +252,12 @@ class Generator:
             layout=layout,
             normalization=Normalization(**document["normalization"]),
             network=network.eval(),
+            encoder_state=document.get("encoder_state"),
             familiarity=Familiarity(**known) if known else None,
             name=name,
             **{key: document[key] for key in kept},
         )
+
+
+def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.detach().cpu() for key, tensor in state.items()}

@@ -52,6 +52,10 @@ class Normalization:
     def denormalize(self, normalized: Tensor) -> Tensor:
         return normalized * self.scale + self.mean
 
+    def of(self, tokens: slice) -> "Normalization":
+        """The same for some of the tokens."""
+        return Normalization(self.mean[tokens], self.scale[tokens])
+
     def to(self, device: torch.device) -> "Normalization":
         return Normalization(self.mean.to(device), self.scale.to(device))
 

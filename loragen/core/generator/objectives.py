@@ -15,6 +15,7 @@ from loragen.core.config.schema import GenTraining
 from loragen.core.generator.injection import Injection
 from loragen.core.generator.layout import Layout
 from loragen.core.generator.normalization import Normalization
+from loragen.core.generator.weighted_error import weighted_error
 from loragen.core.lora.batch import IGNORED, Batch
 from loragen.core.lora.loss import answer_logits, rows_right, token_losses
 
@@ -45,14 +46,16 @@ class Reconstruction:
     def __call__(self, written: Tensor, target: Tensor, noise: float = 0.0) -> Losses:
         """`target`: adapters as they are, not normalised; `noise`: standard deviation of what is
         added to them, in units of their own spread."""
-        wanted = self.normalization.normalize(target)
-        if noise:
-            wanted = wanted + noise * torch.randn_like(wanted)
-        error = written.float() - wanted
-        mse = (error.square() * self.weights).sum() / len(error)
-        l1 = (error.abs() * self.weights).sum() / len(error)
-        loss = self.options.mse_weight * mse + self.options.l1_weight * l1
-        return loss, {"loss": loss.detach(), "mse": mse.detach(), "l1": l1.detach()}
+        loss, mse, l1 = weighted_error(
+            written,
+            target,
+            self.normalization,
+            self.weights,
+            mse_weight=self.options.mse_weight,
+            l1_weight=self.options.l1_weight,
+            noise=noise,
+        )
+        return loss, {"loss": loss.detach(), "mse": mse, "l1": l1}
 
     @torch.no_grad()
     def in_own_units(self, written: Tensor, target: Tensor) -> dict[str, Tensor]:

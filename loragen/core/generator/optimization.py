@@ -1,12 +1,13 @@
 """How the weights move: the number of steps and their rates, and the optimizer."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from loragen.core.config import GenTrainConfig
 from loragen.core.config.schema import GenTraining
@@ -76,15 +77,42 @@ def _schedule(config: GenTrainConfig, learning_rate: float) -> Schedule:
     return schedule
 
 
-def optimizer_for(network: nn.Module, options: GenTraining) -> torch.optim.Optimizer:
-    """At a rate of 1, which `step_schedule` multiplies."""
-    return torch.optim.AdamW(
-        decayed_and_not(network.parameters()), lr=1.0, weight_decay=options.weight_decay
-    )
+def optimizer_for(
+    trained: nn.ModuleDict, options: GenTraining, fused: bool = True
+) -> torch.optim.Optimizer:
+    """Of the network and, where it trains, the encoder; `step_schedule` multiplies the rates.
+
+    `fused`: one pass over weights, gradient and moments in place of some ten.
+    """
+    groups = _groups(trained["network"], 1.0)
+    if "encoder" in trained:
+        groups += _groups(trained["encoder"], options.encoder_rate)
+    decay = options.weight_decay
+    match options.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=1.0, weight_decay=decay, fused=fused)
+        case "adam":
+            return torch.optim.Adam(groups, lr=1.0, weight_decay=decay, fused=fused)
+        case "sgd":
+            momentum = options.momentum
+            return torch.optim.SGD(
+                groups, lr=1.0, weight_decay=decay, momentum=momentum, fused=fused
+            )
 
 
-def decayed_and_not(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+def _groups(module: nn.Module, factor: float) -> list[dict[str, Any]]:
     """Vectors (biases, norms) are not decayed, matrices are."""
-    trained = [p for p in parameters if p.requires_grad]
-    vectors = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}
-    return [{"params": [p for p in trained if p.ndim >= 2]}, vectors]
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "factor": factor},
+        {"params": [p for p in trained if p.ndim < 2], "factor": factor, "weight_decay": 0.0},
+    ]
+
+
+def averaged(trained: nn.ModuleDict, decay: float | None) -> AveragedModel | None:
+    """A copy that follows the weights as their exponential moving average, and starts as they
+    are after the first step; None where none is wanted."""
+    if decay is None:
+        return None
+    copy = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]  # torch's
+    return copy.requires_grad_(False)

@@ -28,6 +28,8 @@ class PairBatch(NamedTuple):
     """``[batch, tokens, token_dim]``: adapters, not normalised."""
     rows: Batch | None = None
     """Where the behaviour is judged: equally many rows of every adapter's dataset, in order."""
+    texts: list[list[str]] | None = None
+    """The prompts of every condition, where the encoder trains along; `condition` is empty then."""
 
 
 class PairBatches(Dataset[PairBatch]):
@@ -90,6 +92,7 @@ def pair_of(source: PreparedSource, texts: Sequence[int], checkpoint: int) -> Pa
         torch.from_numpy(np.array(source.embeddings[texts])),
         torch.from_numpy(np.array(source.mask[texts])),
         torch.from_numpy(np.array(source.tokens[checkpoint])),
+        texts=[[source.texts[index] for index in texts]] if source.texts else None,
     )
 
 
@@ -103,4 +106,5 @@ def stacked(pairs: Sequence[PairBatch]) -> PairBatch:
     for row, pair in enumerate(pairs):
         n, p = pair.mask.shape
         condition[row, :n, :p], mask[row, :n, :p] = pair.condition, pair.mask
-    return PairBatch(condition, mask, torch.stack([pair.tokens for pair in pairs]))
+    texts = [row for pair in pairs for row in pair.texts or ()] or None
+    return PairBatch(condition, mask, torch.stack([pair.tokens for pair in pairs]), texts=texts)

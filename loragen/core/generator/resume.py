@@ -12,7 +12,7 @@ from loragen.core.config.schema import SourceSection
 from loragen.core.data.documents import location, parsed_source
 from loragen.core.errors import DataError
 from loragen.core.generator.places import configured_sources
-from loragen.core.resume import ResumePoint, existing, newest, progress_of
+from loragen.core.resume import ResumePoint, newest, progress_of
 from loragen.core.runs import (
     CHECKPOINT_SUFFIX,
     CHECKPOINTS,
@@ -20,7 +20,7 @@ from loragen.core.runs import (
     GeneratorManifest,
     SourceRecord,
     read_manifest,
-    run_directory_of,
+    resumable_run,
 )
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def find_resume_point(path: Path) -> GeneratorPoint:
 
     Raises UsageError where there is no run or the checkpoint cannot be gone on from.
     """
-    directory = run_directory_of(existing(path))
+    directory = resumable_run(path, GeneratorManifest)
     manifest = read_manifest(directory, GeneratorManifest)
     config = load(GenTrainConfig, directory / CONFIG, environment={})
     checkpoint = path if path.is_file() else newest(_by_age(directory))
@@ -87,6 +87,8 @@ def check_unchanged(
     problems = _differences(point, config)
     if then.encoder_fingerprint not in ("", manifest.encoder_fingerprint):
         problems.append(f"the encoder {config.encoder.name} has other weights")
+    if then.base_fingerprint not in ("", manifest.base_fingerprint):
+        problems.append("the base model has other weights")
     if then.source_records:
         problems += _other_sources(then.source_records, manifest.source_records)
     point.refuse(problems)
@@ -101,6 +103,8 @@ def located(config: GenTrainConfig) -> GenTrainConfig:
     found.sources = [_located(source) for source in configured_sources(config)]
     found.val_sources = [_located(source) for source in config.val_sources]
     found.data.checkpoint_dir = None
+    if config.data.prompts is not None:
+        found.data.prompts = str(Path(config.data.prompts).absolute())
     return found
 
 

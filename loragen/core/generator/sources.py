@@ -70,6 +70,9 @@ class PreparedSource:
     """Indices of the texts that validate; None where nobody has said."""
     tracked: Sequence[Sequence[int]] | None = None
     """For each checkpoint the indices of its own texts; None where any text goes with any."""
+    texts: Sequence[str] = ()
+    """What an encoder that trains along reads at every step; `embeddings` and `mask` then have no
+    positions. Empty where the embeddings are there."""
     record: SourceRecord | None = None
     """What it held, for the manifest."""
 
@@ -208,13 +211,23 @@ def prepared(
         ready = []
         for source in sources:
             of = texts_of(source, config)
-            embeddings, mask = _embedded(cache, encoder, encoder_key, of.texts)
+            embeddings, mask = (
+                _embedded(cache, encoder, encoder_key, of.texts)
+                if encoder.frozen
+                else _not_embedded(len(of.texts), encoder.dim)
+            )
             key = _tokens_key(layout, source, config.layout.target_form)
             tokens = _tokenized(cache, key, layout, source, config.layout.target_form)
-            record = SourceRecord(name=source.name, checkpoints=key, prompts=sha256_text(*of.texts))
             ready.append(
                 PreparedSource(
-                    source.name, tokens, embeddings, mask, of.held_out, of.tracked, record
+                    source.name,
+                    tokens,
+                    embeddings,
+                    mask,
+                    of.held_out,
+                    of.tracked,
+                    () if encoder.frozen else of.texts,
+                    SourceRecord(name=source.name, checkpoints=key, prompts=of.sha256),
                 )
             )
         yield ready
@@ -260,6 +273,10 @@ def _weights(checkpoint: Path) -> Path:
     return checkpoint / "adapter_model.safetensors" if checkpoint.is_dir() else checkpoint
 
 
+def _not_embedded(texts: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((texts, 0, dim), np.float32), np.zeros((texts, 0), bool)
+
+
 def _embedded(
     cache: Path, encoder: Encoder, key: str, texts: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -268,6 +285,8 @@ def _embedded(
     if not all(file.is_file() for file in files):
         with torch.inference_mode():
             embeddings, mask = encoder(texts)
+        # In float32, although half would do for disks: a generator is to read in training what it
+        # reads later. Memory-mapped, the size costs no memory.
         for file, tensor in zip(files, (embeddings.float(), mask), strict=True):
             with written_atomically(file) as temporary:
                 np.save(temporary, tensor.cpu().numpy())

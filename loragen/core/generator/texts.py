@@ -7,6 +7,7 @@ from loragen.core.data.batches import held_out
 from loragen.core.data.prepare import Groups
 from loragen.core.data.prompts import random_groups, same_text, text_of, whole_groups
 from loragen.core.errors import DataError
+from loragen.core.files import sha256_text
 from loragen.core.lora.provenance import Provenance
 
 
@@ -19,6 +20,11 @@ class Texts:
     """Those that validate."""
     tracked: list[list[int]] | None = None
     """For each checkpoint the texts of its own rows; None where any text goes with any."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the texts, and of what they are for."""
+        return sha256_text(*self.texts, repr(self.held_out), repr(self.tracked))
 
 
 def held_out_texts(texts: int, ratio: float, seed: int) -> tuple[list[int], list[int]]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
@@ -11,12 +11,13 @@ from loragen.core.checkpoints import AtomicCheckpointIO, load_plain
 from loragen.core.config import GenTrainConfig
 from loragen.core.files import sha256_text
 from loragen.core.generator.behaviour import rehearsal
-from loragen.core.generator.callbacks import GeneratorCheckpoints, GeneratorMetrics
+from loragen.core.generator.callbacks import Averaging, GeneratorCheckpoints, GeneratorMetrics
 from loragen.core.generator.data import GeneratorData
+from loragen.core.generator.encoding import embedded
 from loragen.core.generator.familiarity import Familiarity
 from loragen.core.generator.model import Choice, Generator
 from loragen.core.generator.module import GeneratorModule
-from loragen.core.generator.network import new_network
+from loragen.core.generator.network import Network, new_network
 from loragen.core.generator.normalization import Normalization, importance
 from loragen.core.generator.objectives import Behaviour, Objectives, Reconstruction
 from loragen.core.generator.optimization import StepPlan
@@ -87,11 +88,12 @@ def _train(
         check_unchanged(resume, data.config, manifest)
     checkpoint = resume.read() if resume else None
     generator = _new_generator(data, work, encoder)
-    module = _module(data, generator, checkpoint)
+    module = _module(data, generator, encoder, checkpoint)
     walk = _walk(data, manifest, progress, resume)
     if checkpoint:
         restore_weights(module, checkpoint)
         restore_progress(walk.trainer, checkpoint)
+        del checkpoint  # several times the weights
     if resume and walk.trainer.is_global_zero:
         void_later(resume)
     progress.start("generator", data.plan.total)
@@ -101,6 +103,7 @@ def _train(
         generator.provenance = _provenance(manifest, walk.selection, data.plan)
         if walk.checkpoints.best:
             restore_weights(module, load_plain(walk.checkpoints.best))
+        _keep(generator, module, data)
         if walk.trainer.is_global_zero:
             generator.save(walk.session.directory / GENERATOR_FILE)
     return GeneratorRun(walk.session.directory, manifest)
@@ -146,7 +149,7 @@ def _walk(
         val_every=val_every,
         last_every=config.training.last_every,
     )
-    callbacks = [session, StepSeeds(config.seed), metrics, checkpoints]
+    callbacks = [session, StepSeeds(config.seed), Averaging(), metrics, checkpoints]
     trainer = _trainer(config, callbacks, steps, val_every)
     return Walk(session, metrics, checkpoints, selection, interruption, trainer)
 
@@ -170,13 +173,14 @@ def _trainer(
 
 
 def _module(
-    data: GeneratorData, generator: Generator, checkpoint: dict[str, Any] | None
+    data: GeneratorData, generator: Generator, encoder: Encoder, checkpoint: dict[str, Any] | None
 ) -> GeneratorModule:
     return GeneratorModule(
         generator.network,
         data.plan,
         _objectives(data, generator),
         data.config.training,
+        encoder=None if encoder.frozen else encoder,
         first_step=int(checkpoint["global_step"]) if checkpoint else 0,
         optimizer_state=optimizer_state(checkpoint) if checkpoint else None,
     )
@@ -212,7 +216,7 @@ def _new_generator(data: GeneratorData, work: Plan, encoder: Encoder) -> Generat
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         network = new_network(config.decoder.name, config.decoder.options, encoder.dim, layout)
-    network.fit_conditions((source.embeddings, source.mask) for source in data.sources)
+    network.fit_conditions((texts, mask) for _, texts, mask in embedded(encoder, data.sources))
     network.start_from(CollectionSamples(collections, normalization))
     return Generator(
         encoder=Choice(config.encoder.name, config.encoder.options),
@@ -226,8 +230,19 @@ def _new_generator(data: GeneratorData, work: Plan, encoder: Encoder) -> Generat
         samples_per_prompt=config.data.samples_per_prompt,
         prompts_per_condition=config.data.prompts_per_condition,
         network=network,
-        familiarity=Familiarity.fit((one.name, one.embeddings, one.mask) for one in data.sources),
+        familiarity=Familiarity.fit(embedded(encoder, data.sources)),
     )
+
+
+def _keep(generator: Generator, module: GeneratorModule, data: GeneratorData) -> None:
+    """What the training has made of the weights, averaged or not."""
+    kept = module.kept.eval()
+    generator.network = cast(Network, kept["network"])
+    if "encoder" in kept:
+        encoder: Any = kept["encoder"]
+        generator.encoder_state = encoder.state_dict()
+        generator.encoder_fingerprint = encoder.fingerprint
+        generator.familiarity = Familiarity.fit(embedded(encoder, data.sources))
 
 
 def _manifest(
@@ -250,6 +265,7 @@ def _manifest(
         base_model=work.base_model,
         sources=[str(s.checkpoints[0].parent.absolute()) for s in work.sources],
         val_sources=[str(s.checkpoints[0].parent.absolute()) for s in work.unseen],
+        base_fingerprint=data.rehearsal.base.fingerprint if data.rehearsal else "",
         source_records=records,
         encoder_fingerprint=encoder.fingerprint,
         plugins=plugin_records(chosen),

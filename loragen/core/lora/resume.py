@@ -13,14 +13,14 @@ from loragen.core.lora.data import Rows
 from loragen.core.lora.identity import differences
 from loragen.core.lora.precision import dtype_name, load_training_base
 from loragen.core.metrics_log import METRICS, read_metrics
-from loragen.core.resume import ResumePoint, existing, newest, progress_of
+from loragen.core.resume import ResumePoint, newest, progress_of
 from loragen.core.runs import (
     LAST_CHECKPOINT,
     LoraManifest,
     checkpoint_files,
     checkpoint_step,
     read_run,
-    run_directory_of,
+    resumable_run,
 )
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def find_resume_point(path: Path) -> LoraPoint:
 
     Raises UsageError where there is no run or the checkpoint cannot be gone on from.
     """
-    directory = run_directory_of(existing(path))
+    directory = resumable_run(path, LoraManifest)
     run, config = read_run(directory)
     checkpoint = path if path.is_file() else newest(_checkpoints(directory))
     step = progress_of(checkpoint)[1] if checkpoint else 0

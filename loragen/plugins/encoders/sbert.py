@@ -1,10 +1,10 @@
-"""Sentence-BERT (arXiv 1908.10084): one vector per prompt."""
+"""Sentence-BERT (arXiv 1908.10084): one vector per prompt, or one per token."""
 
 import hashlib
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, Field
@@ -17,16 +17,26 @@ PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d
 
 
 class SentenceBert(nn.Module):
-    """One embedding per prompt from a frozen sentence-transformers model.
+    """Embeddings of prompts from a sentence-transformers model: one vector each, or one a token.
 
     `all-MiniLM-L6-v2` comes from the extra `loragen[offline]` where that is installed (its weights
     are accepted only with the published sha256), otherwise from the hub. Texts longer than the
-    model reads (256 tokens for all-MiniLM-L6-v2) are cut by the model.
+    model reads (256 tokens for all-MiniLM-L6-v2) are cut at their end, as the model was trained.
     """
 
     class Config(BaseModel, extra="forbid"):
         model: str = Field(PACKAGED, description="A sentence-transformers hub id or a directory.")
-        frozen: Literal[True] = Field(True, description="The encoder's weights stay as they are.")
+        frozen: bool = Field(
+            True, description="The weights stay as they are; false trains them along."
+        )
+        positions: Literal["sentence", "tokens"] = Field(
+            "sentence", description="One vector per prompt, or one for each of its tokens."
+        )
+        max_tokens: int = Field(
+            64,
+            ge=1,
+            description="Most positions of a prompt (tokens); the model still reads all of it.",
+        )
         batch_size: int = Field(64, ge=1, description="Texts embedded at once.")
 
     def __init__(self, config: Config) -> None:
@@ -45,11 +55,21 @@ class SentenceBert(nn.Module):
                 f"sentence encoder {config.model} does not load: {reason} "
                 "(without network: pip install 'loragen[offline]')"
             ) from error
-        self.model = model.requires_grad_(False).eval()
+        self.model = model.requires_grad_(not config.frozen).eval()
+        for name, parameter in self.model.named_parameters():
+            if ".pooler." in name:  # BERT's own; nothing reads it, and DDP would wait for it
+                parameter.requires_grad_(False)
+
+    @property
+    def frozen(self) -> bool:
+        return self.config.frozen
 
     @property
     def dim(self) -> int:
-        return int(self.model.get_embedding_dimension() or 0)
+        if self.config.positions == "sentence":
+            return int(self.model.get_embedding_dimension() or 0)
+        first: Any = self.model[0]
+        return int(first.get_embedding_dimension())
 
     @property
     def fingerprint(self) -> str:
@@ -60,15 +80,37 @@ class SentenceBert(nn.Module):
         return digest.hexdigest()
 
     def forward(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings ``[prompts, 1, dim]`` float32 and a mask ``[prompts, 1]``, all True."""
-        embedded = self.model.encode(
-            list(texts),
-            batch_size=self.config.batch_size,
-            convert_to_numpy=True,  # tensors would come in inference mode, unfit for training
-            show_progress_bar=False,
-        )
-        embeddings = torch.from_numpy(embedded).float().unsqueeze(1)  # (prompts, 1, dim)
-        return embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool)
+        """Embeddings ``[prompts, positions, dim]`` float32 and a mask ``[prompts, positions]``,
+        which is False on the padding of prompts with fewer tokens than others."""
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # little padding
+        rows: dict[int, Tensor] = {}
+        for first in range(0, len(texts), self.config.batch_size):
+            chosen = order[first : first + self.config.batch_size]
+            rows |= zip(chosen, self._embedded([texts[index] for index in chosen]), strict=True)
+        lengths = torch.tensor([len(rows[index]) for index in range(len(texts))], dtype=torch.long)
+        if not rows:
+            return torch.zeros(0, 1, self.dim), torch.zeros(0, 1, dtype=torch.bool)
+        embeddings = nn.utils.rnn.pad_sequence([rows[i] for i in range(len(texts))], True)
+        mask = torch.arange(embeddings.shape[1]) < lengths[:, None]
+        return embeddings, mask.to(embeddings.device)
+
+    def _embedded(self, texts: Sequence[str]) -> list[Tensor]:
+        """``[positions, dim]`` of each text."""
+        model = self.model
+        prefix = model.prompts.get(model.default_prompt_name or "") or ""
+        features = model.tokenizer(
+            [prefix + text for text in texts],
+            padding=True,
+            truncation=True,
+            max_length=model.max_seq_length,
+            return_tensors="pt",
+        ).to(model.device)
+        output = model(dict(features))
+        if self.config.positions == "sentence":
+            return list(output["sentence_embedding"].float().unsqueeze(1))
+        kept = output["attention_mask"].bool()
+        tokens = output["token_embeddings"].float()
+        return [row[keep][: self.config.max_tokens] for row, keep in zip(tokens, kept, strict=True)]
 
 
 def _source(model: str) -> str | Path:

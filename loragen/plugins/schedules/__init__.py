@@ -8,5 +8,6 @@ def loragen_schedules() -> dict[str, str]:
     return {
         "two-stage": "loragen.plugins.schedules.two_stage:TwoStage",
         "cosine": "loragen.plugins.schedules.cosine:Cosine",
+        "linear": "loragen.plugins.schedules.linear:Linear",
         "constant": "loragen.plugins.schedules.constant:Constant",
     }

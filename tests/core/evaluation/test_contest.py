@@ -85,6 +85,12 @@ def test_only_what_lies_outside_the_interval_is_claimed(outcome, bench):
     )
 
 
+def test_equal_values_beat_nobody(outcome, bench):
+    made = {"base": [1 / 3], "generated": [1 / 3, 1 / 3]}
+    results = told([outcome(made)], bench())
+    assert (results["beats"], results["beaten_by"]) == ({"all": []}, {"all": []})
+
+
 def test_averages_are_over_datasets_and_their_interval_covers_both_kinds_of_chance(outcome, bench):
     results = told(
         [

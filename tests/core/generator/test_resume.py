@@ -1,6 +1,7 @@
 """A generator's training that went on is the training that was never interrupted, bit for bit."""
 
 import shutil
+import signal
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from loragen.core.errors import DataError, UsageError
 from loragen.core.generator import train as module
 from loragen.core.generator.resume import find_resume_point
 from loragen.core.generator.train import train
+from loragen.core.interrupt import Interrupted
 from loragen.core.metrics_log import read_metrics
 from loragen.core.progress import Silent
 from loragen.core.runs import GENERATOR_FILE, GeneratorManifest, read_manifest
@@ -129,6 +131,16 @@ class TestExact:
             {"trainer.gradient_clip_val": 0.5, "schedule.name": "constant"},
             {"data.val_ratio": 0.0},
             {"training.max_steps": 7},
+            {"training.optimizer": "sgd", "training.ema_decay": 0.9},
+            {"encoder.frozen": False, "training.ema_decay": 0.9, "training.optimizer": "adam"},
+            {"encoder.frozen": False, "encoder.positions": "tokens", "encoder.max_tokens": 5},
+            {
+                "training.objective": "reconstruction-then-behaviour",
+                "training.max_steps": 4,
+                "behaviour.max_steps": 4,
+                "behaviour.batch_size": 2,
+                "encoder.frozen": False,
+            },
         ],
         ids=str,
     )
@@ -194,6 +206,24 @@ class TestExact:
         assert max(entry["step"] for entry in entries(run)) == 6
         resume(run, WORSE_AND_WORSE)
         assert_equal(whole, run)
+
+    def test_an_interrupted_run_says_how_to_go_on(self, unbroken, gen_config, resume, tmp_path):
+        class Interrupting(Silent):
+            def step(self, step):
+                if step.step == 3:
+                    signal.raise_signal(signal.SIGINT)
+
+        with pytest.raises(Interrupted) as raised:
+            train(gen_config(), Interrupting())
+        (run,) = (tmp_path / "experiments").iterdir()
+        assert str(raised.value) == (
+            "interrupted after step 3 of 8, which is saved; to go on: "
+            f"loragen gen train --resume {run}"
+        )
+        assert raised.value.exit_code == 130
+        assert read_manifest(run, GeneratorManifest).status == "interrupted"
+        assert resume(run) == [4, 5, 6, 7, 8]
+        assert_equal(unbroken(), run)
 
     def test_from_other_directories(self, stopped, resume, gen_config, tmp_path, monkeypatch):
         """The configuration that is kept names every source by its absolute place."""

@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ import torch
 from loragen.core.adapters import read_adapter
 from loragen.core.config import GenTrainConfig, load
 from loragen.core.errors import DataError, LoragenError, UsageError
-from loragen.core.generator import callbacks
+from loragen.core.generator import callbacks, optimization
 from loragen.core.generator import train as module
 from loragen.core.generator.infer import infer
 from loragen.core.generator.model import Generator
 from loragen.core.generator.train import train
 from loragen.core.metrics_log import read_metrics
+from loragen.core.plugins import create
 from loragen.core.progress import Silent
 from loragen.core.runs import GeneratorManifest, generator_file, read_manifest
 
@@ -197,6 +199,90 @@ class TestTraining:
             run = train(config, Silent())
             last = torch.load(run.directory / "checkpoints" / "last.ckpt", weights_only=True)
             assert last["lr_schedulers"][0]["_last_lr"] == [rate, rate]
+
+
+class TestWeights:
+    """What moves them, and which of them are kept."""
+
+    def test_every_optimizer_learns(self, gen_config):
+        for optimizer, rate in (("adamw", 2e-2), ("adam", 2e-2), ("sgd", 5e-3)):
+            watching = Watching()
+            settings = {"training.optimizer": optimizer, "training.learning_rate": rate}
+            train(gen_config({**settings, "training.max_epochs": 20}), watching)
+            assert watching.steps[-1].loss < 0.8 * watching.steps[0].loss, optimizer
+
+    def test_the_average_is_what_is_kept(self, gen_config):
+        """`w + (1 - d)(new - w)` after every step but the first, which it starts as."""
+        found = {}
+        for steps in (1, 2):
+            settings = {"training.ema_decay": 0.75, "data.val_ratio": 0.0}
+            run = train(gen_config({**settings, "training.max_steps": steps}), Silent())
+            last = torch.load(run.directory / "checkpoints" / "last.ckpt", weights_only=True)
+            found[steps] = last["state_dict"], weights(run.directory)
+        (first, kept_first), (second, kept) = found[1], found[2]
+        for key, value in kept.items():
+            live = f"network.{key}"
+            assert kept_first[key].equal(first[live])
+            assert value.equal(second[f"averaged.module.{live}"])
+        moved = [key for key in kept if not second[f"network.{key}"].equal(kept[key])]
+        assert moved
+        assert last["state_dict"]["averaged.n_averaged"] == 2
+
+    def test_the_average_is_the_exponential_one(self):
+        layer = torch.nn.Linear(1, 1, bias=False)
+        parts = torch.nn.ModuleDict({"network": layer})
+        average = optimization.averaged(parts, 0.75)
+        expected = None
+        for value in (1.0, 5.0, -3.0):
+            torch.nn.init.constant_(layer.weight, value)
+            average.update_parameters(parts)
+            expected = value if expected is None else 0.75 * expected + 0.25 * value
+        assert average.module["network"].weight.item() == pytest.approx(expected)
+        assert not any(p.requires_grad for p in average.parameters())
+
+    def test_in_bfloat16(self, gen_config):
+        watching = Watching()
+        settings = {"trainer.precision": "bf16-mixed", "training.learning_rate": 2e-2}
+        run = train(gen_config({**settings, "training.max_epochs": 20}), watching)
+        assert watching.steps[-1].loss < 0.8 * watching.steps[0].loss
+        assert all(value.dtype != torch.bfloat16 for value in weights(run.directory).values())
+
+
+class TestTrainedEncoder:
+    SETTINGS: ClassVar = {"encoder.frozen": False, "training.encoder_rate": 1.0}
+
+    @pytest.mark.parametrize("positions", ["sentence", "tokens"])
+    def test_its_weights_move_and_are_kept(self, gen_config, positions, tmp_path):
+        config = gen_config({**self.SETTINGS, "encoder.positions": positions})
+        run = train(config, Silent())
+        untrained = create("encoder", "sbert", config.encoder.options)
+        state = torch.load(generator_file(run.directory), weights_only=True)["encoder_state"]
+        before = untrained.state_dict()
+        moved = {key for key, value in state.items() if not value.equal(before[key])}
+        still = {key for key in state.keys() - moved if "position" not in key}
+        assert all("pooler" in key or "embeddings" in key for key in still)
+        assert not list((tmp_path / "cache").glob("embeddings/*"))
+
+        generator = Generator.load(run.directory)
+        assert generator.text_encoder.fingerprint == generator.encoder_fingerprint
+        assert generator.encoder_fingerprint != untrained.fingerprint
+        made = generator.generate(PROMPTS).tensors
+        assert equal(made, Generator.load(run.directory).generate(PROMPTS).tensors)
+        generator.text_encoder.load_state_dict(before)
+        assert not equal(made, generator.generate(PROMPTS).tensors)
+
+    def test_the_best_checkpoint_holds_the_encoder_that_is_kept(self, gen_config):
+        run = train(gen_config(self.SETTINGS), Silent())
+        (best,) = (run.directory / "checkpoints").glob("epoch=*")
+        state = torch.load(best, weights_only=True)["state_dict"]
+        kept = torch.load(generator_file(run.directory), weights_only=True)["encoder_state"]
+        assert all(state[f"encoder.{key}"].equal(value) for key, value in kept.items())
+
+    def test_its_rate_is_a_share_of_the_decoders(self, gen_config):
+        settings = {**self.SETTINGS, "training.encoder_rate": 0.25, "schedule.name": "constant"}
+        run = train(gen_config({**settings, "training.max_steps": 1}), Silent())
+        last = torch.load(run.directory / "checkpoints" / "last.ckpt", weights_only=True)
+        assert last["lr_schedulers"][0]["_last_lr"] == [1e-2, 1e-2, 2.5e-3, 2.5e-3]
 
 
 class TestFailure:

@@ -9,7 +9,6 @@ from loragen.core.data.tokenize import answer_ids, in_parts, learned, pad_id, pr
 from loragen.core.lora.batch import padded
 from loragen.core.lora.evaluate import (
     choice_accuracy,
-    closed_answers,
     evaluate,
     generate,
     log_likelihoods,
@@ -150,22 +149,6 @@ def test_without_choices_there_is_no_choice_accuracy(tokenizer, oracle):
     rows = [row("a", "cat"), row("b", "dog")] * 2
     scores = evaluate(oracle({}), tokenizer, rows, choices=False)
     assert (scores.choice_accuracy, scores.choices) == (None, 2)
-
-
-@pytest.mark.parametrize(
-    "responses, closed",
-    [
-        (["a", "b", "a", "b"], ["a", "b"]),
-        (["b", "a"] * 10, ["a", "b"]),
-        (["a"] * 8, None),  # one answer is no choice
-        (["a", "b", "c"], None),  # they do not recur
-        ([f"{i % 16}" for i in range(32)], sorted(f"{i}" for i in range(16))),
-        ([f"{i % 17}" for i in range(100)], None),  # too many
-        ([f"free text {i}" for i in range(10)], None),
-    ],
-)
-def test_a_closed_answer_set_is_small_and_recurs(responses, closed):
-    assert closed_answers([row("p", response) for response in responses]) == closed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
