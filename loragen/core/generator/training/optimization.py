@@ -70,8 +70,8 @@ def _limited(config: GenTrainConfig, steps: int) -> int:
 def _schedule(config: GenTrainConfig, learning_rate: float) -> Schedule:
     """`learning_rate` is meant for any schedule with a `learning_rate` left at its default."""
     options = config.schedule.options
-    default = find("schedule", config.schedule.name).Config.model_fields.get("learning_rate")
-    if default is not None and options.get("learning_rate") == default.default:
+    known = find("schedule", config.schedule.name).Config.model_fields.get("learning_rate")
+    if known is not None and options.get("learning_rate", known.default) == known.default:
         options = {**options, "learning_rate": learning_rate}
     schedule: Schedule = create("schedule", config.schedule.name, options)
     return schedule

@@ -1,7 +1,5 @@
 """Training through the base model, from the first step to the generator's file."""
 
-import shutil
-
 import pytest
 import torch
 from tests.core.generator.test_resume import Kill, StopAt, assert_equal
@@ -171,18 +169,25 @@ class TestLearning:
 
 
 class TestResume:
-    @pytest.mark.parametrize("step", [4, 5, 6, 8])
-    @pytest.mark.parametrize("share", [0.1, 0.0])
-    def test_it_is_exact_across_the_phases(self, gen_config, trained, tmp_path, step, share):
-        settings = {"training.last_every": 1, "behaviour.reconstruction_weight": share}
-        settings["decoder.dropout"] = 0.2
-        whole = trained(settings).directory
+    @pytest.mark.parametrize(
+        ("step", "settings"),
+        [
+            *((step, {"decoder.dropout": 0.2}) for step in (4, 5, 6, 8)),
+            (6, {"behaviour.reconstruction_weight": 0.0, "training.target_noise": 0.1}),
+            (6, {"encoder.frozen": False}),
+            (6, {"training.ema_decay": 0.5, "trainer.accumulate_grad_batches": 2}),
+        ],
+    )
+    def test_it_is_exact_across_the_phases(self, gen_config, trained, tmp_path, step, settings):
+        settings = {"training.last_every": 1, **settings}
+        run = trained(settings)
+        whole = run.directory
         with pytest.raises(Kill):
             train(gen_config({**SMALL, **settings}), StopAt(step))
         (killed,) = set((tmp_path / "experiments").iterdir()) - {whole}
         rest = StopAt()
         train(gen_config({**SMALL, **settings}), rest, find_resume_point(killed))
-        assert rest.steps == list(range(step, 9))
+        assert rest.steps == list(range(step, run.manifest.steps + 1))
         assert_equal(whole, killed)
 
     def test_auto_goes_on_as_it_began(self, gen_config, tmp_path):
@@ -199,4 +204,3 @@ class TestResume:
         run = trained().directory
         with pytest.raises(UsageError, match=r"behaviour\.max_steps is 9, the run has 4"):
             train(gen_config({**SMALL, "behaviour.max_steps": 9}), Silent(), find_resume_point(run))
-        shutil.rmtree(run)
