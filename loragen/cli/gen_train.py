@@ -10,6 +10,8 @@ from loragen.cli.options import ConfigFile, DryRun, Json, Settings
 
 if TYPE_CHECKING:
     from loragen.core.config import GenTrainConfig
+    from loragen.core.generator.stages import Anatomy
+    from loragen.core.generator.training.plan import Plan
     from loragen.core.generator.training.resume import GeneratorPoint
     from loragen.core.generator.training.train import GeneratorRun
 
@@ -65,8 +67,14 @@ def train(
     if dry_run:
         if point:
             check_settings(point, resolved)
-        render.note(plan(resolved).summary())
-        render.answer(dump(resolved).rstrip())
+        work = plan(resolved)
+        render.note(work.summary())
+        decoder = _anatomy(work)
+        if json:
+            render.answer_json({"config": work.config.model_dump(), "decoder": decoder.document()})
+        else:
+            render.note(anatomy_text(decoder))
+            render.answer(dump(resolved).rstrip())
         return
     made = _trained(resolved, point)
     if json:
@@ -90,3 +98,44 @@ def _trained(config: "GenTrainConfig", point: "GeneratorPoint | None") -> "Gener
         render.note(f"{point.directory}: found {found}; {point.step} steps are done")
     progress = terminal_progress() if render.is_first_process() else Silent()
     return train(config, progress, point)
+
+
+def _anatomy(work: "Plan") -> "Anatomy":
+    """Of the decoder, for conditions like those of the first source."""
+    from loragen.core.data.prompts import joined
+    from loragen.core.generator.stages import anatomy
+    from loragen.core.plugins import create
+    from loragen.core.quiet import quiet_libraries
+
+    quiet_libraries()
+    data, encoder = work.config.data, work.config.encoder
+    first = joined(work.sources[0].prompts, data.samples_per_prompt)[:1]
+    positions, dim = create("encoder", encoder.name, encoder.options)(first)[0].shape[1:]
+    condition = (data.prompts_per_condition, positions, dim)
+    return anatomy(work.config.decoder.name, work.config.decoder.options, work.layout, condition)
+
+
+def anatomy_text(decoder: "Anatomy") -> str:
+    """Every step of a decoder, what all of them need, and why they are as they are."""
+    mib = 2**20
+    rows = [
+        ["condition", _times(decoder.condition), None, None],
+        *(
+            [one.name, _times(one.shape), f"{one.parameters:,}", f"{one.bytes / mib:.2f}"]
+            for one in decoder.stages
+        ),
+    ]
+    return "\n".join(
+        [
+            render.columns(["decoder's step", "shape", "parameters", "MiB a pair"], rows),
+            f"{decoder.parameters:,} parameters, {decoder.trained:,} of them trained: "
+            f"{decoder.weights_bytes / mib:,.0f} MiB; with gradients and Adam's moments "
+            f"{decoder.training_bytes / mib:,.0f} MiB, and at least "
+            f"{decoder.pair_bytes / mib:,.0f} MiB for every pair of a batch",
+            *decoder.choices,
+        ]
+    )
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(f"{size:,}" for size in shape)

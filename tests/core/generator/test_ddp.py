@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loragen.core.config import GenTrainConfig, dump, load
-from loragen.core.generator.train import train
+from loragen.core.generator.training.train import train
 from loragen.core.metrics_log import read_metrics
 from loragen.core.progress import Silent
 from loragen.core.runs import GENERATOR_FILE, GeneratorManifest, read_manifest

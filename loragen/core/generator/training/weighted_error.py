@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from loragen.core.generator.normalization import Normalization
 
-CHUNK_ON_CPU = 2**14  # values of all adapters at a time: 64 KiB of each temporary in float32
+CHUNK_ON_CPU = 2**15  # values of all adapters at a time: 128 KiB of each temporary in float32
 CHUNK_ELSEWHERE = 2**26  # 256 MiB: a GPU has the bandwidth, and launching costs it more
 
 

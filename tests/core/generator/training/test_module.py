@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from loragen.core.config.schema import GenTraining
-from loragen.core.generator.module import GeneratorModule
 from loragen.core.generator.network import Network
-from loragen.core.generator.objectives import Objectives
-from loragen.core.generator.pairs import PairBatch
+from loragen.core.generator.training.module import GeneratorModule
+from loragen.core.generator.training.objectives import Objectives
+from loragen.core.generator.training.pairs import PairBatch
 
 CONDITION = torch.randn(2, 3, 1, 5, generator=torch.Generator().manual_seed(0))
 BATCH = PairBatch(CONDITION, torch.ones(2, 3, 1, dtype=torch.bool), torch.zeros(2, 4, 2))
