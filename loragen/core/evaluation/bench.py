@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loragen.core.adapters import Adapter
 from loragen.core.base_models import BaseModel
-from loragen.core.config.schema import SourceSection
+from loragen.core.config.gen_schema import SourceSection
 from loragen.core.errors import UsageError
 from loragen.core.evaluation.targets import Target
 from loragen.core.files import sha256_text

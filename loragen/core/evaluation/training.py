@@ -11,7 +11,8 @@ from pathlib import Path
 
 from loragen.core.base_models import BaseModel
 from loragen.core.config import LoraTrainConfig
-from loragen.core.config.schema import Checkpoints, ScheduleSection
+from loragen.core.config.lora_schema import Checkpoints
+from loragen.core.config.sections import ScheduleSection
 from loragen.core.data.documents import Source, parsed_source
 from loragen.core.data.rows import Row, read_rows
 from loragen.core.evaluation.bench import Trained

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loragen.core.config.schema import GenData, GenTrainConfig, SourceSection
+from loragen.core.config.gen_schema import GenData, GenTrainConfig, SourceSection
 from loragen.core.data.documents import parsed_source
 from loragen.core.data.prepare import Groups, PreparedPrompts, read_prepared
 from loragen.core.errors import LoragenError, UsageError, listing

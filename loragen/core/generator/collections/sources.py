@@ -12,7 +12,7 @@ import torch
 
 from loragen.core.adapters import CONFIG_FILE, read_adapter
 from loragen.core.checkpoints import find_checkpoints, read_tensors
-from loragen.core.config.schema import GenData, GenTrainConfig, SourceSection
+from loragen.core.config.gen_schema import GenData, GenTrainConfig, SourceSection
 from loragen.core.data.documents import content_hash, parsed_source
 from loragen.core.data.prepare import Groups
 from loragen.core.data.prompts import prompts_of_rows, read_prompts

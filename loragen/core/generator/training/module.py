@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from loragen.core.config.schema import GenTraining
+from loragen.core.config.gen_schema import GenTraining
 from loragen.core.generator.network import Network
 from loragen.core.generator.training.encoding import conditions
 from loragen.core.generator.training.objectives import Losses, Objectives

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loragen.core.base_models import BaseModel
-from loragen.core.config.schema import GenTraining
+from loragen.core.config.gen_schema import GenTraining
 from loragen.core.generator.layout import Layout
 from loragen.core.generator.normalization import Normalization
 from loragen.core.generator.training.injection import Injection

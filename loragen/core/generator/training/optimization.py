@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from loragen.core.config import GenTrainConfig
-from loragen.core.config.schema import GenTraining
+from loragen.core.config.gen_schema import GenTraining
 from loragen.core.generator.training.phases import Objective, Phase, Phases
 from loragen.core.plugins import create, find
 from loragen.core.protocols import Rate, Schedule

@@ -8,7 +8,7 @@ from torch import nn
 
 from loragen.core.config import GenTrainConfig, load
 from loragen.core.config.differences import HARDWARE, differences, other_hardware
-from loragen.core.config.schema import SourceSection
+from loragen.core.config.gen_schema import SourceSection
 from loragen.core.data.documents import location, parsed_source
 from loragen.core.errors import DataError
 from loragen.core.generator.collections.places import configured_sources

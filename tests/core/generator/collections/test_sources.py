@@ -7,7 +7,7 @@ import torch
 
 from loragen.core.adapters import read_adapter, write_adapter
 from loragen.core.checkpoints import read_tensors
-from loragen.core.config.schema import SourceSection
+from loragen.core.config.gen_schema import SourceSection
 from loragen.core.data.documents import content_hash, parsed_source
 from loragen.core.data.prepare import Grouping, prepare, read_prepared
 from loragen.core.errors import DataError, UsageError

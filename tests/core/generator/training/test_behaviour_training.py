@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.core.generator.training.test_resume import Kill, StopAt, assert_equal
 
 from loragen.core.adapters import read_adapter, write_adapter
 from loragen.core.errors import UsageError
@@ -13,6 +12,7 @@ from loragen.core.generator.training.train import train
 from loragen.core.metrics_log import read_metrics
 from loragen.core.progress import Silent
 from loragen.core.runs import GENERATOR_FILE, GeneratorManifest, read_manifest
+from tests.core.generator.training.test_resume import Kill, StopAt, assert_equal
 
 BOTH = "reconstruction-then-behaviour"
 SMALL = {
@@ -64,7 +64,8 @@ class TestObjectives:
         assert run.manifest.steps == (8 if objective == BOTH else 4)
         assert provenance(run)["trained_for"] == told
         assert provenance(run)["chosen_by"] == (
-            "lowest val/behaviour: the base's loss on held-out rows of held-out prompts"
+            "the last validated step with val/behaviour, the base's loss on held-out rows of "
+            "held-out prompts, within 0.01 of the lowest before"
             if tried
             else "lowest val/loss, reconstructing held-out prompts"
         )

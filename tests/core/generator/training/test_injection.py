@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from loragen.core.adapters import file_keys, peft_config, plain_config
-from loragen.core.config.schema import Lora
+from loragen.core.config.lora_schema import Lora
 from loragen.core.errors import LoragenError
 from loragen.core.generator.layout import Layout
 from loragen.core.generator.training.injection import Injection

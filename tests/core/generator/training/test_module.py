@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from loragen.core.config.schema import GenTraining
+from loragen.core.config.gen_schema import GenTraining
 from loragen.core.generator.network import Network
 from loragen.core.generator.training.module import GeneratorModule
 from loragen.core.generator.training.objectives import Objectives

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loragen.core.adapters import Adapter, attach_adapter, new_config
-from loragen.core.config.schema import GenTraining, Lora
+from loragen.core.config.gen_schema import GenTraining
+from loragen.core.config.lora_schema import Lora
 from loragen.core.data.rows import Row
 from loragen.core.data.tokenize import Example, in_parts, learned, pad_id
 from loragen.core.generator.layout import Layout
