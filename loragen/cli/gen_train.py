@@ -10,8 +10,10 @@ from loragen.cli.options import ConfigFile, DryRun, Json, Settings
 
 if TYPE_CHECKING:
     from loragen.core.config import GenTrainConfig
-    from loragen.core.generator.resume import GeneratorPoint
-    from loragen.core.generator.train import GeneratorRun
+    from loragen.core.generator.stages import Anatomy
+    from loragen.core.generator.training.plan import Plan
+    from loragen.core.generator.training.resume import GeneratorPoint
+    from loragen.core.generator.training.train import GeneratorRun
 
 
 def train(
@@ -46,7 +48,7 @@ def train(
     Prints the experiment directory; the generator is results/final_model/generator_model.pt.
     """
     from loragen.core.config import GenTrainConfig, Override, dump, load
-    from loragen.core.generator.places import check_places
+    from loragen.core.generator.collections.places import check_places
     from loragen.core.runs import CONFIG, GeneratorManifest, resumable_run
 
     given = [
@@ -58,16 +60,22 @@ def train(
     file = config or (run / CONFIG if run else None)
     resolved = load(GenTrainConfig, file, settings or (), flags, early=check_places)
 
-    from loragen.core.generator.plan import plan
-    from loragen.core.generator.resume import check_settings, find_resume_point, settled
+    from loragen.core.generator.training.plan import plan
+    from loragen.core.generator.training.resume import check_settings, find_resume_point, settled
 
     point = find_resume_point(resume) if resume else None
     resolved = settled(point, resolved) if point else resolved
     if dry_run:
         if point:
             check_settings(point, resolved)
-        render.note(plan(resolved).summary())
-        render.answer(dump(resolved).rstrip())
+        work = plan(resolved)
+        render.note(work.summary())
+        decoder = _anatomy(work)
+        if json:
+            render.answer_json({"config": work.config.model_dump(), "decoder": decoder.document()})
+        else:
+            render.note(anatomy_text(decoder))
+            render.answer(dump(resolved).rstrip())
         return
     made = _trained(resolved, point)
     if json:
@@ -79,8 +87,8 @@ def train(
 def _trained(config: "GenTrainConfig", point: "GeneratorPoint | None") -> "GeneratorRun":
     """A new run, or the rest of one."""
     from loragen.cli.progress import terminal_progress
-    from loragen.core.generator.resume import nothing_left
-    from loragen.core.generator.train import GeneratorRun, train
+    from loragen.core.generator.training.resume import nothing_left
+    from loragen.core.generator.training.train import GeneratorRun, train
     from loragen.core.progress import Silent
 
     if point and nothing_left(point, config):
@@ -91,3 +99,44 @@ def _trained(config: "GenTrainConfig", point: "GeneratorPoint | None") -> "Gener
         render.note(f"{point.directory}: found {found}; {point.step} steps are done")
     progress = terminal_progress() if render.is_first_process() else Silent()
     return train(config, progress, point)
+
+
+def _anatomy(work: "Plan") -> "Anatomy":
+    """Of the decoder, for conditions like those of the first source."""
+    from loragen.core.data.prompts import joined
+    from loragen.core.generator.stages import anatomy
+    from loragen.core.plugins import create
+    from loragen.core.quiet import quiet_libraries
+
+    quiet_libraries()
+    data, encoder = work.config.data, work.config.encoder
+    first = joined(work.sources[0].prompts, data.samples_per_prompt)[:1]
+    positions, dim = create("encoder", encoder.name, encoder.options)(first)[0].shape[1:]
+    condition = (data.prompts_per_condition, positions, dim)
+    return anatomy(work.config.decoder.name, work.config.decoder.options, work.layout, condition)
+
+
+def anatomy_text(decoder: "Anatomy") -> str:
+    """Every step of a decoder, what all of them need, and why they are as they are."""
+    mib = 2**20
+    rows = [
+        ["condition", _times(decoder.condition), None, None],
+        *(
+            [one.name, _times(one.shape), f"{one.parameters:,}", f"{one.bytes / mib:.2f}"]
+            for one in decoder.stages
+        ),
+    ]
+    return "\n".join(
+        [
+            render.columns(["decoder's step", "shape", "parameters", "MiB a pair"], rows),
+            f"{decoder.parameters:,} parameters, {decoder.trained:,} of them trained: "
+            f"{decoder.weights_bytes / mib:,.0f} MiB; with gradients and Adam's moments "
+            f"{decoder.training_bytes / mib:,.0f} MiB, and at least "
+            f"{decoder.pair_bytes / mib:,.0f} MiB for every pair of a batch",
+            *decoder.choices,
+        ]
+    )
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(f"{size:,}" for size in shape)

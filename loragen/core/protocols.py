@@ -156,3 +156,12 @@ class StartsFromSamples(Protocol):
     """A decoder that may look at examples once, before its first step; others do without."""
 
     def start_from(self, samples: Samples) -> None: ...
+
+
+@runtime_checkable
+class TellsChoices(Protocol):
+    """A decoder that settles some of its sizes itself and says what it took, and why."""
+
+    def choices(self) -> list[str]:
+        """A sentence each, for `gen train --dry-run`."""
+        ...

@@ -41,6 +41,33 @@ class TestTrain:
         assert result.stderr.startswith("2 datasets, 8 checkpoints of 1,856 values -> ")
         assert files(loragen.work) == {"c.yaml"}
 
+    def test_a_dry_run_shows_every_step_of_the_decoder(self, loragen, config_file):
+        dry = ("gen", "train", "-c", config_file, "--dry-run")
+        result = loragen(*dry)
+        header, *table = result.stderr.splitlines()[2:]
+        assert header.split() == ["decoder's", "step", "shape", "parameters", "MiB", "a", "pair"]
+        names = [line.split()[0] for line in table[:4]]
+        assert names == ["condition", "read", "expand", "blocks.0"]
+        assert "directions of 1,856 values" in result.stderr
+        document = json.loads(loragen(*dry, "--json").stdout)
+        decoder = document["decoder"]
+        assert decoder["stages"][-1]["shape"] == [116, 16]
+        assert decoder["training_bytes"] == 4 * decoder["weights_bytes"]
+        assert document["config"]["layout"]["token_dim"] == 16
+
+    def test_the_papers_geometry_trains_and_generates(self, loragen, config_file):
+        shapes = "decoder={name: hyperconv, shapes: [[4, 8, 16], [24, 6, 12], [29, 8, 8]]}"
+        train = ("gen", "train", "-c", config_file, "--set", shapes)
+        result = loragen(*train, "--dry-run")
+        assert result.exit_code == 0, result.output
+        assert "29 x 8 x 8" in result.stderr
+        result = loragen(*train, "--set", "training.max_steps=2")
+        assert result.exit_code == 0, result.output
+        model = result.stdout.strip()
+        result = loragen("gen", "infer", "--model", model, *PROMPT, "--output", "a")
+        assert result.exit_code == 0, result.output
+        assert len(read_adapter(loragen.work / "a").tensors) > 0
+
     def test_it_prints_the_experiment(self, loragen, config_file):
         arguments = ("gen", "train", "-c", config_file, "--set", "training.max_steps=2")
         result = loragen(*arguments)

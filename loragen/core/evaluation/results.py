@@ -12,7 +12,7 @@ from loragen.core.evaluation.columns import GENERATED
 from loragen.core.evaluation.contest import Cell, Outcome
 from loragen.core.evaluation.intervals import interval
 from loragen.core.evaluation.novelty import Spread
-from loragen.core.generator.sources import Collection
+from loragen.core.generator.collections.sources import Collection
 from loragen.core.runs import LoraManifest, read_manifest, run_directory_of
 
 MEASURES = {

@@ -1,7 +1,8 @@
 """What a decoder is made of, stage by stage: shapes, parameters and memory, before it is built."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from loragen.core.generator.layout import Layout
 from loragen.core.generator.network import new_network
+from loragen.core.protocols import TellsChoices
 
 FLOAT = 4  # bytes
 OPTIMIZER_FLOATS = 3  # a gradient and Adam's two moments for every trained parameter
@@ -24,17 +26,18 @@ class Stage:
     @property
     def bytes(self) -> int:
         """Of the output, in float32."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * FLOAT
+        return prod(self.shape) * FLOAT
 
 
 @dataclass(frozen=True)
 class Anatomy:
+    condition: tuple[int, int, int]
+    """``[prompts, positions, dim]`` that it was worked out for."""
     stages: list[Stage]
     parameters: int
     trained: int
+    choices: list[str]
+    """What the decoder has settled itself, in its own words."""
 
     @property
     def weights_bytes(self) -> int:
@@ -42,8 +45,19 @@ class Anatomy:
 
     @property
     def training_bytes(self) -> int:
-        """Weights, gradients and moments; activations come on top, once per item of a batch."""
+        """Weights, gradients and moments; `pair_bytes` come on top for each pair of a batch."""
         return self.weights_bytes + self.trained * OPTIMIZER_FLOATS * FLOAT
+
+    @property
+    def pair_bytes(self) -> int:
+        """Of the outputs of all stages together."""
+        return sum(stage.bytes for stage in self.stages)
+
+    def document(self) -> dict[str, Any]:
+        """Plain data."""
+        sizes = ("weights_bytes", "training_bytes", "pair_bytes")
+        stages = [{**asdict(stage), "bytes": stage.bytes} for stage in self.stages]
+        return {**asdict(self), "stages": stages, **{name: getattr(self, name) for name in sizes}}
 
 
 def anatomy(
@@ -65,7 +79,8 @@ def anatomy(
             module.register_forward_hook(_recorder(name, found))
         network.eval()(torch.empty(1, *condition), mask)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    return Anatomy(found, _size(network), trained)
+    decided = network.decoder.choices() if isinstance(network.decoder, TellsChoices) else []
+    return Anatomy(condition, found, _size(network), trained, decided)
 
 
 def _parts(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

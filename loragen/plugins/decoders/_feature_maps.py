@@ -31,7 +31,7 @@ class FeatureMaps(nn.Module):
                 f"the last map {list(shapes[-1])} has {last:,} values, the adapter needs "
                 f"{tokens:,} tokens x {token_dim} = {tokens * token_dim:,}"
             )
-        self.tokens, self.token_dim = tokens, token_dim
+        self.tokens, self.token_dim, self.last = tokens, token_dim, last
         self.fit = FitCondition(condition_dim, shapes[0])
         self.blocks = nn.ModuleList(MapBlock(*pair, kernel) for pair in pairwise(shapes))
 
@@ -41,6 +41,13 @@ class FeatureMaps(nn.Module):
             x = block(x if index == 0 else torch.nn.functional.gelu(x))
         values = x.flatten(1)[:, : self.tokens * self.token_dim]
         return values.unflatten(1, (self.tokens, self.token_dim))
+
+    def choices(self) -> list[str]:
+        needed = self.tokens * self.token_dim
+        return [
+            f"the maps are as configured (shapes); the tokens are the first {needed:,} of the "
+            f"last one's {self.last:,} values ({needed / self.last:.1%})"
+        ]
 
 
 class FitCondition(nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from loragen.core.protocols import Samples, TokenGrid
 from loragen.plugins.decoders._directions import principal_directions
+from loragen.plugins.decoders._feature_maps import FeatureMaps
 
 FEWEST_DIRECTIONS, MOST_DIRECTIONS = 4, 32
 
@@ -59,10 +60,8 @@ class HyperConv(nn.Module):
     def __init__(self, config: Config, condition_dim: int, grid: TokenGrid) -> None:
         """Raises ValueError where the last of `shapes` has too few values."""
         super().__init__()
-        self.body: nn.Module
+        self.body: FeatureMaps | CellMap
         if config.shapes:
-            from loragen.plugins.decoders._feature_maps import FeatureMaps
-
             self.body = FeatureMaps(
                 config.shapes, condition_dim, config.kernel_size, grid.tokens, grid.token_dim
             )
@@ -78,12 +77,16 @@ class HyperConv(nn.Module):
         if isinstance(self.body, CellMap):
             self.body.project.start_from(samples)
 
+    def choices(self) -> list[str]:
+        return self.body.choices()
+
 
 class CellMap(nn.Module):
     """The derived geometry: a map over the cells, whose channels steer directions."""
 
     def __init__(self, config: HyperConv.Config, condition_dim: int, grid: TokenGrid) -> None:
         super().__init__()
+        self.config = config
         width = config.hidden_dim
         cell, shape = cells(grid)
         rank = directions_for(config, grid)
@@ -103,6 +106,24 @@ class CellMap(nn.Module):
         coefficients = self.steer(read, x)  # (B, N, L, R)
         tokens: Tensor = self.project(coefficients)  # (B, tokens, token_dim)
         return tokens
+
+    def choices(self) -> list[str]:
+        layers, kinds, width = self.expand.place.shape
+        tokens, rank, dim = self.project.directions.shape
+        most, trained = self.config.max_parameters, self.config.train_directions
+        why = (
+            f"max_parameters {most:,} over that, but {FEWEST_DIRECTIONS} to {MOST_DIRECTIONS} "
+            "(rank: auto)"
+            if self.config.rank == "auto"
+            else "as configured (rank)"
+        )
+        return [
+            f"feature map: {layers} layers x {kinds} kinds of matrix x {width} channels, from the "
+            "adapter and hidden_dim",
+            f"{rank} directions of {tokens * dim:,} values: {why}",
+            "the directions start as the principal components of the checkpoints and "
+            + ("train (train_directions)" if trained else "stay (train_directions: false)"),
+        ]
 
 
 class ConditionReader(nn.Module):

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 
@@ -8,67 +6,68 @@ from loragen.core.generator.layout import Layout
 from loragen.core.generator.network import new_network
 from loragen.core.generator.stages import anatomy
 
-LAYOUT = Layout.of(
-    {
-        f"base_model.model.layers.{layer}.{module}.lora_{which}.weight": torch.zeros(shape)
-        for layer in range(3)
-        for module in ("q", "v")
-        for which, shape in (("A", (2, 9)), ("B", (7, 2)))
-    },
-    token_dim=8,
-)
-CONDITION = (4, 2, 6)  # prompts, positions, dim
-SMALL = {"blocks": 2, "hidden_dim": 12, "rank": 4}
-GEOMETRIES = {
-    "derived": (SMALL, ["read", "expand", "blocks.0", "blocks.1", "steer", "project"]),
-    "derived, frozen": ({**SMALL, "train_directions": False}, None),
-    "paper": ({"shapes": [(4, 2, 6), (9, 3, 4), (30, 4, 4)]}, ["fit", "blocks.0", "blocks.1"]),
-}
+CONDITION = (4, 2, 6)
 
 
-def measured(options):
-    """Shapes and sizes of a decoder that is really built and really run."""
-    network = new_network("hyperconv", options, CONDITION[-1], LAYOUT).eval()
-    body, found = network.decoder.body, {}
-    for name, module in body.named_modules():
-        module.register_forward_hook(
-            lambda module, _, output, name=name: found.__setitem__(
-                name, (tuple(output.shape[1:]), sum(p.numel() for p in module.parameters()))
-            )
-        )
-    with torch.inference_mode():
-        mask = torch.ones(1, *CONDITION[:2], dtype=torch.bool)
-        output = network(torch.randn(1, *CONDITION), mask)
-    return network, found, output
-
-
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_it_is_that_of_a_decoder_really_built(geometry):
-    options, names = GEOMETRIES[geometry]
-    network, found, output = measured(options)
-    told = anatomy("hyperconv", options, LAYOUT, CONDITION)
-    assert names is None or [stage.name for stage in told.stages] == names
-    for stage in told.stages:
-        assert (stage.shape, stage.parameters) == found[stage.name], stage.name
-        assert stage.bytes == 4 * math.prod(stage.shape)
-    assert told.stages[-1].shape[-1] in (LAYOUT.token_dim, 4)  # tokens, or the paper's last map
-    assert output.shape == (1, LAYOUT.tokens, LAYOUT.token_dim)
-    weights = list(network.parameters())
-    assert told.parameters == sum(p.numel() for p in weights)
-    assert told.parameters == sum(stage.parameters for stage in told.stages)
-    assert told.trained == sum(p.numel() for p in weights if p.requires_grad)
-    assert told.weights_bytes == 4 * told.parameters
-    assert told.training_bytes == 4 * (told.parameters + 3 * told.trained)
-
-
-def test_frozen_directions_need_no_moments():
-    trained, frozen = (
-        anatomy("hyperconv", GEOMETRIES[name][0], LAYOUT, CONDITION)
-        for name in ("derived", "derived, frozen")
+@pytest.fixture
+def layout():
+    """Two layers of one module: 4 cells of 3 tokens."""
+    shapes = {"lora_A": (2, 12), "lora_B": (12, 2)}
+    return Layout.of(
+        {
+            f"base_model.model.layers.{layer}.q_proj.{matrix}.weight": torch.empty(shape)
+            for layer in range(2)
+            for matrix, shape in shapes.items()
+        },
+        token_dim=8,
     )
-    directions = LAYOUT.tokens * LAYOUT.token_dim * SMALL["rank"]
-    assert trained.parameters == frozen.parameters
-    assert trained.trained - frozen.trained == directions
+
+
+@pytest.mark.parametrize(
+    ("options", "names", "shapes"),
+    [
+        (
+            {"blocks": 2, "hidden_dim": 10, "rank": 3},
+            ["read", "expand", "blocks.0", "blocks.1", "steer", "project"],
+            [(20,), (2, 2, 10), (2, 2, 10), (2, 2, 10), (2, 2, 3), (12, 8)],
+        ),
+        (
+            {"shapes": [(3, 2, 4), (6, 3, 4), (12, 2, 4)]},
+            ["fit", "blocks.0", "blocks.1"],
+            [(3, 2, 4), (6, 3, 4), (12, 2, 4)],
+        ),
+    ],
+)
+def test_it_is_what_the_decoder_is(layout, options, names, shapes):
+    found = anatomy("hyperconv", options, layout, CONDITION)
+    assert [stage.name for stage in found.stages] == names
+    assert [stage.shape for stage in found.stages] == shapes
+    real = new_network("hyperconv", options, CONDITION[-1], layout)
+    assert found.parameters == sum(p.numel() for p in real.parameters())
+    assert sum(stage.parameters for stage in found.stages) == found.parameters
+    assert found.training_bytes == 4 * found.weights_bytes == 16 * found.parameters
+    assert found.pair_bytes == 4 * sum(torch.Size(shape).numel() for shape in shapes)
+
+
+def test_what_stays_as_it_is_needs_no_moments(layout):
+    found = anatomy("hyperconv", {"rank": 3, "train_directions": False}, layout, CONDITION)
+    assert found.parameters - found.trained == 12 * 3 * 8
+    assert "stay (train_directions: false)" in found.choices[-1]
+
+
+def test_it_says_what_it_has_settled_and_why(layout):
+    found = anatomy("hyperconv", {"max_parameters": 12 * 8 * 5}, layout, CONDITION)
+    assert found.choices[:2] == [
+        "feature map: 2 layers x 2 kinds of matrix x 384 channels, from the adapter and hidden_dim",
+        "5 directions of 96 values: max_parameters 480 over that, but 4 to 32 (rank: auto)",
+    ]
+    asked = anatomy("hyperconv", {"rank": 3}, layout, CONDITION)
+    assert asked.choices[1] == "3 directions of 96 values: as configured (rank)"
+
+
+def test_maps_that_are_too_small_are_a_usage_error(layout):
+    with pytest.raises(UsageError, match="decoder hyperconv: the last map"):
+        anatomy("hyperconv", {"shapes": [(3, 2, 4), (5, 2, 4)]}, layout, CONDITION)
 
 
 def test_nothing_is_allocated_whatever_the_size():
@@ -79,12 +78,7 @@ def test_nothing_is_allocated_whatever_the_size():
     assert torch.get_default_device() == torch.device("cpu")
 
 
-def test_the_random_state_is_left_alone():
+def test_the_random_state_is_left_alone(layout):
     before = torch.get_rng_state()
-    anatomy("hyperconv", SMALL, LAYOUT, CONDITION)
+    anatomy("hyperconv", {"rank": 3}, layout, CONDITION)
     assert torch.get_rng_state().equal(before)
-
-
-def test_options_that_do_not_suit_the_layout_are_refused():
-    with pytest.raises(UsageError, match="decoder hyperconv: the last map"):
-        anatomy("hyperconv", {"shapes": [(4, 2, 6), (1, 1, 1)]}, LAYOUT, CONDITION)

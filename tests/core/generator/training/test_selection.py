@@ -1,0 +1,40 @@
+from math import inf, nan
+
+import pytest
+
+from loragen.core.generator.training.selection import Selection, select_by
+
+
+@pytest.mark.parametrize(
+    ("seen", "unseen", "tried", "metric"),
+    [
+        (False, False, False, None),
+        (False, False, True, None),
+        (True, False, False, "val/loss"),
+        (True, False, True, "val/behaviour"),
+        (False, True, False, "val_unseen/loss"),
+        (True, True, True, "val_unseen/behaviour"),
+    ],
+)
+def test_new_datasets_decide_and_what_an_adapter_does(seen, unseen, tried, metric):
+    selection = select_by(seen, unseen, tried)
+    assert selection.metric == metric
+    assert (metric or "the last step") in selection.sentence
+
+
+@pytest.mark.parametrize("higher", [False, True])
+def test_the_first_of_two_equals_is_kept_and_nan_is_the_worst(higher):
+    better = Selection("val/x", higher).better
+    assert better(1.0, None)
+    assert better(nan, None)
+    assert better(2.0, 1.0) is higher
+    assert better(1.0, 2.0) is not higher
+    assert not better(1.0, 1.0)
+    assert not better(nan, 1.0)
+    assert better(1.0, nan)
+    assert not better(nan, nan)
+    assert not better(-inf if higher else inf, nan)
+
+
+def test_the_label_is_of_the_metrics_last_name():
+    assert Selection("val_unseen/behaviour").label(0.12345) == "val_behaviour=0.1235"
