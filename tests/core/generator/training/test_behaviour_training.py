@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.core.generator.test_resume import Kill, StopAt, assert_equal
+from tests.core.generator.training.test_resume import Kill, StopAt, assert_equal
 
 from loragen.core.adapters import read_adapter, write_adapter
 from loragen.core.errors import UsageError
