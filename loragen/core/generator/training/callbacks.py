@@ -115,7 +115,7 @@ class GeneratorCheckpoints(StepCallback):
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Early, while the trainer still knows what it has measured."""
         value = float(trainer.callback_metrics[str(self.selection.metric)])
-        if self.selection.better(value, self._best["value"] if self._best else None):
+        if self.selection.accepts(value, self._best["lowest"] if self._best else None):
             self._keep(trainer, value)
         self._after(trainer)
 
@@ -149,7 +149,8 @@ class GeneratorCheckpoints(StepCallback):
     def _keep(self, trainer: Trainer, value: float) -> None:
         epoch = int(self.plan.epochs(trainer.global_step))
         name = f"epoch={epoch}-{self.selection.label(value)}{CHECKPOINT_SUFFIX}"
-        self._best = {"name": name, "value": value, "step": trainer.global_step}
+        lowest = min(value, self._best["lowest"]) if self._best else value
+        self._best = {"name": name, "lowest": lowest, "step": trainer.global_step}
         self._last_step = 0
         _save(trainer, self._folder / name)
         if trainer.is_global_zero:

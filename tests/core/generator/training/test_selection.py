@@ -22,18 +22,24 @@ def test_new_datasets_decide_and_what_an_adapter_does(seen, unseen, tried, metri
     assert (metric or "the last step") in selection.sentence
 
 
-@pytest.mark.parametrize("higher", [False, True])
-def test_the_first_of_two_equals_is_kept_and_nan_is_the_worst(higher):
-    better = Selection("val/x", higher).better
-    assert better(1.0, None)
-    assert better(nan, None)
-    assert better(2.0, 1.0) is higher
-    assert better(1.0, 2.0) is not higher
-    assert not better(1.0, 1.0)
-    assert not better(nan, 1.0)
-    assert better(1.0, nan)
-    assert not better(nan, nan)
-    assert not better(-inf if higher else inf, nan)
+def test_the_first_of_two_equals_is_kept_and_nan_is_the_worst():
+    accepts = Selection("val/x").accepts
+    assert accepts(1.0, None)
+    assert accepts(nan, None)
+    assert accepts(1.0, 2.0)
+    assert not accepts(2.0, 1.0)
+    assert not accepts(1.0, 1.0)
+    assert not accepts(nan, 1.0)
+    assert accepts(1.0, nan)
+    assert not accepts(nan, nan)
+    assert not accepts(inf, nan)
+
+
+def test_within_the_tolerance_the_later_step_is_taken():
+    accepts = Selection("val/x", tolerance=0.01).accepts
+    assert accepts(1.009, 1.0)
+    assert not accepts(1.011, 1.0)
+    assert not accepts(nan, 1.0)
 
 
 def test_the_label_is_of_the_metrics_last_name():
