@@ -61,9 +61,10 @@ def train(
     resolved = load(GenTrainConfig, file, settings or (), flags, early=check_places)
 
     from loragen.core.generator.training.plan import plan
-    from loragen.core.generator.training.resume import check_settings, find_resume_point
+    from loragen.core.generator.training.resume import check_settings, find_resume_point, settled
 
     point = find_resume_point(resume) if resume else None
+    resolved = settled(point, resolved) if point else resolved
     if dry_run:
         if point:
             check_settings(point, resolved)

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -8,7 +6,7 @@ import yaml
 
 from loragen.core.adapters import read_adapter
 from loragen.core.config import GenTrainConfig
-from loragen.core.runs import GENERATOR_FILE, GeneratorManifest, read_manifest
+from loragen.core.runs import GeneratorManifest, read_manifest
 
 PROMPT = ("--prompt", "Question 1 about red?")
 
@@ -104,23 +102,6 @@ class TestTrain:
         assert error == "none: no such run or checkpoint"
         error = fails(1, "gen", "train", "--resume", collection.runs["colors"])
         assert "not the manifest of a generator run" in error
-
-    def test_two_devices_learn_as_one(self, loragen, config_file):
-        """Real processes: Lightning starts the second with the same command line."""
-        settings = ("training.max_steps=3", "data.val_ratio=0")
-        given = [part for setting in settings for part in ("--set", setting)]
-        arguments = ("gen", "train", "-c", config_file, *given)
-        alone = loragen(*arguments).stdout.strip()
-        two = ("--set", "trainer.devices=2", "--set", "trainer.strategy=ddp")
-        result = subprocess.run(
-            [sys.executable, "-m", "loragen", *arguments, *two],
-            cwd=loragen.work, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        one, other = (
-            torch.load(loragen.work / run / GENERATOR_FILE, weights_only=True)["state_dict"]
-            for run in (alone, result.stdout.strip())
-        )
-        assert all(torch.allclose(value, other[key], atol=1e-5) for key, value in one.items())
 
     def test_runs_are_named_on_the_command_line(self, loragen, config_file, collection):
         flags = [part for run in collection.runs.values() for part in ("--checkpoint_dir", run)]
