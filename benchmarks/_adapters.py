@@ -34,18 +34,7 @@ TASKS = {
     "summary": "Summarise this report on {} in one sentence for a busy reader.",
     "sum": "There are 12 books about {} and 7 are sold. How many are left?",
 }
-TRAINED_ON = (
-    0,
-    1,
-    4,
-    6,
-    7,
-    9,
-    10,
-    11,
-    12,
-    14,
-)  # of 16 pairs: every subject and task at least twice
+TRAINED_ON = (0, 1, 4, 6, 7, 9, 10, 11, 12, 14)  # of 16 pairs: each subject and task twice or more
 
 
 @dataclass(frozen=True)

@@ -32,19 +32,13 @@ LAST_MAP, TOKENS = 4296, 11_592
 
 def geometries(tokens: int) -> dict[str, dict[str, Any]]:
     """Name -> options of the decoder, for an adapter of so many tokens of 384 values."""
-    rows = -(-LAST_MAP * tokens // TOKENS)
+    last = [-(-LAST_MAP * tokens // TOKENS), 10, 130]
+    maps = [[16, 64, 384], [64, 32, 256], [256, 20, 192], [576, 10, 160], last]
     return {
         "default": {},
         "frozen": {"train_directions": False},
-        "paper": {
-            "shapes": [
-                [16, 64, 384],
-                [64, 32, 256],
-                [256, 20, 192],
-                [576, 10, 160],
-                [rows, 10, 130],
-            ]
-        },
+        "trained": {"train_directions": True},
+        "paper": {"shapes": maps},
     }
 
 

@@ -119,23 +119,18 @@ def _anatomy(work: "Plan") -> "Anatomy":
 def anatomy_text(decoder: "Anatomy") -> str:
     """Every step of a decoder, what all of them need, and why they are as they are."""
     mib = 2**20
-    rows = [
-        ["condition", _times(decoder.condition), None, None],
-        *(
-            [one.name, _times(one.shape), f"{one.parameters:,}", f"{one.bytes / mib:.2f}"]
-            for one in decoder.stages
-        ),
-    ]
-    return "\n".join(
-        [
-            render.columns(["decoder's step", "shape", "parameters", "MiB a pair"], rows),
-            f"{decoder.parameters:,} parameters, {decoder.trained:,} of them trained: "
-            f"{decoder.weights_bytes / mib:,.0f} MiB; with gradients and Adam's moments "
-            f"{decoder.training_bytes / mib:,.0f} MiB, and at least "
-            f"{decoder.pair_bytes / mib:,.0f} MiB for every pair of a batch",
-            *decoder.choices,
-        ]
+    rows: list[list[object]] = [["condition", _times(decoder.condition), None, None]]
+    for one in decoder.stages:
+        size = f"{one.bytes / mib:.2f}"
+        rows.append([one.name, _times(one.shape), f"{one.parameters:,}", size])
+    table = render.columns(["decoder's step", "shape", "parameters", "MiB a pair"], rows)
+    total = (
+        f"{decoder.parameters:,} parameters, {decoder.trained:,} of them trained: "
+        f"{decoder.weights_bytes / mib:,.0f} MiB; with gradients and Adam's moments "
+        f"{decoder.training_bytes / mib:,.0f} MiB, and at least "
+        f"{decoder.pair_bytes / mib:,.0f} MiB for every pair of a batch"
     )
+    return "\n".join([table, total, *decoder.choices])
 
 
 def _times(shape: tuple[int, ...]) -> str:

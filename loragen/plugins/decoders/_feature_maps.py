@@ -44,10 +44,8 @@ class FeatureMaps(nn.Module):
 
     def choices(self) -> list[str]:
         needed = self.tokens * self.token_dim
-        return [
-            f"the maps are as configured (shapes); the tokens are the first {needed:,} of the "
-            f"last one's {self.last:,} values ({needed / self.last:.1%})"
-        ]
+        used = f"{needed:,} of the last one's {self.last:,} values ({needed / self.last:.1%})"
+        return [f"the maps are as configured (shapes); the tokens are the first {used}"]
 
 
 class FitCondition(nn.Module):

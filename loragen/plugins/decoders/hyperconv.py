@@ -117,12 +117,12 @@ class CellMap(nn.Module):
             if self.config.rank == "auto"
             else "as configured (rank)"
         )
+        size = f"{layers} layers x {kinds} kinds of matrix x {width} channels"
+        then = "train (train_directions)" if trained else "stay (train_directions: false)"
         return [
-            f"feature map: {layers} layers x {kinds} kinds of matrix x {width} channels, from the "
-            "adapter and hidden_dim",
+            f"feature map: {size}, from the adapter and hidden_dim",
             f"{rank} directions of {tokens * dim:,} values: {why}",
-            "the directions start as the principal components of the checkpoints and "
-            + ("train (train_directions)" if trained else "stay (train_directions: false)"),
+            f"the directions start as the principal components of the checkpoints and {then}",
         ]
 
 

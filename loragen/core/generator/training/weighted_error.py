@@ -32,7 +32,7 @@ def weighted_error(
     ``[tokens, token_dim]`` and sum to 1; `noise` is the standard deviation of what is added to the
     normalised target.
     """
-    loss, mse, l1 = _WeightedError.apply(
+    loss, mse, l1 = _WeightedError.apply(  # type: ignore[no-untyped-call]  # torch's
         written, target, normalization, weights, mse_weight, l1_weight, noise
     )
     return loss, mse, l1
@@ -72,7 +72,7 @@ class _WeightedError(torch.autograd.Function):
         return mse_weight * mse + l1_weight * l1, mse, l1
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch's
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return (gradient * slope.to(gradient.dtype), *[None] * 6)
