@@ -2,17 +2,18 @@
 
 import pytest
 import torch
-from tests.core.generator.training.test_resume import Kill, StopAt, assert_equal
 
 from loragen.core.adapters import read_adapter, write_adapter
 from loragen.core.errors import UsageError
 from loragen.core.generator.training.behaviour import rehearsal
 from loragen.core.generator.training.plan import plan
 from loragen.core.generator.training.resume import find_resume_point, settled
+from loragen.core.generator.training.selection import select_by
 from loragen.core.generator.training.train import train
 from loragen.core.metrics_log import read_metrics
 from loragen.core.progress import Silent
 from loragen.core.runs import GENERATOR_FILE, GeneratorManifest, read_manifest
+from tests.core.generator.training.test_resume import Kill, StopAt, assert_equal
 
 BOTH = "reconstruction-then-behaviour"
 SMALL = {
@@ -63,11 +64,7 @@ class TestObjectives:
         tried = objective != "reconstruction"
         assert run.manifest.steps == (8 if objective == BOTH else 4)
         assert provenance(run)["trained_for"] == told
-        assert provenance(run)["chosen_by"] == (
-            "lowest val/behaviour: the base's loss on held-out rows of held-out prompts"
-            if tried
-            else "lowest val/loss, reconstructing held-out prompts"
-        )
+        assert provenance(run)["chosen_by"] == select_by(True, False, tried).sentence
         assert {"val/loss", "val/relative_error"} <= run.manifest.metrics.keys()
         assert ({"val/behaviour", "val/accuracy"} <= run.manifest.metrics.keys()) is tried
         assert ("train/behaviour" in run.manifest.metrics) is tried
@@ -107,8 +104,7 @@ class TestObjectives:
 
     def test_held_out_datasets_decide(self, trained, colors_held_out):
         run = trained(colors_held_out)
-        chosen = "lowest val_unseen/behaviour: the base's loss on held-out rows of held-out"
-        assert provenance(run)["chosen_by"] == f"{chosen} datasets"
+        assert provenance(run)["chosen_by"] == select_by(True, True, True).sentence
         assert {"val_unseen/accuracy", "val/accuracy"} <= run.manifest.metrics.keys()
 
     def test_held_out_datasets_without_labels_are_reconstructed(
