@@ -30,6 +30,8 @@ def few_steps(monkeypatch):
             config.training.max_steps = STEPS
             if hasattr(config, "checkpoints"):
                 config.checkpoints.first_step = STEPS
+            else:
+                config.behaviour.max_steps = STEPS
             return config
 
         monkeypatch.setattr(settings, name, short)
