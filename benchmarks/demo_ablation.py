@@ -24,7 +24,7 @@ from loragen.core.evaluation.columns import GENERATED, chosen
 from loragen.core.evaluation.contest import hold
 from loragen.core.evaluation.results import document
 from loragen.core.generator.model import Generator
-from loragen.core.generator.train import train
+from loragen.core.generator.training.train import train
 from loragen.core.progress import Silent
 from loragen.demo import settings
 from loragen.demo.run import Demo, choose_targets

@@ -143,7 +143,7 @@ def _measured(
 
 def _train(job: dict[str, Any]) -> dict[str, Any]:
     """`gen train` as a user runs it, from the files of checkpoints and prompts to the last step."""
-    from loragen.core.generator.train import train
+    from loragen.core.generator.training.train import train
     from loragen.core.progress import Silent, Step
 
     times, losses, anonymous = [], [], []
@@ -202,7 +202,7 @@ def _config(job: dict[str, Any]) -> Any:
 
 def _generate(job: dict[str, Any]) -> dict[str, Any]:
     """Prompts -> files, once the generator and its encoder are loaded."""
-    from loragen.core.generator.infer import infer
+    from loragen.core.generator.inference.infer import infer
     from loragen.core.generator.model import Generator
 
     began = time.perf_counter()

@@ -318,7 +318,7 @@ def gen_config(collection, sbert_dir, tmp_path):
 def experiment(collection, sbert_dir, tmp_path_factory):
     """A generator trained on the collection: its experiment directory. Nobody writes to it."""
     from loragen.core.config import GenTrainConfig
-    from loragen.core.generator.train import train
+    from loragen.core.generator.training.train import train
     from loragen.core.progress import Silent
 
     home = tmp_path_factory.mktemp("experiment")

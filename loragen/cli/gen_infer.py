@@ -12,7 +12,7 @@ from loragen.cli import render
 from loragen.cli.options import BaseModel, Force, Json
 
 if TYPE_CHECKING:
-    from loragen.core.generator.infer import Generated
+    from loragen.core.generator.inference.infer import Generated
 
 MOST_WARNINGS = 3
 
@@ -87,8 +87,8 @@ def infer(
     """
     from loragen.core.data.documents import parsed_source
     from loragen.core.errors import UsageError
-    from loragen.core.generator.draws import draw_prompts
-    from loragen.core.generator.requests import requests
+    from loragen.core.generator.inference.draws import draw_prompts
+    from loragen.core.generator.inference.requests import requests
     from loragen.core.runs import generator_file
 
     file = generator_file(model)
@@ -99,8 +99,8 @@ def infer(
     for one in asked:  # the draws themselves are made once the generator is known
         draw_prompts(one.prompts, draws, prompts_per_draw, seed, usual=len(one.prompts))
 
-    from loragen.core.generator.infer import infer as generate
-    from loragen.core.generator.merged import Merger
+    from loragen.core.generator.inference.infer import infer as generate
+    from loragen.core.generator.inference.merged import Merger
     from loragen.core.generator.model import Generator
     from loragen.core.quiet import quiet_libraries
 
@@ -141,7 +141,7 @@ def _places(
 ) -> list[Path]:
     """Where each adapter goes. Raises UsageError where it cannot, for any of them."""
     from loragen.core.errors import UsageError
-    from loragen.core.generator.outputs import (
+    from loragen.core.generator.inference.outputs import (
         FILE_SUFFIXES,
         check_output,
         default_output,

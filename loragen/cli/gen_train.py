@@ -10,10 +10,10 @@ from loragen.cli.options import ConfigFile, DryRun, Json, Settings
 
 if TYPE_CHECKING:
     from loragen.core.config import GenTrainConfig
-    from loragen.core.generator.plan import Plan
-    from loragen.core.generator.resume import GeneratorPoint
     from loragen.core.generator.stages import Anatomy
-    from loragen.core.generator.train import GeneratorRun
+    from loragen.core.generator.training.plan import Plan
+    from loragen.core.generator.training.resume import GeneratorPoint
+    from loragen.core.generator.training.train import GeneratorRun
 
 
 def train(
@@ -48,7 +48,7 @@ def train(
     Prints the experiment directory; the generator is results/final_model/generator_model.pt.
     """
     from loragen.core.config import GenTrainConfig, Override, dump, load
-    from loragen.core.generator.places import check_places
+    from loragen.core.generator.collections.places import check_places
     from loragen.core.runs import CONFIG, GeneratorManifest, resumable_run
 
     given = [
@@ -60,10 +60,11 @@ def train(
     file = config or (run / CONFIG if run else None)
     resolved = load(GenTrainConfig, file, settings or (), flags, early=check_places)
 
-    from loragen.core.generator.plan import plan
-    from loragen.core.generator.resume import check_settings, find_resume_point
+    from loragen.core.generator.training.plan import plan
+    from loragen.core.generator.training.resume import check_settings, find_resume_point, settled
 
     point = find_resume_point(resume) if resume else None
+    resolved = settled(point, resolved) if point else resolved
     if dry_run:
         if point:
             check_settings(point, resolved)
@@ -86,8 +87,8 @@ def train(
 def _trained(config: "GenTrainConfig", point: "GeneratorPoint | None") -> "GeneratorRun":
     """A new run, or the rest of one."""
     from loragen.cli.progress import terminal_progress
-    from loragen.core.generator.resume import nothing_left
-    from loragen.core.generator.train import GeneratorRun, train
+    from loragen.core.generator.training.resume import nothing_left
+    from loragen.core.generator.training.train import GeneratorRun, train
     from loragen.core.progress import Silent
 
     if point and nothing_left(point, config):

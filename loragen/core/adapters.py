@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loragen.core.config.schema import Lora
+from loragen.core.config.lora_schema import Lora
 from loragen.core.errors import DataError, LoragenError, UsageError, listing
 from loragen.core.files import write_json, write_text, written_atomically
 from loragen.core.runs import ADAPTER_CONFIG

@@ -19,7 +19,7 @@ from loragen.core.evaluation.report import write
 from loragen.core.evaluation.targets import Target
 from loragen.core.files import write_text
 from loragen.core.generator.model import Generator
-from loragen.core.generator.train import train as train_generator
+from loragen.core.generator.training.train import train as train_generator
 from loragen.core.progress import Progress
 from loragen.core.runs import generator_file
 from loragen.demo import settings

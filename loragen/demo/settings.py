@@ -71,10 +71,10 @@ def generator_config(experiments: Path, cache: Path, runs: list[Path], seed: int
                 "cache_dir": str(cache),
             },
             "training": {
-                "max_steps": 300,
+                "max_steps": 800,
                 "learning_rate": 2e-3,
                 "condition_noise": 0.5,
-                "val_every_epochs": 2,
+                "val_every_epochs": 4,
             },
             "behaviour": {"max_steps": 200, "learning_rate": 1e-3},
             "loggers": {"tensorboard": {}},

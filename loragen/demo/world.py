@@ -198,11 +198,9 @@ class World:
             for (_, creature), (ask, end) in zip(cells, draws, strict=True)
         ]
 
-    def train_rows(
-        self, pair: Pair, wordings: Wording = "train", repeats: int = TRAIN_REPEATS
-    ) -> list[Row]:
+    def train_rows(self, pair: Pair, wordings: Wording = "train") -> list[Row]:
         """What an adapter is trained on: the training creatures, several times each."""
-        return self.rows(pair, TRAIN_CREATURES, wordings, repeats)
+        return self.rows(pair, TRAIN_CREATURES, wordings, TRAIN_REPEATS)
 
     def test_rows(self, pair: Pair, wordings: Wording) -> list[Row]:
         """What an adapter is tested on: creatures that no training row names."""

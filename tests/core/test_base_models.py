@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loragen.core.base_models import load_base, load_tokenizer, resolve_base
+from loragen.core.base_models import is_local, load_base, load_tokenizer, resolve_base
 from loragen.core.errors import LoragenError, UsageError
 
 
@@ -99,3 +99,29 @@ def test_a_tokenizer_is_loaded_without_the_model(base_dir, tmp_path):
     assert tokenizer("red cat").input_ids == load_base(str(base_dir)).tokenizer("red cat").input_ids
     with pytest.raises(UsageError, match="no-one/none: not a directory, and the hub says"):
         load_tokenizer("no-one/none")
+
+
+def test_whether_a_base_is_on_this_machine(base_dir, tmp_path):
+    assert is_local("demo")
+    assert is_local(str(base_dir))
+    assert not is_local(str(tmp_path / "none"))
+    assert not is_local("no-one/none")
+
+
+@pytest.mark.parametrize(
+    ("files", "here"),
+    [
+        (["config.json"], False),  # of a dry run
+        (["config.json", "model.safetensors"], True),
+        (["config.json", "model.safetensors.index.json"], True),
+        (["config.json", "pytorch_model.bin"], True),
+    ],
+)
+def test_a_base_of_the_hub_is_here_with_its_weights(monkeypatch, files, here):
+    import huggingface_hub
+
+    def cached(_, file):
+        return f"cache/{file}" if file in files else None
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
+    assert is_local("some/model") is here

@@ -221,7 +221,7 @@ def test_they_hear_how_training_ended(called, lora_config, base, dataset, error,
 
 
 def test_they_hear_it_of_a_generator_too(called, gen_config):
-    from loragen.core.generator.train import train
+    from loragen.core.generator.training.train import train
 
     run = train(gen_config({"loggers": {"fake": {}}}), Silent())
     assert called[-2:] == [("finalize", "success"), ("close", "success")]

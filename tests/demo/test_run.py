@@ -11,7 +11,7 @@ from loragen.core.config import DEMO
 from loragen.core.errors import UsageError
 from loragen.core.evaluation.columns import NAMES
 from loragen.core.progress import Silent
-from loragen.demo import settings
+from loragen.demo import settings, world
 from loragen.demo.run import SPLITS, run
 from loragen.demo.world import WORLD_FILE
 
@@ -30,19 +30,22 @@ def few_steps(monkeypatch):
             config.training.max_steps = STEPS
             if hasattr(config, "checkpoints"):
                 config.checkpoints.first_step = STEPS
+            else:
+                config.behaviour.max_steps = STEPS
             return config
 
         monkeypatch.setattr(settings, name, short)
 
     for name in ("adapter_config", "oracle_config", "multi_task_config", "generator_config"):
         shorten(name)
+    monkeypatch.setattr(world, "TRAIN_REPEATS", 1)
 
 
 def test_the_whole_path_with_a_world_of_ones_own(few_steps, tmp_path):
-    world = yaml.safe_load(WORLD_FILE.read_text(encoding="utf-8"))
-    world["held_out"] = [["color", "word"], ["size", "list"]]
+    document = yaml.safe_load(WORLD_FILE.read_text(encoding="utf-8"))
+    document["held_out"] = [["color", "word"], ["size", "list"]]
     file = tmp_path / "my-world.yaml"
-    file.write_text(yaml.safe_dump(world), encoding="utf-8")
+    file.write_text(yaml.safe_dump(document), encoding="utf-8")
     out = tmp_path / "out"
     said = []
     results = run(out, 3, file, False, said.append, Silent())

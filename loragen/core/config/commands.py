@@ -2,7 +2,8 @@
 
 from pydantic import BaseModel
 
-from loragen.core.config.schema import GenTrainConfig, LoraTrainConfig
+from loragen.core.config.gen_schema import GenTrainConfig
+from loragen.core.config.lora_schema import LoraTrainConfig
 
 MODELS: dict[str, type[BaseModel]] = {"lora": LoraTrainConfig, "gen": GenTrainConfig}
 

@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from loragen.core.config.commands import MODELS
 from loragen.core.config.load import load
-from loragen.core.config.schema import PluginSection
+from loragen.core.config.sections import PluginSection
 from loragen.core.config.yaml_file import Loc, commented
 from loragen.core.errors import listing
 from loragen.core.plugins import find, names

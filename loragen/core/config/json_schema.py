@@ -6,7 +6,7 @@ from typing import Any, Literal, Union
 from pydantic import BaseModel, ConfigDict, create_model
 
 from loragen.core.config.commands import MODELS
-from loragen.core.config.schema import PluginSection
+from loragen.core.config.sections import PluginSection
 from loragen.core.errors import PluginError
 from loragen.core.plugins import find, names
 

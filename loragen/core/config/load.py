@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from loragen.core.config.commands import MODELS, command_of
 from loragen.core.config.problems import place_of, problems_of
 from loragen.core.config.recognition import of_another_command
-from loragen.core.config.schema import PluginSection
+from loragen.core.config.sections import PluginSection
 from loragen.core.config.translation import translated
 from loragen.core.config.yaml_file import Loc, dotted, paths, read_yaml
 from loragen.core.errors import ConfigError, PluginError, UsageError, did_you_mean

@@ -7,7 +7,7 @@ from typing import Any
 from loragen.core.config.commands import MODELS
 from loragen.core.config.legacy import FORMS, STAGE2_STEPS, Form
 from loragen.core.config.problems import has_key
-from loragen.core.config.schema import Trainer
+from loragen.core.config.sections import Trainer
 from loragen.core.config.yaml_file import Loc, dotted, read_yaml
 from loragen.core.config.yaml_file import paths as all_paths
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from loragen.core.adapters import Adapter
 from loragen.core.base_models import BaseModel
-from loragen.core.config.schema import SourceSection
+from loragen.core.config.gen_schema import SourceSection
 from loragen.core.errors import UsageError
 from loragen.core.evaluation.targets import Target
 from loragen.core.files import sha256_text
-from loragen.core.generator.draws import draw_prompts
+from loragen.core.generator.collections.sources import Collection, read_source
+from loragen.core.generator.inference.draws import draw_prompts
 from loragen.core.generator.model import Generator
-from loragen.core.generator.sources import Collection, read_source
 
 PROMPTS_PER_CENTRE = 32
 ALL_CHECKPOINTS = 2**31

@@ -20,7 +20,7 @@ from loragen.core.data.rows import Row
 from loragen.core.data.tokenize import answer_ids, prompt_ids
 from loragen.core.evaluation.bench import Bench, Trained
 from loragen.core.evaluation.targets import Target
-from loragen.core.generator.infer import infer
+from loragen.core.generator.inference.infer import infer
 
 log = logging.getLogger(__name__)
 

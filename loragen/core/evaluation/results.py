@@ -12,7 +12,7 @@ from loragen.core.evaluation.columns import GENERATED
 from loragen.core.evaluation.contest import Cell, Outcome
 from loragen.core.evaluation.intervals import interval
 from loragen.core.evaluation.novelty import Spread
-from loragen.core.generator.sources import Collection
+from loragen.core.generator.collections.sources import Collection
 from loragen.core.runs import LoraManifest, read_manifest, run_directory_of
 
 MEASURES = {
@@ -65,7 +65,8 @@ def _claims(outcomes: Sequence[Outcome], accuracy: Mapping[str, float]) -> dict[
     """The interval of what was generated; a column is beaten that lies below all of it. Compared
     as they are printed: rounding is no victory."""
     values = _values([outcome.cells[GENERATED] for outcome in outcomes], "exact_match")
-    low, high = (round(bound, 4) for bound in interval(values or [])[1:])
+    rows = [len(outcome.target.rows) for outcome in outcomes]
+    low, high = (round(bound, 4) for bound in interval(values or [], rows)[1:])
     others = {name: value for name, value in accuracy.items() if name != GENERATED}
     return {
         "interval": {GENERATED: [low, high]},

@@ -14,8 +14,8 @@ from loragen.core.evaluation.novelty import novelty
 from loragen.core.evaluation.results import document
 from loragen.core.evaluation.targets import Target
 from loragen.core.evaluation.training import train_multi_task, train_oracles
+from loragen.core.generator.collections.sources import Collection
 from loragen.core.generator.model import Generator
-from loragen.core.generator.sources import Collection
 from loragen.core.progress import Progress
 from loragen.core.quiet import quiet_libraries
 

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from loragen.core.base_models import BaseModel
 from loragen.core.config import LoraTrainConfig
-from loragen.core.config.schema import Checkpoints, ScheduleSection
+from loragen.core.config.lora_schema import Checkpoints
+from loragen.core.config.sections import ScheduleSection
 from loragen.core.data.documents import Source, parsed_source
 from loragen.core.data.rows import Row, read_rows
 from loragen.core.evaluation.bench import Trained
 from loragen.core.evaluation.targets import Target
 from loragen.core.files import sha256_text, write_text
-from loragen.core.generator.sources import Collection
+from loragen.core.generator.collections.sources import Collection
 from loragen.core.lora.collect import Task, finished_run
 from loragen.core.lora.train import train
 from loragen.core.metrics_log import METRICS, read_metrics

@@ -14,13 +14,13 @@ from loragen.core.checkpoints import load_plain
 from loragen.core.data.prompts import joined
 from loragen.core.errors import DataError, LoragenError
 from loragen.core.files import sha256_text, written_atomically
-from loragen.core.generator.draws import draw_prompts, with_text
 from loragen.core.generator.familiarity import Distance, Familiarity
-from loragen.core.generator.generated import GeneratedAdapter
+from loragen.core.generator.inference.draws import draw_prompts, with_text
+from loragen.core.generator.inference.generated import GeneratedAdapter
+from loragen.core.generator.inference.origin import Origin
 from loragen.core.generator.layout import Layout
 from loragen.core.generator.network import Network, new_network
 from loragen.core.generator.normalization import Normalization
-from loragen.core.generator.origin import Origin
 from loragen.core.plugins import create
 from loragen.core.protocols import Encoder
 from loragen.core.runs import CHECKPOINTS, experiment_name, generator_file

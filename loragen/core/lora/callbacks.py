@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from loragen.core.config.schema import Checkpoints
+from loragen.core.config.lora_schema import Checkpoints
 from loragen.core.interrupt import Interruption
 from loragen.core.lora.batch import Batch
 from loragen.core.lora.provenance import (

@@ -9,7 +9,7 @@ from traceback import clear_frames
 from typing import Literal, Protocol
 
 from loragen.core.config import LoraTrainConfig
-from loragen.core.config.schema import Launcher
+from loragen.core.config.lora_schema import Launcher
 from loragen.core.data.documents import Source, content_hash, location
 from loragen.core.data.rows import check_rows, dataset_names, find_dataset
 from loragen.core.errors import LoragenError, UsageError, one_line

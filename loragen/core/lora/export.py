@@ -11,8 +11,8 @@ from loragen.core.adapters import WEIGHTS_FILE, Adapter, attach_adapter, new_con
 from loragen.core.base_models import load_base, resolve_base
 from loragen.core.checkpoints import read_checkpointed_adapter
 from loragen.core.config import DEMO
+from loragen.core.config.lora_schema import Lora
 from loragen.core.config.problems import problems_of
-from loragen.core.config.schema import Lora
 from loragen.core.config.yaml_file import Loc
 from loragen.core.conversion.discover import LegacyRun, weights_of
 from loragen.core.conversion.facts import Fact, adapter_facts, facts_beside, say_origins

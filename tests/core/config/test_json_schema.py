@@ -35,7 +35,7 @@ class TestJsonSchema:
             "    return {'theirs': 'nowhere:Class'}\n",
         )
         sections = json_schema("lora")["properties"]["schedule"]["anyOf"]
-        assert len(sections) == 3
+        assert len(sections) == 4
         assert "schedule 'theirs'" in caplog.text
 
 

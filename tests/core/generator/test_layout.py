@@ -80,6 +80,21 @@ def test_a_mixture_of_types_comes_back_equal(adapter, token_dim):
 
 
 @settings(max_examples=40)
+@given(adapters((torch.float32,)), token_dims, st.integers(1, 3))
+def test_several_are_unpacked_as_each_alone(adapter, token_dim, several):
+    layout = Layout.of(adapter, token_dim)
+    tokens = torch.randn(several, layout.tokens, token_dim, requires_grad=True)
+    together = layout.unpack_several(tokens)
+    assert together.keys() == adapter.keys()
+    for index, one in enumerate(tokens.detach()):
+        for name, tensor in layout.unpack(one).items():
+            assert together[name][index].equal(tensor), name
+    sum(tensor.square().sum() for tensor in together.values()).backward()
+    mask = layout.mask().expand_as(tokens)
+    assert tokens.grad.equal(torch.where(mask, 2 * tokens.detach(), 0.0))
+
+
+@settings(max_examples=40)
 @given(adapters(), token_dims)
 def test_the_mask_is_true_on_values_and_the_rest_is_zero(adapter, token_dim):
     layout = Layout.of(adapter, token_dim)

@@ -68,3 +68,17 @@ def test_it_says_what_it_has_settled_and_why(layout):
 def test_maps_that_are_too_small_are_a_usage_error(layout):
     with pytest.raises(UsageError, match="decoder hyperconv: the last map"):
         anatomy("hyperconv", {"shapes": [(3, 2, 4), (5, 2, 4)]}, layout, CONDITION)
+
+
+def test_nothing_is_allocated_whatever_the_size():
+    shape = (64, 1_000_000)
+    large = Layout.of({"m.layers.0.q.lora_A.weight": torch.empty(shape, device="meta")}, 384)
+    told = anatomy("hyperconv", {"rank": 100, "blocks": 1}, large, CONDITION)
+    assert told.parameters > 6_400_000_000
+    assert torch.get_default_device() == torch.device("cpu")
+
+
+def test_the_random_state_is_left_alone(layout):
+    before = torch.get_rng_state()
+    anatomy("hyperconv", {"rank": 3}, layout, CONDITION)
+    assert torch.get_rng_state().equal(before)

@@ -1,0 +1,231 @@
+"""Where a generator's sources lie; found and checked without torch, before seconds of imports."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loragen.core.config.gen_schema import GenData, GenTrainConfig, SourceSection
+from loragen.core.data.documents import parsed_source
+from loragen.core.data.prepare import Groups, PreparedPrompts, read_prepared
+from loragen.core.errors import LoragenError, UsageError, listing
+from loragen.core.files import natural_key
+from loragen.core.runs import (
+    CHECKPOINTS,
+    MANIFEST,
+    TEST_MODE_STEPS,
+    LoraManifest,
+    LoraRun,
+    read_manifest,
+    run_directory_of,
+)
+
+log = logging.getLogger(__name__)
+
+MOST_NAMED = 5  # directories, in one line
+
+
+@dataclass
+class FoundSources:
+    """What there is to learn from, and the runs of a folder that are left out."""
+
+    sources: list[SourceSection]
+    unfinished: list[Path] = field(default_factory=list)
+    test_mode: list[Path] = field(default_factory=list)
+    superseded: list[Path] = field(default_factory=list)
+    """Another run of their dataset, base and shape is newer, or named."""
+
+    def tell(self) -> None:
+        """One line for each kind of what is left out."""
+        if self.unfinished:
+            log.warning(
+                "%s: left out, not finished (name one to take it all the same, or finish it with "
+                "lora train --resume)",
+                _shown(self.unfinished),
+            )
+        if self.test_mode:
+            log.info("%s: left out, trained with --test-mode", _shown(self.test_mode))
+        if self.superseded:
+            log.info(
+                "%s: left out, since another run of the same dataset is newer or named",
+                _shown(self.superseded),
+            )
+
+
+def configured_sources(config: GenTrainConfig) -> list[SourceSection]:
+    """`sources` and `data.checkpoint_dir` together. Raises UsageError where there are none."""
+    return find_sources(config).sources
+
+
+def find_sources(config: GenTrainConfig) -> FoundSources:
+    """What is named is taken; of a folder of runs, the newest finished one of each dataset that
+    is not held out.
+
+    Raises UsageError where there is nothing, a source is named twice, or a folder has no run that
+    can be taken; DataError for a damaged manifest in a folder.
+    """
+    listed = config.data.checkpoint_dir or []
+    directories = [Path(one) for one in ([listed] if isinstance(listed, str) else listed)]
+    folders = [(directory, _runs_in(directory)) for directory in directories]
+    named = [
+        *config.sources,
+        *(SourceSection(run=str(place)) for place, runs in folders if not runs),
+    ]
+    settled = [*named, *config.val_sources]
+    places = [_place(source) for source in settled]
+    for place in places:
+        if places.count(place) > 1:
+            raise UsageError(f"{place.name} is named twice among the sources")
+    found = FoundSources(named)
+    taken = {_trained(run) for run in map(_run_of, settled) if run}
+    others = {
+        run.directory.resolve(): run
+        for directory, runs in folders
+        for run in _worth_taking(directory, runs, places, found)
+    }
+    newest = _newest(list(others.values()), taken, found)
+    found.sources += (SourceSection(run=str(directory)) for directory in newest)
+    if not found.sources:
+        raise UsageError(
+            "nothing to learn from: give --checkpoint-dir RUN (repeatable), or sources in the YAML"
+        )
+    return found
+
+
+def directory_of(source: SourceSection) -> Path:
+    """Raises UsageError where it is not there."""
+    directory = Path(str(source.run or source.checkpoints))
+    if not directory.is_dir():
+        kind = "run directory" if source.run is not None else "directory of checkpoints"
+        raise UsageError(f"{directory}: no such {kind}")
+    return directory
+
+
+class PromptDirectories:
+    """The prepared prompts that a configuration names; each directory is read once."""
+
+    def __init__(self, data: GenData) -> None:
+        self.data = data
+        self._read: dict[Path, PreparedPrompts] = {}
+
+    def groups_of(self, source: SourceSection, dataset: str) -> Groups | None:
+        """None where the prompts of a source are not prepared ones.
+
+        A directory of a single dataset may be named for a source whatever that is called. Raises
+        UsageError where the directory is not there, has no such dataset or joins other numbers of
+        prompts; DataError where it is damaged.
+        """
+        own = source.prompts is not None
+        place = source.prompts if own else self.data.prompts
+        if place is None or (own and not Path(place).is_dir()):
+            return None
+        prepared = self._prepared(Path(place))
+        if own and len(prepared.groups) == 1:
+            (dataset,) = prepared.groups
+        return prepared.of(dataset)
+
+    def _prepared(self, directory: Path) -> PreparedPrompts:
+        if directory not in self._read:
+            self._read[directory] = prepared = read_prepared(directory)
+            size, ours = prepared.record.samples_per_prompt, self.data.samples_per_prompt
+            if size != ours:
+                raise UsageError(
+                    f"{directory} was prepared with {size} samples per prompt: "
+                    f"set data.samples_per_prompt to {size} (it is {ours})"
+                )
+        return self._read[directory]
+
+
+def check_places(config: GenTrainConfig) -> None:
+    """That every run, directory and file of prompts is there; the hub is not asked. Tells which
+    runs are left out, or taken although they are not finished.
+
+    Raises UsageError for the first that is not, or a malformed hub id, DataError for a manifest
+    that is no run's.
+    """
+    found = find_sources(config)
+    prepared = PromptDirectories(config.data)
+    for source in (*found.sources, *config.val_sources):
+        directory = directory_of(source)
+        if source.run is not None:
+            read_manifest(run_directory_of(directory), LoraManifest)
+        run = _run_of(source)
+        name = run.manifest.dataset.name if run else directory.name
+        if prepared.groups_of(source, name) is None and source.prompts is not None:
+            prompts = parsed_source(source.prompts)
+            if isinstance(prompts, Path) and not prompts.is_file():
+                raise UsageError(f"{prompts}: no such prompt file")
+    found.tell()
+    runs = [run for run in map(_run_of, (*config.val_sources, *found.sources)) if run]
+    unfinished = [run.directory for run in runs if run.manifest.status != "success"]
+    if unfinished:
+        log.warning("%s: not finished; the checkpoints there are taken", _shown(unfinished))
+
+
+def _runs_in(directory: Path) -> list[LoraRun]:
+    """The runs of a folder of runs; none of any other directory, which stands for itself."""
+    if (directory / MANIFEST).is_file() or directory.name == CHECKPOINTS:
+        return []
+    places = sorted(file.parent for file in directory.glob(f"*/{MANIFEST}"))
+    return [LoraRun(place, read_manifest(place, LoraManifest)) for place in places]
+
+
+def _worth_taking(
+    directory: Path, runs: Sequence[LoraRun], named: Sequence[Path], found: FoundSources
+) -> list[LoraRun]:
+    """The finished runs of a folder that are no tests, nor named; the others are noted."""
+    left = [run for run in runs if run.directory.resolve() not in named]
+    unfinished = [run for run in left if run.manifest.status != "success"]
+    tests = [run for run in left if run not in unfinished and _is_test(run.manifest)]
+    if runs and len(unfinished) + len(tests) == len(runs):
+        raise UsageError(
+            f"{directory}: none of its {len(runs)} runs is one to learn from ({len(unfinished)} "
+            f"not finished, {len(tests)} of --test-mode); name a run to take it all the same"
+        )
+    found.unfinished += (run.directory for run in unfinished)
+    found.test_mode += (run.directory for run in tests)
+    return [run for run in left if run not in unfinished and run not in tests]
+
+
+def _newest(
+    runs: Sequence[LoraRun], taken: set[tuple[object, ...]], found: FoundSources
+) -> list[Path]:
+    """One run of each kind, in their order; none of a kind that is taken already."""
+    newest = {
+        _trained(run): run.directory
+        for run in sorted(runs, key=lambda r: (r.manifest.started, natural_key(r.directory.name)))
+        if _trained(run) not in taken
+    }
+    taken_here = set(newest.values())
+    found.superseded += (run.directory for run in runs if run.directory not in taken_here)
+    return [run.directory for run in runs if run.directory in taken_here]
+
+
+def _trained(run: LoraRun) -> tuple[object, ...]:
+    """What runs have in common that train the same thing: dataset, base and adapter shape."""
+    adapter = run.manifest.adapter_config
+    targets = adapter.get("target_modules")
+    shape = tuple(sorted(targets)) if isinstance(targets, list) else targets
+    return run.manifest.dataset.name, run.manifest.base_model, adapter.get("r"), shape
+
+
+def _is_test(manifest: LoraManifest) -> bool:
+    return tuple(manifest.steps) == TEST_MODE_STEPS and manifest.max_steps == TEST_MODE_STEPS[-1]
+
+
+def _run_of(source: SourceSection) -> LoraRun | None:
+    """None for adapters that are no run's, and for what is not there."""
+    try:
+        directory = run_directory_of(directory_of(source))
+        return LoraRun(directory, read_manifest(directory, LoraManifest))
+    except LoragenError:
+        return None
+
+
+def _place(source: SourceSection) -> Path:
+    place = Path(str(source.run or source.checkpoints)).resolve()
+    return place.parent if place.name == CHECKPOINTS else place
+
+
+def _shown(directories: Sequence[Path]) -> str:
+    return listing([str(directory) for directory in directories], MOST_NAMED)

@@ -1,0 +1,297 @@
+"""Where a generator learns from: the checkpoints of a dataset, and the dataset's prompts."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from loragen.core.adapters import CONFIG_FILE, read_adapter
+from loragen.core.checkpoints import find_checkpoints, read_tensors
+from loragen.core.config.gen_schema import GenData, GenTrainConfig, SourceSection
+from loragen.core.data.documents import content_hash, parsed_source
+from loragen.core.data.prepare import Groups
+from loragen.core.data.prompts import prompts_of_rows, read_prompts
+from loragen.core.errors import DataError, UsageError
+from loragen.core.files import sha256, sha256_text, written_atomically
+from loragen.core.generator.collections.places import (
+    PromptDirectories,
+    configured_sources,
+    directory_of,
+)
+from loragen.core.generator.collections.texts import (
+    Texts,
+    paired_with_dataset,
+    paired_with_rows,
+    split_groups,
+)
+from loragen.core.generator.layout import Layout
+from loragen.core.generator.targets import TargetForm, in_form
+from loragen.core.lora.provenance import Provenance, traced_run
+from loragen.core.protocols import Encoder
+from loragen.core.runs import (
+    LoraManifest,
+    SourceRecord,
+    checkpoint_step,
+    read_manifest,
+    run_directory_of,
+)
+
+
+@dataclass(frozen=True)
+class Collection:
+    """One dataset: its checkpoints, its prompts, and the adapter they are of."""
+
+    name: str
+    checkpoints: list[Path]
+    prompts: list[str]
+    adapter_config: dict[str, Any]
+    base_model: str
+    groups: Groups | None = None
+    """The prompts as `data prepare` has joined and split them; None: at random, here."""
+    provenance: Provenance | None = None
+    """The rows that each step was trained on, where checkpoints are to be paired with them."""
+    rows: str | None = None
+    """The dataset with its labels, which only the behaviour of an adapter needs; None: unknown."""
+
+
+@dataclass(frozen=True)
+class PreparedSource:
+    """A source as arrays on disk, memory-mapped: nothing of it grows the process."""
+
+    name: str
+    tokens: np.ndarray
+    """``[checkpoints, tokens, token_dim]`` float32"""
+    embeddings: np.ndarray
+    """``[texts, positions, dim]`` float32"""
+    mask: np.ndarray
+    """``[texts, positions]`` bool"""
+    held_out: Sequence[int] | None = None
+    """Indices of the texts that validate; None where nobody has said."""
+    tracked: Sequence[Sequence[int]] | None = None
+    """For each checkpoint the indices of its own texts; None where any text goes with any."""
+    texts: Sequence[str] = ()
+    """What an encoder that trains along reads at every step; `embeddings` and `mask` then have no
+    positions. Empty where the embeddings are there."""
+    record: SourceRecord | None = None
+    """What it held, for the manifest."""
+
+
+def read_sources(config: GenTrainConfig) -> tuple[list[Collection], list[Collection]]:
+    """(to learn from, held out whole). Raises as `read_source`."""
+    limit, prepared = config.data.max_checkpoints, PromptDirectories(config.data)
+    tracked = config.data.pairing == "tracked"
+    sources = [read_source(one, limit, prepared, tracked) for one in configured_sources(config)]
+    return sources, [read_source(one, limit, prepared) for one in config.val_sources]
+
+
+def read_source(
+    config: SourceSection,
+    max_checkpoints: int,
+    prepared: PromptDirectories | None = None,
+    tracked: bool = False,
+) -> Collection:
+    """Finds checkpoints and prompts; a run's manifest knows both. `tracked`: also which rows made
+    which step.
+
+    Raises UsageError for what is not there, DataError for a dataset that has changed since.
+    """
+    directory = directory_of(config)
+    prepared = prepared or PromptDirectories(GenData())
+    of_run = config.run is not None or not (find_checkpoints(directory)[0] / CONFIG_FILE).is_file()
+    if of_run:
+        return _from_run(run_directory_of(directory), config, max_checkpoints, prepared, tracked)
+    if tracked:
+        raise UsageError(
+            f"{directory}: PEFT adapters do not know the rows that they were trained on; "
+            "data.pairing tracked is for runs of lora train"
+        )
+    groups = prepared.groups_of(config, directory.name)
+    if groups is None and config.prompts is None:
+        raise UsageError(f"{directory}: PEFT adapters do not know their prompts; add prompts: FILE")
+    checkpoints = find_checkpoints(directory)[-max_checkpoints:]
+    adapter = read_adapter(checkpoints[0])
+    base = str(adapter.config.get("base_model_name_or_path"))
+    prompts = _prompts(groups) if groups else read_prompts(parsed_source(str(config.prompts)))
+    return Collection(
+        directory.name, checkpoints, prompts, adapter.config, base, groups, rows=config.prompts
+    )
+
+
+def _from_run(
+    run: Path,
+    config: SourceSection,
+    max_checkpoints: int,
+    prepared: PromptDirectories,
+    tracked: bool,
+) -> Collection:
+    manifest = read_manifest(run, LoraManifest)
+    groups = prepared.groups_of(config, manifest.dataset.name)
+    return Collection(
+        manifest.dataset.name,
+        find_checkpoints(run)[-max_checkpoints:],
+        _prompts(groups) if groups else _prompts_of_run(run, config.prompts, manifest),
+        manifest.adapter_config,
+        manifest.base_model,
+        groups,
+        traced_run(run).provenance if tracked else None,
+        rows=manifest.dataset.path or None,
+    )
+
+
+def _prompts(groups: Groups) -> list[str]:
+    return [prompt for group in (*groups.train, *groups.val) for prompt in group]
+
+
+def _prompts_of_run(run: Path, prompts: str | None, manifest: LoraManifest) -> list[str]:
+    if prompts is not None:
+        return read_prompts(parsed_source(prompts))
+    if not manifest.dataset.path:
+        raise UsageError(
+            f"{run}: it was converted without its dataset's file; give the prompts in the YAML, "
+            "sources: [{run: ..., prompts: FILE}], or remove it and convert again with --dataset"
+        )
+    file = parsed_source(manifest.dataset.path)
+    if isinstance(file, Path) and not file.is_file():
+        raise UsageError(f"{run}: its dataset {file} is gone; name one with prompts: FILE")
+    if content_hash(file) != manifest.dataset.sha256:
+        raise DataError(
+            f"{run}: its dataset {file} has changed since the run; name one with prompts: FILE"
+        )
+    return prompts_of_rows(file, skip_bad_rows=True)  # the run has left them out, too
+
+
+def texts_of(source: Collection, config: GenTrainConfig) -> Texts:
+    """The source's texts, as `data.pairing` and `data.val_ratio` have them."""
+    data, groups = config.data, groups_of(source, config)
+    if source.provenance is None:
+        return paired_with_dataset(groups)
+    return paired_with_rows(
+        source.name,
+        source.provenance,
+        [checkpoint_step(file) for file in source.checkpoints],
+        groups.val,
+        samples_per_prompt=data.samples_per_prompt,
+        most_texts=data.prompts_per_condition,
+    )
+
+
+def groups_of(source: Collection, config: GenTrainConfig) -> Groups:
+    """The source's prompts as they are joined and split."""
+    data = config.data
+    return source.groups or split_groups(
+        source.prompts, data.samples_per_prompt, data.val_ratio, config.seed
+    )
+
+
+def common_layout(sources: Sequence[Collection], config: GenTrainConfig) -> Layout:
+    """The layout of all sources. Raises DataError naming a source whose adapters differ."""
+    layout = Layout.of(
+        read_tensors(sources[0].checkpoints[-1]), config.layout.token_dim, config.layout.max_seq_len
+    )
+    for source in sources:
+        first = source.checkpoints[-1]
+        try:
+            layout.check(read_tensors(first))
+        except DataError as error:
+            raise DataError(f"{first}: not the adapter of {sources[0].name}: {error}") from None
+    return layout
+
+
+@contextmanager
+def prepared(
+    sources: Sequence[Collection],
+    layout: Layout,
+    encoder: Encoder,
+    encoder_key: str,
+    config: GenTrainConfig,
+) -> Iterator[list[PreparedSource]]:
+    """Tokenised checkpoints and embedded prompts, from the cache where they are there already."""
+    with _cache(config.data) as cache:
+        ready = []
+        for source in sources:
+            of = texts_of(source, config)
+            embeddings, mask = (
+                _embedded(cache, encoder, encoder_key, of.texts)
+                if encoder.frozen
+                else _not_embedded(len(of.texts), encoder.dim)
+            )
+            key = _tokens_key(layout, source, config.layout.target_form)
+            tokens = _tokenized(cache, key, layout, source, config.layout.target_form)
+            ready.append(
+                PreparedSource(
+                    source.name,
+                    tokens,
+                    embeddings,
+                    mask,
+                    of.held_out,
+                    of.tracked,
+                    () if encoder.frozen else of.texts,
+                    SourceRecord(name=source.name, checkpoints=key, prompts=of.sha256),
+                )
+            )
+        yield ready
+
+
+@contextmanager
+def _cache(data: GenData) -> Iterator[Path]:
+    if data.cache_tokenized:
+        yield Path(data.cache_dir)
+        return
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+        yield Path(directory)
+
+
+def _tokens_key(layout: Layout, source: Collection, form: TargetForm) -> str:
+    hashes = [sha256(_weights(file)) for file in source.checkpoints]
+    return sha256_text(repr(layout.state()), form, *hashes)[:32]
+
+
+def _tokenized(
+    cache: Path, key: str, layout: Layout, source: Collection, form: TargetForm
+) -> np.ndarray:
+    file = cache / "tokens" / f"{key}.npy"
+    if not file.is_file():
+        shape = (len(source.checkpoints), layout.tokens, layout.token_dim)
+        with written_atomically(file) as temporary:
+            array = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
+            for row, checkpoint in enumerate(source.checkpoints):
+                try:
+                    tensors = in_form(read_tensors(checkpoint), form)
+                    array[row] = layout.pack(tensors).float().numpy()
+                except DataError as error:
+                    raise DataError(f"{checkpoint}: {error}") from None
+                if not np.isfinite(array[row]).all():
+                    raise DataError(f"{checkpoint}: NaN or infinity in its weights")
+            array.flush()
+            del array
+    tokens: np.ndarray = np.load(file, mmap_mode="r")
+    return tokens
+
+
+def _weights(checkpoint: Path) -> Path:
+    return checkpoint / "adapter_model.safetensors" if checkpoint.is_dir() else checkpoint
+
+
+def _not_embedded(texts: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((texts, 0, dim), np.float32), np.zeros((texts, 0), bool)
+
+
+def _embedded(
+    cache: Path, encoder: Encoder, key: str, texts: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    stem = cache / "embeddings" / sha256_text(key, *texts)[:32]
+    files = [stem.with_suffix(".npy"), stem.with_suffix(".mask.npy")]
+    if not all(file.is_file() for file in files):
+        with torch.inference_mode():
+            embeddings, mask = encoder(texts)
+        # In float32, although half would do for disks: a generator is to read in training what it
+        # reads later. Memory-mapped, the size costs no memory.
+        for file, tensor in zip(files, (embeddings.float(), mask), strict=True):
+            with written_atomically(file) as temporary:
+                np.save(temporary, tensor.cpu().numpy())
+    return np.load(files[0], mmap_mode="r"), np.load(files[1], mmap_mode="r")

@@ -1,0 +1,163 @@
+"""What a generator trains and validates on, from the first step to the last."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from loragen.core.config import GenTrainConfig
+from loragen.core.errors import UsageError
+from loragen.core.generator.collections.rows import LabelledRows
+from loragen.core.generator.collections.sources import PreparedSource
+from loragen.core.generator.collections.texts import held_out_texts
+from loragen.core.generator.training.behaviour import Rehearsal
+from loragen.core.generator.training.behaviour_batches import (
+    BehaviourBatches,
+    PhasedBatches,
+    validation_rows,
+)
+from loragen.core.generator.training.optimization import StepPlan, step_plan
+from loragen.core.generator.training.pairs import (
+    PairBatch,
+    PairBatches,
+    draw_texts,
+    pair_of,
+    stacked,
+)
+from loragen.core.generator.training.phases import Objective
+
+
+class GeneratorData(LightningDataModule):
+    """Pairs and rows to train on; validation with held-out texts, and with held-out datasets."""
+
+    def __init__(
+        self,
+        sources: Sequence[PreparedSource],
+        unseen: Sequence[PreparedSource],
+        config: GenTrainConfig,
+        rehearsal: Rehearsal | None = None,
+    ) -> None:
+        """`rehearsal` is for training through the base model, and for validating with it."""
+        super().__init__()
+        self.sources, self.unseen = sources, unseen
+        self.config, self.rehearsal = config, rehearsal
+        self.parts = config.trainer.accumulate_grad_batches
+        """Micro-batches to an optimizer step."""
+        splits = [_split_texts(one, config.data.val_ratio, config.seed) for one in sources]
+        self.train_texts = [split[0] for split in splits]
+        self.val_texts = [split[1] for split in splits]
+        self.plan: StepPlan = step_plan(config, self._pairs(0, 1).steps_per_epoch)
+
+    @property
+    def validates(self) -> bool:
+        """Whether anything is held out."""
+        return bool(self.unseen) or any(self.val_texts)
+
+    @property
+    def tries_rows(self) -> bool:
+        """Whether every validation can ask the base model, and has rows to ask it about."""
+        if self.rehearsal is None or not self.config.training.val_rows:
+            return False
+        if self.unseen:
+            return all(self.rehearsal.unseen)
+        pairs = zip(self.rehearsal.rows, self.val_texts, strict=True)
+        return all(rows.held_out for rows, texts in pairs if texts)
+
+    def adapters_per_step(self, objective: Objective) -> int:
+        """Of an optimizer step, over all devices and micro-batches."""
+        section = self.config.behaviour if objective == "behaviour" else self.config.data
+        return section.batch_size * self.parts
+
+    def train_dataloader(self) -> DataLoader[PairBatch]:
+        """From the step the trainer stands at. Raises UsageError where devices cannot share a
+        batch equally."""
+        assert self.trainer is not None
+        ranks = self.trainer.world_size
+        _check_shared(ranks, "data.batch_size", self.config.data.batch_size)
+        if self.plan.phases.behaviour:
+            _check_shared(ranks, "behaviour.batch_size", self.config.behaviour.batch_size)
+        batches = self.train_batches(self.trainer.global_rank, ranks)
+        first, last = self.trainer.global_step, self.trainer.max_steps
+        remaining = range(first * self.parts, last * self.parts)
+        return DataLoader(batches, batch_size=None, sampler=remaining)
+
+    def train_batches(self, rank: int = 0, ranks: int = 1) -> PhasedBatches:
+        pairs, tried = self._pairs(rank, ranks), self._tried(rank, ranks)
+        return PhasedBatches(self.plan.phases, pairs, tried, self.parts)
+
+    def _pairs(self, rank: int, ranks: int) -> PairBatches:
+        data = self.config.data
+        return PairBatches(
+            self.sources,
+            self.train_texts,
+            batch_size=data.batch_size,
+            prompts=data.prompts_per_condition,
+            seed=self.config.seed,
+            parts=self.parts,
+            rank=rank,
+            ranks=ranks,
+        )
+
+    def _tried(self, rank: int, ranks: int) -> BehaviourBatches | None:
+        if self.rehearsal is None:
+            return None
+        return BehaviourBatches(
+            self.sources,
+            self.train_texts,
+            self.rehearsal.rows,
+            batch_size=self.config.behaviour.batch_size,
+            rows_per_adapter=self.config.behaviour.rows_per_adapter,
+            prompts=self.config.data.prompts_per_condition,
+            pad_id=self.rehearsal.pad_id,
+            seed=self.config.seed,
+            parts=self.parts,
+            rank=rank,
+            ranks=ranks,
+        )
+
+    def val_dataloader(self) -> list[DataLoader[PairBatch]]:
+        """One loader for held-out texts, one for held-out datasets; either may be empty."""
+        known = self.rehearsal.rows if self.rehearsal else [None] * len(self.sources)
+        new = self.rehearsal.unseen if self.rehearsal else [None] * len(self.unseen)
+        seen = [
+            self._validation_pair(source, texts, rows)
+            for source, texts, rows in zip(self.sources, self.val_texts, known, strict=True)
+            if texts
+        ]
+        unseen = [
+            self._validation_pair(source, range(len(source.embeddings)), rows)
+            for source, rows in zip(self.unseen, new, strict=True)
+        ]
+        return [_one_by_one(seen), _one_by_one(unseen)]
+
+    def _validation_pair(
+        self, source: PreparedSource, texts: Sequence[int], rows: LabelledRows | None
+    ) -> PairBatch:
+        """Some texts of a dataset with its last checkpoint; the same pair at every validation."""
+        drawn = draw_texts(
+            texts, self.config.data.prompts_per_condition, f"validation:{self.config.seed}"
+        )
+        pair = stacked([pair_of(source, drawn, len(source.tokens) - 1)])
+        if rows is None or self.rehearsal is None:
+            return pair
+        tried = validation_rows(rows, self.config.training.val_rows, self.rehearsal.pad_id)
+        return pair._replace(rows=tried)
+
+
+def _one_by_one(pairs: list[Any]) -> DataLoader[PairBatch]:
+    return DataLoader(pairs, batch_size=None)  # type: ignore[arg-type]  # a list is a map-style dataset
+
+
+def _check_shared(ranks: int, setting: str, size: int) -> None:
+    if size % ranks:
+        raise UsageError(
+            f"{setting} {size} must be a multiple of {ranks} devices: it counts the pairs of all"
+        )
+
+
+def _split_texts(source: PreparedSource, ratio: float, seed: int) -> tuple[list[int], list[int]]:
+    texts = len(source.embeddings)
+    if source.held_out is None:
+        return held_out_texts(texts, ratio, seed)
+    return sorted({*range(texts)} - {*source.held_out}), list(source.held_out)

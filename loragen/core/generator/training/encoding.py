@@ -1,0 +1,38 @@
+"""Texts -> conditions, where the encoder is trained along and nothing is embedded before."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from loragen.core.generator.collections.sources import PreparedSource
+from loragen.core.protocols import Encoder
+
+
+def conditions(encoder: Encoder, texts: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+    """The texts of each condition -> ``[batch, prompts, positions, dim]`` and the mask
+    ``[batch, prompts, positions]``, with gradients; a text that several conditions share is
+    encoded once."""
+    index = {text: i for i, text in enumerate(dict.fromkeys(t for row in texts for t in row))}
+    embeddings, mask = encoder(list(index))  # (texts, positions, dim), (texts, positions)
+    chosen = [[index[text] for text in row] for row in texts]
+    return (
+        pad_sequence([embeddings[row] for row in chosen], batch_first=True),
+        pad_sequence([mask[row] for row in chosen], batch_first=True),
+    )
+
+
+@torch.no_grad()
+def embedded(
+    encoder: Encoder, sources: Sequence[PreparedSource]
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(name, embeddings ``[texts, positions, dim]``, mask ``[texts, positions]``) of each source,
+    one in memory at a time: those it has, or what a trained encoder makes of its texts now."""
+    for source in sources:
+        if not source.texts:
+            yield source.name, source.embeddings, source.mask
+            continue
+        embeddings, mask = encoder(source.texts)
+        yield source.name, embeddings.float().cpu().numpy(), mask.cpu().numpy()

@@ -1,0 +1,101 @@
+"""What a generator's training will work on and towards, known before anything is written."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from loragen.core.base_models import empty_base, is_local
+from loragen.core.config import GenTrainConfig
+from loragen.core.errors import DataError, LoragenError, UsageError, listing
+from loragen.core.generator.collections.rows import has_rows
+from loragen.core.generator.collections.sources import Collection, common_layout, read_sources
+from loragen.core.generator.layout import Layout
+
+MOST_ON_CPU = 100_000_000
+"""Parameters of a base that `auto` trains through without a GPU. A step of 64 rows of 100 tokens is
+6 · 6400 operations a parameter at most: with this many some ten seconds at 350 GFLOP/s."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: GenTrainConfig
+    """With an objective where it was `auto`."""
+    sources: list[Collection]
+    unseen: list[Collection]
+    layout: Layout
+    reason: str
+    """Why this objective."""
+
+    @property
+    def base_model(self) -> str:
+        """What the adapters are for."""
+        return self.sources[0].base_model
+
+    def summary(self) -> str:
+        checkpoints = sum(len(source.checkpoints) for source in self.sources)
+        return (
+            f"{len(self.sources)} datasets, {checkpoints} checkpoints of {self.layout.values:,} "
+            f"values -> {self.layout.tokens:,} tokens of {self.layout.token_dim} "
+            f"(fill {self.layout.values / (self.layout.tokens * self.layout.token_dim):.1%})\n"
+            f"objective: {self.config.training.objective} ({self.reason})"
+        )
+
+
+def plan(config: GenTrainConfig) -> Plan:
+    """Finds every source, derives the layout and settles the objective.
+
+    Raises UsageError or DataError.
+    """
+    sources, unseen = read_sources(config)
+    for source in (*sources, *unseen):
+        if source.base_model != sources[0].base_model:
+            raise DataError(
+                f"{source.name} was trained on {source.base_model}, {sources[0].name} on "
+                f"{sources[0].base_model}: a generator serves one base model"
+            )
+    layout = common_layout([*sources, *unseen], config)
+    settled, reason = _with_objective(config, sources)
+    return Plan(settled, sources, unseen, layout, reason)
+
+
+def _with_objective(
+    config: GenTrainConfig, sources: Sequence[Collection]
+) -> tuple[GenTrainConfig, str]:
+    """Raises UsageError where an objective was asked for that the sources do not allow."""
+    asked = config.training.objective
+    obstacle = None if asked == "reconstruction" else _obstacle(config, sources)
+    if asked != "auto":
+        if obstacle:
+            raise UsageError(f"training.objective {asked}: {obstacle}")
+        return config, "as configured"
+    settled = config.model_copy(deep=True)
+    too_large = None if obstacle else _too_large(config, sources)
+    settled.training.objective = (
+        "reconstruction" if obstacle or too_large else "reconstruction-then-behaviour"
+    )
+    return settled, obstacle or too_large or "the base and labelled rows of every dataset are here"
+
+
+def _obstacle(config: GenTrainConfig, sources: Sequence[Collection]) -> str | None:
+    """Why the behaviour of adapters cannot be trained; None where it can."""
+    missing = [source.name for source in sources if not has_rows(source)]
+    if missing:
+        return f"labelled rows are missing of {listing(missing, 3)}"
+    base = config.behaviour.base_model or sources[0].base_model
+    if config.training.objective == "auto" and not is_local(base):
+        return f"the base model {base} is not on this machine"
+    return None
+
+
+def _too_large(config: GenTrainConfig, sources: Sequence[Collection]) -> str | None:
+    base = config.behaviour.base_model or sources[0].base_model
+    try:
+        with torch.device("meta"):
+            model = empty_base(base, local_files_only=True).model
+    except LoragenError:
+        return f"the base model {base} is not on this machine"
+    size = sum(parameter.numel() for parameter in model.parameters())
+    if size > MOST_ON_CPU and not torch.cuda.is_available():
+        return f"the base model has {size / 1e9:.1f} B parameters, and there is no GPU"
+    return None

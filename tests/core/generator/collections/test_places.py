@@ -1,0 +1,176 @@
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from loragen.core.data.prepare import Grouping, prepare
+from loragen.core.errors import UsageError
+from loragen.core.generator.collections.places import check_places, configured_sources, find_sources
+from loragen.core.runs import LoraManifest, read_manifest, write_manifest
+
+
+@pytest.fixture
+def check(gen_config, collection):
+    """`check(prompts)`: of a run whose prompts are elsewhere."""
+    run = str(collection.runs["colors"])
+    return lambda prompts: check_places(gen_config({"sources": [{"run": run, "prompts": prompts}]}))
+
+
+@pytest.fixture
+def runs(collection, tmp_path):
+    """`runs(name, of, **changes)`: a copy of a run in one folder, its manifest changed."""
+
+    def put(name, of="colors", **changes):
+        directory = tmp_path / "folder" / name
+        shutil.copytree(collection.runs[of], directory)
+        manifest = read_manifest(directory, LoraManifest)
+        write_manifest(directory, manifest.model_copy(update=changes))
+        return directory
+
+    put.folder = tmp_path / "folder"
+    return put
+
+
+@pytest.fixture
+def names(gen_config):
+    """`names(DIR, ...)`: the runs that `data.checkpoint_dir` gives."""
+
+    def found(*directories):
+        settings = {"sources": [], "data.checkpoint_dir": [str(one) for one in directories]}
+        return [Path(s.run).name for s in configured_sources(gen_config(settings))]
+
+    return found
+
+
+TEST = {"max_steps": 6, "steps": [4, 5, 6]}
+OLD, NEW = {"started": "2025-01-01T00:00:00+00:00"}, {"started": "2025-02-01T00:00:00+00:00"}
+
+
+class TestFolders:
+    def test_of_one_dataset_the_newest_run_is_taken(self, runs, names):
+        runs("a", **NEW)
+        runs("b", **OLD)
+        runs("c", "animals", **OLD)
+        assert names(runs.folder) == ["a", "c"]
+
+    def test_another_base_or_shape_is_another_thing(self, runs, names, collection):
+        config = read_manifest(collection.runs["colors"], LoraManifest).adapter_config
+        runs("a")
+        runs("b", base_model="other")
+        runs("c", adapter_config={**config, "r": 64})
+        runs("d", adapter_config={**config, "target_modules": ["q_proj"]})
+        assert names(runs.folder) == ["a", "b", "c", "d"]
+
+    def test_tests_and_unfinished_runs_are_left_out(self, runs, names):
+        for name, changes in {
+            "a": OLD,
+            "b": NEW | TEST,
+            "c": NEW | {"status": "interrupted"},
+            "d": NEW | {"status": "running"},
+        }.items():
+            runs(name, **changes)
+        assert names(runs.folder) == ["a"]
+
+    def test_what_is_named_is_taken(self, runs, names):
+        runs("a", **NEW)
+        for name, changes in (("b", TEST), ("c", {"status": "failed"}), ("d", OLD)):
+            named = runs(name, **changes)
+            assert names(named) == [name]
+            assert names(runs.folder, named / "checkpoints")[0] == "checkpoints"
+            assert len(names(runs.folder, named)) == 1, "the folder has another of that dataset"
+
+    def test_what_is_named_is_not_told_to_be_left_out(self, runs, gen_config, caplog):
+        folder, run = str(runs.folder), runs("a", status="failed")
+        check_places(gen_config({"sources": [], "data.checkpoint_dir": [folder, str(run)]}))
+        assert caplog.messages == [f"{run}: not finished; the checkpoints there are taken"]
+
+    def test_what_is_held_out_is_not_learned_from(self, runs, gen_config):
+        runs("a", **NEW)
+        held = runs("b", "animals", **OLD)
+        runs("c", "animals", **NEW)
+        config = {"data.checkpoint_dir": str(runs.folder), "val_sources": [{"run": str(held)}]}
+        found = find_sources(gen_config({"sources": [], **config}))
+        assert [Path(one.run).name for one in found.sources] == ["a"]
+        assert [place.name for place in found.superseded] == ["c"]
+        with pytest.raises(UsageError, match="b is named twice"):
+            find_sources(gen_config({"sources": [{"run": str(held)}], **config}))
+
+    def test_a_folder_with_nothing_to_learn_from_is_refused(self, runs, names):
+        runs("a", **TEST)
+        runs("b", status="interrupted")
+        with pytest.raises(UsageError, match=r"none of its 2 runs .*1 not finished, 1 of --test"):
+            names(runs.folder)
+
+    def test_a_run_named_twice_is_refused(self, runs, names):
+        run = runs("a")
+        with pytest.raises(UsageError, match="a is named twice"):
+            names(run, run / "checkpoints")
+
+    def test_one_line_tells_of_each_kind_left_out(self, runs, gen_config, caplog):
+        for name, changes in {
+            "a": NEW,
+            **{f"b{i}": OLD for i in range(7)},
+            "c": TEST,
+            "d": {"status": "failed"},
+            "e": {"status": "running"},
+        }.items():
+            runs(name, **changes)
+        with caplog.at_level(logging.INFO, "loragen"):
+            check_places(gen_config({"sources": [], "data.checkpoint_dir": str(runs.folder)}))
+        unfinished, tests, superseded = caplog.messages
+        assert unfinished.startswith(f"{runs.folder / 'd'}, {runs.folder / 'e'}: left out, not fin")
+        assert tests == f"{runs.folder / 'c'}: left out, trained with --test-mode"
+        assert "b4 and 2 more: left out, since another run of the same dataset is" in superseded
+        assert [record.levelname for record in caplog.records] == ["WARNING", "INFO", "INFO"]
+
+    def test_an_unfinished_run_that_is_named_is_taken_with_a_warning(
+        self, runs, gen_config, caplog
+    ):
+        run = runs("a", status="interrupted")
+        check_places(gen_config({"sources": [{"run": str(run)}]}))
+        assert caplog.messages == [f"{run}: not finished; the checkpoints there are taken"]
+
+
+def test_prompts_may_be_on_the_hub(check):
+    check("hub:openai/gsm8k:main")
+
+
+@pytest.mark.parametrize(
+    "prompts, message",
+    [("none.txt", "none.txt: no such prompt file"), ("hub:gsm8k", "hub:gsm8k: expected hub:owner")],
+)
+def test_prompts_that_cannot_be_are_refused(check, prompts, message):
+    with pytest.raises(UsageError, match=message):
+        check(prompts)
+
+
+class TestPrepared:
+    @pytest.fixture
+    def prompts(self, collection, tmp_path):
+        """A directory of both datasets' prompts, two to a text."""
+        sources = [(name, collection.file(name)) for name in collection.names]
+        prepare(sources, tmp_path / "prompts", Grouping(samples_per_prompt=2))
+        return tmp_path / "prompts"
+
+    def test_it_is_looked_at_before_anything_heavy(self, prompts, gen_config, check):
+        check_places(gen_config({"data.prompts": str(prompts)}))
+        check(str(prompts))
+
+    def test_texts_of_another_size_are_refused(self, prompts, gen_config):
+        config = {"data.prompts": str(prompts), "data.samples_per_prompt": 4}
+        with pytest.raises(UsageError, match=r"with 2 samples per prompt: set data\.samples_"):
+            check_places(gen_config(config))
+
+    def test_every_dataset_must_be_there(self, collection, tmp_path, gen_config, check):
+        source = ("animals", collection.file("animals"))
+        prepare([source], tmp_path / "p", Grouping(samples_per_prompt=2))
+        with pytest.raises(UsageError, match=r"no prompts of the dataset 'colors' in it.*animals"):
+            check_places(gen_config({"data.prompts": str(tmp_path / "p")}))
+        check(str(tmp_path / "p"))  # named for a run, whatever it is called
+
+    def test_a_directory_that_is_not_prepared(self, tmp_path, gen_config, check):
+        with pytest.raises(UsageError, match=r"data prepare` has not made it \(no prepared.json"):
+            check(str(tmp_path))
+        with pytest.raises(UsageError, match="none: no such directory of prompts"):
+            check_places(gen_config({"data.prompts": "none"}))

@@ -1,0 +1,388 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from loragen.core.adapters import read_adapter, write_adapter
+from loragen.core.checkpoints import read_tensors
+from loragen.core.config.gen_schema import SourceSection
+from loragen.core.data.documents import content_hash, parsed_source
+from loragen.core.data.prepare import Grouping, prepare, read_prepared
+from loragen.core.errors import DataError, UsageError
+from loragen.core.files import sha256
+from loragen.core.generator.collections import sources as module
+from loragen.core.generator.collections.places import configured_sources
+from loragen.core.generator.collections.sources import (
+    common_layout,
+    prepared,
+    read_source,
+    texts_of,
+)
+from loragen.core.generator.training.train import plan
+from loragen.core.lora.provenance import traced_run
+from loragen.core.runs import LoraManifest, checkpoint_step, read_manifest, write_manifest
+
+
+@pytest.fixture
+def run(collection):
+    return collection.runs["colors"]
+
+
+@pytest.fixture
+def copied(collection, tmp_path):
+    """A copy of the colours' run whose dataset is a copy too: `(run, dataset)`."""
+    run = shutil.copytree(collection.runs["colors"], tmp_path / "run")
+    file = shutil.copy(collection.file("colors"), tmp_path / "copy.jsonl")
+    manifest = read_manifest(run, LoraManifest)
+    manifest.dataset.path = str(file)
+    write_manifest(run, manifest)
+    return run, tmp_path / "copy.jsonl"
+
+
+class Encoder:
+    """Counts what it is asked; a text becomes its length and its last character."""
+
+    dim = 2
+    frozen = True
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, texts):
+        self.asked += texts
+        values = [[[float(len(text)), float(ord(text[-1]))]] for text in texts]
+        return torch.tensor(values), torch.ones(len(texts), 1, dtype=torch.bool)
+
+
+def source(limit=50, **config):
+    return read_source(SourceSection(**config), limit)
+
+
+class TestReading:
+    def test_a_run_knows_its_checkpoints_and_its_prompts(self, run, collection):
+        found = source(run=str(run))
+        assert found.name == "colors"
+        assert [file.name for file in found.checkpoints] == [
+            f"checkpoint-step-00{step}.ckpt" for step in (5, 6, 7, 8)
+        ]
+        assert found.prompts == [f"Question {i} about red?" for i in range(16)]
+        assert found.base_model == str(collection.base)
+        assert found.adapter_config == read_adapter(run / "adapter").config
+
+    def test_the_checkpoints_folder_of_a_run_will_do(self, run):
+        for config in (
+            {"run": str(run / "checkpoints")},
+            {"checkpoints": str(run / "checkpoints")},
+        ):
+            assert source(**config) == source(run=str(run))
+
+    def test_only_the_newest_checkpoints_are_taken(self, run):
+        found = source(run=str(run), limit=2)
+        assert [file.name[-8:] for file in found.checkpoints] == ["007.ckpt", "008.ckpt"]
+
+    @pytest.mark.parametrize("suffix", [".ndjson", ".txt"])
+    def test_its_dataset_is_rows_whatever_the_files_name(self, copied, suffix):
+        run, file = copied
+        manifest = read_manifest(run, LoraManifest)
+        manifest.dataset.path = str(file.rename(file.with_suffix(suffix)))
+        write_manifest(run, manifest)
+        assert source(run=str(run)).prompts == [f"Question {i} about red?" for i in range(16)]
+
+    def test_other_prompts_may_be_named(self, run, tmp_path):
+        (tmp_path / "p.txt").write_text("one\ntwo\n", encoding="utf-8")
+        assert source(run=str(run), prompts=str(tmp_path / "p.txt")).prompts == ["one", "two"]
+
+    def test_rows_that_a_run_has_left_out_do_not_stop_it(self, copied):
+        run, file = copied
+        file.write_text(file.read_text(encoding="utf-8") + "no row\n", encoding="utf-8")
+        manifest = read_manifest(run, LoraManifest)
+        manifest.dataset.sha256 = sha256(file)
+        write_manifest(run, manifest)
+        assert len(source(run=str(run)).prompts) == 16
+        with pytest.raises(DataError, match="17: not JSON"):
+            source(run=str(run), prompts=str(file))
+
+    def test_a_run_of_a_hub_dataset_reads_it_again(self, copied, monkeypatch):
+        run, file = copied
+        documents = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        monkeypatch.setattr("loragen.core.data.documents.read_hub", lambda *_: documents)
+        manifest = read_manifest(run, LoraManifest)
+        manifest.dataset.path = "hub:owner/colors@train"
+        manifest.dataset.sha256 = content_hash(parsed_source(manifest.dataset.path))
+        write_manifest(run, manifest)
+        assert len(source(run=str(run)).prompts) == 16
+        documents.pop()
+        with pytest.raises(DataError, match="hub:owner/colors@train has changed since the run"):
+            source(run=str(run))
+
+    def test_a_folder_of_peft_adapters_with_its_prompts(self, run, tmp_path):
+        for step in (2, 10, 100):
+            write_adapter(tmp_path / "adapters" / f"step-{step}", read_adapter(run / "adapter"), "")
+        (tmp_path / "p.txt").write_text("one\ntwo\n", encoding="utf-8")
+        folder, prompts = str(tmp_path / "adapters"), str(tmp_path / "p.txt")
+        found = source(checkpoints=folder, prompts=prompts, limit=2)
+        assert [path.name for path in found.checkpoints] == ["step-10", "step-100"]
+        assert (found.name, found.prompts) == ("adapters", ["one", "two"])
+        assert found.adapter_config["r"] == 2
+        with pytest.raises(UsageError, match="do not know their prompts; add prompts: FILE"):
+            source(checkpoints=folder)
+
+    def test_a_dataset_that_is_gone_is_said_so_and_can_be_named_anew(self, copied, tmp_path):
+        run, file = copied
+        moved = shutil.move(file, tmp_path / "moved.jsonl")
+        with pytest.raises(UsageError, match=r"copy\.jsonl is gone; name one with prompts"):
+            source(run=str(run))
+        assert len(source(run=str(run), prompts=str(moved)).prompts) == 16
+
+    def test_a_dataset_that_has_changed_is_refused(self, copied):
+        run, file = copied
+        assert source(run=str(run)).prompts
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write('{"prompt": "new", "response": "x"}\n')
+        with pytest.raises(DataError, match="has changed since the run; name one with prompts"):
+            source(run=str(run))
+        assert len(source(run=str(run), prompts=str(file)).prompts) == 17
+
+    @pytest.mark.parametrize(
+        "config, message",
+        [
+            ({"run": "none"}, "none: no such run directory"),
+            ({"checkpoints": "none"}, "none: no such directory of checkpoints"),
+            ({"run": "."}, "neither a run directory nor inside one"),
+            ({"checkpoints": "."}, "no checkpoints or adapters there"),
+        ],
+    )
+    def test_what_is_not_there_is_a_usage_error(self, tmp_path, monkeypatch, config, message):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UsageError, match=message):
+            source(**config)
+
+    def test_sources_and_checkpoint_dirs_are_taken_together(self, gen_config):
+        config = gen_config({"data.checkpoint_dir": "more"})
+        runs = [source.run for source in configured_sources(config)]
+        assert len(runs) == 3
+        assert runs[-1] == "more"
+        config = gen_config({"sources": [], "data.checkpoint_dir": ["a", "b"]})
+        assert [source.run for source in configured_sources(config)] == ["a", "b"]
+        with pytest.raises(UsageError, match="nothing to learn from"):
+            configured_sources(gen_config({"sources": []}))
+
+
+class TestPreparedPrompts:
+    @pytest.fixture
+    def prompts(self, collection, tmp_path):
+        sources = [(name, collection.file(name)) for name in collection.names]
+        prepare(sources, tmp_path / "prompts", Grouping(samples_per_prompt=2, test_ratio=0.25))
+        return tmp_path / "prompts"
+
+    def test_each_run_has_the_texts_of_its_dataset(self, prompts, gen_config):
+        config = gen_config({"data.prompts": str(prompts)})
+        for found in plan(config).sources:
+            texts = texts_of(found, config)
+            groups = read_prepared(prompts).of(found.name)
+            held = [texts.texts[i] for i in texts.held_out]
+            assert held == ["\n\n".join(group) for group in groups.val]
+            assert len(held) == 2
+            assert texts.texts[: -len(held)] == ["\n\n".join(group) for group in groups.train]
+            assert sorted(found.prompts) == sorted(p for t in texts.texts for p in t.split("\n\n"))
+
+    def test_the_dataset_itself_need_not_be_there(self, copied, prompts, gen_config):
+        run, file = copied
+        file.unlink()
+        config = gen_config({"sources": [{"run": str(run)}], "data.prompts": str(prompts)})
+        assert len(plan(config).sources[0].prompts) == 16
+
+    def test_a_folder_of_adapters_has_its_own(self, run, prompts, tmp_path, collection):
+        write_adapter(tmp_path / "adapters" / "one", read_adapter(run / "adapter"), "")
+        single = tmp_path / "single"
+        prepare([("colors", collection.file("colors"))], single, Grouping())
+        found = source(checkpoints=str(tmp_path / "adapters"), prompts=str(single))
+        assert (found.name, len(found.groups.train)) == ("adapters", 3)
+        with pytest.raises(UsageError, match=r"set data\.samples_per_prompt to 2"):
+            source(checkpoints=str(tmp_path / "adapters"), prompts=str(prompts))
+
+
+class TestTracked:
+    def test_a_checkpoint_goes_with_the_rows_of_its_step(self, gen_config):
+        config = gen_config({"data.pairing": "tracked", "data.prompts_per_condition": 2})
+        for found in plan(config).sources:
+            rows, texts = traced_run(found.checkpoints[0]).provenance, texts_of(found, config)
+            held = {p for i in texts.held_out for p in texts.texts[i].split("\n\n")}
+            for file, tracked in zip(found.checkpoints, texts.tracked, strict=True):
+                drawn = [p for i in tracked for p in texts.texts[i].split("\n\n")]
+                step = checkpoint_step(file)
+                own = [row.prompt for row in rows.rows_of(step) if row.prompt not in held]
+                assert drawn[: len(own)] == own
+                assert len(drawn) == 4
+                assert held.isdisjoint(drawn)
+
+    def test_the_held_out_texts_are_those_of_prepared_prompts(
+        self, collection, gen_config, tmp_path
+    ):
+        sources = [(name, collection.file(name)) for name in collection.names]
+        prepare(sources, tmp_path / "p", Grouping(samples_per_prompt=2, test_ratio=0.25))
+        config = gen_config({"data.pairing": "tracked", "data.prompts": str(tmp_path / "p")})
+        found = plan(config).sources[0]
+        texts = texts_of(found, config)
+        held = read_prepared(tmp_path / "p").of(found.name).val
+        assert [texts.texts[i] for i in texts.held_out] == ["\n\n".join(group) for group in held]
+
+    def test_a_dataset_held_out_whole_is_seen_as_by_infer(self, collection, gen_config):
+        sources = [{"run": str(run)} for run in collection.runs.values()]
+        ours = {"sources": sources[:1], "val_sources": sources[1:], "data.pairing": "tracked"}
+        work = plan(gen_config(ours))
+        assert work.sources[0].provenance is not None
+        assert work.unseen[0].provenance is None
+
+    def test_adapters_without_steps_are_refused(self, run, tmp_path, gen_config, collection):
+        write_adapter(tmp_path / "adapters" / "one", read_adapter(run / "adapter"), "")
+        place = {
+            "checkpoints": str(tmp_path / "adapters"),
+            "prompts": str(collection.file("colors")),
+        }
+        with pytest.raises(
+            UsageError, match=r"do not know the rows .* data\.pairing tracked is for"
+        ):
+            plan(gen_config({"sources": [place], "data.pairing": "tracked"}))
+
+    def test_a_converted_run_is_refused(self, copied, gen_config):
+        manifest = read_manifest(copied[0], LoraManifest)
+        write_manifest(copied[0], manifest.model_copy(update={"converted_from": "x"}))
+        with pytest.raises(UsageError, match="was converted: its batches were not drawn"):
+            plan(gen_config({"sources": [{"run": str(copied[0])}], "data.pairing": "tracked"}))
+
+    def test_a_generator_learns_from_them(self, gen_config):
+        """From end to end: the arrays have what the texts say."""
+        config = gen_config({"data.pairing": "tracked"})
+        work = plan(config)
+        encoder = Encoder()
+        with prepared(work.sources, work.layout, encoder, "key", config) as ready:
+            for found, arrays in zip(work.sources, ready, strict=True):
+                texts = texts_of(found, config)
+                assert arrays.embeddings[:, 0, 0].tolist() == [len(text) for text in texts.texts]
+                assert (arrays.held_out, arrays.tracked) == (texts.held_out, texts.tracked)
+                assert len(arrays.tracked) == len(arrays.tokens)
+
+
+class TestCommonLayout:
+    def test_adapters_of_another_shape_are_refused(self, run, train_lora, gen_config):
+        wide = train_lora({"lora.rank": 4}, name="wide").directory
+        config = gen_config({"sources": [{"run": str(run)}, {"run": str(wide)}]})
+        with pytest.raises(DataError, match=r"not the adapter of colors: .*lora_A.*has shape"):
+            plan(config)
+
+    def test_adapters_of_another_base_are_refused(self, run, copied, gen_config):
+        manifest = read_manifest(copied[0], LoraManifest)
+        write_manifest(copied[0], manifest.model_copy(update={"base_model": "other/base"}))
+        config = gen_config({"sources": [{"run": str(run)}, {"run": str(copied[0])}]})
+        with pytest.raises(DataError, match=r"other/base.*a generator serves one base model"):
+            plan(config)
+
+    def test_one_checkpoint_of_another_shape_is_found(self, run, copied, train_lora, gen_config):
+        """Not only the last one of a source is looked at before it is learned from."""
+        wide = train_lora({"lora.rank": 4}, name="wide").directory
+        name = "checkpoints/checkpoint-step-006.ckpt"
+        shutil.copy(wide / name, copied[0] / name)
+        config = gen_config({"sources": [{"run": str(copied[0])}]})
+        work = plan(config)
+        with (
+            pytest.raises(DataError, match=r"checkpoint-step-006\.ckpt: .*has shape"),
+            prepared(work.sources, work.layout, Encoder(), "key", config),
+        ):
+            pass
+
+    def test_the_plan_is_told_in_a_line(self, gen_config):
+        summary = plan(gen_config()).summary()
+        assert summary.startswith("2 datasets, 8 checkpoints of 1,856 values -> ")
+        assert "tokens of 16" in summary
+
+    def test_too_few_tokens_are_refused_before_anything_is_written(self, gen_config, tmp_path):
+        with pytest.raises(UsageError, match=r"layout\.max_seq_len is 3: set it to \d+ or auto"):
+            plan(gen_config({"layout.max_seq_len": 3}))
+        assert not (tmp_path / "cache").exists()
+
+
+class TestPrepared:
+    @pytest.fixture
+    def ready(self, gen_config):
+        """`ready(encoder, key)` prepares the collection and gives copies of the arrays."""
+
+        def prepare(encoder, key="key", config=None, layout=None):
+            config = config or gen_config()
+            work = plan(config)
+            with prepared(work.sources, layout or work.layout, encoder, key, config) as found:
+                return [
+                    (s.name, np.array(s.tokens), np.array(s.embeddings), np.array(s.mask))
+                    for s in found
+                ]
+
+        return prepare
+
+    def test_the_arrays_are_the_checkpoints_and_the_embedded_texts(self, ready, gen_config):
+        encoder = Encoder()
+        work = plan(gen_config())
+        for (name, tokens, embeddings, mask), wanted in zip(
+            ready(encoder), work.sources, strict=True
+        ):
+            assert name == wanted.name
+            for packed, file in zip(tokens, wanted.checkpoints, strict=True):
+                unpacked = work.layout.unpack(torch.from_numpy(packed))
+                assert all(unpacked[k].equal(t) for k, t in read_tensors(file).items())
+            assert embeddings.shape == (8, 1, 2)  # 16 rows, two to a text
+            assert mask.all()
+        assert len(encoder.asked) == 16
+        assert all(text.count("\n\n") == 1 for text in encoder.asked)
+
+    def test_the_second_time_no_checkpoint_is_read_and_nothing_embedded(self, ready, monkeypatch):
+        first = ready(Encoder())
+        encoder = Encoder()
+        original = module.read_tensors
+
+        def only_the_last(path):
+            """The layout is derived from one checkpoint of each source."""
+            assert path.name.endswith("008.ckpt"), f"{path} was read again"
+            return original(path)
+
+        monkeypatch.setattr(module, "read_tensors", only_the_last)
+        second = ready(encoder)
+        assert encoder.asked == []
+        for one, other in zip(first, second, strict=True):
+            assert one[0] == other[0]
+            assert all(np.array_equal(a, b) for a, b in zip(one[1:], other[1:], strict=True))
+
+    def test_another_encoder_embeds_anew(self, ready):
+        ready(Encoder(), "one")
+        other = Encoder()
+        ready(other, "other")
+        assert len(other.asked) == 16
+
+    def test_a_cache_that_is_thrown_away_is_made_again(self, ready, tmp_path):
+        first = ready(Encoder())
+        shutil.rmtree(tmp_path / "cache")
+        second = ready(Encoder())
+        assert all(np.array_equal(a[1], b[1]) for a, b in zip(first, second, strict=True))
+
+    def test_without_a_cache_nothing_is_left(self, ready, gen_config, tmp_path):
+        ready(Encoder(), config=gen_config({"data.cache_tokenized": False}))
+        assert not (tmp_path / "cache").exists()
+
+    def test_a_checkpoint_that_is_not_finite_is_refused(self, copied, gen_config, tmp_path):
+        run, _ = copied
+        file = run / "checkpoints" / "checkpoint-step-006.ckpt"
+        document = torch.load(file, weights_only=True)
+        next(iter(document["state_dict"].values()))[0, 0] = float("nan")
+        torch.save(document, file)
+        config = gen_config({"sources": [{"run": str(run)}]})
+        work = plan(config)
+        with (
+            pytest.raises(DataError, match=r"checkpoint-step-006\.ckpt: NaN or infinity"),
+            prepared(work.sources, work.layout, Encoder(), "key", config),
+        ):
+            pass
+        assert not list((tmp_path / "cache" / "tokens").rglob("*"))
+
+    def test_the_layouts_of_all_sources_are_one(self, gen_config):
+        work = plan(gen_config())
+        assert common_layout(work.sources, gen_config()) == work.layout

@@ -1,0 +1,139 @@
+import json
+import os
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+
+import loragen
+from loragen.core.adapters import read_adapter
+from loragen.core.checkpoints import read_tensors
+from loragen.core.errors import LoragenError, UsageError
+from loragen.core.generator.inference.card import adapter_card
+from loragen.core.generator.inference.merged import Merger
+from loragen.core.generator.inference.origin import Origin
+
+PROMPTS = [f"Question {i} about red?" for i in range(6)]
+FAR = Origin("g", 2, "owner/base: 1", "sbert", "hyperconv", 3, "0" * 64, datasets=["a", "b"],
+             nearest_dataset="a", distance=1.7, far=True)  # fmt: skip
+
+
+@pytest.fixture
+def generator(experiment):
+    return loragen.Generator.load(str(experiment))
+
+
+@pytest.fixture
+def adapter(generator):
+    return generator.generate(PROMPTS)
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
+
+
+def test_one_line_from_prompts_to_files(experiment, tmp_path):
+    made = loragen.Generator.load(experiment).generate(PROMPTS).save(tmp_path / "adapter")
+    assert read_adapter(made).config["r"] == 2
+
+
+@pytest.mark.parametrize("name", ["adapter", "v1.2", "a.safetensors", "a.pt"])
+def test_every_form_holds_the_same_tensors(adapter, tmp_path, name):
+    made = adapter.save(str(tmp_path / name))
+    assert equal(read_tensors(made), adapter.tensors)
+    (tmp_path / "other").touch()
+    weights = made / "adapter_model.safetensors" if made.is_dir() else made
+    if os.name != "nt":
+        assert weights.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_files_say_where_they_come_from(adapter, tmp_path, experiment):
+    with safe_open(adapter.save(tmp_path / "a.safetensors"), "pt") as file:
+        metadata = file.metadata()
+    document = torch.load(adapter.save(tmp_path / "a.pt"), weights_only=True)
+    assert json.loads(metadata["generated"]) == document["generated"]
+    assert json.loads(metadata["adapter_config"]) == document["adapter_config"] == adapter.config
+    origin = document["generated"]
+    assert (origin["generator"], origin["prompts"]) == (experiment.name, 6)
+    assert origin["datasets"] == ["animals", "colors"]
+    assert [plugin["kind"] for plugin in origin["plugins"]] == ["encoder", "decoder"]
+
+
+@pytest.mark.parametrize("name", ["adapter", "a.safetensors", "a.pt"])
+def test_nothing_is_overwritten_unless_asked(adapter, tmp_path, name):
+    made = adapter.save(tmp_path / name)
+    with pytest.raises(UsageError, match="exists already"):
+        adapter.save(made)
+    assert adapter.save(made, overwrite=True) == made
+
+
+def test_other_endings_of_weights_are_refused(adapter, tmp_path):
+    with pytest.raises(UsageError, match=r"a\.bin: write a directory"):
+        adapter.save(tmp_path / "a.bin")
+
+
+def test_draws_are_averaged_token_by_token(generator):
+    mean = generator.generate(PROMPTS, draws=3, prompts_per_draw=2, seed=5)
+    assert (mean.origin.draws, mean.origin.prompts_per_draw, mean.origin.seed) == (3, 2, 5)
+    from loragen.core.generator.inference.draws import draw_prompts
+
+    each = [generator.generate(drawn) for drawn in draw_prompts(PROMPTS, 3, 2, 5, usual=6)]
+    for key, value in mean.tensors.items():
+        expected = torch.stack([one.tensors[key] for one in each]).mean(0)
+        torch.testing.assert_close(value, expected)
+    again = generator.generate(PROMPTS, draws=3, prompts_per_draw=2, seed=5)
+    assert equal(again.tensors, mean.tensors)
+
+
+def test_it_attaches_to_a_live_base(adapter, base_dir):
+    from loragen.core.base_models import load_base
+
+    model = adapter.attach(load_base(str(base_dir)).model)
+    assert model.peft_config["default"].r == 2
+    adapter.tensors.popitem()
+    with pytest.raises(LoragenError, match="1 tensors are missing"):
+        adapter.attach(load_base(str(base_dir)).model)
+
+
+def test_merged_models_answer_as_the_base_with_the_adapter(generator, base_dir, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from loragen.core.base_models import load_base
+
+    merger, ids = Merger(str(base_dir)), torch.arange(8).view(1, 8)
+    for name, prompts in (("one", PROMPTS[:2]), ("other", ["a cat and a dog"])):
+        adapter = generator.generate(prompts)
+        merger.save(adapter, tmp_path / name)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        with torch.inference_mode():
+            attached = adapter.attach(load_base(str(base_dir)).model)
+            torch.testing.assert_close(model(ids).logits, attached(ids).logits)
+    card = (tmp_path / "one" / "README.md").read_text(encoding="utf-8")
+    assert "library_name: transformers" in card
+
+
+class TestCard:
+    def test_the_front_matter_is_yaml_for_the_hub(self):
+        _, front, text = adapter_card(FAR).split("---\n", 2)
+        assert yaml.safe_load(front) == {
+            "base_model": "owner/base: 1",
+            "library_name": "peft",
+            "tags": ["lora", "loragen", "generated"],
+        }
+        assert "**Warning**: these prompts are far" in text
+        assert "2 datasets: a, b" in text
+        assert 'AutoModelForCausalLM.from_pretrained("owner/base: 1")' in text
+
+    def test_a_base_that_is_no_hub_id_is_not_linked(self, base_dir):
+        from dataclasses import replace
+
+        for base in ("demo", str(base_dir)):
+            card = adapter_card(replace(FAR, base_model=base))
+            assert "base_model:" not in card.split("---\n")[1]
+        assert "resolve_base" in adapter_card(replace(FAR, base_model="demo"))
+
+    def test_an_older_generator_says_that_it_does_not_know(self):
+        from dataclasses import replace
+
+        assert "was not measured" in adapter_card(replace(FAR, distance=None, far=False))

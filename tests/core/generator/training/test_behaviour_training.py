@@ -1,0 +1,207 @@
+"""Training through the base model, from the first step to the generator's file."""
+
+import pytest
+import torch
+
+from loragen.core.adapters import read_adapter, write_adapter
+from loragen.core.errors import UsageError
+from loragen.core.generator.training.behaviour import rehearsal
+from loragen.core.generator.training.plan import plan
+from loragen.core.generator.training.resume import find_resume_point, settled
+from loragen.core.generator.training.selection import select_by
+from loragen.core.generator.training.train import train
+from loragen.core.metrics_log import read_metrics
+from loragen.core.progress import Silent
+from loragen.core.runs import GENERATOR_FILE, GeneratorManifest, read_manifest
+from tests.core.generator.training.test_resume import Kill, StopAt, assert_equal
+
+BOTH = "reconstruction-then-behaviour"
+SMALL = {
+    "training.objective": BOTH,
+    "training.max_epochs": 2,  # 4 steps
+    "training.val_rows": 4,
+    "behaviour.max_steps": 4,
+    "behaviour.batch_size": 2,
+    "behaviour.rows_per_adapter": 2,
+    "behaviour.max_length": 64,
+    "behaviour.learning_rate": 1e-2,
+}
+
+
+@pytest.fixture
+def trained(gen_config):
+    """`trained({...})` trains in both phases, 4 steps each, and gives the run."""
+    return lambda settings=None: train(gen_config({**SMALL, **(settings or {})}), Silent())
+
+
+def provenance(run):
+    return torch.load(run.directory / GENERATOR_FILE, weights_only=True)["provenance"]
+
+
+def logged(run, name):
+    """Step -> the metric."""
+    entries = read_metrics(run.directory / "metrics.jsonl")
+    return {entry["step"]: entry[name] for entry in entries if name in entry}
+
+
+@pytest.fixture
+def colors_held_out(collection):
+    animals, colors = (str(run) for run in collection.runs.values())
+    return {"sources": [{"run": animals}], "val_sources": [{"run": colors}]}
+
+
+class TestObjectives:
+    @pytest.mark.parametrize(
+        ("objective", "told"),
+        [
+            ("reconstruction", "4 steps of reconstruction"),
+            ("behaviour", "4 steps of behaviour"),
+            (BOTH, "4 steps of reconstruction, then 4 steps of behaviour"),
+        ],
+    )
+    def test_each_is_trained_and_told(self, trained, objective, told):
+        run = trained({"training.objective": objective})
+        tried = objective != "reconstruction"
+        assert run.manifest.steps == (8 if objective == BOTH else 4)
+        assert provenance(run)["trained_for"] == told
+        assert provenance(run)["chosen_by"] == (
+            "the last validated step with val/behaviour, the base's loss on held-out rows of "
+            "held-out prompts, within 0.01 of the lowest before"
+            if tried
+            else "lowest val/loss, reconstructing held-out prompts"
+        )
+        assert {"val/loss", "val/relative_error"} <= run.manifest.metrics.keys()
+        assert ({"val/behaviour", "val/accuracy"} <= run.manifest.metrics.keys()) is tried
+        assert ("train/behaviour" in run.manifest.metrics) is tried
+        (best,) = run.directory.glob("checkpoints/epoch=*")
+        assert ("val_behaviour=" in best.name) is tried
+
+    def test_a_step_is_logged_for_what_it_was_trained_on(self, trained):
+        run = trained()
+        assert list(logged(run, "train/behaviour")) == [5, 6, 7, 8]
+        assert list(logged(run, "train/mse")) == list(range(1, 9))
+        assert list(logged(run, "val/behaviour")) == [2, 4, 6, 8]
+        loss, behaviour, mse, l1 = (
+            logged(run, f"train/{name}")[6] for name in ("loss", "behaviour", "mse", "l1")
+        )
+        assert loss == pytest.approx(behaviour + 0.1 * (mse + 0.1 * l1), rel=1e-5)
+
+    def test_without_a_share_of_reconstruction_there_is_none(self, trained):
+        """Nothing of the phase before stays in the metrics."""
+        run = trained({"behaviour.reconstruction_weight": 0})
+        assert list(logged(run, "train/mse")) == [1, 2, 3, 4]
+        assert logged(run, "train/loss")[8] == logged(run, "train/behaviour")[8]
+        assert "train/mse" not in run.manifest.metrics
+
+    def test_each_phase_has_its_own_rates_from_its_start(self, trained):
+        rates = logged(trained({"schedule.name": "constant"}), "train/lr")
+        assert list(rates.values()) == [1e-2] * 8
+        rates = logged(trained({"behaviour.learning_rate": 5e-3}), "train/lr")
+        first, second = [rates[step] for step in range(1, 5)], [rates[s] for s in range(5, 9)]
+        assert second == pytest.approx([0.5 * rate for rate in first])
+
+    def test_what_was_auto_is_kept_as_what_it_came_to(self, gen_config, trained):
+        run = trained({"training.objective": "auto"})
+        point = find_resume_point(run.directory)
+        assert point.config.training.objective == BOTH
+        again = settled(point, gen_config({**SMALL, "training.objective": "auto"}))
+        assert again.training.objective == BOTH
+
+    def test_held_out_datasets_decide(self, trained, colors_held_out):
+        run = trained(colors_held_out)
+        assert provenance(run)["chosen_by"] == select_by(True, True, True).sentence
+        assert {"val_unseen/accuracy", "val/accuracy"} <= run.manifest.metrics.keys()
+
+    def test_held_out_datasets_without_labels_are_reconstructed(
+        self, trained, collection, tmp_path
+    ):
+        adapter = read_adapter(collection.runs["colors"] / "adapter")
+        write_adapter(tmp_path / "colors", adapter, "")
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text("What?\nWhich?\nWho?\n", encoding="utf-8")
+        unseen = {"checkpoints": str(tmp_path / "colors"), "prompts": str(prompts)}
+        animals = {"run": str(collection.runs["animals"])}
+        run = trained({"sources": [animals], "val_sources": [unseen]})
+        chosen = "lowest val_unseen/loss, reconstructing held-out datasets"
+        assert provenance(run)["chosen_by"] == chosen
+        assert "val/accuracy" in run.manifest.metrics
+        assert "val_unseen/accuracy" not in run.manifest.metrics
+
+    def test_a_base_that_is_gone_leaves_nothing(self, gen_config, tmp_path):
+        settings = {**SMALL, "behaviour.base_model": str(tmp_path / "none")}
+        with pytest.raises(UsageError, match="none: no such directory"):
+            train(gen_config(settings), Silent())
+        assert not (tmp_path / "experiments").exists()
+
+
+class TestLearning:
+    def test_the_base_answers_better_with_what_is_generated(self, trained):
+        """The loss on rows that are learned from falls, and the base itself stays as it is."""
+        run = trained(
+            {
+                "training.objective": "behaviour",
+                "behaviour.max_steps": 30,
+                "behaviour.rows_per_adapter": 8,
+                "behaviour.reconstruction_weight": 0,
+                "data.val_ratio": 0.0,
+            }
+        )
+        losses = list(logged(run, "train/behaviour").values())
+        assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+
+    def test_accumulation_only_splits_the_work(self, trained):
+        found = []
+        for size, parts in ((4, 1), (2, 2)):
+            settings = {"behaviour.batch_size": size, "trainer.accumulate_grad_batches": parts}
+            found.append(trained({"data.batch_size": size, **settings}))
+        one, other = (logged(run, "train/loss") for run in found)
+        assert one.keys() == other.keys()
+        assert list(one.values()) == pytest.approx(list(other.values()), rel=1e-4)
+
+    def test_rows_of_held_out_prompts_are_not_learned_from(self, gen_config, collection):
+        work = plan(gen_config(SMALL))
+        tried = rehearsal(work)
+        assert tried.unseen == []
+        for rows in tried.rows:
+            ids = [{tuple(row.ids) for row in part} for part in (rows.training, rows.held_out)]
+            assert not ids[0] & ids[1]
+            assert len(rows.training) + len(rows.held_out) == 16
+            assert len(rows.held_out) == 4  # 2 of 8 texts of two prompts
+
+
+class TestResume:
+    @pytest.mark.parametrize(
+        ("step", "settings"),
+        [
+            *((step, {"decoder.dropout": 0.2}) for step in (4, 5, 6, 8)),
+            (6, {"behaviour.reconstruction_weight": 0.0, "training.target_noise": 0.1}),
+            (6, {"encoder.frozen": False}),
+            (6, {"training.ema_decay": 0.5, "trainer.accumulate_grad_batches": 2}),
+        ],
+    )
+    def test_it_is_exact_across_the_phases(self, gen_config, trained, tmp_path, step, settings):
+        settings = {"training.last_every": 1, **settings}
+        run = trained(settings)
+        whole = run.directory
+        with pytest.raises(Kill):
+            train(gen_config({**SMALL, **settings}), StopAt(step))
+        (killed,) = set((tmp_path / "experiments").iterdir()) - {whole}
+        rest = StopAt()
+        train(gen_config({**SMALL, **settings}), rest, find_resume_point(killed))
+        assert rest.steps == list(range(step, run.manifest.steps + 1))
+        assert_equal(whole, killed)
+
+    def test_auto_goes_on_as_it_began(self, gen_config, tmp_path):
+        settings = {**SMALL, "training.objective": "auto", "training.last_every": 1}
+        with pytest.raises(Kill):
+            train(gen_config(settings), StopAt(6))
+        (killed,) = (tmp_path / "experiments").iterdir()
+        rest = StopAt()
+        run = train(gen_config(settings), rest, find_resume_point(killed))
+        assert rest.steps == [6, 7, 8]
+        assert read_manifest(run.directory, GeneratorManifest).status == "success"
+
+    def test_another_length_of_a_phase_is_refused(self, gen_config, trained):
+        run = trained().directory
+        with pytest.raises(UsageError, match=r"behaviour\.max_steps is 9, the run has 4"):
+            train(gen_config({**SMALL, "behaviour.max_steps": 9}), Silent(), find_resume_point(run))

@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+from loragen.core.adapters import file_keys, peft_config, plain_config
+from loragen.core.config.lora_schema import Lora
+from loragen.core.errors import LoragenError
+from loragen.core.generator.layout import Layout
+from loragen.core.generator.training.injection import Injection
+
+
+@pytest.fixture
+def adapted(base):
+    """(PeftModel, its configuration, a layout of its adapter) of the tiny base."""
+    from peft import get_peft_model
+
+    model = get_peft_model(base.model, peft_config(Lora(rank=2, alpha=6))).eval()
+    tensors = file_keys({n: p for n, p in model.named_parameters() if p.requires_grad})
+    return model, plain_config(model.peft_config["default"]), Layout.of(tensors, 16)
+
+
+def drawn(layout, several):
+    generator = torch.Generator().manual_seed(0)
+    tokens = 0.3 * torch.randn(several, layout.tokens, layout.token_dim, generator=generator)
+    return tokens.requires_grad_()
+
+
+def test_it_is_functional_call_with_each_adapter_in_turn(adapted):
+    """Logits and gradients, of three adapters with two rows each."""
+    model, config, layout = adapted
+    ids = torch.randint(0, 200, (6, 5), generator=torch.Generator().manual_seed(1))
+    tokens = drawn(layout, 3)
+    plain = model.unload()
+    injection = Injection(plain, layout, config)
+    with injection.injected(layout.unpack_several(tokens)):
+        together = plain(input_ids=ids).logits
+    together.square().mean().backward()
+    gradient, tokens.grad = tokens.grad, None
+    assert injection.scaling == dict.fromkeys(injection.modules, 3.0)
+
+    from peft import get_peft_model
+
+    peft = get_peft_model(plain, peft_config(Lora(rank=2, alpha=6))).eval()
+    alone = []
+    for index, one in enumerate(tokens):
+        live = {
+            key.replace(".weight", ".default.weight"): value[0]
+            for key, value in layout.unpack_several(one[None]).items()
+        }
+        rows = ids[2 * index : 2 * index + 2]
+        alone.append(torch.func.functional_call(peft, live, (rows,)).logits)
+    alone = torch.cat(alone)
+    alone.square().mean().backward()
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert not torch.allclose(together[:2], together[2:4], atol=1e-2)
+    assert torch.allclose(gradient, tokens.grad, atol=1e-6)
+    assert gradient.abs().max() > 1e-4
+
+
+def test_nothing_stays_behind(adapted):
+    model, config, layout = adapted
+    plain, ids = model.unload(), torch.tensor([[1, 2, 3]])
+    before = plain(input_ids=ids).logits
+    injection = Injection(plain, layout, config)
+    with (
+        pytest.raises(RuntimeError, match="shape"),
+        injection.injected(layout.unpack_several(drawn(layout, 2))),
+    ):
+        plain(input_ids=torch.ones(3, 5, dtype=torch.long))  # 15 tokens do not part in two
+    assert plain(input_ids=ids).logits.equal(before)
+
+
+def test_a_base_without_the_modules_is_refused(adapted):
+    _, config, layout = adapted
+    with pytest.raises(LoragenError, match=r"the base has no module model\.layers\.0"):
+        Injection(torch.nn.Linear(2, 2), layout, config)

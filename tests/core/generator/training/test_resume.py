@@ -1,0 +1,307 @@
+"""A generator's training that went on is the training that was never interrupted, bit for bit."""
+
+import shutil
+import signal
+
+import pytest
+import torch
+
+from loragen.core.errors import DataError, UsageError
+from loragen.core.generator.training import train as module
+from loragen.core.generator.training.resume import find_resume_point
+from loragen.core.generator.training.train import train
+from loragen.core.interrupt import Interrupted
+from loragen.core.metrics_log import read_metrics
+from loragen.core.progress import Silent
+from loragen.core.runs import GENERATOR_FILE, GeneratorManifest, read_manifest
+
+CLOCKED = "hardware/"
+WORSE_AND_WORSE = {  # the best step is an early one
+    "schedule.name": "two-stage",
+    "schedule.stage1_steps": 4,
+    "schedule.learning_rate_stage1": 1e-2,
+    "schedule.learning_rate_stage2": 100.0,
+}
+
+
+class Kill(Exception):  # noqa: N818
+    """Ends a run as a kill would: nothing of the step is saved."""
+
+
+class StopAt(Silent):
+    """Ends the run after the step is logged and before it is saved."""
+
+    def __init__(self, step=0):
+        self.at, self.steps = step, []
+
+    def step(self, step):
+        self.steps.append(step.step)
+        if step.step == self.at:
+            raise Kill
+
+
+@pytest.fixture
+def unbroken(gen_config):
+    return lambda settings=None: train(gen_config(settings), Silent()).directory
+
+
+@pytest.fixture
+def stopped(gen_config, tmp_path):
+    """`stopped(step, settings)`: the run that was killed in that step."""
+
+    def run(step, settings=None):
+        before = set(tmp_path.glob("experiments/*"))
+        with pytest.raises(Kill):
+            train(gen_config(settings), StopAt(step))
+        (directory,) = set(tmp_path.glob("experiments/*")) - before
+        return directory
+
+    return run
+
+
+@pytest.fixture
+def resume(gen_config):
+    """`resume(path, settings)` goes on with the run and gives the steps that it did."""
+
+    def run(path, settings=None, at=0):
+        progress = StopAt(at)
+        train(gen_config(settings), progress, find_resume_point(path))
+        return progress.steps
+
+    return run
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return one.equal(other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def entries(run):
+    """metrics.jsonl without what a sensor has measured."""
+    return [
+        {key: value for key, value in entry.items() if not key.startswith(CLOCKED)}
+        for entry in read_metrics(run / "metrics.jsonl")
+    ]
+
+
+def assert_equal(one, other):
+    """Generator, checkpoints, metrics and manifest of the two runs."""
+    names = sorted(file.name for file in (one / "checkpoints").iterdir())
+    assert sorted(file.name for file in (other / "checkpoints").iterdir()) == names
+    for name in names:
+        first, second = (
+            torch.load(run / "checkpoints" / name, weights_only=True) for run in (one, other)
+        )
+        for key in ("state_dict", "optimizer_states", "global_step", "callbacks"):
+            assert same(first[key], second[key]), (name, key)
+    generators = [torch.load(run / GENERATOR_FILE, weights_only=True) for run in (one, other)]
+    for document in generators:
+        for key in ("started", "resumed_from"):
+            document["provenance"].pop(key)
+    assert same(*generators)
+    assert entries(one) == entries(other)
+    manifests = [read_manifest(run, GeneratorManifest) for run in (one, other)]
+    free = {"started", "seconds", "resumed_from"}
+    first, second = (manifest.model_dump(exclude=free) for manifest in manifests)
+    assert first == second
+
+
+class TestExact:
+    @pytest.mark.parametrize("step", [1, 2, 5, 6, 8])
+    def test_from_wherever_it_was_killed(self, unbroken, stopped, resume, step):
+        settings = {"training.last_every": 3, "training.val_every_epochs": 2}
+        run = stopped(step, settings)
+        done = resume(run, settings)
+        assert done[-1] == 8
+        assert step - 3 <= done[0] <= step  # no more is lost than last_every
+        assert_equal(unbroken(settings), run)
+        assert read_manifest(run, GeneratorManifest).resumed_from == [done[0] - 1]
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"decoder.dropout": 0.2, "training.condition_noise": 0.3},
+            {"trainer.accumulate_grad_batches": 2, "decoder.dropout": 0.2},
+            {"trainer.precision": "bf16-mixed"},
+            {"trainer.gradient_clip_val": 0.5, "schedule.name": "constant"},
+            {"data.val_ratio": 0.0},
+            {"training.max_steps": 7},
+            {"training.optimizer": "sgd", "training.ema_decay": 0.9},
+            {"encoder.frozen": False, "training.ema_decay": 0.9, "training.optimizer": "adam"},
+            {"encoder.frozen": False, "encoder.positions": "tokens", "encoder.max_tokens": 5},
+            {
+                "training.objective": "reconstruction-then-behaviour",
+                "training.max_steps": 4,
+                "behaviour.max_steps": 4,
+                "behaviour.batch_size": 2,
+                "encoder.frozen": False,
+            },
+        ],
+        ids=str,
+    )
+    def test_whatever_is_configured(self, unbroken, stopped, resume, settings):
+        settings = {"training.last_every": 1, **settings}
+        run = stopped(3, settings)
+        assert resume(run, settings)[0] == 3
+        assert_equal(unbroken(settings), run)
+
+    @pytest.mark.parametrize("step", [4, 6, 7])
+    def test_the_best_so_far_is_kept(self, unbroken, stopped, resume, step):
+        settings = {**WORSE_AND_WORSE, "training.last_every": 1}
+        run = stopped(step, settings)
+        resume(run, settings)
+        whole = unbroken(settings)
+        assert_equal(whole, run)
+        (best,) = (whole / "checkpoints").glob("epoch=*")
+        assert torch.load(best, weights_only=True)["global_step"] < 8
+
+    def test_a_run_may_be_killed_again_and_again(self, unbroken, stopped, resume):
+        settings = {"training.last_every": 1}
+        run = stopped(3, settings)
+        for step in (3, 5, 7):
+            with pytest.raises(Kill):
+                resume(run, settings, at=step)
+        resume(run, settings)
+        assert_equal(unbroken(settings), run)
+        assert read_manifest(run, GeneratorManifest).resumed_from == [2, 2, 4, 6]
+
+    def test_a_run_killed_before_any_checkpoint_starts_again(self, unbroken, stopped, resume):
+        run = stopped(1)
+        assert resume(run) == list(range(1, 9))
+        assert_equal(unbroken(), run)
+
+    def test_a_run_killed_after_its_last_step_writes_its_generator(
+        self, unbroken, gen_config, resume, monkeypatch, tmp_path
+    ):
+        whole = unbroken()
+
+        def kill(*_):
+            raise Kill
+
+        with monkeypatch.context() as patch, pytest.raises(Kill):
+            patch.setattr(module.Generator, "save", kill)
+            train(gen_config(), Silent())
+        (run,) = set((tmp_path / "experiments").iterdir()) - {whole}
+        assert resume(run) == []
+        assert_equal(whole, run)
+
+    def test_a_finished_run_is_left_as_it_is(self, unbroken, resume):
+        run = unbroken()
+        before = {p: p.read_bytes() for p in run.rglob("*.ckpt")}
+        assert resume(run) == []
+        assert {p: p.read_bytes() for p in run.rglob("*.ckpt")} == before
+
+    def test_what_was_trained_beyond_the_checkpoint_is_void(self, unbroken, resume, tmp_path):
+        whole = unbroken(WORSE_AND_WORSE)
+        run = shutil.copytree(whole, tmp_path / "copy")
+        (best,) = (run / "checkpoints").glob("epoch=*")
+        with pytest.raises(Kill):
+            resume(best, WORSE_AND_WORSE, at=6)
+        assert not (run / "checkpoints" / "last.ckpt").exists()
+        assert max(entry["step"] for entry in entries(run)) == 6
+        resume(run, WORSE_AND_WORSE)
+        assert_equal(whole, run)
+
+    def test_an_interrupted_run_says_how_to_go_on(self, unbroken, gen_config, resume, tmp_path):
+        class Interrupting(Silent):
+            def step(self, step):
+                if step.step == 3:
+                    signal.raise_signal(signal.SIGINT)
+
+        with pytest.raises(Interrupted) as raised:
+            train(gen_config(), Interrupting())
+        (run,) = (tmp_path / "experiments").iterdir()
+        assert str(raised.value) == (
+            "interrupted after step 3 of 8, which is saved; to go on: "
+            f"loragen gen train --resume {run}"
+        )
+        assert raised.value.exit_code == 130
+        assert read_manifest(run, GeneratorManifest).status == "interrupted"
+        assert resume(run) == [4, 5, 6, 7, 8]
+        assert_equal(unbroken(), run)
+
+    def test_from_other_directories(self, stopped, resume, gen_config, tmp_path, monkeypatch):
+        """The configuration that is kept names every source by its absolute place."""
+        monkeypatch.chdir(tmp_path)
+        run = stopped(3, {"training.last_every": 1})
+        kept = find_resume_point(run).config
+        assert all(source.run.startswith("/") for source in kept.sources)
+        monkeypatch.chdir(tmp_path.parent)
+        train(kept, Silent(), find_resume_point(run))
+
+
+class TestRefusals:
+    @pytest.fixture
+    def run(self, stopped):
+        return stopped(4, {"training.last_every": 1})
+
+    @pytest.fixture
+    def refused(self, run, resume):
+        """The problems with which the run is refused; nothing of it is touched."""
+
+        def check(settings=None):
+            before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+            with pytest.raises(UsageError) as raised:
+                resume(run, settings)
+            assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+            start = f"{run} cannot go on: "
+            assert all(problem.startswith(start) for problem in raised.value.problems)
+            return [problem.removeprefix(start) for problem in raised.value.problems]
+
+        return check
+
+    @pytest.mark.parametrize(
+        "key, value, then",
+        [
+            ("seed", 7, 42),
+            ("training.max_epochs", 9, 4),
+            ("decoder.hidden_dim", 8, 16),
+            ("data.prompts_per_condition", 2, 3),
+            ("trainer.precision", "bf16-mixed", "32-true"),
+        ],
+    )
+    def test_a_setting_that_decides_the_result(self, refused, key, value, then):
+        assert refused({key: value}) == [f"{key} is {value}, the run has {then}"]
+
+    def test_other_sources(self, refused, collection):
+        runs = [{"run": str(run)} for run in collection.runs.values()]
+        assert refused({"sources": runs[:1]}) == [
+            "the sources are animals, the run has animals, colors (order and roles count)"
+        ]
+
+    def test_other_checkpoints_and_prompts(self, refused, collection, tmp_path):
+        animals, colors = collection.runs.values()
+        other = shutil.copytree(colors, tmp_path / "other")
+        next((other / "checkpoints").iterdir()).unlink()
+        prompts = tmp_path / "prompts.jsonl"
+        prompts.write_text('{"prompt": "Which one?"}\n' * 3, encoding="utf-8")
+        sources = [{"run": str(animals), "prompts": str(prompts)}, {"run": str(other)}]
+        assert refused({"sources": sources}) == [
+            "animals has other prompts",
+            "colors has other checkpoints",
+        ]
+
+    def test_another_encoder(self, refused, sbert_dir, run):
+        manifest = read_manifest(run, GeneratorManifest)
+        text = (run / "manifest.json").read_text(encoding="utf-8")
+        changed = text.replace(manifest.encoder_fingerprint, "0" * 64)
+        (run / "manifest.json").write_text(changed, encoding="utf-8")
+        assert refused() == ["the encoder sbert has other weights"]
+
+    def test_what_does_not_decide_the_result_may_change(self, run, resume, collection, tmp_path):
+        moved = [shutil.copytree(r, tmp_path / name) for name, r in collection.runs.items()]
+        settings = {
+            "sources": [{"run": str(one)} for one in moved],
+            "data.cache_tokenized": False,
+            "training.last_every": 2,
+        }
+        assert resume(run, settings) == [4, 5, 6, 7, 8]
+
+    def test_a_run_of_lora_train(self, collection):
+        with pytest.raises(DataError, match="not the manifest of a generator run"):
+            find_resume_point(collection.runs["colors"])
