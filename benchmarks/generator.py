@@ -37,7 +37,6 @@ def geometries(tokens: int) -> dict[str, dict[str, Any]]:
     return {
         "default": {},
         "frozen": {"train_directions": False},
-        "trained": {"train_directions": True},
         "paper": {"shapes": maps},
     }
 

@@ -240,6 +240,10 @@ class TestWeights:
         assert average.module["network"].weight.item() == pytest.approx(expected)
         assert not any(p.requires_grad for p in average.parameters())
 
+    def test_gradients_are_clipped_in_mixed_precision(self, gen_config):
+        clipped = {"trainer.precision": "bf16-mixed", "trainer.gradient_clip_val": 0.5}
+        assert train(gen_config({**clipped, "training.max_steps": 2}), Silent()).manifest.steps == 2
+
     def test_in_bfloat16(self, gen_config):
         watching = Watching()
         settings = {"trainer.precision": "bf16-mixed", "training.learning_rate": 2e-2}
