@@ -1,13 +1,13 @@
 """The contest: every contestant answers every dataset's questions, on one model."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from loragen.core.adapters import attach_adapter, swap_adapter
+from loragen.core.adapters import Adapter, attach_adapter, module_scaling, swap_adapter
 from loragen.core.evaluation.bench import Bench
 from loragen.core.evaluation.columns import GENERATED, Column, contestant_class
 from loragen.core.evaluation.contestants import Contestant, Entry
@@ -81,7 +81,8 @@ def score(model: Any, bench: Bench, target: Target, entry: Entry) -> Scores:
         if entry.adapter is None:
             stack.enter_context(model.disable_adapter())
         else:
-            swap_adapter(model, entry.adapter, f"an adapter for {target.name}")
+            adapter = scaled_as(entry.adapter, bench.generator.adapter_config)
+            swap_adapter(model, adapter, f"an adapter for {target.name}")
         return evaluate(
             model,
             bench.base.tokenizer,
@@ -90,6 +91,23 @@ def score(model: Any, bench: Bench, target: Target, entry: Entry) -> Scores:
             choices=bench.options.choices,
             closed=target.closed,
         )
+
+
+def scaled_as(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
+    """The same ΔW under the scaling of `config`: only weights are swapped, and the model keeps the
+    alpha that it was attached with. Where both agree, the adapter itself."""
+    ratios = {
+        key: module_scaling(adapter.config, module) / module_scaling(config, module)
+        for key in adapter.tensors
+        for module, _, factor in [key.removeprefix("base_model.model.").rpartition(".lora_")]
+        if factor.startswith("B")
+    }
+    if all(ratio == 1 for ratio in ratios.values()):
+        return adapter
+    return Adapter(
+        dict(config),
+        {key: tensor * ratios.get(key, 1.0) for key, tensor in adapter.tensors.items()},
+    )
 
 
 def _told(outcome: Outcome) -> str:

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loragen.core.adapters import read_adapter
+from loragen.core.adapters import Adapter, attach_adapter, read_adapter, swap_adapter
 from loragen.core.checkpoints import read_checkpointed_adapter
 from loragen.core.evaluation.bench import Trained
 from loragen.core.evaluation.columns import COLUMNS, NAMES, chosen
-from loragen.core.evaluation.contest import Cell, Outcome, hold
+from loragen.core.evaluation.contest import Cell, Outcome, hold, scaled_as
 from loragen.core.evaluation.novelty import novelty
 from loragen.core.evaluation.report import lines, markdown, remarks, tables, write
 from loragen.core.evaluation.results import document
@@ -67,11 +67,34 @@ def test_a_score_is_the_one_that_lora_eval_would_give(bench, base, targets, coll
         adapter.tensors.keys()
         == read_adapter(collection.runs[targets[0].name] / "adapter").tensors.keys()
     )
-    from loragen.core.adapters import attach_adapter
-
     model = attach_adapter(base.model, adapter, "it")
     with_it = evaluate(model, base.tokenizer, rows, choices=False)
     assert outcome.cells["oracle"].scores[0].exact_match == with_it.exact_match
+
+
+@pytest.mark.parametrize(
+    "other", [{"lora_alpha": 48}, {"use_rslora": True}, {"alpha_pattern": {".*q_proj": 1}}]
+)
+def test_an_adapter_of_another_alpha_answers_with_its_own(base, collection, other):
+    ours = read_adapter(collection.runs["colors"] / "adapter")
+    theirs = Adapter({**ours.config, **other}, ours.tensors)
+    tokens = torch.arange(8).unsqueeze(0)
+
+    def logits(model):
+        with torch.inference_mode():
+            return model(tokens).logits
+
+    model = attach_adapter(base.model, theirs, "theirs")
+    expected = logits(model)
+    model.unload()
+    model = attach_adapter(base.model, ours, "ours")
+    try:
+        assert not torch.allclose(logits(model), expected)
+        swap_adapter(model, scaled_as(theirs, ours.config), "theirs")
+        torch.testing.assert_close(logits(model), expected)
+    finally:
+        model.unload()
+    assert scaled_as(ours, ours.config) is ours
 
 
 def test_only_what_lies_outside_the_interval_is_claimed(outcome, bench):
