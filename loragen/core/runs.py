@@ -93,7 +93,8 @@ class LoraRun:
 
 
 class SourceRecord(BaseModel):
-    """What a generator was trained on, or validated on, as hashes: a resumed run needs the same."""
+    """What a generator was trained on, or validated on: hashes, since a resumed run needs the same,
+    and where it lay, since an evaluation reads it again."""
 
     name: str
     checkpoints: str
@@ -102,6 +103,12 @@ class SourceRecord(BaseModel):
     """Of the prompt texts, in their order."""
     held_out: bool = False
     """A dataset of `val_sources`."""
+    place: str = ""
+    """The directory of its checkpoints, absolute; empty where an older loragen has trained."""
+    prompts_from: str | None = None
+    """What was named for its prompts, to be found from anywhere; None: the run's own dataset."""
+    count: int = 0
+    """Checkpoints learned from: the last of those there."""
 
 
 class GeneratorManifest(Manifest):

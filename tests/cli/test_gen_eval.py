@@ -44,7 +44,8 @@ def test_without_the_training_runs_what_needs_them_is_left_out(
     import torch
 
     document = torch.load(experiment / GENERATOR_FILE, weights_only=True)
-    document["provenance"]["sources"] = [str(tmp_path / "elsewhere")]
+    for record in document["provenance"]["source_records"]:
+        record["place"] = str(tmp_path / "elsewhere")
     torch.save(document, loragen.work / "moved.pt")
     moved = ("gen", "eval", "--model", "moved.pt", *arguments[4:])
     result = loragen(*moved, "--json")
@@ -56,6 +57,32 @@ def test_without_the_training_runs_what_needs_them_is_left_out(
     asked = loragen(*moved, "--columns", "nearest_adapter")
     assert asked.exit_code == 2
     assert "elsewhere" in asked.stderr
+
+
+def test_a_generator_of_peft_adapters_finds_their_prompts_again(
+    loragen, gen_config, collection, tmp_path, monkeypatch
+):
+    from loragen.core.adapters import read_adapter, write_adapter
+    from loragen.core.generator.training.train import train
+    from loragen.core.progress import Silent
+
+    adapter = read_adapter(collection.runs["colors"] / "adapter")
+    for step in (1, 2, 3):
+        write_adapter(tmp_path / "theirs" / f"step-{step}", adapter, "")
+    prompts = shutil.copy(collection.file("colors"), tmp_path / "prompts.jsonl")
+    monkeypatch.chdir(tmp_path)
+    source = {"checkpoints": "theirs", "prompts": prompts.name}
+    run = train(gen_config({"sources": [source], "data.max_checkpoints": 2}), Silent())
+    (record,) = run.manifest.source_records
+    assert (record.place, record.prompts_from) == (str(tmp_path / "theirs"), str(prompts))
+    assert record.count == 2
+    monkeypatch.chdir(loragen.work)
+    wanted = ("--dataset", collection.file("colors"), "--limit", 4, "--draws", 2)
+    result = loragen("gen", "eval", "--model", run.directory, *wanted, "--json")
+    assert result.exit_code == 0, result.output
+    results = json.loads(result.stdout)
+    assert "nearest_adapter" in results["columns"]
+    assert results["datasets"][0]["novelty"]["nearest"] in ("theirs/step-2", "theirs/step-3")
 
 
 def test_a_folder_of_two_splits_can_have_an_oracle(loragen, experiment, collection):

@@ -3,20 +3,22 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from loragen.core.adapters import Adapter
 from loragen.core.base_models import BaseModel
-from loragen.core.config.gen_schema import SourceSection
+from loragen.core.config.gen_schema import GenData, SourceSection
 from loragen.core.errors import UsageError
 from loragen.core.evaluation.targets import Target
 from loragen.core.files import sha256_text
+from loragen.core.generator.collections.places import PromptDirectories
 from loragen.core.generator.collections.sources import Collection, read_source
 from loragen.core.generator.inference.draws import draw_prompts
 from loragen.core.generator.model import Generator
+from loragen.core.runs import SourceRecord
 
 PROMPTS_PER_CENTRE = 32
 ALL_CHECKPOINTS = 2**31
@@ -92,11 +94,27 @@ class Bench:
 
 
 def training_sources(generator: Generator) -> list[Collection]:
-    """The datasets that the generator was trained on, through the manifests of their runs.
+    """The datasets that the generator was trained on, with the checkpoints and the prompts that it
+    saw.
 
-    Raises LoragenError where one is not there any more, or is no run of `lora train`.
+    Raises LoragenError where one is not there any more.
     """
-    places = generator.provenance.get("sources", [])
-    if not places:
+    found = _recorded(generator.provenance)
+    if not found:
         raise UsageError("the generator's file does not name the runs that it learned from")
-    return [read_source(SourceSection(checkpoints=place), ALL_CHECKPOINTS) for place in places]
+    prepared = PromptDirectories(GenData(samples_per_prompt=generator.samples_per_prompt))
+    return [read_source(source, count, prepared) for source, count in found]
+
+
+def _recorded(provenance: Mapping[str, Any]) -> list[tuple[SourceSection, int]]:
+    """Each source and how many checkpoints of it were learned from; a file of an older loragen
+    knows only where they lie."""
+    records = [SourceRecord.model_validate(one) for one in provenance.get("source_records", [])]
+    learned = [one for one in records if not one.held_out]
+    if learned and all(one.place for one in learned):
+        return [
+            (SourceSection(checkpoints=one.place, prompts=one.prompts_from), one.count)
+            for one in learned
+        ]
+    places = provenance.get("sources", [])
+    return [(SourceSection(checkpoints=place), ALL_CHECKPOINTS) for place in places]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loragen.core.config.gen_schema import GenData, GenTrainConfig, SourceSection
-from loragen.core.data.documents import parsed_source
+from loragen.core.data.documents import location, parsed_source
 from loragen.core.data.prepare import Groups, PreparedPrompts, read_prepared
 from loragen.core.errors import LoragenError, UsageError, listing
 from loragen.core.files import natural_key
@@ -99,6 +99,16 @@ def directory_of(source: SourceSection) -> Path:
         kind = "run directory" if source.run is not None else "directory of checkpoints"
         raise UsageError(f"{directory}: no such {kind}")
     return directory
+
+
+def located(source: SourceSection, data: GenData) -> SourceSection:
+    """The same places, with the prompts that `data` names, absolute: found from any directory and
+    without the configuration."""
+    prompts = source.prompts if source.prompts is not None else data.prompts
+    return SourceSection(
+        checkpoints=str(directory_of(source).absolute()),
+        prompts=None if prompts is None else location(parsed_source(prompts)),
+    )
 
 
 class PromptDirectories:

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from loragen.core.generator.collections.places import (
     PromptDirectories,
     configured_sources,
     directory_of,
+    located,
 )
 from loragen.core.generator.collections.texts import (
     Texts,
@@ -57,6 +58,8 @@ class Collection:
     """The rows that each step was trained on, where checkpoints are to be paired with them."""
     rows: str | None = None
     """The dataset with its labels, which only the behaviour of an adapter needs; None: unknown."""
+    origin: SourceSection | None = field(default=None, compare=False)
+    """Where it was found, to be found again; one collection can be named in several ways."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,14 @@ def read_source(
     base = str(adapter.config.get("base_model_name_or_path"))
     prompts = _prompts(groups) if groups else read_prompts(parsed_source(str(config.prompts)))
     return Collection(
-        directory.name, checkpoints, prompts, adapter.config, base, groups, rows=config.prompts
+        directory.name,
+        checkpoints,
+        prompts,
+        adapter.config,
+        base,
+        groups,
+        rows=config.prompts,
+        origin=located(config, prepared.data),
     )
 
 
@@ -140,6 +150,7 @@ def _from_run(
         groups,
         traced_run(run).provenance if tracked else None,
         rows=manifest.dataset.path or None,
+        origin=located(config, prepared.data),
     )
 
 
@@ -231,10 +242,19 @@ def prepared(
                     of.held_out,
                     of.tracked,
                     () if encoder.frozen else of.texts,
-                    SourceRecord(name=source.name, checkpoints=key, prompts=of.sha256),
+                    _record(source, key, of.sha256),
                 )
             )
         yield ready
+
+
+def _record(source: Collection, checkpoints: str, prompts: str) -> SourceRecord:
+    record = SourceRecord(name=source.name, checkpoints=checkpoints, prompts=prompts)
+    if source.origin:
+        record.place = str(source.origin.checkpoints)
+        record.prompts_from = source.origin.prompts
+        record.count = len(source.checkpoints)
+    return record
 
 
 @contextmanager
