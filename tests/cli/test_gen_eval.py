@@ -52,8 +52,13 @@ def test_without_the_training_runs_what_needs_them_is_left_out(
     assert result.exit_code == 0, result.output
     assert "warning: without the training runs" in result.stderr
     results = json.loads(result.stdout)
-    assert results["columns"] == ["base", "mean_adapter", "few_shot", "generated"]
+    assert results["columns"] == [
+        "base", "mean_adapter", "few_shot", "random_prompts", "generated",
+    ]  # fmt: skip
     assert results["novelty"] is None
+    first = ("gen", "eval", "--model", "moved.pt", *arguments[4:6], "--limit", 4, "--json")
+    alone = json.loads(loragen(*first).stdout)
+    assert alone["columns"] == ["base", "mean_adapter", "few_shot", "generated"]
     asked = loragen(*moved, "--columns", "nearest_adapter")
     assert asked.exit_code == 2
     assert "elsewhere" in asked.stderr
@@ -110,6 +115,18 @@ def test_a_folder_of_two_splits_can_have_an_oracle(loragen, experiment, collecti
 )
 def test_what_cannot_start_is_a_usage_error(fails, arguments, more, message):
     assert message in fails(2, *arguments, *more)
+
+
+def test_too_few_prompts_are_told_before_anything_is_trained(loragen, fails, experiment):
+    line = json.dumps({"prompt": "One?", "response": "one"}) + "\n"
+    for split in ("train", "test"):
+        place = loragen.work / "data" / "single" / f"{split}.jsonl"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(line, encoding="utf-8")
+    wanted = ("--dataset", "single", "--data-root", "data", "--oracle", "--multi-task")
+    problem = fails(2, "gen", "eval", "--model", experiment, *wanted)
+    assert "5 random draws of 1 prompts each need more than 1 prompts" in problem
+    assert not (loragen.work / ".loragen-cache").exists()
 
 
 def test_an_oracle_needs_labels_of_its_own(fails, arguments):

@@ -68,9 +68,7 @@ class Bench:
 
         Raises UsageError where there are too few prompts for draws to differ.
         """
-        options = self.options
-        usual = self.generator.usual_prompts
-        return draw_prompts(target.prompts, options.draws, options.prompts, options.seed, usual)
+        return drawn(target, self.generator, self.options)
 
     def mean_adapter(self) -> Adapter:
         """The mean of all training checkpoints, which the generator's normalisation holds."""
@@ -91,6 +89,12 @@ class Bench:
             weights = mask.unsqueeze(-1).to(embeddings)
             self._centres[key] = (embeddings * weights).sum((0, 1)) / weights.sum()
         return self._centres[key]
+
+
+def drawn(target: Target, generator: Generator, options: Options) -> list[list[str]]:
+    """`Bench.draws`, before there is a bench."""
+    usual = generator.usual_prompts
+    return draw_prompts(target.prompts, options.draws, options.prompts, options.seed, usual)
 
 
 def training_sources(generator: Generator) -> list[Collection]:

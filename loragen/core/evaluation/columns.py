@@ -24,6 +24,12 @@ class Column(NamedTuple):
     """Trains a LoRA first, and so only on demand."""
     needs_sources: bool = False
     """Reads the generator's training runs, which may be on another machine."""
+    if_alone: bool = False
+    """Needs them only where a single dataset is evaluated: of several, another one serves."""
+
+    def reads_sources(self, datasets: int) -> bool:
+        """In an evaluation of as many datasets."""
+        return self.needs_sources and (datasets == 1 or not self.if_alone)
 
 
 _HERE = "loragen.core.evaluation.contestants"
@@ -34,7 +40,13 @@ COLUMNS = (
     Column("nearest_adapter", "nearest", f"{_HERE}:NearestAdapter", needs_sources=True),
     Column(MULTI_TASK, "multi-task", f"{_HERE}:MultiTask", trains=True, needs_sources=True),
     Column("few_shot", "{shots}-shot", f"{_HERE}:FewShot"),
-    Column("random_prompts", "random prompts", f"{_HERE}:RandomPrompts", needs_sources=True),
+    Column(
+        "random_prompts",
+        "random prompts",
+        f"{_HERE}:RandomPrompts",
+        needs_sources=True,
+        if_alone=True,
+    ),
     Column(GENERATED, "generated", f"{_HERE}:Generated"),
     Column(ORACLE, "oracle", f"{_HERE}:Oracle", trains=True, needs_sources=True),
 )

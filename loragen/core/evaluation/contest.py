@@ -45,8 +45,6 @@ def hold(bench: Bench, columns: Sequence[Column], targets: Sequence[Target]) -> 
     Raises LoragenError where an adapter does not fit the base, UsageError where a dataset has too
     few prompts.
     """
-    for target in targets:
-        bench.draws(target)  # too few prompts are told before anything is computed
     contestants: dict[str, Contestant] = {
         column.name: contestant_class(column)(bench) for column in columns
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 from loragen.core.base_models import load_base
 from loragen.core.errors import LoragenError
-from loragen.core.evaluation.bench import Bench, Options, training_sources
+from loragen.core.evaluation.bench import Bench, Options, drawn, training_sources
 from loragen.core.evaluation.columns import MULTI_TASK, ORACLE, Column
 from loragen.core.evaluation.contest import hold
 from loragen.core.evaluation.novelty import novelty
@@ -40,9 +40,13 @@ def evaluate_generator(
     """
     quiet_libraries()
     generator = Generator.load(file)
+    for target in targets:
+        drawn(target, generator, options)  # too few prompts are told before anything is trained
     strict = strict or any(column.trains for column in columns)
-    sources = _sources(generator, strict and any(column.needs_sources for column in columns))
-    left = [column for column in columns if sources or not column.needs_sources]
+    sources = _sources(
+        generator, strict and any(column.reads_sources(len(targets)) for column in columns)
+    )
+    left = [column for column in columns if sources or not column.reads_sources(len(targets))]
     names = [column.name for column in left]
     base = load_base(base_model or generator.base_model)
     multi_task = train_multi_task(sources, base, cache, progress) if MULTI_TASK in names else None
@@ -60,7 +64,8 @@ def _sources(generator: Generator, required: bool) -> list[Collection]:
         if required:
             raise
         log.warning(
-            "without the training runs there is no nearest adapter, random prompts or novelty: %s",
+            "without the training runs there is no nearest adapter, no novelty and, for a single "
+            "dataset, no random prompts: %s",
             error.problems[0],
         )
         return []

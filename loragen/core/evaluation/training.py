@@ -7,6 +7,7 @@ what is done already; so the cache may be deleted at any time.
 import json
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from loragen.core.base_models import BaseModel
@@ -20,6 +21,7 @@ from loragen.core.evaluation.targets import Target
 from loragen.core.files import sha256_text, write_text
 from loragen.core.generator.collections.sources import Collection
 from loragen.core.lora.collect import Task, finished_run
+from loragen.core.lora.precision import base_dtype, load_training_base
 from loragen.core.lora.train import train
 from loragen.core.metrics_log import METRICS, read_metrics
 from loragen.core.plugins import create
@@ -47,7 +49,7 @@ def train_multi_task(
         write_text(file, text)
     together = sum(run.manifest.max_steps for run, _ in runs)
     config = multi_task_config(_recipe(runs[0][1], base, cache), MOST_STEPS * together)
-    run = _trained_once(config, "multi-task", file, base, progress)
+    run = _trained_once(config, "multi-task", file, _TrainingBase(config, base), progress)
     return Trained(best_checkpoint(run.directory), run.manifest.seconds or 0.0, _steps(run))
 
 
@@ -63,10 +65,10 @@ def train_oracles(
     _, config = read_run(run_directory_of(sources[0].checkpoints[0]))
     config = _recipe(config, base, cache)
     config.checkpoints = Checkpoints(first_step=config.training.max_steps, optimizer="none")
-    found = {}
+    computing, found = _TrainingBase(config, base), {}
     for target in targets:
         assert target.train_source is not None
-        run = _trained_once(config, target.name, target.train_source, base, progress)
+        run = _trained_once(config, target.name, target.train_source, computing, progress)
         found[target.key] = Trained(run.directory, run.manifest.seconds or 0.0, _steps(run))
     return found
 
@@ -102,11 +104,33 @@ def _recipe(config: LoraTrainConfig, base: BaseModel, cache: Path) -> LoraTrainC
     own = config.model_copy(deep=True)
     own.base_model, own.runs_dir = base.name, str(cache / "runs")
     own.final_model, own.track_batches, own.loggers = "none", False, {}
+    own.data.skip_bad_rows = True  # who minds them has been told when the targets were read
     return own
 
 
+class _TrainingBase:
+    """The base in the dtype in which `lora train` would have it, loaded when something trains; the
+    evaluated one itself where that computes so already."""
+
+    def __init__(self, config: LoraTrainConfig, evaluated: BaseModel) -> None:
+        self.config, self.evaluated = config, evaluated
+
+    @cached_property
+    def loaded(self) -> BaseModel:
+        config, model = self.config, self.evaluated.model
+        if config.base_quantization == "none" and model.dtype == base_dtype(config, model):
+            return self.evaluated
+        return load_training_base(config)
+
+    @property
+    def fingerprint(self) -> str:
+        """As the manifest of what it trains has it: of the stored weights, or the quantized."""
+        stored = self.config.base_quantization == "none"
+        return (self.evaluated if stored else self.loaded).fingerprint
+
+
 def _trained_once(
-    config: LoraTrainConfig, name: str, source: Source, base: BaseModel, progress: Progress
+    config: LoraTrainConfig, name: str, source: Source, base: _TrainingBase, progress: Progress
 ) -> LoraRun:
     task = Task(name, name, source)
     known = finished_run(config, task)
@@ -114,7 +138,7 @@ def _trained_once(
         log.info("%s: trained before, %s", name, known.directory)
         return known
     try:
-        return train(config, name, source, base, progress)
+        return train(config, name, source, base.loaded, progress)
     finally:
         progress.stop()
 

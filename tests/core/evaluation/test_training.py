@@ -1,8 +1,11 @@
 """The opponents that are trained: once, on what they should be, the best of them."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
+import torch
 
 from loragen.core.config import LoraTrainConfig
 from loragen.core.data.rows import read_rows
@@ -14,7 +17,7 @@ from loragen.core.evaluation.training import (
     train_oracles,
 )
 from loragen.core.progress import Silent
-from loragen.core.runs import LoraManifest, read_manifest, run_directory_of
+from loragen.core.runs import LoraManifest, checkpoint_files, read_manifest, run_directory_of
 from tests.conftest import ANIMALS, COLORS, rows_of, write_lines
 
 
@@ -64,3 +67,23 @@ def test_an_oracle_learns_the_train_split_and_other_data_train_another(
         write_lines(root / "colors" / "train.jsonl", rows_of(COLORS, 9))
     again = train_oracles(found, bench().sources, base, cache, Silent())
     assert (again == first) is not changed
+
+
+def test_an_oracle_is_trained_on_the_base_in_the_dtype_of_lora_train_and_found_again(
+    bench, base, collection, tmp_path
+):
+    run = shutil.copytree(collection.runs["colors"], tmp_path / "run")
+    text = (run / "config.yaml").read_text("utf-8")
+    assert "base_dtype: auto" in text
+    half = text.replace("base_dtype: auto", "base_dtype: bfloat16")
+    (run / "config.yaml").write_text(half, encoding="utf-8")
+    sources = [replace(bench().sources[1], checkpoints=checkpoint_files(run))]
+    for split in ("train", "test"):
+        file = write_lines(tmp_path / "data" / "colors" / f"{split}.jsonl", rows_of(COLORS, 12))
+        file.write_text(file.read_text("utf-8") + "no row\n", encoding="utf-8")
+    found = find_targets(["colors"], tmp_path / "data", skip_bad_rows=True)
+    first = train_oracles(found, sources, base, tmp_path / "cache", Silent())
+    manifest = read_manifest(first["all", "colors"].path, LoraManifest)
+    assert (manifest.base_dtype, manifest.dataset.rows) == ("bfloat16", 12)
+    assert base.model.dtype == torch.float32
+    assert train_oracles(found, sources, base, tmp_path / "cache", Silent()) == first
