@@ -5,13 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loragen.core.evaluation.columns import GENERATED, titles
+from loragen.core.evaluation.measures import MEASURES
 from loragen.core.files import write_json, write_text
-
-MEASURES = {
-    "accuracy": "exact match",
-    "choice_accuracy": "choice accuracy",
-    "format_validity": "format validity",
-}
 
 
 class Line(NamedTuple):
@@ -29,7 +24,7 @@ class Table(NamedTuple):
 
 def lines(document: Mapping[str, Any]) -> list[Line]:
     """The groups, where there are several; else the datasets and their average."""
-    keys = (*MEASURES, "interval", "beats", "beaten_by")
+    keys = (*(measure.name for measure in MEASURES), "interval", "beats", "beaten_by")
     groups = list(document["accuracy"])
     averages = {
         group: {key: document[key][group] for key in keys if group in document.get(key, {})}
@@ -47,11 +42,11 @@ def tables(document: Mapping[str, Any]) -> Iterator[Table]:
     """A table for each measure that some line has, and one of what the adapters cost."""
     names, above = document["columns"], titles(document["options"]["shots"])
     header = [above[name] for name in names]
-    for measure, title in MEASURES.items():
-        with_it = [line for line in lines(document) if measure in line.told]
+    for measure in MEASURES:
+        with_it = [line for line in lines(document) if measure.name in line.told]
         if with_it:
-            rows = [[line.name, *_cells(line, measure, names)] for line in with_it]
-            yield Table([title, *header], rows)
+            rows = [[line.name, *_cells(line, measure.name, names)] for line in with_it]
+            yield Table([measure.title, *header], rows)
     obtain = document["seconds"]["obtain"]
     seconds = ["-" if obtain[name] is None else f"{obtain[name]:.3g}" for name in names]
     yield Table(["seconds to obtain", *header], [["an adapter", *seconds]])
@@ -63,16 +58,18 @@ def remarks(document: Mapping[str, Any]) -> list[str]:
     said = [_claim(line, above) for line in lines(document) if "beats" in line.told]
     seconds, novelty = document["seconds"], document["novelty"]
     if seconds["ratio"]:
+        how = f" ({seconds['trained']})" if "trained" in seconds else ""
         said.append(
-            f"cost: {seconds['train_adapter']:.3g} s to train an adapter, "
+            f"cost: {seconds['train_adapter']:.3g} s to train an adapter{how}, "
             f"{seconds['generate_adapter']:.3g} s to generate one: {seconds['ratio']:.0f} to 1"
         )
     if novelty:
-        within = novelty["within_a_dataset"]
+        within, few = novelty["within_a_dataset"], novelty.get("checkpoints_of_each")
+        looked = f" (of {few} of each dataset's, evenly spaced)" if few else ""
         said += [
             f"novelty{_of(group, novelty['groups'])}: the generated ΔW is {of['to_nearest']:.3g} "
-            f"from the nearest training checkpoint and {of['to_mean']:.3g} from the mean adapter; "
-            f"checkpoints of one dataset are {within:.3g} from their mean"
+            f"from the nearest training checkpoint{looked} and {of['to_mean']:.3g} from the "
+            f"mean adapter; checkpoints of one dataset are {within:.3g} from their mean"
             for group, of in novelty["groups"].items()
         ]
     if GENERATED in document["columns"]:
@@ -123,7 +120,8 @@ def _drawn(document: Mapping[str, Any]) -> str:
     prompts = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     return (
         f"generated: the mean of {draws} adapters a dataset, each from {prompts} prompts without "
-        f"labels out of {places}; [95 % interval]"
+        f"labels out of {places}; [95 % interval], compared with the other columns' values as they "
+        "stand, without an interval of their own"
     )
 
 

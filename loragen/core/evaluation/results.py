@@ -11,16 +11,10 @@ from loragen.core.evaluation.bench import Bench
 from loragen.core.evaluation.columns import GENERATED
 from loragen.core.evaluation.contest import Cell, Outcome
 from loragen.core.evaluation.intervals import interval
+from loragen.core.evaluation.measures import MEASURES
 from loragen.core.evaluation.novelty import Spread
 from loragen.core.generator.collections.sources import Collection
 from loragen.core.runs import LoraManifest, read_manifest, run_directory_of
-
-MEASURES = {
-    "accuracy": "exact_match",
-    "choice_accuracy": "choice_accuracy",
-    "format_validity": "format_validity",
-}
-"""Name in the results -> field of `Scores`."""
 
 
 def document(outcomes: Sequence[Outcome], bench: Bench, spread: Spread | None) -> dict[str, Any]:
@@ -48,12 +42,13 @@ def _summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Of one dataset, or averaged over several: a measure that some dataset lacks is left out."""
     columns = list(outcomes[0].cells)
     told: dict[str, Any] = {}
-    for measure, field in MEASURES.items():
+    for measure in MEASURES:
         of = {
-            name: _values([outcome.cells[name] for outcome in outcomes], field) for name in columns
+            name: _values([outcome.cells[name] for outcome in outcomes], measure.field)
+            for name in columns
         }
         if None not in of.values():
-            told[measure] = {
+            told[measure.name] = {
                 name: round(fmean(map(fmean, values or ())), 4) for name, values in of.items()
             }
     if GENERATED in columns:

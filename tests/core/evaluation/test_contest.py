@@ -108,6 +108,24 @@ def test_only_what_lies_outside_the_interval_is_claimed(outcome, bench):
     )
 
 
+def test_what_only_some_evaluations_know_is_told_where_it_is_known(outcome, bench):
+    results = told([outcome({"base": [0.1], "generated": [0.5, 0.6]})], bench())
+    results["novelty"] = {
+        "within_a_dataset": 1.0,
+        "groups": {"all": {"to_nearest": 2.0, "to_mean": 3.0}},
+    }
+    results["seconds"] |= {"train_adapter": 4.0, "generate_adapter": 2.0, "ratio": 2.0}
+    plain = "\n".join(remarks(results))
+    assert "cost: 4 s to train an adapter, 2 s" in plain
+    assert "from the nearest training checkpoint and 3 from the mean" in plain
+    assert "compared with the other columns' values as they stand" in plain
+    results["novelty"]["checkpoints_of_each"] = 5
+    results["seconds"]["trained"] = "side by side"
+    more = "\n".join(remarks(results))
+    assert "an adapter (side by side), 2 s" in more
+    assert "checkpoint (of 5 of each dataset's, evenly spaced) and 3 from the mean" in more
+
+
 def test_equal_values_beat_nobody(outcome, bench):
     made = {"base": [1 / 3], "generated": [1 / 3, 1 / 3]}
     results = told([outcome(made)], bench())
