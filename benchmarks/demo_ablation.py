@@ -4,9 +4,12 @@
     python benchmarks/demo_ablation.py demo-out \
         --variant "reconstruction: training.objective=reconstruction" \
         --variant "behaviour: training.objective=behaviour behaviour.max_steps=800"
+    python benchmarks/demo_ablation.py demo-out --hold-out legs --hold-out list
 
 Every variant is the demo's own configuration with the settings named changed. It is trained on the
-runs in `demo-out/runs` and judged as in the demo: exact match on creatures that no training row
+runs in `demo-out/runs`, with `--hold-out` on those of them that have nothing to do with an
+attribute or style, once for each that is named; the new combinations are then all that have. It is
+judged as in the demo: exact match on creatures that no training row
 names, the mean over 5 draws of 16 prompts, with the 95 % interval. One JSON line per variant.
 """
 
@@ -14,6 +17,9 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +29,13 @@ from loragen.core.evaluation.bench import Bench, Options
 from loragen.core.evaluation.columns import GENERATED, chosen
 from loragen.core.evaluation.contest import hold
 from loragen.core.evaluation.results import document
+from loragen.core.evaluation.targets import Target
 from loragen.core.generator.model import Generator
 from loragen.core.generator.training.train import train
 from loragen.core.progress import Silent
 from loragen.demo import settings
 from loragen.demo.run import Demo, choose_targets
-from loragen.demo.world import World
+from loragen.demo.world import PAIRS, World
 
 
 def main() -> None:
@@ -36,21 +43,36 @@ def main() -> None:
     parser.add_argument("demo", type=Path, help="The --out of a demo.")
     parser.add_argument("--seed", type=int, help="Of that demo; as its results.json says.")
     parser.add_argument("--variant", action="append", default=[], help="NAME: KEY=VALUE ...")
+    parser.add_argument("--hold-out", action="append", default=[], help="An attribute or a style.")
     parser.add_argument("--draws", type=int, default=5)
     arguments = parser.parse_args()
     seed = arguments.seed
     if seed is None:
         seed = json.loads((arguments.demo / "results.json").read_text(encoding="utf-8"))["seed"]
     world = World.load(arguments.demo / "world.yaml")
-    demo = Demo(arguments.demo, seed, world, print, Silent())
-    for variant in arguments.variant or ["as it is:"]:
+    for part, variant in product(arguments.hold_out or [None], arguments.variant or ["as it is:"]):
         name, _, changed = variant.partition(":")
-        print(json.dumps({"variant": name, **judged(demo, changed.split(), arguments.draws)}))
+        demo = Demo(arguments.demo, seed, without(world, seed, part), print, Silent())
+        targets = [one for one in choose_targets(demo) if is_asked(one, part)]
+        found = judged(demo, targets, changed.split(), arguments.draws)
+        print(json.dumps({"variant": name, "held_out": part, **found}), flush=True)
 
 
-def judged(demo: Demo, changed: list[str], draws: int) -> dict[str, Any]:
+def without(world: World, seed: int, part: str | None) -> World:
+    """The world with all pairs of an attribute or style held out, beside those that were."""
+    kept = world.held_out_pairs(seed)
+    return replace(world, held_out=tuple(p for p in PAIRS if p in kept or part in p))
+
+
+def is_asked(target: Target, part: str | None) -> bool:
+    return part is None or target.group == "new_wording" or part in target.name.split("-")
+
+
+def judged(demo: Demo, targets: Sequence[Target], changed: list[str], draws: int) -> dict[str, Any]:
     """A generator with other settings: seconds of its training, accuracies and intervals."""
-    runs = sorted(path for path in (demo.out / "runs").iterdir() if path.is_dir())
+    names = [pair.name for pair in demo.world.training_pairs(demo.seed)]
+    folders = sorted(path for path in (demo.out / "runs").iterdir() if path.is_dir())
+    runs = [path for path in folders if path.name.partition("_lora_")[0] in names]
     with tempfile.TemporaryDirectory() as place:
         standard = settings.generator_config(Path(place), demo.out / "cache", runs, demo.seed)
         file = Path(place) / "generator.yaml"
@@ -61,8 +83,9 @@ def judged(demo: Demo, changed: list[str], draws: int) -> dict[str, Any]:
         seconds = time.perf_counter() - started
     options = Options(prompts=settings.PROMPTS, draws=draws, choices=False)
     bench = Bench(load_base(DEMO), generator, options=options)
-    results = document(hold(bench, chosen([GENERATED]), choose_targets(demo)), bench, None)
+    results = document(hold(bench, chosen([GENERATED]), targets), bench, None)
     return {
+        "datasets": len(runs),
         "train_seconds": round(seconds, 1),
         **{split: of[GENERATED] for split, of in results["accuracy"].items()},
         "interval": {split: of[GENERATED] for split, of in results["interval"].items()},

@@ -16,11 +16,12 @@ from loragen.demo.run import SPLITS, run
 from loragen.demo.world import WORLD_FILE
 
 STEPS = 2
+DATASETS = 6  # of 38
 
 
 @pytest.fixture
 def few_steps(monkeypatch):
-    """The same recipes, cut short."""
+    """The same recipes, cut short, on fewer datasets."""
 
     def shorten(name):
         recipe = getattr(settings, name)
@@ -39,6 +40,10 @@ def few_steps(monkeypatch):
     for name in ("adapter_config", "oracle_config", "multi_task_config", "generator_config"):
         shorten(name)
     monkeypatch.setattr(world, "TRAIN_REPEATS", 1)
+    all_pairs = world.World.training_pairs
+    monkeypatch.setattr(
+        world.World, "training_pairs", lambda self, seed: all_pairs(self, seed)[:DATASETS]
+    )
 
 
 def test_the_whole_path_with_a_world_of_ones_own(few_steps, tmp_path):
@@ -59,7 +64,7 @@ def test_the_whole_path_with_a_world_of_ones_own(few_steps, tmp_path):
         assert tuple(columns) == NAMES
         assert all(0 <= value <= 1 for value in columns.values())
     assert (out / "results.png").stat().st_size > 10_000
-    assert len(list((out / "runs").iterdir())) == 38
+    assert len(list((out / "runs").iterdir())) == DATASETS
     assert (out / "world.yaml").read_text(encoding="utf-8") == file.read_text(encoding="utf-8")
     for split in ("train", "test"):
         assert (out / "data" / "color-word" / f"{split}.jsonl").is_file()
