@@ -203,9 +203,7 @@ class Generator:
         try:
             version = document["format_version"]
             if version < FORMAT_VERSION:
-                raise DataError(
-                    f"{file}: format {version} is of an earlier loragen; train it again"
-                )
+                raise DataError(f"format {version} is an earlier loragen's; train it again")
             if version > FORMAT_VERSION:
                 raise DataError(f"format {version} is newer than this loragen; upgrade it")
             return cls._from_document(document, experiment_name(file))
