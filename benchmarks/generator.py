@@ -214,7 +214,7 @@ def _generate(job: dict[str, Any]) -> dict[str, Any]:
         one = job["datasets"][round_ % len(job["datasets"])]
         output = Path(job["folder"]) / "generated"
         prompts = one["other_prompts"][: job["prompts"]]
-        seconds.append(infer(generator, prompts, output, overwrite=round_ > 0).seconds)
+        seconds.append(infer(generator, prompts, output, overwrite=True).seconds)
         started = time.perf_counter()
         generator.embed(prompts)
         embedded = time.perf_counter()

@@ -28,9 +28,10 @@ SECONDS_BETWEEN_LINES = 10.0
 
 def analyze(
     paths: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(help="Runs, folders of runs, of checkpoints or adapters, or single files."),
-    ],
+    ] = None,
+    checkpoint_dir: Annotated[list[Path] | None, typer.Option(hidden=True)] = None,
     every: Annotated[
         bool, typer.Option("--all", help="Every module and checkpoint, however many.")
     ] = False,
@@ -45,7 +46,10 @@ def analyze(
 
     docs/analysis.md explains every number. Exits with 1 where a tensor is not finite.
     """
-    for path in paths:
+    places = [*(paths or ()), *(checkpoint_dir or ())]
+    if not places:
+        raise UsageError("nothing to analyse: name a run, a folder of runs, an adapter or a file")
+    for path in places:
         if not path.exists():
             raise UsageError(f"{path}: no checkpoints or adapters there")
     if html is not None:
@@ -53,7 +57,7 @@ def analyze(
 
     from loragen.core.analysis.analyze import analyze as analyze_paths
 
-    analysis = analyze_paths(paths, Told())
+    analysis = analyze_paths(places, Told())
     if html is not None:
         from loragen.core.analysis.page import write_page
 

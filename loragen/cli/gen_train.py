@@ -75,7 +75,7 @@ def train(
             render.answer_json({"config": work.config.model_dump(), "decoder": decoder.document()})
         else:
             render.note(anatomy_text(decoder))
-            render.answer(dump(resolved).rstrip())
+            render.answer(dump(work.config).rstrip())
         return
     made = _trained(resolved, point)
     if json:

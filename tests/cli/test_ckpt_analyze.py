@@ -34,6 +34,14 @@ def test_one_json_document(loragen, run):
     assert result.stderr == ""
 
 
+def test_the_original_spelling_works_and_nothing_named_is_told(loragen, run):
+    result = loragen("ckpt", "analyze", "--checkpoint_dir", run / "checkpoints", "--json")
+    assert json.loads(result.stdout)["collections"][0]["checkpoints"] == 4
+    result = loragen("ckpt", "analyze")
+    assert result.exit_code == 2
+    assert "nothing to analyse: name a run" in result.stderr
+
+
 def test_several_collections_are_compared(loragen, collection):
     result = loragen("ckpt", "analyze", *collection.runs.values(), "--json")
     document = json.loads(result.stdout)

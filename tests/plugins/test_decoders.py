@@ -60,6 +60,18 @@ def test_the_papers_geometry_keeps_the_contract(shapes):
     check_decoder(find("decoder", "hyperconv"), shapes=shapes)
 
 
+def test_the_papers_geometry_computes_in_float64_too():
+    shape = grid()
+    module = create("decoder", "hyperconv", {"shapes": [(3, 2, 4), (24, 2, 4)]}, 6, shape).double()
+    mask = torch.ones(2, 5, 2, dtype=torch.bool)
+    assert module(torch.randn(2, 5, 2, 6).double(), mask).dtype == torch.float64
+
+
+def test_options_of_the_other_geometry_are_refused():
+    with pytest.raises(ValueError, match="dropout and shapes"):
+        find("decoder", "hyperconv").Config(shapes=[(3, 2, 4), (24, 2, 4)], dropout=0.1)
+
+
 def test_a_last_map_that_is_too_small_is_refused():
     with pytest.raises(ValueError, match="has 95 values, the adapter needs 24 tokens x 8 = 192"):
         create("decoder", "hyperconv", {"shapes": [(3, 2, 4), (19, 1, 5)]}, 6, grid())

@@ -171,3 +171,12 @@ class GenTrainConfig(Section):
     schedule: ScheduleSection = ScheduleSection(name="cosine")
     loggers: Loggers = Field({"tensorboard": {}, "swanlab": {}})
     trainer: Trainer = Trainer()
+
+    @model_validator(mode="after")
+    def _wide_enough(self) -> "GenTrainConfig":
+        if self.trainer.precision == "bf16-true":
+            raise ValueError(
+                "trainer.precision bf16-true would round the adapters to be learned; bf16-mixed "
+                "computes in bfloat16 and keeps them"
+            )
+        return self

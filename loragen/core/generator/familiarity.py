@@ -67,9 +67,9 @@ class Familiarity:
     reach: float
 
     @classmethod
-    def fit(cls, datasets: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> "Familiarity":
+    def fit(cls, datasets: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> "Familiarity | None":
         """Of (name, embeddings ``[texts, positions, dim]``, mask ``[texts, positions]``), one
-        dataset in memory at a time."""
+        dataset in memory at a time. None where a single text was seen: there is no measure."""
         names, centres, variances, counts = [], [], [], []
         for name, embeddings, mask in datasets:
             arrays = (torch.from_numpy(np.array(array)) for array in (embeddings, mask))
@@ -84,8 +84,8 @@ class Familiarity:
             [(v if n > 1 else typical) / n for v, n in zip(variances, counts, strict=True)]
         )
         stacked = torch.stack(centres)
-        apart = _largest_gap(stacked, noise)
-        return cls(names, stacked, noise, typical, max(apart, LEAST_REACH * typical**0.5))
+        reach = max(_largest_gap(stacked, noise), LEAST_REACH * typical**0.5)
+        return cls(names, stacked, noise, typical, reach) if reach > 0 else None
 
     def distance(self, condition: Tensor, mask: Tensor) -> Distance:
         """Of embedded prompts, ``[texts, positions, dim]`` and their mask."""
@@ -94,9 +94,8 @@ class Familiarity:
         squares = (self.centres - texts.mean(0)).square().sum(1) - self.noise
         squares -= variance / len(texts)
         nearest = int(squares.argmin())
-        reach = max(self.reach, 1e-12)
-        apart = float(squares[nearest].clamp(min=0).sqrt()) / reach
-        error = (self.text_variance / len(texts)) ** 0.5 / reach
+        apart = float(squares[nearest].clamp(min=0).sqrt()) / self.reach
+        error = (self.text_variance / len(texts)) ** 0.5 / self.reach
         return Distance(self.datasets[nearest], round(apart, 3), round(error, 3))
 
     def state(self) -> dict[str, Any]:

@@ -50,6 +50,11 @@ class TensorSpec:
         return re.split(r"\.\d+\.", path)[-1]
 
     @property
+    def path(self) -> str:
+        """Of the module in the base model."""
+        return re.split(r"\.lora_", self.key.removeprefix("base_model.model."))[0]
+
+    @property
     def matrix(self) -> str:
         """`lora_A`, `lora_B`, or whatever else PEFT calls it."""
         kind = re.search(r"\.(lora_\w+)", self.key)

@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from loragen.core.adapters import Adapter
 from loragen.core.checkpoints import load_plain
 from loragen.core.data.prompts import joined
 from loragen.core.errors import DataError, LoragenError
@@ -26,7 +25,7 @@ from loragen.core.protocols import Encoder
 from loragen.core.runs import CHECKPOINTS, experiment_name, generator_file
 
 FORMAT_VERSION = 2
-"""Version 1 had neither the scale of the conditions nor their `familiarity`."""
+"""Version 1 had other networks, and no scale of the conditions."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +99,6 @@ class Generator:
             seed=None if len(chosen[0]) == len(given) else seed,
         )
         return GeneratedAdapter(dict(self.adapter_config), self.layout.unpack(tokens), origin)
-
-    def generate_from(self, condition: Tensor, mask: Tensor) -> Adapter:
-        """The adapter for embedded prompts: ``[texts, positions, dim]`` and their mask."""
-        return Adapter(dict(self.adapter_config), self.layout.unpack(self._tokens(condition, mask)))
 
     @torch.inference_mode()
     def embed(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -207,6 +202,8 @@ class Generator:
         document = load_plain(file)
         try:
             version = document["format_version"]
+            if version < FORMAT_VERSION:
+                raise DataError(f"format {version} is an earlier loragen's; train it again")
             if version > FORMAT_VERSION:
                 raise DataError(f"format {version} is newer than this loragen; upgrade it")
             return cls._from_document(document, experiment_name(file))

@@ -130,7 +130,8 @@ def _module(
         create("schedule", config.schedule.name, config.schedule.options),
         max_steps=config.training.max_steps,
         weight_decay=config.training.weight_decay,
-        fused=config.trainer.precision != "16-mixed",  # its scaler cannot clip a fused step
+        # Lightning clips no gradients of a fused optimizer in mixed precision.
+        fused=not (config.trainer.gradient_clip_val and "mixed" in arithmetic(config, model)),
         first_step=int(checkpoint["global_step"]) if checkpoint else 0,
         optimizer_state=optimizer_state(checkpoint) if checkpoint else None,
     )

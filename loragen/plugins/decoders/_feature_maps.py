@@ -63,8 +63,9 @@ class FitCondition(nn.Module):
 
     def forward(self, condition: Tensor, mask: Tensor) -> Tensor:
         x = torch.where(mask.unsqueeze(-1), condition, 0.0)  # (B, prompts, positions, dim)
-        x = torch.einsum("bplq,bpqd->bpld", dealt(mask, self.columns), x)  # (B, prompts, L, dim)
-        x = torch.einsum("bnp,bpld->bnld", dealt(mask.any(-1), self.rows), x)  # (B, N, L, dim)
+        places = dealt(mask, self.columns).to(x), dealt(mask.any(-1), self.rows).to(x)
+        x = torch.einsum("bplq,bpqd->bpld", places[0], x)  # (B, prompts, L, dim)
+        x = torch.einsum("bnp,bpld->bnld", places[1], x)  # (B, N, L, dim)
         return self.project(self.norm(x)) + self.place
 
 

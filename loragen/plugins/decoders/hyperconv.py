@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from loragen.core.protocols import Samples, TokenGrid
@@ -56,6 +56,18 @@ class HyperConv(nn.Module):
             min_length=2,
             description="The paper's geometry: maps [N, L, C], the condition's to the tokens'.",
         )
+
+        @model_validator(mode="after")
+        def _one_geometry(self) -> "HyperConv.Config":
+            fields = type(self).model_fields
+            others = [name for name in fields if name not in ("shapes", "kernel_size")]
+            changed = [name for name in others if getattr(self, name) != fields[name].default]
+            if self.shapes and changed:
+                raise ValueError(
+                    f"{', '.join(changed)} and shapes: the paper's geometry has shapes and "
+                    "kernel_size alone"
+                )
+            return self
 
     def __init__(self, config: Config, condition_dim: int, grid: TokenGrid) -> None:
         """Raises ValueError where the last of `shapes` has too few values."""

@@ -36,8 +36,10 @@ def held_out_texts(texts: int, ratio: float, seed: int) -> tuple[list[int], list
 def split_groups(
     prompts: Sequence[str], samples_per_prompt: int, ratio: float, seed: int
 ) -> Groups:
-    """Random groups of prompts that nobody has prepared, split as their texts are."""
-    groups = random_groups(prompts, samples_per_prompt, seed)
+    """Random groups of prompts that nobody has prepared, split as their texts are. A prompt that
+    comes again says nothing new, and might be seen on both sides: it is left out."""
+    distinct = list({same_text(prompt): prompt for prompt in reversed(prompts)}.values())[::-1]
+    groups = random_groups(distinct, samples_per_prompt, seed)
     training, validation = held_out_texts(len(groups), ratio, seed)
     return Groups([groups[i] for i in training], [groups[i] for i in validation])
 

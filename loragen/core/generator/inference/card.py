@@ -56,8 +56,8 @@ def _what(origin: Origin) -> str:
     )
     return (
         "# A generated LoRA adapter\n\n"
-        "Written by [loragen](https://arxiv.org/abs/2506.16406) from prompts without labels; "
-        "no training took place.\n\n"
+        "Written by loragen, after [Drag-and-Drop LLMs](https://arxiv.org/abs/2506.16406), from "
+        "prompts without labels; no training took place.\n\n"
         f"- **base model**: {origin.base_model}\n"
         f"- **prompts**: {origin.prompts} (sha256 {origin.prompts_sha256}){drawn}\n"
         f"- **generator**: {origin.generator}, file format {origin.format_version}; "
@@ -68,8 +68,7 @@ def _what(origin: Origin) -> str:
 
 def _limits(origin: Origin) -> str:
     far = (
-        "How far the prompts are from the training was not measured: the generator's file is of "
-        "an older format."
+        "How far the prompts are from the training is not known: it has seen a single text."
         if origin.distance is None
         else f"The nearest training dataset, {origin.nearest_dataset}, is {origin.distance:g} "
         "times the training's reach away from the prompts: below 1 is within it."

@@ -26,6 +26,7 @@ class Injection:
         self.modules: dict[str, nn.Module] = {}
         self.scaling: dict[str, float] = {}
         there = dict(model.named_modules())
+        output = model.get_output_embeddings()  # type: ignore[operator]  # transformers' own
         for spec in layout.tensors:
             path = spec.key.removeprefix(PREFIX).partition(".lora_")[0]
             if spec.matrix not in ("lora_A", "lora_B") or len(spec.shape) != 2:
@@ -34,13 +35,18 @@ class Injection:
                 )
             if path not in there:
                 raise LoragenError(f"the base has no module {path}, which the adapter changes")
+            if there[path] is output:
+                raise LoragenError(f"{path}: adapters on the output layer are not trained through")
             self.modules[path] = there[path]
             self.scaling[path] = module_scaling(adapter_config, path)
 
     @contextmanager
     def injected(self, adapters: Mapping[str, Tensor]) -> Iterator[None]:
         """Within the block the base's batch is cut into as many equal parts as there are adapters,
-        one after the other: ``{file key: [adapters, rows, columns]}``."""
+        one after the other: ``{file key: [adapters, rows, columns]}``.
+
+        Raises LoragenError in the forward pass where a module does not see the whole batch, as the
+        routed experts of a mixture do not."""
         with ExitStack() as hooks:
             for path, module in self.modules.items():
                 a, b = (adapters[f"{PREFIX}{path}.lora_{which}.weight"] for which in "AB")
@@ -57,6 +63,11 @@ class _Added:
 
     def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = inputs[0]
+        if x.ndim != 3 or len(x) % len(self.a):
+            raise LoragenError(
+                f"a module sees {list(x.shape)} of the batch, which {len(self.a)} adapters do not "
+                "share equally (a routed expert?): set training.objective=reconstruction"
+            )
         parts = x.reshape(len(self.a), -1, x.shape[-1]).to(self.a)  # (D, rows * T, in)
         low = torch.bmm(parts, self.a.transpose(1, 2))  # (D, rows * T, r)
         added = torch.bmm(low, self.b.transpose(1, 2))  # (D, rows * T, out)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from loragen.core.adapters import module_scaling
 from loragen.core.base_models import empty_base, is_local
 from loragen.core.config import GenTrainConfig
 from loragen.core.errors import DataError, LoragenError, UsageError, listing
@@ -55,8 +56,24 @@ def plan(config: GenTrainConfig) -> Plan:
                 f"{sources[0].base_model}: a generator serves one base model"
             )
     layout = common_layout([*sources, *unseen], config)
+    _check_scaling(layout, [*sources, *unseen])
+    if config.training.importance and len(sources) < 2:
+        raise UsageError("training.importance compares datasets: it needs two at least")
     settled, reason = _with_objective(config, sources)
     return Plan(settled, sources, unseen, layout, reason)
+
+
+def _check_scaling(layout: Layout, sources: Sequence[Collection]) -> None:
+    """A generator's adapters have one configuration. Raises DataError where alpha over rank, or
+    what PEFT makes of it, differs between sources: equal factors would mean another ΔW."""
+    for path in dict.fromkeys(spec.path for spec in layout.tensors):
+        scalings = [module_scaling(source.adapter_config, path) for source in sources]
+        for source, scaling in zip(sources, scalings, strict=True):
+            if scaling != scalings[0]:
+                raise DataError(
+                    f"{source.name}: ΔW is {scaling:g} · BA in {path}, and {scalings[0]:g} · BA in "
+                    f"{sources[0].name} (lora_alpha, rank): a generator serves one scaling"
+                )
 
 
 def _with_objective(
@@ -88,6 +105,10 @@ def _obstacle(config: GenTrainConfig, sources: Sequence[Collection]) -> str | No
     return None
 
 
+def _has_gpu(config: GenTrainConfig) -> bool:
+    return config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+
+
 def _too_large(config: GenTrainConfig, sources: Sequence[Collection]) -> str | None:
     base = config.behaviour.base_model or sources[0].base_model
     try:
@@ -96,6 +117,6 @@ def _too_large(config: GenTrainConfig, sources: Sequence[Collection]) -> str | N
     except LoragenError:
         return f"the base model {base} is not on this machine"
     size = sum(parameter.numel() for parameter in model.parameters())
-    if size > MOST_ON_CPU and not torch.cuda.is_available():
+    if size > MOST_ON_CPU and not _has_gpu(config):
         return f"the base model has {size / 1e9:.1f} B parameters, and there is no GPU"
     return None

@@ -103,6 +103,9 @@ def located(config: GenTrainConfig) -> GenTrainConfig:
     found.sources = [_located(source) for source in configured_sources(config)]
     found.val_sources = [_located(source) for source in config.val_sources]
     found.data.checkpoint_dir = None
+    base = found.behaviour.base_model
+    if base and Path(base).expanduser().is_dir():
+        found.behaviour.base_model = str(Path(base).expanduser().absolute())
     if config.data.prompts is not None:
         found.data.prompts = str(Path(config.data.prompts).absolute())
     return found

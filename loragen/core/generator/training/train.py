@@ -240,7 +240,7 @@ def _new_generator(data: GeneratorData, work: Plan, encoder: Encoder) -> Generat
 
 def _keep(generator: Generator, module: GeneratorModule, data: GeneratorData) -> None:
     """What the training has made of the weights, averaged or not."""
-    kept = module.kept.eval()
+    kept = module.kept.eval().float()  # whatever the training computed in
     generator.network = cast(Network, kept["network"])
     if "encoder" in kept:
         encoder: Any = kept["encoder"]

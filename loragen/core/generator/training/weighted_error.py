@@ -51,7 +51,10 @@ class _WeightedError(torch.autograd.Function):
         noise: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, tokens, dim = written.shape
-        gradient = torch.empty_like(written) if ctx.needs_input_grad[0] else None
+        # In float16 it would underflow: the loss is scaled up only after it is known.
+        kept = torch.float32 if written.dtype == torch.float16 else written.dtype
+        gradient = torch.empty_like(written, dtype=kept) if ctx.needs_input_grad[0] else None
+        ctx.dtype = written.dtype
         mse, l1 = weights.new_zeros(()), weights.new_zeros(())
         chunk = CHUNK_ON_CPU if written.device.type == "cpu" else CHUNK_ELSEWHERE
         step = max(1, chunk // (batch * dim))
@@ -75,4 +78,4 @@ class _WeightedError(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slope: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * slope.to(gradient.dtype), *[None] * 6)
+        return ((gradient * slope.to(gradient.dtype)).to(ctx.dtype), *[None] * 6)

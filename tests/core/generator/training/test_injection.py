@@ -62,14 +62,32 @@ def test_nothing_stays_behind(adapted):
     before = plain(input_ids=ids).logits
     injection = Injection(plain, layout, config)
     with (
-        pytest.raises(RuntimeError, match="shape"),
+        pytest.raises(LoragenError, match="2 adapters do not share equally"),
         injection.injected(layout.unpack_several(drawn(layout, 2))),
     ):
         plain(input_ids=torch.ones(3, 5, dtype=torch.long))  # 15 tokens do not part in two
     assert plain(input_ids=ids).logits.equal(before)
 
 
-def test_a_base_without_the_modules_is_refused(adapted):
-    _, config, layout = adapted
-    with pytest.raises(LoragenError, match=r"the base has no module model\.layers\.0"):
-        Injection(torch.nn.Linear(2, 2), layout, config)
+def test_a_base_without_the_modules_is_refused(base):
+    layout = Layout.of({"base_model.model.model.gate.lora_A.weight": torch.ones(2, 32)}, 16)
+    with pytest.raises(LoragenError, match=r"the base has no module model\.gate"):
+        Injection(base.model, layout, {"r": 2, "lora_alpha": 4})
+
+
+def test_a_module_that_does_not_see_the_whole_batch_is_refused(adapted):
+    """As the routed experts of a mixture, and the output layer, which sees the answers alone."""
+    model, config, layout = adapted
+    injection = Injection(model.unload(), layout, config)
+    path = next(iter(injection.modules))
+    with (
+        injection.injected(layout.unpack_several(drawn(layout, 2))),
+        pytest.raises(LoragenError, match="2 adapters do not share equally"),
+    ):
+        injection.modules[path](torch.ones(1, 4, injection.modules[path].in_features))
+
+
+def test_the_output_layer_is_refused(base):
+    layout = Layout.of({"base_model.model.lm_head.lora_A.weight": torch.ones(2, 32)}, 16)
+    with pytest.raises(LoragenError, match="lm_head: adapters on the output layer"):
+        Injection(base.model, layout, {"r": 2, "lora_alpha": 4})

@@ -46,6 +46,18 @@ def test_half_precision_is_compared_in_full(pieces):
     assert written.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("scale", [2.0**15, 2.0**16])
+def test_a_gradient_in_float16_survives_until_the_loss_is_scaled(pieces, scale):
+    """Divided by 1e6 it is below float16's range, and 2^16 is above it."""
+    written = pieces[0].detach().half().requires_grad_()
+    tiny = (*pieces[1:3], pieces[3] / 1e6)
+    (found,) = torch.autograd.grad(scale * weighted_error(written, *tiny, **SHARES)[0], written)
+    plain = pieces[0].detach().half().float().requires_grad_()
+    (wanted,) = torch.autograd.grad(scale * weighted_error(plain, *tiny, **SHARES)[0], plain)
+    assert wanted.abs().max() > 1e-4
+    assert torch.allclose(found.float(), wanted, rtol=2e-3, atol=1e-7)
+
+
 def test_without_a_gradient_it_is_the_same(pieces):
     with torch.no_grad():
         loss = weighted_error(*pieces, **SHARES)[0]
