@@ -24,23 +24,28 @@ class PlainProgress:
     def start(self, title: str, total: int) -> None:  # noqa: ARG002  # a bar wants it
         self._title = title
         self._first: tuple[float, int] | None = None
-        self._next = 0.0
+        self._next, self._phase = 0.0, ""
 
     def step(self, step: Step) -> None:
         now = time.monotonic()
-        if now < self._next and step.step < step.total:
+        if step.phase != self._phase:  # its steps take another time
+            self._first, self._next, self._phase = None, 0.0, step.phase
+        at, total = step.place
+        if now < self._next and at < total:
             return
         self._next = now + SECONDS_BETWEEN_LINES
         render.note(f"{self._title}: {figures(step)}{self._left(now, step)}")
 
     def _left(self, now: float, step: Step) -> str:
-        """Measured from the first step seen: of a run that goes on, others had the ones before."""
+        """Of the phase, measured from its first step seen: of a run that goes on, others had the
+        ones before."""
+        at, total = step.place
         if self._first is None:
-            self._first = now, step.step
+            self._first = now, at
         then, first = self._first
-        if step.step in (first, step.total):
+        if at in (first, total):
             return ""
-        return f", {(now - then) / (step.step - first) * (step.total - step.step):.0f} s left"
+        return f", {(now - then) / (at - first) * (total - at):.0f} s left"
 
     def stop(self) -> None:
         pass
@@ -69,7 +74,8 @@ class RichProgress:
 
     def step(self, step: Step) -> None:
         if self._bar:
-            self._bar.update(self._task, completed=step.step, figures=figures(step))
+            at, total = step.place
+            self._bar.update(self._task, completed=at, total=total, figures=figures(step))
 
     def stop(self) -> None:
         if self._bar:
@@ -78,7 +84,8 @@ class RichProgress:
 
 
 def figures(step: Step) -> str:
+    at, total = step.place
     return (
-        f"stage {step.stage}, step {step.step}/{step.total}, "
+        f"{step.phase or f'stage {step.stage}'}, step {at}/{total}, "
         f"loss {step.loss:.4f}, {step.rate:.0f} {step.unit}"
     )

@@ -16,6 +16,15 @@ class Step:
     """Answer tokens, or pairs, per second."""
     unit: str
     """What `rate` counts."""
+    phase: str = ""
+    """What is trained for, where that changes."""
+    of_phase: tuple[int, int] | None = None
+    """The step within the phase, and the phase's steps; None where there is but one."""
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(step, of how many), in the phase where there are several."""
+        return self.of_phase or (self.step, self.total)
 
 
 class Progress(Protocol):

@@ -130,6 +130,8 @@ class GeneratorManifest(Manifest):
     """The steps at which the run was gone on with."""
 
 
+KINDS = {"lora": "lora train", "generator": "gen train"}
+"""A manifest's kind -> the command that makes such runs."""
 AnyManifest = TypeVar("AnyManifest", bound=Manifest)
 
 
@@ -166,6 +168,9 @@ def read_manifest(directory: Path, kind: type[AnyManifest]) -> AnyManifest:
         raise UsageError(f"{directory}: not a run directory (it has no {MANIFEST})")
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
+        found = document.get("kind") if isinstance(document, dict) else None
+        if found in KINDS and found != _kind_name(kind):
+            raise DataError(f"{directory} is a run of {KINDS[found]}, not of {_made_by(kind)}")
         manifest = kind.model_validate(document)
     except (ValueError, ValidationError) as error:
         reason = "; ".join(str(error).splitlines()[:2])
@@ -269,6 +274,10 @@ def plugin_records(chosen: Mapping[str, list[str]]) -> list[PluginRecord]:
                 )
             )
     return records
+
+
+def _made_by(kind: type[Manifest]) -> str:
+    return KINDS[_kind_name(kind)]
 
 
 def _kind_name(kind: type[Manifest]) -> str:

@@ -75,6 +75,7 @@ def generator_config(experiments: Path, cache: Path, runs: list[Path], seed: int
                 "learning_rate": 2e-3,
                 "condition_noise": 0.5,
                 "val_every_epochs": 4,
+                "val_rows": 16,
             },
             "behaviour": {"max_steps": 200, "learning_rate": 1e-3},
             "loggers": {"tensorboard": {}},

@@ -46,8 +46,18 @@ class GeneratorMetrics(StepCallback):
         rate = self.plan.rate(step)
         more = {"train/lr": rate.learning_rate, "train/epoch": self.plan.epochs(step)}
         self.session.log_metrics(found | more, step)
+        phase, within = self.plan.phases.at(step)
         self.session.report(
-            Step(step, self.plan.total, rate.stage, found["train/loss"], speed, "pairs/s")
+            Step(
+                step,
+                self.plan.total,
+                rate.stage,
+                found["train/loss"],
+                speed,
+                "pairs/s",
+                phase.objective,
+                (within, phase.steps),
+            )
         )
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:

@@ -1,5 +1,6 @@
 """Learn: collections and their prompts -> an experiment directory with a generator in it."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -48,6 +49,8 @@ from loragen.core.runs import GENERATOR_FILE, GeneratorManifest, plugin_records
 from loragen.core.session import RunSession, fit, make_trainer, outcome
 from loragen.core.steps import StepSeeds
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class GeneratorRun:
@@ -69,6 +72,7 @@ def train(
         config = settled(resume, config)
         check_settings(resume, config)
     work = plan(config)
+    log.info("%s; reading checkpoints and prompts", work.summary())
     config = located(work.config)
     tried = rehearsal(work)
     encoder: Encoder = create("encoder", config.encoder.name, config.encoder.options)
@@ -100,6 +104,7 @@ def _train(
         del checkpoint  # several times the weights
     if resume and walk.trainer.is_global_zero:
         void_later(resume)
+    log.info("%s", data.plan.phases)
     progress.start("generator", data.plan.total)
     with outcome(walk.session), walk.interruption.awaited():
         fit(walk.trainer, module, data)
