@@ -14,6 +14,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from loragen.core.errors import UsageError
 from loragen.core.evaluation.report import write
 from loragen.core.evaluation.targets import Target
@@ -55,6 +57,7 @@ def run(
 ) -> dict[str, Any]:
     """Runs the demo into `out` and returns what `results.json` holds."""
     started = time.perf_counter()
+    torch.set_num_threads(1)  # the workers have the other cores, and threads would fight over them
     world = World.load(world_file)
     world_text = (world_file or WORLD_FILE).read_text(encoding="utf-8")
     _make_room(out, force)
