@@ -65,8 +65,8 @@ def run(
     write_data(demo, world_text)
     targets = choose_targets(demo)
     with Workers() as workers:
+        multi_task = workers.submit([multi_task_job(demo)])  # the longest goes first
         collection = workers.submit(collection_jobs(demo))
-        multi_task = workers.submit([multi_task_job(demo)])  # the generator need not wait for it
         oracles = workers.submit(oracle_jobs(demo, targets))
         collected = finished(demo, "collect", collection)
         runs = [done.directory for done in collected]
