@@ -19,7 +19,7 @@ BUILT_IN = {
     "logger": ["swanlab", "tensorboard"],
     "encoder": ["sbert"],
     "decoder": ["hyperconv"],
-    "schedule": ["constant", "cosine", "two-stage"],
+    "schedule": ["constant", "cosine", "linear", "two-stage"],
 }
 
 
@@ -139,7 +139,7 @@ def test_a_name_offered_twice_is_an_error_that_names_both_distributions(install)
 def test_a_bad_plugin_costs_one_warning_and_nothing_else(install, caplog, hooks, reason):
     install("bad-package", hooks)
     install("good-package", schedules(good="their_good:Good"), their_good="class Good: ...")
-    assert plugins.names("schedule") == ["constant", "cosine", "good", "two-stage"]
+    assert plugins.names("schedule") == ["constant", "cosine", "good", "linear", "two-stage"]
     plugins.names("encoder")
     (warning,) = warnings_of(caplog)
     assert "'it' of bad-package 1.0 (bad_package)" in warning

@@ -74,7 +74,7 @@ def test_a_manifest_says_which_code_took_part(manifest):
     "change, reason",
     [
         ({"format_version": 2}, "format 2 is newer than this loragen reads"),
-        ({"kind": "generator"}, "not the manifest of a lora run"),
+        ({"kind": "generator"}, "is a run of gen train, not of lora train"),
         ({"dataset": None}, "not the manifest of a lora run"),
     ],
 )

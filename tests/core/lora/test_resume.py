@@ -410,7 +410,7 @@ class TestWhatThereIs:
             find_resume_point(tmp_path)
 
     def test_no_lora_run(self, experiment):
-        with pytest.raises(DataError, match="not the manifest of a lora run"):
+        with pytest.raises(DataError, match="is a run of gen train, not of lora train"):
             find_resume_point(experiment)
 
     def test_a_file_that_is_no_checkpoint(self, collection):

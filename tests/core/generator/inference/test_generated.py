@@ -133,7 +133,7 @@ class TestCard:
             assert "base_model:" not in card.split("---\n")[1]
         assert "resolve_base" in adapter_card(replace(FAR, base_model="demo"))
 
-    def test_an_older_generator_says_that_it_does_not_know(self):
+    def test_a_generator_of_a_single_text_says_that_it_does_not_know(self):
         from dataclasses import replace
 
-        assert "was not measured" in adapter_card(replace(FAR, distance=None, far=False))
+        assert "is not known" in adapter_card(replace(FAR, distance=None, far=False))

@@ -79,7 +79,8 @@ def test_auto_with_a_base_that_is_too_large_without_a_gpu(planned, monkeypatch):
     assert found.config.training.objective == "reconstruction"
     assert found.reason == "the base model has 0.0 B parameters, and there is no GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert planned().config.training.objective == BOTH
+    assert planned().config.training.objective == "reconstruction", "the trainer is told cpu"
+    assert planned({"trainer.accelerator": "auto"}).config.training.objective == BOTH
 
 
 @pytest.mark.parametrize("objective", ["reconstruction", "behaviour", BOTH])

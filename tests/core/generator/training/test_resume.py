@@ -303,5 +303,5 @@ class TestRefusals:
         assert resume(run, settings) == [4, 5, 6, 7, 8]
 
     def test_a_run_of_lora_train(self, collection):
-        with pytest.raises(DataError, match="not the manifest of a generator run"):
+        with pytest.raises(DataError, match="is a run of lora train, not of gen train"):
             find_resume_point(collection.runs["colors"])
