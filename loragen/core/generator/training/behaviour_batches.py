@@ -7,8 +7,8 @@ from torch.utils.data import Dataset
 
 from loragen.core.data.batches import batch_indices
 from loragen.core.data.tokenize import Example
+from loragen.core.generator.collections.prepared import PreparedSource
 from loragen.core.generator.collections.rows import LabelledRows
-from loragen.core.generator.collections.sources import PreparedSource
 from loragen.core.generator.training.pairs import PairBatch, draw_texts, pair_of, stacked
 from loragen.core.generator.training.phases import Phases
 from loragen.core.lora.batch import Batch, padded

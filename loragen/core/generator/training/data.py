@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 
 from loragen.core.config import GenTrainConfig
 from loragen.core.errors import UsageError
+from loragen.core.generator.collections.prepared import PreparedSource
 from loragen.core.generator.collections.rows import LabelledRows
-from loragen.core.generator.collections.sources import PreparedSource
 from loragen.core.generator.collections.texts import held_out_texts
 from loragen.core.generator.training.behaviour import Rehearsal
 from loragen.core.generator.training.behaviour_batches import (

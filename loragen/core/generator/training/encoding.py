@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from loragen.core.generator.collections.sources import PreparedSource
+from loragen.core.generator.collections.prepared import PreparedSource
 from loragen.core.protocols import Encoder
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from loragen.core.data.batches import batch_indices
-from loragen.core.generator.collections.sources import PreparedSource
+from loragen.core.generator.collections.prepared import PreparedSource
 from loragen.core.lora.batch import Batch
 
 

@@ -11,8 +11,8 @@ from lightning.pytorch import Trainer
 from loragen.core.checkpoints import AtomicCheckpointIO, load_plain
 from loragen.core.config import GenTrainConfig
 from loragen.core.files import sha256_text
+from loragen.core.generator.collections.prepared import prepared
 from loragen.core.generator.collections.samples import CollectionSamples
-from loragen.core.generator.collections.sources import prepared
 from loragen.core.generator.familiarity import Familiarity
 from loragen.core.generator.model import Choice, Generator
 from loragen.core.generator.network import Network, new_network

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loragen.core.data.tokenize import Example
+from loragen.core.generator.collections.prepared import PreparedSource
 from loragen.core.generator.collections.rows import LabelledRows
-from loragen.core.generator.collections.sources import PreparedSource
 from loragen.core.generator.training.behaviour_batches import (
     BehaviourBatches,
     PhasedBatches,

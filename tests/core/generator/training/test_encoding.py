@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from loragen.core.generator.collections.sources import PreparedSource
+from loragen.core.generator.collections.prepared import PreparedSource
 from loragen.core.generator.training.encoding import conditions, embedded
 
 

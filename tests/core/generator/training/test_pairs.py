@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from loragen.core.config import GenTrainConfig
 from loragen.core.errors import UsageError
-from loragen.core.generator.collections.sources import PreparedSource
+from loragen.core.generator.collections.prepared import PreparedSource
 from loragen.core.generator.training.data import GeneratorData
 from loragen.core.generator.training.pairs import draw_texts
 
