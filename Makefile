@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test check format docs clean
 
 demo: $(VENV)/installed
-	$(BIN)/loragen demo --out $(OUT) --seed $(SEED) --force
+	$(BIN)/loragen demo --output $(OUT) --seed $(SEED) --force
 
 test: check
 	$(BIN)/python -m pytest

@@ -1,6 +1,6 @@
 """What decides how well a generator generates: other settings on a demo's collected adapters.
 
-    loragen demo --seed 0 --out demo-out
+    loragen demo --seed 0 --output demo-out
     python benchmarks/demo_ablation.py demo-out \
         --variant "reconstruction: training.objective=reconstruction" \
         --variant "behaviour: training.objective=behaviour behaviour.max_steps=800"
@@ -40,7 +40,7 @@ from loragen.demo.world import PAIRS, World
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("demo", type=Path, help="The --out of a demo.")
+    parser.add_argument("demo", type=Path, help="The --output of a demo.")
     parser.add_argument("--seed", type=int, help="Of that demo; as its results.json says.")
     parser.add_argument("--variant", action="append", default=[], help="NAME: KEY=VALUE ...")
     parser.add_argument("--hold-out", action="append", default=[], help="An attribute or a style.")

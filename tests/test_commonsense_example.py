@@ -48,7 +48,7 @@ def pretrained(script, tmp_path_factory):
     write_datasets(root)
     said = StringIO()
     with redirect_stderr(said):
-        script.main(["--data-root", str(root), "--out", str(out), "--steps", "3"])
+        script.main(["--data-root", str(root), "--output", str(out), "--steps", "3"])
     return out, said.getvalue()
 
 
@@ -74,7 +74,7 @@ def test_it_says_what_it_read_and_how_well_it_predicts(pretrained):
 
 def test_a_root_without_datasets_is_refused(script, tmp_path):
     with pytest.raises(SystemExit, match="no dataset with a train split below it"):
-        script.main(["--data-root", str(tmp_path), "--out", str(tmp_path / "base")])
+        script.main(["--data-root", str(tmp_path), "--output", str(tmp_path / "base")])
 
 
 def test_its_configurations_are_understood():

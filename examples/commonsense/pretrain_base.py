@@ -1,6 +1,6 @@
 """A small base model from the text of a few datasets: minutes on one core, nothing downloaded.
 
-    python pretrain_base.py --data-root data_to_lora/cs --out base
+    python pretrain_base.py --data-root data_to_lora/cs --output base
 
 It learns to read the prompts and to take its turn in a chat, and nothing about any answer: no
 label is read. Its replies in training are lines drawn from all prompts, so they tell nothing
@@ -137,7 +137,9 @@ def check(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, rows: Sequence[Row
 def main(command: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Pretrain a small base model on datasets' text.")
     parser.add_argument("--data-root", type=Path, required=True, help="datasets, as for loragen")
-    parser.add_argument("--out", type=Path, required=True, help="Hugging Face directory to write")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="Hugging Face directory to write"
+    )
     parser.add_argument("--minutes", type=float, default=5, help="how long to train")
     parser.add_argument("--steps", type=int, help="train so many steps instead")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -151,9 +153,9 @@ def main(command: Sequence[str] | None = None) -> None:
     data = batches(chats(tokenizer, rows, Random(SEED)))
     train(model, data, arguments.minutes, arguments.steps)
     check(model.eval(), tokenizer, read_split(arguments.data_root, "test"))
-    model.save_pretrained(arguments.out)
-    tokenizer.save_pretrained(arguments.out)
-    print(arguments.out)
+    model.save_pretrained(arguments.output)
+    tokenizer.save_pretrained(arguments.output)
+    print(arguments.output)
 
 
 def say(text: str) -> None:

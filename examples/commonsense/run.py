@@ -1,10 +1,10 @@
 """The whole recipe, command by command, each shown before it runs.
 
-    python run.py --data-root data_to_lora/cs --out commonsense-out
+    python run.py --data-root data_to_lora/cs --output commonsense-out
 
 Every dataset is held out once: a generator learns from the others and makes its adapter. Base,
-adapters and results that are in --out already are not made again, so an interrupted run goes on by
-the same command; remove out/results to judge anew.
+adapters and results that are in --output already are not made again, so an interrupted run goes on
+by the same command; remove its results/ to judge anew.
 """
 
 import argparse
@@ -26,7 +26,7 @@ MEASURES = {"accuracy": "exact match", "format_validity": "format validity"}
 def main() -> None:
     parser = argparse.ArgumentParser(description="Collect, learn, generate and judge.")
     parser.add_argument("--data-root", required=True, help="datasets, as for loragen")
-    parser.add_argument("--out", type=Path, required=True, help="everything is written below it")
+    parser.add_argument("--output", type=Path, required=True, help="everything is written below it")
     parser.add_argument("--minutes", type=float, default=5, help="of pretraining")
     parser.add_argument("--held-out", action="append", help="a dataset; repeatable; default: each")
     parser.add_argument("--limit", type=int, help="test on the first so many rows of a dataset")
@@ -38,9 +38,9 @@ def main() -> None:
         raise SystemExit(f"datasets below {options.data_root}: {', '.join(names) or 'none'}")
     more = ["--oracle", *(["--multi-task"] if options.multi_task else [])]
     more += ["--limit", str(options.limit)] if options.limit else []
-    base = pretrained(options.data_root, options.out, options.minutes)
-    runs = collected(options.data_root, options.out, base)
-    judgements = [judged(options.data_root, options.out, runs, name, more) for name in held_out]
+    base = pretrained(options.data_root, options.output, options.minutes)
+    runs = collected(options.data_root, options.output, base)
+    judgements = [judged(options.data_root, options.output, runs, name, more) for name in held_out]
     for measure, title in MEASURES.items():
         print("\n" + table(judgements, measure, title))
 
@@ -50,7 +50,7 @@ def pretrained(data: str, out: Path, minutes: float) -> Path:
     base = out / "base"
     if not (base / "config.json").is_file():
         script = [sys.executable, str(HERE / "pretrain_base.py")]
-        run([*script, "--data-root", data, "--out", str(base), "--minutes", str(minutes)])
+        run([*script, "--data-root", data, "--output", str(base), "--minutes", str(minutes)])
     return base
 
 
@@ -69,7 +69,7 @@ def judged(
     results = out / "results" / name
     if not (results / "results.json").is_file():
         model = learned(out, [run for other, run in runs.items() if other != name])
-        where = ["--data-root", data, "--cache-dir", str(out / "cache"), "--out", str(results)]
+        where = ["--data-root", data, "--cache-dir", str(out / "cache"), "--output", str(results)]
         command = [*LORAGEN, "gen", "eval", "--model", model, "--dataset", name, *where, *more]
         print(run(command), file=sys.stderr)
     document: dict[str, Any] = json.loads((results / "results.json").read_text(encoding="utf-8"))

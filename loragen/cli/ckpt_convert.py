@@ -15,7 +15,7 @@ def convert(
         typer.Argument(help="Traditional runs, folders with many, or folders of checkpoints."),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "--output-dir", help="Where run directories are made.")
+        Path, typer.Option("--output", "-o", help="Where run directories are made.")
     ] = Path("runs"),
     base_model: BaseModel = None,
     dataset: Annotated[

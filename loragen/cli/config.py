@@ -76,7 +76,7 @@ def validate(
 def migrate(
     file: File,
     output: Annotated[
-        Path | None, typer.Option("--output", help="Write it there instead of printing it.")
+        Path | None, typer.Option("--output", "-o", help="Write it there instead of printing it.")
     ] = None,
     command: WhoseFile = None,
     force: Force = False,

@@ -21,8 +21,8 @@ def prepare(
             "Repeatable: a dataset each.",
         ),
     ],
-    output_dir: Annotated[
-        Path, typer.Option("--output-dir", help="Where the two files go, and prepared.json.")
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where the two files go, and prepared.json.")
     ],
     samples_per_prompt: Annotated[
         int, typer.Option("--samples-per-prompt", min=1, help="Rows joined into one prompt text.")
@@ -49,9 +49,9 @@ def prepare(
 
     found = [find_dataset(one, Path(data_root or ".")) for one in source]
     grouping = Grouping(samples_per_prompt=samples_per_prompt, test_ratio=test_ratio, seed=seed)
-    record = write(found, output_dir, grouping, skip_bad_rows, force)
+    record = write(found, output, grouping, skip_bad_rows, force)
     if json:
-        render.answer_json({"output_dir": str(output_dir), **record.model_dump()})
+        render.answer_json({"output_dir": str(output), **record.model_dump()})
     else:
         render.answer(_table(record.datasets))
 

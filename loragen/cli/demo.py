@@ -10,9 +10,9 @@ from loragen.cli.options import Force, Json
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Everything is written below it.")] = Path(
-        "demo-out"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Everything is written below it.")
+    ] = Path("demo-out"),
     seed: Annotated[
         int,
         typer.Option("--seed", min=0, help="Moves the held-out pairs and every initialisation."),
@@ -36,7 +36,7 @@ def demo(
     from loragen.cli.progress import terminal_progress
     from loragen.demo.run import run
 
-    results = run(out, seed, world, force, render.note, terminal_progress())
+    results = run(output, seed, world, force, render.note, terminal_progress())
     if json:
         render.answer_json(results)
         return
@@ -44,4 +44,4 @@ def demo(
     held_out = ", ".join("-".join(pair) for pair in results["held_out"])
     render.answer(f"held out (seed {seed}): {held_out}")
     render.answer(f"in all {results['seconds']['total']:.0f} s")
-    render.answer("\n".join(str(out / f"results.{kind}") for kind in ("json", "md", "png")))
+    render.answer("\n".join(str(output / f"results.{kind}") for kind in ("json", "md", "png")))

@@ -54,8 +54,9 @@ def evaluate(
     cache_dir: Annotated[
         Path, typer.Option("--cache-dir", help="Keeps what is trained here for the next time.")
     ] = Path(".loragen-cache"),
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Writes results.json, .md and .png there.")
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A directory for results.json, .md and .png."),
     ] = None,
     force: Force = False,
     json: Json = False,
@@ -74,9 +75,9 @@ def evaluate(
     also = [name for name, on in ((MULTI_TASK, multi_task), (ORACLE, oracle)) if on]
     wanted = chosen((columns or "").split(","), also)
     file = generator_file(model)
-    if out:
-        refuse_file(out)
-        refuse_existing(out, force, marker="results.json")
+    if output:
+        refuse_file(output)
+        refuse_existing(output, force, marker="results.json")
     targets = find_targets(dataset, Path(data_root or "."), limit, skip_bad_rows)
     if any(column.name == ORACLE for column in wanted):
         check_oracles(targets)
@@ -95,8 +96,8 @@ def evaluate(
         progress=terminal_progress(),
         strict=columns is not None,
     )
-    if out:
-        write(results, f"Does {experiment_name(file)} beat the rest?", out)
+    if output:
+        write(results, f"Does {experiment_name(file)} beat the rest?", output)
     if json:
         render.answer_json(results)
     else:

@@ -42,6 +42,7 @@ def infer(
         Path | None,
         typer.Option(
             "--output",
+            "-o",
             help="A directory (PEFT), or a .safetensors or .pt file; with --per, the directory "
             "that holds them. Default: a new one below generated/.",
         ),

@@ -164,7 +164,7 @@ def export(
             help="A run, a .ckpt of one, a PEFT directory, or any file with LoRA in it."
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", help="The directory that is written.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The directory that is written.")],
     merge: Annotated[
         bool, typer.Option("--merge", help="A whole Hugging Face model instead of an adapter.")
     ] = False,

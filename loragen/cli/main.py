@@ -24,6 +24,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
+OLD_SPELLINGS = {"out": "output", "output-dir": "output"}
+"""What a command writes is --output everywhere; these were its names in scripts of before."""
+
+
 class Root(TyperGroup):
     """Maps what escapes from a command to a message and an exit code."""
 
@@ -60,15 +64,20 @@ class Root(TyperGroup):
             raise typer.Exit(EXIT_FAILED) from error
 
 
+def _spelled_now(option: str) -> str:
+    """Long options accept `_` for `-`: the original scripts spelled them so."""
+    option = option.replace("_", "-")
+    return OLD_SPELLINGS.get(option, option)
+
+
 app = typer.Typer(
     cls=Root,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    # Long options accept `_` for `-`: the original scripts spelled them so.
     context_settings={
         "help_option_names": ["-h", "--help"],
-        "token_normalize_func": lambda token: token.replace("_", "-"),
+        "token_normalize_func": _spelled_now,
     },
 )
 app.add_typer(data.app, name="data")

@@ -302,7 +302,9 @@ def check(directory: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build the base model of the demo.")
-    parser.add_argument("--out", type=Path, default=world.BASE_DIR, help="directory to write")
+    parser.add_argument(
+        "--output", "-o", type=Path, default=world.BASE_DIR, help="directory to write"
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     arguments = parser.parse_args()
@@ -312,10 +314,10 @@ def main() -> None:
     model = new_model(tokenizer)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
     train(model, tokenizer, arguments.steps)
-    model.save_pretrained(arguments.out)
-    tokenizer.save_pretrained(arguments.out)
-    (arguments.out / "model.safetensors").chmod(0o644)  # it is written for its owner alone
-    check(arguments.out)
+    model.save_pretrained(arguments.output)
+    tokenizer.save_pretrained(arguments.output)
+    (arguments.output / "model.safetensors").chmod(0o644)  # it is written for its owner alone
+    check(arguments.output)
 
 
 if __name__ == "__main__":

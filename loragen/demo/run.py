@@ -168,8 +168,8 @@ def _make_room(out: Path, force: bool) -> None:
     """Raises UsageError rather than touch anything that is not an earlier demo."""
     if out.exists() and any(out.iterdir()):
         if not force:
-            raise UsageError(f"{out} exists already; choose another --out or add --force")
+            raise UsageError(f"{out} exists already; choose another --output or add --force")
         if not (out / "world.yaml").is_file():
-            raise UsageError(f"{out} is not the directory of a demo; choose another --out")
+            raise UsageError(f"{out} is not the directory of a demo; choose another --output")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)

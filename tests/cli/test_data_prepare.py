@@ -23,19 +23,19 @@ def test_the_originals_spelling(prepare, loragen):
 
 
 def test_json_is_one_document(prepare):
-    document = json.loads(prepare("--output-dir", "p", "--json").stdout)
+    document = json.loads(prepare("--output", "p", "--json").stdout)
     assert (document["output_dir"], document["samples_per_prompt"]) == ("p", 4)
     assert document["datasets"][0]["train"] == 2
 
 
 def test_an_existing_output_is_kept_unless_forced(prepare):
-    assert prepare("--output-dir", "p").exit_code == 0
-    result = prepare("--output-dir", "p")
+    assert prepare("--output", "p").exit_code == 0
+    result = prepare("--output", "p")
     assert result.exit_code == 2
     assert "choose another place or add --force" in result.stderr
-    assert prepare("--output-dir", "p", "--force").exit_code == 0
+    assert prepare("--output", "p", "--force").exit_code == 0
 
 
 def test_a_source_that_is_not_there_is_a_usage_error(fails):
-    error = fails(2, "data", "prepare", "--source", "none.csv", "--output-dir", "p")
+    error = fails(2, "data", "prepare", "--source", "none.csv", "--output", "p")
     assert error == "none.csv: no such file"

@@ -117,7 +117,7 @@ class TestTrain:
         self, loragen, fails, config_file, collection
     ):
         sources = [part for n in collection.names for part in ("--source", collection.file(n))]
-        prepare = ("data", "prepare", *sources, "--output-dir", "p")
+        prepare = ("data", "prepare", *sources, "--output", "p")
         assert loragen(*prepare, "--samples-per-prompt", "2").exit_code == 0
         train = ("gen", "train", "-c", config_file, "--set", "training.max_steps=2")
         result = loragen(*train, "--prompts", "p", "--set", "data.pairing=tracked")

@@ -14,7 +14,7 @@ def arguments(experiment, collection):
 
 
 def test_the_table_and_what_may_be_said_of_it(loragen, arguments):
-    result = loragen(*arguments, "--out", "out")
+    result = loragen(*arguments, "--output", "out")
     assert result.exit_code == 0, result.output
     header, *rows = result.stdout.split("\n\n")[0].splitlines()
     assert header.split("  ")[0] == "exact match"
@@ -24,7 +24,7 @@ def test_the_table_and_what_may_be_said_of_it(loragen, arguments):
     assert {file.name for file in (loragen.work / "out").iterdir()} == {
         "results.json", "results.md", "results.png",
     }  # fmt: skip
-    again = loragen(*arguments, "--out", "out")
+    again = loragen(*arguments, "--output", "out")
     assert again.exit_code == 2
     assert "out exists already" in again.stderr
 

@@ -63,3 +63,21 @@ def test_json_has_no_nan(capsys):
     assert capsys.readouterr().out.split() == (
         ["{", '"x":', "[", "null,", "null,", "1.5,", "{", '"y":', "null", "}", "]", "}"]
     )
+
+
+WRITERS = (
+    "demo",
+    "data prepare",
+    "lora export",
+    "gen infer",
+    "gen eval",
+    "ckpt convert",
+    "config migrate",
+)
+
+
+@pytest.mark.parametrize("command", WRITERS)
+@pytest.mark.parametrize("spelling", ["--output", "-o", "--out", "--output-dir", "--output_dir"])
+def test_where_a_result_goes_has_one_name_and_its_old_ones(loragen, command, spelling):
+    shown = spelling if spelling == "-o" else "--output"
+    assert f"Option '{shown}' requires an argument" in loragen(*command.split(), spelling).stderr

@@ -192,7 +192,7 @@ def read_prepared(directory: Path) -> PreparedPrompts:
 def _refuse_existing(directory: Path, force: bool) -> None:
     """The directory may have other files: only those of its own are in the way."""
     if directory.exists() and not directory.is_dir():
-        raise UsageError(f"{directory} is a file; --output-dir is a directory")
+        raise UsageError(f"{directory} is a file; --output is a directory")
     existing = [name for name in (RECORD, TRAIN, VAL) if (directory / name).exists()]
     if existing and not force:
         raise UsageError(

@@ -139,7 +139,7 @@ class TestPrepare:
             prepare([("few", few)], tmp_path / "p", Grouping())
         with pytest.raises(UsageError, match="two sources are called few"):
             prepare([("few", few), ("few", few)], tmp_path / "p", Grouping())
-        with pytest.raises(UsageError, match="is a file; --output-dir is a directory"):
+        with pytest.raises(UsageError, match="is a file; --output is a directory"):
             prepare([("few", few)], few, Grouping())
         assert not (tmp_path / "p").exists()
 
