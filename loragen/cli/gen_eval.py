@@ -12,7 +12,7 @@ from loragen.cli.options import BaseModel, DataRoot, Force, Json, SkipBadRows
 
 def evaluate(
     model: Annotated[
-        Path, typer.Option("--model", help="An experiment directory or its generator_model.pt.")
+        Path, typer.Option("--model", help="An experiment, its generator_model.pt or a checkpoint.")
     ],
     dataset: Annotated[
         list[str],

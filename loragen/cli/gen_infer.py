@@ -25,7 +25,7 @@ class Format(StrEnum):
 
 def infer(
     model: Annotated[
-        Path, typer.Option("--model", help="An experiment directory or its generator_model.pt.")
+        Path, typer.Option("--model", help="An experiment, its generator_model.pt or a checkpoint.")
     ],
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", help="A prompt of the dataset. Repeatable.")

@@ -25,6 +25,8 @@ TEST_MODE_STEPS = (4, 5, 6)
 """The checkpoints of `lora train --test-mode`: three steps of each stage, those of the second."""
 LAST_CHECKPOINT = Path("checkpoints/last.ckpt")
 """What a killed run goes on from; no part of the collection."""
+BEST_CHECKPOINT = f"epoch=*{CHECKPOINT_SUFFIX}"
+"""Of a generator's training: the best step so far, one file but for a moment."""
 GENERATOR_FILE = Path("results/final_model/generator_model.pt")
 
 
@@ -227,22 +229,29 @@ def checkpoint_step(file: Path) -> int:
 
 
 def generator_file(path: Path) -> Path:
-    """The generator_model.pt of an experiment directory, or the file itself.
+    """The generator_model.pt of an experiment directory, or the file itself; of an experiment that
+    has none yet, its best checkpoint, or its last where nothing was validated.
 
     Raises UsageError where there is none.
     """
     file = path / GENERATOR_FILE if path.is_dir() else path
-    if not file.is_file():
-        if (path / MANIFEST).is_file():
-            raise UsageError(_why_no_generator(path))
+    if file.is_file():
+        return file
+    if not (path / MANIFEST).is_file():
         raise UsageError(f"{path}: no generator there (looked for {file})")
-    return file
+    kind = json.loads((path / MANIFEST).read_text(encoding="utf-8")).get("kind")
+    if kind != "generator":
+        raise UsageError(
+            f"{path}: the run of an adapter, not of a generator: `gen train --checkpoint-dir` it"
+        )
+    best = sorted((path / CHECKPOINTS).glob(BEST_CHECKPOINT), key=lambda f: f.stat().st_mtime_ns)
+    found = [*best[-1:], path / LAST_CHECKPOINT]
+    if not found[0].is_file():
+        raise UsageError(_why_no_generator(path))
+    return found[0]
 
 
 def _why_no_generator(run: Path) -> str:
-    kind = json.loads((run / MANIFEST).read_text(encoding="utf-8")).get("kind")
-    if kind != "generator":
-        return f"{run}: the run of an adapter, not of a generator: `gen train --checkpoint-dir` it"
     told = {
         "running": "is still in training, or was killed",
         "interrupted": "was interrupted",
@@ -250,16 +259,17 @@ def _why_no_generator(run: Path) -> str:
         "success": "has lost its generator",
     }[read_manifest(run, GeneratorManifest).status]
     return (
-        f"{run}: no generator there: the experiment {told}; train it to the end, "
-        f"`loragen gen train --resume {run}`, or name another"
+        f"{run}: no generator there, and no checkpoint: the experiment {told}; train it to the "
+        f"end, `loragen gen train --resume {run}`, or name another"
     )
 
 
 def experiment_name(file: Path) -> str:
     """What a generator's file is called by: its experiment's name, else its own."""
-    home = file.absolute().parents
-    inside = len(home) > 2 and file.absolute() == home[2] / GENERATOR_FILE
-    return home[2].name if inside else file.stem
+    for home in file.absolute().parents[:3]:
+        if file.absolute() in (home / GENERATOR_FILE, home / CHECKPOINTS / file.name):
+            return home.name
+    return file.stem
 
 
 def plugin_records(chosen: Mapping[str, list[str]]) -> list[PluginRecord]:

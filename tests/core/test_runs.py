@@ -156,6 +156,18 @@ def test_an_experiment_without_a_generator_says_why(tmp_path, status, told):
         generator_file(tmp_path)
 
 
+def test_an_experiment_in_training_has_its_best_checkpoint(tmp_path):
+    manifest = GeneratorManifest(plugins=[], base_model="demo", sources=[], val_sources=[])
+    write_manifest(tmp_path, manifest)
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "last.ckpt").touch()
+    assert generator_file(tmp_path) == folder / "last.ckpt"
+    (folder / "epoch=1-val_loss=0.5.ckpt").touch()
+    assert generator_file(tmp_path) == folder / "epoch=1-val_loss=0.5.ckpt"
+
+
 def test_a_generator_is_called_by_its_experiment_or_its_file(tmp_path):
     assert experiment_name(tmp_path / "exp" / GENERATOR_FILE) == "exp"
+    assert experiment_name(tmp_path / "exp" / "checkpoints" / "last.ckpt") == "exp"
     assert experiment_name(tmp_path / "mine.pt") == "mine"

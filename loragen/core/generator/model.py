@@ -1,5 +1,6 @@
 """A generator: everything between a few prompts and an adapter, and the file that holds it."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,9 +21,12 @@ from loragen.core.generator.inference.origin import Origin
 from loragen.core.generator.layout import Layout
 from loragen.core.generator.network import Network, new_network
 from loragen.core.generator.normalization import Normalization
+from loragen.core.generator.unfinished import generator_document, is_checkpoint
 from loragen.core.plugins import create
 from loragen.core.protocols import Encoder
 from loragen.core.runs import CHECKPOINTS, experiment_name, generator_file
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 """Version 1 had other networks, and no scale of the conditions."""
@@ -172,6 +176,16 @@ class Generator:
     def save(self, file: str | Path) -> None:
         """A file that `torch.load(file, weights_only=True)` reads."""
         document = {
+            **self.description(),
+            "state_dict": _on_cpu(self.network.state_dict()),
+            "encoder_state": _on_cpu(self.encoder_state) if self.encoder_state else None,
+        }
+        with written_atomically(Path(file)) as temporary:
+            torch.save(document, temporary)
+
+    def description(self) -> dict[str, Any]:
+        """All that a file holds but the trained weights: tensors and plain data."""
+        return {
             "format_version": FORMAT_VERSION,
             "encoder": {"name": self.encoder.name, "options": self.encoder.options},
             "encoder_fingerprint": self.encoder_fingerprint,
@@ -183,30 +197,32 @@ class Generator:
             "base_model": self.base_model,
             "samples_per_prompt": self.samples_per_prompt,
             "prompts_per_condition": self.prompts_per_condition,
-            "state_dict": _on_cpu(self.network.state_dict()),
-            "encoder_state": _on_cpu(self.encoder_state) if self.encoder_state else None,
             "familiarity": self.familiarity.state() if self.familiarity else None,
             "provenance": self.provenance,
         }
-        with written_atomically(Path(file)) as temporary:
-            torch.save(document, temporary)
 
     @classmethod
     def load(cls, path: str | Path) -> "Generator":
-        """Of an experiment directory or its generator_model.pt.
+        """Of an experiment directory or its generator_model.pt; before its training has ended, of
+        its best checkpoint, with a warning, or of the one named.
 
         Raises UsageError where there is none, DataError for a file that is not a generator of a
         format this version reads.
         """
         file = generator_file(Path(path))
-        document = load_plain(file)
+        document, name = load_plain(file), experiment_name(file)
         try:
+            if is_checkpoint(document):
+                step, document = document["global_step"], generator_document(document)
+                done = f"step {step} of {document['total_steps']}"
+                log.warning("%s: an unfinished generator, at %s of its training", file, done)
+                name += f" ({done})"
             version = document["format_version"]
             if version < FORMAT_VERSION:
                 raise DataError(f"format {version} is an earlier loragen's; train it again")
             if version > FORMAT_VERSION:
                 raise DataError(f"format {version} is newer than this loragen; upgrade it")
-            return cls._from_document(document, experiment_name(file))
+            return cls._from_document(document, name)
         except DataError as error:
             raise DataError(f"{file}: {error}") from error
         except KeyError as error:

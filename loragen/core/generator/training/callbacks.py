@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
+from loragen.core.generator.model import Generator
 from loragen.core.generator.training.optimization import StepPlan
 from loragen.core.generator.training.pairs import PairBatch
 from loragen.core.generator.training.phases import Objective
 from loragen.core.generator.training.selection import Selection
+from loragen.core.generator.unfinished import KEY, description
 from loragen.core.interrupt import Interruption
 from loragen.core.progress import Step
-from loragen.core.runs import CHECKPOINT_SUFFIX, CHECKPOINTS, LAST_CHECKPOINT
+from loragen.core.runs import BEST_CHECKPOINT, CHECKPOINT_SUFFIX, CHECKPOINTS, LAST_CHECKPOINT
 from loragen.core.session import RunSession
 from loragen.core.steps import StepCallback
-
-BEST = f"epoch=*{CHECKPOINT_SUFFIX}"
 
 
 class GeneratorMetrics(StepCallback):
@@ -85,12 +85,13 @@ class GeneratorCheckpoints(StepCallback):
 
     A step that validates is saved after it. A new best is the newest there is to go on from, and
     takes the place of last.ckpt until that is due again: a resumed run never needs a best that a
-    later one has replaced.
+    later one has replaced. A checkpoint is described, so that it is a generator itself.
     """
 
     def __init__(
         self,
         session: RunSession,
+        generator: Generator,
         selection: Selection,
         plan: StepPlan,
         interruption: Interruption,
@@ -99,8 +100,8 @@ class GeneratorCheckpoints(StepCallback):
         last_every: int,
     ) -> None:
         """In optimizer steps; `val_every` None: nothing validates."""
-        self.session, self.selection, self.plan = session, selection, plan
-        self.interruption = interruption
+        self.session, self.generator = session, generator
+        self.selection, self.plan, self.interruption = selection, plan, interruption
         self.val_every, self.last_every = val_every, last_every
         self._best: dict[str, Any] | None = None
         self._last_step = 0
@@ -134,6 +135,11 @@ class GeneratorCheckpoints(StepCallback):
         if self._last_step != trainer.global_step:
             self._renew_last(trainer)
 
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[KEY] = description(self.generator, pl_module.kept, self.plan.total)
+
     def state_dict(self) -> dict[str, Any]:
         return {"best": self._best, "last_step": self._last_step}
 
@@ -164,7 +170,7 @@ class GeneratorCheckpoints(StepCallback):
         self._last_step = 0
         _save(trainer, self._folder / name)
         if trainer.is_global_zero:
-            for file in (*self._folder.glob(BEST), self._folder / LAST_CHECKPOINT.name):
+            for file in (*self._folder.glob(BEST_CHECKPOINT), self._folder / LAST_CHECKPOINT.name):
                 if file.name != name:
                     file.unlink(missing_ok=True)
 

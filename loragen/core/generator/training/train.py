@@ -97,7 +97,7 @@ def _train(
     checkpoint = resume.read() if resume else None
     generator = _new_generator(data, work, encoder)
     module = _module(data, generator, encoder, checkpoint)
-    walk = _walk(data, manifest, progress, resume)
+    walk = _walk(data, generator, manifest, progress, resume)
     if checkpoint:
         restore_weights(module, checkpoint)
         restore_progress(walk.trainer, checkpoint)
@@ -132,6 +132,7 @@ class Walk:
 
 def _walk(
     data: GeneratorData,
+    generator: Generator,
     manifest: GeneratorManifest,
     progress: Progress,
     resume: GeneratorPoint | None,
@@ -149,9 +150,11 @@ def _walk(
     selection = select_by(any(data.val_texts), bool(data.unseen), data.tries_rows)
     every = min(config.training.val_every_epochs * steps.per_epoch, steps.total)
     val_every = every if data.validates else None
+    generator.provenance = _provenance(manifest, selection, steps)
     metrics = GeneratorMetrics(session, steps, data.adapters_per_step)
     checkpoints = GeneratorCheckpoints(
         session,
+        generator,
         selection,
         steps,
         interruption,
