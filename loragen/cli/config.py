@@ -61,14 +61,19 @@ def validate(
 ) -> None:
     """Check a file: prints that it is valid, or every error at once, each with its file:line.
 
-    The file alone is judged, without LORAGEN_ variables.
+    The file alone is judged, without LORAGEN_ variables. What it names has to be there, seen from
+    here, as the training would look for it: datasets, runs, prompts, models; the hub is not asked.
     """
-    from loragen.core.config import load
-    from loragen.core.config.commands import MODELS
+    from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
     from loragen.core.config.recognition import command_for
+    from loragen.core.generator.collections.places import missing_places as missing_for_gen
+    from loragen.core.lora.places import missing_places as missing_for_lora
 
     whose = command.value if command else command_for(file)
-    load(MODELS[whose], file, environment={})
+    if whose == "gen":
+        load(GenTrainConfig, file, environment={}, early=missing_for_gen)
+    else:
+        load(LoraTrainConfig, file, environment={}, early=missing_for_lora)
     render.answer(f"{file}: valid ({whose} train)")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from loragen.cli import render
 from loragen.core.config import LoraTrainConfig
+from loragen.core.data.documents import parsed_source
 from loragen.core.data.rows import check_rows
 from loragen.core.errors import DataError, LoragenError
 from loragen.core.lora.collect import Task, finished_run, unfinished_run
@@ -24,6 +25,12 @@ def check(config: LoraTrainConfig, tasks: Sequence[Task]) -> None:
         except LoragenError as error:
             problems += error.problems
         _note_runs(config, task)
+    if config.data.validation:
+        try:
+            rows = check_rows(parsed_source(config.data.validation), config.data.skip_bad_rows)
+            render.note(f"data.validation: {rows} rows in {config.data.validation}")
+        except LoragenError as error:
+            problems += error.problems
     if problems:
         raise DataError(*problems)
     _note_size(config)

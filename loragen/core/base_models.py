@@ -2,7 +2,6 @@
 
 import hashlib
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from safetensors import SafetensorError
 
 from loragen.core.config import DEMO
 from loragen.core.errors import LoragenError, UsageError, did_you_mean
-from loragen.core.hub import silence
+from loragen.core.hub import resolve_base, silence
 from loragen.core.quiet import quiet_libraries
 
 WEIGHTS = tuple(
@@ -33,23 +32,6 @@ class BaseModel:
     """What the weights are stored in; a merged model is saved in it."""
     fingerprint: str
     """A hash of the weights as stored: two bases of one fingerprint train alike."""
-
-
-def resolve_base(name: str) -> str:
-    """What transformers is asked for: the shipped demo base, a directory, or a hub id.
-
-    Raises UsageError for a path that is not there, which transformers would take for a hub id.
-    """
-    if name == DEMO:
-        return str(files("loragen").joinpath("demo", "base"))
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UsageError(f"base model {name}: the directory has no config.json")
-        return str(path)
-    if path.is_absolute() or name.startswith((".", "~")) or "\\" in name or name.count("/") > 1:
-        raise UsageError(f"base model {name}: no such directory")
-    return name
 
 
 def is_local(name: str) -> bool:
@@ -95,7 +77,7 @@ def load_base(
 
 def empty_base(name: str, local_files_only: bool = False) -> BaseModel:
     """The architecture alone, built on the current torch device: on `meta` it takes no memory.
-    With `local_files_only` the hub is not asked.
+    With `local_files_only` the hub is not asked, nor is one that does not answer.
 
     Raises UsageError where its configuration cannot be found, LoragenError where it is not one.
     """
@@ -103,8 +85,9 @@ def empty_base(name: str, local_files_only: bool = False) -> BaseModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source = resolve_base(name)
+    where = {"local_files_only": True} if local_files_only else _where(name)
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=local_files_only)
+        config = AutoConfig.from_pretrained(source, **where)
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # theirs
     except (OSError, ValueError) as error:
         raise _not_loaded(name, source, error) from error

@@ -118,6 +118,52 @@ class TestValidate:
             "`loragen config migrate c.yaml` prints today's"
         )
 
+    def test_what_a_file_names_for_gen_has_to_be_there(self, fails, loragen, write):
+        (loragen.work / "there").mkdir()
+        write(
+            "sources:\n"
+            "- {run: runs/a}\n"
+            "- {checkpoints: there, prompts: none.txt}\n"
+            "val_sources: [{checkpoints: no/where}]\n"
+            "data: {checkpoint_dir: [there, runs/b], prompts: p}\n"
+            "encoder: {model: ./bert}\n"
+            "behaviour: {base_model: /no/base}\n"
+        )
+        assert fails(2, "config", "validate", "c.yaml", lines=7) == [
+            "c.yaml:2:4: sources.0.run: runs/a: no such run directory",
+            "c.yaml:3:24: sources.1.prompts: none.txt: no such prompt file",
+            "c.yaml:4:16: val_sources.0.checkpoints: no/where: no such directory of checkpoints",
+            "c.yaml:5:32: data.checkpoint_dir.1: runs/b: no such run directory",
+            "c.yaml:5:41: data.prompts: p: no such directory of prompts (`loragen data prepare`)",
+            "c.yaml:7:13: behaviour.base_model: base model /no/base: no such directory",
+            "c.yaml:6:11: encoder.model: ./bert: no such directory",
+        ]
+
+    def test_what_a_file_names_for_lora_has_to_be_there(self, fails, loragen, write):
+        (loragen.work / "mine.jsonl").touch()
+        write("base_model: ./base\ncollection: [mine.jsonl, no.jsonl]\ndata: {validation: v.csv}\n")
+        assert fails(2, "config", "validate", "c.yaml", lines=3) == [
+            "c.yaml:1:1: base_model: base model ./base: no such directory",
+            "c.yaml:2:26: collection.1: no.jsonl: no such file",
+            "c.yaml:3:8: data.validation: v.csv: no such file",
+        ]
+        write("data: {root: nowhere}")
+        error = fails(2, "config", "validate", "c.yaml")
+        assert error == "c.yaml:1:8: data.root: nowhere: no such directory"
+
+    def test_the_hub_is_not_asked(self, loragen, write):
+        text = (
+            "base_model: owner/base\ndata: {dataset: 'hub:owner/rows', validation: 'hub:owner/v'}"
+        )
+        assert loragen("config", "validate", write(text)).exit_code == 0
+
+    def test_a_name_in_place_of_a_source(self, fails, write):
+        write("val_sources: [colors]")
+        assert fails(2, "config", "validate", "c.yaml", "--command", "gen") == (
+            "c.yaml:1:15: val_sources.0: has to be a section with keys of its own: "
+            "run, checkpoints, prompts (got 'colors')"
+        )
+
     def test_a_missing_file(self, fails):
         assert fails(2, "config", "validate", "no") == "no: no such configuration file"
 

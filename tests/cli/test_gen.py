@@ -165,7 +165,8 @@ class TestTrain:
         result = loragen(*arguments("hub:owner/colors:main"))
         assert result.exit_code == 0, result.output
         assert "expected hub:owner/name" in fails(2, *arguments("hub:owner"))
-        assert fails(2, *arguments("none.txt")) == "none.txt: no such prompt file"
+        error = fails(2, *arguments("none.txt"))
+        assert error == "--set: sources.0.prompts: none.txt: no such prompt file"
 
 
 class TestInfer:

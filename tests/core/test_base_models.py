@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from loragen.core.base_models import is_local, load_base, load_tokenizer, resolve_base
+from loragen.core.base_models import is_local, load_base, load_tokenizer
 from loragen.core.errors import LoragenError, UsageError
+from loragen.core.hub import resolve_base
 
 
 def test_the_shipped_base_is_a_directory():

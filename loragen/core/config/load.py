@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from loragen.core.config.commands import MODELS, command_of
-from loragen.core.config.problems import place_of, problems_of
+from loragen.core.config.problems import Misplaced, place_of, problems_of
 from loragen.core.config.recognition import of_another_command
 from loragen.core.config.sections import PluginSection
 from loragen.core.config.translation import translated
@@ -58,13 +58,13 @@ def load(
     settings: Iterable[str] = (),
     flags: Iterable[Override] = (),
     environment: Mapping[str, str] | None = None,
-    early: Callable[[Model], object] | None = None,
+    early: Callable[[Model], Iterable[Misplaced]] | None = None,
 ) -> Model:
     """The validated configuration; plugin options are checked by their plugins.
 
     `settings` are the `key.path=value` texts of `--set`; a value is read as YAML. `early` is
     called with what the schema alone has accepted, before any plugin is imported, which may take
-    seconds: the place for cheap checks that raise.
+    seconds: the place for cheap checks that raise, or tell what is not where a value says.
     Raises ConfigError with every problem at once, each with its place; UsageError for a missing
     file. An old file (`legacy`) is translated, with one warning.
     """
@@ -100,7 +100,9 @@ def layered(
 
 
 def validated(
-    model: type[Model], given: Given, early: Callable[[Model], object] | None = None
+    model: type[Model],
+    given: Given,
+    early: Callable[[Model], Iterable[Misplaced]] | None = None,
 ) -> Model:
     """The model of what was given. Raises ConfigError with every problem at once."""
     problems = list(given.problems)
@@ -110,7 +112,10 @@ def validated(
     except ValidationError as error:
         problems = [*problems_of(model, error, given.origins), *problems]
     if early is not None and not problems:
-        early(draft)
+        problems += [
+            f"{place_of(keys, given.origins)}{dotted(keys)}: {problem}"
+            for keys, problem in early(draft)
+        ]
     # With an error already, a plugin without options has nothing to add that is worth its import.
     problems += _check_plugins(model, given, complete=not problems)
     if problems:

@@ -1,12 +1,24 @@
 """What is wrong with a configuration: one line per value, with its place and what exists."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from loragen.core.config.yaml_file import Loc, dotted
-from loragen.core.errors import did_you_mean, listing
+from loragen.core.errors import UsageError, did_you_mean, listing
+
+Misplaced = tuple[Loc, str]
+"""The keys of a value that names something that is not there, and what is wrong with it."""
+
+
+def refused(keys: Loc, look: Callable[[], object]) -> list[Misplaced]:
+    """What a look at the place that a value names has to complain of."""
+    try:
+        look()
+    except UsageError as error:
+        return [(keys, problem) for problem in error.problems]
+    return []
 
 
 def problems_of(
@@ -23,6 +35,11 @@ def problems_of(
             reason = f"unknown key.{hint} Known: {listing(known, 20)}"
         elif detail["type"] == "value_error":
             reason = str(detail["ctx"]["error"])
+        elif detail["type"] == "model_type":
+            keys = _without_type_tags(keys, origins)
+            known = _known_keys(model, detail["loc"])
+            reason = f"has to be a section with keys of its own: {listing(known, 20)}"
+            given[keys] = f" (got {detail['input']!r})"
         elif detail["type"] == "missing":
             reason = "is required"
         else:

@@ -173,13 +173,18 @@ def split(prompts: Sequence[Prompt], name: str, grouping: Grouping, sides: dict[
     return Split(groups[TRAIN], groups[VAL], repeated, len(distinct) - grouped)
 
 
-def read_prepared(directory: Path) -> PreparedPrompts:
-    """Raises UsageError where there is none, DataError (with file:line) where a file is not as
-    `prepare` writes it."""
+def check_prepared(directory: Path) -> None:
+    """Raises UsageError where there are no prepared prompts."""
     if not directory.is_dir():
         raise UsageError(f"{directory}: no such directory of prompts (`loragen data prepare`)")
     if not (directory / RECORD).is_file():
         raise UsageError(f"{directory}: `loragen data prepare` has not made it (no {RECORD})")
+
+
+def read_prepared(directory: Path) -> PreparedPrompts:
+    """Raises UsageError where there is none, DataError (with file:line) where a file is not as
+    `prepare` writes it."""
+    check_prepared(directory)
     record = _read_record(directory / RECORD)
     groups: dict[str, Groups] = defaultdict(lambda: Groups([], []))
     for name in (TRAIN, VAL):

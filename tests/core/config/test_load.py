@@ -93,7 +93,7 @@ def test_a_key_given_twice_is_refused(configure):
         ("a: b: c", "c.yaml: not YAML: mapping values are not allowed here"),
         ("a: !!python/object:os.system {}", "c.yaml: not YAML: could not determine a constructor"),
         ("a: &a [*a]", "c.yaml: deeper than 50 sections; does an anchor hold itself?"),
-        ("schedule:", "c.yaml:1:1: schedule: input should be a valid dictionary"),
+        ("schedule:", "c.yaml:1:1: schedule: has to be a section with keys of its own: name"),
         ("schedule: {name: 3}", "c.yaml:1:12: schedule: unknown schedule '3'"),
         ("loggers: [swanlab]", "c.yaml:1:1: loggers: input should be a valid dictionary"),
         ("loggers: {swanlab: 5}", "c.yaml:1:11: loggers.swanlab: input should be a valid dict"),

@@ -3,13 +3,16 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from loragen.core.config.gen_schema import GenData, GenTrainConfig, SourceSection
+from loragen.core.config.problems import Misplaced, refused
 from loragen.core.data.documents import location, parsed_source
-from loragen.core.data.prepare import Groups, PreparedPrompts, read_prepared
+from loragen.core.data.prepare import Groups, PreparedPrompts, check_prepared, read_prepared
 from loragen.core.errors import LoragenError, UsageError, listing
 from loragen.core.files import natural_key
+from loragen.core.hub import is_place, resolve_base
 from loragen.core.runs import (
     CHECKPOINTS,
     MANIFEST,
@@ -146,13 +149,47 @@ class PromptDirectories:
         return self._read[directory]
 
 
-def check_places(config: GenTrainConfig) -> None:
-    """That every run, directory and file of prompts is there; the hub is not asked. Tells which
-    runs are left out, or taken although they are not finished.
+def missing_places(config: GenTrainConfig) -> list[Misplaced]:
+    """Every run, directory, file of prompts and local model that is named and not there, and every
+    malformed hub id; the hub is not asked."""
+    data, base, found = config.data, config.behaviour.base_model, list[Misplaced]()
+    for role, sources in (("sources", config.sources), ("val_sources", config.val_sources)):
+        for i, source in enumerate(sources):
+            kind = "checkpoints" if source.run is None else "run"
+            found += refused((role, i, kind), partial(directory_of, source))
+            if source.prompts is not None:
+                found += refused((role, i, "prompts"), partial(_check_prompts, source.prompts))
+    listed = data.checkpoint_dir
+    for i, place in enumerate([listed] if isinstance(listed, str) else listed or []):
+        at = () if isinstance(listed, str) else (i,)
+        named = SourceSection(run=place)
+        found += refused(("data", "checkpoint_dir", *at), partial(directory_of, named))
+    if data.prompts is not None:
+        found += refused(("data", "prompts"), partial(check_prepared, Path(data.prompts)))
+    if base is not None:
+        found += refused(("behaviour", "base_model"), partial(resolve_base, base))
+    model = str(config.encoder.options.get("model", ""))  # of an encoder that has this option
+    if is_place(model) and not Path(model).expanduser().is_dir():
+        found.append((("encoder", "model"), f"{model}: no such directory"))
+    return found
 
-    Raises UsageError for the first that is not, or a malformed hub id, DataError for a manifest
-    that is no run's.
+
+def _check_prompts(text: str) -> None:
+    place = parsed_source(text)
+    if isinstance(place, Path) and not place.exists():
+        raise UsageError(f"{place}: no such prompt file")
+
+
+def check_places(config: GenTrainConfig) -> list[Misplaced]:
+    """`missing_places`; where nothing is, tells which runs are left out, or taken although they
+    are not finished.
+
+    Raises UsageError for sources that cannot be taken together, DataError for a manifest that is
+    no run's.
     """
+    missing = missing_places(config)
+    if missing:
+        return missing
     found = find_sources(config)
     prepared = PromptDirectories(config.data)
     for source in (*found.sources, *config.val_sources):
@@ -161,15 +198,13 @@ def check_places(config: GenTrainConfig) -> None:
             read_manifest(run_directory_of(directory), LoraManifest)
         run = _run_of(source)
         name = run.manifest.dataset.name if run else directory.name
-        if prepared.groups_of(source, name) is None and source.prompts is not None:
-            prompts = parsed_source(source.prompts)
-            if isinstance(prompts, Path) and not prompts.is_file():
-                raise UsageError(f"{prompts}: no such prompt file")
+        prepared.groups_of(source, name)
     found.tell()
     runs = [run for run in map(_run_of, (*config.val_sources, *found.sources)) if run]
     unfinished = [run.directory for run in runs if run.manifest.status != "success"]
     if unfinished:
         log.warning("%s: not finished; the checkpoints there are taken", _shown(unfinished))
+    return []
 
 
 def _runs_in(directory: Path) -> list[LoraRun]:

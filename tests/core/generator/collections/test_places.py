@@ -141,8 +141,9 @@ def test_prompts_may_be_on_the_hub(check):
     [("none.txt", "none.txt: no such prompt file"), ("hub:gsm8k", "hub:gsm8k: expected hub:owner")],
 )
 def test_prompts_that_cannot_be_are_refused(check, prompts, message):
-    with pytest.raises(UsageError, match=message):
-        check(prompts)
+    ((keys, problem),) = check(prompts)
+    assert keys == ("sources", 0, "prompts")
+    assert problem.startswith(message)
 
 
 class TestPrepared:
@@ -172,5 +173,6 @@ class TestPrepared:
     def test_a_directory_that_is_not_prepared(self, tmp_path, gen_config, check):
         with pytest.raises(UsageError, match=r"data prepare` has not made it \(no prepared.json"):
             check(str(tmp_path))
-        with pytest.raises(UsageError, match="none: no such directory of prompts"):
-            check_places(gen_config({"data.prompts": "none"}))
+        ((keys, problem),) = check_places(gen_config({"data.prompts": "none"}))
+        assert keys == ("data", "prompts")
+        assert problem.startswith("none: no such directory of prompts")
