@@ -5,12 +5,18 @@ import json
 import re
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from loragen.core.errors import UsageError
+
+LONGEST_NAME = 120
+"""Bytes; file systems take 255, and suffixes, numbers and temporary names come to it."""
+RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[\d¹²³])(\..*)?", re.IGNORECASE)
+"""Devices of Windows, whatever the ending."""
 
 
 @contextmanager
@@ -69,6 +75,13 @@ def refuse_file(directory: Path) -> None:
     for place in (directory, *directory.parents):
         if place.exists() and not place.is_dir():
             raise UsageError(f"{place} is a file; --output is a directory")
+
+
+def file_name(text: str, otherwise: str = "unnamed") -> str:
+    """Of any text, a name that every file system takes: letters, digits, `_`, `.` and `-`."""
+    name = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", text)).strip(".-")
+    name = name.encode()[:LONGEST_NAME].decode(errors="ignore").strip(".-")
+    return f"_{name}" if RESERVED.fullmatch(name) else name or otherwise
 
 
 def sha256(path: Path) -> str:

@@ -140,7 +140,7 @@ AnyManifest = TypeVar("AnyManifest", bound=Manifest)
 def create_run_directory(parent: Path, prefix: str, started: datetime | None = None) -> Path:
     """`<parent>/<prefix>_<YYYYmmdd_HHMMSS>`, made here and by nobody else; `started` is now.
 
-    Two runs of one second: the later takes `_2`, `_3`, ... Raises UsageError where the parent
+    Two runs of one second: the later takes `_2`, `_3`, ... Raises UsageError where it
     cannot be made.
     """
     try:
@@ -155,6 +155,8 @@ def create_run_directory(parent: Path, prefix: str, started: datetime | None = N
             directory.mkdir()
         except FileExistsError:
             attempt += 1
+        except OSError as error:
+            raise UsageError(f"{directory}: cannot be made: {error.strerror}") from None
         else:
             return directory
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loragen.core.base_models import is_local, load_base, load_tokenizer
+from loragen.core.base_models import empty_base, is_local, load_base, load_tokenizer
 from loragen.core.errors import LoragenError, UsageError
 from loragen.core.hub import resolve_base
 
@@ -91,6 +91,20 @@ def test_a_hub_id_that_cannot_be_had_is_a_usage_error(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="no-one/no-such-model: not a directory") as error:
         load_base("no-one/no-such-model")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("look", [load_base, empty_base, load_tokenizer])
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path, monkeypatch, look):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("loragen.core.base_models.silence", lambda: "the hub does not answer")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    def asked(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr("socket.getaddrinfo", asked)
+    with pytest.raises(UsageError, match="not a directory, and the hub does not answer"):
+        look("no-one/no-such-model")
 
 
 def test_a_tokenizer_is_loaded_without_the_model(base_dir, tmp_path):

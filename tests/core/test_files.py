@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from loragen.core.errors import UsageError
 from loragen.core.files import (
+    file_name,
     natural_key,
     refuse_existing,
     sha256,
@@ -128,3 +129,31 @@ def test_different_lists_of_texts_have_different_hashes(one, other):
 def test_layers_sort_as_numbers():
     keys = ["layers.10.x", "layers.2.x", "layers.2.a", "lm_head"]
     assert sorted(keys, key=natural_key) == ["layers.2.a", "layers.2.x", "layers.10.x", "lm_head"]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("arc challenge / v1.5", "arc-challenge-v1.5"),
+        ("con", "_con"),
+        ("NUL.txt", "_NUL.txt"),
+        ("lpt¹", "_lpt¹"),
+        ("console", "console"),
+        ("name. .", "name"),
+        ("..", "unnamed"),
+        ("e\u0301", "é"),
+        ("a" * 119 + ".b", "a" * 119),
+        ("詩" * 100, "詩" * 40),
+    ],
+)
+def test_any_text_becomes_a_name_that_every_file_system_takes(text, expected):
+    assert file_name(text) == expected
+
+
+@given(text=st.text())
+def test_the_name_of_a_name_is_itself(text):
+    name = file_name(text)
+    assert file_name(name) == name
+    assert 0 < len(name.encode()) <= 121
+    assert not name.startswith((".", "-"))
+    assert not name.endswith((".", "-", " "))

@@ -171,3 +171,8 @@ def test_a_generator_is_called_by_its_experiment_or_its_file(tmp_path):
     assert experiment_name(tmp_path / "exp" / GENERATOR_FILE) == "exp"
     assert experiment_name(tmp_path / "exp" / "checkpoints" / "last.ckpt") == "exp"
     assert experiment_name(tmp_path / "mine.pt") == "mine"
+
+
+def test_a_name_that_is_too_long_is_one_line(tmp_path):
+    with pytest.raises(UsageError, match="cannot be made: "):
+        create_run_directory(tmp_path, "x" * 300)

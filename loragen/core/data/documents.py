@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from loragen.core.data.hub import read_hub
 from loragen.core.errors import DataError, UsageError
-from loragen.core.files import sha256, sha256_text
+from loragen.core.files import file_name, sha256, sha256_text
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 NESTED = ("messages", "conversations", "choices", "history")  # as JSON in a CSV cell
@@ -41,7 +41,8 @@ class HubDataset:
 
     @property
     def name(self) -> str:
-        return "-".join(filter(None, (self.id.rpartition("/")[2], self.config)))
+        """Good for a run's name; a configuration may be called anything."""
+        return file_name("-".join(filter(None, (self.id.rpartition("/")[2], self.config))))
 
     def __str__(self) -> str:
         config = f":{self.config}" if self.config else ""

@@ -3,7 +3,6 @@
 Read without torch, so that mistakes are told before anything is loaded.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ from loragen.core.data.formats import question_of
 from loragen.core.data.prompts import read_prompts
 from loragen.core.data.rows import BadRow, bad_lines
 from loragen.core.errors import DataError, UsageError, listing
+from loragen.core.files import file_name
+from loragen.core.generator.inference.outputs import FILE_SUFFIXES, OTHER_WEIGHTS
 
 LINE = "line"
 
@@ -93,11 +94,15 @@ def _label(row: Any, field: str) -> str:
 
 
 def file_names(labels: Sequence[str]) -> list[str]:
-    """A name for each label that every file system takes, all different whatever the case."""
+    """A name for each label that every file system takes, all different whatever the case, and
+    none that ends as a file of weights does: it may become a directory's."""
     seen: Counter[str] = Counter()
     names = []
     for label in labels:
-        name = re.sub(r"[^\w.-]+", "-", label).strip(".-")[:80] or "group"
+        name = file_name(label, otherwise="group")
+        stem, dot, ending = name.rpartition(".")
+        if f"{dot}{ending.lower()}" in (*FILE_SUFFIXES, *OTHER_WEIGHTS):
+            name = f"{stem}-{ending}"
         while name.casefold() in seen:
             seen[name.casefold()] += 1
             name = f"{name}-{seen[name.casefold()]}"

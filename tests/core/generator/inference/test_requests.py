@@ -63,3 +63,9 @@ def test_names_are_good_for_files_and_differ(labels):
     assert len({name.casefold() for name in names}) == len(labels)
     assert all(name and not set(name) & set('/\\:*?"<>| ') for name in names)
     assert not any(name.startswith(".") for name in names)
+
+
+def test_names_that_a_file_system_or_the_output_would_take_for_another():
+    labels = ["Nul", "a:b", "A b", "v1.5", "weights.PT", "m.bin", "x" * 300, "x" * 301]
+    names = ["_Nul", "a-b", "A-b-2", "v1.5", "weights-PT", "m-bin", "x" * 120, "x" * 120 + "-2"]
+    assert file_names(labels) == names
