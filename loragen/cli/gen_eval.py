@@ -1,63 +1,81 @@
 """`loragen gen eval`: does the generated adapter beat the alternatives?"""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loragen.cli import render
-from loragen.cli.options import BaseModel, DataRoot, Force, Json, SkipBadRows
+from loragen.cli.options import (
+    BaseModel,
+    DataRoot,
+    Force,
+    GeneratorPath,
+    Json,
+    SkipBadRows,
+)
+
+if TYPE_CHECKING:
+    from loragen.core.evaluation.columns import Column
+    from loragen.core.evaluation.targets import Target
+
+
+Datasets = Annotated[
+    list[str],
+    typer.Option(
+        "--dataset",
+        help="A name under --data-root (its test split), a file or hub:owner/name. Repeatable.",
+    ),
+]
+Columns = Annotated[
+    str | None, typer.Option("--columns", help="Only these, with commas: base,generated,...")
+]
+MultiTask = Annotated[
+    bool, typer.Option("--multi-task", help="Also one LoRA trained on all training datasets.")
+]
+Oracle = Annotated[
+    bool, typer.Option("--oracle", help="Also a LoRA trained on each dataset's own labels.")
+]
+Draws = Annotated[
+    int, typer.Option("--draws", min=2, help="Generations a dataset, each of other prompts.")
+]
+PromptsPerDraw = Annotated[
+    int | None,
+    typer.Option("--prompts", min=1, help="Prompts a draw; else as many as in training."),
+]
+Shots = Annotated[int, typer.Option("--shots", min=1, help="Labelled rows of the few_shot column.")]
+Limit = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Only the first rows of each dataset.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the draws of prompts and of shots.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1)]
+CacheDir = Annotated[
+    Path, typer.Option("--cache-dir", help="Keeps what is trained here for the next time.")
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="A directory for results.json, .md and .png."),
+]
 
 
 def evaluate(
-    model: Annotated[
-        Path, typer.Option("--model", help="An experiment, its generator_model.pt or a checkpoint.")
-    ],
-    dataset: Annotated[
-        list[str],
-        typer.Option(
-            "--dataset",
-            help="A name under --data-root (its test split), a file or hub:owner/name. Repeatable.",
-        ),
-    ],
+    model: GeneratorPath,
+    dataset: Datasets,
     data_root: DataRoot = "data_to_lora/cs",
     base_model: BaseModel = None,
-    columns: Annotated[
-        str | None, typer.Option("--columns", help="Only these, with commas: base,generated,...")
-    ] = None,
-    multi_task: Annotated[
-        bool,
-        typer.Option("--multi-task", help="Also one LoRA trained on all training datasets."),
-    ] = False,
-    oracle: Annotated[
-        bool, typer.Option("--oracle", help="Also a LoRA trained on each dataset's own labels.")
-    ] = False,
-    draws: Annotated[
-        int, typer.Option("--draws", min=2, help="Generations a dataset, each of other prompts.")
-    ] = 5,
-    prompts: Annotated[
-        int | None,
-        typer.Option("--prompts", min=1, help="Prompts a draw; else as many as in training."),
-    ] = None,
-    shots: Annotated[
-        int, typer.Option("--shots", min=1, help="Labelled rows of the few_shot column.")
-    ] = 4,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Only the first rows of each dataset.")
-    ] = None,
-    seed: Annotated[
-        int, typer.Option("--seed", min=0, help="Of the draws of prompts and of shots.")
-    ] = 0,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
+    columns: Columns = None,
+    multi_task: MultiTask = False,
+    oracle: Oracle = False,
+    draws: Draws = 5,
+    prompts: PromptsPerDraw = None,
+    shots: Shots = 4,
+    limit: Limit = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
     skip_bad_rows: SkipBadRows = False,
-    cache_dir: Annotated[
-        Path, typer.Option("--cache-dir", help="Keeps what is trained here for the next time.")
-    ] = Path(".loragen-cache"),
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="A directory for results.json, .md and .png."),
-    ] = None,
+    cache_dir: CacheDir = Path(".loragen-cache"),
+    output: Output = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -67,23 +85,16 @@ def evaluate(
     demand multi_task and oracle, which are trained once and kept. See docs/evaluating.md.
     """
     from loragen.cli.progress import terminal_progress
-    from loragen.core.evaluation.columns import MULTI_TASK, ORACLE, chosen
-    from loragen.core.evaluation.targets import check_oracles, find_targets
-    from loragen.core.files import refuse_existing, refuse_file
-    from loragen.core.runs import experiment_name, generator_file
+    from loragen.core.evaluation.targets import find_targets
+    from loragen.core.runs import generator_file
 
-    also = [name for name, on in ((MULTI_TASK, multi_task), (ORACLE, oracle)) if on]
-    wanted = chosen((columns or "").split(","), also)
+    wanted = _columns(columns, multi_task, oracle)
     file = generator_file(model)
-    if output:
-        refuse_file(output)
-        refuse_existing(output, force, marker="results.json")
+    _make_sure_of(output, force)
     targets = find_targets(dataset, Path(data_root or "."), limit, skip_bad_rows)
-    if any(column.name == ORACLE for column in wanted):
-        check_oracles(targets)
+    _check_oracles(wanted, targets)
 
     from loragen.core.evaluation.bench import Options
-    from loragen.core.evaluation.report import write
     from loragen.core.evaluation.run import evaluate_generator
 
     results = evaluate_generator(
@@ -96,12 +107,44 @@ def evaluate(
         progress=terminal_progress(),
         strict=columns is not None,
     )
-    if output:
-        write(results, f"Does {experiment_name(file)} beat the rest?", output)
+    _write(results, file, output)
     if json:
         render.answer_json(results)
     else:
         answer_results(results)
+
+
+def _columns(given: str | None, multi_task: bool, oracle: bool) -> list["Column"]:
+    from loragen.core.evaluation.columns import MULTI_TASK, ORACLE, chosen
+
+    also = [name for name, on in ((MULTI_TASK, multi_task), (ORACLE, oracle)) if on]
+    return chosen((given or "").split(","), also)
+
+
+def _check_oracles(columns: Sequence["Column"], targets: Sequence["Target"]) -> None:
+    """Raises UsageError where a dataset has no labels that an oracle could be trained on."""
+    from loragen.core.evaluation.columns import ORACLE
+    from loragen.core.evaluation.targets import check_oracles
+
+    if any(column.name == ORACLE for column in columns):
+        check_oracles(targets)
+
+
+def _make_sure_of(output: Path | None, force: bool) -> None:
+    """Raises UsageError where the results cannot be written."""
+    from loragen.core.files import refuse_existing, refuse_file
+
+    if output:
+        refuse_file(output)
+        refuse_existing(output, force, marker="results.json")
+
+
+def _write(results: dict[str, Any], file: Path, output: Path | None) -> None:
+    from loragen.core.evaluation.report import write
+    from loragen.core.runs import experiment_name
+
+    if output:
+        write(results, f"Does {experiment_name(file)} beat the rest?", output)
 
 
 def answer_results(results: Mapping[str, Any]) -> None:

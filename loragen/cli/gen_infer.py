@@ -1,7 +1,7 @@
 """`loragen gen infer`: prompts -> adapters."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loragen.cli import render
-from loragen.cli.options import BaseModel, Force, Json
+from loragen.cli.options import BaseModel, Force, GeneratorPath, Json
 
 if TYPE_CHECKING:
     from loragen.core.generator.inference.infer import Generated
+    from loragen.core.generator.inference.requests import Request
 
 MOST_WARNINGS = 3
 
@@ -23,61 +24,70 @@ class Format(StrEnum):
     pt = "pt"
 
 
+Prompts = Annotated[
+    list[str] | None, typer.Option("--prompt", help="A prompt of the dataset. Repeatable.")
+]
+PromptFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prompt-file",
+        help="Prompts: .txt (one a line), or rows or hub:owner/name as for lora train. Repeatable.",
+    ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="A directory (PEFT), or a .safetensors or .pt file; with --per, the directory "
+        "that holds them. Default: a new one below generated/.",
+    ),
+]
+Per = Annotated[
+    str | None,
+    typer.Option(
+        "--per",
+        metavar="line|FIELD",
+        help="An adapter for each prompt (line), or for each value of a field of the rows.",
+    ),
+]
+FileFormat = Annotated[
+    Format | None,
+    typer.Option("--format", help="With --per: how each adapter is written. Default: peft."),
+]
+Merge = Annotated[
+    bool, typer.Option("--merge", help="Whole Hugging Face models: the base with the adapter.")
+]
+Limit = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Only the first so many prompts.")
+]
+Draws = Annotated[
+    int, typer.Option("--draws", min=1, help="The mean over random draws of the prompts.")
+]
+PromptsPerDraw = Annotated[
+    int | None,
+    typer.Option(
+        "--prompts-per-draw",
+        min=1,
+        help="Prompts of a draw. Default: as in training, at most half of all.",
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of the draws.")]
+
+
 def infer(
-    model: Annotated[
-        Path, typer.Option("--model", help="An experiment, its generator_model.pt or a checkpoint.")
-    ],
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="A prompt of the dataset. Repeatable.")
-    ] = None,
-    prompt_file: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--prompt-file",
-            help="Prompts: .txt (one a line), or rows or hub:owner/name as for lora train. "
-            "Repeatable.",
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="A directory (PEFT), or a .safetensors or .pt file; with --per, the directory "
-            "that holds them. Default: a new one below generated/.",
-        ),
-    ] = None,
-    per: Annotated[
-        str | None,
-        typer.Option(
-            "--per",
-            metavar="line|FIELD",
-            help="An adapter for each prompt (line), or for each value of a field of the rows.",
-        ),
-    ] = None,
-    file_format: Annotated[
-        Format | None,
-        typer.Option("--format", help="With --per: how each adapter is written. Default: peft."),
-    ] = None,
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Whole Hugging Face models: the base with the adapter.")
-    ] = False,
+    model: GeneratorPath,
+    prompt: Prompts = None,
+    prompt_file: PromptFiles = None,
+    output: Output = None,
+    per: Per = None,
+    file_format: FileFormat = None,
+    merge: Merge = False,
     base_model: BaseModel = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Only the first so many prompts.")
-    ] = None,
-    draws: Annotated[
-        int, typer.Option("--draws", min=1, help="The mean over random draws of the prompts.")
-    ] = 1,
-    prompts_per_draw: Annotated[
-        int | None,
-        typer.Option(
-            "--prompts-per-draw",
-            min=1,
-            help="Prompts of a draw. Default: as in training, at most half of all.",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
+    limit: Limit = None,
+    draws: Draws = 1,
+    prompts_per_draw: PromptsPerDraw = None,
+    seed: Seed = 0,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -88,7 +98,6 @@ def infer(
     """
     from loragen.core.data.documents import parsed_source
     from loragen.core.errors import UsageError
-    from loragen.core.generator.inference.draws import draw_prompts
     from loragen.core.generator.inference.requests import requests
     from loragen.core.runs import generator_file
 
@@ -97,9 +106,42 @@ def infer(
         raise UsageError("--base-model goes with --merge; an adapter needs no base")
     asked = requests(prompt or (), [parsed_source(one) for one in prompt_file or ()], per, limit)
     places = _places([one.name for one in asked], output, per, file_format, merge, force)
-    for one in asked:  # the draws themselves are made once the generator is known
-        draw_prompts(one.prompts, draws, prompts_per_draw, seed, usual=len(one.prompts))
+    how = _How(draws, prompts_per_draw, seed, merge, base_model, force)
+    how.check(asked)
+    made = _generated(file, asked, places, how, tell=not json)
+    _warn(made)
+    if json:
+        documents = [_document(one) for one in made]
+        render.answer_json({"adapters": documents} if per else documents[0])
+    else:
+        _tell(made)
 
+
+@dataclass(frozen=True)
+class _How:
+    """What all adapters of a command have in common."""
+
+    draws: int
+    prompts_per_draw: int | None
+    seed: int
+    merge: bool
+    base_model: str | None
+    force: bool
+
+    def check(self, asked: Sequence["Request"]) -> None:
+        """Raises UsageError where there are too few prompts; they are drawn once the generator is
+        known."""
+        from loragen.core.generator.inference.draws import draw_prompts
+
+        for one in asked:
+            count = len(one.prompts)
+            draw_prompts(one.prompts, self.draws, self.prompts_per_draw, self.seed, usual=count)
+
+
+def _generated(
+    file: Path, asked: Sequence["Request"], places: Sequence[Path], how: _How, tell: bool
+) -> list["Generated"]:
+    """Writes every adapter, and answers with its place as soon as it is there."""
     from loragen.core.generator.inference.infer import infer as generate
     from loragen.core.generator.inference.merged import Merger
     from loragen.core.generator.model import Generator
@@ -107,7 +149,7 @@ def infer(
 
     quiet_libraries()
     generator = Generator.load(file)
-    merger = Merger(base_model or generator.base_model) if merge else None
+    merger = Merger(how.base_model or generator.base_model) if how.merge else None
     made = []
     for request, place in zip(asked, places, strict=True):
         made.append(
@@ -115,21 +157,16 @@ def infer(
                 generator,
                 request.prompts,
                 place,
-                draws=draws,
-                prompts_per_draw=prompts_per_draw,
-                seed=seed,
-                overwrite=force,
+                draws=how.draws,
+                prompts_per_draw=how.prompts_per_draw,
+                seed=how.seed,
+                overwrite=how.force,
                 merger=merger,
             )
         )
-        if not json:
+        if tell:
             render.answer(str(place))
-    _warn(made)
-    if json:
-        documents = [_document(one) for one in made]
-        render.answer_json({"adapters": documents} if per else documents[0])
-    else:
-        _tell(made)
+    return made
 
 
 def _places(

@@ -33,6 +33,9 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing output
 BaseModel = Annotated[
     str | None, typer.Option("--base-model", help="A hub id, a directory, or demo (shipped).")
 ]
+GeneratorPath = Annotated[
+    Path, typer.Option("--model", help="An experiment, its generator_model.pt or a checkpoint.")
+]
 Alpha = Annotated[
     float | None,
     typer.Option(
