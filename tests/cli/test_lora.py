@@ -168,6 +168,13 @@ class TestTrain:
         error = fails(1, "lora", "train", "--dataset", bad, *base_flag, *arguments, *QUICK)
         assert error.startswith(f"{bad}:2: 'response' is missing")
 
+    def test_a_dry_run_reads_the_validation_file(self, fails, dataset, base_flag):
+        given = ("lora", "train", "--dataset", dataset(), *base_flag, "--dry-run", *QUICK)
+        assert fails(1, *given, "--set", "data.validation=v.csv") == "v.csv: no such file"
+        result = fails.loragen(*given, "--set", f"data.validation={dataset(name='val.jsonl')}")
+        assert result.exit_code == 0, result.output
+        assert "data.validation: 12 rows in " in result.stderr
+
     def test_a_dry_run_tells_of_all_bad_files_at_once(self, fails, dataset, bad, base_flag):
         worse = dataset([], "worse.jsonl")
         error = fails(
