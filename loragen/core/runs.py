@@ -25,6 +25,8 @@ TEST_MODE_STEPS = (4, 5, 6)
 """The checkpoints of `lora train --test-mode`: three steps of each stage, those of the second."""
 LAST_CHECKPOINT = Path("checkpoints/last.ckpt")
 """What a killed run goes on from; no part of the collection."""
+BaseDtype = Literal["", "float32", "bfloat16", "float64"]
+"""What a frozen base computes in; empty where that is not known or none was loaded."""
 GENERATOR_FILE = Path("results/final_model/generator_model.pt")
 
 
@@ -68,7 +70,7 @@ class LoraManifest(Manifest):
 
     kind: Literal["lora"] = "lora"
     base_model: str
-    base_dtype: Literal["", "float32", "bfloat16", "float64"] = ""
+    base_dtype: BaseDtype = ""
     """What the frozen base computed in."""
     base_fingerprint: str = ""
     dataset: DatasetRecord
@@ -101,6 +103,8 @@ class SourceRecord(BaseModel):
     """Of their content, in their order, cut into the tokens of the layout."""
     prompts: str
     """Of the prompt texts, in their order."""
+    labels: str = ""
+    """Of the labelled rows in tokens; empty where none were read."""
     held_out: bool = False
     """A dataset of `val_sources`."""
     place: str = ""
@@ -120,6 +124,8 @@ class GeneratorManifest(Manifest):
     val_sources: list[str]
     base_fingerprint: str = ""
     """Of the base that was trained through; empty where none was."""
+    base_dtype: BaseDtype = ""
+    """What that base computed in."""
     source_records: list[SourceRecord] = []
     encoder_fingerprint: str = ""
     """Of the encoder's weights, before any training of them."""

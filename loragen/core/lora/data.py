@@ -1,9 +1,7 @@
 """A dataset's rows, tokenised, as micro-batches that depend on (seed, step, rank, part) alone."""
 
-import hashlib
 import logging
 import signal
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +14,7 @@ from loragen.core.config import LoraTrainConfig
 from loragen.core.data.batches import batch_indices, held_out, micro_batch
 from loragen.core.data.documents import Source, content_hash, location, parsed_source
 from loragen.core.data.rows import BadRow, Row, read_rows, refuse_bad, warn_of_bad
-from loragen.core.data.tokenize import Example, in_parts, learned
+from loragen.core.data.tokenize import Example, examples_hash, in_parts, learned
 from loragen.core.errors import DataError, UsageError
 from loragen.core.lora.batch import Batch, Cost, answers_of, packed, padded
 from loragen.core.lora.identity import validation_hash
@@ -55,7 +53,7 @@ def load_rows(config: LoraTrainConfig, name: str, source: Source, tokenizer: Any
         path=location(source),
         sha256=content_hash(source),
         rows=len(rows),
-        tokens=_hash(examples),
+        tokens=examples_hash(examples),
         too_long=too_long,
         validation=validation_hash(config),
     )
@@ -198,13 +196,6 @@ class LoraDataModule(LightningDataModule):
 def leave_interrupts_to_us(worker: int) -> None:  # noqa: ARG001  # the loader's signature
     """Ctrl+C reaches every process of a terminal; a step that is to be finished needs its batch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _hash(examples: Sequence[Example]) -> str:
-    digest = hashlib.sha256()
-    for item in examples:
-        digest.update(array("q", [item.answer, *item.ids]).tobytes())
-    return digest.hexdigest()
 
 
 def _tokenised(

@@ -50,6 +50,11 @@ class GeneratorData(LightningDataModule):
         self.plan: StepPlan = step_plan(config, self._pairs(0, 1).steps_per_epoch)
 
     @property
+    def both(self) -> list[PreparedSource]:
+        """What is learned from, then what is held out whole."""
+        return [*self.sources, *self.unseen]
+
+    @property
     def validates(self) -> bool:
         """Whether anything is held out."""
         return bool(self.unseen) or any(self.val_texts)
