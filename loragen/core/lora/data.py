@@ -138,16 +138,25 @@ class LoraDataModule(LightningDataModule):
         self.seed, self.pad_id, self.packing, self.workers = seed, pad_id, packing, workers
         self.limit = limit
 
-    @cached_property
-    def batching(self) -> Batching:
-        """Known once the model is on its device, where it is asked whether it can be packed."""
-        assert self.trainer is not None
-        parts, ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size
+    def check_shared(self, ranks: int, parts: int) -> None:
+        """Before the training begins: with `devices: auto` nobody has known how many there are.
+
+        Raises UsageError where `ranks` devices and `parts` accumulation rounds cannot share a
+        step equally, or `limit` leaves no whole step.
+        """
         if self.batch_size % (parts * ranks):
             raise UsageError(
                 f"training.batch_size {self.batch_size} must be a multiple of {ranks} devices x "
                 f"{parts} accumulate_grad_batches: it counts the rows of a whole step"
             )
+        if not self._last_step(parts):
+            raise UsageError(f"trainer.limit_train_batches {self.limit} leaves no whole step")
+
+    @cached_property
+    def batching(self) -> Batching:
+        """Known once the model is on its device, where it is asked whether it can be packed."""
+        assert self.trainer is not None
+        parts, ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size
         return Batching(
             self.batch_size,
             self.seed,
@@ -176,13 +185,11 @@ class LoraDataModule(LightningDataModule):
         )
 
     def _last_step(self, parts: int) -> int:
-        """Where `limit` ends the run: after whole steps. Raises UsageError for none."""
+        """Where `limit` ends the run: after whole steps."""
         if self.limit is None:
             return self.max_steps
         share = isinstance(self.limit, float)
         batches = int(self.limit * self.max_steps * parts) if share else int(self.limit)
-        if batches < parts:
-            raise UsageError(f"trainer.limit_train_batches {self.limit} leaves no whole step")
         return min(self.max_steps, batches // parts)
 
     def val_dataloader(self) -> DataLoader[Batch]:

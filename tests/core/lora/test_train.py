@@ -360,6 +360,12 @@ class TestFailure:
             ({}, [{"prompt": "q"}], DataError, ":1: 'response'"),
             ({"data.max_length": 8}, None, DataError, r"colors\.jsonl:1: the answer has"),
             ({"lora.target_modules": ["nope"]}, None, UsageError, r"lora\.target_modules: .*nope"),
+            (
+                {"trainer.accumulate_grad_batches": 2, "trainer.limit_train_batches": 1},
+                [{"prompt": "q", "response": "red"}],
+                UsageError,
+                "leaves no whole step",
+            ),
         ],
     )
     def test_what_cannot_start_leaves_nothing(

@@ -99,6 +99,7 @@ def _train(
     generator = _new_generator(data, work, encoder)
     module = _module(data, generator, encoder, checkpoint)
     walk = _walk(data, manifest, progress, resume)
+    data.check_shared(walk.trainer.world_size)
     if checkpoint:
         restore_weights(module, checkpoint)
         restore_progress(walk.trainer, checkpoint)

@@ -328,6 +328,15 @@ class TestFailure:
             train(gen_config(settings), Silent())
         assert not (tmp_path / "experiments").exists()
 
+    def test_devices_that_cannot_share_a_batch_leave_nothing(
+        self, gen_config, tmp_path, monkeypatch
+    ):
+        """As where `devices: auto` finds two."""
+        monkeypatch.setattr(module.Trainer, "world_size", 2)
+        with pytest.raises(UsageError, match="must be a multiple of 2 devices"):
+            train(gen_config({"data.batch_size": 3}), Silent())
+        assert not (tmp_path / "experiments").exists()
+
     def test_a_broken_checkpoint_leaves_nothing(self, gen_config, collection, tmp_path):
         run = shutil.copytree(collection.runs["colors"], tmp_path / "run")
         (run / "checkpoints" / "checkpoint-step-006.ckpt").write_bytes(b"broken")
