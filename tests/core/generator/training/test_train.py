@@ -27,6 +27,10 @@ PROMPTS = ["Question 1 about red?", "Question 2 about red?"]
 class Watching(Silent):
     def __init__(self, at=0, error=None):
         self.steps, self.at, self.error = [], at, error
+        self.validations = []
+
+    def validated(self, validation):
+        self.validations.append(validation)
 
     def step(self, step):
         self.steps.append(step)
@@ -130,6 +134,31 @@ class TestTraining:
         watching = Watching()
         train(gen_config({"trainer.accumulate_grad_batches": 2}), watching)
         assert {step.rate for step in watching.steps} == {8.0}
+
+    def test_pairs_per_second_are_the_mean_over_the_phase(self, monkeypatch):
+        seconds = iter([0, 1, 4, 5, 9, 10])  # the start, then the end of every step
+        monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+        speed = callbacks.Speed()
+        assert [speed.after(6, "reconstruction") for _ in range(3)] == [6, 3, 3.6]
+        assert [speed.after(4, "behaviour") for _ in range(2)] == [1, 1.6]
+
+    def test_every_validation_is_told_with_the_best_so_far(self, gen_config):
+        watching = Watching()
+        settings = {
+            "schedule.name": "two-stage",
+            "schedule.stage1_steps": 4,
+            "schedule.learning_rate_stage1": 1e-2,
+            "schedule.learning_rate_stage2": 100.0,  # worse and worse
+        }
+        run = train(gen_config(settings), watching)
+        found = watching.validations
+        assert [one.place for one in found] == [(2, 8), (4, 8), (6, 8), (8, 8)]
+        (best,) = run.directory.glob("checkpoints/epoch=*")
+        kept = torch.load(best, weights_only=True)["global_step"]
+        assert found[-1].best == ("reconstruction", kept)
+        losses = [one.metrics["val/loss"] for one in found]
+        assert found[losses.index(min(losses))].best == ("reconstruction", kept)
+        assert found[-1].metrics.items() <= run.manifest.metrics.items()
 
     @pytest.mark.parametrize("limit, steps", [(3, 2), (0.5, 2), (100, 4), (2.0, 4)])
     def test_a_limit_counts_the_micro_batches_of_the_whole_run(self, gen_config, limit, steps):
