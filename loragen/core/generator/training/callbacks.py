@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
+from loragen.core.divergence import check_loss, check_weights
 from loragen.core.generator.training.optimization import StepPlan
 from loragen.core.generator.training.pairs import PairBatch
 from loragen.core.generator.training.phases import Objective
@@ -58,6 +59,7 @@ class GeneratorMetrics(StepCallback):
                 (within, phase.steps),
             )
         )
+        check_loss("train/loss", found["train/loss"], step, self.session.directory)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val")}
@@ -140,7 +142,9 @@ class GeneratorCheckpoints(StepCallback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Early, while the trainer still knows what it has measured."""
-        value = float(trainer.callback_metrics[str(self.selection.metric)])
+        metric, step = str(self.selection.metric), trainer.global_step
+        value = float(trainer.callback_metrics[metric])
+        check_loss(metric, value, step, self.session.directory)
         if self.selection.accepts(value, self._best["lowest"] if self._best else None):
             self._keep(trainer, value)
         self._report(trainer)
@@ -190,7 +194,7 @@ class GeneratorCheckpoints(StepCallback):
         lowest = min(value, self._best["lowest"]) if self._best else value
         self._best = {"name": name, "lowest": lowest, "step": trainer.global_step}
         self._last_step = 0
-        _save(trainer, self._folder / name)
+        self._save(trainer, self._folder / name)
         if trainer.is_global_zero:
             for file in (*self._folder.glob(BEST), self._folder / LAST_CHECKPOINT.name):
                 if file.name != name:
@@ -198,15 +202,16 @@ class GeneratorCheckpoints(StepCallback):
 
     def _renew_last(self, trainer: Trainer) -> None:
         self._last_step = trainer.global_step
-        _save(trainer, self._folder / LAST_CHECKPOINT.name)
+        self._save(trainer, self._folder / LAST_CHECKPOINT.name)
+
+    def _save(self, trainer: Trainer, file: Path) -> None:
+        weights = trainer.lightning_module.state_dict()
+        check_weights(weights, trainer.global_step, self.session.directory)
+        trainer.save_checkpoint(file, weights_only=False)  # on all ranks: it has a barrier
 
     @property
     def _folder(self) -> Path:
         return self.session.directory / CHECKPOINTS
-
-
-def _save(trainer: Trainer, file: Path) -> None:
-    trainer.save_checkpoint(file, weights_only=False)  # on all ranks: it has a barrier
 
 
 def _over_devices(trainer: Trainer, metrics: dict[str, Any]) -> dict[str, float]:

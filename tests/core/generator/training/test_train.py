@@ -342,6 +342,33 @@ class TestFailure:
         assert read_manifest(run, GeneratorManifest).status == "failed"
 
     @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"data.val_ratio": 0.0}, r"train/loss is (nan|inf) at step \d"),
+            ({"training.val_every_epochs": 1}, r"(train|val)/loss is (nan|inf) at step \d"),
+            # Finite gradients of the only step make weights that are not.
+            ({"data.val_ratio": 0.0, "training.max_steps": 1}, "is not finite at step 1"),
+        ],
+    )
+    def test_a_training_that_diverges_is_a_failed_run(
+        self, gen_config, tmp_path, settings, message
+    ):
+        huge = {"training.optimizer": "sgd", "schedule.name": "constant"}
+        rate = 3e38 if "training.max_steps" in settings else 10.0
+        config = gen_config({**huge, "training.learning_rate": rate, **settings})
+        config.training.last_every = 1
+        with pytest.raises(LoragenError, match=message) as raised:
+            train(config, Silent())
+        assert "try a lower learning rate or trainer.gradient_clip_val=1.0" in str(raised.value)
+        assert "\n" not in str(raised.value)
+        (run,) = (tmp_path / "experiments").iterdir()
+        assert read_manifest(run, GeneratorManifest).status == "failed"
+        assert not (run / "results").exists()
+        for file in (run / "checkpoints").iterdir():
+            state = torch.load(file, weights_only=True)["state_dict"]
+            assert all(value.isfinite().all() for value in state.values())
+
+    @pytest.mark.parametrize(
         "settings, message",
         [
             ({"encoder.model": "./none"}, "sentence encoder ./none: no such directory"),
