@@ -28,5 +28,5 @@ def check_weights(weights: Mapping[str, Tensor], step: int, run: Path) -> None:
 def _diverged(what: str, step: int, run: Path) -> LoragenError:
     return LoragenError(
         f"{run}: the training has diverged: {what} at step {step}; try a lower learning rate or "
-        "trainer.gradient_clip_val=1.0 (the checkpoints before it are kept)"
+        "trainer.gradient_clip_val=1.0 (what was saved before it is kept)"
     )
