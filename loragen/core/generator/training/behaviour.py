@@ -38,9 +38,8 @@ def rehearsal(work: Plan, base_dtype: BaseDtype = "") -> Rehearsal | None:
     if config.training.objective == "reconstruction":
         return None
     settings = LoraTrainConfig(base_model=config.behaviour.base_model or work.base_model)
-    settings.base_dtype = base_dtype or "auto"
     settings.trainer.accelerator = config.trainer.accelerator
-    base = load_training_base(settings)
+    base = load_training_base(settings.model_copy(update={"base_dtype": base_dtype or "auto"}))
 
     def rows_of(source: Collection) -> LabelledRows:
         held_out = [prompt for group in groups_of(source, config).val for prompt in group]
