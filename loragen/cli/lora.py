@@ -134,6 +134,7 @@ def evaluate(
     from loragen.core.adapters import attach_adapter
     from loragen.core.base_models import load_base
     from loragen.core.checkpoints import read_checkpointed_adapter
+    from loragen.core.devices import best_device
     from loragen.core.lora.evaluate import evaluate as score
 
     read = read_checkpointed_adapter(adapter) if adapter else None
@@ -141,6 +142,7 @@ def evaluate(
     if not base_name:
         raise UsageError("which base model? Give --base-model")
     base = load_base(base_name)
+    base.model.to(best_device())
     model = attach_adapter(base.model, read, str(adapter)) if read else base.model
     scores = score(model, base.tokenizer, rows, batch_size)
     document = {

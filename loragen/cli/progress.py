@@ -5,13 +5,15 @@ import time
 from typing import TYPE_CHECKING
 
 from loragen.cli import render
-from loragen.core.progress import Progress, Step
+from loragen.core.progress import Progress, Step, Validation
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
 SECONDS_BETWEEN_LINES = 10.0
+MEASURES = ("loss", "behaviour", "accuracy")
+"""Of a validation; the loggers have the others."""
 
 
 def terminal_progress() -> Progress:
@@ -19,7 +21,7 @@ def terminal_progress() -> Progress:
 
 
 class PlainProgress:
-    """The first step, then one line every ten seconds, then the last."""
+    """The first step, then one line every ten seconds, then the last; and every validation."""
 
     def start(self, title: str, total: int) -> None:  # noqa: ARG002  # a bar wants it
         self._title = title
@@ -35,6 +37,9 @@ class PlainProgress:
             return
         self._next = now + SECONDS_BETWEEN_LINES
         render.note(f"{self._title}: {figures(step)}{self._left(now, step)}")
+
+    def validated(self, validation: Validation) -> None:
+        render.note(f"{self._title}: {measured(validation)}")
 
     def _left(self, now: float, step: Step) -> str:
         """Of the phase, measured from its first step seen: of a run that goes on, others had the
@@ -52,7 +57,7 @@ class PlainProgress:
 
 
 class RichProgress:
-    """One bar per run: stage, step/total, loss, rate, time left."""
+    """One bar per run: stage, step/total, loss, rate, time left; validations above it."""
 
     _bar: "Bar | None" = None
     _task: "TaskID"
@@ -69,6 +74,7 @@ class RichProgress:
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )
+        self._title = title
         self._bar.start()
         self._task = self._bar.add_task(title, total=total, figures="")
 
@@ -76,6 +82,11 @@ class RichProgress:
         if self._bar:
             at, total = step.place
             self._bar.update(self._task, completed=at, total=total, figures=figures(step))
+
+    def validated(self, validation: Validation) -> None:
+        if self._bar:
+            line = f"{self._title}: {measured(validation)}"
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
         if self._bar:
@@ -85,7 +96,22 @@ class RichProgress:
 
 def figures(step: Step) -> str:
     at, total = step.place
+    rate = f"{step.rate:.0f}" if step.rate >= 10 else f"{step.rate:.2g}"
     return (
         f"{step.phase or f'stage {step.stage}'}, step {at}/{total}, "
-        f"loss {step.loss:.4f}, {step.rate:.0f} {step.unit}"
+        f"loss {step.loss:.4f}, {rate} {step.unit}"
     )
+
+
+def measured(validation: Validation) -> str:
+    """`validated after reconstruction, step 8/40: val/loss 0.1250; the best so far`"""
+    at, total = validation.place
+    told = ", ".join(
+        f"{name} {value:.4f}"
+        for name, value in validation.metrics.items()
+        if name.rpartition("/")[2] in MEASURES
+    )
+    phase, step = validation.best
+    newest = (phase, step) == (validation.phase, at)
+    best = "the best so far" if newest else f"best so far: {phase}, step {step}"
+    return f"validated after {validation.phase}, step {at}/{total}: {told}; {best}"

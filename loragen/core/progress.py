@@ -1,5 +1,6 @@
 """What a long command tells of itself while it runs. The command line decides how it looks."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,10 +28,25 @@ class Step:
         return self.of_phase or (self.step, self.total)
 
 
+@dataclass(frozen=True)
+class Validation:
+    """What was measured on held-out data, after a step."""
+
+    phase: str
+    place: tuple[int, int]
+    """(step, of how many), in the phase."""
+    metrics: Mapping[str, float]
+    """`{"val/loss": 0.25, ...}`"""
+    best: tuple[str, int]
+    """Phase, and step within it, of the best so far; it may be this one."""
+
+
 class Progress(Protocol):
     def start(self, title: str, total: int) -> None: ...
 
     def step(self, step: Step) -> None: ...
+
+    def validated(self, validation: Validation) -> None: ...
 
     def stop(self) -> None: ...
 
@@ -42,6 +58,9 @@ class Silent:
         pass
 
     def step(self, step: Step) -> None:
+        pass
+
+    def validated(self, validation: Validation) -> None:
         pass
 
     def stop(self) -> None:

@@ -25,8 +25,13 @@ TEST_MODE_STEPS = (4, 5, 6)
 """The checkpoints of `lora train --test-mode`: three steps of each stage, those of the second."""
 LAST_CHECKPOINT = Path("checkpoints/last.ckpt")
 """What a killed run goes on from; no part of the collection."""
+<<<<<<< HEAD
 BEST_CHECKPOINT = f"epoch=*{CHECKPOINT_SUFFIX}"
 """Of a generator's training: the best step so far, one file but for a moment."""
+=======
+BaseDtype = Literal["", "float32", "bfloat16", "float64"]
+"""What a frozen base computes in; empty where that is not known or none was loaded."""
+>>>>>>> h-train
 GENERATOR_FILE = Path("results/final_model/generator_model.pt")
 
 
@@ -70,7 +75,7 @@ class LoraManifest(Manifest):
 
     kind: Literal["lora"] = "lora"
     base_model: str
-    base_dtype: Literal["", "float32", "bfloat16", "float64"] = ""
+    base_dtype: BaseDtype = ""
     """What the frozen base computed in."""
     base_fingerprint: str = ""
     dataset: DatasetRecord
@@ -103,6 +108,8 @@ class SourceRecord(BaseModel):
     """Of their content, in their order, cut into the tokens of the layout."""
     prompts: str
     """Of the prompt texts, in their order."""
+    labels: str = ""
+    """Of the labelled rows in tokens; empty where none were read."""
     held_out: bool = False
     """A dataset of `val_sources`."""
     place: str = ""
@@ -122,6 +129,8 @@ class GeneratorManifest(Manifest):
     val_sources: list[str]
     base_fingerprint: str = ""
     """Of the base that was trained through; empty where none was."""
+    base_dtype: BaseDtype = ""
+    """What that base computed in."""
     source_records: list[SourceRecord] = []
     encoder_fingerprint: str = ""
     """Of the encoder's weights, before any training of them."""

@@ -21,7 +21,7 @@ from loragen.core.config import dump
 from loragen.core.errors import UsageError
 from loragen.core.files import remove_unfinished, write_text
 from loragen.core.interrupt import Interrupted
-from loragen.core.progress import Progress, Step
+from loragen.core.progress import Progress, Step, Validation
 from loragen.core.protocols import RunInfo, Status
 from loragen.core.run_loggers import RunLoggers
 from loragen.core.runs import CHECKPOINTS, CONFIG, Manifest, create_run_directory, write_manifest
@@ -106,6 +106,11 @@ class RunSession(Callback):
         assert self._trainer is not None
         if self._trainer.is_global_zero:
             self.progress.step(step)
+
+    def report_validation(self, validation: Validation) -> None:
+        assert self._trainer is not None
+        if self._trainer.is_global_zero:
+            self.progress.validated(validation)
 
     def close(self, status: Status) -> None:
         """Closes the loggers and writes the final manifest; nothing to do if never opened."""

@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 from loragen.core.config import LoraTrainConfig
+from loragen.core.errors import DataError
 from loragen.core.files import sha256
 from loragen.core.runs import LoraManifest, read_manifest
 
@@ -336,6 +338,22 @@ class TestEval:
         )  # fmt: skip
         assert result.exit_code == 0, result.output
         assert json.loads(result.stdout)["adapter"] is None
+
+    def test_the_best_device_answers(self, loragen, collection, monkeypatch):
+        """`meta` stands for a GPU."""
+        devices = []
+
+        def score(model, *_):
+            devices.append(model.device)
+            raise DataError("enough is known")
+
+        monkeypatch.setattr("loragen.core.devices.best_device", lambda: torch.device("meta"))
+        monkeypatch.setattr("loragen.core.lora.evaluate.evaluate", score)
+        loragen(
+            "lora", "eval", "--no-adapter", "--base-model", collection.base,
+            "--dataset", collection.file("colors"),
+        )  # fmt: skip
+        assert devices == [torch.device("meta")]
 
     def test_a_dataset_by_name_is_its_test_split(self, loragen, collection, tmp_path, adapter):
         folder = tmp_path / "root" / "colors"

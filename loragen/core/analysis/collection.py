@@ -15,7 +15,11 @@ import torch
 from torch import Tensor
 
 from loragen.core.analysis.gram import sampled
-from loragen.core.analysis.lora_algebra import (
+from loragen.core.analysis.places import Checkpoint, Collection, read_checkpoint
+from loragen.core.analysis.report import Drift, ModuleReport, Report
+from loragen.core.errors import DataError
+from loragen.core.generator.layout import NO_LAYER, TensorSpec
+from loragen.core.lora_algebra import (
     Factors,
     distance,
     effective_rank,
@@ -24,10 +28,6 @@ from loragen.core.analysis.lora_algebra import (
     singular_values,
     stable_rank,
 )
-from loragen.core.analysis.places import Checkpoint, Collection, read_checkpoint
-from loragen.core.analysis.report import Drift, ModuleReport, Report
-from loragen.core.errors import DataError
-from loragen.core.generator.layout import NO_LAYER, TensorSpec
 
 Label = TypeVar("Label", int, str)
 Sizes = dict[str, tuple[int, int]]

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loragen.core.analysis.lora_algebra import inner_products, modules
 from loragen.core.analysis.places import read_checkpoint
 from loragen.core.analysis.report import Sample, Trajectory
+from loragen.core.lora_algebra import inner_products, modules
 
 MOST_CHECKPOINTS = 50
 """Of a sample: its inner products are 1,275, however many files there are."""

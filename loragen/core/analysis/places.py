@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from loragen.core.adapters import CONFIG_FILE, WEIGHTS_FILE, module_scaling, read_adapter
-from loragen.core.analysis.lora_algebra import Factors, modules
 from loragen.core.checkpoints import find_checkpoints, read_tensors
 from loragen.core.errors import LoragenError, UsageError
 from loragen.core.files import natural_key
+from loragen.core.lora_algebra import Factors, modules
 from loragen.core.runs import CHECKPOINTS, LoraManifest, read_manifest, run_directory_of
 
 

@@ -173,6 +173,23 @@ class GenTrainConfig(Section):
     trainer: Trainer = Trainer()
 
     @model_validator(mode="after")
+    def _shared_equally(self) -> "GenTrainConfig":
+        """As far as it is known now: with `devices: auto` the training asks again, and behaviour
+        that `auto` may come to counts then."""
+        devices = self.trainer.devices if isinstance(self.trainer.devices, int) else 1
+        ranks = max(1, devices) * self.trainer.num_nodes
+        sizes = {"data": self.data.batch_size}
+        if "behaviour" in self.training.objective:
+            sizes["behaviour"] = self.behaviour.batch_size
+        for section, size in sizes.items():
+            if size % ranks:
+                raise ValueError(
+                    f"{section}.batch_size {size} must be a multiple of devices x num_nodes = "
+                    f"{ranks}: it counts the pairs of all"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _wide_enough(self) -> "GenTrainConfig":
         if self.trainer.precision == "bf16-true":
             raise ValueError(

@@ -1,5 +1,7 @@
 """Rows -> token ids with a loss mask, through the tokenizer's chat template where it has one."""
 
+import hashlib
+from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -64,6 +66,15 @@ def in_parts(tokenizer: Any, row: Row, max_length: int) -> Parts:
 def learned(parts: Parts) -> Example:
     """What is learned from: the row without what is cut."""
     return Example([*parts.prompt, *parts.answer], len(parts.answer))
+
+
+def examples_hash(examples: Sequence[Example]) -> str:
+    """Of the tokens and of which of them are answers, in their order: another tokenizer, chat
+    template or label makes another hash."""
+    digest = hashlib.sha256()
+    for item in examples:
+        digest.update(array("q", [item.answer, *item.ids]).tobytes())
+    return digest.hexdigest()
 
 
 def shared_prefix(sequences: Sequence[list[int]]) -> int:

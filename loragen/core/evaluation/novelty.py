@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from loragen.core.adapters import Adapter
-from loragen.core.analysis.lora_algebra import Factors, distance, inner, inner_products
 from loragen.core.analysis.places import Checkpoint, read_checkpoint
 from loragen.core.evaluation.bench import Bench
 from loragen.core.evaluation.targets import Target
+from loragen.core.lora_algebra import Factors, distance, inner, inner_products
 
 Deltas = dict[str, Factors]
 """Module -> (A, s·B)"""

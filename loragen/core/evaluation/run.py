@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loragen.core.base_models import load_base
+from loragen.core.devices import best_device
 from loragen.core.errors import LoragenError
 from loragen.core.evaluation.bench import Bench, Options, drawn, training_sources
 from loragen.core.evaluation.columns import MULTI_TASK, ORACLE, Column
@@ -51,6 +52,7 @@ def evaluate_generator(
     base = load_base(base_model or generator.base_model)
     multi_task = train_multi_task(sources, base, cache, progress) if MULTI_TASK in names else None
     oracles = train_oracles(targets, sources, base, cache, progress) if ORACLE in names else {}
+    base.model.to(best_device())
     bench = Bench(base, generator, sources, multi_task, oracles, options)
     outcomes = hold(bench, left, targets)
     spread = novelty(bench, targets) if sources else None

@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loragen.core.generator.collections.embeddings import TEXTS_AT_ONCE
+
 FAR = 1.1
 """In units of the reach. With all-MiniLM-L6-v2, trained on five of six commonsense datasets,
 prompts of the sixth were at 0.1 to 1.05; trained on six, Chinese poems, code, SQL, translation and
@@ -68,12 +70,11 @@ class Familiarity:
 
     @classmethod
     def fit(cls, datasets: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> "Familiarity | None":
-        """Of (name, embeddings ``[texts, positions, dim]``, mask ``[texts, positions]``), one
-        dataset in memory at a time. None where a single text was seen: there is no measure."""
+        """Of (name, embeddings ``[texts, positions, dim]``, mask ``[texts, positions]``), some
+        texts in memory at a time. None where a single text was seen: there is no measure."""
         names, centres, variances, counts = [], [], [], []
         for name, embeddings, mask in datasets:
-            arrays = (torch.from_numpy(np.array(array)) for array in (embeddings, mask))
-            texts = text_vectors(*arrays)
+            texts = _text_vectors(embeddings, mask)
             names.append(name)
             centres.append(texts.mean(0))
             variances.append(_variance(texts))
@@ -108,6 +109,17 @@ def text_vectors(embeddings: Tensor, mask: Tensor) -> Tensor:
     kept = mask.unsqueeze(-1)
     total = torch.where(kept, embeddings.float(), 0.0).sum(1)
     return total / kept.sum(1).clamp(min=1)
+
+
+def _text_vectors(embeddings: np.ndarray, mask: np.ndarray) -> Tensor:
+    """`text_vectors` of memory-mapped arrays, some texts after the other."""
+
+    def some(first: int) -> Tensor:
+        part = slice(first, first + TEXTS_AT_ONCE)
+        arrays = (torch.from_numpy(np.array(array[part])) for array in (embeddings, mask))
+        return text_vectors(*arrays)
+
+    return torch.cat([some(first) for first in range(0, len(embeddings), TEXTS_AT_ONCE)])
 
 
 def _variance(texts: Tensor) -> float:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from loragen.core.analysis.lora_algebra import modules
+from loragen.core.lora_algebra import modules
 
 TargetForm = Literal["raw", "svd"]
 

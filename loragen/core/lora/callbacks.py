@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from loragen.core.config.lora_schema import Checkpoints
+from loragen.core.divergence import check_loss, check_weights
 from loragen.core.interrupt import Interruption
 from loragen.core.lora.batch import Batch
 from loragen.core.lora.provenance import (
@@ -54,6 +55,7 @@ class StepMetrics(StepCallback):
         self.session.report(
             Step(step, pl_module.max_steps, rate.stage, loss, speed, "answer tokens/s")
         )
+        check_loss("train/loss", loss, step, self.session.directory)
         _manifest(self.session).final_loss = loss
         if self.provenance and self._tracked:
             self._tracked.append(tracked_step(self.provenance, step, rate, loss))
@@ -61,6 +63,7 @@ class StepMetrics(StepCallback):
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         self.session.log_metrics(found, trainer.global_step)
+        check_loss("val/loss", found["val/loss"], trainer.global_step, self.session.directory)
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Also where nothing was left to train."""
@@ -144,6 +147,7 @@ class StepCheckpoints(StepCallback):
             self._last.unlink(missing_ok=True)
 
     def _save(self, trainer: Trainer, pl_module: Any, file: Path, with_optimizer: bool) -> None:
+        check_weights(pl_module.state_dict(), trainer.global_step, self.session.directory)
         pl_module.saves_optimizer = with_optimizer
         trainer.save_checkpoint(file, weights_only=False)  # on all ranks: it has a barrier
 

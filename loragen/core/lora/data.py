@@ -1,9 +1,7 @@
 """A dataset's rows, tokenised, as micro-batches that depend on (seed, step, rank, part) alone."""
 
-import hashlib
 import logging
 import signal
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +14,7 @@ from loragen.core.config import LoraTrainConfig
 from loragen.core.data.batches import batch_indices, held_out, micro_batch
 from loragen.core.data.documents import Source, content_hash, location, parsed_source
 from loragen.core.data.rows import BadRow, Row, read_rows, refuse_bad, warn_of_bad
-from loragen.core.data.tokenize import Example, in_parts, learned
+from loragen.core.data.tokenize import Example, examples_hash, in_parts, learned
 from loragen.core.errors import DataError, UsageError
 from loragen.core.lora.batch import Batch, Cost, answers_of, packed, padded
 from loragen.core.lora.identity import validation_hash
@@ -55,7 +53,7 @@ def load_rows(config: LoraTrainConfig, name: str, source: Source, tokenizer: Any
         path=location(source),
         sha256=content_hash(source),
         rows=len(rows),
-        tokens=_hash(examples),
+        tokens=examples_hash(examples),
         too_long=too_long,
         validation=validation_hash(config),
     )
@@ -140,16 +138,25 @@ class LoraDataModule(LightningDataModule):
         self.seed, self.pad_id, self.packing, self.workers = seed, pad_id, packing, workers
         self.limit = limit
 
-    @cached_property
-    def batching(self) -> Batching:
-        """Known once the model is on its device, where it is asked whether it can be packed."""
-        assert self.trainer is not None
-        parts, ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size
+    def check_shared(self, ranks: int, parts: int) -> None:
+        """Before the training begins: with `devices: auto` nobody has known how many there are.
+
+        Raises UsageError where `ranks` devices and `parts` accumulation rounds cannot share a
+        step equally, or `limit` leaves no whole step.
+        """
         if self.batch_size % (parts * ranks):
             raise UsageError(
                 f"training.batch_size {self.batch_size} must be a multiple of {ranks} devices x "
                 f"{parts} accumulate_grad_batches: it counts the rows of a whole step"
             )
+        if not self._last_step(parts):
+            raise UsageError(f"trainer.limit_train_batches {self.limit} leaves no whole step")
+
+    @cached_property
+    def batching(self) -> Batching:
+        """Known once the model is on its device, where it is asked whether it can be packed."""
+        assert self.trainer is not None
+        parts, ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size
         return Batching(
             self.batch_size,
             self.seed,
@@ -178,13 +185,11 @@ class LoraDataModule(LightningDataModule):
         )
 
     def _last_step(self, parts: int) -> int:
-        """Where `limit` ends the run: after whole steps. Raises UsageError for none."""
+        """Where `limit` ends the run: after whole steps."""
         if self.limit is None:
             return self.max_steps
         share = isinstance(self.limit, float)
         batches = int(self.limit * self.max_steps * parts) if share else int(self.limit)
-        if batches < parts:
-            raise UsageError(f"trainer.limit_train_batches {self.limit} leaves no whole step")
         return min(self.max_steps, batches // parts)
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -198,13 +203,6 @@ class LoraDataModule(LightningDataModule):
 def leave_interrupts_to_us(worker: int) -> None:  # noqa: ARG001  # the loader's signature
     """Ctrl+C reaches every process of a terminal; a step that is to be finished needs its batch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _hash(examples: Sequence[Example]) -> str:
-    digest = hashlib.sha256()
-    for item in examples:
-        digest.update(array("q", [item.answer, *item.ids]).tobytes())
-    return digest.hexdigest()
 
 
 def _tokenised(

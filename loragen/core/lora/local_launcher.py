@@ -27,7 +27,7 @@ from loragen.core.lora.precision import load_training_base
 from loragen.core.lora.train import train
 from loragen.core.lora.watch import RunWatch
 from loragen.core.lora.worker import Job, Result, outcome_of
-from loragen.core.progress import Step
+from loragen.core.progress import Step, Validation
 
 POLL_SECONDS = 0.3
 GRACE_SECONDS = 30
@@ -149,6 +149,9 @@ class _OfTask:
 
     def step(self, step: Step) -> None:
         self._progress.step(self._task, step)
+
+    def validated(self, validation: Validation) -> None:
+        """A collection tells of its steps alone."""
 
     def stop(self) -> None:
         pass

@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from loragen.core.base_models import BaseModel, load_base
 from loragen.core.config import LoraTrainConfig
 from loragen.core.errors import UsageError
+from loragen.core.runs import BaseDtype
 
 FROM_PARAMETERS = 100_000_000
 """A choice between the two sizes measured in `benchmarks/`: bfloat16 loses at 0.6 M parameters and
@@ -62,9 +63,9 @@ def fast_bfloat16(accelerator: str) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def dtype_name(dtype: torch.dtype) -> Literal["", "float32", "bfloat16", "float64"]:
+def dtype_name(dtype: torch.dtype) -> BaseDtype:
     """As the manifest has it; empty for one that no setting asks for."""
-    names: dict[torch.dtype, Literal["float32", "bfloat16", "float64"]] = {
+    names: dict[torch.dtype, BaseDtype] = {
         torch.float32: "float32",
         torch.bfloat16: "bfloat16",
         torch.float64: "float64",

@@ -93,6 +93,8 @@ def _trained(
     )
     interruption = Interruption()
     trainer = _trainer(config, base, session, rows, interruption)
+    data = _data(config, rows, base)
+    data.check_shared(trainer.world_size, trainer.accumulate_grad_batches)
     checkpoint = resume.read() if resume else None
     if checkpoint:
         restore_adapter(model, checkpoint)
@@ -101,7 +103,7 @@ def _trained(
         void_later(resume)
     progress.start(name, config.training.max_steps)
     with outcome(session), interruption.awaited():
-        fit(trainer, _module(config, model, checkpoint), _data(config, rows, base))
+        fit(trainer, _module(config, model, checkpoint), data)
         if trainer.is_global_zero:
             _save_results(session.directory, config, base, model)
     if interruption.requested:  # after the last step: a collection is not to go on

@@ -209,6 +209,21 @@ def test_options_that_contradict_are_refused(configure, text, part):
     assert part in problem
 
 
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ("data: {batch_size: 9}", "data.batch_size 9 must be a multiple of devices x"),
+        (
+            "behaviour: {batch_size: 9}\ntraining: {objective: behaviour}",
+            "behaviour.batch_size 9 must be a multiple of devices x",
+        ),
+    ],
+)
+def test_a_batch_that_devices_cannot_share_is_refused(configure, text, part):
+    (problem,) = problems_of(configure, f"{text}\ntrainer: {{devices: 2}}", model=GenTrainConfig)
+    assert part in problem
+
+
 def test_what_is_dumped_loads_to_the_same(configure):
     config = configure("schedule: {name: cosine}\nloggers: {swanlab: {tags: [a, b]}}")
     assert configure(dump(config)) == config

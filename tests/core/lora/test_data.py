@@ -34,7 +34,7 @@ def module():
 def test_a_step_that_does_not_divide_among_the_devices_is_refused(module, parts, ranks):
     """How many there are is known only now: `devices: auto`."""
     with pytest.raises(UsageError, match=f"multiple of {ranks} devices x {parts}"):
-        module(FakeTrainer(parts, ranks)).train_dataloader()
+        module(None).check_shared(ranks, parts)
 
 
 @pytest.mark.parametrize("limit, steps", [(None, 8), (5, 2), (6, 3), (0.5, 4), (99, 8)])
@@ -46,7 +46,7 @@ def test_a_limit_ends_after_whole_steps(module, limit, steps):
 @pytest.mark.parametrize("limit", [1, 0.01])
 def test_a_limit_below_one_step_is_refused(module, limit):
     with pytest.raises(UsageError, match="leaves no whole step"):
-        module(FakeTrainer(parts=2), limit=limit).train_dataloader()
+        module(None, limit=limit).check_shared(1, 2)
 
 
 def test_rows_that_lose_a_part_of_their_prompt_are_counted(lora_config, base, dataset, caplog):

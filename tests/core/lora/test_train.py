@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from loragen.core.adapters import file_keys, read_adapter
 from loragen.core.checkpoints import read_tensors
 from loragen.core.config import LoraTrainConfig, load
-from loragen.core.errors import DataError, UsageError
+from loragen.core.errors import DataError, LoragenError, UsageError
 from loragen.core.files import sha256
 from loragen.core.lora import train as training
 from loragen.core.lora.data import load_rows
@@ -332,6 +332,35 @@ class TestFailure:
         assert not (run / "adapter").exists()
 
     @pytest.mark.parametrize(
+        ("rate", "settings", "message"),
+        [
+            (1e30, {}, r"train/loss is nan at step 5"),
+            (1e30, {"data.val_ratio": 0.25, "training.val_every": 1, "training.patience": 3},
+             r"val/loss is nan at step 4"),
+            (float("inf"), {"training.max_steps": 4}, r"is not finite at step 4"),
+        ],
+    )  # fmt: skip
+    def test_a_training_that_diverges_is_a_failed_run(
+        self, train_lora, tmp_path, rate, settings, message
+    ):
+        """From the fourth step on; what was saved before stays."""
+        rates = {
+            "schedule.stage1_steps": 3,
+            "schedule.learning_rate_stage2": rate,
+            "checkpoints.first_step": 2,
+        }
+        with pytest.raises(LoragenError, match=message) as raised:
+            train_lora({**rates, **settings})
+        assert "try a lower learning rate or trainer.gradient_clip_val=1.0" in str(raised.value)
+        (run,) = (tmp_path / "runs").iterdir()
+        manifest = read_manifest(run, LoraManifest)
+        assert manifest.status == "failed"
+        assert manifest.steps[:2] == [2, 3]
+        for file in (run / "checkpoints").iterdir():
+            adapter = torch.load(file, weights_only=True)["state_dict"]
+            assert all(value.isfinite().all() for value in adapter.values())
+
+    @pytest.mark.parametrize(
         "error, status", [(OSError("disk full"), "failed"), (KeyboardInterrupt(), "interrupted")]
     )
     def test_a_run_whose_results_cannot_be_written_says_so(
@@ -360,6 +389,12 @@ class TestFailure:
             ({}, [{"prompt": "q"}], DataError, ":1: 'response'"),
             ({"data.max_length": 8}, None, DataError, r"colors\.jsonl:1: the answer has"),
             ({"lora.target_modules": ["nope"]}, None, UsageError, r"lora\.target_modules: .*nope"),
+            (
+                {"trainer.accumulate_grad_batches": 2, "trainer.limit_train_batches": 1},
+                [{"prompt": "q", "response": "red"}],
+                UsageError,
+                "leaves no whole step",
+            ),
         ],
     )
     def test_what_cannot_start_leaves_nothing(

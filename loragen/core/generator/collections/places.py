@@ -36,7 +36,7 @@ class FoundSources:
     unfinished: list[Path] = field(default_factory=list)
     test_mode: list[Path] = field(default_factory=list)
     superseded: list[Path] = field(default_factory=list)
-    """Another run of their dataset, base and shape is newer, or named."""
+    """Another run of their dataset, base and shape is newer, or one of that name is named."""
 
     def tell(self) -> None:
         """One line for each kind of what is left out."""
@@ -50,7 +50,7 @@ class FoundSources:
             log.info("%s: left out, trained with --test-mode", _shown(self.test_mode))
         if self.superseded:
             log.info(
-                "%s: left out, since another run of the same dataset is newer or named",
+                "%s: left out, since another run of a dataset of this name is newer or named",
                 _shown(self.superseded),
             )
 
@@ -64,8 +64,9 @@ def find_sources(config: GenTrainConfig) -> FoundSources:
     """What is named is taken; of a folder of runs, the newest finished one of each dataset that
     is not held out.
 
-    Raises UsageError where there is nothing, a source is named twice, or a folder has no run that
-    can be taken; DataError for a damaged manifest in a folder.
+    Raises UsageError where there is nothing, a source is named twice, a folder has no run that can
+    be taken, or two datasets of one name cannot be told apart; DataError for a damaged manifest in
+    a folder.
     """
     listed = config.data.checkpoint_dir or []
     directories = [Path(one) for one in ([listed] if isinstance(listed, str) else listed)]
@@ -92,6 +93,8 @@ def find_sources(config: GenTrainConfig) -> FoundSources:
         raise UsageError(
             "nothing to learn from: give --checkpoint-dir RUN (repeatable), or sources in the YAML"
         )
+    if config.data.prompts is not None:
+        _check_prepared([*found.sources, *config.val_sources])
     return found
 
 
@@ -235,13 +238,23 @@ def _worth_taking(
 def _newest(
     runs: Sequence[LoraRun], taken: set[tuple[object, ...]], found: FoundSources
 ) -> list[Path]:
-    """One run of each kind, in their order; none of a kind that is taken already."""
+    """One run of each kind, in their order; none of a kind that is taken already.
+
+    Raises UsageError where two of a kind were trained on different datasets of one name."""
     newest = {
-        _trained(run): run.directory
+        _trained(run): run
         for run in sorted(runs, key=lambda r: (r.manifest.started, natural_key(r.directory.name)))
         if _trained(run) not in taken
     }
-    taken_here = set(newest.values())
+    for run in runs:
+        other = newest.get(_trained(run), run)
+        if not _same_data(run, other):
+            raise UsageError(
+                f"two datasets are called {run.manifest.dataset.name}: that of {_told(run)} and "
+                f"that of {_told(other)}; name the runs to learn from, one or both, beside the "
+                "folder"
+            )
+    taken_here = {run.directory for run in newest.values()}
     found.superseded += (run.directory for run in runs if run.directory not in taken_here)
     return [run.directory for run in runs if run.directory in taken_here]
 
@@ -252,6 +265,33 @@ def _trained(run: LoraRun) -> tuple[object, ...]:
     targets = adapter.get("target_modules")
     shape = tuple(sorted(targets)) if isinstance(targets, list) else targets
     return run.manifest.dataset.name, run.manifest.base_model, adapter.get("r"), shape
+
+
+def _same_data(one: LoraRun, other: LoraRun) -> bool:
+    """Whether two runs of one dataset's name are of one dataset: a file may have moved or have been
+    edited since, not both. What is not known of a converted run differs from nothing."""
+    first, second = one.manifest.dataset, other.manifest.dataset
+    known = first.path and second.path
+    return not known or first.path == second.path or first.sha256 == second.sha256
+
+
+def _told(run: LoraRun) -> str:
+    return f"{run.directory} ({run.manifest.dataset.path})"
+
+
+def _check_prepared(sources: Sequence[SourceSection]) -> None:
+    """`data.prompts` knows datasets by their name. Raises UsageError where two share one."""
+    of_name: dict[str, LoraRun] = {}
+    for run in (_run_of(source) for source in sources if source.prompts is None):
+        if run is None:
+            continue
+        first = of_name.setdefault(run.manifest.dataset.name, run)
+        if not _same_data(first, run):
+            raise UsageError(
+                f"two datasets are called {run.manifest.dataset.name}: that of {_told(first)} and "
+                f"that of {_told(run)}; data.prompts cannot tell them apart: give each its own "
+                "prompts, sources: [{run: ..., prompts: DIR}]"
+            )
 
 
 def _is_test(manifest: LoraManifest) -> bool:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from loragen.core.checkpoints import read_tensors
 from loragen.core.config.gen_schema import GenData, GenTrainConfig
 from loragen.core.errors import DataError
 from loragen.core.files import sha256, sha256_text, written_atomically
+from loragen.core.generator.collections.embeddings import write_embeddings
 from loragen.core.generator.collections.sources import Collection, texts_of
 from loragen.core.generator.layout import Layout
 from loragen.core.generator.targets import TargetForm, in_form
@@ -137,11 +137,5 @@ def _embedded(
     stem = cache / "embeddings" / sha256_text(key, *texts)[:32]
     files = [stem.with_suffix(".npy"), stem.with_suffix(".mask.npy")]
     if not all(file.is_file() for file in files):
-        with torch.inference_mode():
-            embeddings, mask = encoder(texts)
-        # In float32, although half would do for disks: a generator is to read in training what it
-        # reads later. Memory-mapped, the size costs no memory.
-        for file, tensor in zip(files, (embeddings.float(), mask), strict=True):
-            with written_atomically(file) as temporary:
-                np.save(temporary, tensor.cpu().numpy())
+        write_embeddings(encoder, texts, *files)
     return np.load(files[0], mmap_mode="r"), np.load(files[1], mmap_mode="r")

@@ -10,8 +10,9 @@ from typing import Any
 from loragen.core.data.documents import parsed_source
 from loragen.core.data.prompts import same_text
 from loragen.core.data.rows import read
-from loragen.core.data.tokenize import Example, in_parts, learned
+from loragen.core.data.tokenize import Example, examples_hash, in_parts, learned
 from loragen.core.errors import DataError, LoragenError, UsageError
+from loragen.core.files import sha256_text
 from loragen.core.generator.collections.sources import Collection
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,11 @@ class LabelledRows:
 
     training: list[Example]
     held_out: list[Example]
+
+    @property
+    def sha256(self) -> str:
+        """Of the rows in tokens, and of what they are for."""
+        return sha256_text(examples_hash(self.training), examples_hash(self.held_out))
 
 
 def labelled_rows(

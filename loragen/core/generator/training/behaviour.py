@@ -9,6 +9,7 @@ from loragen.core.generator.collections.rows import LabelledRows, has_rows, labe
 from loragen.core.generator.collections.sources import Collection, groups_of
 from loragen.core.generator.training.plan import Plan
 from loragen.core.lora.precision import load_training_base
+from loragen.core.runs import BaseDtype
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,19 @@ class Rehearsal:
         return pad_id(self.base.tokenizer)
 
 
-def rehearsal(work: Plan) -> Rehearsal | None:
-    """The base in the dtype that `lora train` would choose for it, and the rows in tokens. None
-    where the objective does not need them. Raises UsageError where rows are missing."""
+def rehearsal(work: Plan, base_dtype: BaseDtype = "") -> Rehearsal | None:
+    """The base, and the rows in tokens. None where the objective does not need them.
+
+    The base is in the dtype that `lora train` would choose for it; a run that goes on names the
+    one that it had, since other hardware might choose otherwise. Raises UsageError where rows are
+    missing.
+    """
     config = work.config
     if config.training.objective == "reconstruction":
         return None
     settings = LoraTrainConfig(base_model=config.behaviour.base_model or work.base_model)
     settings.trainer.accelerator = config.trainer.accelerator
-    base = load_training_base(settings)
+    base = load_training_base(settings.model_copy(update={"base_dtype": base_dtype or "auto"}))
 
     def rows_of(source: Collection) -> LabelledRows:
         held_out = [prompt for group in groups_of(source, config).val for prompt in group]

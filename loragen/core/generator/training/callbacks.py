@@ -8,15 +8,24 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
+<<<<<<< HEAD
 from loragen.core.generator.model import Generator
+=======
+from loragen.core.divergence import check_loss, check_weights
+>>>>>>> h-train
 from loragen.core.generator.training.optimization import StepPlan
 from loragen.core.generator.training.pairs import PairBatch
 from loragen.core.generator.training.phases import Objective
 from loragen.core.generator.training.selection import Selection
 from loragen.core.generator.unfinished import KEY, description
 from loragen.core.interrupt import Interruption
+<<<<<<< HEAD
 from loragen.core.progress import Step
 from loragen.core.runs import BEST_CHECKPOINT, CHECKPOINT_SUFFIX, CHECKPOINTS, LAST_CHECKPOINT
+=======
+from loragen.core.progress import Step, Validation
+from loragen.core.runs import CHECKPOINT_SUFFIX, CHECKPOINTS, LAST_CHECKPOINT
+>>>>>>> h-train
 from loragen.core.session import RunSession
 from loragen.core.steps import StepCallback
 
@@ -30,23 +39,22 @@ class GeneratorMetrics(StepCallback):
         self.session, self.plan, self.pairs_per_step = session, plan, pairs_per_step
         self.latest: dict[str, float] = {}
         """Of the last step and of the last validation, resumed or not."""
-        self._began = 0.0
+        self._speed = Speed()
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
-        self._began = time.perf_counter()
+        self._speed = Speed()
 
     def on_step(self, trainer: Trainer, pl_module: Any, batch: PairBatch) -> None:
-        step, now = trainer.global_step, time.perf_counter()
-        pairs = self.pairs_per_step(self.plan.phases.at(step)[0].objective)
-        speed, self._began = pairs / (now - self._began), now
+        step = trainer.global_step
+        phase, within = self.plan.phases.at(step)
+        speed = self._speed.after(self.pairs_per_step(phase.objective), phase.objective)
         found = _over_devices(trainer, pl_module.step_metrics)
         validated = {key: value for key, value in self.latest.items() if key.startswith("val")}
         self.latest = validated | found
         rate = self.plan.rate(step)
         more = {"train/lr": rate.learning_rate, "train/epoch": self.plan.epochs(step)}
         self.session.log_metrics(found | more, step)
-        phase, within = self.plan.phases.at(step)
         self.session.report(
             Step(
                 step,
@@ -59,6 +67,7 @@ class GeneratorMetrics(StepCallback):
                 (within, phase.steps),
             )
         )
+        check_loss("train/loss", found["train/loss"], step, self.session.directory)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val")}
@@ -70,6 +79,23 @@ class GeneratorMetrics(StepCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.latest = dict(state_dict["latest"])
+
+
+class Speed:
+    """Pairs per second, in the mean over the steps of a phase that were done here: single steps
+    vary, and those after a validation look slow."""
+
+    def __init__(self) -> None:
+        self._phase, self._pairs = "", 0
+        self._began = self._last = time.perf_counter()
+
+    def after(self, pairs: int, phase: str) -> float:
+        """Once for every step, when it is done: its pairs, and what it was for."""
+        if phase != self._phase:
+            self._phase, self._pairs, self._began = phase, 0, self._last
+        self._last = time.perf_counter()
+        self._pairs += pairs
+        return self._pairs / (self._last - self._began)
 
 
 class Averaging(StepCallback):
@@ -125,9 +151,12 @@ class GeneratorCheckpoints(StepCallback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Early, while the trainer still knows what it has measured."""
-        value = float(trainer.callback_metrics[str(self.selection.metric)])
+        metric, step = str(self.selection.metric), trainer.global_step
+        value = float(trainer.callback_metrics[metric])
+        check_loss(metric, value, step, self.session.directory)
         if self.selection.accepts(value, self._best["lowest"] if self._best else None):
             self._keep(trainer, value)
+        self._report(trainer)
         self._after(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -162,13 +191,24 @@ class GeneratorCheckpoints(StepCallback):
                 step, self.plan.total, f"gen train --resume {self.session.directory}"
             )
 
+    def _report(self, trainer: Trainer) -> None:
+        assert self._best is not None  # whatever is validated first is the best so far
+        phase, within = self.plan.phases.at(trainer.global_step)
+        best, best_within = self.plan.phases.at(self._best["step"])
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val")}
+        self.session.report_validation(
+            Validation(
+                phase.objective, (within, phase.steps), metrics, (best.objective, best_within)
+            )
+        )
+
     def _keep(self, trainer: Trainer, value: float) -> None:
         epoch = int(self.plan.epochs(trainer.global_step))
         name = f"epoch={epoch}-{self.selection.label(value)}{CHECKPOINT_SUFFIX}"
         lowest = min(value, self._best["lowest"]) if self._best else value
         self._best = {"name": name, "lowest": lowest, "step": trainer.global_step}
         self._last_step = 0
-        _save(trainer, self._folder / name)
+        self._save(trainer, self._folder / name)
         if trainer.is_global_zero:
             for file in (*self._folder.glob(BEST_CHECKPOINT), self._folder / LAST_CHECKPOINT.name):
                 if file.name != name:
@@ -176,15 +216,16 @@ class GeneratorCheckpoints(StepCallback):
 
     def _renew_last(self, trainer: Trainer) -> None:
         self._last_step = trainer.global_step
-        _save(trainer, self._folder / LAST_CHECKPOINT.name)
+        self._save(trainer, self._folder / LAST_CHECKPOINT.name)
+
+    def _save(self, trainer: Trainer, file: Path) -> None:
+        weights = trainer.lightning_module.state_dict()
+        check_weights(weights, trainer.global_step, self.session.directory)
+        trainer.save_checkpoint(file, weights_only=False)  # on all ranks: it has a barrier
 
     @property
     def _folder(self) -> Path:
         return self.session.directory / CHECKPOINTS
-
-
-def _save(trainer: Trainer, file: Path) -> None:
-    trainer.save_checkpoint(file, weights_only=False)  # on all ranks: it has a barrier
 
 
 def _over_devices(trainer: Trainer, metrics: dict[str, Any]) -> dict[str, float]:

@@ -50,6 +50,11 @@ class GeneratorData(LightningDataModule):
         self.plan: StepPlan = step_plan(config, self._pairs(0, 1).steps_per_epoch)
 
     @property
+    def both(self) -> list[PreparedSource]:
+        """What is learned from, then what is held out whole."""
+        return [*self.sources, *self.unseen]
+
+    @property
     def validates(self) -> bool:
         """Whether anything is held out."""
         return bool(self.unseen) or any(self.val_texts)
@@ -69,15 +74,18 @@ class GeneratorData(LightningDataModule):
         section = self.config.behaviour if objective == "behaviour" else self.config.data
         return section.batch_size * self.parts
 
-    def train_dataloader(self) -> DataLoader[PairBatch]:
-        """From the step the trainer stands at. Raises UsageError where devices cannot share a
-        batch equally."""
-        assert self.trainer is not None
-        ranks = self.trainer.world_size
+    def check_shared(self, ranks: int) -> None:
+        """Before the walk begins: with `devices: auto` nobody has known how many there are.
+
+        Raises UsageError where `ranks` devices cannot share a batch equally."""
         _check_shared(ranks, "data.batch_size", self.config.data.batch_size)
         if self.plan.phases.behaviour:
             _check_shared(ranks, "behaviour.batch_size", self.config.behaviour.batch_size)
-        batches = self.train_batches(self.trainer.global_rank, ranks)
+
+    def train_dataloader(self) -> DataLoader[PairBatch]:
+        """From the step the trainer stands at."""
+        assert self.trainer is not None
+        batches = self.train_batches(self.trainer.global_rank, self.trainer.world_size)
         first, last = self.trainer.global_step, self.trainer.max_steps
         remaining = range(first * self.parts, last * self.parts)
         return DataLoader(batches, batch_size=None, sampler=remaining)

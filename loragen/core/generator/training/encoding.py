@@ -1,12 +1,14 @@
 """Texts -> conditions, where the encoder is trained along and nothing is embedded before."""
 
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from loragen.core.generator.collections.embeddings import write_embeddings
 from loragen.core.generator.collections.prepared import PreparedSource
 from loragen.core.protocols import Encoder
 
@@ -24,15 +26,18 @@ def conditions(encoder: Encoder, texts: Sequence[Sequence[str]]) -> tuple[Tensor
     )
 
 
-@torch.no_grad()
 def embedded(
     encoder: Encoder, sources: Sequence[PreparedSource]
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """(name, embeddings ``[texts, positions, dim]``, mask ``[texts, positions]``) of each source,
-    one in memory at a time: those it has, or what a trained encoder makes of its texts now."""
+    memory-mapped: those it has, or what a trained encoder makes of its texts now, which is there
+    until the next is asked for."""
     for source in sources:
         if not source.texts:
             yield source.name, source.embeddings, source.mask
             continue
-        embeddings, mask = encoder(source.texts)
-        yield source.name, embeddings.float().cpu().numpy(), mask.cpu().numpy()
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            files = [Path(folder) / "embeddings.npy", Path(folder) / "mask.npy"]
+            write_embeddings(encoder, source.texts, files[0], files[1])
+            embeddings, mask = (np.load(file, mmap_mode="r") for file in files)
+            yield source.name, embeddings, mask

@@ -159,4 +159,6 @@ def _other_sources(then: list[SourceRecord], now: list[SourceRecord]) -> list[st
             problems.append(f"{new.name} has other checkpoints")
         if old.prompts != new.prompts:
             problems.append(f"{new.name} has other prompts")
+        if old.labels not in ("", new.labels):
+            problems.append(f"{new.name} has other labelled rows, or they make other tokens")
     return problems

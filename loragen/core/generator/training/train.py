@@ -29,6 +29,7 @@ from loragen.core.generator.training.module import GeneratorModule
 from loragen.core.generator.training.objectives import Behaviour, Objectives, Reconstruction
 from loragen.core.generator.training.optimization import StepPlan
 from loragen.core.generator.training.plan import Plan, plan
+from loragen.core.generator.training.record import new_manifest, provenance
 from loragen.core.generator.training.resume import (
     GeneratorPoint,
     check_settings,
@@ -45,7 +46,7 @@ from loragen.core.progress import Progress
 from loragen.core.protocols import Encoder
 from loragen.core.quiet import quiet_libraries
 from loragen.core.resume import optimizer_state, restore_progress
-from loragen.core.runs import GENERATOR_FILE, GeneratorManifest, plugin_records
+from loragen.core.runs import GENERATOR_FILE, GeneratorManifest
 from loragen.core.session import RunSession, fit, make_trainer, outcome
 from loragen.core.steps import StepSeeds
 
@@ -74,7 +75,7 @@ def train(
     work = plan(config)
     log.info("%s; reading checkpoints and prompts", work.summary())
     config = located(work.config)
-    tried = rehearsal(work)
+    tried = rehearsal(work, resume.manifest.base_dtype if resume else "")
     encoder: Encoder = create("encoder", config.encoder.name, config.encoder.options)
     key = sha256_text(config.encoder.name, repr(config.encoder.options), encoder.fingerprint)
     both = [*work.sources, *work.unseen]
@@ -91,13 +92,18 @@ def _train(
     progress: Progress,
     resume: GeneratorPoint | None,
 ) -> GeneratorRun:
-    manifest = _manifest(work, data, encoder, resume)
+    manifest = new_manifest(work, data, encoder, resume)
     if resume:
         check_unchanged(resume, data.config, manifest)
     checkpoint = resume.read() if resume else None
     generator = _new_generator(data, work, encoder)
     module = _module(data, generator, encoder, checkpoint)
+<<<<<<< HEAD
     walk = _walk(data, generator, manifest, progress, resume)
+=======
+    walk = _walk(data, manifest, progress, resume)
+    data.check_shared(walk.trainer.world_size)
+>>>>>>> h-train
     if checkpoint:
         restore_weights(module, checkpoint)
         restore_progress(walk.trainer, checkpoint)
@@ -109,7 +115,7 @@ def _train(
     with outcome(walk.session), walk.interruption.awaited():
         fit(walk.trainer, module, data)
         manifest.steps, manifest.metrics = walk.trainer.global_step, walk.metrics.latest
-        generator.provenance = _provenance(manifest, walk.selection, data.plan)
+        generator.provenance = provenance(manifest, walk.selection, data.plan)
         if walk.checkpoints.best:
             restore_weights(module, load_plain(walk.checkpoints.best))
         _keep(generator, module, data)
@@ -255,42 +261,3 @@ def _keep(generator: Generator, module: GeneratorModule, data: GeneratorData) ->
         generator.encoder_state = encoder.state_dict()
         generator.encoder_fingerprint = encoder.fingerprint
         generator.familiarity = Familiarity.fit(embedded(encoder, data.sources))
-
-
-def _manifest(
-    work: Plan, data: GeneratorData, encoder: Encoder, resume: GeneratorPoint | None
-) -> GeneratorManifest:
-    config = data.config
-    chosen = {
-        "encoder": [config.encoder.name],
-        "decoder": [config.decoder.name],
-        "schedule": [config.schedule.name],
-        "logger": list(config.loggers),
-    }
-    records = [
-        source.record.model_copy(update={"held_out": held_out})
-        for sources, held_out in ((data.sources, False), (data.unseen, True))
-        for source in sources
-        if source.record
-    ]
-    manifest = GeneratorManifest(
-        base_model=work.base_model,
-        sources=[str(s.checkpoints[0].parent.absolute()) for s in work.sources],
-        val_sources=[str(s.checkpoints[0].parent.absolute()) for s in work.unseen],
-        base_fingerprint=data.rehearsal.base.fingerprint if data.rehearsal else "",
-        source_records=records,
-        encoder_fingerprint=encoder.fingerprint,
-        plugins=plugin_records(chosen),
-    )
-    if resume:
-        manifest.started = resume.manifest.started
-        manifest.resumed_from = [*resume.manifest.resumed_from, resume.step]
-    return manifest
-
-
-def _provenance(
-    manifest: GeneratorManifest, selection: Selection, steps: StepPlan
-) -> dict[str, Any]:
-    """What the generator's file tells of its training."""
-    known = manifest.model_dump(mode="json", exclude={"status", "seconds", "logger_run_ids"})
-    return {**known, "trained_for": str(steps.phases), "chosen_by": selection.sentence}

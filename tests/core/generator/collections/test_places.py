@@ -62,6 +62,27 @@ class TestFolders:
         runs("d", adapter_config={**config, "target_modules": ["q_proj"]})
         assert names(runs.folder) == ["a", "b", "c", "d"]
 
+    def test_a_dataset_that_moved_or_was_edited_is_the_same(self, runs, names, collection):
+        data = read_manifest(collection.runs["colors"], LoraManifest).dataset
+        runs("a", **OLD, dataset=data.model_copy(update={"path": "/elsewhere/colors.jsonl"}))
+        runs("b", **OLD, dataset=data.model_copy(update={"sha256": "edited"}))
+        runs("c", **OLD, dataset=data.model_copy(update={"path": "", "sha256": ""}))
+        runs("d", **NEW)
+        assert names(runs.folder) == ["d"]
+
+    def test_two_datasets_of_one_name_are_not_taken_for_one(self, runs, names, collection):
+        data = read_manifest(collection.runs["colors"], LoraManifest).dataset
+        other = data.model_copy(update={"path": "/other/colors.jsonl", "sha256": "other"})
+        one, two = runs("a", **OLD, dataset=other), runs("b", **NEW)
+        with pytest.raises(UsageError) as raised:
+            names(runs.folder)
+        assert str(raised.value) == (
+            f"two datasets are called colors: that of {one} (/other/colors.jsonl) and that of "
+            f"{two} ({data.path}); name the runs to learn from, one or both, beside the folder"
+        )
+        assert names(runs.folder, one) == ["a"]
+        assert names(runs.folder, one, two) == ["a", "b"]
+
     def test_tests_and_unfinished_runs_are_left_out(self, runs, names):
         for name, changes in {
             "a": OLD,
@@ -121,7 +142,7 @@ class TestFolders:
         unfinished, tests, superseded = caplog.messages
         assert unfinished.startswith(f"{runs.folder / 'd'}, {runs.folder / 'e'}: left out, not fin")
         assert tests == f"{runs.folder / 'c'}: left out, trained with --test-mode"
-        assert "b4 and 2 more: left out, since another run of the same dataset is" in superseded
+        assert "b4 and 2 more: left out, since another run of a dataset of this n" in superseded
         assert [record.levelname for record in caplog.records] == ["WARNING", "INFO", "INFO"]
 
     def test_an_unfinished_run_that_is_named_is_taken_with_a_warning(
@@ -169,6 +190,16 @@ class TestPrepared:
         with pytest.raises(UsageError, match=r"no prompts of the dataset 'colors' in it.*animals"):
             check_places(gen_config({"data.prompts": str(tmp_path / "p")}))
         check(str(tmp_path / "p"))  # named for a run, whatever it is called
+
+    def test_two_datasets_of_one_name_need_prompts_of_their_own(self, runs, prompts, gen_config):
+        data = read_manifest(runs("a"), LoraManifest).dataset
+        other = data.model_copy(update={"path": "/other/colors.jsonl", "sha256": "other"})
+        sources = [{"run": str(runs.folder / "a")}, {"run": str(runs("b", dataset=other))}]
+        config = {"data.prompts": str(prompts), "sources": sources}
+        with pytest.raises(UsageError, match=r"called colors: .*data\.prompts cannot tell them"):
+            check_places(gen_config(config))
+        sources[1]["prompts"] = str(prompts)
+        check_places(gen_config(config))
 
     def test_a_directory_that_is_not_prepared(self, tmp_path, gen_config, check):
         with pytest.raises(UsageError, match=r"data prepare` has not made it \(no prepared.json"):

@@ -10,9 +10,11 @@ from loragen.core.generator.training.plan import plan
 from loragen.core.generator.training.resume import find_resume_point, settled
 from loragen.core.generator.training.selection import select_by
 from loragen.core.generator.training.train import train
+from loragen.core.lora import precision
 from loragen.core.metrics_log import read_metrics
 from loragen.core.progress import Silent
 from loragen.core.runs import GENERATOR_FILE, GeneratorManifest, read_manifest
+from tests.conftest import COLORS, rows_of, write_lines
 from tests.core.generator.training.test_resume import Kill, StopAt, assert_equal
 
 BOTH = "reconstruction-then-behaviour"
@@ -200,6 +202,41 @@ class TestResume:
         run = train(gen_config(settings), rest, find_resume_point(killed))
         assert rest.steps == [6, 7, 8]
         assert read_manifest(run.directory, GeneratorManifest).status == "success"
+
+    def test_other_labels_of_the_same_prompts_are_refused(self, gen_config, collection, tmp_path):
+        """Adapters with a file of rows: the prompts are compared, and so are the answers."""
+        adapter = read_adapter(collection.runs["colors"] / "adapter")
+        write_adapter(tmp_path / "colors", adapter, "")
+        rows = write_lines(tmp_path / "rows.jsonl", rows_of(COLORS))
+        source = {"checkpoints": str(tmp_path / "colors"), "prompts": str(rows)}
+        animals = {"run": str(collection.runs["animals"])}
+        config = gen_config(
+            {**SMALL, "sources": [animals, source], "behaviour.base_model": str(collection.base)}
+        )
+        run = train(config, Silent()).directory
+        write_lines(rows, rows_of(COLORS[::-1]))
+        text = rows.read_text(encoding="utf-8").replace("about blue", "about red")
+        rows.write_text(text, encoding="utf-8")
+        with pytest.raises(UsageError) as raised:
+            train(config, Silent(), find_resume_point(run))
+        assert raised.value.problems == (
+            f"{run} cannot go on: colors has other labelled rows, or they make other tokens",
+        )
+
+    def test_the_base_computes_in_what_it_did_before(self, gen_config, tmp_path, monkeypatch):
+        """Here `auto` would choose float32: the run may have come from another machine."""
+        settings = {**SMALL, "training.last_every": 1}
+        with monkeypatch.context() as patch:
+            patch.setattr(precision, "FROM_PARAMETERS", 1)
+            patch.setattr(precision, "fast_bfloat16", lambda _: True)
+            whole = train(gen_config(settings), Silent()).directory
+            with pytest.raises(Kill):
+                train(gen_config(settings), StopAt(6))
+        (killed,) = set((tmp_path / "experiments").iterdir()) - {whole}
+        monkeypatch.undo()
+        assert read_manifest(killed, GeneratorManifest).base_dtype == "bfloat16"
+        train(gen_config(settings), Silent(), find_resume_point(killed))
+        assert_equal(whole, killed)
 
     def test_another_length_of_a_phase_is_refused(self, gen_config, trained):
         run = trained().directory

@@ -197,9 +197,9 @@ def test_the_walk_goes_from_the_trainers_step_to_the_last():
 
 def test_devices_that_cannot_share_a_batch_equally_are_refused():
     data = pairs([prepared(1)], batch_size=3)
-    data.trainer = SimpleNamespace(global_rank=0, world_size=2, global_step=0, max_steps=4)
+    data.check_shared(3)
     with pytest.raises(UsageError, match=r"data\.batch_size 3 must be a multiple of 2 devices"):
-        data.train_dataloader()
+        data.check_shared(2)
 
 
 @given(st.integers(0, 20), st.integers(1, 25), st.text(max_size=5))

@@ -27,6 +27,10 @@ PROMPTS = ["Question 1 about red?", "Question 2 about red?"]
 class Watching(Silent):
     def __init__(self, at=0, error=None):
         self.steps, self.at, self.error = [], at, error
+        self.validations = []
+
+    def validated(self, validation):
+        self.validations.append(validation)
 
     def step(self, step):
         self.steps.append(step)
@@ -130,6 +134,31 @@ class TestTraining:
         watching = Watching()
         train(gen_config({"trainer.accumulate_grad_batches": 2}), watching)
         assert {step.rate for step in watching.steps} == {8.0}
+
+    def test_pairs_per_second_are_the_mean_over_the_phase(self, monkeypatch):
+        seconds = iter([0, 1, 4, 5, 9, 10])  # the start, then the end of every step
+        monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+        speed = callbacks.Speed()
+        assert [speed.after(6, "reconstruction") for _ in range(3)] == [6, 3, 3.6]
+        assert [speed.after(4, "behaviour") for _ in range(2)] == [1, 1.6]
+
+    def test_every_validation_is_told_with_the_best_so_far(self, gen_config):
+        watching = Watching()
+        settings = {
+            "schedule.name": "two-stage",
+            "schedule.stage1_steps": 4,
+            "schedule.learning_rate_stage1": 1e-2,
+            "schedule.learning_rate_stage2": 100.0,  # worse and worse
+        }
+        run = train(gen_config(settings), watching)
+        found = watching.validations
+        assert [one.place for one in found] == [(2, 8), (4, 8), (6, 8), (8, 8)]
+        (best,) = run.directory.glob("checkpoints/epoch=*")
+        kept = torch.load(best, weights_only=True)["global_step"]
+        assert found[-1].best == ("reconstruction", kept)
+        losses = [one.metrics["val/loss"] for one in found]
+        assert found[losses.index(min(losses))].best == ("reconstruction", kept)
+        assert found[-1].metrics.items() <= run.manifest.metrics.items()
 
     @pytest.mark.parametrize("limit, steps", [(3, 2), (0.5, 2), (100, 4), (2.0, 4)])
     def test_a_limit_counts_the_micro_batches_of_the_whole_run(self, gen_config, limit, steps):
@@ -313,6 +342,33 @@ class TestFailure:
         assert read_manifest(run, GeneratorManifest).status == "failed"
 
     @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"data.val_ratio": 0.0}, r"train/loss is (nan|inf) at step \d"),
+            ({"training.val_every_epochs": 1}, r"(train|val)/loss is (nan|inf) at step \d"),
+            # Finite gradients of the only step make weights that are not.
+            ({"data.val_ratio": 0.0, "training.max_steps": 1}, "is not finite at step 1"),
+        ],
+    )
+    def test_a_training_that_diverges_is_a_failed_run(
+        self, gen_config, tmp_path, settings, message
+    ):
+        huge = {"training.optimizer": "sgd", "schedule.name": "constant"}
+        rate = 3e38 if "training.max_steps" in settings else 10.0
+        config = gen_config({**huge, "training.learning_rate": rate, **settings})
+        config.training.last_every = 1
+        with pytest.raises(LoragenError, match=message) as raised:
+            train(config, Silent())
+        assert "try a lower learning rate or trainer.gradient_clip_val=1.0" in str(raised.value)
+        assert "\n" not in str(raised.value)
+        (run,) = (tmp_path / "experiments").iterdir()
+        assert read_manifest(run, GeneratorManifest).status == "failed"
+        assert not (run / "results").exists()
+        for file in (run / "checkpoints").iterdir():
+            state = torch.load(file, weights_only=True)["state_dict"]
+            assert all(value.isfinite().all() for value in state.values())
+
+    @pytest.mark.parametrize(
         "settings, message",
         [
             ({"encoder.model": "./none"}, "sentence encoder ./none: no such directory"),
@@ -326,6 +382,15 @@ class TestFailure:
         monkeypatch.chdir(tmp_path)
         with pytest.raises(LoragenError, match=message):
             train(gen_config(settings), Silent())
+        assert not (tmp_path / "experiments").exists()
+
+    def test_devices_that_cannot_share_a_batch_leave_nothing(
+        self, gen_config, tmp_path, monkeypatch
+    ):
+        """As where `devices: auto` finds two."""
+        monkeypatch.setattr(module.Trainer, "world_size", 2)
+        with pytest.raises(UsageError, match="must be a multiple of 2 devices"):
+            train(gen_config({"data.batch_size": 3}), Silent())
         assert not (tmp_path / "experiments").exists()
 
     def test_a_broken_checkpoint_leaves_nothing(self, gen_config, collection, tmp_path):
