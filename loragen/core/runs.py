@@ -25,13 +25,10 @@ TEST_MODE_STEPS = (4, 5, 6)
 """The checkpoints of `lora train --test-mode`: three steps of each stage, those of the second."""
 LAST_CHECKPOINT = Path("checkpoints/last.ckpt")
 """What a killed run goes on from; no part of the collection."""
-<<<<<<< HEAD
 BEST_CHECKPOINT = f"epoch=*{CHECKPOINT_SUFFIX}"
 """Of a generator's training: the best step so far, one file but for a moment."""
-=======
 BaseDtype = Literal["", "float32", "bfloat16", "float64"]
 """What a frozen base computes in; empty where that is not known or none was loaded."""
->>>>>>> h-train
 GENERATOR_FILE = Path("results/final_model/generator_model.pt")
 
 

@@ -8,24 +8,16 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-<<<<<<< HEAD
-from loragen.core.generator.model import Generator
-=======
 from loragen.core.divergence import check_loss, check_weights
->>>>>>> h-train
+from loragen.core.generator.model import Generator
 from loragen.core.generator.training.optimization import StepPlan
 from loragen.core.generator.training.pairs import PairBatch
 from loragen.core.generator.training.phases import Objective
 from loragen.core.generator.training.selection import Selection
 from loragen.core.generator.unfinished import KEY, description
 from loragen.core.interrupt import Interruption
-<<<<<<< HEAD
-from loragen.core.progress import Step
-from loragen.core.runs import BEST_CHECKPOINT, CHECKPOINT_SUFFIX, CHECKPOINTS, LAST_CHECKPOINT
-=======
 from loragen.core.progress import Step, Validation
-from loragen.core.runs import CHECKPOINT_SUFFIX, CHECKPOINTS, LAST_CHECKPOINT
->>>>>>> h-train
+from loragen.core.runs import BEST_CHECKPOINT, CHECKPOINT_SUFFIX, CHECKPOINTS, LAST_CHECKPOINT
 from loragen.core.session import RunSession
 from loragen.core.steps import StepCallback
 

@@ -98,12 +98,8 @@ def _train(
     checkpoint = resume.read() if resume else None
     generator = _new_generator(data, work, encoder)
     module = _module(data, generator, encoder, checkpoint)
-<<<<<<< HEAD
     walk = _walk(data, generator, manifest, progress, resume)
-=======
-    walk = _walk(data, manifest, progress, resume)
     data.check_shared(walk.trainer.world_size)
->>>>>>> h-train
     if checkpoint:
         restore_weights(module, checkpoint)
         restore_progress(walk.trainer, checkpoint)
@@ -156,7 +152,7 @@ def _walk(
     selection = select_by(any(data.val_texts), bool(data.unseen), data.tries_rows)
     every = min(config.training.val_every_epochs * steps.per_epoch, steps.total)
     val_every = every if data.validates else None
-    generator.provenance = _provenance(manifest, selection, steps)
+    generator.provenance = provenance(manifest, selection, steps)
     metrics = GeneratorMetrics(session, steps, data.adapters_per_step)
     checkpoints = GeneratorCheckpoints(
         session,
