@@ -1,26 +1,34 @@
-"""The demo's table: the contest of `gen eval`, on the three splits of the made-up world."""
+"""The demo's table: the contest of `gen eval`, on the three splits of the made-up world.
 
-from collections.abc import Sequence
-from dataclasses import replace
+The targets are divided among the workers, and the outcomes are those of one process, bit for bit.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from loragen.core.analysis.gram import evenly
-from loragen.core.base_models import load_base
-from loragen.core.config import DEMO
 from loragen.core.data.answers import closed_answers
 from loragen.core.data.rows import read_rows
 from loragen.core.evaluation.bench import Bench, Options, Trained, training_sources
 from loragen.core.evaluation.columns import COLUMNS
-from loragen.core.evaluation.contest import hold
-from loragen.core.evaluation.novelty import novelty
+from loragen.core.evaluation.contest import Outcome, hold, in_brief
+from loragen.core.evaluation.novelty import Spread, novelty
 from loragen.core.evaluation.results import document
 from loragen.core.evaluation.targets import Target
 from loragen.core.evaluation.training import best_checkpoint
+from loragen.core.generator.collections.sources import Collection
 from loragen.core.generator.model import Generator
 from loragen.demo.settings import PROMPTS
-from loragen.demo.workers import Done
+from loragen.demo.workers import Done, Workers, base
 from loragen.demo.world import Pair
+
+log = logging.getLogger(__name__)
 
 CHECKPOINTS = 5  # of a dataset, evenly spaced, that novelty looks at: all 50 would take 10 s
 
@@ -42,8 +50,29 @@ def target(split: str, pair: Pair, train_file: Path, test_file: Path) -> Target:
     )
 
 
+@dataclass(frozen=True)
+class Contest:
+    """What a process has to know to hold any part of it."""
+
+    generator: Path
+    targets: Sequence[Target]
+    multi_task: Trained
+    oracles: Mapping[tuple[str, str], Trained]
+    keep: Path
+    """The generated adapters are kept below it."""
+
+    def bench(self, centres: dict[str, np.ndarray] | None = None) -> Bench:
+        """In this process; with the centres that are known."""
+        generator, sources = _learned(self.generator)
+        options = Options(prompts=PROMPTS, choices=False, keep=self.keep)
+        return Bench(
+            base(), generator, sources, self.multi_task, self.oracles, options, centres or {}
+        )
+
+
 def contest(
-    generator: Generator,
+    workers: Workers,
+    generator: Path,
     targets: Sequence[Target],
     multi_task: Done,
     oracles: Sequence[Done],
@@ -52,23 +81,57 @@ def contest(
     """The results on all targets, every column; `oracles` in the order of the targets. The
     generated adapters are kept below `keep`."""
     best = best_checkpoint(multi_task.directory)
+    whole = Contest(
+        generator,
+        targets,
+        Trained(best, multi_task.seconds, multi_task.steps),
+        {
+            one.key: Trained(done.directory, done.seconds, done.steps)
+            for one, done in zip(targets, oracles, strict=True)
+        },
+        keep,
+    )
+    bench = whole.bench()
+    datasets = [*targets, *bench.sources]
+    centres = [workers.submit(_centre, generator, one.prompts) for one in datasets]
+    spread = workers.submit(_novelty, whole)
+    known = {key: centre for future in centres for key, centre in future.result().items()}
+    parts = [workers.submit(_outcome, whole, known, number) for number in range(len(targets))]
+    outcomes = []
+    for number, part in enumerate(parts, start=1):
+        outcomes.append(part.result())
+        log.info("%d/%d %s", number, len(targets), in_brief(outcomes[-1]))
+    told = document(outcomes, bench, spread.result())
+    told["novelty"]["checkpoints_of_each"] = CHECKPOINTS
+    told["seconds"]["trained"] = "trained side by side, one thread each"
+    return told
+
+
+@cache
+def _learned(file: Path) -> tuple[Generator, list[Collection]]:
+    """The generator and what it learned from, loaded once a process."""
+    generator = Generator.load(file)
     sources = [
         replace(source, checkpoints=evenly(source.checkpoints, CHECKPOINTS))
         for source in training_sources(generator)
     ]
-    bench = Bench(
-        base=load_base(DEMO),
-        generator=generator,
-        sources=sources,
-        multi_task=Trained(best, multi_task.seconds, multi_task.steps),
-        oracles={
-            one.key: Trained(done.directory, done.seconds, done.steps)
-            for one, done in zip(targets, oracles, strict=True)
-        },
-        options=Options(prompts=PROMPTS, choices=False, keep=keep),
-    )
-    outcomes = hold(bench, COLUMNS, targets)
-    told = document(outcomes, bench, novelty(bench, targets))
-    told["novelty"]["checkpoints_of_each"] = CHECKPOINTS
-    told["seconds"]["trained"] = "trained side by side, one thread each"
-    return told
+    return generator, sources
+
+
+def _centre(generator: Path, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    """As `Bench.centres` has it: every target is compared with many datasets, of which none is to
+    be embedded by each worker."""
+    bench = Bench(base(), _learned(generator)[0])
+    bench.centre(prompts)
+    return bench.centres
+
+
+def _outcome(whole: Contest, centres: dict[str, np.ndarray], number: int) -> Outcome:
+    """Of one target."""
+    bench = whole.bench(centres)
+    (outcome,) = hold(bench, COLUMNS, [whole.targets[number]], among=whole.targets)
+    return outcome
+
+
+def _novelty(whole: Contest) -> Spread:
+    return novelty(whole.bench(), whole.targets)

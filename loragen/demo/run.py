@@ -20,7 +20,6 @@ from loragen.core.errors import UsageError
 from loragen.core.evaluation.report import write
 from loragen.core.evaluation.targets import Target
 from loragen.core.files import write_text
-from loragen.core.generator.model import Generator
 from loragen.core.generator.training.train import train as train_generator
 from loragen.core.progress import Progress
 from loragen.core.runs import generator_file
@@ -65,17 +64,18 @@ def run(
     write_data(demo, world_text)
     targets = choose_targets(demo)
     with Workers() as workers:
-        multi_task = workers.submit([multi_task_job(demo)])  # the longest goes first
-        collection = workers.submit(collection_jobs(demo))
-        oracles = workers.submit(oracle_jobs(demo, targets))
+        multi_task = workers.train([multi_task_job(demo)])  # the longest goes first
+        collection = workers.train(collection_jobs(demo))
+        oracles = workers.train(oracle_jobs(demo, targets))
         collected = finished(demo, "collect", collection)
         runs = [done.directory for done in collected]
         generator = learn(demo, runs)  # while the workers go on with the oracles
         judges = finished(demo, "oracles", oracles)
         everything = finished(demo, "multi-task", multi_task)[0]
-    demo.say(f"multi-task: stopped after {everything.steps} steps, {everything.seconds:.0f} s")
+        demo.say(f"multi-task: stopped after {everything.steps} steps, {everything.seconds:.0f} s")
+        told = contest(workers, generator, targets, everything, judges, out / "generated")
     results = {
-        **contest(generator, targets, everything, judges, out / "generated"),
+        **told,
         "seed": seed,
         "held_out": [list(pair) for pair in world.held_out_pairs(seed)],
         "multi_task": {"steps": everything.steps, "patience": settings.MULTI_TASK_PATIENCE},
@@ -130,13 +130,13 @@ def finished(demo: Demo, title: str, futures: Sequence[Future[Done]]) -> list[Do
     return [future.result() for future in futures]
 
 
-def learn(demo: Demo, runs: Sequence[Path]) -> Generator:
-    """The generator, trained on the collected runs."""
+def learn(demo: Demo, runs: Sequence[Path]) -> Path:
+    """The file of the generator, trained on the collected runs."""
     config = settings.generator_config(
         demo.out / "experiments", demo.out / "cache", list(runs), demo.seed
     )
     run = train_generator(config, demo.progress)
-    return Generator.load(generator_file(run.directory))
+    return generator_file(run.directory)
 
 
 def choose_targets(demo: Demo) -> list[Target]:

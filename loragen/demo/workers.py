@@ -1,17 +1,18 @@
-"""Many small trainings side by side: one process per core, one thread each.
+"""Many small jobs side by side: one process per core, one thread each.
 
 A model of 0.6 M parameters gains little from a second thread, and two processes whose threads
 fight over the same cores lose far more.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
 
 from loragen.core.config import LoraTrainConfig
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 MOST_WORKERS = 8
 
-_base: "BaseModel | None" = None  # of a worker process, once it has started
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -60,25 +62,38 @@ class Workers:
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def submit(self, jobs: Iterable[Job]) -> list[Future[Done]]:
-        return [self._pool.submit(_train, job) for job in jobs]
+    def train(self, jobs: Iterable[Job]) -> list[Future[Done]]:
+        return [self.submit(_train, job) for job in jobs]
+
+    def submit(
+        self,
+        function: Callable[Arguments, Result],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> Future[Result]:
+        """A function of a module; it, its arguments and its result are pickled."""
+        return self._pool.submit(function, *args, **kwargs)
+
+
+@cache
+def base() -> "BaseModel":
+    """The demo's base model, loaded once a process."""
+    from loragen.core.base_models import load_base
+    from loragen.core.config import DEMO
+
+    return load_base(DEMO)
 
 
 def _start() -> None:
     import torch
 
-    from loragen.core.base_models import load_base
-    from loragen.core.config import DEMO
-
     torch.set_num_threads(1)
-    global _base
-    _base = load_base(DEMO)
+    base()
 
 
 def _train(job: Job) -> Done:
     from loragen.core.lora.train import train
     from loragen.core.progress import Silent
 
-    assert _base is not None
-    run = train(job.config, job.name, job.file, _base, Silent())
+    run = train(job.config, job.name, job.file, base(), Silent())
     return Done(job, run.directory, run.manifest.seconds or 0.0, run.manifest.steps[-1])

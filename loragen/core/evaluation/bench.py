@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,7 +62,9 @@ class Bench:
     oracles: Mapping[tuple[str, str], Trained] = field(default_factory=dict)
     """By `Target.key`."""
     options: Options = Options()
-    _centres: dict[str, Tensor] = field(default_factory=dict)
+    centres: dict[str, np.ndarray] = field(default_factory=dict)
+    """What `centre` has computed, ``[dim]`` each, by the hash of the texts; arrays, which travel
+    between processes at no cost but their size."""
 
     def draws(self, target: Target) -> list[list[str]]:
         """`options.draws` samples of the target's prompts, the same ones for every contestant.
@@ -77,18 +80,19 @@ class Bench:
 
     def similarities(self, prompts: Sequence[str], others: Iterable[Sequence[str]]) -> Tensor:
         """``[others]``: cosine similarity of mean prompt embeddings."""
-        centres = torch.stack([self._centre(other) for other in others])
-        return torch.cosine_similarity(self._centre(prompts), centres, dim=-1)
+        centres = torch.from_numpy(np.stack([self.centre(other) for other in others]))
+        return torch.cosine_similarity(torch.from_numpy(self.centre(prompts)), centres, dim=-1)
 
-    def _centre(self, prompts: Sequence[str]) -> Tensor:
+    def centre(self, prompts: Sequence[str]) -> np.ndarray:
         """``[dim]``: the mean embedding of a dataset's first prompts, computed once."""
         first = list(prompts[:PROMPTS_PER_CENTRE])
         key = sha256_text(*first)
-        if key not in self._centres:
+        if key not in self.centres:
             embeddings, mask = self.generator.embed(first)  # (texts, positions, dim)
             weights = mask.unsqueeze(-1).to(embeddings)
-            self._centres[key] = (embeddings * weights).sum((0, 1)) / weights.sum()
-        return self._centres[key]
+            mean = (embeddings * weights).sum((0, 1)) / weights.sum()
+            self.centres[key] = mean.cpu().numpy()
+        return self.centres[key]
 
 
 def drawn(target: Target, generator: Generator, options: Options) -> list[list[str]]:

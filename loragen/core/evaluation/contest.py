@@ -39,8 +39,16 @@ class Outcome:
     cells: dict[str, Cell]
 
 
-def hold(bench: Bench, columns: Sequence[Column], targets: Sequence[Target]) -> list[Outcome]:
+def hold(
+    bench: Bench,
+    columns: Sequence[Column],
+    targets: Sequence[Target],
+    among: Sequence[Target] | None = None,
+) -> list[Outcome]:
     """Every column's score on every dataset; the base is handed back as it was.
+
+    `among` are all datasets of the evaluation, where `targets` are only a part of them: parts held
+    one by one have the outcomes of the whole.
 
     Raises LoragenError where an adapter does not fit the base, UsageError where a dataset has too
     few prompts.
@@ -53,11 +61,11 @@ def hold(bench: Bench, columns: Sequence[Column], targets: Sequence[Target]) -> 
     try:
         for number, target in enumerate(targets, start=1):
             cells = {
-                name: _cell(model, bench, target, contestant.entries(target, targets))
+                name: _cell(model, bench, target, contestant.entries(target, among or targets))
                 for name, contestant in contestants.items()
             }
             outcomes.append(Outcome(target, cells))
-            log.info("%d/%d %s", number, len(targets), _told(outcomes[-1]))
+            log.info("%d/%d %s", number, len(targets), in_brief(outcomes[-1]))
     finally:
         model.unload()
     return outcomes
@@ -108,7 +116,8 @@ def scaled_as(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
     )
 
 
-def _told(outcome: Outcome) -> str:
+def in_brief(outcome: Outcome) -> str:
+    """One line, for whoever waits."""
     means = {
         name: fmean(score.exact_match for score in cell.scores)
         for name, cell in outcome.cells.items()

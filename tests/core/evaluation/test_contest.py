@@ -72,6 +72,21 @@ def test_a_score_is_the_one_that_lora_eval_would_give(bench, base, targets, coll
     assert outcome.cells["oracle"].scores[0].exact_match == with_it.exact_match
 
 
+def test_a_part_has_the_outcomes_of_the_whole(bench, targets):
+    columns = chosen(["nearest_adapter", "random_prompts", "generated"])
+
+    def scores(outcomes):
+        return [
+            {name: [replace(score, seconds=0) for score in cell.scores] for name, cell in cells}
+            for cells in (outcome.cells.items() for outcome in outcomes)
+        ]
+
+    whole = hold(bench(), columns, targets)
+    parts = [hold(bench(), columns, [one], among=targets)[0] for one in targets]
+    assert [part.target for part in parts] == targets
+    assert scores(parts) == scores(whole)
+
+
 @pytest.mark.parametrize(
     "other", [{"lora_alpha": 48}, {"use_rslora": True}, {"alpha_pattern": {".*q_proj": 1}}]
 )

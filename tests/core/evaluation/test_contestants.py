@@ -1,5 +1,7 @@
 """Each contestant's own rule."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -31,6 +33,16 @@ def row(number, prompt=None):
 
 def target(rows, train_rows=()):
     return Target("all", "it", "it.jsonl", rows, [], "tested rows", train_rows=train_rows)
+
+
+def test_centres_that_are_known_are_not_embedded_again(bench, targets, monkeypatch):
+    prompts = [one.prompts for one in targets]
+    first = bench()
+    similarities = first.similarities(prompts[0], prompts)
+    told = replace(bench(), centres=first.centres)
+    monkeypatch.delattr(type(told.generator), "embed")
+    assert torch.equal(told.similarities(prompts[0], prompts), similarities)
+    assert similarities.argmax() == 0
 
 
 class TestFewShot:
