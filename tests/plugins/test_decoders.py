@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from loragen.core.generator.layout import Layout
 from loragen.core.plugins import create, find
 from loragen.core.protocols import TokenGrid
-from loragen.plugins.decoders._directions import principal_directions
+from loragen.plugins.decoders._directions import coordinates_along, principal_directions
 from loragen.plugins.decoders._feature_maps import dealt
+from loragen.plugins.decoders._transfer import Ridge, with_constant
 from loragen.plugins.decoders.hyperconv import AxisConv, cells
 from loragen.testing import check_decoder, grid
 
@@ -233,3 +234,51 @@ def test_a_real_adapter_is_decoded_within_the_budget():
     assert output.shape == (1, layout.tokens, 384)
     assert output.isfinite().all()
     assert time.perf_counter() - started < 60
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 9), st.integers(1, 5), st.integers(0, 99))
+def test_coordinates_say_where_a_sample_lies(samples, rank, seed):
+    chance = torch.Generator().manual_seed(seed)
+    directions = torch.randn(7, rank, 3, generator=chance)
+    truth = torch.randn(samples, rank, generator=chance)
+    mixtures = torch.einsum("sr,trd->std", truth, directions)
+    assert coordinates_along(directions, Held(mixtures)).allclose(truth, atol=1e-2)
+
+
+class TestTransfer:
+    @settings(max_examples=20, deadline=None)
+    @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 99))
+    def test_ridge_is_the_regression_of_the_textbook(self, datasets, features, seed):
+        """(X'X + n I)^-1 X'Y, whatever the form that is solved."""
+        chance = torch.Generator().manual_seed(seed)
+        known = torch.randn(datasets, features, generator=chance)
+        wanted = torch.randn(datasets, 3, generator=chance)
+        ridge = Ridge(features)
+        x = with_constant(known)
+        penalty = ridge.log_penalty.exp().item() * features
+        expected = torch.linalg.solve(x.T @ x + penalty * torch.eye(features + 1), x.T @ wanted)
+        assert ridge(known, wanted).allclose(expected, atol=1e-4)
+
+    def test_a_settled_decoder_writes_as_it_transfers(self):
+        ours = decoder(grid(), blocks=2)
+        known, coordinates = torch.randn(5, 24), torch.randn(5, 4)
+        condition, mask = torch.randn(3, 2, 1, 6), torch.ones(3, 2, 1, dtype=torch.bool)
+        expected = ours.transferred(ours.features(condition, mask), known, coordinates)
+        assert not ours(condition, mask).allclose(expected, atol=1e-3)
+        ours.settle(known, coordinates)
+        assert ours(condition, mask).allclose(expected, atol=1e-5)
+
+    def test_it_trains_its_reading_alone(self):
+        ours = decoder(grid())
+        ours.train_transfer_only()
+        known = ours.features(torch.randn(5, 2, 1, 6), torch.ones(5, 2, 1, dtype=torch.bool))
+        ours.transferred(known[:2], known[2:], torch.randn(3, 4)).square().sum().backward()
+        trained = {name for name, p in ours.named_parameters() if p.requires_grad}
+        assert {name.split(".")[1] for name in trained} == {"read", "ridge"}
+        assert all(p.grad is not None for p in ours.parameters() if p.requires_grad)
+
+    def test_the_papers_geometry_cannot(self):
+        found = find("decoder", "hyperconv")
+        assert found.can_transfer(found.Config())
+        assert not found.can_transfer(found.Config(shapes=[(1, 2, 3), (7, 2, 5)]))

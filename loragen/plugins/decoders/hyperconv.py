@@ -136,7 +136,7 @@ class CellMap(nn.Module):
             HyperConvBlock(width, config.kernel_size) for _ in range(config.blocks)
         )
         self.steer = Steering(2 * width, width, rank)
-        self.ridge = Ridge(2 * width)
+        self.ridge = Ridge(2 * width).requires_grad_(False)  # but by `train_transfer_only`
         self.project = Directions(rank, cell, grid, config.train_directions)
 
     def forward(self, condition: Tensor, mask: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from loragen.core.generator.collections.rows import LabelledRows
 from loragen.core.generator.training.behaviour_batches import (
     BehaviourBatches,
     PhasedBatches,
+    TransferBatches,
     equally_many,
     validation_rows,
 )
@@ -36,12 +37,12 @@ def labelled(code, count=6):
     return LabelledRows([Example([100 * code, i + 1, 7], 1) for i in range(count)], [])
 
 
-def batches(sources=None, rows=None, **settings):
+def batches(sources=None, rows=None, kind=BehaviourBatches, **settings):
     sources = sources or [prepared(1), prepared(2, checkpoints=9)]
     rows = rows or [labelled(i + 1) for i in range(len(sources))]
     texts = [range(len(source.embeddings)) for source in sources]
     ours = {"batch_size": 4, "rows_per_adapter": 3, "prompts": 2, "pad_id": PAD, "seed": 1}
-    return BehaviourBatches(sources, texts, rows, **ours | settings)
+    return kind(sources, texts, rows, **ours | settings)
 
 
 def equal(one, other):
@@ -156,3 +157,25 @@ def test_validation_has_the_first_held_out_rows():
     assert validation_rows(LabelledRows([], held), 0, PAD) is None
     assert validation_rows(LabelledRows(held, []), 3, PAD) is None
     assert torch.equal(validation_rows(LabelledRows([], held), 9, PAD).ids[:3], rows.ids)
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 4), st.integers(1, 3), st.integers(1, 2), st.integers(0, 20))
+def test_the_others_are_all_datasets_that_no_device_writes_for(more, pairs, parts, k):
+    datasets = 4 * pairs + more
+    sources = [prepared(i + 1) for i in range(datasets)]
+    ours = {"kind": TransferBatches, "batch_size": 2 * pairs, "parts": parts, "ranks": 2}
+    first, second = (batches(sources, **ours, rank=rank)[k] for rank in range(2))
+    left_out = {int(one) // 100 - 1 for half in (first, second) for one in half.tokens[:, 0, 0]}
+    assert set(first.others.datasets.tolist()) == set(range(datasets)) - left_out
+    assert (
+        first.others.condition[:, 0, 0, 0] // 100 - 1
+    ).tolist() == first.others.datasets.tolist()
+    assert all(a.equal(b) for a, b in zip(first.others, second.others, strict=True))
+
+
+def test_a_transfer_batch_has_the_adapters_and_rows_of_any_other():
+    sources = [prepared(i + 1) for i in range(6)]
+    plain, transfer = batches(sources), batches(sources, kind=TransferBatches)
+    assert equal(plain[3], transfer[3])
+    assert plain[3].others is None

@@ -59,10 +59,12 @@ class TestObjectives:
             ("reconstruction", "4 steps of reconstruction"),
             ("behaviour", "4 steps of behaviour"),
             (BOTH, "4 steps of reconstruction, then 4 steps of behaviour"),
+            ("transfer", "4 steps of transfer"),
         ],
     )
     def test_each_is_trained_and_told(self, trained, objective, told):
-        run = trained({"training.objective": objective})
+        batch = {"behaviour.batch_size": 1} if objective == "transfer" else {}
+        run = trained({"training.objective": objective, **batch})
         tried = objective != "reconstruction"
         assert run.manifest.steps == (8 if objective == BOTH else 4)
         assert provenance(run)["trained_for"] == told

@@ -1,5 +1,6 @@
 """Two processes on the CPU, started as a user would; in-process they would rerun the tests."""
 
+import shutil
 import subprocess
 import sys
 
@@ -25,10 +26,26 @@ BOTH_PHASES = {
     "data.batch_size": 2,
 }
 
+TRANSFER = {
+    "training.objective": "transfer",
+    "training.val_rows": 4,
+    "behaviour.max_steps": 3,
+    "behaviour.batch_size": 2,
+    "behaviour.rows_per_adapter": 3,
+    "data.batch_size": 2,
+}
 
-def test_two_processes_train_what_one_does(gen_config, tmp_path):
-    """Through both phases, up to rounding, and written once."""
-    one = gen_config({**BOTH_PHASES, "experiments_dir": str(tmp_path / "one")})
+
+@pytest.mark.parametrize("settings", [BOTH_PHASES, TRANSFER], ids=["both phases", "transfer"])
+def test_two_processes_train_what_one_does(gen_config, collection, tmp_path, settings):
+    """Up to rounding, and written once."""
+    sources = [
+        {"checkpoints": str(copied), "prompts": str(collection.file(name))}
+        for name, run in collection.runs.items()
+        for i in range(2)
+        for copied in [shutil.copytree(run / "adapter", tmp_path / f"{name}-{i}")]
+    ]
+    one = gen_config({**settings, "sources": sources, "experiments_dir": str(tmp_path / "one")})
     (tmp_path / "c.yaml").write_text(dump(one), encoding="utf-8")
     alone = train(load(GenTrainConfig, tmp_path / "c.yaml", environment={}), Silent()).directory
     result = subprocess.run(

@@ -33,8 +33,27 @@ def test_auto_is_both_where_the_base_and_the_labels_are_here(planned):
     found = planned()
     assert found.config.training.objective == BOTH
     assert found.summary().endswith(
-        f"objective: {BOTH} (the base and labelled rows of every dataset are here)"
+        f"objective: {BOTH} (the base and labelled rows of every dataset are here; no transfer: "
+        "2 datasets; behaviour.batch_size 8 leaves too few others, it needs 16)"
     )
+
+
+def test_auto_is_transfer_where_there_are_datasets_enough(planned):
+    found = planned({"behaviour.batch_size": 1})
+    assert found.config.training.objective == "transfer"
+    assert found.reason.endswith("are here, and datasets enough to write each from others")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "2 datasets; behaviour.batch_size 8 leaves too few others, it needs 16"),
+        ({"behaviour.batch_size": 1, "encoder.frozen": False}, "the encoder trains along"),
+    ],
+)
+def test_a_transfer_that_cannot_be_is_refused(planned, settings, told):
+    with pytest.raises(UsageError, match=f"training.objective transfer: {told}"):
+        planned({"training.objective": "transfer", **settings})
 
 
 def test_auto_without_labels(planned, collection, unlabelled):

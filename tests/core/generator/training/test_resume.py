@@ -141,6 +141,13 @@ class TestExact:
                 "behaviour.batch_size": 2,
                 "encoder.frozen": False,
             },
+            {
+                "training.objective": "transfer",
+                "training.condition_noise": 0.3,
+                "training.ema_decay": 0.9,
+                "behaviour.max_steps": 6,
+                "behaviour.batch_size": 1,
+            },
         ],
         ids=str,
     )
