@@ -92,8 +92,8 @@ def contest(
         keep,
     )
     bench = whole.bench()
-    datasets = [*targets, *bench.sources]
-    centres = [workers.submit(_centre, generator, one.prompts) for one in datasets]
+    compared = [one.prompts for one in (*targets, *bench.sources)]
+    centres = [workers.submit(_centre, generator, prompts) for prompts in compared]
     spread = workers.submit(_novelty, whole)
     known = {key: centre for future in centres for key, centre in future.result().items()}
     parts = [workers.submit(_outcome, whole, known, number) for number in range(len(targets))]
