@@ -159,6 +159,41 @@ class StartsFromSamples(Protocol):
 
 
 @runtime_checkable
+class Transfers(Protocol):
+    """A decoder that can write the adapter of one dataset from what is known of others alone, and
+    so be trained for datasets that it has never met.
+
+    What it knows of a dataset are features, of its prompts, and coordinates, of its adapters.
+    """
+
+    @classmethod
+    def can_transfer(cls, config: Any) -> bool:
+        """Whether it can with these options."""
+        ...
+
+    def coordinates(self, samples: Samples) -> Tensor:
+        """``[samples, R]``: what it mixes, after `start_from`."""
+        ...
+
+    def features(self, condition: Tensor, mask: Tensor) -> Tensor:
+        """``[batch, F]`` of conditions as in `Decoder`."""
+        ...
+
+    def transferred(self, features: Tensor, known: Tensor, coordinates: Tensor) -> Tensor:
+        """``[batch, tokens, token_dim]`` for ``features [batch, F]``, from other datasets'
+        ``known [D, F]`` and ``coordinates [D, R]``."""
+        ...
+
+    def settle(self, known: Tensor, coordinates: Tensor) -> None:
+        """From here on the decoder itself writes as `transferred` does from these datasets."""
+        ...
+
+    def train_transfer_only(self) -> None:
+        """Leaves gradients to what `transferred` learns by, and to nothing else."""
+        ...
+
+
+@runtime_checkable
 class TellsChoices(Protocol):
     """A decoder that settles some of its sizes itself and says what it took, and why."""
 

@@ -77,14 +77,17 @@ class GenData(Section):
     )
 
 
-Training = Literal["auto", "reconstruction", "behaviour", "reconstruction-then-behaviour"]
+Training = Literal[
+    "auto", "reconstruction", "behaviour", "reconstruction-then-behaviour", "transfer"
+]
 
 
 class GenTraining(Section):
     objective: Training = Field(
         "auto",
-        description="Collected weights, the base's loss, or one after the other; auto: the last "
-        "where base and labels are on this machine.",
+        description="Collected weights; the base's loss; one after the other; or transfer: the "
+        "base's loss with each adapter written from the other datasets alone. auto: the best that "
+        "base, labels and the number of datasets allow.",
     )
     max_epochs: int = Field(100, ge=1, description="An epoch shows every checkpoint once.")
     max_steps: int | None = Field(
@@ -179,7 +182,7 @@ class GenTrainConfig(Section):
         devices = self.trainer.devices if isinstance(self.trainer.devices, int) else 1
         ranks = max(1, devices) * self.trainer.num_nodes
         sizes = {"data": self.data.batch_size}
-        if "behaviour" in self.training.objective:
+        if self.training.objective not in ("auto", "reconstruction"):
             sizes["behaviour"] = self.behaviour.batch_size
         for section, size in sizes.items():
             if size % ranks:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from loragen.core.errors import UsageError
 from loragen.core.generator.layout import Layout
 from loragen.core.plugins import create
-from loragen.core.protocols import Samples, StartsFromSamples
+from loragen.core.protocols import Samples, StartsFromSamples, Transfers
 
 SMALLEST_SPREAD = 1e-6
 
@@ -30,9 +30,21 @@ class Network(nn.Module):
 
     def forward(self, condition: Tensor, mask: Tensor) -> Tensor:
         """``[batch, prompts, positions, dim]`` -> normalised ``[batch, tokens, token_dim]``."""
-        standard = (condition - self.condition_mean) / self.condition_spread
-        tokens: Tensor = self.decoder(standard, mask)
+        tokens: Tensor = self.decoder(self._standard(condition), mask)
         return tokens
+
+    def features(self, condition: Tensor, mask: Tensor) -> Tensor:
+        """What a decoder that transfers reads in conditions, ``[batch, F]``."""
+        return self.transfers.features(self._standard(condition), mask)
+
+    @property
+    def transfers(self) -> Transfers:
+        """The decoder, where it can write from other datasets alone."""
+        assert isinstance(self.decoder, Transfers)
+        return self.decoder
+
+    def _standard(self, condition: Tensor) -> Tensor:
+        return (condition - self.condition_mean) / self.condition_spread
 
     @torch.no_grad()
     def fit_conditions(self, embedded: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:

@@ -1,10 +1,12 @@
-"""Principal components of adapters that are too large to hold all at once."""
+"""Principal components of adapters that are too large to hold all at once, and where adapters lie
+along them."""
 
 import torch
 from torch import Tensor
 
 from loragen.core.protocols import Samples
 
+EPSILON = 1e-6
 CHUNK = 2**24  # values of all samples at a time: 64 MiB in float32
 
 
@@ -31,3 +33,20 @@ def principal_directions(samples: Samples, most: int) -> Tensor:
     for chunk in chunks:
         directions[chunk] = torch.einsum("sk,std->tkd", weights, samples[chunk])
     return directions
+
+
+def coordinates_along(directions: Tensor, samples: Samples) -> Tensor:
+    """``[S, R]``: the mixture of ``directions [tokens, R, token_dim]`` that is closest to each of
+    the samples. It holds the answer and one chunk."""
+    count, tokens, dim = samples.shape
+    rank = directions.shape[1]
+    step = max(1, CHUNK // (count * dim))
+    gram = torch.zeros(rank, rank, dtype=torch.float64)
+    inner = torch.zeros(rank, count, dtype=torch.float64)
+    for first in range(0, tokens, step):
+        chunk = slice(first, first + step)
+        along = directions[chunk].transpose(0, 1).flatten(1).double()  # (R, values)
+        gram += along @ along.T
+        inner += along @ samples[chunk].flatten(1).double().T
+    ridge = EPSILON * gram.diagonal().mean() * torch.eye(rank, dtype=torch.float64)
+    return torch.linalg.solve(gram + ridge, inner).T.float()

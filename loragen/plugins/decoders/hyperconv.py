@@ -8,8 +8,9 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from loragen.core.protocols import Samples, TokenGrid
-from loragen.plugins.decoders._directions import principal_directions
+from loragen.plugins.decoders._directions import coordinates_along, principal_directions
 from loragen.plugins.decoders._feature_maps import FeatureMaps
+from loragen.plugins.decoders._transfer import Ridge, with_constant
 
 FEWEST_DIRECTIONS, MOST_DIRECTIONS = 4, 32
 
@@ -92,6 +93,33 @@ class HyperConv(nn.Module):
     def choices(self) -> list[str]:
         return self.body.choices()
 
+    @classmethod
+    def can_transfer(cls, config: Config) -> bool:
+        return config.shapes is None
+
+    def coordinates(self, samples: Samples) -> Tensor:
+        return coordinates_along(self._cell_map.project.directions.detach(), samples)
+
+    def features(self, condition: Tensor, mask: Tensor) -> Tensor:
+        read: Tensor = self._cell_map.read(condition, mask)
+        return read
+
+    def transferred(self, features: Tensor, known: Tensor, coordinates: Tensor) -> Tensor:
+        return self._cell_map.transferred(features, known, coordinates)
+
+    def settle(self, known: Tensor, coordinates: Tensor) -> None:
+        self._cell_map.settle(known, coordinates)
+
+    def train_transfer_only(self) -> None:
+        self.requires_grad_(False)
+        self._cell_map.read.requires_grad_(True)
+        self._cell_map.ridge.requires_grad_(True)
+
+    @property
+    def _cell_map(self) -> "CellMap":
+        assert isinstance(self.body, CellMap)  # can_transfer
+        return self.body
+
 
 class CellMap(nn.Module):
     """The derived geometry: a map over the cells, whose channels steer directions."""
@@ -108,6 +136,7 @@ class CellMap(nn.Module):
             HyperConvBlock(width, config.kernel_size) for _ in range(config.blocks)
         )
         self.steer = Steering(2 * width, width, rank)
+        self.ridge = Ridge(2 * width)
         self.project = Directions(rank, cell, grid, config.train_directions)
 
     def forward(self, condition: Tensor, mask: Tensor) -> Tensor:
@@ -118,6 +147,19 @@ class CellMap(nn.Module):
         coefficients = self.steer(read, x)  # (B, N, L, R)
         tokens: Tensor = self.project(coefficients)  # (B, tokens, token_dim)
         return tokens
+
+    def transferred(self, features: Tensor, known: Tensor, coordinates: Tensor) -> Tensor:
+        weights = self.ridge(known, coordinates)  # (2 C + 1, R)
+        common = with_constant(features.float()) @ weights  # (B, R)
+        layers, kinds, _ = self.expand.place.shape
+        tokens: Tensor = self.project(common[:, None, None].expand(-1, layers, kinds, -1))
+        return tokens
+
+    @torch.no_grad()
+    def settle(self, known: Tensor, coordinates: Tensor) -> None:
+        weights = self.ridge(known, coordinates)
+        self.steer.common.weight.copy_(weights[:-1].T)
+        self.steer.common.bias.copy_(weights[-1])
 
     def choices(self) -> list[str]:
         layers, kinds, width = self.expand.place.shape

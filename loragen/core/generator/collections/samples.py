@@ -30,6 +30,10 @@ class CollectionSamples:
             for group in np.array_split(np.arange(len(collection)), min(each, len(collection)))
         ]
 
+        counts = [min(each, len(collection)) for collection in collections]
+        self.datasets = [i for i, count in enumerate(counts) for _ in range(count)]
+        """Of every sample, the dataset that it is of."""
+
     @property
     def shape(self) -> tuple[int, int, int]:
         tokens, token_dim = self.normalization.mean.shape

@@ -1,17 +1,29 @@
-"""Batches for the behaviour phase: adapters of several datasets, each with rows of its own."""
+"""Batches for training through the base: adapters of several datasets, each with its rows."""
 
 from collections.abc import Sequence
 from random import Random
 
+import torch
 from torch.utils.data import Dataset
 
 from loragen.core.data.batches import batch_indices
 from loragen.core.data.tokenize import Example
 from loragen.core.generator.collections.prepared import PreparedSource
 from loragen.core.generator.collections.rows import LabelledRows
-from loragen.core.generator.training.pairs import PairBatch, draw_texts, pair_of, stacked
+from loragen.core.generator.training.pairs import (
+    Others,
+    PairBatch,
+    condition_of,
+    draw_texts,
+    pair_of,
+    stacked,
+    stacked_conditions,
+)
 from loragen.core.generator.training.phases import Phases
 from loragen.core.lora.batch import Batch, padded
+
+MOST_OTHERS = 64
+"""Datasets that an adapter is written from, so that a step does not grow with their number."""
 
 
 class BehaviourBatches(Dataset[PairBatch]):
@@ -45,21 +57,50 @@ class BehaviourBatches(Dataset[PairBatch]):
     def __getitem__(self, k: int) -> PairBatch:
         size = self.batch_size
         step, part = divmod(k, self.parts)
-        batch = batch_indices(len(self.sources), size * self.parts, self.seed, step)
+        batch = self._datasets(k)
         pairs, examples = [], []
-        for place in range(part * size + self.rank, (part + 1) * size, self.ranks):
-            chance = Random(f"behaviour:{self.seed}:{step}:{place}")
+        for place in range(self.rank, size, self.ranks):
+            chance = Random(f"behaviour:{self.seed}:{step}:{part * size + place}")
             pair, some = self._drawn(batch[place], chance)
             pairs.append(pair)
             examples += some
         return stacked(pairs)._replace(rows=padded(examples, self.pad_id))
 
+    def _datasets(self, k: int) -> list[int]:
+        """Of the adapters of a micro-batch, of all devices."""
+        size = self.batch_size
+        step, part = divmod(k, self.parts)
+        batch = batch_indices(len(self.sources), size * self.parts, self.seed, step)
+        return list(batch[part * size : (part + 1) * size])
+
     def _drawn(self, index: int, chance: Random) -> tuple[PairBatch, list[Example]]:
         source, rows = self.sources[index], self.rows[index].training
         checkpoint = chance.randrange(len(source.tokens))
-        texts = self.texts[index] if source.tracked is None else source.tracked[checkpoint]
-        drawn = draw_texts(texts, self.prompts, f"prompts:{chance.random()}")
+        drawn = self._texts(index, checkpoint, chance)
         return pair_of(source, drawn, checkpoint), equally_many(rows, self.rows_per_adapter, chance)
+
+    def _texts(self, index: int, checkpoint: int | None, chance: Random) -> list[int]:
+        """Some of the dataset's texts, or of the checkpoint's own where it has such."""
+        tracked = None if checkpoint is None else self.sources[index].tracked
+        texts = self.texts[index] if tracked is None else tracked[checkpoint or 0]
+        return draw_texts(texts, self.prompts, f"prompts:{chance.random()}")
+
+
+class TransferBatches(BehaviourBatches):
+    """The same, with conditions of datasets that have no adapter in the micro-batch."""
+
+    def __getitem__(self, k: int) -> PairBatch:
+        return super().__getitem__(k)._replace(others=self._others(k))
+
+    def _others(self, k: int) -> Others:
+        left_out = set(self._datasets(k))
+        chance = Random(f"others:{self.seed}:{k}")
+        left = [index for index in range(len(self.sources)) if index not in left_out]
+        chosen = sorted(chance.sample(left, min(MOST_OTHERS, len(left))))
+        conditions = [
+            condition_of(self.sources[index], self._texts(index, None, chance)) for index in chosen
+        ]
+        return Others(*stacked_conditions(conditions), torch.tensor(chosen))
 
 
 class PhasedBatches(Dataset[PairBatch]):
@@ -73,7 +114,11 @@ class PhasedBatches(Dataset[PairBatch]):
         parts: int,
     ) -> None:
         self.phases, self.parts = phases, parts
-        self._of = {"reconstruction": reconstruction, "behaviour": behaviour}
+        self._of = {
+            "reconstruction": reconstruction,
+            "behaviour": behaviour,
+            "transfer": behaviour,
+        }
 
     def __getitem__(self, k: int) -> PairBatch:
         step, part = divmod(k, self.parts)

@@ -211,7 +211,9 @@ class GeneratorCheckpoints(StepCallback):
         self._save(trainer, self._folder / LAST_CHECKPOINT.name)
 
     def _save(self, trainer: Trainer, file: Path) -> None:
-        weights = trainer.lightning_module.state_dict()
+        module: Any = trainer.lightning_module
+        module.settle()
+        weights = module.state_dict()
         check_weights(weights, trainer.global_step, self.session.directory)
         trainer.save_checkpoint(file, weights_only=False)  # on all ranks: it has a barrier
 

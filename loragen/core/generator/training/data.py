@@ -15,6 +15,7 @@ from loragen.core.generator.training.behaviour import Rehearsal
 from loragen.core.generator.training.behaviour_batches import (
     BehaviourBatches,
     PhasedBatches,
+    TransferBatches,
     validation_rows,
 )
 from loragen.core.generator.training.optimization import StepPlan, step_plan
@@ -71,7 +72,7 @@ class GeneratorData(LightningDataModule):
 
     def adapters_per_step(self, objective: Objective) -> int:
         """Of an optimizer step, over all devices and micro-batches."""
-        section = self.config.behaviour if objective == "behaviour" else self.config.data
+        section = self.config.data if objective == "reconstruction" else self.config.behaviour
         return section.batch_size * self.parts
 
     def check_shared(self, ranks: int) -> None:
@@ -110,7 +111,8 @@ class GeneratorData(LightningDataModule):
     def _tried(self, rank: int, ranks: int) -> BehaviourBatches | None:
         if self.rehearsal is None:
             return None
-        return BehaviourBatches(
+        kind = TransferBatches if self.plan.transfers else BehaviourBatches
+        return kind(
             self.sources,
             self.train_texts,
             self.rehearsal.rows,

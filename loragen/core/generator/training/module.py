@@ -67,7 +67,7 @@ class GeneratorModule(LightningModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         condition, mask = _condition(batch, self.encoder)
-        loss, metrics = self._losses(self.network(self._with_noise(condition), mask), batch)
+        loss, metrics = self._losses(self._written(batch, condition, mask), batch)
         parts = self.trainer.accumulate_grad_batches
         before = {} if batch_idx % parts == 0 else self.step_metrics
         self.step_metrics = {
@@ -75,6 +75,25 @@ class GeneratorModule(LightningModule):
             for name, value in metrics.items()
         }
         return loss
+
+    def _written(self, batch: PairBatch, condition: Tensor, mask: Tensor) -> Tensor:
+        """``[batch, tokens, token_dim]``, normalised."""
+        condition, known, others = self._with_noise(condition), self._objectives.known, batch.others
+        if known is None or others is None:
+            tokens: Tensor = self.network(condition, mask)
+            return tokens
+        others = others._replace(condition=self._with_noise(others.condition))
+        return known.written(self.network, condition, mask, others)
+
+    def settle(self) -> None:
+        """Makes what is kept write as it has learned to; to be called before it is used."""
+        if self._objectives.known:
+            network = self.kept["network"]
+            assert isinstance(network, Network)
+            self._objectives.known.settle(network)
+
+    def on_validation_start(self) -> None:
+        self.settle()
 
     def _losses(self, written: Tensor, batch: PairBatch) -> Losses:
         reconstruction, behaviour = self._objectives.reconstruction, self._objectives.behaviour

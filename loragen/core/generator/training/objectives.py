@@ -15,6 +15,7 @@ from loragen.core.config.gen_schema import GenTraining
 from loragen.core.generator.layout import Layout
 from loragen.core.generator.normalization import Normalization
 from loragen.core.generator.training.injection import Injection
+from loragen.core.generator.training.transfer import KnownDatasets
 from loragen.core.generator.training.weighted_error import weighted_error
 from loragen.core.lora.batch import IGNORED, Batch
 from loragen.core.lora.loss import answer_logits, rows_right, token_losses
@@ -126,11 +127,15 @@ class Objectives:
     behaviour: Behaviour | None = None
     reconstruction_weight: float = 0.0
     """Of the reconstruction beside the behaviour."""
+    known: KnownDatasets | None = None
+    """Where adapters are written from other datasets alone."""
 
     def to(self, device: torch.device) -> None:
         self.reconstruction.to(device)
         if self.behaviour:
             self.behaviour.to(device)
+        if self.known:
+            self.known.to(device)
 
 
 def mean_of_means(values: Tensor, owner: Tensor, owners: int) -> Tensor:

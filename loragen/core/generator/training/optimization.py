@@ -27,6 +27,10 @@ class StepPlan:
     """Steps of reconstruction in which every checkpoint comes once."""
 
     @property
+    def transfers(self) -> bool:
+        return any(phase.objective == "transfer" for phase in self.phases.phases)
+
+    @property
     def total(self) -> int:
         return self.phases.total
 
@@ -47,15 +51,18 @@ def step_plan(config: GenTrainConfig, per_epoch: int) -> StepPlan:
     steps = config.training.max_epochs * per_epoch
     reconstruction = Phase("reconstruction", min(steps, config.training.max_steps or steps))
     behaviour = Phase("behaviour", config.behaviour.max_steps)
+    transfer = Phase("transfer", config.behaviour.max_steps)
     wanted = {
         "reconstruction": (reconstruction,),
         "behaviour": (behaviour,),
+        "transfer": (transfer,),
         "reconstruction-then-behaviour": (reconstruction, behaviour),
     }[objective]
     phases = tuple(Phase(one.objective, _limited(config, one.steps)) for one in wanted)
     schedules: dict[Objective, Schedule] = {
         "reconstruction": _schedule(config, config.training.learning_rate),
         "behaviour": _schedule(config, config.behaviour.learning_rate),
+        "transfer": _schedule(config, config.behaviour.learning_rate),
     }
     return StepPlan(Phases(phases), schedules, per_epoch)
 

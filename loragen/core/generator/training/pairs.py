@@ -19,6 +19,16 @@ from loragen.core.generator.collections.prepared import PreparedSource
 from loragen.core.lora.batch import Batch
 
 
+class Others(NamedTuple):
+    """Conditions of other datasets than those of a batch's adapters."""
+
+    condition: Tensor
+    """``[others, prompts, positions, dim]``"""
+    mask: Tensor
+    datasets: Tensor
+    """``[others]`` int64: which they are."""
+
+
 class PairBatch(NamedTuple):
     condition: Tensor
     """``[batch, prompts, positions, dim]``"""
@@ -30,6 +40,8 @@ class PairBatch(NamedTuple):
     """Where the behaviour is judged: equally many rows of every adapter's dataset, in order."""
     texts: list[list[str]] | None = None
     """The prompts of every condition, where the encoder trains along; `condition` is empty then."""
+    others: Others | None = None
+    """Where the adapters are to be written from other datasets alone."""
 
 
 class PairBatches(Dataset[PairBatch]):
@@ -87,24 +99,34 @@ def draw_texts(texts: Sequence[int], count: int, draw: str) -> list[int]:
     return sorted(Random(draw).sample(list(texts), min(count, len(texts))))
 
 
+def condition_of(source: PreparedSource, texts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """``[prompts, positions, dim]`` and its mask."""
+    embeddings, mask = np.array(source.embeddings[texts]), np.array(source.mask[texts])
+    return torch.from_numpy(embeddings), torch.from_numpy(mask)
+
+
 def pair_of(source: PreparedSource, texts: Sequence[int], checkpoint: int) -> PairBatch:
     return PairBatch(
-        torch.from_numpy(np.array(source.embeddings[texts])),
-        torch.from_numpy(np.array(source.mask[texts])),
+        *condition_of(source, texts),
         torch.from_numpy(np.array(source.tokens[checkpoint])),
         texts=[[source.texts[index] for index in texts]] if source.texts else None,
     )
 
 
 def stacked(pairs: Sequence[PairBatch]) -> PairBatch:
-    """Pads to the most prompts and positions; padding is off in the mask."""
-    prompts = max(pair.mask.shape[0] for pair in pairs)
-    positions = max(pair.mask.shape[1] for pair in pairs)
-    dim = pairs[0].condition.shape[-1]
-    condition = torch.zeros(len(pairs), prompts, positions, dim)
-    mask = torch.zeros(len(pairs), prompts, positions, dtype=torch.bool)
-    for row, pair in enumerate(pairs):
-        n, p = pair.mask.shape
-        condition[row, :n, :p], mask[row, :n, :p] = pair.condition, pair.mask
+    condition, mask = stacked_conditions([(pair.condition, pair.mask) for pair in pairs])
     texts = [row for pair in pairs for row in pair.texts or ()] or None
     return PairBatch(condition, mask, torch.stack([pair.tokens for pair in pairs]), texts=texts)
+
+
+def stacked_conditions(conditions: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Pads to the most prompts and positions; padding is off in the mask."""
+    prompts = max(mask.shape[0] for _, mask in conditions)
+    positions = max(mask.shape[1] for _, mask in conditions)
+    dim = conditions[0][0].shape[-1]
+    condition = torch.zeros(len(conditions), prompts, positions, dim)
+    mask = torch.zeros(len(conditions), prompts, positions, dtype=torch.bool)
+    for row, (one, its_mask) in enumerate(conditions):
+        n, p = its_mask.shape
+        condition[row, :n, :p], mask[row, :n, :p] = one, its_mask
+    return condition, mask

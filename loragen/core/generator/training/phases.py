@@ -1,4 +1,4 @@
-"""What a generator is trained for, step by step: reconstruction, behaviour, or one after the other.
+"""What a generator is trained for, step by step.
 
 Light.
 """
@@ -6,7 +6,9 @@ Light.
 from dataclasses import dataclass
 from typing import Literal
 
-Objective = Literal["reconstruction", "behaviour"]
+Objective = Literal["reconstruction", "behaviour", "transfer"]
+"""The collected weights; what the base does with the generated ones; the same, each adapter being
+written from the other datasets alone, as if its own had never been collected."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Phases:
     @property
     def behaviour(self) -> bool:
         """Whether the base model is needed."""
-        return any(phase.objective == "behaviour" for phase in self.phases)
+        return any(phase.objective != "reconstruction" for phase in self.phases)
 
     def __str__(self) -> str:
         return ", then ".join(f"{phase.steps} steps of {phase.objective}" for phase in self.phases)

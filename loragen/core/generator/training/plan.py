@@ -12,7 +12,11 @@ from loragen.core.errors import DataError, LoragenError, UsageError, listing
 from loragen.core.generator.collections.rows import has_rows
 from loragen.core.generator.collections.sources import Collection, common_layout, read_sources
 from loragen.core.generator.layout import Layout
+from loragen.core.plugins import find
+from loragen.core.protocols import Transfers
 
+FEWEST_OTHERS = 2
+"""Datasets there have to be, over those that a step leaves out."""
 MOST_ON_CPU = 100_000_000
 """Parameters of a base that `auto` trains through without a GPU. A step of 64 rows of 100 tokens is
 6 · 6400 operations a parameter at most: with this many some ten seconds at 350 GFLOP/s."""
@@ -87,15 +91,39 @@ def _with_objective(
             raise UsageError(f"training.objective {asked}: {obstacle}")
         return config, "as configured"
     settled = config.model_copy(deep=True)
-    too_large = None if obstacle else _too_large(config, sources)
-    settled.training.objective = (
-        "reconstruction" if obstacle or too_large else "reconstruction-then-behaviour"
-    )
-    return settled, obstacle or too_large or "the base and labelled rows of every dataset are here"
+    if why := obstacle or _too_large(config, sources):
+        settled.training.objective = "reconstruction"
+        return settled, why
+    here = "the base and labelled rows of every dataset are here"
+    if why := _no_transfer(config, sources):
+        settled.training.objective = "reconstruction-then-behaviour"
+        return settled, f"{here}; no transfer: {why}"
+    settled.training.objective = "transfer"
+    return settled, f"{here}, and datasets enough to write each from others"
+
+
+def _no_transfer(config: GenTrainConfig, sources: Sequence[Collection]) -> str | None:
+    """Why no adapter can be written from other datasets alone; None where it can."""
+    decoder = find("decoder", config.decoder.name)
+    if not issubclass(decoder, Transfers) or not decoder.can_transfer(
+        decoder.Config(**config.decoder.options)
+    ):
+        return f"the decoder {config.decoder.name} cannot, as it is configured"
+    if not config.encoder.options.get("frozen", True):
+        return "the encoder trains along"
+    needed = config.behaviour.batch_size * FEWEST_OTHERS
+    if len(sources) < needed:
+        return (
+            f"{len(sources)} datasets; behaviour.batch_size {config.behaviour.batch_size} leaves "
+            f"too few others, it needs {needed}"
+        )
+    return None
 
 
 def _obstacle(config: GenTrainConfig, sources: Sequence[Collection]) -> str | None:
     """Why the behaviour of adapters cannot be trained; None where it can."""
+    if config.training.objective == "transfer" and (why := _no_transfer(config, sources)):
+        return why
     missing = [source.name for source in sources if not has_rows(source)]
     if missing:
         return f"labelled rows are missing of {listing(missing, 3)}"

@@ -40,6 +40,7 @@ from loragen.core.generator.training.resume import (
     void_later,
 )
 from loragen.core.generator.training.selection import Selection, select_by
+from loragen.core.generator.training.transfer import KnownDatasets
 from loragen.core.interrupt import Interruption
 from loragen.core.plugins import create
 from loragen.core.progress import Progress
@@ -220,7 +221,17 @@ def _objectives(data: GeneratorData, generator: Generator) -> Objectives:
         Reconstruction(normalization, layout.mask(), training, weights),
         behaviour,
         data.config.behaviour.reconstruction_weight,
+        _known(data, generator),
     )
+
+
+def _known(data: GeneratorData, generator: Generator) -> KnownDatasets | None:
+    """For the transfer objective, whose decoder then trains nothing else."""
+    if not data.plan.transfers:
+        return None
+    samples = CollectionSamples([one.tokens for one in data.sources], generator.normalization)
+    generator.network.transfers.train_transfer_only()
+    return KnownDatasets(data.sources, data.train_texts, generator.network, samples)
 
 
 def _new_generator(data: GeneratorData, work: Plan, encoder: Encoder) -> Generator:
