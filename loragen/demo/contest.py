@@ -92,19 +92,26 @@ def contest(
         keep,
     )
     bench = whole.bench()
-    datasets = [*targets, *bench.sources]
-    centres = [workers.submit(_centre, generator, one.prompts) for one in datasets]
+    compared = [one.prompts for one in targets]
+    compared += [source.prompts for source in bench.sources]
+    centres = [workers.submit(_centre, generator, prompts) for prompts in compared]
     spread = workers.submit(_novelty, whole)
     known = {key: centre for future in centres for key, centre in future.result().items()}
-    parts = [workers.submit(_outcome, whole, known, number) for number in range(len(targets))]
-    outcomes = []
-    for number, part in enumerate(parts, start=1):
-        outcomes.append(part.result())
-        log.info("%d/%d %s", number, len(targets), in_brief(outcomes[-1]))
-    told = document(outcomes, bench, spread.result())
+    told = document(_outcomes(workers, whole, known), bench, spread.result())
     told["novelty"]["checkpoints_of_each"] = CHECKPOINTS
     told["seconds"]["trained"] = "trained side by side, one thread each"
     return told
+
+
+def _outcomes(workers: Workers, whole: Contest, centres: dict[str, np.ndarray]) -> list[Outcome]:
+    """In the order of the targets, each a job."""
+    count = len(whole.targets)
+    parts = [workers.submit(_outcome, whole, centres, number) for number in range(count)]
+    outcomes = []
+    for number, part in enumerate(parts, start=1):
+        outcomes.append(part.result())
+        log.info("%d/%d %s", number, count, in_brief(outcomes[-1]))
+    return outcomes
 
 
 @cache
