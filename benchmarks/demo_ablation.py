@@ -34,7 +34,7 @@ from loragen.core.generator.model import Generator
 from loragen.core.generator.training.train import train
 from loragen.core.progress import Silent
 from loragen.demo import settings
-from loragen.demo.run import Demo, choose_targets
+from loragen.demo.run import Demo, choose_targets, with_prompts
 from loragen.demo.world import PAIRS, World
 
 
@@ -70,9 +70,11 @@ def is_asked(target: Target, part: str | None) -> bool:
 
 def judged(demo: Demo, targets: Sequence[Target], changed: list[str], draws: int) -> dict[str, Any]:
     """A generator with other settings: seconds of its training, accuracies and intervals."""
-    names = [pair.name for pair in demo.world.training_pairs(demo.seed)]
     folders = sorted(path for path in (demo.out / "runs").iterdir() if path.is_dir())
-    runs = [path for path in folders if path.name.partition("_lora_")[0] in names]
+    collected = {path.name.partition("_lora_")[0]: path for path in folders}
+    runs = with_prompts(
+        demo, [collected[pair.name] for pair in demo.world.training_pairs(demo.seed)]
+    )
     with tempfile.TemporaryDirectory() as place:
         standard = settings.generator_config(Path(place), demo.out / "cache", runs, demo.seed)
         file = Path(place) / "generator.yaml"

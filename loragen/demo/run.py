@@ -26,13 +26,23 @@ from loragen.core.runs import generator_file
 from loragen.demo import settings
 from loragen.demo.contest import contest, target
 from loragen.demo.workers import Done, Job, Workers
-from loragen.demo.world import PAIRS, WORLD_FILE, Pair, Wording, World
+from loragen.demo.world import (
+    PAIRS,
+    TRAIN_CREATURES,
+    WORLD_FILE,
+    Pair,
+    Row,
+    Wording,
+    World,
+)
 
 SPLITS: dict[str, Wording] = {
     "new_wording": "unseen",  # of training pairs
     "new_combination": "train",  # of held-out pairs
     "both": "unseen",  # of held-out pairs
 }
+PROMPT_REPEATS = 2
+"""Of every training creature in what the generator reads: more would mostly take time to embed."""
 Say = Callable[[str], None]
 
 
@@ -86,16 +96,21 @@ def run(
 
 
 def write_data(demo: Demo, world_text: str) -> None:
-    """The world file, and every dataset in both kinds of wording."""
+    """The world file, every dataset in both kinds of wording, and what the generator reads."""
     write_text(demo.out / "world.yaml", world_text)
     for pair in PAIRS:
+        read = demo.world.rows(pair, TRAIN_CREATURES, repeats=PROMPT_REPEATS)
+        write_text(demo.data(pair, "prompts", "train"), _lines(read))
         for wordings in ("train", "unseen"):
             for split, rows in (
                 ("train", demo.world.train_rows(pair, wordings=wordings)),
                 ("test", demo.world.test_rows(pair, wordings)),
             ):
-                lines = "".join(json.dumps(row) + "\n" for row in rows)
-                write_text(demo.data(pair, split, wordings), lines)
+                write_text(demo.data(pair, split, wordings), _lines(rows))
+
+
+def _lines(rows: Sequence[Row]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def collection_jobs(demo: Demo) -> list[Job]:
@@ -133,10 +148,18 @@ def finished(demo: Demo, title: str, futures: Sequence[Future[Done]]) -> list[Do
 def learn(demo: Demo, runs: Sequence[Path]) -> Path:
     """The file of the generator, trained on the collected runs."""
     config = settings.generator_config(
-        demo.out / "experiments", demo.out / "cache", list(runs), demo.seed
+        demo.out / "experiments", demo.out / "cache", with_prompts(demo, runs), demo.seed
     )
     run = train_generator(config, demo.progress)
     return generator_file(run.directory)
+
+
+def with_prompts(demo: Demo, runs: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """Runs in the order of the training pairs, each with its dataset's prompts."""
+    pairs = demo.world.training_pairs(demo.seed)
+    return [
+        (run, demo.data(pair, "prompts", "train")) for run, pair in zip(runs, pairs, strict=True)
+    ]
 
 
 def choose_targets(demo: Demo) -> list[Target]:

@@ -1,5 +1,6 @@
 """How the demo is trained: the real commands' configurations, at the size of a toy world."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -8,6 +9,7 @@ from loragen.core.config import DEMO, GenTrainConfig, LoraTrainConfig, Override,
 Model = TypeVar("Model", LoraTrainConfig, GenTrainConfig)
 
 PROMPTS = 16
+NEVER = 1_000_000  # steps: a training of seconds is not gone on with
 MULTI_TASK_PATIENCE = 200  # steps without a better validation loss
 
 
@@ -22,7 +24,7 @@ def adapter_config(runs: Path, seed: int) -> LoraTrainConfig:
             "learning_rate_stage1": 2e-3,
             "learning_rate_stage2": 2e-4,
         },
-        checkpoints={"optimizer": "none"},
+        checkpoints={"optimizer": "none", "last_every": NEVER},
         loggers={"tensorboard": {}},
     )
 
@@ -50,18 +52,26 @@ def multi_task_config(runs: Path, seed: int) -> LoraTrainConfig:
         },
         schedule={"name": "constant", "learning_rate": 1.5e-3},
         trainer={"accelerator": "cpu", "gradient_clip_val": 1.0},
-        checkpoints={"optimizer": "none", "first_step": 100, "every": 100},  # the best is taken
+        checkpoints={  # the best is taken
+            "optimizer": "none",
+            "first_step": 100,
+            "every": 100,
+            "last_every": NEVER,
+        },
         loggers={},
     )
 
 
-def generator_config(experiments: Path, cache: Path, runs: list[Path], seed: int) -> GenTrainConfig:
+def generator_config(
+    experiments: Path, cache: Path, runs: Sequence[tuple[Path, Path]], seed: int
+) -> GenTrainConfig:
+    """`runs`, each with the rows that the generator reads of it."""
     return _built(
         GenTrainConfig,
         {
             "seed": seed,
             "experiments_dir": str(experiments),
-            "sources": [{"run": str(run)} for run in runs],
+            "sources": [{"run": str(run), "prompts": str(rows)} for run, rows in runs],
             "decoder": {"name": "hyperconv", "blocks": 1, "hidden_dim": 128, "rank": 32},
             "layout": {"token_dim": 128},
             "data": {
