@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from loragen.core.generator.layout import Layout
 from loragen.core.plugins import create, find
 from loragen.core.protocols import TokenGrid
+from loragen.plugins.decoders._cell_map import AxisConv, cells
 from loragen.plugins.decoders._directions import coordinates_along, principal_directions
 from loragen.plugins.decoders._feature_maps import dealt
 from loragen.plugins.decoders._transfer import Ridge, with_constant
-from loragen.plugins.decoders.hyperconv import AxisConv, cells
 from loragen.testing import check_decoder, grid
 
 SMALL = {"blocks": 1, "hidden_dim": 12, "rank": 4}

@@ -13,6 +13,7 @@ from loragen.core.plugins import create
 from loragen.core.protocols import Samples, StartsFromSamples, Transfers
 
 SMALLEST_SPREAD = 1e-6
+TEXTS_AT_ONCE = 1024  # token-level embeddings of a whole dataset may be gigabytes
 
 
 class Network(nn.Module):
@@ -52,9 +53,14 @@ class Network(nn.Module):
         each dataset weighing the same."""
         means, squares = [], []
         for embeddings, mask in embedded:
-            valid = np.asarray(embeddings, dtype=np.float64)[np.asarray(mask)]  # (valid, dim)
-            means.append(valid.mean(0))
-            squares.append(np.square(valid).mean(0))
+            total = np.zeros((2, embeddings.shape[-1]))  # of the values and of their squares
+            for first in range(0, len(embeddings), TEXTS_AT_ONCE):
+                some = slice(first, first + TEXTS_AT_ONCE)
+                valid = np.asarray(embeddings[some], np.float64)[np.asarray(mask[some])]
+                total += valid.sum(0), np.square(valid).sum(0)
+            mean_of_one, square_of_one = total / np.count_nonzero(mask)
+            means.append(mean_of_one)
+            squares.append(square_of_one)
         mean = np.mean(means, axis=0)
         spread = np.sqrt(np.maximum(np.mean(squares, axis=0) - np.square(mean), 0))
         self.condition_mean.copy_(torch.from_numpy(mean))
