@@ -83,7 +83,7 @@ def generator_config(
             "training": {"condition_noise": 0.5, "val_every_epochs": 4, "val_rows": 16},
             "behaviour": {"max_steps": 200, "learning_rate": 1e-3},
             "loggers": {"tensorboard": {}},
-            "trainer": {"accelerator": "cpu"},
+            "trainer": {"accelerator": "cpu", "gradient_clip_val": 1.0},
         },
     )
 
