@@ -113,7 +113,8 @@ def _anatomy(work: "Plan") -> "Anatomy":
     first = joined(work.sources[0].prompts, data.samples_per_prompt)[:1]
     positions, dim = create("encoder", encoder.name, encoder.options)(first)[0].shape[1:]
     condition = (data.prompts_per_condition, positions, dim)
-    return anatomy(work.config.decoder.name, work.config.decoder.options, work.layout, condition)
+    decoder, transfers = work.config.decoder, work.config.training.objective == "transfer"
+    return anatomy(decoder.name, decoder.options, work.layout, condition, transfers)
 
 
 def anatomy_text(decoder: "Anatomy") -> str:

@@ -275,7 +275,8 @@ class TestTransfer:
         known = ours.features(torch.randn(5, 2, 1, 6), torch.ones(5, 2, 1, dtype=torch.bool))
         ours.transferred(known[:2], known[2:], torch.randn(3, 4)).square().sum().backward()
         trained = {name for name, p in ours.named_parameters() if p.requires_grad}
-        assert {name.split(".")[1] for name in trained} == {"read", "ridge"}
+        assert {name.split(".")[1] for name in trained} == {"read", "steer"}
+        assert "body.steer.common.weight" not in trained
         assert all(p.grad is not None for p in ours.parameters() if p.requires_grad)
 
     def test_the_papers_geometry_cannot(self):

@@ -65,8 +65,10 @@ def anatomy(
     options: Mapping[str, Any],
     layout: Layout,
     condition: tuple[int, int, int],
+    transfers: bool = False,
 ) -> Anatomy:
-    """Of a decoder for `layout`, fed with a condition ``[prompts, positions, dim]``.
+    """Of a decoder for `layout`, fed with a condition ``[prompts, positions, dim]``; trained to
+    transfer or as a whole.
 
     On torch's meta device: nothing is computed and nothing allocated. Raises UsageError where the
     options do not suit the layout.
@@ -78,6 +80,8 @@ def anatomy(
         for name, module in _parts(network.decoder, ""):
             module.register_forward_hook(_recorder(name, found))
         network.eval()(torch.empty(1, *condition), mask)
+    if transfers:
+        network.transfers.train_transfer_only()
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     decided = network.decoder.choices() if isinstance(network.decoder, TellsChoices) else []
     return Anatomy(condition, found, _size(network), trained, decided)

@@ -31,7 +31,6 @@ class CellMap(nn.Module):
             HyperConvBlock(width, config.kernel_size) for _ in range(config.blocks)
         )
         self.steer = Steering(2 * width, width, rank)
-        self.ridge = Ridge(2 * width).requires_grad_(False)  # but by `train_transfer_only`
         self.project = Directions(rank, cell, grid, config.train_directions)
 
     def forward(self, condition: Tensor, mask: Tensor) -> Tensor:
@@ -44,7 +43,7 @@ class CellMap(nn.Module):
         return tokens
 
     def transferred(self, features: Tensor, known: Tensor, coordinates: Tensor) -> Tensor:
-        weights = self.ridge(known, coordinates)  # (2 C + 1, R)
+        weights = self.steer.ridge(known, coordinates)  # (2 C + 1, R)
         common = with_constant(features.float()) @ weights  # (B, R)
         layers, kinds, _ = self.expand.place.shape
         tokens: Tensor = self.project(common[:, None, None].expand(-1, layers, kinds, -1))
@@ -52,14 +51,14 @@ class CellMap(nn.Module):
 
     @torch.no_grad()
     def settle(self, known: Tensor, coordinates: Tensor) -> None:
-        weights = self.ridge(known, coordinates)
+        weights = self.steer.ridge(known, coordinates)
         self.steer.common.weight.copy_(weights[:-1].T)
         self.steer.common.bias.copy_(weights[-1])
 
     def choices(self) -> list[str]:
         layers, kinds, width = self.expand.place.shape
         tokens, rank, dim = self.project.directions.shape
-        most, trained = self.config.max_parameters, self.config.train_directions
+        most = self.config.max_parameters
         why = (
             f"max_parameters {most:,} over that, but {FEWEST_DIRECTIONS} to {MOST_DIRECTIONS} "
             "(rank: auto)"
@@ -67,7 +66,11 @@ class CellMap(nn.Module):
             else "as configured (rank)"
         )
         size = f"{layers} layers x {kinds} kinds of matrix x {width} channels"
-        then = "train (train_directions)" if trained else "stay (train_directions: false)"
+        then = "train (train_directions)"
+        if self.steer.ridge.log_penalty.requires_grad:
+            then = "stay: to transfer, the reading alone trains"
+        elif not self.config.train_directions:
+            then = "stay (train_directions: false)"
         return [
             f"feature map: {size}, from the adapter and hidden_dim",
             f"{rank} directions of {tokens * dim:,} values: {why}",
@@ -113,11 +116,14 @@ class Expander(nn.Module):
 
 
 class Steering(nn.Module):
-    """How far to go along each direction: the same in all cells at first, then as the map says."""
+    """How far to go along each direction: the same in all cells at first, then as the map says.
+
+    What is common may also be regressed from other datasets, in place of being learned."""
 
     def __init__(self, hidden: int, width: int, rank: int) -> None:
         super().__init__()
         self.common = nn.Linear(hidden, rank)
+        self.ridge = Ridge(hidden).requires_grad_(False)  # but by `train_transfer_only`
         self.norm = nn.LayerNorm(width)
         self.correct = nn.Linear(width, rank)
         nn.init.zeros_(self.correct.weight)

@@ -109,7 +109,7 @@ class HyperConv(nn.Module):
     def train_transfer_only(self) -> None:
         self.requires_grad_(False)
         self._cell_map.read.requires_grad_(True)
-        self._cell_map.ridge.requires_grad_(True)
+        self._cell_map.steer.ridge.requires_grad_(True)
 
     @property
     def _cell_map(self) -> CellMap:

@@ -45,14 +45,22 @@ def test_it_is_what_the_decoder_is(layout, options, names, shapes):
     real = new_network("hyperconv", options, CONDITION[-1], layout)
     assert found.parameters == sum(p.numel() for p in real.parameters())
     assert sum(stage.parameters for stage in found.stages) == found.parameters
-    assert found.training_bytes == 4 * found.weights_bytes == 16 * found.parameters
+    assert found.weights_bytes == 4 * found.parameters
+    assert found.training_bytes == 4 * found.parameters + 12 * found.trained
     assert found.pair_bytes == 4 * sum(torch.Size(shape).numel() for shape in shapes)
 
 
 def test_what_stays_as_it_is_needs_no_moments(layout):
     found = anatomy("hyperconv", {"rank": 3, "train_directions": False}, layout, CONDITION)
-    assert found.parameters - found.trained == 12 * 3 * 8
+    assert found.parameters - found.trained == 12 * 3 * 8 + 1  # and the penalty of a transfer
     assert "stay (train_directions: false)" in found.choices[-1]
+
+
+def test_to_transfer_the_reading_alone_trains(layout):
+    found = anatomy("hyperconv", {"rank": 3}, layout, CONDITION, transfers=True)
+    (read,) = [stage for stage in found.stages if stage.name == "read"]
+    assert found.trained == read.parameters + 1  # the penalty
+    assert found.choices[-1].endswith("the reading alone trains")
 
 
 def test_it_says_what_it_has_settled_and_why(layout):
