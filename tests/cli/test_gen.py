@@ -52,7 +52,7 @@ class TestTrain:
         document = json.loads(loragen(*dry, "--json").stdout)
         decoder = document["decoder"]
         assert decoder["stages"][-1]["shape"] == [116, 16]
-        assert decoder["training_bytes"] == 4 * decoder["weights_bytes"]
+        assert decoder["training_bytes"] == decoder["weights_bytes"] + 12 * decoder["trained"]
         assert document["config"]["layout"]["token_dim"] == 16
 
     def test_the_papers_geometry_trains_and_generates(self, loragen, config_file):
