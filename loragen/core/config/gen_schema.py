@@ -86,7 +86,7 @@ class GenTraining(Section):
     objective: Training = Field(
         "auto",
         description="Collected weights; the base's loss; one after the other; or transfer: the "
-        "base's loss with each adapter written from the other datasets alone. auto: the best that "
+        "base's loss with each adapter written from the other datasets alone. auto: what "
         "base, labels and the number of datasets allow.",
     )
     max_epochs: int = Field(100, ge=1, description="An epoch shows every checkpoint once.")

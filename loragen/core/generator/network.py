@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from loragen.core.errors import UsageError
+from loragen.core.generator.collections.embeddings import TEXTS_AT_ONCE
 from loragen.core.generator.layout import Layout
 from loragen.core.plugins import create
 from loragen.core.protocols import Samples, StartsFromSamples, Transfers
 
 SMALLEST_SPREAD = 1e-6
-TEXTS_AT_ONCE = 1024  # token-level embeddings of a whole dataset may be gigabytes
 
 
 class Network(nn.Module):

@@ -81,8 +81,11 @@ class BehaviourBatches(Dataset[PairBatch]):
 
     def _texts(self, index: int, checkpoint: int | None, chance: Random) -> list[int]:
         """Some of the dataset's texts, or of the checkpoint's own where it has such."""
-        tracked = None if checkpoint is None else self.sources[index].tracked
-        texts = self.texts[index] if tracked is None else tracked[checkpoint or 0]
+        tracked = self.sources[index].tracked
+        if tracked is None or checkpoint is None:
+            texts = self.texts[index]
+        else:
+            texts = tracked[checkpoint]
         return draw_texts(texts, self.prompts, f"prompts:{chance.random()}")
 
 

@@ -15,8 +15,8 @@ from loragen.core.generator.layout import Layout
 from loragen.core.plugins import find
 from loragen.core.protocols import Transfers
 
-FEWEST_OTHERS = 2
-"""Datasets there have to be, over those that a step leaves out."""
+DATASETS_PER_LEFT_OUT = 2
+"""For every dataset that a step of transfer leaves out, another has to be there to write from."""
 MOST_ON_CPU = 100_000_000
 """Parameters of a base that `auto` trains through without a GPU. A step of 64 rows of 100 tokens is
 6 · 6400 operations a parameter at most: with this many some ten seconds at 350 GFLOP/s."""
@@ -111,7 +111,7 @@ def _no_transfer(config: GenTrainConfig, sources: Sequence[Collection]) -> str |
         return f"the decoder {config.decoder.name} cannot, as it is configured"
     if not config.encoder.options.get("frozen", True):
         return "the encoder trains along"
-    needed = config.behaviour.batch_size * FEWEST_OTHERS
+    needed = config.behaviour.batch_size * DATASETS_PER_LEFT_OUT
     if len(sources) < needed:
         return (
             f"{len(sources)} datasets; behaviour.batch_size {config.behaviour.batch_size} leaves "
