@@ -82,10 +82,7 @@ class BehaviourBatches(Dataset[PairBatch]):
     def _texts(self, index: int, checkpoint: int | None, chance: Random) -> list[int]:
         """Some of the dataset's texts, or of the checkpoint's own where it has such."""
         tracked = self.sources[index].tracked
-        if tracked is None or checkpoint is None:
-            texts = self.texts[index]
-        else:
-            texts = tracked[checkpoint]
+        texts = self.texts[index] if tracked is None or checkpoint is None else tracked[checkpoint]
         return draw_texts(texts, self.prompts, f"prompts:{chance.random()}")
 
 
