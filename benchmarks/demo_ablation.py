@@ -34,7 +34,8 @@ from loragen.core.generator.model import Generator
 from loragen.core.generator.training.train import train
 from loragen.core.progress import Silent
 from loragen.demo import settings
-from loragen.demo.run import Demo, choose_targets, with_prompts
+from loragen.demo.data import Demo
+from loragen.demo.run import choose_targets, with_prompts
 from loragen.demo.world import PAIRS, World
 
 

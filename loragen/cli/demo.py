@@ -34,9 +34,14 @@ def demo(
     """
     from loragen.cli.gen_eval import answer_results
     from loragen.cli.progress import terminal_progress
-    from loragen.demo.run import run
+    from loragen.demo.data import begin
+    from loragen.demo.workers import Workers
 
-    results = run(output, seed, world, force, render.note, terminal_progress())
+    begun = begin(output, seed, world, force, render.note, terminal_progress())
+    with Workers() as workers:
+        from loragen.demo.run import run  # takes seconds, as the workers' start does
+
+        results = run(begun, workers)
     if json:
         render.answer_json(results)
         return

@@ -9,8 +9,9 @@ from loragen.core.config import DEMO, GenTrainConfig, LoraTrainConfig, Override,
 Model = TypeVar("Model", LoraTrainConfig, GenTrainConfig)
 
 PROMPTS = 16
+MULTI_TASK_VAL = 200  # steps from one validation to the next
 NEVER = 1_000_000  # steps: a training of seconds is not gone on with
-MULTI_TASK_PATIENCE = 200  # steps without a better validation loss
+MULTI_TASK_PATIENCE = 400  # steps without a better validation loss
 
 
 def adapter_config(runs: Path, seed: int) -> LoraTrainConfig:
@@ -47,15 +48,15 @@ def multi_task_config(runs: Path, seed: int) -> LoraTrainConfig:
         training={
             "max_steps": steps,
             "batch_size": 24,
-            "val_every": 100,
+            "val_every": MULTI_TASK_VAL,
             "patience": MULTI_TASK_PATIENCE,
         },
         schedule={"name": "constant", "learning_rate": 1.5e-3},
         trainer={"accelerator": "cpu", "gradient_clip_val": 1.0},
         checkpoints={  # the best is taken
             "optimizer": "none",
-            "first_step": 100,
-            "every": 100,
+            "first_step": MULTI_TASK_VAL,
+            "every": MULTI_TASK_VAL,
             "last_every": NEVER,
         },
         loggers={},
@@ -83,7 +84,7 @@ def generator_config(
             "training": {"condition_noise": 0.5, "val_every_epochs": 4, "val_rows": 16},
             "behaviour": {"max_steps": 200, "learning_rate": 1e-3},
             "loggers": {"tensorboard": {}},
-            "trainer": {"accelerator": "cpu", "gradient_clip_val": 1.0},
+            "trainer": {"accelerator": "cpu"},
         },
     )
 

@@ -5,11 +5,13 @@ fight over the same cores lose far more.
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from loragen.core.base_models import BaseModel
 
 MOST_WORKERS = 8
+HEAVY = ["loragen.core.lora.train", "loragen.demo.contest"]
+"""What the workers will run. Importing it takes seconds, with torch and Lightning."""
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -42,14 +46,14 @@ class Done(NamedTuple):
 
 
 class Workers:
-    """A pool whose processes have loaded the base model once."""
+    """A pool whose processes have loaded the base model once. They start with it, beside whatever
+    this process does next."""
 
     def __init__(self) -> None:
         self._pool = ProcessPoolExecutor(
-            min(MOST_WORKERS, os.cpu_count() or 1),
-            mp_context=get_context("spawn"),  # forking a process with torch's threads can hang
-            initializer=_start,
+            min(MOST_WORKERS, os.cpu_count() or 1), mp_context=_context(), initializer=_start
         )
+        self._pool.submit(int)  # the pool starts nothing before there is something to do
 
     def __enter__(self) -> "Workers":
         return self
@@ -82,6 +86,16 @@ def base() -> "BaseModel":
     from loragen.core.config import DEMO
 
     return load_base(DEMO)
+
+
+def _context() -> BaseContext:
+    """Never a fork of this process, which may hang with torch's threads; on Linux, forks of one
+    that has imported everything once for all of them, and started no thread."""
+    if sys.platform != "linux":
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(HEAVY)
+    return context
 
 
 def _start() -> None:

@@ -4,15 +4,14 @@ import pytest
 
 from loragen.core.progress import Silent
 from loragen.demo.contest import target
-from loragen.demo.run import Demo, choose_targets, write_data
-from loragen.demo.world import VALUES, WORLD_FILE, Pair, World
+from loragen.demo.data import begin
+from loragen.demo.run import choose_targets
+from loragen.demo.world import VALUES, Pair
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    made = Demo(tmp_path_factory.mktemp("demo"), 0, World.load(), lambda _: None, Silent())
-    write_data(made, WORLD_FILE.read_text(encoding="utf-8"))
-    return made
+    return begin(tmp_path_factory.mktemp("demo"), 0, None, False, lambda _: None, Silent())
 
 
 def test_the_generator_sees_the_tested_prompts_and_no_labels(demo):

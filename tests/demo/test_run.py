@@ -12,7 +12,9 @@ from loragen.core.errors import UsageError
 from loragen.core.evaluation.columns import NAMES
 from loragen.core.progress import Silent
 from loragen.demo import settings, world
+from loragen.demo.data import begin
 from loragen.demo.run import SPLITS, run
+from loragen.demo.workers import Workers
 from loragen.demo.world import WORLD_FILE
 
 STEPS = 2
@@ -53,7 +55,8 @@ def test_the_whole_path_with_a_world_of_ones_own(few_steps, tmp_path):
     file.write_text(yaml.safe_dump(document), encoding="utf-8")
     out = tmp_path / "out"
     said = []
-    results = run(out, 3, file, False, said.append, Silent())
+    with Workers() as workers:
+        results = run(begin(out, 3, file, False, said.append, Silent()), workers)
 
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
     assert results["held_out"] == [["color", "word"], ["size", "list"]]
@@ -77,5 +80,5 @@ def test_a_directory_that_is_no_demo_is_never_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
     for force in (False, True):
         with pytest.raises(UsageError, match=str(tmp_path.name)):
-            run(tmp_path, 0, None, force, print, Silent())
+            begin(tmp_path, 0, None, force, print, Silent())
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]

@@ -80,6 +80,9 @@ class GenData(Section):
 Training = Literal[
     "auto", "reconstruction", "behaviour", "reconstruction-then-behaviour", "transfer"
 ]
+TRANSFER_NORM = 1.0
+"""Of a gradient of transfer. A dataset whose like is not among the others gives a large one that
+would drown the rest: without the limit what was measured is worse (docs/generating.md)."""
 
 
 class GenTraining(Section):
@@ -174,6 +177,14 @@ class GenTrainConfig(Section):
     schedule: ScheduleSection = ScheduleSection(name="cosine")
     loggers: Loggers = Field({"tensorboard": {}, "swanlab": {}})
     trainer: Trainer = Trainer()
+
+    def with_objective(self, objective: Training) -> "GenTrainConfig":
+        """A copy that is trained for this, with what depends on it."""
+        found = self.model_copy(deep=True)
+        found.training.objective = objective
+        if objective == "transfer" and found.trainer.gradient_clip_val is None:
+            found.trainer.gradient_clip_val = TRANSFER_NORM
+        return found
 
     @model_validator(mode="after")
     def _shared_equally(self) -> "GenTrainConfig":

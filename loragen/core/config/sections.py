@@ -52,7 +52,12 @@ class Trainer(Section):
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = Field(
         "32-true", description="Arithmetic of the forward pass, and the base weights' for *-true."
     )
-    gradient_clip_val: float | None = Field(None, gt=0, description="Largest gradient norm.")
+    gradient_clip_val: float | None = Field(
+        None,
+        ge=0,
+        description="Largest gradient norm; 0: any. null: 1.0 for a generator's transfer, any for "
+        "everything else.",
+    )
     accumulate_grad_batches: int = Field(
         1, ge=1, description="Micro-batches per step; those of lora share training.batch_size."
     )

@@ -89,17 +89,15 @@ def _with_objective(
     if asked != "auto":
         if obstacle:
             raise UsageError(f"training.objective {asked}: {obstacle}")
-        return config, "as configured"
-    settled = config.model_copy(deep=True)
+        return config.with_objective(asked), "as configured"
     if why := obstacle or _too_large(config, sources):
-        settled.training.objective = "reconstruction"
-        return settled, why
+        return config.with_objective("reconstruction"), why
     here = "the base and labelled rows of every dataset are here"
     if why := _no_transfer(config, sources):
-        settled.training.objective = "reconstruction-then-behaviour"
+        settled = config.with_objective("reconstruction-then-behaviour")
         return settled, f"{here}; no transfer: {why}"
-    settled.training.objective = "transfer"
-    return settled, f"{here}, and datasets enough to write each from others"
+    why = "datasets enough to write each from others"
+    return config.with_objective("transfer"), f"{here}, and {why}"
 
 
 def _no_transfer(config: GenTrainConfig, sources: Sequence[Collection]) -> str | None:

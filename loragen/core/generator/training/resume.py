@@ -67,11 +67,8 @@ def nothing_left(point: GeneratorPoint, config: GenTrainConfig) -> bool:
 
 def settled(point: GeneratorPoint, config: GenTrainConfig) -> GenTrainConfig:
     """With the objective that `auto` had come to: what else is on this machine may have changed."""
-    if config.training.objective != "auto":
-        return config
-    found = config.model_copy(deep=True)
-    found.training.objective = point.config.training.objective
-    return found
+    asked = config.training.objective
+    return config.with_objective(point.config.training.objective if asked == "auto" else asked)
 
 
 def check_settings(point: GeneratorPoint, config: GenTrainConfig) -> None:

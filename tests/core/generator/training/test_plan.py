@@ -44,6 +44,14 @@ def test_auto_is_transfer_where_there_are_datasets_enough(planned):
     assert found.reason.endswith("are here, and datasets enough to write each from others")
 
 
+@pytest.mark.parametrize(("told", "taken"), [(None, 1.0), (0.0, 0.0), (0.5, 0.5)])
+def test_a_transfer_clips_its_gradients_unless_told_otherwise(planned, told, taken):
+    ours = {"behaviour.batch_size": 1, "trainer.gradient_clip_val": told}
+    assert planned(ours).config.trainer.gradient_clip_val == taken
+    others = {"training.objective": BOTH, "trainer.gradient_clip_val": told}
+    assert planned(others).config.trainer.gradient_clip_val == told
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
