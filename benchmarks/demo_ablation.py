@@ -9,8 +9,9 @@
 Every variant is the demo's own configuration with the settings named changed. It is trained on the
 runs in `demo-out/runs`, with `--hold-out` on those of them that have nothing to do with an
 attribute or style, once for each that is named; the new combinations are then all that have. It is
-judged as in the demo: exact match on creatures that no training row
-names, the mean over 5 draws of 16 prompts, with the 95 % interval. One JSON line per variant.
+judged as in the demo: exact match on creatures that no training row names, the mean over 5 draws
+of 16 prompts, with the 95 % interval. Beside it stands what adding up weights gives whoever is
+told attribute and style (`_told.py`). One JSON line per variant.
 """
 
 import argparse
@@ -23,9 +24,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from _told import TOLD
+
 from loragen.core.base_models import load_base
 from loragen.core.config import DEMO, GenTrainConfig, dump, load
-from loragen.core.evaluation.bench import Bench, Options
+from loragen.core.evaluation.bench import Bench, Options, training_sources
 from loragen.core.evaluation.columns import GENERATED, chosen
 from loragen.core.evaluation.contest import hold
 from loragen.core.evaluation.results import document
@@ -73,9 +76,7 @@ def judged(demo: Demo, targets: Sequence[Target], changed: list[str], draws: int
     """A generator with other settings: seconds of its training, accuracies and intervals."""
     folders = sorted(path for path in (demo.out / "runs").iterdir() if path.is_dir())
     collected = {path.name.partition("_lora_")[0]: path for path in folders}
-    runs = with_prompts(
-        demo, [collected[pair.name] for pair in demo.world.training_pairs(demo.seed)]
-    )
+    runs = with_prompts(demo, collected)
     with tempfile.TemporaryDirectory() as place:
         standard = settings.generator_config(Path(place), demo.out / "cache", runs, demo.seed)
         file = Path(place) / "generator.yaml"
@@ -85,13 +86,15 @@ def judged(demo: Demo, targets: Sequence[Target], changed: list[str], draws: int
         generator = Generator.load(train(config, Silent()).directory)
         seconds = time.perf_counter() - started
     options = Options(prompts=settings.PROMPTS, draws=draws, choices=False)
-    bench = Bench(load_base(DEMO), generator, options=options)
-    results = document(hold(bench, chosen([GENERATED]), targets), bench, None)
+    bench = Bench(load_base(DEMO), generator, training_sources(generator), options=options)
+    columns = [*chosen([GENERATED]), TOLD]
+    results = document(hold(bench, columns, targets), bench, None)
     return {
         "datasets": len(runs),
         "train_seconds": round(seconds, 1),
         **{split: of[GENERATED] for split, of in results["accuracy"].items()},
         "interval": {split: of[GENERATED] for split, of in results["interval"].items()},
+        TOLD.name: {split: of[TOLD.name] for split, of in results["accuracy"].items()},
         "chosen_by": generator.provenance["chosen_by"],
     }
 

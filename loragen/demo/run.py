@@ -5,17 +5,20 @@ that were held out, and put them beside everything simpler.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, as_completed
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 
+from loragen.core.config import GenTrainConfig
 from loragen.core.evaluation.report import write
 from loragen.core.evaluation.targets import Target
 from loragen.core.files import write_text
+from loragen.core.generator.training.train import read_ahead
 from loragen.core.generator.training.train import train as train_generator
 from loragen.core.runs import generator_file
 from loragen.demo import settings
@@ -38,8 +41,8 @@ def run(demo: Demo, workers: Workers) -> dict[str, Any]:
     multi_task = workers.train([multi_task_job(demo)])  # the longest goes first
     collection = workers.train(collection_jobs(demo))
     oracles = workers.train(oracle_jobs(demo, targets))
-    runs = [done.directory for done in finished(demo, "collect", collection)]
-    generator = learn(demo, runs)  # while the workers go on with the oracles
+    collected = finished(demo, "collect", collection, meanwhile=partial(read_prompts, demo))
+    generator = learn(demo, collected)  # while the workers go on with the oracles
     judges = finished(demo, "oracles", oracles)
     everything = finished(demo, "multi-task", multi_task)[0]
     demo.say(f"multi-task: stopped after {everything.steps} steps, {everything.seconds:.0f} s")
@@ -75,31 +78,48 @@ def multi_task_job(demo: Demo) -> Job:
     return Job("multi-task", file, settings.multi_task_config(demo.out / "multi_task", demo.seed))
 
 
-def finished(demo: Demo, title: str, futures: Sequence[Future[Done]]) -> list[Done]:
-    """The results in the order of the jobs; while they come, a line after every eighth."""
-    seconds: list[float] = []
+def finished(
+    demo: Demo,
+    title: str,
+    futures: Sequence[Future[Done]],
+    meanwhile: Callable[[Sequence[Done]], None] | None = None,
+) -> list[Done]:
+    """The results in the order of the jobs. After every eighth there is a line, and `meanwhile` is
+    given what is there so far: this process has nothing else to do."""
+    done: list[Done] = []
     for future in as_completed(futures):
-        seconds.append(future.result().seconds)
-        if len(seconds) % 8 == 0:
-            each = fmean(seconds)
-            demo.say(f"{title}: {len(seconds)}/{len(futures)} adapters, {each:.1f} s each")
+        done.append(future.result())
+        if len(done) % 8 == 0:
+            each = fmean(one.seconds for one in done)
+            demo.say(f"{title}: {len(done)}/{len(futures)} adapters, {each:.1f} s each")
+            if meanwhile:
+                meanwhile(done)
     return [future.result() for future in futures]
 
 
-def learn(demo: Demo, runs: Sequence[Path]) -> Path:
-    """The file of the generator, trained on the collected runs."""
-    config = settings.generator_config(
-        demo.out / "experiments", demo.out / "cache", with_prompts(demo, runs), demo.seed
-    )
-    run = train_generator(config, demo.progress)
+def read_prompts(demo: Demo, collected: Sequence[Done]) -> None:
+    read_ahead(generator_config(demo, collected))
+
+
+def learn(demo: Demo, collected: Sequence[Done]) -> Path:
+    """The file of the generator."""
+    run = train_generator(generator_config(demo, collected), demo.progress)
     return generator_file(run.directory)
 
 
-def with_prompts(demo: Demo, runs: Sequence[Path]) -> list[tuple[Path, Path]]:
-    """Runs in the order of the training pairs, each with its dataset's prompts."""
-    pairs = demo.world.training_pairs(demo.seed)
+def generator_config(demo: Demo, collected: Sequence[Done]) -> GenTrainConfig:
+    runs = {done.job.name: done.directory for done in collected}
+    return settings.generator_config(
+        demo.out / "experiments", demo.out / "cache", with_prompts(demo, runs), demo.seed
+    )
+
+
+def with_prompts(demo: Demo, runs: Mapping[str, Path]) -> list[tuple[Path, Path]]:
+    """The runs of training pairs, in the order of these, each with its dataset's prompts."""
     return [
-        (run, demo.data(pair, "prompts", "train")) for run, pair in zip(runs, pairs, strict=True)
+        (runs[pair.name], demo.data(pair, "prompts", "train"))
+        for pair in demo.world.training_pairs(demo.seed)
+        if pair.name in runs
     ]
 
 

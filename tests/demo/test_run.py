@@ -18,7 +18,7 @@ from loragen.demo.workers import Workers
 from loragen.demo.world import WORLD_FILE
 
 STEPS = 2
-DATASETS = 6  # of 38
+DATASETS = 8  # of 32
 
 
 @pytest.fixture

@@ -56,11 +56,7 @@ def prepared(
         ready = []
         for source in sources:
             of = texts_of(source, config)
-            embeddings, mask = (
-                _embedded(cache, encoder, encoder_key, of.texts)
-                if encoder.frozen
-                else _not_embedded(len(of.texts), encoder.dim)
-            )
+            embeddings, mask = _embedded(cache, encoder, encoder_key, of.texts)
             key = _tokens_key(layout, source, config.layout.target_form)
             tokens = _tokenized(cache, key, layout, source, config.layout.target_form)
             ready.append(
@@ -76,6 +72,16 @@ def prepared(
                 )
             )
         yield ready
+
+
+def embed_ahead(
+    sources: Sequence[Collection], encoder: Encoder, encoder_key: str, config: GenTrainConfig
+) -> None:
+    """Puts the embeddings of the sources' prompts into the cache, where `prepared` finds them."""
+    if config.data.cache_tokenized:
+        for source in sources:
+            texts = texts_of(source, config).texts
+            _embedded(Path(config.data.cache_dir), encoder, encoder_key, texts)
 
 
 def _record(source: Collection, checkpoints: str, prompts: str) -> SourceRecord:
@@ -127,13 +133,12 @@ def _weights(checkpoint: Path) -> Path:
     return checkpoint / "adapter_model.safetensors" if checkpoint.is_dir() else checkpoint
 
 
-def _not_embedded(texts: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.zeros((texts, 0, dim), np.float32), np.zeros((texts, 0), bool)
-
-
 def _embedded(
     cache: Path, encoder: Encoder, key: str, texts: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Without positions where the encoder trains along, and reads the texts at every step."""
+    if not encoder.frozen:
+        return np.zeros((len(texts), 0, encoder.dim), np.float32), np.zeros((len(texts), 0), bool)
     stem = cache / "embeddings" / sha256_text(key, *texts)[:32]
     files = [stem.with_suffix(".npy"), stem.with_suffix(".mask.npy")]
     if not all(file.is_file() for file in files):

@@ -11,8 +11,9 @@ from lightning.pytorch import Trainer
 from loragen.core.checkpoints import AtomicCheckpointIO, load_plain
 from loragen.core.config import GenTrainConfig
 from loragen.core.files import sha256_text
-from loragen.core.generator.collections.prepared import prepared
+from loragen.core.generator.collections.prepared import embed_ahead, prepared
 from loragen.core.generator.collections.samples import CollectionSamples
+from loragen.core.generator.collections.sources import read_sources
 from loragen.core.generator.familiarity import Familiarity
 from loragen.core.generator.model import Choice, Generator
 from loragen.core.generator.network import Network, new_network
@@ -77,13 +78,25 @@ def train(
     log.info("%s; reading checkpoints and prompts", work.summary())
     config = located(work.config)
     tried = rehearsal(work, resume.manifest.base_dtype if resume else "")
-    encoder: Encoder = create("encoder", config.encoder.name, config.encoder.options)
-    key = sha256_text(config.encoder.name, repr(config.encoder.options), encoder.fingerprint)
+    encoder, key = _encoder(config)
     both = [*work.sources, *work.unseen]
     with prepared(both, work.layout, encoder, key, config) as ready:
         seen, unseen = ready[: len(work.sources)], ready[len(work.sources) :]
         data = GeneratorData(seen, unseen, config, tried)
         return _train(work, data, encoder, progress, resume)
+
+
+def read_ahead(config: GenTrainConfig) -> None:
+    """Embeds the prompts of the sources that are there by now, where a training on these and others
+    finds them. Raises UsageError or DataError for sources that do not fit."""
+    embed_ahead(read_sources(config)[0], *_encoder(config), config)
+
+
+def _encoder(config: GenTrainConfig) -> tuple[Encoder, str]:
+    """And a hash of all that decides its embeddings."""
+    encoder: Encoder = create("encoder", config.encoder.name, config.encoder.options)
+    described = config.encoder.name, repr(config.encoder.options)
+    return encoder, sha256_text(*described, encoder.fingerprint)
 
 
 def _train(
