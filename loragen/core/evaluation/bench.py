@@ -15,7 +15,7 @@ from loragen.core.config.gen_schema import GenData, SourceSection
 from loragen.core.errors import UsageError
 from loragen.core.evaluation.targets import Target
 from loragen.core.files import sha256_text
-from loragen.core.generator.collections.places import PromptDirectories
+from loragen.core.generator.collections.found import PromptDirectories
 from loragen.core.generator.collections.sources import Collection, read_source
 from loragen.core.generator.inference.draws import draw_prompts
 from loragen.core.generator.model import Generator

@@ -12,7 +12,7 @@ from loragen.core.data.documents import content_hash, parsed_source
 from loragen.core.data.prepare import Groups
 from loragen.core.data.prompts import prompts_of_rows, read_prompts
 from loragen.core.errors import DataError, UsageError
-from loragen.core.generator.collections.places import (
+from loragen.core.generator.collections.found import (
     PromptDirectories,
     configured_sources,
     directory_of,

@@ -11,7 +11,7 @@ from loragen.core.config.differences import HARDWARE, differences, other_hardwar
 from loragen.core.config.gen_schema import SourceSection
 from loragen.core.data.documents import location, parsed_source
 from loragen.core.errors import DataError
-from loragen.core.generator.collections.places import configured_sources
+from loragen.core.generator.collections.found import configured_sources
 from loragen.core.resume import ResumePoint, newest, progress_of
 from loragen.core.runs import (
     CHECKPOINT_SUFFIX,

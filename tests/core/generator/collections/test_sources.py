@@ -13,7 +13,7 @@ from loragen.core.data.prepare import Grouping, prepare, read_prepared
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import sha256
 from loragen.core.generator.collections import prepared as module
-from loragen.core.generator.collections.places import configured_sources
+from loragen.core.generator.collections.found import configured_sources
 from loragen.core.generator.collections.prepared import prepared
 from loragen.core.generator.collections.sources import common_layout, read_source, texts_of
 from loragen.core.generator.training.train import plan
