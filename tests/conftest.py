@@ -296,22 +296,24 @@ def collection(base_dir, tmp_path_factory):
     return made
 
 
+def generator_settings(collection, sbert_dir, home):
+    """The tiny generator, which learns from the collection, into `home/experiments`."""
+    return {
+        **TINY_GENERATOR,
+        "sources": [{"run": str(run)} for run in collection.runs.values()],
+        "encoder.model": str(sbert_dir),
+        "experiments_dir": str(home / "experiments"),
+        "data.cache_dir": str(home / "cache"),
+    }
+
+
 @pytest.fixture
 def gen_config(collection, sbert_dir, tmp_path):
     """`gen_config({...})`: learns from the collection, into `tmp_path/experiments`."""
     from loragen.core.config import GenTrainConfig
 
-    ours = {
-        "sources": [{"run": str(run)} for run in collection.runs.values()],
-        "encoder.model": str(sbert_dir),
-        "experiments_dir": str(tmp_path / "experiments"),
-        "data.cache_dir": str(tmp_path / "cache"),
-    }
-
-    def make(settings=None):
-        return configured(GenTrainConfig, {**TINY_GENERATOR, **ours, **(settings or {})})
-
-    return make
+    ours = generator_settings(collection, sbert_dir, tmp_path)
+    return lambda settings=None: configured(GenTrainConfig, {**ours, **(settings or {})})
 
 
 @pytest.fixture(scope="session")
@@ -321,14 +323,8 @@ def experiment(collection, sbert_dir, tmp_path_factory):
     from loragen.core.generator.training.train import train
     from loragen.core.progress import Silent
 
-    home = tmp_path_factory.mktemp("experiment")
-    ours = {
-        "sources": [{"run": str(run)} for run in collection.runs.values()],
-        "encoder.model": str(sbert_dir),
-        "experiments_dir": str(home / "experiments"),
-        "data.cache_dir": str(home / "cache"),
-    }
-    return train(configured(GenTrainConfig, {**TINY_GENERATOR, **ours}), Silent()).directory
+    ours = generator_settings(collection, sbert_dir, tmp_path_factory.mktemp("experiment"))
+    return train(configured(GenTrainConfig, ours), Silent()).directory
 
 
 @pytest.fixture

@@ -10,51 +10,33 @@ from pathlib import Path
 import pytest
 
 import loragen
+from tests.processes import HEAVY, run_in_turn
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("torch", "lightning", "peft", "transformers", "sentence_transformers", "swanlab", "ray")
+COMMANDS = [
+    ["--help"],
+    ["--version"],
+    ["lora", "train", "--help"],
+    ["lora", "export", "--help"],
+    ["ckpt", "convert", "--help"],
+    ["gen", "train", "--help"],
+    ["gen", "eval", "--help"],
+    ["plugins", "list"],
+    ["plugins", "show", "schedule", "cosine"],
+    ["plugins", "show", "logger", "swanlab"],
+]
 
-LOADED = f"""
-import sys
-sys.argv = ["loragen", *sys.argv[1:]]
-from loragen.cli.main import main
-try:
-    main()
-finally:
-    heavy = [name for name in {HEAVY!r} if name in sys.modules]
-    print("heavy:", heavy, file=sys.stderr)
-"""
 
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["--help"],
-        ["--version"],
-        ["lora", "train", "--help"],
-        ["lora", "export", "--help"],
-        ["ckpt", "convert", "--help"],
-        ["gen", "train", "--help"],
-        ["gen", "eval", "--help"],
-        ["plugins", "list"],
-        ["plugins", "show", "schedule", "cosine"],
-        ["plugins", "show", "logger", "swanlab"],
-    ],
-    ids=" ".join,
-)
-def test_the_command_line_is_light(command):
+def test_the_command_line_is_light():
     """`--help` answers at once: nothing heavy is imported before a command needs it."""
-    result = subprocess.run(
-        [sys.executable, "-c", LOADED, *command], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == "heavy: []\n"
-    assert result.stdout
+    for command, (code, out, err, heavy) in run_in_turn(COMMANDS):
+        assert (code, err, heavy) == (0, "", []), command
+        assert out, command
 
 
-@pytest.mark.parametrize("module", ["loragen", "loragen.testing", "loragen.core.plugins"])
-def test_what_an_author_imports_is_light(module):
-    code = f"import sys, {module}; print([name for name in {HEAVY!r} if name in sys.modules])"
+def test_what_an_author_imports_is_light():
+    modules = ("loragen", "loragen.testing", "loragen.core.plugins")
+    code = f"import sys, {', '.join(modules)}; print([n for n in {HEAVY!r} if n in sys.modules])"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

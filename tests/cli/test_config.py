@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
+from tests.processes import run_in_turn
 
 OLD = "training:\n  per_device_train_batch_size: 8\n  stage1: {steps: 75}\n"
 
@@ -237,47 +238,22 @@ def test_a_variable_that_no_command_knows_is_told_once(loragen, monkeypatch):
     assert loragen("config", "show", "lora").stderr == ""  # it is one process
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("gen", "train", "--config", "none.yaml"),
-        ("gen", "train", "--checkpoint-dir", "none"),
-        ("gen", "infer", "--model", "none", "--prompt", "x", "--output", "a"),
-        ("gen", "infer", "--model", "c.yaml", "--prompt-file", "none", "--output", "a"),
-        ("ckpt", "analyze", "none"),
-        ("ckpt", "convert", "none"),
-        ("lora", "export", "none", "--output", "a"),
-        ("gen", "train", "--config", "c.yaml"),
-        ("gen", "train", "--config", "c.yaml", "--set", "bogus=1"),
-    ],
-    ids=" ".join,
-)
-def test_a_usage_error_needs_no_torch(subprocess_errors, arguments):
+USAGE_ERRORS = [
+    ("gen", "train", "--config", "none.yaml"),
+    ("gen", "train", "--checkpoint-dir", "none"),
+    ("gen", "infer", "--model", "none", "--prompt", "x", "--output", "a"),
+    ("gen", "infer", "--model", "c.yaml", "--prompt-file", "none", "--output", "a"),
+    ("ckpt", "analyze", "none"),
+    ("ckpt", "convert", "none"),
+    ("lora", "export", "none", "--output", "a"),
+    ("gen", "train", "--config", "c.yaml"),
+    ("gen", "train", "--config", "c.yaml", "--set", "bogus=1"),
+]
+
+
+def test_a_usage_error_needs_no_torch(tmp_path):
     """It is there at once; torch and what stands on it take seconds."""
-    subprocess_errors(arguments)
-
-
-@pytest.fixture
-def subprocess_errors(tmp_path):
-    import os
-    import subprocess
-    import sys
-
     (tmp_path / "c.yaml").write_text("data: {checkpoint_dir: none}", encoding="utf-8")
-    code = (
-        "import sys; sys.argv = ['loragen', *sys.argv[1:]]\n"
-        "from loragen.cli.main import main\n"
-        "try: main()\n"
-        "finally: print('torch' in sys.modules)\n"
-    )
-
-    def run(arguments):
-        result = subprocess.run(
-            [sys.executable, "-c", code, *arguments],
-            cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ,
-        )  # fmt: skip
-        assert result.returncode == 2, result.stderr
-        assert result.stdout == "False\n"
-        assert result.stderr.count("error: ") == 1
-
-    return run
+    for command, (code, out, err, heavy) in run_in_turn(USAGE_ERRORS, cwd=tmp_path):
+        assert (code, out, err.count("error: ")) == (2, "", 1), (command, err)
+        assert "torch" not in heavy, command

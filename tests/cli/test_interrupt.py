@@ -4,7 +4,6 @@ import contextlib
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 
@@ -17,6 +16,7 @@ from loragen.core.lora.precision import load_training_base
 from loragen.core.lora.train import train
 from loragen.core.progress import Silent
 from loragen.core.runs import LoraManifest, read_manifest
+from tests.processes import Command
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32", reason="there a signal reaches a console, not a process"
@@ -49,22 +49,14 @@ def start(tmp_path, rows, lora_config):
             config = lora_config({**SLOW, **(settings or {}), "runs_dir": "runs"})
             (work / "c.yaml").write_text(dump(config), encoding="utf-8")
         arguments = arguments or ("lora", "train", "--config", "c.yaml", "--dataset", rows)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "loragen", *map(str, arguments)],
-            cwd=work,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
+        started.append(Command(work, *arguments))
+        return started[-1]
 
     yield run
     for process in started:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.finish()
 
 
 @pytest.fixture
@@ -90,14 +82,9 @@ def await_steps(process, work, steps):
         found = list(work.glob("runs/*/metrics.jsonl"))
         if found and found[0].read_bytes().count(b"\n") >= steps:
             return
-        assert process.poll() is None, process.communicate()
+        assert process.running(), process.finish()
         time.sleep(0.01)
     raise AssertionError("the training does not get on")
-
-
-def finish(process):
-    out, err = process.communicate(timeout=100)
-    return process.returncode, out, err
 
 
 def adapter(run):
@@ -122,7 +109,7 @@ def test_one_signal_saves_the_step_and_says_how_to_go_on(start, whole, tmp_path,
     process = start("stopped", settings)
     await_steps(process, tmp_path / "stopped", 8)
     os.killpg(process.pid, number)  # a terminal's Ctrl+C reaches the workers too
-    code, out, err = finish(process)
+    code, out, err = process.finish()
     run = run_of(tmp_path / "stopped")
     assert (code, out) == (130, ""), err
     assert "Traceback" not in err
@@ -137,7 +124,7 @@ def test_one_signal_saves_the_step_and_says_how_to_go_on(start, whole, tmp_path,
     assert manifest.status == "interrupted"
     assert step < 80
 
-    code, out, err = finish(start("stopped", None, *shlex.split(command)[1:]))
+    code, out, err = start("stopped", None, *shlex.split(command)[1:]).finish()
     assert (code, out) == (0, f"runs/{run.name}\n"), err
     assert f"the next step is {step + 1}" in err
     assert read_manifest(run, LoraManifest).resumed_from == [step]
@@ -149,7 +136,7 @@ def test_a_second_signal_is_not_waited_for(start, tmp_path):
     await_steps(process, tmp_path / "stopped", 3)
     for number in (signal.SIGSTOP, signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
         os.kill(process.pid, number)  # both are there when it goes on
-    code, out, err = finish(process)
+    code, out, err = process.finish()
     assert (code, out) == (130, "")
     assert err.splitlines()[-1] == "error: interrupted"
     assert "Traceback" not in err
@@ -164,11 +151,11 @@ def test_killed_three_times_it_ends_the_same(start, whole, tmp_path):
         await_steps(process, tmp_path / "killed", steps)
         time.sleep(steps % 5 / 100)
         os.killpg(process.pid, signal.SIGKILL)
-        assert finish(process)[0] == -signal.SIGKILL
+        assert process.finish()[0] == -signal.SIGKILL
         run = run_of(tmp_path / "killed")
         assert read_manifest(run, LoraManifest).status == "running"
         arguments = ("lora", "train", "--resume", run)
-    code, _, err = finish(start("killed", None, *arguments))
+    code, _, err = start("killed", None, *arguments).finish()
     assert code == 0, err
     manifest = read_manifest(run, LoraManifest)
     assert manifest.status == "success"

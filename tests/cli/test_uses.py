@@ -1,7 +1,5 @@
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path, PureWindowsPath
 
 import pytest
@@ -10,6 +8,7 @@ from loragen.cli.uses import file_and_line
 from loragen.core.data.batches import batch_indices
 from loragen.core.errors import UsageError
 from loragen.core.runs import MANIFEST
+from tests.processes import run_in_turn
 
 
 @pytest.fixture
@@ -219,27 +218,10 @@ class TestLines:
         assert "neither a run directory nor inside one" in fails(2, "ckpt", "lines", "x.ckpt")
 
 
-LIGHT = """
-import sys
-from loragen.cli.main import main
-try:
-    main()
-finally:
-    heavy = ("torch", "lightning", "peft", "transformers")
-    print("heavy:", [name for name in heavy if name in sys.modules], file=sys.stderr)
-"""
-
-
-@pytest.mark.parametrize("command", ["uses", "lines"])
-def test_both_answer_without_anything_heavy(run, file, command):
+def test_both_answer_without_anything_heavy(run, file):
     """From (seed, step) alone: no torch, no model."""
-    arguments = {
-        "uses": ["data", "uses", f"{file}:2", "--run", str(run)],
-        "lines": ["ckpt", "lines", str(run / "checkpoints" / "checkpoint-step-006.ckpt")],
-    }[command]
-    result = subprocess.run(
-        [sys.executable, "-c", LIGHT, *arguments], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == "heavy: []\n"
-    assert result.stdout
+    uses = ["data", "uses", f"{file}:2", "--run", run]
+    lines = ["ckpt", "lines", run / "checkpoints" / "checkpoint-step-006.ckpt"]
+    for command, (code, out, err, heavy) in run_in_turn([uses, lines]):
+        assert (code, err, heavy) == (0, "", []), command
+        assert out, command

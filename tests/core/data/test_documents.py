@@ -5,7 +5,7 @@ import sys
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loragen.core.data.documents import (
@@ -53,6 +53,7 @@ def test_any_row_in_any_format_and_file_is_read_back(tmp_path_factory, form, suf
         pytest.importorskip("pyarrow")
     file = tmp_path_factory.mktemp("rows") / f"d{suffix}"
 
+    @settings(max_examples=40)  # for each format in each kind of file
     @given(st.lists(rows, min_size=1, max_size=3))
     def check(fields):
         read, wanted = reread(file, fields, form, suffix)

@@ -1,14 +1,16 @@
 """What is done is skipped, what fails stops nothing, and nothing is trained twice by mistake."""
 
 import json
-import subprocess
+import os
 import sys
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from loragen.cli.main import app
 from loragen.core.config import LoraTrainConfig, load
 from loragen.core.errors import DataError, UsageError
 from loragen.core.interrupt import Interrupted
@@ -254,20 +256,20 @@ class TestCollect:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo is not tested there")
-def test_several_devices_get_a_process_per_dataset(lora_config, named, tmp_path):
-    """In a process of its own: Lightning's launcher leaves its variables in the environment."""
+def test_several_devices_get_a_process_per_dataset(
+    lora_config, named, tmp_path, monkeypatch, capfd
+):
+    """Lightning's launcher leaves its variables in the environment of that process, not in ours."""
+    monkeypatch.chdir(tmp_path)
     settings = {**QUICK, "trainer.devices": 2, "training.packing": False}
     (tmp_path / "c.json").write_text(lora_config(settings).model_dump_json(), encoding="utf-8")
-    files = [str(task.source) for task in named("one", "two")]
-    code = (
-        "import sys; from loragen.cli.main import main;"
-        "sys.argv[:1] = ['loragen', 'lora', 'train', '--config', 'c.json', '--json']; main()"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code, "--dataset", files[0], "--dataset", files[1]],
-        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    datasets = [part for task in named("one", "two") for part in ("--dataset", str(task.source))]
+    before = dict(os.environ)
+    command = ["lora", "train", "--config", "c.json", "--json", *datasets]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, capfd.readouterr().err
+    assert dict(os.environ) == before
+    assert capfd.readouterr().out == ""  # the processes say nothing there
     documents = json.loads(result.stdout)
     assert [one["dataset"]["name"] for one in documents] == ["one", "two"]
     assert len(list((tmp_path / "runs").iterdir())) == 2

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from loragen.core.adapters import read_adapter
+from loragen.core.config import LoraTrainConfig
 from loragen.core.errors import DataError, UsageError
 from loragen.core.lora.callbacks import StepMetrics
 from loragen.core.lora.precision import load_training_base
@@ -15,6 +16,7 @@ from loragen.core.lora.train import train
 from loragen.core.metrics_log import read_metrics
 from loragen.core.progress import Silent
 from loragen.core.runs import MANIFEST, LoraManifest, checkpoint_files, read_manifest
+from tests.conftest import TINY_LORA, configured, write_lines
 
 LAST = "checkpoints/last.ckpt"
 CLOCKED = ("train/tokens_per_second", "hardware/")
@@ -48,21 +50,39 @@ class StopAt(Silent):
             raise Kill
 
 
-@pytest.fixture
-def file(dataset):
-    """Rows of unequal length, so that no two batches are alike."""
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def file(home):
+    """Rows of unequal length, so that no two batches are alike. Nobody writes to it."""
     words = ["red", "green", "blue cat", "dog"]
-    return dataset(
-        [{"prompt": f"Question {'x' * i}?", "response": words[i % 4]} for i in range(14)]
-    )
+    rows = [{"prompt": f"Question {'x' * i}?", "response": words[i % 4]} for i in range(14)]
+    return write_lines(home / "colors.jsonl", rows)
 
 
-@pytest.fixture
-def unbroken(lora_config, base_dir, file):
+@pytest.fixture(scope="module")
+def unbroken(base_dir, home, file):
+    """`unbroken(settings)`: the run that nobody stops, trained once. Nobody writes to it."""
+    ours = {"base_model": str(base_dir), "runs_dir": str(home / "runs")}
+    runs = {}
+
     def run(settings=None):
-        return fit(lora_config(settings), file).directory
+        key = json.dumps(settings or {}, sort_keys=True)
+        if key not in runs:
+            config = configured(LoraTrainConfig, {**TINY_LORA, **ours, **(settings or {})})
+            runs[key] = fit(config, file).directory
+        return runs[key]
 
     return run
+
+
+@pytest.fixture
+def copied(unbroken, tmp_path):
+    """`copied(settings)`: the same run, to be written to."""
+    return lambda settings=None: shutil.copytree(unbroken(settings), tmp_path / "copy")
 
 
 @pytest.fixture
@@ -70,10 +90,9 @@ def stopped(lora_config, tmp_path, file):
     """`stopped(step, settings)`: the run that was killed in that step."""
 
     def run(step, settings=None):
-        before = set(tmp_path.glob("runs/*"))
         with pytest.raises(Kill):
             fit(lora_config(settings), file, StopAt(step))
-        (directory,) = set(tmp_path.glob("runs/*")) - before
+        (directory,) = (tmp_path / "runs").iterdir()
         return directory
 
     return run
@@ -248,7 +267,7 @@ class TestExact:
         with monkeypatch.context() as patch, pytest.raises(Kill):
             patch.setattr("loragen.core.lora.train._save_results", raises(Kill))
             fit(lora_config(settings), file)
-        (run,) = set((tmp_path / "runs").iterdir()) - {whole}
+        (run,) = (tmp_path / "runs").iterdir()
         assert resume(run, settings) == []
         assert_equal(whole, run)
 
@@ -264,27 +283,26 @@ class TestExact:
             patch.setattr(StepMetrics, "on_train_end", raises(Kill), raising=False)
             patch.setattr(StepMetrics, "on_exception", lambda *_: None)
             fit(lora_config(settings), file)
-        (run,) = set((tmp_path / "runs").iterdir()) - {whole}
+        (run,) = (tmp_path / "runs").iterdir()
         assert resume(run, settings) == []
         assert_equal(whole, run)
 
-    def test_a_run_that_stopped_early_does_not_go_on(self, unbroken, resume):
-        run = unbroken(EARLY)
+    def test_a_run_that_stopped_early_does_not_go_on(self, copied, resume):
+        run = copied(EARLY)
         (step,) = read_manifest(run, LoraManifest).steps
         assert resume(run, EARLY) == []
         assert read_manifest(run, LoraManifest).steps == [step]
 
-    def test_a_finished_run_is_left_as_it_is(self, unbroken, resume):
-        run = unbroken()
+    def test_a_finished_run_is_left_as_it_is(self, copied, resume):
+        run = copied()
         before = {p: p.read_bytes() for p in run.rglob("*.ckpt")}
         assert resume(run) == []
         assert {p: p.read_bytes() for p in run.rglob("*.ckpt")} == before
         assert read_manifest(run, LoraManifest).steps == [5, 6, 7, 8]
 
-    def test_going_on_from_an_earlier_step_voids_the_later_ones(self, unbroken, resume, tmp_path):
+    def test_going_on_from_an_earlier_step_voids_the_later_ones(self, unbroken, copied, resume):
         """Else a second kill would leave steps without their metrics."""
-        whole = unbroken()
-        run = shutil.copytree(whole, tmp_path / "copy")
+        whole, run = unbroken(), copied()
         with pytest.raises(Kill):
             resume(run / "checkpoints" / "checkpoint-step-005.ckpt", at=7)
         assert resume(run) == [7, 8]
@@ -307,9 +325,15 @@ def raises(error):
 
 
 class TestRefusals:
-    @pytest.fixture
-    def run(self, stopped):
-        return stopped(6)
+    @pytest.fixture(scope="class")
+    def run(self, base_dir, file, tmp_path_factory):
+        """Killed in its sixth step. Nobody writes to it: that is what a refusal is."""
+        home = tmp_path_factory.mktemp("refused")
+        ours = {"base_model": str(base_dir), "runs_dir": str(home)}
+        with pytest.raises(Kill):
+            fit(configured(LoraTrainConfig, {**TINY_LORA, **ours}), file, StopAt(6))
+        (directory,) = home.iterdir()
+        return directory
 
     @pytest.fixture
     def refused(self, run, resume):
@@ -385,8 +409,9 @@ class TestRefusals:
         ]  # fmt: skip
 
     def test_what_does_not_decide_the_result_may_change(
-        self, run, resume, unbroken, base_dir, tmp_path, file
+        self, stopped, resume, unbroken, base_dir, tmp_path, file
     ):
+        run = stopped(6)
         moved = shutil.move(self.changed(base_dir, tmp_path), tmp_path / "moved")
         rows = shutil.copy(file, tmp_path / "copy.jsonl")
         settings = {

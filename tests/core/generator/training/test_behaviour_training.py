@@ -1,9 +1,12 @@
 """Training through the base model, from the first step to the generator's file."""
 
+import json
+
 import pytest
 import torch
 
 from loragen.core.adapters import read_adapter, write_adapter
+from loragen.core.config import GenTrainConfig
 from loragen.core.errors import UsageError
 from loragen.core.generator.training.behaviour import rehearsal
 from loragen.core.generator.training.plan import plan
@@ -14,7 +17,7 @@ from loragen.core.lora import precision
 from loragen.core.metrics_log import read_metrics
 from loragen.core.progress import Silent
 from loragen.core.runs import GENERATOR_FILE, GeneratorManifest, read_manifest
-from tests.conftest import COLORS, rows_of, write_lines
+from tests.conftest import COLORS, configured, generator_settings, rows_of, write_lines
 from tests.core.generator.training.test_resume import Kill, StopAt, assert_equal
 
 BOTH = "reconstruction-then-behaviour"
@@ -30,10 +33,22 @@ SMALL = {
 }
 
 
-@pytest.fixture
-def trained(gen_config):
-    """`trained({...})` trains in both phases, 4 steps each, and gives the run."""
-    return lambda settings=None: train(gen_config({**SMALL, **(settings or {})}), Silent())
+@pytest.fixture(scope="module")
+def trained(collection, sbert_dir, tmp_path_factory):
+    """`trained({...})` trains in both phases, 4 steps each, once, and gives the run. Nobody writes
+    to it."""
+    home = tmp_path_factory.mktemp("behaviour")
+    ours = {**generator_settings(collection, sbert_dir, home), **SMALL}
+    runs = {}
+
+    def run(settings=None):
+        key = json.dumps(settings or {}, sort_keys=True)
+        if key not in runs:
+            config = configured(GenTrainConfig, {**ours, **(settings or {})})
+            runs[key] = train(config, Silent())
+        return runs[key]
+
+    return run
 
 
 def provenance(run):
@@ -189,7 +204,7 @@ class TestResume:
         whole = run.directory
         with pytest.raises(Kill):
             train(gen_config({**SMALL, **settings}), StopAt(step))
-        (killed,) = set((tmp_path / "experiments").iterdir()) - {whole}
+        (killed,) = (tmp_path / "experiments").iterdir()
         rest = StopAt()
         train(gen_config({**SMALL, **settings}), rest, find_resume_point(killed))
         assert rest.steps == list(range(step, run.manifest.steps + 1))

@@ -34,26 +34,39 @@ TRANSFER = {
     "behaviour.rows_per_adapter": 3,
     "data.batch_size": 2,
 }
+SETTINGS = {"both-phases": BOTH_PHASES, "transfer": TRANSFER}
 
 
-@pytest.mark.parametrize("settings", [BOTH_PHASES, TRANSFER], ids=["both phases", "transfer"])
-def test_two_processes_train_what_one_does(gen_config, collection, tmp_path, settings):
-    """Up to rounding, and written once."""
+# As a user's script would: Lightning starts it once more for the second device.
+SCRIPT = """\
+import sys
+from loragen.cli.main import app
+
+for name in sys.argv[1:]:
+    options = ["trainer.devices=2", "trainer.strategy=ddp", f"experiments_dir=two-{name}"]
+    settings = [part for option in options for part in ("--set", option)]
+    app(["gen", "train", "--config", f"{name}.yaml", *settings], standalone_mode=False)
+"""
+
+
+def test_two_processes_train_what_one_does(gen_config, collection, tmp_path):
+    """For every objective; up to rounding, and written once."""
     sources = [
         {"checkpoints": str(copied), "prompts": str(collection.file(name))}
         for name, run in collection.runs.items()
         for i in range(2)
         for copied in [shutil.copytree(run / "adapter", tmp_path / f"{name}-{i}")]
     ]
-    one = gen_config({**settings, "sources": sources, "experiments_dir": str(tmp_path / "one")})
-    (tmp_path / "c.yaml").write_text(dump(one), encoding="utf-8")
-    alone = train(load(GenTrainConfig, tmp_path / "c.yaml", environment={}), Silent()).directory
+    alone = {}
+    for name, settings in SETTINGS.items():
+        config = gen_config({**settings, "sources": sources})
+        (tmp_path / f"{name}.yaml").write_text(dump(config), encoding="utf-8")
+        alone[name] = train(
+            load(GenTrainConfig, tmp_path / f"{name}.yaml", environment={}), Silent()
+        )
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     result = subprocess.run(
-        [
-            *(sys.executable, "-m", "loragen", "gen", "train", "--config", "c.yaml"),
-            *("--set", "trainer.devices=2", "--set", "trainer.strategy=ddp"),
-            *("--set", f"experiments_dir={tmp_path / 'two'}"),
-        ],
+        [sys.executable, "script.py", *SETTINGS],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -61,8 +74,14 @@ def test_two_processes_train_what_one_does(gen_config, collection, tmp_path, set
         timeout=200,
     )
     assert result.returncode == 0, result.stderr
-    (together,) = (tmp_path / "two").iterdir()  # made once, not once a process
-    assert result.stdout.split() == [str(together)]
+    made = result.stdout.split()
+    for name, path in zip(SETTINGS, made, strict=True):
+        (together,) = (tmp_path / f"two-{name}").iterdir()  # made once, not once a process
+        assert tmp_path / path == together
+        assert_alike(alone[name].directory, together)
+
+
+def assert_alike(alone, together):
     first, second = (
         torch.load(run / GENERATOR_FILE, weights_only=True) for run in (alone, together)
     )

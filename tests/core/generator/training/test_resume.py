@@ -1,11 +1,13 @@
 """A generator's training that went on is the training that was never interrupted, bit for bit."""
 
+import json
 import shutil
 import signal
 
 import pytest
 import torch
 
+from loragen.core.config import GenTrainConfig
 from loragen.core.errors import DataError, UsageError
 from loragen.core.generator.training import train as module
 from loragen.core.generator.training.resume import find_resume_point
@@ -14,6 +16,7 @@ from loragen.core.interrupt import Interrupted
 from loragen.core.metrics_log import read_metrics
 from loragen.core.progress import Silent
 from loragen.core.runs import GENERATOR_FILE, GeneratorManifest, read_manifest
+from tests.conftest import configured, generator_settings
 
 CLOCKED = "hardware/"
 WORSE_AND_WORSE = {  # the best step is an early one
@@ -40,9 +43,31 @@ class StopAt(Silent):
             raise Kill
 
 
+@pytest.fixture(scope="module")
+def ours(collection, sbert_dir, tmp_path_factory):
+    """The settings of the runs that several tests read."""
+    return generator_settings(collection, sbert_dir, tmp_path_factory.mktemp("resume"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(ours):
+    """`unbroken(settings)`: the run that nobody stops, trained once. Nobody writes to it."""
+    runs = {}
+
+    def run(settings=None):
+        key = json.dumps(settings or {}, sort_keys=True)
+        if key not in runs:
+            config = configured(GenTrainConfig, {**ours, **(settings or {})})
+            runs[key] = train(config, Silent()).directory
+        return runs[key]
+
+    return run
+
+
 @pytest.fixture
-def unbroken(gen_config):
-    return lambda settings=None: train(gen_config(settings), Silent()).directory
+def copied(unbroken, tmp_path):
+    """`copied(settings)`: the same run, to be written to."""
+    return lambda settings=None: shutil.copytree(unbroken(settings), tmp_path / "copy")
 
 
 @pytest.fixture
@@ -50,10 +75,9 @@ def stopped(gen_config, tmp_path):
     """`stopped(step, settings)`: the run that was killed in that step."""
 
     def run(step, settings=None):
-        before = set(tmp_path.glob("experiments/*"))
         with pytest.raises(Kill):
             train(gen_config(settings), StopAt(step))
-        (directory,) = set(tmp_path.glob("experiments/*")) - before
+        (directory,) = (tmp_path / "experiments").iterdir()
         return directory
 
     return run
@@ -193,19 +217,18 @@ class TestExact:
         with monkeypatch.context() as patch, pytest.raises(Kill):
             patch.setattr(module.Generator, "save", kill)
             train(gen_config(), Silent())
-        (run,) = set((tmp_path / "experiments").iterdir()) - {whole}
+        (run,) = (tmp_path / "experiments").iterdir()
         assert resume(run) == []
         assert_equal(whole, run)
 
-    def test_a_finished_run_is_left_as_it_is(self, unbroken, resume):
-        run = unbroken()
+    def test_a_finished_run_is_left_as_it_is(self, copied, resume):
+        run = copied()
         before = {p: p.read_bytes() for p in run.rglob("*.ckpt")}
         assert resume(run) == []
         assert {p: p.read_bytes() for p in run.rglob("*.ckpt")} == before
 
-    def test_what_was_trained_beyond_the_checkpoint_is_void(self, unbroken, resume, tmp_path):
-        whole = unbroken(WORSE_AND_WORSE)
-        run = shutil.copytree(whole, tmp_path / "copy")
+    def test_what_was_trained_beyond_the_checkpoint_is_void(self, unbroken, copied, resume):
+        whole, run = unbroken(WORSE_AND_WORSE), copied(WORSE_AND_WORSE)
         (best,) = (run / "checkpoints").glob("epoch=*")
         with pytest.raises(Kill):
             resume(best, WORSE_AND_WORSE, at=6)
@@ -243,9 +266,19 @@ class TestExact:
 
 
 class TestRefusals:
+    @pytest.fixture(scope="class")
+    def killed(self, ours, tmp_path_factory):
+        """Killed in its fourth step."""
+        home = tmp_path_factory.mktemp("refused")
+        settings = {"training.last_every": 1, "experiments_dir": str(home)}
+        with pytest.raises(Kill):
+            train(configured(GenTrainConfig, {**ours, **settings}), StopAt(4))
+        (directory,) = home.iterdir()
+        return directory
+
     @pytest.fixture
-    def run(self, stopped):
-        return stopped(4, {"training.last_every": 1})
+    def run(self, killed, tmp_path):
+        return shutil.copytree(killed, tmp_path / "killed")
 
     @pytest.fixture
     def refused(self, run, resume):
