@@ -11,7 +11,7 @@ from loragen.core.config import DEMO
 from loragen.core.errors import UsageError
 from loragen.core.evaluation.columns import NAMES
 from loragen.core.progress import Silent
-from loragen.demo import settings, world
+from loragen.demo import data, settings, world
 from loragen.demo.data import begin
 from loragen.demo.run import SPLITS, run
 from loragen.demo.workers import Workers
@@ -19,11 +19,12 @@ from loragen.demo.world import WORLD_FILE
 
 STEPS = 2
 DATASETS = 8  # of 32
+CREATURES = 20  # of 32 to be asked about: more than a draw's 16 prompts
 
 
 @pytest.fixture
 def few_steps(monkeypatch):
-    """The same recipes, cut short, on fewer datasets."""
+    """The same recipes, cut short, on fewer and smaller datasets."""
 
     def shorten(name):
         recipe = getattr(settings, name)
@@ -42,6 +43,8 @@ def few_steps(monkeypatch):
     for name in ("adapter_config", "oracle_config", "multi_task_config", "generator_config"):
         shorten(name)
     monkeypatch.setattr(world, "TRAIN_REPEATS", 1)
+    monkeypatch.setattr(data, "PROMPT_REPEATS", 1)
+    monkeypatch.setattr(world, "TEST_CREATURES", world.TEST_CREATURES[:CREATURES])
     all_pairs = world.World.training_pairs
     monkeypatch.setattr(
         world.World, "training_pairs", lambda self, seed: all_pairs(self, seed)[:DATASETS]
