@@ -7,7 +7,12 @@ import sys
 from multiprocessing import get_context
 from pathlib import Path
 
-PRELOADED = ["loragen.cli.main", "loragen.core.lora.train"]
+PRELOADED = [
+    "loragen.cli.main",  # first: what it sets in the environment is read when torch is loaded
+    "loragen.core.lora.train",
+    "peft",
+    "transformers.models.qwen2.modeling_qwen2",
+]
 HEAVY = ("torch", "lightning", "peft", "transformers", "sentence_transformers", "swanlab", "ray")
 CODE = f"""
 import contextlib, io, json, sys

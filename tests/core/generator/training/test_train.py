@@ -2,6 +2,7 @@ import itertools
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -20,6 +21,7 @@ from loragen.core.metrics_log import read_metrics
 from loragen.core.plugins import create
 from loragen.core.progress import Silent
 from loragen.core.runs import GeneratorManifest, generator_file, read_manifest
+from tests.conftest import configured, generator_settings
 
 PROMPTS = ["Question 1 about red?", "Question 2 about red?"]
 
@@ -44,6 +46,12 @@ def files(directory):
 
 def weights(directory):
     return torch.load(generator_file(directory), weights_only=True)["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def ours(collection, sbert_dir, tmp_path_factory):
+    """The settings of the runs that several tests read."""
+    return generator_settings(collection, sbert_dir, tmp_path_factory.mktemp("train"))
 
 
 def equal(one, other):
@@ -142,17 +150,23 @@ class TestTraining:
         assert [speed.after(6, "reconstruction") for _ in range(3)] == [6, 3, 3.6]
         assert [speed.after(4, "behaviour") for _ in range(2)] == [1, 1.6]
 
-    def test_every_validation_is_told_with_the_best_so_far(self, gen_config):
+    @pytest.fixture(scope="class")
+    def exploded(self, ours):
+        """The run and what was told: at a rate at which the loss explodes after a few steps."""
         watching = Watching()
         settings = {
+            "training.max_epochs": 6,
             "schedule.name": "two-stage",
             "schedule.stage1_steps": 4,
             "schedule.learning_rate_stage1": 1e-2,
-            "schedule.learning_rate_stage2": 100.0,  # worse and worse
+            "schedule.learning_rate_stage2": 100.0,
         }
-        run = train(gen_config(settings), watching)
+        return train(configured(GenTrainConfig, {**ours, **settings}), watching), watching
+
+    def test_every_validation_is_told_with_the_best_so_far(self, exploded):
+        run, watching = exploded
         found = watching.validations
-        assert [one.place for one in found] == [(2, 8), (4, 8), (6, 8), (8, 8)]
+        assert [one.place for one in found] == [(step, 12) for step in (2, 4, 6, 8, 10, 12)]
         (best,) = run.directory.glob("checkpoints/epoch=*")
         kept = torch.load(best, weights_only=True)["global_step"]
         assert found[-1].best == ("reconstruction", kept)
@@ -177,18 +191,8 @@ class TestTraining:
         chosen = "lowest val_unseen/loss, reconstructing held-out datasets"
         assert document["provenance"]["chosen_by"] == chosen
 
-    def test_the_best_checkpoint_by_validation_is_the_one_that_is_kept(self, gen_config):
-        """A rate at which the loss explodes after a few steps."""
-        config = gen_config(
-            {
-                "training.max_epochs": 6,
-                "schedule.name": "two-stage",
-                "schedule.stage1_steps": 4,
-                "schedule.learning_rate_stage1": 1e-2,
-                "schedule.learning_rate_stage2": 100.0,
-            }
-        )
-        run = train(config, Silent())
+    def test_the_best_checkpoint_by_validation_is_the_one_that_is_kept(self, exploded):
+        run, _ = exploded
         best = [f for f in (run.directory / "checkpoints").iterdir() if "epoch=" in f.name]
         state = torch.load(best[0], weights_only=True)["state_dict"]
         kept = weights(run.directory)
@@ -284,17 +288,23 @@ class TestWeights:
 class TestTrainedEncoder:
     SETTINGS: ClassVar = {"encoder.frozen": False, "training.encoder_rate": 1.0}
 
-    @pytest.mark.parametrize("positions", ["sentence", "tokens"])
-    def test_its_weights_move_and_are_kept(self, gen_config, positions, tmp_path):
-        config = gen_config({**self.SETTINGS, "encoder.positions": positions})
-        run = train(config, Silent())
+    @pytest.fixture(scope="class", params=["sentence", "tokens"])
+    def trained(self, ours, request, tmp_path_factory):
+        """The configuration and the run. Nobody writes to it."""
+        cache = {"data.cache_dir": str(tmp_path_factory.mktemp("cache"))}
+        settings = {**ours, **self.SETTINGS, **cache, "encoder.positions": request.param}
+        config = configured(GenTrainConfig, settings)
+        return config, train(config, Silent())
+
+    def test_its_weights_move_and_are_kept(self, trained):
+        config, run = trained
         untrained = create("encoder", "sbert", config.encoder.options)
         state = torch.load(generator_file(run.directory), weights_only=True)["encoder_state"]
         before = untrained.state_dict()
         moved = {key for key, value in state.items() if not value.equal(before[key])}
         still = {key for key in state.keys() - moved if "position" not in key}
         assert all("pooler" in key or "embeddings" in key for key in still)
-        assert not list((tmp_path / "cache").glob("embeddings/*"))
+        assert not list(Path(config.data.cache_dir).glob("embeddings/*"))
 
         generator = Generator.load(run.directory)
         assert generator.text_encoder.fingerprint == generator.encoder_fingerprint
@@ -304,8 +314,8 @@ class TestTrainedEncoder:
         generator.text_encoder.load_state_dict(before)
         assert not equal(made, generator.generate(PROMPTS).tensors)
 
-    def test_the_best_checkpoint_holds_the_encoder_that_is_kept(self, gen_config):
-        run = train(gen_config(self.SETTINGS), Silent())
+    def test_the_best_checkpoint_holds_the_encoder_that_is_kept(self, trained):
+        _, run = trained
         (best,) = (run.directory / "checkpoints").glob("epoch=*")
         state = torch.load(best, weights_only=True)["state_dict"]
         kept = torch.load(generator_file(run.directory), weights_only=True)["encoder_state"]
