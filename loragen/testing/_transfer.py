@@ -95,13 +95,11 @@ def _check_features(decoder: Any) -> None:
 
 
 def _check_transferred(decoder: Any, coordinates: Tensor) -> None:
-    features = decoder.features(*conditions(2, 3))
     expected = (2, grid().tokens, grid().token_dim)
     for datasets in (1, DATASETS):
-        known = _known(decoder)[:datasets]
-        written = decoder.transferred(features, known, coordinates[:datasets])
+        written = _transferred(decoder, *conditions(2, 3), coordinates[:datasets])
         shape = tuple(written.shape)
-        where = f"transferred, from {datasets} other datasets,"
+        where = f"transferred (other datasets: {datasets})"
         assert shape == expected, f"{where} gives {shape}, not {expected}"
         assert written.isfinite().all(), f"{where} gives values that are not finite"
 
@@ -111,12 +109,12 @@ def _check_settled(decoder: Any, coordinates: Tensor) -> None:
 
     condition, mask = conditions(3, 3)
     with torch.no_grad():
-        features, known = decoder.features(condition, mask), _known(decoder)
-        expected = decoder.transferred(features, known, coordinates)
+        expected = _transferred(decoder, condition, mask, coordinates)
+        known = _known(decoder)
         for told in (-coordinates, coordinates):  # a training settles time and again
             decoder.settle(known, told)
+        still = _transferred(decoder, condition, mask, coordinates)
         written = decoder(condition, mask)
-        still = decoder.transferred(features, known, coordinates)
     tolerance = SETTLED * float(expected.abs().max())
     assert (off := distance(still, expected)) <= tolerance, (
         f"settle changes what transferred gives, and so what is trained: by {off:.1e}"
@@ -127,9 +125,15 @@ def _check_settled(decoder: Any, coordinates: Tensor) -> None:
 
 
 def _check_training(decoder: Any, coordinates: Tensor) -> None:
-    features = decoder.train().features(*conditions(2, 3))
-    written = decoder.transferred(features, _known(decoder), coordinates)
+    written = _transferred(decoder.train(), *conditions(2, 3), coordinates)
     check_gradients(written, "transferred, after train_transfer_only", trainable(decoder))
+
+
+def _transferred(decoder: Any, condition: Tensor, mask: Tensor, coordinates: Tensor) -> Tensor:
+    """From as many datasets as there are coordinates."""
+    known = _known(decoder)[: len(coordinates)]
+    written: Tensor = decoder.transferred(decoder.features(condition, mask), known, coordinates)
+    return written
 
 
 def _known(decoder: Any) -> Tensor:

@@ -30,7 +30,8 @@ def test_one_that_keeps_its_promises_passes():
 
 
 def over_the_batch(self, condition, mask):
-    return Decoder.pool(self, condition, mask) + condition.mean()
+    pooled = Decoder.pool(self, condition, mask)
+    return pooled + pooled.mean()
 
 
 def initialise_with_unused(self, config, condition_dim, grid):
@@ -48,10 +49,13 @@ def initialise_with_hidden_state(self, config, condition_dim, grid):
     [
         ({"pool": lambda self, c, mask: c.mean((1, 2))}, "masked values change the output"),
         ({"pool": lambda self, c, mask: (c * mask[..., None]).mean((1, 2))}, "appended"),
-        ({"pool": over_the_batch}, "masked values|depends on its batch"),
+        ({"pool": over_the_batch}, "an item depends on its batch"),
         ({"pool": lambda self, c, mask: Decoder.pool(self, c, mask).detach()}, "the condition"),
         ({"pool": lambda self, c, mask: c[:, 0, 0] + torch.randn(1)}, "not deterministic"),
-        ({"forward": lambda self, c, mask: self.linear(self.pool(c, mask))}, "3 prompts|1 prompts"),
+        (
+            {"forward": lambda self, c, mask: self.linear(self.pool(c, mask))},
+            "output: 1 prompts give",
+        ),
         ({"__init__": initialise_with_unused}, "no gradient reaches unused.weight"),
         (
             {
