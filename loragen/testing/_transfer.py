@@ -48,9 +48,9 @@ def check_transfer(cls: Any, config: Any) -> None:
     coordinates = _checked_coordinates(decoder)
     _check_features(decoder)
     _check_transferred(decoder, coordinates)
-    _check_settled(decoder, coordinates)
-    check_state_dict(decoder, built(cls, config, CONDITION_DIM, grid()))
     _check_training(decoder, coordinates)
+    _check_settled(decoder.eval(), coordinates)
+    check_state_dict(decoder, built(cls, config, CONDITION_DIM, grid()))
 
 
 def _offered(cls: Any, config: Any) -> bool:
@@ -104,6 +104,11 @@ def _check_transferred(decoder: Any, coordinates: Tensor) -> None:
         assert written.isfinite().all(), f"{where} gives values that are not finite"
 
 
+def _check_training(decoder: Any, coordinates: Tensor) -> None:
+    written = _transferred(decoder.train(), *conditions(2, 3), coordinates)
+    check_gradients(written, "transferred, after train_transfer_only", trainable(decoder))
+
+
 def _check_settled(decoder: Any, coordinates: Tensor) -> None:
     import torch
 
@@ -122,11 +127,6 @@ def _check_settled(decoder: Any, coordinates: Tensor) -> None:
     assert (off := distance(written, expected)) <= tolerance, (
         f"after settle the decoder does not write as transferred did: off by {off:.1e}"
     )
-
-
-def _check_training(decoder: Any, coordinates: Tensor) -> None:
-    written = _transferred(decoder.train(), *conditions(2, 3), coordinates)
-    check_gradients(written, "transferred, after train_transfer_only", trainable(decoder))
 
 
 def _transferred(decoder: Any, condition: Tensor, mask: Tensor, coordinates: Tensor) -> Tensor:
