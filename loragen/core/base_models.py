@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from loragen.core.base_names import resolve_base
 from loragen.core.config import DEMO
 from loragen.core.errors import LoragenError, UsageError, did_you_mean
-from loragen.core.hub import resolve_base, silence
+from loragen.core.hub import silence
 from loragen.core.quiet import quiet_libraries
 
 WEIGHTS = tuple(

@@ -1,41 +1,13 @@
-"""What is on the Hugging Face hub, and whether it can be asked: one short look, since its libraries
-retry for half a minute on a machine without network."""
+"""Whether the Hugging Face hub can be asked: one short look, since its libraries retry for half a
+minute and more on a machine without network."""
 
 import os
 import socket
 from functools import cache
-from importlib.resources import files
-from pathlib import Path
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
-from loragen.core.config import DEMO
-from loragen.core.errors import UsageError
-
 SECONDS_TO_ANSWER = 10
-
-
-def resolve_base(name: str) -> str:
-    """What transformers is asked for: the shipped demo base, a directory, or a hub id.
-
-    Raises UsageError for a path that is not there, which transformers would take for a hub id.
-    """
-    if name == DEMO:
-        return str(files("loragen").joinpath("demo", "base"))
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UsageError(f"base model {name}: the directory has no config.json")
-        return str(path)
-    if is_place(name):
-        raise UsageError(f"base model {name}: no such directory")
-    return name
-
-
-def is_place(name: str) -> bool:
-    """Whether a model's name can only be a directory's, and not a hub id."""
-    rooted = Path(name).expanduser().is_absolute() or name.startswith((".", "~"))
-    return rooted or "\\" in name or name.count("/") > 1
 
 
 @cache

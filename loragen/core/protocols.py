@@ -172,7 +172,7 @@ class Transfers(Protocol):
         ...
 
     def coordinates(self, samples: Samples) -> Tensor:
-        """``[samples, R]``: what it mixes, after `start_from`."""
+        """``[samples, R]``, without gradients: what it mixes, after `start_from`."""
         ...
 
     def features(self, condition: Tensor, mask: Tensor) -> Tensor:
@@ -181,11 +181,12 @@ class Transfers(Protocol):
 
     def transferred(self, features: Tensor, known: Tensor, coordinates: Tensor) -> Tensor:
         """``[batch, tokens, token_dim]`` for ``features [batch, F]``, from other datasets'
-        ``known [D, F]`` and ``coordinates [D, R]``."""
+        ``known [D, F]`` and ``coordinates [D, R]``, of one dataset at least."""
         ...
 
     def settle(self, known: Tensor, coordinates: Tensor) -> None:
-        """From here on the decoder itself writes as `transferred` does from these datasets."""
+        """From here on the decoder itself writes as `transferred` does from these datasets, also
+        where its state dict is loaded. `transferred` stays as it is: training may go on."""
         ...
 
     def train_transfer_only(self) -> None:

@@ -16,7 +16,8 @@ from loragen.core.progress import Progress
 from loragen.demo.world import PAIRS, TRAIN_CREATURES, WORLD_FILE, Pair, Row, Wording, World
 
 PROMPT_REPEATS = 2
-"""Of every training creature in what the generator reads: more would mostly take time to embed."""
+"""Of every training creature in what the generator reads, out of what the adapters are trained on:
+more would mostly take time to embed."""
 Say = Callable[[str], None]
 
 
@@ -55,7 +56,7 @@ def write_data(demo: Demo, world_text: str) -> None:
     """The world file, every dataset in both kinds of wording, and what the generator reads."""
     write_text(demo.out / "world.yaml", world_text)
     for pair in PAIRS:
-        read = demo.world.rows(pair, TRAIN_CREATURES, repeats=PROMPT_REPEATS)
+        read = demo.world.train_rows(pair)[: PROMPT_REPEATS * len(TRAIN_CREATURES)]
         write_text(demo.data(pair, "prompts", "train"), _lines(read))
         for wordings in ("train", "unseen"):
             for split, rows in (

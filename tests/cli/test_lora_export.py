@@ -97,7 +97,7 @@ def test_a_peft_directory_knows_itself(loragen, legacy_run, run, form):
 def test_the_shipped_base_is_named_so_that_peft_finds_it(loragen, legacy_run, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    from loragen.core.hub import resolve_base
+    from loragen.core.base_names import resolve_base
 
     model = get_peft_model(loaded(resolve_base("demo")), LoraConfig(r=2, target_modules=["q_proj"]))
     weights = {k: v for k, v in model.state_dict().items() if "lora_" in k}

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from loragen.core.base_models import empty_base, is_local, load_base, load_tokenizer
+from loragen.core.base_names import resolve_base
 from loragen.core.errors import LoragenError, UsageError
-from loragen.core.hub import resolve_base
 
 
 def test_the_shipped_base_is_a_directory():

@@ -2,6 +2,7 @@
 
 import pytest
 
+from loragen.core.data.rows import read_rows
 from loragen.core.progress import Silent
 from loragen.demo.contest import target
 from loragen.demo.data import begin
@@ -22,6 +23,15 @@ def test_the_generator_sees_the_tested_prompts_and_no_labels(demo):
     assert made.prompts_from == "tested rows"
     assert not {row.prompt for row in made.train_rows} & set(made.prompts)
     assert made.closed == sorted(VALUES["color"])
+
+
+def test_what_the_generator_reads_is_of_what_its_adapters_learned(demo):
+    """So that the rows of prompts that it holds out are there to be tried on."""
+    for pair in demo.world.training_pairs(demo.seed):
+        files = (demo.data(pair, split, "train") for split in ("prompts", "train"))
+        read, learned = ({row.prompt for row in read_rows(file)} for file in files)
+        assert len(read) > 100
+        assert read < learned
 
 
 def test_each_split_has_as_many_targets_and_every_target_is_one_of_a_kind(demo):

@@ -85,6 +85,12 @@ def test_a_hub_id_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
     assert "loragen[offline]" in str(error.value)
 
 
+def test_a_hub_that_does_not_answer_is_not_asked_again(monkeypatch):
+    monkeypatch.setattr(sbert, "silence", lambda: "the hub does not answer")
+    with pytest.raises(LoragenError, match="none does not load: the hub does not answer; pip"):
+        create("encoder", "sbert", {"model": "no-one/none"})
+
+
 def test_an_empty_directory_is_one_line(tmp_path):
     with pytest.raises(LoragenError, match="does not load") as error:
         create("encoder", "sbert", {"model": str(tmp_path)})

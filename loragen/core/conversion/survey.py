@@ -10,12 +10,12 @@ from torch import Tensor
 
 from loragen.core.adapters import file_keys, peft_config, shape_mismatch
 from loragen.core.base_models import empty_base
+from loragen.core.base_names import resolve_base
 from loragen.core.config.lora_schema import Lora
 from loragen.core.conversion.discover import LegacyRun, is_result
 from loragen.core.conversion.facts import Fact, Facts, facts_of
 from loragen.core.conversion.read import PREFIX, read_checkpoint, step_of
 from loragen.core.errors import DataError, LoragenError, UsageError
-from loragen.core.hub import resolve_base
 
 log = logging.getLogger(__name__)
 

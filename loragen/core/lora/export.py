@@ -9,6 +9,7 @@ from pydantic import ValidationError
 import loragen
 from loragen.core.adapters import WEIGHTS_FILE, Adapter, attach_adapter, new_config, write_adapter
 from loragen.core.base_models import load_base
+from loragen.core.base_names import resolve_base
 from loragen.core.checkpoints import read_checkpointed_adapter
 from loragen.core.config import DEMO
 from loragen.core.config.lora_schema import Lora
@@ -20,7 +21,6 @@ from loragen.core.conversion.read import read_checkpoint
 from loragen.core.conversion.survey import rank_of, targets_and_order
 from loragen.core.errors import ConfigError, DataError, UsageError
 from loragen.core.files import write_json, write_text, written_atomically
-from loragen.core.hub import resolve_base
 from loragen.core.lora.merge import save_merged
 from loragen.core.runs import MERGED_MARKER, run_directory_of
 

@@ -3,12 +3,12 @@
 from functools import partial
 from pathlib import Path
 
+from loragen.core.base_names import resolve_base
 from loragen.core.config import LoraTrainConfig
 from loragen.core.config.problems import Misplaced, refused
 from loragen.core.data.documents import parsed_source
 from loragen.core.data.rows import find_dataset
 from loragen.core.errors import UsageError
-from loragen.core.hub import resolve_base
 
 
 def missing_places(config: LoraTrainConfig) -> list[Misplaced]:

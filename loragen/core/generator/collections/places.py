@@ -4,6 +4,7 @@ import logging
 from functools import partial
 from pathlib import Path
 
+from loragen.core.base_names import is_place, resolve_base
 from loragen.core.config.gen_schema import GenTrainConfig, SourceSection
 from loragen.core.config.problems import Misplaced, refused
 from loragen.core.data.documents import parsed_source
@@ -16,7 +17,6 @@ from loragen.core.generator.collections.found import (
     run_of,
     shown,
 )
-from loragen.core.hub import is_place, resolve_base
 from loragen.core.runs import LoraManifest, read_manifest, run_directory_of
 
 log = logging.getLogger(__name__)

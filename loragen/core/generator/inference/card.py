@@ -85,6 +85,6 @@ def _limits(origin: Origin) -> str:
 def _loading(origin: Origin) -> str:
     if origin.base_model != DEMO:
         return LOADING.format(base=json.dumps(origin.base_model))
-    finding = "from loragen.core.hub import resolve_base\n"
+    finding = "from loragen.core.base_names import resolve_base\n"
     code = LOADING.format(base=f'resolve_base("{DEMO}")')
     return code.replace("from peft", f"{finding}from peft", 1) + DEMO_BASE

@@ -12,11 +12,12 @@ import torch
 from loragen.core.adapters import read_adapter
 from loragen.core.config import GenTrainConfig, load
 from loragen.core.errors import DataError, LoragenError, UsageError
+from loragen.core.generator.collections import prepared
 from loragen.core.generator.inference.infer import infer
 from loragen.core.generator.model import Generator
 from loragen.core.generator.training import callbacks, optimization
 from loragen.core.generator.training import train as module
-from loragen.core.generator.training.train import train
+from loragen.core.generator.training.train import read_ahead, train
 from loragen.core.metrics_log import read_metrics
 from loragen.core.plugins import create
 from loragen.core.progress import Silent
@@ -283,6 +284,16 @@ class TestWeights:
         run = train(gen_config({**settings, "training.max_epochs": 20}), watching)
         assert watching.steps[-1].loss < 0.8 * watching.steps[0].loss
         assert all(value.dtype != torch.bfloat16 for value in weights(run.directory).values())
+
+
+def test_what_was_read_ahead_is_not_embedded_again(gen_config, tmp_path, monkeypatch):
+    config = gen_config()
+    first, *_ = config.sources
+    read_ahead(config.model_copy(update={"sources": [first]}))
+    assert len(list((tmp_path / "cache" / "embeddings").glob("*.mask.npy"))) == 1
+    read_ahead(config)
+    monkeypatch.setattr(prepared, "write_embeddings", lambda *_: pytest.fail("embedded again"))
+    train(config, Silent())
 
 
 class TestTrainedEncoder:

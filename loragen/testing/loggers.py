@@ -1,0 +1,58 @@
+"""The promise of a logger. Imports Lightning only when called."""
+
+from contextlib import chdir
+from pathlib import Path
+from typing import Any, get_args
+
+from loragen.core.protocols import RunInfo, RunLogger, Status
+from loragen.testing._common import validated
+
+
+def check_logger(cls: Any, tmp_path: Path, **options: Any) -> None:
+    """A logger opens a `lightning.pytorch` Logger for a run and closes it with any status.
+
+    It writes below the run directory only, nothing into the working directory; its `run_id` is text
+    or None, and stays after the close; a second run in the same process is a run of its own. The
+    same holds of one that goes on: in the directory of an earlier run, told its id and steps.
+    """
+    work = tmp_path / "work"
+    work.mkdir()
+    ids: list[str] = []
+    with chdir(work):
+        for status in get_args(Status):
+            run_id = _log_one_run(cls, options, tmp_path / status, status)
+            ids += [run_id] if run_id else []
+        assert len(set(ids)) == len(ids), f"{cls.__name__} gives two runs one run_id: {ids}"
+        first = ids[0] if ids else None
+        _log_one_run(cls, options, tmp_path / "success", "success", first, 1)
+
+
+def _log_one_run(
+    cls: Any, options: dict[str, Any], place: Path, status: Status, *resumed: Any
+) -> str | None:
+    """Its `run_id`. `resumed` is the id and the steps of the run that is continued."""
+    from lightning.pytorch.loggers import Logger
+
+    place.mkdir(exist_ok=True)
+    before = _files(place.parent)
+    config = {"seed": 42, "data": {"dataset": "check"}}
+    plugin: RunLogger = cls(validated(cls, options))
+    logger = plugin.open(run := RunInfo(place, place.name, "loragen-check", config, *resumed))
+    assert isinstance(logger, Logger), f"{cls.__name__}.open must give a lightning.pytorch Logger"
+    for step in (run.resume_step + 1, run.resume_step + 2):
+        logger.log_metrics({"train/loss": 1.0 / step, "lr": 1e-4}, step=step)
+    run_id = plugin.run_id
+    assert run_id is None or (isinstance(run_id, str) and run_id), f"run_id is {run_id!r}"
+    logger.finalize("success" if status == "success" else "failed")  # as in training, first
+    plugin.close(status)
+    assert plugin.run_id == run_id, f"{cls.__name__}.run_id changes at close"
+    changed = {p for p, what in _files(place.parent).items() if before.get(p) != what}
+    strays = sorted(str(p) for p in changed if not p.is_relative_to(place))
+    assert not strays, f"{cls.__name__} writes outside the run directory: {strays}"
+    return run_id
+
+
+def _files(directory: Path) -> dict[Path, tuple[int, int]]:
+    """Every file, with what changes when it is written to."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
