@@ -11,7 +11,7 @@ from loragen.core.config import DEMO
 from loragen.core.errors import UsageError
 from loragen.core.evaluation.columns import NAMES
 from loragen.core.progress import Silent
-from loragen.demo import data, settings, world
+from loragen.demo import settings, world
 from loragen.demo.data import begin
 from loragen.demo.run import SPLITS, run
 from loragen.demo.workers import Workers
@@ -43,7 +43,6 @@ def few_steps(monkeypatch):
     for name in ("adapter_config", "oracle_config", "multi_task_config", "generator_config"):
         shorten(name)
     monkeypatch.setattr(world, "TRAIN_REPEATS", 1)
-    monkeypatch.setattr(data, "PROMPT_REPEATS", 1)
     monkeypatch.setattr(world, "TEST_CREATURES", world.TEST_CREATURES[:CREATURES])
     all_pairs = world.World.training_pairs
     monkeypatch.setattr(
