@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from loragen.core.base_models import BaseModel
 
 MOST_WORKERS = 8
-HEAVY = ["loragen.core.lora.train", "loragen.demo.contest"]
+HEAVY = [
+    "loragen.core.lora.train",
+    "loragen.demo.contest",
+    "peft",
+    "transformers.models.qwen2.modeling_qwen2",
+]
 """What the workers will run. Importing it takes seconds, with torch and Lightning."""
 
 Arguments = ParamSpec("Arguments")

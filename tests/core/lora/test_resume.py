@@ -13,13 +13,12 @@ from loragen.core.lora.callbacks import StepMetrics
 from loragen.core.lora.precision import load_training_base
 from loragen.core.lora.resume import find_resume_point
 from loragen.core.lora.train import train
-from loragen.core.metrics_log import read_metrics
 from loragen.core.progress import Silent
 from loragen.core.runs import MANIFEST, LoraManifest, checkpoint_files, read_manifest
 from tests.conftest import TINY_LORA, configured, write_lines
+from tests.core.resuming import Kill, StopAt, assert_same_course, same
 
 LAST = "checkpoints/last.ckpt"
-CLOCKED = ("train/tokens_per_second", "hardware/")
 
 
 EARLY = {
@@ -32,22 +31,6 @@ EARLY = {
     "checkpoints.first_step": 100,
     "checkpoints.last_every": 2,
 }
-
-
-class Kill(Exception):  # noqa: N818
-    """Ends a run as a kill would: nothing of the step is saved."""
-
-
-class StopAt(Silent):
-    """Ends the run after the step is logged and before it is saved."""
-
-    def __init__(self, step):
-        self.at, self.steps = step, []
-
-    def step(self, step):
-        self.steps.append(step.step)
-        if step.step == self.at:
-            raise Kill
 
 
 @pytest.fixture(scope="module")
@@ -119,40 +102,12 @@ def document(file):
     return torch.load(file, weights_only=True)
 
 
-def same(one, other):
-    if isinstance(one, torch.Tensor):
-        return one.equal(other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
-
-
-def entries(run):
-    """metrics.jsonl without what a clock or a sensor has measured."""
-    return [
-        {key: value for key, value in entry.items() if not key.startswith(CLOCKED)}
-        for entry in read_metrics(run / "metrics.jsonl")
-    ]
-
-
 def assert_equal(one, other):
     """Checkpoints, optimizers, adapter, metrics and manifest of the two runs."""
-    names = [file.name for file in checkpoint_files(one)]
-    assert [file.name for file in checkpoint_files(other)] == names
-    for name in names:
-        first, second = (document(run / "checkpoints" / name) for run in (one, other))
-        for key in ("state_dict", "optimizer_states", "global_step", "callbacks"):
-            assert same(first[key], second[key]), (name, key)
+    assert_same_course(one, other, LoraManifest)
     adapters = [read_adapter(run / "adapter").tensors for run in (one, other)]
     assert same(*adapters)
-    assert entries(one) == entries(other)
     assert [p.name for p in sorted(one.rglob("*"))] == [p.name for p in sorted(other.rglob("*"))]
-    manifests = [read_manifest(run, LoraManifest) for run in (one, other)]
-    free = {"started", "seconds", "resumed_from"}
-    first, second = (manifest.model_dump(exclude=free) for manifest in manifests)
-    assert first == second
 
 
 def snapshot(directory):

@@ -13,34 +13,17 @@ from loragen.core.generator.training import train as module
 from loragen.core.generator.training.resume import find_resume_point
 from loragen.core.generator.training.train import train
 from loragen.core.interrupt import Interrupted
-from loragen.core.metrics_log import read_metrics
 from loragen.core.progress import Silent
 from loragen.core.runs import GENERATOR_FILE, GeneratorManifest, read_manifest
 from tests.conftest import configured, generator_settings
+from tests.core.resuming import Kill, StopAt, assert_same_course, entries, same
 
-CLOCKED = "hardware/"
 WORSE_AND_WORSE = {  # the best step is an early one
     "schedule.name": "two-stage",
     "schedule.stage1_steps": 4,
     "schedule.learning_rate_stage1": 1e-2,
     "schedule.learning_rate_stage2": 100.0,
 }
-
-
-class Kill(Exception):  # noqa: N818
-    """Ends a run as a kill would: nothing of the step is saved."""
-
-
-class StopAt(Silent):
-    """Ends the run after the step is logged and before it is saved."""
-
-    def __init__(self, step=0):
-        self.at, self.steps = step, []
-
-    def step(self, step):
-        self.steps.append(step.step)
-        if step.step == self.at:
-            raise Kill
 
 
 @pytest.fixture(scope="module")
@@ -95,44 +78,14 @@ def resume(gen_config):
     return run
 
 
-def same(one, other):
-    if isinstance(one, torch.Tensor):
-        return one.equal(other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
-
-
-def entries(run):
-    """metrics.jsonl without what a sensor has measured."""
-    return [
-        {key: value for key, value in entry.items() if not key.startswith(CLOCKED)}
-        for entry in read_metrics(run / "metrics.jsonl")
-    ]
-
-
 def assert_equal(one, other):
     """Generator, checkpoints, metrics and manifest of the two runs."""
-    names = sorted(file.name for file in (one / "checkpoints").iterdir())
-    assert sorted(file.name for file in (other / "checkpoints").iterdir()) == names
-    for name in names:
-        first, second = (
-            torch.load(run / "checkpoints" / name, weights_only=True) for run in (one, other)
-        )
-        for key in ("state_dict", "optimizer_states", "global_step", "callbacks"):
-            assert same(first[key], second[key]), (name, key)
+    assert_same_course(one, other, GeneratorManifest)
     generators = [torch.load(run / GENERATOR_FILE, weights_only=True) for run in (one, other)]
     for document in generators:
         for key in ("started", "resumed_from"):
             document["provenance"].pop(key)
     assert same(*generators)
-    assert entries(one) == entries(other)
-    manifests = [read_manifest(run, GeneratorManifest) for run in (one, other)]
-    free = {"started", "seconds", "resumed_from"}
-    first, second = (manifest.model_dump(exclude=free) for manifest in manifests)
-    assert first == second
 
 
 class TestExact:
