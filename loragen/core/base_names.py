@@ -1,10 +1,10 @@
 """What a base model may be called: the demo's, a directory, or a hub id."""
 
 from importlib.resources import files
-from pathlib import Path
 
 from loragen.core.config import DEMO
 from loragen.core.errors import UsageError
+from loragen.core.files import user_path
 
 
 def resolve_base(name: str) -> str:
@@ -14,7 +14,7 @@ def resolve_base(name: str) -> str:
     """
     if name == DEMO:
         return str(files("loragen").joinpath("demo", "base"))
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UsageError(f"base model {name}: the directory has no config.json")
@@ -26,5 +26,5 @@ def resolve_base(name: str) -> str:
 
 def is_place(name: str) -> bool:
     """Whether a model's name can only be a directory's, and not a hub id."""
-    rooted = Path(name).expanduser().is_absolute() or name.startswith((".", "~"))
+    rooted = user_path(name).is_absolute() or name.startswith((".", "~"))
     return rooted or "\\" in name or name.count("/") > 1

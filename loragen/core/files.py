@@ -77,6 +77,14 @@ def refuse_file(directory: Path) -> None:
             raise UsageError(f"{place} is a file; --output is a directory")
 
 
+def user_path(text: str) -> Path:
+    """With `~` replaced; as it stands where nobody is called that."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
 def file_name(text: str, otherwise: str = "unnamed") -> str:
     """Of any text, a name that every file system takes: letters, digits, `_`, `.` and `-`."""
     name = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", text)).strip(".-")

@@ -1,13 +1,16 @@
 """Whether the Hugging Face hub can be asked: one short look, since its libraries retry for half a
 minute and more on a machine without network."""
 
+import errno
 import os
 import socket
 from functools import cache
-from urllib.error import URLError
+from http.client import HTTPException
 from urllib.request import Request, urlopen
 
 SECONDS_TO_ANSWER = 10
+SILENT = (socket.gaierror, ConnectionError, TimeoutError, HTTPException)
+UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH)
 
 
 @cache
@@ -19,9 +22,11 @@ def silence() -> str | None:
         return None
     try:
         urlopen(Request(ENDPOINT, method="HEAD"), timeout=SECONDS_TO_ANSWER).close()
-    except (URLError, OSError) as error:
+    except ValueError:
+        return f"HF_ENDPOINT {ENDPOINT} is no address: it begins with https://"
+    except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", error)
-        if isinstance(reason, socket.gaierror | ConnectionError | TimeoutError):
+        if isinstance(reason, SILENT) or getattr(reason, "errno", None) in UNREACHABLE:
             mirror = "" if os.environ.get("HF_ENDPOINT") else "HF_ENDPOINT names a mirror, "
             return (
                 f"{ENDPOINT} does not answer ({reason}); "

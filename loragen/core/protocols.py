@@ -172,7 +172,8 @@ class Transfers(Protocol):
         ...
 
     def coordinates(self, samples: Samples) -> Tensor:
-        """``[samples, R]``, without gradients: what it mixes, after `start_from`."""
+        """``[samples, R]``, without gradients: what it mixes, after `start_from`. Samples are on
+        the CPU, wherever the decoder is."""
         ...
 
     def features(self, condition: Tensor, mask: Tensor) -> Tensor:

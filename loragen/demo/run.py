@@ -84,15 +84,15 @@ def finished(
     futures: Sequence[Future[Done]],
     meanwhile: Callable[[Sequence[Done]], None] | None = None,
 ) -> list[Done]:
-    """The results in the order of the jobs. After every eighth there is a line, and `meanwhile` is
-    given what is there so far: this process has nothing else to do."""
+    """The results in the order of the jobs. After every eighth there is a line, and, as long as
+    others are awaited, `meanwhile` is given what is there: this process has nothing else to do."""
     done: list[Done] = []
     for future in as_completed(futures):
         done.append(future.result())
         if len(done) % 8 == 0:
             each = fmean(one.seconds for one in done)
             demo.say(f"{title}: {len(done)}/{len(futures)} adapters, {each:.1f} s each")
-            if meanwhile:
+            if meanwhile and len(done) < len(futures):
                 meanwhile(done)
     return [future.result() for future in futures]
 

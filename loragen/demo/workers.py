@@ -5,14 +5,18 @@ fight over the same cores lose far more.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
 
@@ -51,14 +55,18 @@ class Done(NamedTuple):
 
 
 class Workers:
-    """A pool whose processes have loaded the base model once. They start with it, beside whatever
-    this process does next."""
+    """A pool whose processes have loaded the base model once. What they import is imported beside
+    whatever this process does next."""
 
     def __init__(self) -> None:
+        context = _context()
+        self._given_up = context.Event()
         self._pool = ProcessPoolExecutor(
-            min(MOST_WORKERS, os.cpu_count() or 1), mp_context=_context(), initializer=_start
+            min(MOST_WORKERS, os.cpu_count() or 1),
+            mp_context=context,
+            initializer=_start,
+            initargs=(self._given_up,),
         )
-        self._pool.submit(int)  # the pool starts nothing before there is something to do
 
     def __enter__(self) -> "Workers":
         return self
@@ -69,6 +77,8 @@ class Workers:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is not None:  # some jobs are beyond being cancelled: they are in the workers' queue
+            self._given_up.set()
         self._pool.shutdown(cancel_futures=True)
 
     def train(self, jobs: Iterable[Job]) -> list[Future[Done]]:
@@ -82,6 +92,10 @@ class Workers:
     ) -> Future[Result]:
         """A function of a module; it, its arguments and its result are pickled."""
         return self._pool.submit(function, *args, **kwargs)
+
+
+_given_up: Event | None = None
+"""In a worker: set where the demo has ended before its jobs."""
 
 
 @cache
@@ -98,21 +112,43 @@ def _context() -> BaseContext:
     that has imported everything once for all of them, and started no thread."""
     if sys.platform != "linux":
         return get_context("spawn")
+    from multiprocessing.forkserver import ensure_running
+
     context = get_context("forkserver")
     context.set_forkserver_preload(HEAVY)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is answered here, in one line
+    try:
+        ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
     return context
 
 
-def _start() -> None:
+def _start(given_up: Event) -> None:
     import torch
 
+    global _given_up
+    _given_up = given_up
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a training sees to it itself, while it runs
+    Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     base()
 
 
+def _end_with_parent() -> None:
+    """Where that was killed, nobody else would ever end this process."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
 def _train(job: Job) -> Done:
+    from loragen.core.interrupt import Interrupted
     from loragen.core.lora.train import train
     from loragen.core.progress import Silent
 
+    if _given_up and _given_up.is_set():
+        raise Interrupted("interrupted")
     run = train(job.config, job.name, job.file, base(), Silent())
     return Done(job, run.directory, run.manifest.seconds or 0.0, run.manifest.steps[-1])

@@ -13,6 +13,7 @@ from loragen.core.files import (
     refuse_existing,
     sha256,
     sha256_text,
+    user_path,
     write_json,
     write_text,
     written_atomically,
@@ -21,6 +22,11 @@ from loragen.core.files import (
 
 def contents(directory):
     return {p.relative_to(directory).as_posix() for p in directory.rglob("*")}
+
+
+def test_a_home_that_nobody_has_is_no_home():
+    assert user_path("~") == Path.home()
+    assert user_path("~no-such-user/x") == Path("~no-such-user/x")
 
 
 def test_a_file_appears_with_its_parents(tmp_path):

@@ -188,12 +188,14 @@ class GenTrainConfig(Section):
 
     @model_validator(mode="after")
     def _shared_equally(self) -> "GenTrainConfig":
-        """As far as it is known now: with `devices: auto` the training asks again, and behaviour
-        that `auto` may come to counts then."""
+        """As far as it is known now: with `devices: auto` the training asks again, and what an
+        objective `auto` comes to counts then."""
         devices = self.trainer.devices if isinstance(self.trainer.devices, int) else 1
         ranks = max(1, devices) * self.trainer.num_nodes
-        sizes = {"data": self.data.batch_size}
-        if self.training.objective not in ("auto", "reconstruction"):
+        objective, sizes = self.training.objective, {}
+        if objective.startswith("reconstruction"):
+            sizes["data"] = self.data.batch_size
+        if objective not in ("auto", "reconstruction"):
             sizes["behaviour"] = self.behaviour.batch_size
         for section, size in sizes.items():
             if size % ranks:

@@ -44,7 +44,7 @@ class CellMap(nn.Module):
 
     def transferred(self, features: Tensor, known: Tensor, coordinates: Tensor) -> Tensor:
         weights = self.steer.ridge(known, coordinates)  # (2 C + 1, R)
-        common = with_constant(features.float()) @ weights  # (B, R)
+        common = with_constant(features) @ weights  # (B, R)
         layers, kinds, _ = self.expand.place.shape
         tokens: Tensor = self.project(common[:, None, None].expand(-1, layers, kinds, -1))
         return tokens

@@ -37,7 +37,7 @@ def principal_directions(samples: Samples, most: int) -> Tensor:
 
 def coordinates_along(directions: Tensor, samples: Samples) -> Tensor:
     """``[S, R]``: the mixture of ``directions [tokens, R, token_dim]`` that is closest to each of
-    the samples. It holds the answer and one chunk."""
+    the samples, on the CPU as they are. It holds the answer and one chunk."""
     count, tokens, dim = samples.shape
     rank = directions.shape[1]
     step = max(1, CHUNK // (count * dim))
@@ -45,7 +45,7 @@ def coordinates_along(directions: Tensor, samples: Samples) -> Tensor:
     inner = torch.zeros(rank, count, dtype=torch.float64)
     for first in range(0, tokens, step):
         chunk = slice(first, first + step)
-        along = directions[chunk].transpose(0, 1).flatten(1).double()  # (R, values)
+        along = directions[chunk].cpu().transpose(0, 1).flatten(1).double()  # (R, values)
         gram += along @ along.T
         inner += along @ samples[chunk].flatten(1).double().T
     ridge = EPSILON * gram.diagonal().mean() * torch.eye(rank, dtype=torch.float64)

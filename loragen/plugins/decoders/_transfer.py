@@ -22,13 +22,20 @@ class Ridge(nn.Module):
     def forward(self, known: Tensor, coordinates: Tensor) -> Tensor:
         """``known [D, F]``, ``coordinates [D, R]`` -> weights ``[F + 1, R]``, the last row for a
         constant feature. In the dual form, which inverts D x D."""
-        with torch.autocast(known.device.type, enabled=False):  # solving needs float32
-            x = with_constant(known.float())  # (D, F + 1)
+        with torch.autocast(known.device.type, enabled=False):
+            x = with_constant(known)  # (D, F + 1)
             kernel = x @ x.T / self.features
-            penalty = self.log_penalty.exp() * torch.eye(len(x), device=x.device)
-            solved = torch.linalg.solve(kernel + penalty, coordinates.float())  # (D, R)
-            return x.T @ solved / self.features
+            penalty = self.log_penalty.exp() * torch.eye(len(x), dtype=x.dtype, device=x.device)
+            return x.T @ _solved(kernel + penalty, coordinates.to(x.dtype)) / self.features
 
 
 def with_constant(features: Tensor) -> Tensor:
-    return torch.cat([features, features.new_ones(len(features), 1)], dim=1)
+    """In float32 at least, which solving needs."""
+    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    return torch.cat([wide, wide.new_ones(len(wide), 1)], dim=1)
+
+
+def _solved(matrix: Tensor, right: Tensor) -> Tensor:
+    if matrix.device.type == "mps":  # its gradients were wrong up to torch 2.12 (pytorch#175192)
+        return torch.linalg.solve(matrix.cpu(), right.cpu()).to(matrix.device)
+    return torch.linalg.solve(matrix, right)

@@ -30,6 +30,9 @@ class HyperConv(nn.Module):
     training begins where a linear model of the collection ends. Parameters: the directions have
     ``R · tokens · token_dim``; `rank: auto` takes as many as `max_parameters` allows, between 4 and
     32. All else is a few millions, whatever the size of the adapter.
+
+    A transfer trains what is read and settles the common coefficients; what the map would correct
+    of them stays 0.
     """
 
     class Config(BaseModel, extra="forbid"):

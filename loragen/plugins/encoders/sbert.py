@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from loragen import LoragenError
+from loragen.core.files import user_path
 from loragen.core.hub import silence
 
 PACKAGED = "all-MiniLM-L6-v2"
@@ -117,7 +118,7 @@ class SentenceBert(nn.Module):
 
 def _source(model: str) -> str | Path:
     """A directory, the packaged weights, or a hub id."""
-    path = Path(model).expanduser()
+    path = user_path(model)
     if path.is_dir():
         return path
     if path.is_absolute() or model.startswith((".", "~")) or "\\" in model:

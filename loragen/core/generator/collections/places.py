@@ -10,6 +10,7 @@ from loragen.core.config.problems import Misplaced, refused
 from loragen.core.data.documents import parsed_source
 from loragen.core.data.prepare import check_prepared
 from loragen.core.errors import UsageError
+from loragen.core.files import user_path
 from loragen.core.generator.collections.found import (
     PromptDirectories,
     directory_of,
@@ -42,7 +43,7 @@ def missing_places(config: GenTrainConfig) -> list[Misplaced]:
     if base is not None:
         found += refused(("behaviour", "base_model"), partial(resolve_base, base))
     model = str(config.encoder.options.get("model", ""))  # of an encoder that has this option
-    if is_place(model) and not Path(model).expanduser().is_dir():
+    if is_place(model) and not user_path(model).is_dir():
         found.append((("encoder", "model"), f"{model}: no such directory"))
     return found
 

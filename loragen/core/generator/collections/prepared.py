@@ -39,6 +39,8 @@ class PreparedSource:
     texts: Sequence[str] = ()
     """What an encoder that trains along reads at every step; `embeddings` and `mask` then have no
     positions. Empty where the embeddings are there."""
+    dataset: str = ""
+    """A hash that the sources of one dataset share."""
     record: SourceRecord | None = None
     """What it held, for the manifest."""
 
@@ -68,6 +70,7 @@ def prepared(
                     of.held_out,
                     of.tracked,
                     () if encoder.frozen else of.texts,
+                    source.dataset,
                     _record(source, key, of.sha256),
                 )
             )

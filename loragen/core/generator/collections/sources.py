@@ -12,6 +12,7 @@ from loragen.core.data.documents import content_hash, parsed_source
 from loragen.core.data.prepare import Groups
 from loragen.core.data.prompts import prompts_of_rows, read_prompts
 from loragen.core.errors import DataError, UsageError
+from loragen.core.files import sha256_text
 from loragen.core.generator.collections.found import (
     PromptDirectories,
     configured_sources,
@@ -51,6 +52,11 @@ class Collection:
     """The dataset with its labels, which only the behaviour of an adapter needs; None: unknown."""
     origin: SourceSection | None = field(default=None, compare=False)
     """Where it was found, to be found again; one collection can be named in several ways."""
+
+    @property
+    def dataset(self) -> str:
+        """A hash that the runs of one dataset share."""
+        return sha256_text(*self.prompts)
 
 
 def read_sources(config: GenTrainConfig) -> tuple[list[Collection], list[Collection]]:

@@ -87,15 +87,16 @@ class BehaviourBatches(Dataset[PairBatch]):
 
 
 class TransferBatches(BehaviourBatches):
-    """The same, with conditions of datasets that have no adapter in the micro-batch."""
+    """The same, with conditions of datasets that have no adapter in the micro-batch, nor another
+    source of theirs."""
 
     def __getitem__(self, k: int) -> PairBatch:
         return super().__getitem__(k)._replace(others=self._others(k))
 
     def _others(self, k: int) -> Others:
-        left_out = set(self._datasets(k))
+        left_out = {self.sources[index].dataset for index in self._datasets(k)}
         chance = Random(f"others:{self.seed}:{k}")
-        left = [index for index in range(len(self.sources)) if index not in left_out]
+        left = [i for i, source in enumerate(self.sources) if source.dataset not in left_out]
         chosen = sorted(chance.sample(left, min(MOST_OTHERS, len(left))))
         conditions = [
             condition_of(self.sources[index], self._texts(index, None, chance)) for index in chosen

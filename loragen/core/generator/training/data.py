@@ -1,10 +1,10 @@
 """What a generator trains and validates on, from the first step to the last."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from loragen.core.config import GenTrainConfig
 from loragen.core.errors import UsageError
@@ -79,7 +79,8 @@ class GeneratorData(LightningDataModule):
         """Before the walk begins: with `devices: auto` nobody has known how many there are.
 
         Raises UsageError where `ranks` devices cannot share a batch equally."""
-        _check_shared(ranks, "data.batch_size", self.config.data.batch_size)
+        if self.plan.phases.reconstruction:
+            _check_shared(ranks, "data.batch_size", self.config.data.batch_size)
         if self.plan.phases.behaviour:
             _check_shared(ranks, "behaviour.batch_size", self.config.behaviour.batch_size)
 
@@ -131,15 +132,15 @@ class GeneratorData(LightningDataModule):
         known = self.rehearsal.rows if self.rehearsal else [None] * len(self.sources)
         new = self.rehearsal.unseen if self.rehearsal else [None] * len(self.unseen)
         seen = [
-            self._validation_pair(source, texts, rows)
+            partial(self._validation_pair, source, texts, rows)
             for source, texts, rows in zip(self.sources, self.val_texts, known, strict=True)
             if texts
         ]
         unseen = [
-            self._validation_pair(source, range(len(source.embeddings)), rows)
+            partial(self._validation_pair, source, range(len(source.embeddings)), rows)
             for source, rows in zip(self.unseen, new, strict=True)
         ]
-        return [_one_by_one(seen), _one_by_one(unseen)]
+        return [DataLoader(_Made(makers), batch_size=None) for makers in (seen, unseen)]
 
     def _validation_pair(
         self, source: PreparedSource, texts: Sequence[int], rows: LabelledRows | None
@@ -155,8 +156,17 @@ class GeneratorData(LightningDataModule):
         return pair._replace(rows=tried)
 
 
-def _one_by_one(pairs: list[Any]) -> DataLoader[PairBatch]:
-    return DataLoader(pairs, batch_size=None)  # type: ignore[arg-type]  # a list is a map-style dataset
+class _Made(Dataset[PairBatch]):
+    """Pairs that are made when they are asked for: of many datasets they would fill the memory."""
+
+    def __init__(self, makers: Sequence[Callable[[], PairBatch]]) -> None:
+        self.makers = makers
+
+    def __len__(self) -> int:
+        return len(self.makers)
+
+    def __getitem__(self, index: int) -> PairBatch:
+        return self.makers[index]()
 
 
 def _check_shared(ranks: int, setting: str, size: int) -> None:

@@ -46,6 +46,7 @@ class GeneratorModule(LightningModule):
         # No submodules: what they hold is the same in all checkpoints, and the base may be large.
         self._objectives = objectives
         self.first_step, self._optimizer_state = first_step, optimizer_state
+        self._settled: int | None = None
         self.step_metrics: dict[str, Any] = {}
         """Of this device's part of the last training step: the mean of its micro-batches."""
 
@@ -86,11 +87,13 @@ class GeneratorModule(LightningModule):
         return known.written(self.network, condition, mask, others)
 
     def settle(self) -> None:
-        """Makes what is kept write as it has learned to; to be called before it is used."""
-        if self._objectives.known:
+        """Makes what is kept write as it has learned to by this step; to be called before it is
+        used."""
+        if self._objectives.known and self._settled != self.trainer.global_step:
             network = self.kept["network"]
             assert isinstance(network, Network)
             self._objectives.known.settle(network)
+            self._settled = self.trainer.global_step
 
     def on_validation_start(self) -> None:
         self.settle()

@@ -134,8 +134,6 @@ class Objectives:
         self.reconstruction.to(device)
         if self.behaviour:
             self.behaviour.to(device)
-        if self.known:
-            self.known.to(device)
 
 
 def mean_of_means(values: Tensor, owner: Tensor, owners: int) -> Tensor:

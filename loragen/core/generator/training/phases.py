@@ -39,6 +39,11 @@ class Phases:
         return self.phases[-1], self.phases[-1].steps
 
     @property
+    def reconstruction(self) -> bool:
+        """Whether pairs are drawn for their weights."""
+        return any(phase.objective == "reconstruction" for phase in self.phases)
+
+    @property
     def behaviour(self) -> bool:
         """Whether the base model is needed."""
         return any(phase.objective != "reconstruction" for phase in self.phases)

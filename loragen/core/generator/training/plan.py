@@ -17,6 +17,7 @@ from loragen.core.protocols import Transfers
 
 DATASETS_PER_LEFT_OUT = 2
 """For every dataset that a step of transfer leaves out, another has to be there to write from."""
+TRAINS_ALONG = "the encoder trains along"
 MOST_ON_CPU = 100_000_000
 """Parameters of a base that `auto` trains through without a GPU. A step of 64 rows of 100 tokens is
 6 · 6400 operations a parameter at most: with this many some ten seconds at 350 GFLOP/s."""
@@ -107,12 +108,14 @@ def _no_transfer(config: GenTrainConfig, sources: Sequence[Collection]) -> str |
         decoder.Config(**config.decoder.options)
     ):
         return f"the decoder {config.decoder.name} cannot, as it is configured"
-    if not config.encoder.options.get("frozen", True):
-        return "the encoder trains along"
+    encoder = find("encoder", config.encoder.name)
+    if not getattr(encoder.Config(**config.encoder.options), "frozen", True):
+        return TRAINS_ALONG
     needed = config.behaviour.batch_size * DATASETS_PER_LEFT_OUT
-    if len(sources) < needed:
+    datasets = len({source.dataset for source in sources})
+    if datasets < needed:
         return (
-            f"{len(sources)} datasets; behaviour.batch_size {config.behaviour.batch_size} leaves "
+            f"{datasets} datasets; behaviour.batch_size {config.behaviour.batch_size} leaves "
             f"too few others, it needs {needed}"
         )
     return None

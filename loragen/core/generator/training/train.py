@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 
 from loragen.core.checkpoints import AtomicCheckpointIO, load_plain
 from loragen.core.config import GenTrainConfig
+from loragen.core.errors import UsageError
 from loragen.core.files import sha256_text
 from loragen.core.generator.collections.prepared import embed_ahead, prepared
 from loragen.core.generator.collections.samples import CollectionSamples
@@ -29,7 +30,7 @@ from loragen.core.generator.training.encoding import embedded
 from loragen.core.generator.training.module import GeneratorModule
 from loragen.core.generator.training.objectives import Behaviour, Objectives, Reconstruction
 from loragen.core.generator.training.optimization import StepPlan
-from loragen.core.generator.training.plan import Plan, plan
+from loragen.core.generator.training.plan import TRAINS_ALONG, Plan, plan
 from loragen.core.generator.training.record import new_manifest, provenance
 from loragen.core.generator.training.resume import (
     GeneratorPoint,
@@ -79,6 +80,8 @@ def train(
     config = located(work.config)
     tried = rehearsal(work, resume.manifest.base_dtype if resume else "")
     encoder, key = _encoder(config)
+    if config.training.objective == "transfer" and not encoder.frozen:
+        raise UsageError(f"training.objective transfer: {TRAINS_ALONG}; choose another objective")
     both = [*work.sources, *work.unseen]
     with prepared(both, work.layout, encoder, key, config) as ready:
         seen, unseen = ready[: len(work.sources)], ready[len(work.sources) :]
@@ -244,7 +247,7 @@ def _known(data: GeneratorData, generator: Generator) -> KnownDatasets | None:
         return None
     samples = CollectionSamples([one.tokens for one in data.sources], generator.normalization)
     generator.network.transfers.train_transfer_only()
-    return KnownDatasets(data.sources, data.train_texts, generator.network, samples)
+    return KnownDatasets(data.sources, data.train_texts, samples)
 
 
 def _new_generator(data: GeneratorData, work: Plan, encoder: Encoder) -> Generator:
@@ -254,8 +257,8 @@ def _new_generator(data: GeneratorData, work: Plan, encoder: Encoder) -> Generat
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         network = new_network(config.decoder.name, config.decoder.options, encoder.dim, layout)
+        network.start_from(CollectionSamples(collections, normalization))
     network.fit_conditions((texts, mask) for _, texts, mask in embedded(encoder, data.sources))
-    network.start_from(CollectionSamples(collections, normalization))
     return Generator(
         encoder=Choice(config.encoder.name, config.encoder.options),
         encoder_fingerprint=encoder.fingerprint,

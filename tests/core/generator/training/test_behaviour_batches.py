@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -29,7 +30,8 @@ def prepared(code, checkpoints=3, texts=8, tracked=None):
     embeddings = 100.0 * code + np.arange(texts)[:, None, None] + np.zeros((1, 1, 5))
     mask = np.ones((texts, 1), dtype=bool)
     tokens, embeddings = tokens.astype(np.float32), embeddings.astype(np.float32)
-    return PreparedSource(f"source {code}", tokens, embeddings, mask, tracked=tracked)
+    name = f"source {code}"
+    return PreparedSource(name, tokens, embeddings, mask, tracked=tracked, dataset=name)
 
 
 def labelled(code, count=6):
@@ -172,6 +174,15 @@ def test_the_others_are_all_datasets_that_no_device_writes_for(more, pairs, part
         first.others.condition[:, 0, 0, 0] // 100 - 1
     ).tolist() == first.others.datasets.tolist()
     assert all(a.equal(b) for a, b in zip(first.others, second.others, strict=True))
+
+
+def test_another_source_of_what_is_left_out_is_left_out_too():
+    sources = [replace(prepared(i + 1), dataset=f"dataset {i // 2}") for i in range(8)]
+    found = batches(sources, kind=TransferBatches, batch_size=2)
+    for k in range(6):
+        left_out = {(int(one) // 100 - 1) // 2 for one in found[k].tokens[:, 0, 0]}
+        others = {index // 2 for index in found[k].others.datasets.tolist()}
+        assert others == set(range(4)) - left_out
 
 
 def test_a_transfer_batch_has_the_adapters_and_rows_of_any_other():

@@ -68,6 +68,16 @@ def colors_held_out(collection):
 
 
 class TestObjectives:
+    def test_a_transfer_in_double_precision(self, trained):
+        run = trained(
+            {
+                "training.objective": "transfer",
+                "behaviour.batch_size": 1,
+                "trainer.precision": "64-true",
+            }
+        )
+        assert run.manifest.status == "success"
+
     @pytest.mark.parametrize(
         ("objective", "told"),
         [

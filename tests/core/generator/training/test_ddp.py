@@ -51,12 +51,14 @@ for name in sys.argv[1:]:
 
 def test_two_processes_train_what_one_does(gen_config, collection, tmp_path):
     """For every objective; up to rounding, and written once."""
-    sources = [
-        {"checkpoints": str(copied), "prompts": str(collection.file(name))}
-        for name, run in collection.runs.items()
-        for i in range(2)
-        for copied in [shutil.copytree(run / "adapter", tmp_path / f"{name}-{i}")]
-    ]
+    sources = []  # four datasets: an adapter may stand beside any rows
+    for name, run in collection.runs.items():
+        lines = collection.file(name).read_text(encoding="utf-8").splitlines(keepends=True)
+        for i in range(2):
+            copied = shutil.copytree(run / "adapter", tmp_path / f"{name}-{i}")
+            rows = tmp_path / f"{name}-{i}.jsonl"
+            rows.write_text("".join(lines[i::2]), encoding="utf-8")
+            sources.append({"checkpoints": str(copied), "prompts": str(rows)})
     alone = {}
     for name, settings in SETTINGS.items():
         config = gen_config({**settings, "sources": sources})

@@ -15,6 +15,7 @@ from loragen.core.generator.training.train import train
 from loragen.core.interrupt import Interrupted
 from loragen.core.progress import Silent
 from loragen.core.runs import GENERATOR_FILE, GeneratorManifest, read_manifest
+from loragen.plugins.decoders import _cell_map
 from tests.conftest import configured, generator_settings
 from tests.core.resuming import Kill, StopAt, assert_same_course, entries, same
 
@@ -133,6 +134,22 @@ class TestExact:
         run = stopped(3, settings)
         assert resume(run, settings)[0] == 3
         assert_equal(unbroken(settings), run)
+
+    def test_a_transfer_goes_on_along_the_directions_that_it_had(
+        self, unbroken, stopped, resume, monkeypatch
+    ):
+        """Principal components have no sign of their own: another library may turn them."""
+        settings = {
+            "training.objective": "transfer",
+            "training.last_every": 1,
+            "behaviour.max_steps": 4,
+            "behaviour.batch_size": 1,
+        }
+        whole, run = unbroken(settings), stopped(3, settings)
+        found = _cell_map.principal_directions
+        monkeypatch.setattr(_cell_map, "principal_directions", lambda *a: -found(*a))
+        resume(run, settings)
+        assert_equal(whole, run)
 
     @pytest.mark.parametrize("step", [4, 6, 7])
     def test_the_best_so_far_is_kept(self, unbroken, stopped, resume, step):

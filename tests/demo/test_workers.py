@@ -1,0 +1,47 @@
+"""The demo's processes end with it, however it ends."""
+
+import subprocess
+import sys
+from threading import Event
+
+import psutil
+import pytest
+
+from loragen.core.interrupt import Interrupted
+from loragen.demo import workers
+from loragen.demo.workers import Workers
+
+WAITING = """\
+import os, sys, time
+from loragen.demo import workers
+
+workers.HEAVY.clear()
+if __name__ == "__main__":
+    with workers.Workers() as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        time.sleep(100)
+"""
+
+
+def test_they_have_the_base_and_give_results():
+    with Workers() as pool:
+        assert pool.submit(divmod, 7, 2).result() == (3, 1)
+
+
+def test_jobs_that_nobody_waits_for_do_not_begin(monkeypatch):
+    given_up = Event()
+    given_up.set()
+    monkeypatch.setattr(workers, "_given_up", given_up)
+    with pytest.raises(Interrupted):
+        workers._train(None)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX does")
+def test_none_outlives_a_demo_that_was_killed(tmp_path):
+    (tmp_path / "waiting.py").write_text(WAITING, encoding="utf-8")
+    with subprocess.Popen(
+        [sys.executable, "waiting.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as demo:
+        worker = psutil.Process(int(demo.stdout.readline()))
+        demo.kill()
+    worker.wait(timeout=20)
