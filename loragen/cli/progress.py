@@ -21,12 +21,14 @@ def terminal_progress() -> Progress:
 
 
 class PlainProgress:
-    """The first step, then one line every ten seconds, then the last; and every validation."""
+    """The first step, then one line every ten seconds, then the last; and validations, unless they
+    come faster and bring nothing new."""
 
     def start(self, title: str, total: int) -> None:  # noqa: ARG002  # a bar wants it
         self._title = title
         self._first: tuple[float, int] | None = None
         self._next, self._phase = 0.0, ""
+        self._next_validation = 0.0
 
     def step(self, step: Step) -> None:
         now = time.monotonic()
@@ -39,6 +41,10 @@ class PlainProgress:
         render.note(f"{self._title}: {figures(step)}{self._left(now, step)}")
 
     def validated(self, validation: Validation) -> None:
+        now, (at, total) = time.monotonic(), validation.place
+        if now < self._next_validation and at < total and not validation.is_best:
+            return
+        self._next_validation = now + SECONDS_BETWEEN_LINES
         render.note(f"{self._title}: {measured(validation)}")
 
     def _left(self, now: float, step: Step) -> str:
@@ -112,6 +118,5 @@ def measured(validation: Validation) -> str:
         if name.rpartition("/")[2] in MEASURES
     )
     phase, step = validation.best
-    newest = (phase, step) == (validation.phase, at)
-    best = "the best so far" if newest else f"best so far: {phase}, step {step}"
+    best = "the best so far" if validation.is_best else f"best so far: {phase}, step {step}"
     return f"validated after {validation.phase}, step {at}/{total}: {told}; {best}"

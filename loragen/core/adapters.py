@@ -32,6 +32,12 @@ class Adapter:
     config: dict[str, Any]
     tensors: dict[str, Tensor]
 
+    def __repr__(self) -> str:
+        """In a line: there are hundreds of tensors."""
+        values = sum(tensor.numel() for tensor in self.tensors.values())
+        base, rank = (self.config.get(key) for key in ("base_model_name_or_path", "r"))
+        return f"<{type(self).__name__}: {values:,} values, rank {rank}, for {base}>"
+
 
 def read_adapter(directory: Path) -> Adapter:
     """Raises UsageError where there is no adapter, DataError where its files are broken."""

@@ -77,6 +77,13 @@ def refuse_file(directory: Path) -> None:
             raise UsageError(f"{place} is a file; --output is a directory")
 
 
+def absent(path: Path, what: str) -> str:
+    """That there is no such thing, or that it is another: `d is a directory, not a file`."""
+    if not path.exists():
+        return f"{path}: no such {what}"
+    return f"{path} is a {'directory' if path.is_dir() else 'file'}, not a {what}"
+
+
 def user_path(text: str) -> Path:
     """With `~` replaced; as it stands where nobody is called that."""
     try:

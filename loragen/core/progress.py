@@ -40,6 +40,10 @@ class Validation:
     best: tuple[str, int]
     """Phase, and step within it, of the best so far; it may be this one."""
 
+    @property
+    def is_best(self) -> bool:
+        return self.best == (self.phase, self.place[0])
+
 
 class Progress(Protocol):
     def start(self, title: str, total: int) -> None: ...

@@ -30,12 +30,21 @@ def test_figures_of_a_step():
     assert figures(slow) == "stage 2, step 3/9, loss 0.5000, 0.052 answer tokens/s"
 
 
-def test_validations_are_lines_of_their_own(capsys):
+def test_validations_are_lines_of_their_own(capsys, monkeypatch):
     progress = PlainProgress()
     progress.start("generator", 100)
     for validation in (FIRST, LATER):
         progress.validated(validation)
+        monkeypatch.setattr(progress, "_next_validation", 0.0)  # ten seconds later
     assert capsys.readouterr().err.splitlines() == [FIRST_TOLD, LATER_TOLD]
+
+
+def test_validations_that_come_fast_and_bring_nothing_new_are_left_out(capsys):
+    progress = PlainProgress()
+    progress.start("generator", 100)
+    for validation in (FIRST, LATER, FIRST):
+        progress.validated(validation)
+    assert capsys.readouterr().err.splitlines() == [FIRST_TOLD, FIRST_TOLD]
 
 
 def test_on_a_terminal_they_stand_above_the_bar(monkeypatch):

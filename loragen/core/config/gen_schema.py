@@ -144,8 +144,11 @@ class Behaviour(Section):
 
     base_model: str | None = Field(None, description="null: the one that the runs were made on.")
     max_steps: int = Field(400, ge=1, description="Optimizer steps.")
-    learning_rate: float = Field(
-        5e-4, gt=0, description="Its own, for schedules that have a learning_rate."
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Its own, for schedules that have a learning_rate. null: 5e-4 for transfer, "
+        "1e-4 for behaviour, which moves every weight and diverges sooner.",
     )
     batch_size: int = Field(
         8, ge=1, description="Adapters per micro-batch, of all devices, each of another dataset."
@@ -155,6 +158,15 @@ class Behaviour(Section):
     reconstruction_weight: float = Field(
         0.1, ge=0, description="Weight of the reconstruction loss beside the base's."
     )
+
+    @property
+    def rate(self) -> float:
+        """For a phase of behaviour."""
+        return self.learning_rate or 1e-4
+
+    @property
+    def transfer_rate(self) -> float:
+        return self.learning_rate or 5e-4
 
 
 class GenTrainConfig(Section):

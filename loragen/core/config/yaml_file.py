@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from loragen.core.errors import ConfigError, UsageError
+from loragen.core.files import absent
 
 Loc = tuple[str | int, ...]
 DEEPEST = 50
@@ -33,7 +34,7 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], dict[Loc, str]]:
     mapping, or says a key twice.
     """
     if not file.is_file():
-        raise UsageError(f"{file}: no such configuration file")
+        raise UsageError(absent(file, "configuration file"))
     try:
         text = file.read_text(encoding="utf-8-sig")  # editors on Windows may add the mark
         node = yaml.compose(text, Loader=yaml.SafeLoader)

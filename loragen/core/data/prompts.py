@@ -10,6 +10,7 @@ from loragen.core.data.fields import texts
 from loragen.core.data.formats import question_of
 from loragen.core.data.rows import BadRow, bad_lines
 from loragen.core.errors import DataError, UsageError
+from loragen.core.files import absent
 
 TEXT_HINT = " (text, a prompt a line, is a .txt)"
 PREPARED_KEYS = ("prompt", "prompts", "dataset", "lines")
@@ -34,7 +35,7 @@ def read_prompts(source: Source) -> list[str]:
 def numbered_prompts(source: Source) -> tuple[list[Prompt], list[BadRow]]:
     """As `read_prompts`, each prompt with its line; bad rows apart, and no error."""
     if isinstance(source, Path) and not source.is_file():
-        raise UsageError(f"{source}: no such prompt file")
+        raise UsageError(absent(source, "prompt file"))
     if isinstance(source, Path) and source.suffix.lower() == ".txt":
         lines = enumerate(utf8_text(source).split("\n"), start=1)
         return [Prompt(line, text.strip()) for line, text in lines if text.strip()], []

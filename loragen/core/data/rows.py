@@ -193,6 +193,13 @@ def _unknown(name: str, root: Path, split: str) -> UsageError:
     if others:
         files = listing([str(file) for file in others])
         return UsageError(f"dataset '{name}' has no {split} split; give a file, there is {files}")
+    folder = root / name
+    if folder.is_dir() and (inside := sorted(file.name for file in folder.iterdir())):
+        held = listing(inside)
+        return UsageError(
+            f"dataset '{name}': {folder} has no {split}.* and no {name}_{split}.*, but {held}; "
+            "give a file of it, or --all with it as --data-root"
+        )
     known = dataset_names(root, split)
     return UsageError(
         f"unknown dataset '{name}'.{did_you_mean(name, known)} In {root}: {listing(known)}"

@@ -69,6 +69,14 @@ class Generator:
     """The experiment it was loaded from, or its file."""
     format_version: int = FORMAT_VERSION
 
+    def __repr__(self) -> str:
+        """In a line: it holds a network."""
+        values, datasets = self.layout.values, len(self.datasets)
+        return (
+            f"<Generator {self.name}: adapters of {values:,} values for {self.base_model}, "
+            f"learned from {datasets} datasets>"
+        )
+
     def generate(
         self,
         prompts: str | Sequence[str],

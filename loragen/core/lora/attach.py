@@ -24,12 +24,19 @@ def new_adapter(base: BaseModel, config: LoraTrainConfig) -> Any:
         try:
             model = get_peft_model(base.model, peft_config(config.lora))
         except ValueError as error:
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"lora.target_modules: {reason}") from None
+            reason = str(error).splitlines()[0].partition(" Please ")[0]
+            raise UsageError(
+                f"lora.target_modules: {reason} Its linear layers: {listing(_linear(base.model))}"
+            ) from None
     _require_all_found(model, config.lora.target_modules)
     # As the user named it: PEFT would put in the path the weights were loaded from.
     model.peft_config["default"].base_model_name_or_path = config.base_model
     return model
+
+
+def _linear(model: torch.nn.Module) -> list[str]:
+    layers = (n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
+    return sorted({name.rpartition(".")[2] for name in layers})
 
 
 def _require_all_found(model: Any, wanted: str | list[str]) -> None:

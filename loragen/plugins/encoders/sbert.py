@@ -1,7 +1,8 @@
 """Sentence-BERT (arXiv 1908.10084): one vector per prompt, or one per token."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -51,7 +52,8 @@ class SentenceBert(nn.Module):
         silent = None if isinstance(source, Path) else silence()
         here = isinstance(source, Path) or silent is not None
         try:
-            model = SentenceTransformer(str(source), device="cpu", local_files_only=here)
+            with _no_bar():
+                model = SentenceTransformer(str(source), device="cpu", local_files_only=here)
         except (OSError, ValueError) as error:
             reason = silent or str(error).strip().splitlines()[0]
             instead = "" if isinstance(source, Path) else PACKAGED_INSTEAD
@@ -114,6 +116,20 @@ class SentenceBert(nn.Module):
         kept = output["attention_mask"].bool()
         tokens = output["token_embeddings"].float()
         return [row[keep][: self.config.max_tokens] for row, keep in zip(tokens, kept, strict=True)]
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Without transformers' bar for weights that are there in a moment."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _source(model: str) -> str | Path:

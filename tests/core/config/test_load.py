@@ -212,7 +212,10 @@ def test_options_that_contradict_are_refused(configure, text, part):
 @pytest.mark.parametrize(
     "text, part",
     [
-        ("data: {batch_size: 9}", "data.batch_size 9 must be a multiple of devices x"),
+        (
+            "data: {batch_size: 9}\ntraining: {objective: reconstruction}",
+            "data.batch_size 9 must be a multiple of devices x",
+        ),
         (
             "behaviour: {batch_size: 9}\ntraining: {objective: behaviour}",
             "behaviour.batch_size 9 must be a multiple of devices x",

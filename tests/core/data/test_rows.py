@@ -294,3 +294,10 @@ def test_owner_and_name_are_a_hub_dataset_where_they_are_nothing_else(root):
     assert (name, str(source)) == ("name", "hub:owner/name@test")
     with pytest.raises(UsageError, match="no such file"):
         find_dataset("owner/name.csv", root)
+
+
+def test_a_folder_without_a_dataset_tells_what_it_holds(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.jsonl").write_text("{}", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"has no train\.\* and no mine_train\.\*, but a\.jsonl"):
+        find_dataset("mine", tmp_path)

@@ -9,7 +9,7 @@ from loragen.core.config.gen_schema import GenData, GenTrainConfig, SourceSectio
 from loragen.core.data.documents import location, parsed_source
 from loragen.core.data.prepare import Groups, PreparedPrompts, read_prepared
 from loragen.core.errors import LoragenError, UsageError, listing
-from loragen.core.files import natural_key
+from loragen.core.files import absent, natural_key
 from loragen.core.runs import (
     CHECKPOINTS,
     MANIFEST,
@@ -100,7 +100,7 @@ def directory_of(source: SourceSection) -> Path:
     directory = Path(str(source.run or source.checkpoints))
     if not directory.is_dir():
         kind = "run directory" if source.run is not None else "directory of checkpoints"
-        raise UsageError(f"{directory}: no such {kind}")
+        raise UsageError(absent(directory, kind))
     return directory
 
 

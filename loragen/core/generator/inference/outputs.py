@@ -45,4 +45,6 @@ def check_output(path: Path, overwrite: bool, marker: str = ADAPTER_CONFIG) -> N
     elif path.is_dir():
         raise UsageError(f"{path} is a directory; as a {path.suffix} it would be a file")
     elif path.exists() and not overwrite:
-        raise UsageError(f"{path} exists already; choose another place or add --force")
+        raise UsageError(
+            f"{path} exists already; choose another place or add --force (overwrite=True)"
+        )

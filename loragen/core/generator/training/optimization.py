@@ -61,8 +61,8 @@ def step_plan(config: GenTrainConfig, per_epoch: int) -> StepPlan:
     phases = tuple(Phase(one.objective, _limited(config, one.steps)) for one in wanted)
     schedules: dict[Objective, Schedule] = {
         "reconstruction": _schedule(config, config.training.learning_rate),
-        "behaviour": _schedule(config, config.behaviour.learning_rate),
-        "transfer": _schedule(config, config.behaviour.learning_rate),
+        "behaviour": _schedule(config, config.behaviour.rate),
+        "transfer": _schedule(config, config.behaviour.transfer_rate),
     }
     return StepPlan(Phases(phases), schedules, per_epoch)
 
