@@ -1,7 +1,7 @@
 """`loragen gen train`: learn a generator from collected adapters."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,6 +39,9 @@ def train(
             help="Go on with a run, from its newest checkpoint or the one named.",
         ),
     ] = None,
+    test_mode: Annotated[
+        bool, typer.Option("--test-mode", help="Six steps of each phase: does it run?")
+    ] = False,
     dry_run: DryRun = False,
     settings: Settings = None,
     json: Json = False,
@@ -49,12 +52,15 @@ def train(
     """
     from loragen.core.config import GenTrainConfig, Override, dump, load
     from loragen.core.generator.collections.places import check_places
-    from loragen.core.runs import CONFIG, GeneratorManifest, resumable_run
+    from loragen.core.runs import CONFIG, TEST_MODE_STEPS, GeneratorManifest, resumable_run
 
-    given = [
+    given: list[tuple[tuple[str, str], Any, str]] = [
         (("data", "checkpoint_dir"), checkpoint_dir or None, "--checkpoint-dir"),
         (("data", "prompts"), prompts, "--prompts"),
     ]
+    if test_mode:
+        steps = [("training", "max_steps"), ("behaviour", "max_steps")]
+        given += [(keys, TEST_MODE_STEPS[-1], "--test-mode") for keys in steps]
     flags = [Override(*one) for one in given if one[1] is not None]
     run = resumable_run(resume, GeneratorManifest) if resume else None
     file = config or (run / CONFIG if run else None)

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +68,12 @@ class TestTrain:
         result = loragen("gen", "infer", "--model", model, *PROMPT, "--output", "a")
         assert result.exit_code == 0, result.output
         assert len(read_adapter(loragen.work / "a").tensors) > 0
+
+    def test_test_mode_is_six_steps_of_each_phase(self, loragen, config_file):
+        result = loragen("gen", "train", "-c", config_file, "--test-mode")
+        assert result.exit_code == 0, result.output
+        manifest = read_manifest(Path(result.stdout.strip()), GeneratorManifest)
+        assert manifest.steps == 6
 
     def test_it_prints_the_experiment(self, loragen, config_file):
         arguments = ("gen", "train", "-c", config_file, "--set", "training.max_steps=2")

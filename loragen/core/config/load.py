@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from loragen.core.config.commands import MODELS, command_of
 from loragen.core.config.problems import Misplaced, place_of, problems_of
-from loragen.core.config.recognition import of_another_command
+from loragen.core.config.recognition import of_another_command, owner_of
 from loragen.core.config.sections import PluginSection
 from loragen.core.config.translation import translated
 from loragen.core.config.yaml_file import Loc, dotted, paths, read_yaml
@@ -136,6 +136,9 @@ def _from_file(file: Path, model: type[BaseModel]) -> Given:
         raise ConfigError(
             f"{file}: in the {other.name} form, which is for `loragen {other.command} train`"
         )
+    owner = owner_of(origins, command)
+    if owner is not None:
+        raise ConfigError(f"{file}: a configuration of `loragen {owner} train`, not of {command}")
     old = translated(tree, origins, command)
     if old is None:
         return Given(tree, origins, [])

@@ -1,6 +1,6 @@
 """Whose configuration a file is, and in which form, by its keys."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ SHARED = {
     "trainer": set(Trainer.model_fields),
 }
 """Keys that old files and today's have alike; any other of today's schema is today's alone."""
+STRANGERS = 3
 
 
 def command_for(file: Path) -> str:
@@ -81,6 +82,17 @@ def of_another_command(tree: Mapping[str, Any], command: str) -> Form | None:
     best = max(others, key=lambda form: _signs(tree, form))
     plain = _signs(tree, best) > max(1, *(_signs(tree, form) for form in ours))
     return best if plain else None
+
+
+def owner_of(places: Collection[Loc], command: str) -> str | None:
+    """Another command whose file this plainly is: it has keys of that alone, `STRANGERS` or more,
+    and none of ours alone. Fewer may be mistakes."""
+    ours = {keys for keys in places if has_key(MODELS[command], keys)}
+    for other, model in MODELS.items():
+        theirs = {keys for keys in places if has_key(model, keys)}
+        if len(theirs - ours) >= STRANGERS and not ours - theirs:
+            return other
+    return None
 
 
 def _signs(tree: Mapping[str, Any], form: Form) -> int:

@@ -134,6 +134,15 @@ def test_a_setting_reaches_into_lists_and_is_read_as_yaml(configure):
     assert config.schedule.options["learning_rate"] == 1e-3
 
 
+@pytest.mark.parametrize("command, model", [("gen", LoraTrainConfig), ("lora", GenTrainConfig)])
+def test_the_whole_file_of_the_other_command_is_one_problem(tmp_path, command, model):
+    file = tmp_path / "other.yaml"
+    file.write_text(document(command), encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        load(model, file, environment={})
+    assert str(error.value).startswith(f"{file}: a configuration of `loragen {command} train`")
+
+
 def test_variables_of_another_command_are_left_alone(configure):
     assert configure(environment={"LORAGEN_ENCODER__NAME": "sbert", "LORAGEN_DEBUG": "1"})
 
