@@ -1,5 +1,6 @@
 """What happens around the steps of generator training: metrics, checkpoints, the end of it."""
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ from loragen.core.progress import Step, Validation
 from loragen.core.runs import BEST_CHECKPOINT, CHECKPOINT_SUFFIX, CHECKPOINTS, LAST_CHECKPOINT
 from loragen.core.session import RunSession
 from loragen.core.steps import StepCallback
+
+log = logging.getLogger(__name__)
 
 
 class GeneratorMetrics(StepCallback):
@@ -155,6 +158,20 @@ class GeneratorCheckpoints(StepCallback):
         """A finished run has its last step, also where it was killed just before that."""
         if self._last_step != trainer.global_step:
             self._renew_last(trainer)
+        if self._best and trainer.is_global_zero:
+            self._tell_of_a_phase_in_vain(self._best["step"])
+
+    def _tell_of_a_phase_in_vain(self, best_step: int) -> None:
+        best, within = self.plan.phases.at(best_step)
+        last = self.plan.phases.phases[-1].objective
+        if best.objective != last:
+            log.warning(
+                "%s has made %s worse: kept is step %d of %s (try a lower behaviour.learning_rate)",
+                last,
+                self.selection.metric,
+                within,
+                best.objective,
+            )
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]

@@ -129,6 +129,12 @@ class TestObjectives:
         first, second = [rates[step] for step in range(1, 5)], [rates[s] for s in range(5, 9)]
         assert second == pytest.approx([0.5 * rate for rate in first])
 
+    def test_a_phase_that_made_it_worse_is_told(self, gen_config, caplog):
+        train(gen_config({**SMALL, "behaviour.learning_rate": 10.0}), Silent())
+        (told,) = [one for one in caplog.messages if "worse" in one]
+        assert told.startswith("behaviour has made val/behaviour worse: kept is step ")
+        assert told.endswith(" of reconstruction (try a lower behaviour.learning_rate)")
+
     def test_what_was_auto_is_kept_as_what_it_came_to(self, gen_config, trained):
         run = trained({"training.objective": "auto"})
         point = find_resume_point(run.directory)
