@@ -64,7 +64,8 @@ def go_on(
     json: bool,
 ) -> None:
     """Goes on with the run at `path`, on its own dataset and settings where no others are given."""
-    from loragen.core.runs import CONFIG, LoraManifest, read_manifest, run_directory_of
+    from loragen.core.manifests import LoraManifest, read_manifest
+    from loragen.core.runs import CONFIG, run_directory_of
 
     if every or len(wanted) > 1 or launcher == "ray":
         raise UsageError("--resume goes on with one run, and so with one dataset, here")

@@ -52,7 +52,8 @@ def train(
     """
     from loragen.core.config import GenTrainConfig, Override, dump, load
     from loragen.core.generator.collections.places import check_places
-    from loragen.core.runs import CONFIG, TEST_MODE_STEPS, GeneratorManifest, resumable_run
+    from loragen.core.manifests import GeneratorManifest
+    from loragen.core.runs import CONFIG, TEST_MODE_STEPS, resumable_run
 
     given: list[tuple[tuple[str, str], Any, str]] = [
         (("data", "checkpoint_dir"), checkpoint_dir or None, "--checkpoint-dir"),

@@ -18,7 +18,8 @@ from loragen.core.adapters import (
 )
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import natural_key, written_atomically
-from loragen.core.runs import LoraManifest, checkpoint_files, read_manifest, run_directory_of
+from loragen.core.manifests import LoraManifest, read_manifest
+from loragen.core.runs import checkpoint_files, run_directory_of
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

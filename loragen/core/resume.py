@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from loragen.core.checkpoints import load_plain
 from loragen.core.errors import DataError, UsageError
-from loragen.core.runs import AnyManifest
+from loragen.core.manifests import AnyManifest
 from loragen.core.session import Continued
 
 log = logging.getLogger(__name__)

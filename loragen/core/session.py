@@ -21,10 +21,11 @@ from loragen.core.config import dump
 from loragen.core.errors import UsageError
 from loragen.core.files import remove_unfinished, write_text
 from loragen.core.interrupt import Interrupted
+from loragen.core.manifests import Manifest, write_manifest
 from loragen.core.progress import Progress, Step, Validation
 from loragen.core.protocols import RunInfo, Status
 from loragen.core.run_loggers import RunLoggers
-from loragen.core.runs import CHECKPOINTS, CONFIG, Manifest, create_run_directory, write_manifest
+from loragen.core.runs import CHECKPOINTS, CONFIG, create_run_directory
 
 HARDWARE_EVERY = 10  # steps; reading the sensors costs about a millisecond
 

@@ -7,7 +7,7 @@ import yaml
 
 from loragen.core.adapters import read_adapter
 from loragen.core.config import GenTrainConfig
-from loragen.core.runs import GeneratorManifest, read_manifest
+from loragen.core.manifests import GeneratorManifest, read_manifest
 
 PROMPT = ("--prompt", "Question 1 about red?")
 

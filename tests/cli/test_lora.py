@@ -11,7 +11,7 @@ import yaml
 from loragen.core.config import LoraTrainConfig
 from loragen.core.errors import DataError
 from loragen.core.files import sha256
-from loragen.core.runs import LoraManifest, read_manifest
+from loragen.core.manifests import LoraManifest, read_manifest
 
 QUICK = ("--set", "loggers={}", "--set", "trainer.accelerator=cpu", "--set", "data.max_length=64")
 

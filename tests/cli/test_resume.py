@@ -8,8 +8,8 @@ import pytest
 from loragen.core.config import LoraTrainConfig, load
 from loragen.core.lora.precision import load_training_base
 from loragen.core.lora.train import train
+from loragen.core.manifests import LoraManifest, read_manifest, write_manifest
 from loragen.core.progress import Silent
-from loragen.core.runs import LoraManifest, read_manifest, write_manifest
 
 
 def snapshot(directory):

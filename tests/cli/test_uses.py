@@ -7,7 +7,7 @@ import pytest
 from loragen.cli.uses import file_and_line
 from loragen.core.data.batches import batch_indices
 from loragen.core.errors import UsageError
-from loragen.core.runs import MANIFEST
+from loragen.core.manifests import MANIFEST
 from tests.processes import run_in_turn
 
 

@@ -4,11 +4,11 @@ import pytest
 
 from loragen.core.errors import PluginError, UsageError
 from loragen.core.lora.train import train
+from loragen.core.manifests import LoraManifest, read_manifest
 from loragen.core.metrics_log import read_metrics
 from loragen.core.progress import Silent
 from loragen.core.protocols import RunInfo
 from loragen.core.run_loggers import RunLoggers
-from loragen.core.runs import LoraManifest, read_manifest
 
 HOOKS = """
 from loragen import hookimpl

@@ -13,7 +13,8 @@ from loragen.core.checkpoints import find_checkpoints, read_tensors
 from loragen.core.errors import LoragenError, UsageError
 from loragen.core.files import natural_key
 from loragen.core.lora_algebra import Factors, modules
-from loragen.core.runs import CHECKPOINTS, LoraManifest, read_manifest, run_directory_of
+from loragen.core.manifests import LoraManifest, read_manifest
+from loragen.core.runs import CHECKPOINTS, run_directory_of
 
 
 @dataclass(frozen=True)

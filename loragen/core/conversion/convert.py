@@ -28,13 +28,8 @@ from loragen.core.data.documents import SUFFIXES, content_hash, location
 from loragen.core.data.rows import find_dataset, read
 from loragen.core.errors import DataError, LoragenError, UsageError, listing, one_line
 from loragen.core.files import written_atomically
-from loragen.core.runs import (
-    MANIFEST,
-    DatasetRecord,
-    LoraManifest,
-    create_run_directory,
-    read_manifest,
-)
+from loragen.core.manifests import MANIFEST, DatasetRecord, LoraManifest, read_manifest
+from loragen.core.runs import create_run_directory
 
 log = logging.getLogger(__name__)
 

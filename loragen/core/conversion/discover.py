@@ -9,7 +9,8 @@ from pathlib import Path
 
 from loragen.core.errors import UsageError, listing
 from loragen.core.files import natural_key
-from loragen.core.runs import CHECKPOINTS, MANIFEST
+from loragen.core.manifests import MANIFEST
+from loragen.core.runs import CHECKPOINTS
 
 log = logging.getLogger(__name__)
 

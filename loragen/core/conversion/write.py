@@ -20,8 +20,9 @@ from loragen.core.conversion.read import (
 )
 from loragen.core.conversion.survey import Survey
 from loragen.core.files import natural_key, write_text
+from loragen.core.manifests import LoraManifest, write_manifest
 from loragen.core.plugins import create
-from loragen.core.runs import CHECKPOINTS, LoraManifest, checkpoint_name, write_manifest
+from loragen.core.runs import CHECKPOINTS, checkpoint_name
 
 TRACKING = ("batch_tracking_*.jsonl", "checkpoint_mapping_*.json", "line_checkpoint_mapping_*.json")
 

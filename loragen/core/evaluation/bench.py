@@ -19,7 +19,7 @@ from loragen.core.generator.collections.found import PromptDirectories
 from loragen.core.generator.collections.sources import Collection, read_source
 from loragen.core.generator.inference.draws import draw_prompts
 from loragen.core.generator.model import Generator
-from loragen.core.runs import SourceRecord
+from loragen.core.manifests import SourceRecord
 
 PROMPTS_PER_CENTRE = 32
 ALL_CHECKPOINTS = 2**31

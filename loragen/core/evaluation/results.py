@@ -14,7 +14,8 @@ from loragen.core.evaluation.intervals import interval
 from loragen.core.evaluation.measures import MEASURES
 from loragen.core.evaluation.novelty import Spread
 from loragen.core.generator.collections.sources import Collection
-from loragen.core.runs import LoraManifest, read_manifest, run_directory_of
+from loragen.core.manifests import LoraManifest, read_manifest
+from loragen.core.runs import run_directory_of
 
 
 def document(outcomes: Sequence[Outcome], bench: Bench, spread: Spread | None) -> dict[str, Any]:

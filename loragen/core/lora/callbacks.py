@@ -17,9 +17,10 @@ from loragen.core.lora.provenance import (
     tracking_file,
     write_mappings,
 )
+from loragen.core.manifests import LoraManifest
 from loragen.core.metrics_log import StepLog
 from loragen.core.progress import Step
-from loragen.core.runs import CHECKPOINTS, LAST_CHECKPOINT, LoraManifest, checkpoint_name
+from loragen.core.runs import CHECKPOINTS, LAST_CHECKPOINT, checkpoint_name
 from loragen.core.session import RunSession
 from loragen.core.steps import StepCallback
 

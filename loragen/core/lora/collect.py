@@ -15,8 +15,9 @@ from loragen.core.data.rows import check_rows, dataset_names, find_dataset
 from loragen.core.errors import LoragenError, UsageError, one_line
 from loragen.core.interrupt import Interrupted
 from loragen.core.lora.identity import differences, same_base, same_dtype, validation_hash
+from loragen.core.manifests import MANIFEST
 from loragen.core.progress import Step
-from loragen.core.runs import MANIFEST, LoraRun, read_run
+from loragen.core.runs import LoraRun, read_run
 
 log = logging.getLogger(__name__)
 

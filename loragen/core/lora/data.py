@@ -19,7 +19,7 @@ from loragen.core.errors import DataError, UsageError
 from loragen.core.lora.batch import Batch, Cost, answers_of, packed, padded
 from loragen.core.lora.identity import validation_hash
 from loragen.core.lora.packing import packing_cost
-from loragen.core.runs import DatasetRecord
+from loragen.core.manifests import DatasetRecord
 
 log = logging.getLogger(__name__)
 

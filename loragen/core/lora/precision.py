@@ -9,7 +9,7 @@ import torch
 from loragen.core.base_models import BaseModel, load_base
 from loragen.core.config import LoraTrainConfig
 from loragen.core.errors import UsageError
-from loragen.core.runs import BaseDtype
+from loragen.core.manifests import BaseDtype
 
 FROM_PARAMETERS = 100_000_000
 """A choice between the two sizes measured in `benchmarks/`: bfloat16 loses at 0.6 M parameters and

@@ -12,11 +12,11 @@ from loragen.core.errors import DataError
 from loragen.core.lora.data import Rows
 from loragen.core.lora.identity import differences
 from loragen.core.lora.precision import dtype_name, load_training_base
+from loragen.core.manifests import LoraManifest
 from loragen.core.metrics_log import METRICS, read_metrics
 from loragen.core.resume import ResumePoint, newest, progress_of
 from loragen.core.runs import (
     LAST_CHECKPOINT,
-    LoraManifest,
     checkpoint_files,
     checkpoint_step,
     read_run,

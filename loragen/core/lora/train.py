@@ -31,16 +31,11 @@ from loragen.core.lora.resume import (
     restore_adapter,
     void_later,
 )
+from loragen.core.manifests import LoraManifest, plugin_records
 from loragen.core.plugins import create
 from loragen.core.progress import Progress
 from loragen.core.resume import optimizer_state, restore_progress
-from loragen.core.runs import (
-    LoraManifest,
-    LoraRun,
-    checkpoint_files,
-    checkpoint_step,
-    plugin_records,
-)
+from loragen.core.runs import LoraRun, checkpoint_files, checkpoint_step
 from loragen.core.session import RunSession, fit, make_trainer, outcome
 from loragen.core.steps import StepSeeds
 

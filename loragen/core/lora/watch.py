@@ -7,9 +7,9 @@ from loragen.core.config import LoraTrainConfig
 from loragen.core.data.documents import location
 from loragen.core.errors import LoragenError
 from loragen.core.lora.collect import Task, run_directories
+from loragen.core.manifests import LoraManifest, read_manifest
 from loragen.core.metrics_log import METRICS, metrics_after
 from loragen.core.progress import Step
-from loragen.core.runs import LoraManifest, read_manifest
 
 
 class RunWatch:

@@ -15,8 +15,9 @@ from loragen.core.errors import LoragenError, one_line
 from loragen.core.files import write_text
 from loragen.core.interrupt import Interrupted
 from loragen.core.lora.collect import Outcome, Task
+from loragen.core.manifests import LoraManifest, read_manifest
 from loragen.core.progress import Silent
-from loragen.core.runs import LoraManifest, LoraRun, read_manifest
+from loragen.core.runs import LoraRun
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from loragen.core.conversion.convert import Options, check_one_dataset, convert
 from loragen.core.conversion.discover import find_runs
 from loragen.core.errors import ConfigError, DataError, UsageError
 from loragen.core.files import sha256
-from loragen.core.runs import LoraManifest, checkpoint_name, read_manifest
+from loragen.core.manifests import LoraManifest, read_manifest
+from loragen.core.runs import checkpoint_name
 
 from .finding import one_of
 

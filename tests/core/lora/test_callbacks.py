@@ -8,9 +8,10 @@ import torch
 from loragen.core.checkpoints import find_checkpoints
 from loragen.core.interrupt import Interrupted
 from loragen.core.lora.train import train
+from loragen.core.manifests import LoraManifest, read_manifest
 from loragen.core.metrics_log import read_metrics
 from loragen.core.progress import Silent
-from loragen.core.runs import LoraManifest, checkpoint_files, read_manifest
+from loragen.core.runs import checkpoint_files
 
 
 class Watching(Silent):

@@ -18,8 +18,9 @@ from loragen.core.lora import attach, local_launcher
 from loragen.core.lora.collect import Task, collect, finished_run, tasks, unfinished_run
 from loragen.core.lora.resume import find_resume_point, load_base_again
 from loragen.core.lora.train import train
+from loragen.core.manifests import LoraManifest, read_manifest, write_manifest
 from loragen.core.progress import Silent
-from loragen.core.runs import LoraManifest, checkpoint_files, read_manifest, write_manifest
+from loragen.core.runs import checkpoint_files
 
 QUICK = {"training.max_steps": 2, "checkpoints.first_step": 2, "final_model": "none"}
 

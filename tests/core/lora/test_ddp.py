@@ -11,9 +11,10 @@ from loragen.core.checkpoints import read_tensors
 from loragen.core.config import LoraTrainConfig, load
 from loragen.core.lora.precision import load_training_base
 from loragen.core.lora.train import train
+from loragen.core.manifests import LoraManifest, read_manifest
 from loragen.core.metrics_log import read_metrics
 from loragen.core.progress import Silent
-from loragen.core.runs import LoraManifest, checkpoint_files, read_manifest
+from loragen.core.runs import checkpoint_files
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo is not tested there")
 

@@ -12,7 +12,7 @@ from loragen.core.errors import UsageError
 from loragen.core.lora import ray_launcher
 from loragen.core.lora.collect import Task, collect, finished_run
 from loragen.core.lora.worker import Job, train_job
-from loragen.core.runs import LoraManifest, read_manifest
+from loragen.core.manifests import LoraManifest, read_manifest
 
 from .test_collect import Recorded
 

@@ -13,8 +13,9 @@ from loragen.core.lora.callbacks import StepMetrics
 from loragen.core.lora.precision import load_training_base
 from loragen.core.lora.resume import find_resume_point
 from loragen.core.lora.train import train
+from loragen.core.manifests import MANIFEST, LoraManifest, read_manifest
 from loragen.core.progress import Silent
-from loragen.core.runs import MANIFEST, LoraManifest, checkpoint_files, read_manifest
+from loragen.core.runs import checkpoint_files
 from tests.conftest import TINY_LORA, configured, write_lines
 from tests.core.resuming import Kill, StopAt, assert_same_course, same
 

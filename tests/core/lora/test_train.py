@@ -14,8 +14,9 @@ from loragen.core.files import sha256
 from loragen.core.lora import train as training
 from loragen.core.lora.data import load_rows
 from loragen.core.lora.precision import load_training_base
+from loragen.core.manifests import LoraManifest, read_manifest
 from loragen.core.progress import Silent
-from loragen.core.runs import LoraManifest, checkpoint_files, read_manifest
+from loragen.core.runs import checkpoint_files
 
 
 def state(model):

@@ -10,15 +10,8 @@ from loragen.core.data.documents import location, parsed_source
 from loragen.core.data.prepare import Groups, PreparedPrompts, read_prepared
 from loragen.core.errors import LoragenError, UsageError, listing
 from loragen.core.files import absent, natural_key
-from loragen.core.runs import (
-    CHECKPOINTS,
-    MANIFEST,
-    TEST_MODE_STEPS,
-    LoraManifest,
-    LoraRun,
-    read_manifest,
-    run_directory_of,
-)
+from loragen.core.manifests import MANIFEST, LoraManifest, read_manifest
+from loragen.core.runs import CHECKPOINTS, TEST_MODE_STEPS, LoraRun, run_directory_of
 
 log = logging.getLogger(__name__)
 

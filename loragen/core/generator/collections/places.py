@@ -18,7 +18,8 @@ from loragen.core.generator.collections.found import (
     run_of,
     shown,
 )
-from loragen.core.runs import LoraManifest, read_manifest, run_directory_of
+from loragen.core.manifests import LoraManifest, read_manifest
+from loragen.core.runs import run_directory_of
 
 log = logging.getLogger(__name__)
 

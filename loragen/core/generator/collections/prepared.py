@@ -17,8 +17,8 @@ from loragen.core.generator.collections.embeddings import write_embeddings
 from loragen.core.generator.collections.sources import Collection, texts_of
 from loragen.core.generator.layout import Layout
 from loragen.core.generator.targets import TargetForm, in_form
+from loragen.core.manifests import SourceRecord
 from loragen.core.protocols import Encoder
-from loragen.core.runs import SourceRecord
 
 
 @dataclass(frozen=True)

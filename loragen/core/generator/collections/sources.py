@@ -27,12 +27,8 @@ from loragen.core.generator.collections.texts import (
 )
 from loragen.core.generator.layout import Layout
 from loragen.core.lora.provenance import Provenance, traced_run
-from loragen.core.runs import (
-    LoraManifest,
-    checkpoint_step,
-    read_manifest,
-    run_directory_of,
-)
+from loragen.core.manifests import LoraManifest, read_manifest
+from loragen.core.runs import checkpoint_step, run_directory_of
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from loragen.core.generator.collections.rows import LabelledRows, has_rows, labe
 from loragen.core.generator.collections.sources import Collection, groups_of
 from loragen.core.generator.training.plan import Plan
 from loragen.core.lora.precision import load_training_base
-from loragen.core.runs import BaseDtype
+from loragen.core.manifests import BaseDtype
 
 
 @dataclass(frozen=True)

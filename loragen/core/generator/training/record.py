@@ -8,8 +8,8 @@ from loragen.core.generator.training.plan import Plan
 from loragen.core.generator.training.resume import GeneratorPoint
 from loragen.core.generator.training.selection import Selection
 from loragen.core.lora.precision import dtype_name
+from loragen.core.manifests import GeneratorManifest, SourceRecord, plugin_records
 from loragen.core.protocols import Encoder
-from loragen.core.runs import GeneratorManifest, SourceRecord, plugin_records
 
 
 def new_manifest(

@@ -12,16 +12,9 @@ from loragen.core.config.gen_schema import SourceSection
 from loragen.core.data.documents import location, parsed_source
 from loragen.core.errors import DataError
 from loragen.core.generator.collections.found import configured_sources
+from loragen.core.manifests import GeneratorManifest, SourceRecord, read_manifest
 from loragen.core.resume import ResumePoint, newest, progress_of
-from loragen.core.runs import (
-    CHECKPOINT_SUFFIX,
-    CHECKPOINTS,
-    CONFIG,
-    GeneratorManifest,
-    SourceRecord,
-    read_manifest,
-    resumable_run,
-)
+from loragen.core.runs import CHECKPOINT_SUFFIX, CHECKPOINTS, CONFIG, resumable_run
 
 log = logging.getLogger(__name__)
 

@@ -44,12 +44,13 @@ from loragen.core.generator.training.resume import (
 from loragen.core.generator.training.selection import Selection, select_by
 from loragen.core.generator.training.transfer import KnownDatasets
 from loragen.core.interrupt import Interruption
+from loragen.core.manifests import GeneratorManifest
 from loragen.core.plugins import create
 from loragen.core.progress import Progress
 from loragen.core.protocols import Encoder
 from loragen.core.quiet import quiet_libraries
 from loragen.core.resume import optimizer_state, restore_progress
-from loragen.core.runs import GENERATOR_FILE, GeneratorManifest
+from loragen.core.runs import GENERATOR_FILE
 from loragen.core.session import RunSession, fit, make_trainer, outcome
 from loragen.core.steps import StepSeeds
 

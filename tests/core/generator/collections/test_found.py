@@ -4,7 +4,7 @@ import pytest
 
 from loragen.core.errors import UsageError
 from loragen.core.generator.collections.found import configured_sources, find_sources
-from loragen.core.runs import LoraManifest, read_manifest
+from loragen.core.manifests import LoraManifest, read_manifest
 
 
 @pytest.fixture

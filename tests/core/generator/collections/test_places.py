@@ -5,7 +5,7 @@ import pytest
 from loragen.core.data.prepare import Grouping, prepare
 from loragen.core.errors import UsageError
 from loragen.core.generator.collections.places import check_places
-from loragen.core.runs import LoraManifest, read_manifest
+from loragen.core.manifests import LoraManifest, read_manifest
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from loragen.core.generator.collections.prepared import prepared
 from loragen.core.generator.collections.sources import common_layout, read_source, texts_of
 from loragen.core.generator.training.train import plan
 from loragen.core.lora.provenance import traced_run
-from loragen.core.runs import LoraManifest, checkpoint_step, read_manifest, write_manifest
+from loragen.core.manifests import LoraManifest, read_manifest, write_manifest
+from loragen.core.runs import checkpoint_step
 
 
 @pytest.fixture

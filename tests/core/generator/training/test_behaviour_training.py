@@ -14,9 +14,10 @@ from loragen.core.generator.training.resume import find_resume_point, settled
 from loragen.core.generator.training.selection import select_by
 from loragen.core.generator.training.train import train
 from loragen.core.lora import precision
+from loragen.core.manifests import GeneratorManifest, read_manifest
 from loragen.core.metrics_log import read_metrics
 from loragen.core.progress import Silent
-from loragen.core.runs import GENERATOR_FILE, GeneratorManifest, read_manifest
+from loragen.core.runs import GENERATOR_FILE
 from tests.conftest import COLORS, configured, generator_settings, rows_of, write_lines
 from tests.core.generator.training.test_resume import Kill, StopAt, assert_equal
 

@@ -18,10 +18,11 @@ from loragen.core.generator.model import Generator
 from loragen.core.generator.training import callbacks, optimization
 from loragen.core.generator.training import train as module
 from loragen.core.generator.training.train import read_ahead, train
+from loragen.core.manifests import GeneratorManifest, read_manifest
 from loragen.core.metrics_log import read_metrics
 from loragen.core.plugins import create
 from loragen.core.progress import Silent
-from loragen.core.runs import GeneratorManifest, generator_file, read_manifest
+from loragen.core.runs import generator_file
 from tests.conftest import configured, generator_settings
 
 PROMPTS = ["Question 1 about red?", "Question 2 about red?"]
