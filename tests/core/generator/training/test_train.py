@@ -297,6 +297,14 @@ def test_what_was_read_ahead_is_not_embedded_again(gen_config, tmp_path, monkeyp
     train(config, Silent())
 
 
+def test_a_transfer_is_refused_where_the_encoder_turns_out_to_train(gen_config, monkeypatch):
+    """Whatever a plugin calls the option by which it does."""
+    settings = {"training.objective": "transfer", "behaviour.batch_size": 1}
+    monkeypatch.setattr(module, "_encoder", lambda _: (SimpleNamespace(frozen=False), "key"))
+    with pytest.raises(UsageError, match="transfer: the encoder trains along"):
+        train(gen_config(settings), Silent())
+
+
 class TestTrainedEncoder:
     SETTINGS: ClassVar = {"encoder.frozen": False, "training.encoder_rate": 1.0}
 
