@@ -34,8 +34,8 @@ def test_the_command_line_is_light():
         assert out, command
 
 
-def test_what_an_author_imports_is_light():
-    modules = ("loragen", "loragen.testing", "loragen.core.plugins")
+def test_what_an_author_imports_and_a_demo_begins_with_is_light():
+    modules = ("loragen", "loragen.testing", "loragen.core.plugins", "loragen.demo.data")
     code = f"import sys, {', '.join(modules)}; print([n for n in {HEAVY!r} if n in sys.modules])"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -1,7 +1,7 @@
 """`loragen gen train`: learn a generator from collected adapters."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -55,13 +55,13 @@ def train(
     from loragen.core.manifests import GeneratorManifest
     from loragen.core.runs import CONFIG, TEST_MODE_STEPS, resumable_run
 
-    given: list[tuple[tuple[str, str], Any, str]] = [
+    steps = TEST_MODE_STEPS[-1] if test_mode else None
+    given = [
         (("data", "checkpoint_dir"), checkpoint_dir or None, "--checkpoint-dir"),
         (("data", "prompts"), prompts, "--prompts"),
+        (("training", "max_steps"), steps, "--test-mode"),
+        (("behaviour", "max_steps"), steps, "--test-mode"),
     ]
-    if test_mode:
-        steps = [("training", "max_steps"), ("behaviour", "max_steps")]
-        given += [(keys, TEST_MODE_STEPS[-1], "--test-mode") for keys in steps]
     flags = [Override(*one) for one in given if one[1] is not None]
     run = resumable_run(resume, GeneratorManifest) if resume else None
     file = config or (run / CONFIG if run else None)

@@ -55,18 +55,18 @@ class Done(NamedTuple):
 
 
 class Workers:
-    """A pool whose processes have loaded the base model once. What they import is imported beside
-    whatever this process does next."""
+    """A pool whose processes have loaded the base model once. What they need is imported beside
+    whatever this process does next: by the one that they are forked from, or by each of them."""
 
     def __init__(self) -> None:
-        context = _context()
+        context, count = _context(), min(MOST_WORKERS, os.cpu_count() or 1)
         self._given_up = context.Event()
         self._pool = ProcessPoolExecutor(
-            min(MOST_WORKERS, os.cpu_count() or 1),
-            mp_context=context,
-            initializer=_start,
-            initargs=(self._given_up,),
+            count, mp_context=context, initializer=_start, initargs=(self._given_up,)
         )
+        if context.get_start_method() == "spawn":  # each starts with a job, and not before
+            for _ in range(count):
+                self._pool.submit(int)
 
     def __enter__(self) -> "Workers":
         return self

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from multiprocessing import get_context
 from threading import Event
 
 import psutil
@@ -23,7 +24,11 @@ if __name__ == "__main__":
 """
 
 
-def test_they_have_the_base_and_give_results():
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "where nothing forks"])
+def test_they_have_the_base_and_give_results(monkeypatch, elsewhere):
+    if elsewhere:
+        monkeypatch.setattr(workers, "_context", lambda: get_context("spawn"))
+        monkeypatch.setattr(workers, "MOST_WORKERS", 1)
     with Workers() as pool:
         assert pool.submit(divmod, 7, 2).result() == (3, 1)
 

@@ -1,11 +1,10 @@
 """Which settings decide a run's result, and which are free to differ. Light."""
 
-from pathlib import Path
-
 from loragen.core.config import DEMO, LoraTrainConfig
 from loragen.core.config.differences import HARDWARE
 from loragen.core.config.differences import differences as config_differences
 from loragen.core.data.documents import content_hash, location, parsed_source
+from loragen.core.files import user_path
 
 FREE = (
     "base_model",  # its fingerprint, or its name, is compared apart
@@ -41,7 +40,7 @@ def located(config: LoraTrainConfig) -> LoraTrainConfig:
     """With the places of base and validation file made absolute: a run is gone on with, and an
     adapter loaded, from other directories."""
     found = config.model_copy(deep=True)
-    base = Path(config.base_model).expanduser()
+    base = user_path(config.base_model)
     if config.base_model != DEMO and base.is_dir():
         found.base_model = str(base.absolute())
     if config.data.validation:
@@ -51,7 +50,7 @@ def located(config: LoraTrainConfig) -> LoraTrainConfig:
 
 def same_base(one: str, other: str) -> bool:
     """Whether two names are one base model: a directory may be named in several ways."""
-    paths = [Path(name).expanduser() for name in (one, other)]
+    paths = [user_path(name) for name in (one, other)]
     return one == other or (
         all(path.is_dir() for path in paths) and paths[0].resolve() == paths[1].resolve()
     )

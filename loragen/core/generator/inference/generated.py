@@ -14,7 +14,7 @@ from loragen.core.generator.inference.origin import Origin
 from loragen.core.generator.inference.outputs import check_output
 
 
-@dataclass
+@dataclass(repr=False)  # the line that an Adapter is
 class GeneratedAdapter(Adapter):
     """An adapter like any other, with its origin."""
 

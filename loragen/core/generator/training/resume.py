@@ -11,6 +11,7 @@ from loragen.core.config.differences import HARDWARE, differences, other_hardwar
 from loragen.core.config.gen_schema import SourceSection
 from loragen.core.data.documents import location, parsed_source
 from loragen.core.errors import DataError
+from loragen.core.files import user_path
 from loragen.core.generator.collections.found import configured_sources
 from loragen.core.manifests import GeneratorManifest, SourceRecord, read_manifest
 from loragen.core.resume import ResumePoint, newest, progress_of
@@ -94,8 +95,8 @@ def located(config: GenTrainConfig) -> GenTrainConfig:
     found.val_sources = [_located(source) for source in config.val_sources]
     found.data.checkpoint_dir = None
     base = found.behaviour.base_model
-    if base and Path(base).expanduser().is_dir():
-        found.behaviour.base_model = str(Path(base).expanduser().absolute())
+    if base and user_path(base).is_dir():
+        found.behaviour.base_model = str(user_path(base).absolute())
     if config.data.prompts is not None:
         found.data.prompts = str(Path(config.data.prompts).absolute())
     return found

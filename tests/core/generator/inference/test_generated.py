@@ -33,6 +33,13 @@ def equal(one, other):
     return one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
 
 
+def test_both_are_told_in_a_line(generator, adapter):
+    """A notebook shows them: not every tensor."""
+    assert repr(generator).startswith(f"<Generator {generator.name}: adapters of 1,856 values for ")
+    assert repr(adapter).startswith("<GeneratedAdapter: 1,856 values, rank 2, for ")
+    assert max(map(len, (repr(generator), repr(adapter)))) < 400
+
+
 def test_one_line_from_prompts_to_files(experiment, tmp_path):
     made = loragen.Generator.load(experiment).generate(PROMPTS).save(tmp_path / "adapter")
     assert read_adapter(made).config["r"] == 2
