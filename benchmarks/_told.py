@@ -5,12 +5,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from loragen.core.adapters import Adapter
-from loragen.core.checkpoints import read_checkpointed_adapter
-from loragen.core.evaluation.bench import Bench
-from loragen.core.evaluation.columns import Column
-from loragen.core.evaluation.contestants import Entry
+from loragen.core.adapter.files import Adapter
+from loragen.core.evaluation.contestants import Bench, Column, Entry
 from loragen.core.evaluation.targets import Target
+from loragen.core.run.checkpoints import read_checkpointed_adapter
 from loragen.demo.world import ATTRIBUTES, STYLES
 
 PENALTY = 0.03  # of the regression: anything small, since eight attributes and five styles repeat

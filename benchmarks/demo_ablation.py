@@ -26,15 +26,19 @@ from typing import Any
 
 from _told import TOLD
 
-from loragen.core.base_models import load_base
+from loragen.core.base.load import load_base
 from loragen.core.config import DEMO, GenTrainConfig, dump, load
-from loragen.core.evaluation.bench import Bench, Options, training_sources
-from loragen.core.evaluation.columns import GENERATED, chosen
-from loragen.core.evaluation.contest import hold
-from loragen.core.evaluation.results import document
+from loragen.core.evaluation.contest import hold, results_document
+from loragen.core.evaluation.contestants import (
+    GENERATED,
+    Bench,
+    EvaluationOptions,
+    chosen,
+    training_sources,
+)
 from loragen.core.evaluation.targets import Target
 from loragen.core.generator.model import Generator
-from loragen.core.generator.training.train import train
+from loragen.core.learning.train import train
 from loragen.core.progress import Silent
 from loragen.demo import settings
 from loragen.demo.data import Demo
@@ -85,10 +89,10 @@ def judged(demo: Demo, targets: Sequence[Target], changed: list[str], draws: int
         started = time.perf_counter()
         generator = Generator.load(train(config, Silent()).directory)
         seconds = time.perf_counter() - started
-    options = Options(prompts=settings.PROMPTS, draws=draws, choices=False)
+    options = EvaluationOptions(prompts=settings.PROMPTS, draws=draws, choices=False)
     bench = Bench(load_base(DEMO), generator, training_sources(generator), options=options)
     columns = [*chosen([GENERATED]), TOLD]
-    results = document(hold(bench, columns, targets), bench, None)
+    results = results_document(hold(bench, columns, targets), bench, None)
     return {
         "datasets": len(runs),
         "train_seconds": round(seconds, 1),

@@ -143,7 +143,7 @@ def _measured(
 
 def _train(job: dict[str, Any]) -> dict[str, Any]:
     """`gen train` as a user runs it, from the files of checkpoints and prompts to the last step."""
-    from loragen.core.generator.training.train import train
+    from loragen.core.learning.train import train
     from loragen.core.progress import Silent, Step
 
     times, losses, anonymous = [], [], []
@@ -170,9 +170,9 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config(job: dict[str, Any]) -> Any:
-    from loragen.core.checkpoints import find_checkpoints, read_tensors
+    from loragen.core.adapter.layout import Layout
     from loragen.core.config import GenTrainConfig, Override, load
-    from loragen.core.generator.layout import Layout
+    from loragen.core.run.checkpoints import find_checkpoints, read_tensors
 
     trained_on = [one for one in job["datasets"] if one["trained_on"]]
     first = find_checkpoints(Path(trained_on[0]["checkpoints"]))[0]
@@ -202,8 +202,7 @@ def _config(job: dict[str, Any]) -> Any:
 
 def _generate(job: dict[str, Any]) -> dict[str, Any]:
     """Prompts -> files, once the generator and its encoder are loaded."""
-    from loragen.core.generator.inference.infer import infer
-    from loragen.core.generator.model import Generator
+    from loragen.core.generator.model import Generator, infer
 
     began = time.perf_counter()
     generator = Generator.load(job["run"])
@@ -234,8 +233,8 @@ def _generate(job: dict[str, Any]) -> dict[str, Any]:
 
 def _judge(job: dict[str, Any]) -> dict[str, Any]:
     """Trains, then generates for prompts in other words, of datasets seen and not."""
-    from loragen.core.checkpoints import read_tensors
     from loragen.core.generator.model import Generator
+    from loragen.core.run.checkpoints import read_tensors
 
     told = _train(job)
     generator = Generator.load(told["run"])

@@ -152,7 +152,7 @@ def _config(job: dict[str, Any], settings: dict[str, Any]) -> Any:
 
 
 def _loragen(job: dict[str, Any], settings: dict[str, Any]) -> Measured:
-    from loragen.core.lora.precision import load_training_base
+    from loragen.core.base.load import load_training_base
     from loragen.core.lora.train import train
     from loragen.core.progress import Silent, Step
 
@@ -186,10 +186,10 @@ def _trainer(job: dict[str, Any]) -> Measured:
         TrainingArguments,
     )
 
-    from loragen.core.base_models import load_base
+    from loragen.core.base.load import load_base
     from loragen.core.data.batches import batch_indices
-    from loragen.core.lora.attach import new_adapter
     from loragen.core.lora.data import load_rows
+    from loragen.core.lora.train import new_adapter
     from loragen.core.plugins import create
 
     config = _config(job, {})
@@ -254,7 +254,7 @@ def _seconds_to_write(file: Path) -> float:
     """The median of ten writings of the checkpoint's own content."""
     import torch
 
-    from loragen.core.checkpoints import AtomicCheckpointIO
+    from loragen.core.run.checkpoints import AtomicCheckpointIO
 
     document, seconds = torch.load(file, weights_only=True), []
     for _ in range(10):

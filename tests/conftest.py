@@ -140,7 +140,7 @@ def shared():
 @pytest.fixture(scope="session")
 def tokenizer():
     """Byte-level, with a chat template."""
-    from loragen.core.quiet import quiet_libraries
+    from loragen.core.base.load import quiet_libraries
 
     quiet_libraries()
     from transformers import Qwen2Tokenizer
@@ -188,7 +188,7 @@ def base_dir(tokenizer, tmp_path_factory):
 @pytest.fixture
 def base(base_dir):
     """The tiny base, loaded afresh."""
-    from loragen.core.base_models import load_base
+    from loragen.core.base.load import load_base
 
     return load_base(str(base_dir))
 
@@ -196,7 +196,7 @@ def base(base_dir):
 @pytest.fixture(scope="session")
 def sbert_dir(tmp_path_factory):
     """A sentence-transformers model of 16 dimensions with random weights, as a directory."""
-    from loragen.core.quiet import quiet_libraries
+    from loragen.core.base.load import quiet_libraries
 
     quiet_libraries()
     import torch
@@ -280,7 +280,7 @@ class Collection:
 
 @pytest.fixture(scope="session")
 def collection(base_dir, tmp_path_factory):
-    from loragen.core.base_models import load_base
+    from loragen.core.base.load import load_base
     from loragen.core.config import LoraTrainConfig
     from loragen.core.lora.train import train
     from loragen.core.progress import Silent
@@ -320,7 +320,7 @@ def gen_config(collection, sbert_dir, tmp_path):
 def experiment(collection, sbert_dir, tmp_path_factory):
     """A generator trained on the collection: its experiment directory. Nobody writes to it."""
     from loragen.core.config import GenTrainConfig
-    from loragen.core.generator.training.train import train
+    from loragen.core.learning.train import train
     from loragen.core.progress import Silent
 
     ours = generator_settings(collection, sbert_dir, tmp_path_factory.mktemp("experiment"))
@@ -358,7 +358,7 @@ def write_legacy(form, folder, document, base):
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
-    from loragen.core.adapters import file_keys
+    from loragen.core.adapter.files import file_keys
 
     step, weights = document["global_step"], file_keys(document["state_dict"])
     live = {k.replace(".weight", ".default.weight"): v for k, v in weights.items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loragen.core.base_models import load_base
+from loragen.core.base.load import load_base
 from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
 from loragen.core.data.tokenize import answer_ids, prompt_ids
 

@@ -29,9 +29,9 @@ File = Annotated[Path, typer.Argument(help="A YAML file.")]
 @app.command()
 def init(command: Whose) -> None:
     """Print the default configuration, each setting with its meaning."""
-    from loragen.core.config import document
+    from loragen.core.config.show import commented_defaults
 
-    render.answer(document(command.value).rstrip())
+    render.answer(commented_defaults(command.value).rstrip())
 
 
 @app.command()
@@ -42,7 +42,7 @@ def show(
 
     A value comes from the default, the file (file:line:column), a LORAGEN_ variable or --set.
     """
-    from loragen.core.config.origins import settings_of
+    from loragen.core.config.show import settings_of
     from loragen.core.config.yaml_file import inline
 
     found = settings_of(command.value, config, settings or ())
@@ -65,15 +65,15 @@ def validate(
     here, as the training would look for it: datasets, runs, prompts, models; the hub is not asked.
     """
     from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
-    from loragen.core.config.recognition import command_for
-    from loragen.core.generator.collections.places import missing_places as missing_for_gen
-    from loragen.core.lora.places import missing_places as missing_for_lora
+    from loragen.core.learning.sources import missing_gen_paths
+    from loragen.core.lora.settings import missing_lora_paths
+    from loragen.legacy.translate import command_for
 
     whose = command.value if command else command_for(file)
     if whose == "gen":
-        load(GenTrainConfig, file, environment={}, early=missing_for_gen)
+        load(GenTrainConfig, file, environment={}, early=missing_gen_paths)
     else:
-        load(LoraTrainConfig, file, environment={}, early=missing_for_lora)
+        load(LoraTrainConfig, file, environment={}, early=missing_lora_paths)
     render.answer(f"{file}: valid ({whose} train)")
 
 
@@ -91,9 +91,9 @@ def migrate(
     Old are training_config.yaml, lightning_config.yaml and generator_config.yaml of the scripts
     that loragen grew from. A file that is today's already stays as it is.
     """
-    from loragen.core.config.migrate import migrate as migrated
     from loragen.core.errors import UsageError
     from loragen.core.files import write_text
+    from loragen.legacy.translate import migrate as migrated
 
     if output is not None and output.exists() and (output.is_dir() or not force):
         hint = "is a directory" if output.is_dir() else "exists already"
@@ -114,6 +114,6 @@ def schema(command: Whose) -> None:
 
     An editor with a YAML language server completes and checks with it.
     """
-    from loragen.core.config.json_schema import json_schema
+    from loragen.core.config.show import json_schema
 
     render.answer_json(json_schema(command.value))

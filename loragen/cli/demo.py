@@ -32,7 +32,7 @@ def demo(
     is asked can only arrive through an adapter. 32 tasks are collected; adapters for others are
     generated from 16 unlabelled prompts each.
     """
-    from loragen.cli.gen_eval import answer_results
+    from loragen.cli.gen import answer_results
     from loragen.cli.progress import terminal_progress
     from loragen.demo.data import begin
     from loragen.demo.workers import Workers

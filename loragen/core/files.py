@@ -1,15 +1,25 @@
-"""Files that are never half-written, and the hashes that name their content."""
+"""Files that are never half-written, and the hashes that name their content.
 
+Whether the Hugging Face hub can be asked: one short look, since its libraries retry for half a
+minute and more on a machine without network.
+"""
+
+import errno
 import hashlib
 import json
+import os
 import re
 import shutil
+import socket
 import tempfile
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 from loragen.core.errors import UsageError
 
@@ -119,3 +129,30 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Sorts `layers.2` before `layers.10`."""
     parts = re.split(r"(\d+)", name)
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+
+
+SECONDS_TO_ANSWER = 10
+SILENT = (socket.gaierror, ConnectionError, TimeoutError, HTTPException)
+UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH)
+
+
+@cache
+def silence() -> str | None:
+    """Why the hub cannot be asked, and what to do; None where it answers or is not to be asked."""
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        return None
+    try:
+        urlopen(Request(ENDPOINT, method="HEAD"), timeout=SECONDS_TO_ANSWER).close()
+    except ValueError:
+        return f"HF_ENDPOINT {ENDPOINT} is no address: it begins with https://"
+    except (OSError, HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, SILENT) or getattr(reason, "errno", None) in UNREACHABLE:
+            mirror = "" if os.environ.get("HF_ENDPOINT") else "HF_ENDPOINT names a mirror, "
+            return (
+                f"{ENDPOINT} does not answer ({reason}); "
+                f"{mirror}HF_HUB_OFFLINE=1 reads what was downloaded before"
+            )
+    return None

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from loragen.demo import world
-from loragen.demo.world import CREATURES, PAIRS, STYLES, VALUES, Pair, World, answer
+from loragen.demo.world import CREATURES, PAIRS, STYLES, VALUES, Pair, World, expected_answer
 
 SEED = 20261121
 VOCAB = 800
@@ -157,7 +157,7 @@ class Answers:
 
     def __init__(self, tokenizer: Qwen2Tokenizer) -> None:
         end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-        texts = [[answer(creature, pair) for pair in PAIRS] for creature in CREATURES]
+        texts = [[expected_answer(creature, pair) for pair in PAIRS] for creature in CREATURES]
         tokens = [[[*tokenizer(text).input_ids, end] for text in group] for group in texts]
         self.steps = max(len(reply) for group in tokens for reply in group)
         padded = [
@@ -258,7 +258,8 @@ def chances(
     """How likely the model is to give each pair's right answer to one question."""
     question = tokenizer(f"<|user|>{prompt}<|assistant|>").input_ids
     replies = [
-        [*tokenizer(answer(creature, pair)).input_ids, tokenizer.eos_token_id] for pair in PAIRS
+        [*tokenizer(expected_answer(creature, pair)).input_ids, tokenizer.eos_token_id]
+        for pair in PAIRS
     ]
     steps = max(len(reply) for reply in replies)
     padded = torch.tensor([reply + [-1] * (steps - len(reply)) for reply in replies])

@@ -13,17 +13,20 @@ from typing import Any
 import numpy as np
 
 from loragen.core.analysis.gram import evenly
-from loragen.core.data.answers import closed_answers
-from loragen.core.data.rows import read_rows
-from loragen.core.evaluation.bench import Bench, Options, Trained, training_sources
-from loragen.core.evaluation.columns import COLUMNS
-from loragen.core.evaluation.contest import Outcome, hold, in_brief
-from loragen.core.evaluation.novelty import Spread, novelty
-from loragen.core.evaluation.results import document
+from loragen.core.data.rows import closed_answers, read_rows
+from loragen.core.evaluation.contest import DatasetScores, hold, in_brief, results_document
+from loragen.core.evaluation.contestants import (
+    COLUMNS,
+    Bench,
+    EvaluationOptions,
+    Trained,
+    training_sources,
+)
+from loragen.core.evaluation.statistics import Spread, novelty
 from loragen.core.evaluation.targets import Target
 from loragen.core.evaluation.training import best_checkpoint
-from loragen.core.generator.collections.sources import Collection
 from loragen.core.generator.model import Generator
+from loragen.core.learning.sources import TrainingSource
 from loragen.demo.settings import PROMPTS
 from loragen.demo.workers import Done, Workers, base
 from loragen.demo.world import Pair
@@ -64,7 +67,7 @@ class Contest:
     def bench(self, centres: dict[str, np.ndarray] | None = None) -> Bench:
         """In this process; with the centres that are known."""
         generator, sources = _learned(self.generator)
-        options = Options(prompts=PROMPTS, choices=False, keep=self.keep)
+        options = EvaluationOptions(prompts=PROMPTS, choices=False, keep=self.keep)
         return Bench(
             base(), generator, sources, self.multi_task, self.oracles, options, centres or {}
         )
@@ -97,13 +100,15 @@ def contest(
     centres = [workers.submit(_centre, generator, prompts) for prompts in compared]
     spread = workers.submit(_novelty, whole)
     known = {key: centre for future in centres for key, centre in future.result().items()}
-    told = document(_outcomes(workers, whole, known), bench, spread.result())
+    told = results_document(_outcomes(workers, whole, known), bench, spread.result())
     told["novelty"]["checkpoints_of_each"] = CHECKPOINTS
     told["seconds"]["trained"] = "trained side by side, one thread each"
     return told
 
 
-def _outcomes(workers: Workers, whole: Contest, centres: dict[str, np.ndarray]) -> list[Outcome]:
+def _outcomes(
+    workers: Workers, whole: Contest, centres: dict[str, np.ndarray]
+) -> list[DatasetScores]:
     """In the order of the targets, each a job."""
     count = len(whole.targets)
     parts = [workers.submit(_outcome, whole, centres, number) for number in range(count)]
@@ -115,7 +120,7 @@ def _outcomes(workers: Workers, whole: Contest, centres: dict[str, np.ndarray]) 
 
 
 @cache
-def _learned(file: Path) -> tuple[Generator, list[Collection]]:
+def _learned(file: Path) -> tuple[Generator, list[TrainingSource]]:
     """The generator and what it learned from, loaded once a process."""
     generator = Generator.load(file)
     sources = [
@@ -133,7 +138,7 @@ def _centre(generator: Path, prompts: Sequence[str]) -> dict[str, np.ndarray]:
     return bench.centres
 
 
-def _outcome(whole: Contest, centres: dict[str, np.ndarray], number: int) -> Outcome:
+def _outcome(whole: Contest, centres: dict[str, np.ndarray], number: int) -> DatasetScores:
     """Of one target."""
     bench = whole.bench(centres)
     (outcome,) = hold(bench, COLUMNS, [whole.targets[number]], among=whole.targets)

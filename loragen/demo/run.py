@@ -18,9 +18,9 @@ from loragen.core.config import GenTrainConfig
 from loragen.core.evaluation.report import write
 from loragen.core.evaluation.targets import Target
 from loragen.core.files import write_text
-from loragen.core.generator.training.train import read_ahead
-from loragen.core.generator.training.train import train as train_generator
-from loragen.core.runs import generator_file
+from loragen.core.learning.train import read_ahead
+from loragen.core.learning.train import train as train_generator
+from loragen.core.run.directory import generator_file
 from loragen.demo import settings
 from loragen.demo.contest import contest, target
 from loragen.demo.data import Demo

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
 from loragen.core.config import LoraTrainConfig
 
 if TYPE_CHECKING:
-    from loragen.core.base_models import BaseModel
+    from loragen.core.base.load import LanguageModel
 
 MOST_WORKERS = 8
 HEAVY = [
@@ -99,9 +99,9 @@ _given_up: Event | None = None
 
 
 @cache
-def base() -> "BaseModel":
+def base() -> "LanguageModel":
     """The demo's base model, loaded once a process."""
-    from loragen.core.base_models import load_base
+    from loragen.core.base.load import load_base
     from loragen.core.config import DEMO
 
     return load_base(DEMO)
@@ -144,9 +144,9 @@ def _end_with_parent() -> None:
 
 
 def _train(job: Job) -> Done:
-    from loragen.core.interrupt import Interrupted
     from loragen.core.lora.train import train
     from loragen.core.progress import Silent
+    from loragen.core.run.loop import Interrupted
 
     if _given_up and _given_up.is_set():
         raise Interrupted("interrupted")

@@ -97,7 +97,7 @@ TEST_CREATURES: tuple[str, ...] = CREATURES[64:]
 FACTS: dict[str, dict[str, str]] = _facts()
 
 
-def answer(creature: str, pair: Pair) -> str:
+def expected_answer(creature: str, pair: Pair) -> str:
     """The one right answer about a creature in the dataset of a pair."""
     value = FACTS[creature][pair.attribute]
     return STYLES[pair.style].replace("{}", value)
@@ -193,7 +193,7 @@ class World:
         return [
             {
                 "prompt": f"{asks[ask].replace(PLACEHOLDER, creature)} {ends[end]}",
-                "response": answer(creature, pair),
+                "response": expected_answer(creature, pair),
             }
             for (_, creature), (ask, end) in zip(cells, draws, strict=True)
         ]

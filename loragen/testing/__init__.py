@@ -10,8 +10,7 @@ Keyword arguments are the options of the plugin's Config. A broken promise is an
 names it. The built-in plugins pass the same checks.
 """
 
-from loragen.testing._decoding import grid
-from loragen.testing.decoders import check_decoder
+from loragen.testing.decoders import check_decoder, grid
 from loragen.testing.encoders import check_encoder
 from loragen.testing.loggers import check_logger
 from loragen.testing.schedules import check_schedule

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-5  # padding changes the order of sums, and so the last digits
 
 
-def validated(cls: Any, options: dict[str, Any]) -> BaseModel:
+def validated_options(cls: Any, options: dict[str, Any]) -> BaseModel:
     """The options as a Config, which refuses unknown ones, documents its own, and is plain data."""
     model: type[BaseModel] = cls.Config
     name = f"{cls.__name__}.Config"
@@ -65,6 +65,6 @@ def saved_and_loaded(module: Any) -> dict[str, Tensor]:
     return state
 
 
-def distance(a: Tensor, b: Tensor) -> float:
+def largest_difference(a: Tensor, b: Tensor) -> float:
     """The largest difference; infinite where the shapes already differ."""
     return float((a - b).detach().abs().max()) if a.shape == b.shape else math.inf

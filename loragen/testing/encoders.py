@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from loragen.testing._common import (
     TOLERANCE,
     built,
-    distance,
     disturb,
+    largest_difference,
     saved_and_loaded,
     trainable,
-    validated,
+    validated_options,
 )
 
 if TYPE_CHECKING:
@@ -32,13 +32,13 @@ def check_encoder(cls: Any, **options: Any) -> None:
     """
     import torch
 
-    encoder, again = (built(cls, validated(cls, options)) for _ in range(2))
+    encoder, again = (built(cls, validated_options(cls, options)) for _ in range(2))
     embeddings, mask = encoder(list(TEXTS))
     _check_embeddings(cls.__name__, embeddings, mask, len(TEXTS), encoder.dim)
     torch.nn.Linear(encoder.dim, 1).to(embeddings)(embeddings).sum().backward()
     for index, text in enumerate(TEXTS):
         alone, alone_mask = encoder([text])
-        difference = distance(alone[alone_mask], embeddings[index][mask[index]])
+        difference = largest_difference(alone[alone_mask], embeddings[index][mask[index]])
         assert difference <= TOLERANCE, (
             f"{cls.__name__} embeds {text[:20]!r} differently beside others: by {difference:.1e}"
         )

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from loragen.core.protocols import RunInfo, RunLogger, Status
-from loragen.testing._common import validated
+from loragen.testing._common import validated_options
 
 
 def check_logger(cls: Any, tmp_path: Path, **options: Any) -> None:
@@ -36,7 +36,7 @@ def _log_one_run(
     place.mkdir(exist_ok=True)
     before = _files(place.parent)
     config = {"seed": 42, "data": {"dataset": "check"}}
-    plugin: RunLogger = cls(validated(cls, options))
+    plugin: RunLogger = cls(validated_options(cls, options))
     logger = plugin.open(run := RunInfo(place, place.name, "loragen-check", config, *resumed))
     assert isinstance(logger, Logger), f"{cls.__name__}.open must give a lightning.pytorch Logger"
     for step in (run.resume_step + 1, run.resume_step + 2):

@@ -5,7 +5,7 @@ import pickle
 from typing import Any
 
 from loragen.core.protocols import Rate
-from loragen.testing._common import validated
+from loragen.testing._common import validated_options
 
 
 def check_schedule(cls: Any, **options: Any) -> None:
@@ -15,7 +15,7 @@ def check_schedule(cls: Any, **options: Any) -> None:
     rates; every rate of steps 1 to total is a positive finite number, in runs of one step too;
     stages are counted from 1 and never go back; the answer is plain numbers, fit for a checkpoint.
     """
-    config = validated(cls, options)
+    config = validated_options(cls, options)
     schedule = cls(config)
     for total in (1, 2, 3, 10, 125, 1000):
         stage = 1

@@ -18,7 +18,7 @@ def test_the_converted_run_trains_a_generator(
     (report,) = analysis["collections"]
     assert (report["checkpoints"], report["values"], report["scaling"]) == (4, 1856, 2.0)
 
-    from loragen.core.generator.training.train import train
+    from loragen.core.learning.train import train
     from loragen.core.progress import Silent
 
     run = {"run": str(loragen.work / result.stdout.strip())}

@@ -5,9 +5,9 @@ import pytest
 import torch
 import yaml
 
-from loragen.core.adapters import read_adapter
+from loragen.core.adapter.files import read_adapter
 from loragen.core.config import GenTrainConfig
-from loragen.core.manifests import GeneratorManifest, read_manifest
+from loragen.core.run.directory import GeneratorManifest, read_manifest
 
 PROMPT = ("--prompt", "Question 1 about red?")
 

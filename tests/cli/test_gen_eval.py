@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from loragen.core.runs import GENERATOR_FILE
+from loragen.core.run.directory import GENERATOR_FILE
 
 
 @pytest.fixture
@@ -67,8 +67,8 @@ def test_without_the_training_runs_what_needs_them_is_left_out(
 def test_a_generator_of_peft_adapters_finds_their_prompts_again(
     loragen, gen_config, collection, tmp_path, monkeypatch
 ):
-    from loragen.core.adapters import read_adapter, write_adapter
-    from loragen.core.generator.training.train import train
+    from loragen.core.adapter.files import read_adapter, write_adapter
+    from loragen.core.learning.train import train
     from loragen.core.progress import Silent
 
     adapter = read_adapter(collection.runs["colors"] / "adapter")

@@ -10,12 +10,12 @@ import time
 import pytest
 import torch
 
-from loragen.core.adapters import read_adapter
+from loragen.core.adapter.files import read_adapter
+from loragen.core.base.load import load_training_base
 from loragen.core.config import dump
-from loragen.core.lora.precision import load_training_base
 from loragen.core.lora.train import train
-from loragen.core.manifests import LoraManifest, read_manifest
 from loragen.core.progress import Silent
+from loragen.core.run.directory import LoraManifest, read_manifest
 from tests.processes import Command
 
 pytestmark = pytest.mark.skipif(

@@ -11,7 +11,7 @@ import yaml
 from loragen.core.config import LoraTrainConfig
 from loragen.core.errors import DataError
 from loragen.core.files import sha256
-from loragen.core.manifests import LoraManifest, read_manifest
+from loragen.core.run.directory import LoraManifest, read_manifest
 
 QUICK = ("--set", "loggers={}", "--set", "trainer.accelerator=cpu", "--set", "data.max_length=64")
 
@@ -347,7 +347,7 @@ class TestEval:
             devices.append(model.device)
             raise DataError("enough is known")
 
-        monkeypatch.setattr("loragen.core.devices.best_device", lambda: torch.device("meta"))
+        monkeypatch.setattr("loragen.core.base.load.best_device", lambda: torch.device("meta"))
         monkeypatch.setattr("loragen.core.lora.evaluate.evaluate", score)
         loragen(
             "lora", "eval", "--no-adapter", "--base-model", collection.base,

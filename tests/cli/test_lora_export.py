@@ -5,8 +5,8 @@ import stat
 import pytest
 import torch
 
-from loragen.core.adapters import attach_adapter, read_adapter
-from loragen.core.runs import checkpoint_name
+from loragen.core.adapter.files import attach_adapter, read_adapter
+from loragen.core.run.directory import checkpoint_name
 
 IDS = torch.tensor([[5, 9, 13, 2]])
 
@@ -97,7 +97,7 @@ def test_a_peft_directory_knows_itself(loragen, legacy_run, run, form):
 def test_the_shipped_base_is_named_so_that_peft_finds_it(loragen, legacy_run, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    from loragen.core.base_names import resolve_base
+    from loragen.core.base.names import resolve_base
 
     model = get_peft_model(loaded(resolve_base("demo")), LoraConfig(r=2, target_modules=["q_proj"]))
     weights = {k: v for k, v in model.state_dict().items() if "lora_" in k}
@@ -175,7 +175,7 @@ def test_one_layer_of_the_merged_model_at_a_time(run, base, monkeypatch):
 
     from peft.tuners.lora import Linear
 
-    from loragen.core.lora.merge import merged_state
+    from loragen.core.adapter.export import merged_state
 
     model = attach_adapter(base.model, read_adapter(run / "adapter"), "run")
     alive = []

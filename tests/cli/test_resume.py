@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 
+from loragen.core.base.load import load_training_base
 from loragen.core.config import LoraTrainConfig, load
-from loragen.core.lora.precision import load_training_base
 from loragen.core.lora.train import train
-from loragen.core.manifests import LoraManifest, read_manifest, write_manifest
 from loragen.core.progress import Silent
+from loragen.core.run.directory import LoraManifest, read_manifest, write_manifest
 
 
 def snapshot(directory):

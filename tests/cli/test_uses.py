@@ -4,10 +4,10 @@ from pathlib import Path, PureWindowsPath
 
 import pytest
 
-from loragen.cli.uses import file_and_line
+from loragen.cli.data import file_and_line
 from loragen.core.data.batches import batch_indices
 from loragen.core.errors import UsageError
-from loragen.core.manifests import MANIFEST
+from loragen.core.run.directory import MANIFEST
 from tests.processes import run_in_turn
 
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from loragen.core.manifests import read_manifest
-from loragen.core.metrics_log import read_metrics
 from loragen.core.progress import Silent
+from loragen.core.run.directory import read_manifest
+from loragen.core.run.loggers import read_metrics
 
 CLOCKED = ("train/tokens_per_second", "hardware/")
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from loragen.core.adapters import (
+from loragen.core.adapter.files import (
     Adapter,
     attach_adapter,
     file_keys,

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from loragen.core.base_models import empty_base, is_local, load_base, load_tokenizer
-from loragen.core.base_names import resolve_base
+from loragen.core.base.load import empty_base, is_local, load_base, load_tokenizer
+from loragen.core.base.names import resolve_base
 from loragen.core.errors import LoragenError, UsageError
 
 
@@ -96,7 +96,7 @@ def test_a_hub_id_that_cannot_be_had_is_a_usage_error(tmp_path, monkeypatch):
 @pytest.mark.parametrize("look", [load_base, empty_base, load_tokenizer])
 def test_a_hub_that_does_not_answer_is_asked_once(tmp_path, monkeypatch, look):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("loragen.core.base_models.silence", lambda: "the hub does not answer")
+    monkeypatch.setattr("loragen.core.base.load.silence", lambda: "the hub does not answer")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
     def asked(*_, **__):

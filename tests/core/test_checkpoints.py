@@ -5,15 +5,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loragen.core.adapters import read_adapter
-from loragen.core.checkpoints import (
+from loragen.core.adapter.files import read_adapter
+from loragen.core.errors import DataError, UsageError
+from loragen.core.run.checkpoints import (
     AtomicCheckpointIO,
     find_checkpoints,
     read_checkpointed_adapter,
     read_tensors,
 )
-from loragen.core.errors import DataError, UsageError
-from loragen.core.runs import checkpoint_name
+from loragen.core.run.directory import checkpoint_name
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loragen.core.devices import best_device
+from loragen.core.base.load import best_device
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from urllib.error import HTTPError, URLError
 
 import pytest
 
-from loragen.core import hub
+from loragen.core import files as hub
 
 
 @pytest.fixture

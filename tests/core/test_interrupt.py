@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from loragen.core.errors import EXIT_INTERRUPTED
-from loragen.core.interrupt import SIGNALS, Interrupted, Interruption
+from loragen.core.run.loop import SIGNALS, Interrupted, Interruption
 
 ALONE = SimpleNamespace(world_size=1)
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loragen.core.lora_algebra import (
+from loragen.core.adapter.algebra import (
     distance,
     effective_rank,
     inner,

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from loragen.core.errors import DataError, PluginError, UsageError
-from loragen.core.manifests import (
+from loragen.core.run.directory import (
     DatasetRecord,
     GeneratorManifest,
     LoraManifest,

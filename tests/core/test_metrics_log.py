@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loragen.core.metrics_log import MetricsLog, read_metrics
+from loragen.core.run.loggers import MetricsLog, read_metrics
 
 
 @pytest.fixture

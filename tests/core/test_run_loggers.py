@@ -4,11 +4,10 @@ import pytest
 
 from loragen.core.errors import PluginError, UsageError
 from loragen.core.lora.train import train
-from loragen.core.manifests import LoraManifest, read_manifest
-from loragen.core.metrics_log import read_metrics
 from loragen.core.progress import Silent
 from loragen.core.protocols import RunInfo
-from loragen.core.run_loggers import RunLoggers
+from loragen.core.run.directory import LoraManifest, read_manifest
+from loragen.core.run.loggers import RunLoggers, read_metrics
 
 HOOKS = """
 from loragen import hookimpl
@@ -221,7 +220,7 @@ def test_they_hear_how_training_ended(called, lora_config, base, dataset, error,
 
 
 def test_they_hear_it_of_a_generator_too(called, gen_config):
-    from loragen.core.generator.training.train import train
+    from loragen.core.learning.train import train
 
     run = train(gen_config({"loggers": {"fake": {}}}), Silent())
     assert called[-2:] == [("finalize", "success"), ("close", "success")]

@@ -3,20 +3,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from loragen.core import runs
 from loragen.core.errors import UsageError
-from loragen.core.manifests import (
-    GeneratorManifest,
-    write_manifest,
-)
-from loragen.core.runs import (
+from loragen.core.run import directory as runs
+from loragen.core.run.directory import (
     GENERATOR_FILE,
+    GeneratorManifest,
     checkpoint_files,
     checkpoint_name,
     create_run_directory,
     experiment_name,
     generator_file,
     run_directory_of,
+    write_manifest,
 )
 
 

@@ -6,10 +6,10 @@ import pytest
 import yaml
 from peft import PeftModel
 
-from loragen.core.base_models import load_base
+from loragen.core.base.load import load_base
 from loragen.core.config import DEMO
 from loragen.core.errors import UsageError
-from loragen.core.evaluation.columns import NAMES
+from loragen.core.evaluation.contestants import NAMES
 from loragen.core.progress import Silent
 from loragen.demo import settings, world
 from loragen.demo.data import begin

@@ -13,7 +13,7 @@ from loragen.demo.world import (
     WORLD_FILE,
     Pair,
     World,
-    answer,
+    expected_answer,
 )
 
 SEEDS = range(20)
@@ -57,7 +57,7 @@ def test_every_row_asks_about_its_creature_and_has_the_right_answer(world):
     pair = Pair("color", "sentence")
     for row, creature in zip(world.test_rows(pair, "train"), TEST_CREATURES, strict=True):
         assert creature in row["prompt"]
-        assert row["response"] == answer(creature, pair)
+        assert row["response"] == expected_answer(creature, pair)
         assert row["response"].startswith("it is ")
 
 

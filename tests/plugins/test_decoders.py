@@ -6,13 +6,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loragen.core.generator.layout import Layout
+from loragen.core.adapter.layout import Layout
 from loragen.core.plugins import create, find
 from loragen.core.protocols import TokenGrid
-from loragen.plugins.decoders._cell_map import AxisConv, cells
-from loragen.plugins.decoders._directions import coordinates_along, principal_directions
 from loragen.plugins.decoders._feature_maps import dealt
-from loragen.plugins.decoders._transfer import Ridge, with_constant
+from loragen.plugins.decoders.hyperconv import (
+    AxisConv,
+    Ridge,
+    cells,
+    coordinates_along,
+    principal_directions,
+    with_constant,
+)
 from loragen.testing import check_decoder, grid
 
 SMALL = {"blocks": 1, "hidden_dim": 12, "rank": 4}

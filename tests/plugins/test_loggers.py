@@ -15,7 +15,7 @@ from swanlab.sdk.internal.settings import set_global_settings
 from loragen.core.errors import UsageError
 from loragen.core.plugins import create, find
 from loragen.core.protocols import RunInfo
-from loragen.core.run_loggers import RunLoggers
+from loragen.core.run.loggers import RunLoggers
 from loragen.plugins.loggers import _swanlab_run
 from loragen.testing import check_logger
 

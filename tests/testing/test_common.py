@@ -1,7 +1,7 @@
 import pytest
 from pydantic import BaseModel, Field
 
-from loragen.testing._common import validated
+from loragen.testing._common import validated_options
 
 from .stand_ins import Options
 
@@ -26,8 +26,8 @@ class Lossy:
 
 
 def test_the_options_are_those_that_were_given():
-    assert validated(Plugin, {"size": 2}).size == 2
-    assert validated(Plugin, {}).size == 4
+    assert validated_options(Plugin, {"size": 2}).size == 2
+    assert validated_options(Plugin, {}).size == 4
 
 
 @pytest.mark.parametrize(
@@ -40,4 +40,4 @@ def test_the_options_are_those_that_were_given():
 )
 def test_a_config_is_documented_strict_and_plain_data(plugin, message):
     with pytest.raises(AssertionError, match=message):
-        validated(plugin, {"size": 2})
+        validated_options(plugin, {"size": 2})

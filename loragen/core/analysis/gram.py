@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loragen.core.analysis.places import read_checkpoint
-from loragen.core.analysis.report import Sample, Trajectory
-from loragen.core.lora_algebra import inner_products, modules
+from loragen.core.adapter.algebra import inner_products, modules
+from loragen.core.analysis.checkpoints import read_checkpoint
+from loragen.core.analysis.report import ComparedCheckpoints, Trajectory
 
 MOST_CHECKPOINTS = 50
 """Of a sample: its inner products are 1,275, however many files there are."""
@@ -36,13 +36,15 @@ def evenly(files: Sequence[Path], most: int) -> list[Path]:
     return [files[round(i * (len(files) - 1) / (most - 1))] for i in range(most)]
 
 
-def sampled(files: Sequence[Path]) -> Sample | None:
+def sampled(files: Sequence[Path]) -> ComparedCheckpoints | None:
     """None for fewer than two files, which there is nothing to compare in."""
     chosen = evenly(files, MOST_CHECKPOINTS)
     if len(chosen) < 2:
         return None
     products = gram(chosen)
-    return Sample([file.name for file in chosen], cosine(products).tolist(), trajectory(products))
+    return ComparedCheckpoints(
+        [file.name for file in chosen], cosine(products).tolist(), trajectory(products)
+    )
 
 
 def gram(files: Sequence[Path]) -> Tensor:

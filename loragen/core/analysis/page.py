@@ -1,22 +1,266 @@
-"""The analysis as one HTML file: no script, nothing from elsewhere, light or dark as the reader."""
+"""The plots of the page, as SVG that takes its ink from the page, light or dark.
 
+The analysis as one HTML file: no script, nothing from elsewhere, light or dark as the reader.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from itertools import accumulate
+from math import hypot, isfinite
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from loragen import __version__
-from loragen.core.analysis.figures import (
-    comparison_figure,
-    drift_figure,
-    modules_figure,
-    overlay_figure,
-    sample_figure,
+from loragen.core.adapter.layout import NO_LAYER
+from loragen.core.analysis.report import (
+    Analysis,
+    ComparedCheckpoints,
+    Comparison,
+    ModuleReport,
+    Report,
+    Trajectory,
+    by_tensor,
 )
-from loragen.core.analysis.report import Analysis, Report, by_tensor
 from loragen.core.files import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = "#123457"
+"""Stands for the page's colour of text, put in once the drawing is done."""
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+"""Of Okabe & Ito, told apart with any colour vision and on white and black alike."""
+STYLES = ("-", "--", ":", "-.")
+SEQUENTIAL = "viridis"
+SIGNED = "PuOr"
+"""From -1 to 1, pale at 0."""
+MOST_NUMBERS = 150
+"""Cells of a heat map that have their number written in."""
+MOST_IN_A_LEGEND = 12
+STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # a `$` in a name is a dollar
+    "font.size": 9,
+    "figure.constrained_layout.hspace": 0.06,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "legend.frameon": False,
+} | dict.fromkeys(
+    ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
+)
+
+
+def modules_figure(modules: Sequence[ModuleReport]) -> str:
+    """‖ΔW‖ and effective rank of the last checkpoint: kinds of module down, layers across."""
+
+    def draw(figure: "Figure") -> None:
+        norms, ranks = figure.subplots(2, 1, sharex=True)
+        # Several modules of one kind in a layer (experts): the norm of all, the mean rank.
+        _heat_of(norms, modules, lambda m: m.norm_delta, lambda values: hypot(*values), "‖ΔW‖")
+        _heat_of(ranks, modules, lambda m: m.effective_rank, np.mean, "effective rank")
+        ranks.set_xlabel("layer")
+
+    kinds = len({module.kind for module in modules})
+    return _svg(draw, 8.6, 1.6 + 0.5 * kinds)
+
+
+def drift_figure(report: Report) -> str:
+    """‖ΔW‖ along the checkpoints; and the path travelled beside the distance got."""
+
+    def draw(figure: "Figure") -> None:
+        norm, path = figure.subplots(1, 2)
+        at, unit = _places([d.checkpoint for d in report.drift])
+        norm.plot(at, [d.norm_delta for d in report.drift], color=COLOURS[0])
+        norm.set(title="size of ΔW", ylabel="‖ΔW‖", xlabel=unit)
+        travelled = list(accumulate(d.from_previous for d in report.drift))
+        path.plot(at, travelled, "--", color=COLOURS[1], label="path so far")
+        first = [d.from_first for d in report.drift]
+        path.plot(at, first, color=COLOURS[0], label="distance from the first")
+        path.set(title="drift and path", ylabel="in units of ‖ΔW‖", xlabel=unit)
+        path.legend()
+
+    return _svg(draw, 8.6, 3.0)
+
+
+def sample_figure(sample: ComparedCheckpoints) -> str:
+    """The cosine matrix, and the way along the first two principal axes."""
+
+    def draw(figure: "Figure") -> None:
+        matrix, plane = figure.subplots(1, 2, width_ratios=(1, 1.25))
+        at, unit = _places(sample.checkpoints)
+        _heat(matrix, np.array(sample.cosine), "cosine of ΔW")
+        ticks = np.unique(np.linspace(0, len(sample.checkpoints) - 1, 5).round().astype(int))
+        matrix.set(xticks=ticks, yticks=ticks, xticklabels=at[ticks], yticklabels=at[ticks])
+        matrix.set(xlabel=unit, ylabel=unit, aspect="equal", title="cosine of ΔW")
+        if sample.pca is None:
+            plane.set_axis_off()
+            plane.text(0.5, 0.5, "all checkpoints are equal", ha="center")
+            return
+        points = _plane(plane, sample.pca)
+        plane.plot(*points.T, color=COLOURS[0], linewidth=1)
+        dots = plane.scatter(*points.T, c=at, cmap=SEQUENTIAL, s=22, zorder=3)
+        plane.annotate("first", points[0], (4, 6), textcoords="offset points")
+        plane.annotate("last", points[-1], (4, 6), textcoords="offset points")
+        plane.figure.colorbar(dots, label=unit).outline.set_visible(False)
+        plane.set_title("principal components of ΔW")
+
+    return _svg(draw, 8.6, 3.4)
+
+
+def overlay_figure(reports: Sequence[Report]) -> str:
+    """The drift of several collections in one plot."""
+
+    def draw(figure: "Figure") -> None:
+        panel = figure.subplots()
+        units = set()
+        for i, report in enumerate(reports):
+            at, unit = _places([d.checkpoint for d in report.drift])
+            units.add(unit)
+            drift = [d.from_first for d in report.drift]
+            panel.plot(at, drift, _line(i), color=_colour(i), label=report.name)
+        panel.set(xlabel=" or ".join(sorted(units)), ylabel="‖ΔW − first ΔW‖", title="drift")
+        _legend(panel, len(reports))
+
+    return _svg(draw, 8.6, 3.2)
+
+
+def comparison_figure(comparison: Comparison) -> str:
+    """Cosines between the last ΔW, and all samples on the same two principal axes."""
+
+    def draw(figure: "Figure") -> None:
+        matrix, plane = figure.subplots(1, 2, width_ratios=(1, 1.1))
+        numbers = np.arange(len(comparison.collections))
+        _heat(matrix, np.array(comparison.cosine_last), "cosine of ΔW", signed=True)
+        matrix.set(title="cosine of the last ΔW", aspect="equal")
+        if len(numbers) <= MOST_IN_A_LEGEND:
+            matrix.set(xticks=numbers, yticks=numbers, xticklabels=numbers + 1)
+            matrix.set(yticklabels=[f"{i + 1}" for i in numbers])
+        matrix.set(xlabel="collection", ylabel="collection")
+        _joint_plane(plane, comparison)
+
+    return _svg(draw, 8.6, 3.8)
+
+
+def _joint_plane(plane: "Axes", comparison: Comparison) -> None:
+    if comparison.pca is None:
+        plane.set_axis_off()
+        plane.text(0.5, 0.5, "all collections are equal", ha="center")
+        return
+    points = _plane(plane, comparison.pca)
+    ends = list(accumulate((len(files) for files in comparison.checkpoints), initial=0))
+    for i, name in enumerate(comparison.collections):
+        own = points[ends[i] : ends[i + 1]]
+        plane.plot(*own.T, _line(i), color=_colour(i), linewidth=1)
+        plane.plot(*own[-1], "o", color=_colour(i), label=f"{i + 1} {name}")
+    plane.set_title("principal components of all (dot: the last)")
+    _legend(plane, len(comparison.collections))
+
+
+def _plane(axes: "Axes", pca: Trajectory) -> np.ndarray:
+    """``[checkpoints, 2]``, and the axes' names; a single axis has nothing beside it."""
+    points = np.array(pca.coordinates)
+    if points.shape[1] == 1:
+        points = np.concatenate([points, np.zeros_like(points)], axis=1)
+    axes.margins(0.1)
+    axes.locator_params(axis="x", nbins=5)
+    shares = [*pca.shares, 0.0]
+    axes.set_xlabel(f"axis 1: {shares[0]:.1%} of the variance")
+    axes.set_ylabel(f"axis 2: {shares[1]:.1%} of the variance")
+    return points[:, :2]
+
+
+def _heat_of(
+    panel: "Axes",
+    modules: Sequence[ModuleReport],
+    value: Callable[[ModuleReport], float],
+    together: Callable[[list[float]], float],
+    label: str,
+) -> None:
+    kinds = list(dict.fromkeys(module.kind for module in modules))
+    layers = sorted({module.layer for module in modules})
+    cells: dict[tuple[int, int], list[float]] = {}
+    for module in modules:
+        place = kinds.index(module.kind), layers.index(module.layer)
+        cells.setdefault(place, []).append(value(module))
+    grid = np.full((len(kinds), len(layers)), np.nan)
+    for place, values in cells.items():
+        grid[place] = together(values)
+    _heat(panel, grid, label)
+    panel.set(yticks=range(len(kinds)), yticklabels=kinds)
+    shown = range(0, len(layers), max(1, len(layers) // 16))
+    names = ["none" if layers[i] == NO_LAYER else str(layers[i]) for i in shown]
+    panel.set(xticks=shown, xticklabels=names)
+
+
+def _heat(panel: "Axes", grid: np.ndarray, label: str, signed: bool = False) -> None:
+    """Each cell's colour, and its number where there are few."""
+    colours = SIGNED if signed else SEQUENTIAL
+    image = panel.imshow(grid, cmap=colours, aspect="auto", interpolation="none")
+    if signed:
+        image.set_clim(-1.0, 1.0)
+    panel.spines[:].set_visible(False)
+    panel.tick_params(length=0)
+    bar = panel.figure.colorbar(image, ax=panel, label=label)
+    bar.outline.set_visible(False)
+    if grid.size > MOST_NUMBERS:
+        return
+    for (row, column), value in np.ndenumerate(grid):
+        if isfinite(value):
+            red, green, blue, _ = image.cmap(image.norm(value))
+            ink = "#000000" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.45 else "#ffffff"
+            panel.text(column, row, f"{value:.3g}", ha="center", va="center", color=ink, size=7)
+
+
+def _legend(panel: "Axes", lines: int) -> None:
+    if lines <= MOST_IN_A_LEGEND:
+        panel.legend(fontsize=8, loc="best")
+
+
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def _line(number: int) -> str:
+    """Another style once the colours are used up."""
+    return STYLES[number // len(COLOURS) % len(STYLES)]
+
+
+def _places(checkpoints: Sequence[str]) -> tuple[np.ndarray, str]:
+    """Where checkpoints stand on an axis, and its label: their steps, or 1, 2, 3, ..."""
+    steps = [re.search(r"step[-_](\d+)", name) for name in checkpoints]
+    if all(steps):
+        return np.array([int(step[1]) for step in steps if step]), "optimizer step"
+    return np.arange(1, len(checkpoints) + 1), "checkpoint"
+
+
+def _svg(draw: Callable[["Figure"], None], width: float, height: float) -> str:
+    """Draws on an empty figure of so many inches; gives an `<svg>` to stand inside HTML."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    out = io.StringIO()
+    salt = {"svg.hashsalt": draw.__qualname__}  # the same page twice is the same bytes
+    with mpl.rc_context(STYLE | salt), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has it
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure)
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+    svg = out.getvalue()[out.getvalue().index("<svg") :]
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)  # known to HTML
+    svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", svg)
+    svg = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", svg, count=1)
+    return svg.replace(INK, "currentColor")
+
 
 MOST_SHOWN = 8
 """Lines of one kind of warning."""

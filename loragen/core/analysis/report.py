@@ -50,7 +50,7 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
-class Sample:
+class ComparedCheckpoints:
     """Checkpoints compared each with each: all, or evenly spaced ones where there are many."""
 
     checkpoints: list[str]
@@ -88,7 +88,7 @@ class Report:
     """The sum of all steps."""
     displacement: float = 0.0
     """From the first to the last checkpoint as the crow flies."""
-    sample: Sample | None = None
+    sample: ComparedCheckpoints | None = None
     """None where fewer than two checkpoints are finite."""
     not_finite: list[str] = field(default_factory=list)
     """`file: tensor` with NaN or infinity."""

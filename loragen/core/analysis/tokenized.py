@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from loragen.core.checkpoints import find_checkpoints, read_tensors
-from loragen.core.generator.layout import NO_LAYER, Layout, TensorSpec
+from loragen.core.adapter.layout import NO_LAYER, Layout, TensorSpec
+from loragen.core.run.checkpoints import find_checkpoints, read_tensors
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of a value -> integers that compare bit for bit: NaN equals NaN, and 0 is not -0."""

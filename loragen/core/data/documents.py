@@ -1,4 +1,6 @@
-"""What a file or a hub dataset holds, one document after the other, and where each stands.
+"""Datasets of the Hugging Face hub, through the `datasets` library where it is installed.
+
+What a file or a hub dataset holds, one document after the other, and where each stands.
 
 What a document means (a row, a prompt) is not decided here.
 """
@@ -7,14 +9,39 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loragen.core.data.hub import read_hub
 from loragen.core.errors import DataError, UsageError
-from loragen.core.files import file_name, sha256, sha256_text
+from loragen.core.files import file_name, sha256, sha256_text, silence
+
+
+def read_hub(identifier: str, config: str | None, split: str) -> Iterable[dict[str, Any]]:
+    """The rows of one split, downloaded or from the cache.
+
+    Raises UsageError, within seconds, where they cannot be had.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(
+            f"hub dataset {identifier}: needs the package datasets, which is not installed: "
+            "pip install 'loragen[data]'"
+        ) from None
+    why = None if Path(identifier).is_dir() else silence()
+    if why:
+        raise UsageError(f"hub dataset {identifier}: {why}")
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(identifier, config, split=split)  # type: ignore[no-any-return]  # rows are mappings
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"hub dataset {identifier}: {reason}") from error
+
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 NESTED = ("messages", "conversations", "choices", "history")  # as JSON in a CSV cell

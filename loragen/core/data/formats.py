@@ -1,21 +1,61 @@
-"""What a document means is told by its keys: one entry in `FORMATS` per kind of row."""
+"""Values of a document, checked. Each function raises DataError: what is wrong, not where.
 
-from collections.abc import Callable
+What a document means is told by its keys: one entry in `FORMATS` per kind of row.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from string import ascii_uppercase
 from typing import Any, NamedTuple
 
-from loragen.core.data.fields import (
-    Keys,
-    answer_text,
-    items,
-    kind,
-    optional_text,
-    optional_texts,
-    text,
-    texts,
-)
 from loragen.core.errors import DataError, listing
+
+Keys = Mapping[str, Any]
+
+
+def text(document: Keys, key: str) -> str:
+    value = document.get(key)
+    if not isinstance(value, str):
+        raise DataError(f"'{key}': expected a text, found {kind(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"'{key}': holds half of a surrogate pair, which is no text") from None
+    return value
+
+
+def answer_text(document: Keys, key: str) -> str:
+    answer = text(document, key)
+    if not answer.strip():
+        raise DataError(f"'{key}' is empty: there is nothing to learn")
+    return answer
+
+
+def optional_text(document: Keys, key: str) -> str | None:
+    """An empty text, as a CSV cell has it, is none."""
+    return None if document.get(key) in (None, "") else text(document, key)
+
+
+def items(value: Any, key: str) -> Sequence[Any]:
+    if not isinstance(value, list | tuple):
+        raise DataError(f"'{key}': expected a list, found {kind(value)}")
+    return value
+
+
+def texts(value: Any, key: str) -> list[str]:
+    return [text({key: item}, key) for item in items(value, key)]
+
+
+def optional_texts(document: Keys, key: str) -> list[str] | None:
+    value = document.get(key)
+    return None if value in (None, "") else texts(value, key)
+
+
+def kind(value: Any) -> str:
+    """What a value is, in the words of JSON where Python has others."""
+    names = {"NoneType": "null", "str": "a text", "dict": "an object", "list": "a list"}
+    return names.get(type(value).__name__, f"{type(value).__name__} {value!r:.40}")
+
 
 ROLES = {
     "system": "system",
@@ -42,7 +82,7 @@ class Question(NamedTuple):
     choices: list[str] | None = None
 
 
-class Format(NamedTuple):
+class RowFormat(NamedTuple):
     """How a kind of row is read. Both functions raise DataError: what is wrong, not where."""
 
     keys: tuple[str, ...]
@@ -58,7 +98,7 @@ class Format(NamedTuple):
         return "/".join(self.keys) + "".join(f"[/{key}]" for key in self.optional)
 
 
-def format_of(document: Any) -> Format:
+def format_of(document: Any) -> RowFormat:
     """The first format whose keys the document has.
 
     Raises DataError naming the keys found and the formats known.
@@ -91,7 +131,7 @@ def question_of(document: Any) -> Question:
     raise DataError(f"expected a text or an object with a 'prompt' (or a row), found {found}")
 
 
-def _unlabelled_format_of(document: Keys) -> Format | None:
+def _unlabelled_format_of(document: Keys) -> RowFormat | None:
     """The format that a row without its answer had with it, as far as its keys tell: of those that
     differ from the first that fits by optional keys alone, the one with most of them."""
     fitting = [known for known in FORMATS if all(key in document for key in known.unlabelled)]
@@ -201,19 +241,19 @@ def _message(message: Any, key: str) -> tuple[str, str]:
     return ROLES[name], text(message, content)
 
 
-def _texts_format(key: str, answer: str, *extras: str) -> Format:
+def _texts_format(key: str, answer: str, *extras: str) -> RowFormat:
     question = partial(_text_question, key, extras)
-    return Format((key, answer), question, partial(answer_text, key=answer), (key,), extras)
+    return RowFormat((key, answer), question, partial(answer_text, key=answer), (key,), extras)
 
 
-def _choice_format(key: str, answer: str) -> Format:
+def _choice_format(key: str, answer: str) -> RowFormat:
     question, chosen = partial(_choice_question, key), partial(_chosen, answer)
-    return Format((key, "choices", answer), question, chosen, (key, "choices"))
+    return RowFormat((key, "choices", answer), question, chosen, (key, "choices"))
 
 
-def _dialogue_format(key: str) -> Format:
+def _dialogue_format(key: str) -> RowFormat:
     question, answer = partial(_dialogue_question, key), partial(_last_answer, key)
-    return Format((key,), question, answer, (key,))
+    return RowFormat((key,), question, answer, (key,))
 
 
 FORMATS = (  # the first that fits: a row with a prompt and a response may carry anything else

@@ -36,7 +36,7 @@ class Text(BaseModel):
     """Of `prompts` in the dataset's file, counted from 1."""
 
 
-class DatasetRecord(BaseModel):
+class PreparedDataset(BaseModel):
     """What became of the prompts of one dataset."""
 
     dataset: str
@@ -66,7 +66,7 @@ class PreparedRecord(Grouping):
 
     format_version: int = FORMAT_VERSION
     kind: Literal["prompts"] = "prompts"
-    datasets: list[DatasetRecord]
+    datasets: list[PreparedDataset]
 
 
 @dataclass(frozen=True)
@@ -217,8 +217,8 @@ def _check(source: Source, prompts: Sequence[Prompt], found: Split, grouping: Gr
 
 def _dataset_record(
     name: str, source: Source, prompts: Sequence[Prompt], bad: Sequence[BadRow], found: Split
-) -> DatasetRecord:
-    return DatasetRecord(
+) -> PreparedDataset:
+    return PreparedDataset(
         dataset=name,
         path=location(source),
         sha256=content_hash(source),

@@ -6,8 +6,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 from loragen.core.data.documents import SUFFIXES, Source, read_documents, utf8_text
-from loragen.core.data.fields import texts
-from loragen.core.data.formats import question_of
+from loragen.core.data.formats import question_of, texts
 from loragen.core.data.rows import BadRow, bad_lines
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import absent

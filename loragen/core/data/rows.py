@@ -1,4 +1,7 @@
-"""Rows of a dataset: prompt, response and what else they carry, from any file or hub dataset."""
+"""Rows of a dataset: prompt, response and what else they carry, from any file or hub dataset.
+
+The answers that a dataset allows: a few that recur, or any text. Light.
+"""
 
 import logging
 import re
@@ -212,3 +215,20 @@ def _name_of(file: Path) -> str:
     for split in SPLITS:
         stem = stem.removesuffix(f"_{split}")
     return file.absolute().parent.name if stem in SPLITS else stem
+
+
+MOST_CLOSED_ANSWERS = 16  # a dataset with no more distinct responses has a closed answer set
+
+
+def closed_answers(rows: Sequence[Row]) -> list[str] | None:
+    """The answers of the whole dataset where they are few and recur; None where they are free."""
+    distinct = sorted({row.response for row in rows})
+    recur = len(distinct) <= min(MOST_CLOSED_ANSWERS, len(rows) // 2)
+    return distinct if len(distinct) > 1 and recur else None
+
+
+def allowed_answers(rows: Sequence[Row], closed: list[str] | None) -> list[list[str]] | None:
+    """What each row may be answered with: its own choices, else the closed set; None where some
+    row has neither."""
+    allowed = [row.choices or closed or [] for row in rows]
+    return allowed if all(allowed) else None

@@ -1,12 +1,32 @@
-"""The results in words and tables, for a terminal, Markdown and a picture. Light."""
+"""What a table is made of: the measures, by every name they go by. Light.
+
+The results in words and tables, for a terminal, Markdown and a picture. Light.
+
+The table as one picture.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loragen.core.evaluation.columns import GENERATED, titles
-from loragen.core.evaluation.measures import MEASURES
-from loragen.core.files import write_json, write_text
+from loragen.core.evaluation.contestants import GENERATED, ORACLE, titles
+from loragen.core.files import write_json, write_text, written_atomically
+
+
+class Measure(NamedTuple):
+    name: str
+    """In the results."""
+    title: str
+    """Above its table."""
+    field: str
+    """Of `Scores`."""
+
+
+MEASURES = (
+    Measure("accuracy", "exact match", "exact_match"),
+    Measure("choice_accuracy", "choice accuracy", "choice_accuracy"),
+    Measure("format_validity", "format validity", "format_validity"),
+)
 
 
 class Line(NamedTuple):
@@ -89,7 +109,6 @@ def markdown(document: Mapping[str, Any], title: str) -> str:
 
 def write(document: Mapping[str, Any], title: str, directory: Path) -> None:
     """results.json, results.md and results.png; each appears whole or not at all."""
-    from loragen.core.evaluation.picture import draw
 
     draw(document, title, directory / "results.png")
     write_text(directory / "results.md", markdown(document, title))
@@ -131,3 +150,53 @@ def _of(group: str, groups: Mapping[str, Any]) -> str:
 
 def _escaped(text: str) -> str:
     return text.replace("|", "\\|")
+
+
+HIGHLIGHT, PLAIN, BOUND = "#d1495b", "#8d99ae", "#2b2d42"
+COLOURS = {GENERATED: HIGHLIGHT, ORACLE: BOUND}
+PANELS_A_ROW, MOST_PANELS = 3, 12
+
+
+def draw(document: Mapping[str, Any], title: str, file: Path) -> None:
+    """Accuracy of every contestant, a panel per line of the table; of very many, the average. The
+    generated adapter is highlighted, its 95 % interval a whisker."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = lines(document)
+    panels = panels if len(panels) <= MOST_PANELS else panels[-1:]
+    across = min(len(panels), PANELS_A_ROW)
+    down = -(-len(panels) // across)
+    height = 0.9 + (0.7 + 0.38 * len(document["columns"])) * down
+    figure, axes = plt.subplots(
+        down,
+        across,
+        figsize=(max(4.2 * across, 7), height),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        _fill(axis, panel, titles(document["options"]["shots"]))
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    axes.flat[0].invert_yaxis()  # of all: they share it
+    figure.suptitle(title)
+    figure.supxlabel("exact match")
+    with written_atomically(file) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+
+
+def _fill(axis: Any, line: Line, above: Mapping[str, str]) -> None:
+    accuracy, intervals = line.told["accuracy"], line.told.get("interval", {})
+    for place, (name, value) in enumerate(accuracy.items()):
+        low, high = intervals.get(name, (value, value))
+        whisker = [[value - low], [high - value]] if name in intervals else None
+        axis.barh(place, value, color=COLOURS.get(name, PLAIN), xerr=whisker, capsize=3)
+        axis.text(max(value, high) + 0.03, place, f"{value:.2f}", va="center", fontsize=9)
+    axis.set(title=line.name, xlim=(0, 1.18), xticks=[0, 0.5, 1])
+    axis.set_yticks(range(len(accuracy)), [above[name] for name in accuracy])
+    axis.spines[["top", "right"]].set_visible(False)

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from loragen.core.data.answers import closed_answers
 from loragen.core.data.documents import Source, location
-from loragen.core.data.rows import Row, find_dataset, read_rows
+from loragen.core.data.rows import Row, closed_answers, find_dataset, read_rows
 from loragen.core.errors import LoragenError, UsageError
 
 ALL = "all"

@@ -10,32 +10,36 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from loragen.core.base_models import BaseModel
+from loragen.core.base.load import LanguageModel, base_dtype, load_training_base
 from loragen.core.config import LoraTrainConfig
-from loragen.core.config.lora_schema import Checkpoints
-from loragen.core.config.sections import ScheduleSection
+from loragen.core.config.schema import CheckpointsSection, ScheduleSection
 from loragen.core.data.documents import Source, parsed_source
 from loragen.core.data.rows import Row, read_rows
-from loragen.core.evaluation.bench import Trained
+from loragen.core.evaluation.contestants import Trained
 from loragen.core.evaluation.targets import Target
 from loragen.core.files import sha256_text, write_text
-from loragen.core.generator.collections.sources import Collection
-from loragen.core.lora.collect import Task, finished_run
-from loragen.core.lora.precision import base_dtype, load_training_base
+from loragen.core.learning.sources import TrainingSource
+from loragen.core.lora.tasks import Task, finished_run
 from loragen.core.lora.train import train
-from loragen.core.metrics_log import METRICS, read_metrics
 from loragen.core.plugins import create
 from loragen.core.progress import Progress
-from loragen.core.runs import CHECKPOINTS, LoraRun, checkpoint_name, read_run, run_directory_of
+from loragen.core.run.directory import (
+    CHECKPOINTS,
+    LoraRun,
+    checkpoint_name,
+    read_run,
+    run_directory_of,
+)
+from loragen.core.run.loggers import METRICS, read_metrics
+
+log = logging.getLogger(__name__)
 
 HELD_OUT = 0.05  # share of the rows of all datasets that early stopping looks at
 MOST_STEPS = 4  # times those of the whole collection, should early stopping never come
 
-log = logging.getLogger(__name__)
-
 
 def train_multi_task(
-    sources: Sequence[Collection], base: BaseModel, cache: Path, progress: Progress
+    sources: Sequence[TrainingSource], base: LanguageModel, cache: Path, progress: Progress
 ) -> Trained:
     """One LoRA for the rows of all of the generator's training datasets together.
 
@@ -55,8 +59,8 @@ def train_multi_task(
 
 def train_oracles(
     targets: Sequence[Target],
-    sources: Sequence[Collection],
-    base: BaseModel,
+    sources: Sequence[TrainingSource],
+    base: LanguageModel,
     cache: Path,
     progress: Progress,
 ) -> dict[tuple[str, str], Trained]:
@@ -64,7 +68,7 @@ def train_oracles(
     adapters were trained."""
     _, config = read_run(run_directory_of(sources[0].checkpoints[0]))
     config = _recipe(config, base, cache)
-    config.checkpoints = Checkpoints(first_step=config.training.max_steps, optimizer="none")
+    config.checkpoints = CheckpointsSection(first_step=config.training.max_steps, optimizer="none")
     computing, found = _TrainingBase(config, base), {}
     for target in targets:
         assert target.train_source is not None
@@ -85,7 +89,7 @@ def multi_task_config(config: LoraTrainConfig, steps: int) -> LoraTrainConfig:
     own.training.max_steps, own.training.patience = steps, one
     own.training.val_every = max(1, one // 5)
     every = own.training.val_every  # a checkpoint for every validation: the best is taken
-    own.checkpoints = Checkpoints(first_step=every, every=every, optimizer="none")
+    own.checkpoints = CheckpointsSection(first_step=every, every=every, optimizer="none")
     return own
 
 
@@ -99,7 +103,7 @@ def best_checkpoint(run: Path) -> Path:
     return run / CHECKPOINTS / checkpoint_name(min(losses, key=lambda step: losses[step]))
 
 
-def _recipe(config: LoraTrainConfig, base: BaseModel, cache: Path) -> LoraTrainConfig:
+def _recipe(config: LoraTrainConfig, base: LanguageModel, cache: Path) -> LoraTrainConfig:
     """How the generator's training adapters were made, on this base, with nothing else written."""
     own = config.model_copy(deep=True)
     own.base_model, own.runs_dir = base.name, str(cache / "runs")
@@ -112,11 +116,11 @@ class _TrainingBase:
     """The base in the dtype in which `lora train` would have it, loaded when something trains; the
     evaluated one itself where that computes so already."""
 
-    def __init__(self, config: LoraTrainConfig, evaluated: BaseModel) -> None:
+    def __init__(self, config: LoraTrainConfig, evaluated: LanguageModel) -> None:
         self.config, self.evaluated = config, evaluated
 
     @cached_property
-    def loaded(self) -> BaseModel:
+    def loaded(self) -> LanguageModel:
         config, model = self.config, self.evaluated.model
         if config.base_quantization == "none" and model.dtype == base_dtype(config, model):
             return self.evaluated

@@ -1,6 +1,10 @@
-"""A generator: everything between a few prompts and an adapter, and the file that holds it."""
+"""A generator out of a checkpoint of its training: what a checkpoint tells beside the weights.
+
+A generator: everything between a few prompts and an adapter, and the file that holds it.
+"""
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,23 +14,65 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from loragen.core.checkpoints import load_plain
+from loragen.core.adapter.layout import Layout
 from loragen.core.data.prompts import joined
 from loragen.core.errors import DataError, LoragenError
 from loragen.core.files import sha256_text, written_atomically
-from loragen.core.generator.familiarity import Distance, Familiarity
-from loragen.core.generator.inference.draws import draw_prompts, with_text
-from loragen.core.generator.inference.generated import GeneratedAdapter
-from loragen.core.generator.inference.origin import Origin
-from loragen.core.generator.layout import Layout
-from loragen.core.generator.network import Network, new_network
-from loragen.core.generator.normalization import Normalization
-from loragen.core.generator.unfinished import generator_document, is_checkpoint
+from loragen.core.generator.embeddings import Distance, Familiarity
+from loragen.core.generator.generated import GeneratedAdapter, Merger, Origin
+from loragen.core.generator.network import Network, Normalization, new_network
+from loragen.core.generator.requests import draw_prompts, with_text
 from loragen.core.plugins import create
 from loragen.core.protocols import Encoder
-from loragen.core.runs import CHECKPOINTS, experiment_name, generator_file
+from loragen.core.run.checkpoints import load_plain
+from loragen.core.run.directory import CHECKPOINTS, experiment_name, generator_file
 
 log = logging.getLogger(__name__)
+
+KEY = "generator"
+"""Of a checkpoint, beside Lightning's own keys."""
+AVERAGED = "averaged.module."
+
+
+def description(generator: "Generator", kept: nn.ModuleDict, total_steps: int) -> dict[str, Any]:
+    """For the checkpoint of a training whose weights, averaged or not, are `kept` now.
+
+    An encoder that trains along has moved since the prompts were last embedded, so that it is not
+    known how far others are from them.
+    """
+    described = {**generator.description(), "total_steps": total_steps}
+    if "encoder" in kept:
+        encoder: Any = kept["encoder"]
+        described |= {"encoder_fingerprint": encoder.fingerprint, "familiarity": None}
+    return described
+
+
+def is_checkpoint(document: dict[str, Any]) -> bool:
+    return "pytorch-lightning_version" in document
+
+
+def generator_document(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What the generator's file would hold after the checkpoint's step.
+
+    Raises DataError where it is not of `gen train`, or of one that did not describe them yet.
+    """
+    if KEY not in checkpoint:
+        raise DataError(
+            "not a checkpoint to generate with: it is of another training than `gen train`'s, or "
+            "an earlier loragen's; go on with that (`gen train --resume`) or name a finished run"
+        )
+    state = checkpoint["state_dict"]
+    averaged = AVERAGED if any(key.startswith(AVERAGED) for key in state) else ""
+    return {
+        **checkpoint[KEY],
+        "state_dict": _part(state, f"{averaged}network."),
+        "encoder_state": _part(state, f"{averaged}encoder.") or None,
+    }
+
+
+def _part(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+
 
 FORMAT_VERSION = 2
 """Version 1 had other networks, and no scale of the conditions."""
@@ -282,3 +328,41 @@ class Generator:
 
 def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor.detach().cpu() for key, tensor in state.items()}
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What was written, and how long it took."""
+
+    path: Path
+    values: int
+    origin: Origin
+    seconds: float
+    """From prompts to files; the encoder and the generator were loaded before."""
+
+
+def infer(
+    generator: Generator,
+    prompts: Sequence[str],
+    output: Path,
+    *,
+    draws: int = 1,
+    prompts_per_draw: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    merger: Merger | None = None,
+) -> Generated:
+    """Writes the adapter that the generator makes of the prompts, as `GeneratedAdapter.save` does;
+    with a `merger`, the base with the adapter in it.
+
+    Raises UsageError where no prompt has any text or `output` exists already.
+    """
+    _ = generator.text_encoder  # loading is not generating
+    started = time.perf_counter()
+    adapter = generator.generate(prompts, draws, prompts_per_draw, seed)
+    if merger:
+        merger.save(adapter, output, overwrite)
+    else:
+        adapter.save(output, overwrite)
+    seconds = time.perf_counter() - started
+    return Generated(output, generator.layout.values, adapter.origin, round(seconds, 4))

@@ -16,10 +16,9 @@ from loragen.core.data.documents import Source, content_hash, location, parsed_s
 from loragen.core.data.rows import BadRow, Row, read_rows, refuse_bad, warn_of_bad
 from loragen.core.data.tokenize import Example, examples_hash, in_parts, learned
 from loragen.core.errors import DataError, UsageError
-from loragen.core.lora.batch import Batch, Cost, answers_of, packed, padded
-from loragen.core.lora.identity import validation_hash
-from loragen.core.lora.packing import packing_cost
-from loragen.core.manifests import DatasetRecord
+from loragen.core.lora.packing import Batch, Cost, answers_of, packed, packing_cost, padded
+from loragen.core.lora.settings import validation_hash
+from loragen.core.run.directory import DatasetRecord
 
 log = logging.getLogger(__name__)
 

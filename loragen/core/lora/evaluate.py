@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loragen.core.data.answers import allowed_answers, closed_answers
-from loragen.core.data.rows import Row
+from loragen.core.data.rows import Row, allowed_answers, closed_answers
 from loragen.core.data.tokenize import Example, answer_ids, pad_id, prompt_ids
-from loragen.core.lora.batch import padded
-from loragen.core.lora.loss import answer_losses
+from loragen.core.lora.packing import answer_losses, padded
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,18 @@ from loragen.core.data.documents import Source, content_hash, location, parsed_s
 from loragen.core.data.rows import Row, read_rows
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import sha256_text, write_json
-from loragen.core.manifests import LoraManifest, read_manifest
-from loragen.core.metrics_log import METRICS, read_metrics
 from loragen.core.plugins import create
 from loragen.core.protocols import Rate, Schedule
-from loragen.core.runs import (
+from loragen.core.run.directory import (
     CONFIG,
+    LoraManifest,
     checkpoint_files,
     checkpoint_name,
     checkpoint_step,
+    read_manifest,
     run_directory_of,
 )
+from loragen.core.run.loggers import METRICS, read_metrics
 
 TRACKING = "tracking"
 

@@ -1,52 +1,238 @@
-"""Collect: one dataset -> a run directory with a checkpoint per step of stage 2."""
+"""A LoRA with its first weights on a base model, and what it will weigh, before there is one.
+
+Going on with a run of LoRA training: what has to be the same, and what becomes void.
+
+Collect: one dataset -> a run directory with a checkpoint per step of stage 2.
+"""
 
 import logging
 from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
-from loragen.core.adapters import Adapter, file_keys, plain_config, write_adapter
-from loragen.core.base_models import BaseModel
-from loragen.core.checkpoints import AtomicCheckpointIO
+from loragen.core.adapter.export import save_merged
+from loragen.core.adapter.files import Adapter, file_keys, peft_config, plain_config, write_adapter
+from loragen.core.base.load import (
+    LanguageModel,
+    arithmetic,
+    dtype_name,
+    empty_base,
+    load_training_base,
+)
 from loragen.core.config import LoraTrainConfig
+from loragen.core.config.show import other_hardware
 from loragen.core.data.documents import Source
 from loragen.core.data.tokenize import pad_id
+from loragen.core.errors import DataError, UsageError, listing
 from loragen.core.files import written_atomically
-from loragen.core.interrupt import Interrupted, Interruption
-from loragen.core.lora.attach import new_adapter
-from loragen.core.lora.callbacks import StepCheckpoints, StepMetrics
 from loragen.core.lora.data import LoraDataModule, Rows, load_rows
-from loragen.core.lora.identity import located
-from loragen.core.lora.merge import save_merged
-from loragen.core.lora.module import LoraModule
-from loragen.core.lora.precision import arithmetic, dtype_name
+from loragen.core.lora.module import LoraModule, StepCheckpoints, StepMetrics
 from loragen.core.lora.provenance import Provenance
-from loragen.core.lora.resume import (
-    LoraPoint,
-    check_unchanged,
-    logged_loss,
-    restore_adapter,
-    void_later,
-)
-from loragen.core.manifests import LoraManifest, plugin_records
+from loragen.core.lora.settings import located, result_differences
 from loragen.core.plugins import create
 from loragen.core.progress import Progress
-from loragen.core.resume import optimizer_state, restore_progress
-from loragen.core.runs import LoraRun, checkpoint_files, checkpoint_step
-from loragen.core.session import RunSession, fit, make_trainer, outcome
-from loragen.core.steps import StepSeeds
+from loragen.core.run.checkpoints import AtomicCheckpointIO
+from loragen.core.run.directory import (
+    LAST_CHECKPOINT,
+    LoraManifest,
+    LoraRun,
+    checkpoint_files,
+    checkpoint_step,
+    plugin_records,
+    read_run,
+    resumable_run,
+)
+from loragen.core.run.loggers import METRICS, read_metrics
+from loragen.core.run.loop import (
+    Interrupted,
+    Interruption,
+    RunSession,
+    StepSeeds,
+    fit,
+    make_trainer,
+    outcome,
+)
+from loragen.core.run.resume import (
+    ResumePoint,
+    newest,
+    optimizer_state,
+    progress_of,
+    restore_progress,
+)
 
 log = logging.getLogger(__name__)
+
+
+def new_adapter(base: LanguageModel, config: LoraTrainConfig) -> Any:
+    """A PeftModel whose LoRA starts from the same weights for every dataset of a collection.
+
+    Raises UsageError where target_modules names nothing of the base.
+    """
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if config.base_quantization != "none":
+        prepare_model_for_kbit_training(base.model, False)  # type: ignore[no-untyped-call]  # theirs
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        try:
+            model = get_peft_model(base.model, peft_config(config.lora))
+        except ValueError as error:
+            reason = str(error).splitlines()[0].partition(" Please ")[0]
+            raise UsageError(
+                f"lora.target_modules: {reason} Its linear layers: {listing(_linear(base.model))}"
+            ) from None
+    _require_all_found(model, config.lora.target_modules)
+    # As the user named it: PEFT would put in the path the weights were loaded from.
+    model.peft_config["default"].base_model_name_or_path = config.base_model
+    return model
+
+
+def _linear(model: torch.nn.Module) -> list[str]:
+    layers = (n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
+    return sorted({name.rpartition(".")[2] for name in layers})
+
+
+def _require_all_found(model: Any, wanted: str | list[str]) -> None:
+    """PEFT is content with one name of a list that it finds; a misspelt one would only make the
+    adapter smaller."""
+    found = model.base_model.targeted_module_names
+    missing = [
+        name
+        for name in (wanted if isinstance(wanted, list) else ())
+        if not any(module == name or module.endswith(f".{name}") for module in found)
+    ]
+    if missing:
+        known = sorted({module.rpartition(".")[2] for module in found})
+        model.unload()
+        raise UsageError(
+            f"lora.target_modules: {listing(missing)} not found in the base, only {listing(known)}"
+        )
+
+
+def count_values(config: LoraTrainConfig) -> int:
+    """The trainable values of an adapter, without the weights of the base in memory.
+
+    Raises UsageError where target_modules names nothing of the base.
+    """
+    with torch.device("meta"):
+        model = new_adapter(empty_base(config.base_model), config)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def checkpoint_sizes(config: LoraTrainConfig, values: int) -> list[int]:
+    """The bytes of the tensors in each checkpoint that a run keeps, in the order of steps."""
+    kept, last = config.checkpoints, config.training.max_steps
+    width = {"bf16-true": 2, "64-true": 8}.get(config.trainer.precision, 4)
+    moments = 2  # AdamW's, each as large as the adapter
+    return [
+        values * width * (1 + moments * kept.carries_optimizer(final=step == last))
+        for step in range(1, last + 1)
+        if kept.keeps(step, final=step == last)
+    ]
+
+
+LoraPoint: TypeAlias = ResumePoint[LoraManifest, LoraTrainConfig]
+
+
+def find_resume_point(path: Path) -> LoraPoint:
+    """The run at `path`, or that the checkpoint `path` is of; a run's newest checkpoint counts.
+
+    Raises UsageError where there is no run or the checkpoint cannot be gone on from.
+    """
+    directory = resumable_run(path, LoraManifest)
+    run, config = read_run(directory)
+    checkpoint = path if path.is_file() else newest(_checkpoints(directory))
+    step = progress_of(checkpoint)[1] if checkpoint else 0
+    return ResumePoint(directory, run.manifest, config, checkpoint, step)
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    last = directory / LAST_CHECKPOINT
+    return [*checkpoint_files(directory), *([last] if last.is_file() else [])]
+
+
+def nothing_left(point: LoraPoint, config: LoraTrainConfig) -> bool:
+    """Whether this is the end of a run that ended well, be it by early stopping."""
+    manifest = point.manifest
+    return (
+        manifest.status == "success"
+        and point.step >= max(manifest.steps, default=manifest.max_steps)
+        and not result_differences(point.config, config)
+    )
+
+
+def load_base_again(point: LoraPoint, config: LoraTrainConfig) -> LanguageModel:
+    """The base, in what it computed in before: here `auto` might choose another dtype."""
+    dtype = point.manifest.base_dtype or config.base_dtype
+    return load_training_base(config.model_copy(update={"base_dtype": dtype}))
+
+
+def check_settings(point: LoraPoint, config: LoraTrainConfig) -> None:
+    """What can be said without data and base in memory. Raises UsageError, as below."""
+    point.refuse(result_differences(point.config, config))
+
+
+def check_unchanged(
+    point: LoraPoint, config: LoraTrainConfig, rows: Rows, base: LanguageModel
+) -> None:
+    """Raises UsageError naming every difference between the run and what would go on with it."""
+    then, now = point.manifest.dataset, rows.record
+    problems = result_differences(point.config, config)
+    if then.sha256 not in ("", now.sha256):
+        problems.append(f"the data are other data: {now.path} is not the {then.path} of the run")
+    elif then.tokens not in ("", now.tokens):
+        problems.append("the rows make other tokens: another tokenizer or chat template")
+    if then.validation != now.validation:
+        problems.append("the validation rows are others (data.validation)")
+    if point.manifest.base_fingerprint not in ("", base.fingerprint):
+        problems.append(
+            f"the base model has other weights: {config.base_model}, "
+            f"the run was on {point.manifest.base_model}"
+        )
+    dtype = dtype_name(base.model.dtype)
+    if point.manifest.base_dtype not in ("", dtype):
+        problems.append(f"the base computes in {dtype}, the run's in {point.manifest.base_dtype}")
+    point.refuse(problems)
+    if other_hardware(point.config, config):
+        log.warning("going on on other hardware: equal to an unbroken run up to rounding only")
+
+
+def restore_adapter(model: Any, document: Mapping[str, Any]) -> None:
+    """Raises DataError where the checkpoint's tensors are not exactly the adapter's."""
+    state = {key.removeprefix("model."): value for key, value in document["state_dict"].items()}
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    if wanted != state.keys():
+        raise DataError("the checkpoint's tensors are not those of the run's adapter")
+    model.load_state_dict(state, strict=False)
+
+
+def void_later(point: LoraPoint) -> None:
+    """Removes the checkpoints of steps that will be done again: a second kill must not find them
+    without their metrics."""
+    for file in checkpoint_files(point.directory):
+        if checkpoint_step(file) > point.step:
+            file.unlink()
+    if point.checkpoint is None or point.checkpoint.name != LAST_CHECKPOINT.name:
+        (point.directory / LAST_CHECKPOINT).unlink(missing_ok=True)
+
+
+def logged_loss(point: LoraPoint) -> float | None:
+    """The loss of the step that the run goes on after."""
+    file = point.directory / METRICS
+    entries = read_metrics(file) if file.is_file() else []
+    losses = [e["train/loss"] for e in entries if e["step"] == point.step and "train/loss" in e]
+    return losses[-1] if losses else None
 
 
 def train(
     config: LoraTrainConfig,
     name: str,
     source: Source,
-    base: BaseModel,
+    base: LanguageModel,
     progress: Progress,
     resume: LoraPoint | None = None,
 ) -> LoraRun:
@@ -71,7 +257,7 @@ def train(
 def _trained(
     config: LoraTrainConfig,
     rows: Rows,
-    base: BaseModel,
+    base: LanguageModel,
     model: Any,
     progress: Progress,
     resume: LoraPoint | None,
@@ -106,7 +292,7 @@ def _trained(
     return LoraRun(session.directory, manifest)
 
 
-def _data(config: LoraTrainConfig, rows: Rows, base: BaseModel) -> LoraDataModule:
+def _data(config: LoraTrainConfig, rows: Rows, base: LanguageModel) -> LoraDataModule:
     return LoraDataModule(
         rows,
         batch_size=config.training.batch_size,
@@ -140,7 +326,9 @@ def _handed_back(model: Any) -> Any:
     return base if getattr(base, "is_quantized", False) else base.to("cpu")
 
 
-def _save_results(directory: Path, config: LoraTrainConfig, base: BaseModel, model: Any) -> None:
+def _save_results(
+    directory: Path, config: LoraTrainConfig, base: LanguageModel, model: Any
+) -> None:
     adapter = Adapter(plain_config(model.peft_config["default"]), file_keys(model.state_dict()))
     write_adapter(directory / "adapter", adapter, _card(config, directory.name))
     if config.base_quantization != "none":
@@ -152,7 +340,7 @@ def _save_results(directory: Path, config: LoraTrainConfig, base: BaseModel, mod
 
 def _trainer(
     config: LoraTrainConfig,
-    base: BaseModel,
+    base: LanguageModel,
     session: RunSession,
     rows: Rows,
     interruption: Interruption,
@@ -186,7 +374,7 @@ def _trainer(
 def _manifest(
     config: LoraTrainConfig,
     rows: Rows,
-    base: BaseModel,
+    base: LanguageModel,
     model: Any,
     resume: LoraPoint | None,
 ) -> LoraManifest:

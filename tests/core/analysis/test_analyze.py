@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from loragen.core.analysis.analyze import analyze
+from loragen.core.analysis.series import analyze
 
 
 def between(one, other):

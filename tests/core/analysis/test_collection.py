@@ -5,14 +5,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loragen.core.adapters import read_adapter, write_adapter
-from loragen.core.analysis.analyze import analyze as analyze_paths
-from loragen.core.analysis.collection import damage, dead
+from loragen.core.adapter.files import read_adapter, write_adapter
 from loragen.core.analysis.report import ModuleReport
-from loragen.core.checkpoints import read_tensors
+from loragen.core.analysis.series import analyze as analyze_paths
+from loragen.core.analysis.series import damage, dead
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import natural_key
-from loragen.core.runs import checkpoint_files
+from loragen.core.run.checkpoints import read_tensors
+from loragen.core.run.directory import checkpoint_files
 
 A = "base_model.model.layers.0.q_proj.lora_A.weight"
 B = "base_model.model.layers.0.q_proj.lora_B.weight"

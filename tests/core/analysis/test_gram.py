@@ -3,7 +3,7 @@ import torch
 
 from loragen.core.analysis import gram as module
 from loragen.core.analysis.gram import cosine, evenly, gram, sampled, trajectory
-from loragen.core.runs import checkpoint_files
+from loragen.core.run.directory import checkpoint_files
 
 
 @pytest.fixture

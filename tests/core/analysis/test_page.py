@@ -4,8 +4,8 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from loragen.core.analysis.analyze import analyze
 from loragen.core.analysis.page import number, page, write_page
+from loragen.core.analysis.series import analyze
 
 VOID = {"meta", "link", "br", "img"}
 

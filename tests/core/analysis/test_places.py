@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from loragen.core.adapters import read_adapter, write_adapter
-from loragen.core.analysis.places import find_collections, read_checkpoint
+from loragen.core.adapter.files import read_adapter, write_adapter
+from loragen.core.analysis.checkpoints import find_series, read_checkpoint
 from loragen.core.errors import UsageError
 
 
 def names(*paths):
-    return [found.name for found in find_collections(paths)]
+    return [found.name for found in find_series(paths)]
 
 
 def test_a_run_is_one_collection_and_a_folder_of_runs_one_each(collection):
@@ -20,7 +20,7 @@ def test_adapters_and_files(collection, tmp_path):
     adapter = read_adapter(collection.runs["colors"] / "adapter")
     for number in (1, 2, 10):
         write_adapter(tmp_path / f"step-{number}", adapter, "")
-    (whole,) = find_collections([tmp_path])
+    (whole,) = find_series([tmp_path])
     assert [file.name for file in whole.files] == ["step-1", "step-2", "step-10"]
     assert names(tmp_path / "step-1") == ["step-1"]
     weights = tmp_path / "step-1" / "adapter_model.safetensors"
@@ -36,7 +36,7 @@ def test_no_two_collections_have_one_name(collection):
 def test_nothing_there(tmp_path, path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no checkpoints or adapters there"):
-        find_collections([tmp_path / path])
+        find_series([tmp_path / path])
 
 
 def test_the_scaling_is_in_the_delta(collection):

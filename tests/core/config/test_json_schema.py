@@ -1,7 +1,7 @@
 import pytest
 
 from loragen.core.config import GenTrainConfig, LoraTrainConfig
-from loragen.core.config.json_schema import json_schema
+from loragen.core.config.show import json_schema
 
 
 class TestJsonSchema:

@@ -3,7 +3,8 @@ import re
 import pytest
 import yaml
 
-from loragen.core.config import GenTrainConfig, LoraTrainConfig, Override, document, dump, load
+from loragen.core.config import GenTrainConfig, LoraTrainConfig, Override, dump, load
+from loragen.core.config import show as document
 from loragen.core.errors import ConfigError, UsageError
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from loragen.core.config.origins import settings_of
+from loragen.core.config.show import settings_of
 from loragen.core.errors import ConfigError
 
 

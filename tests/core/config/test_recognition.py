@@ -1,7 +1,7 @@
 import pytest
 
-from loragen.core.config import document
-from loragen.core.config.recognition import command_for
+from loragen.core.config import show as document
+from loragen.legacy.translate import command_for
 
 
 @pytest.mark.parametrize(

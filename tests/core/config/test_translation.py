@@ -6,14 +6,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loragen.core.config import GenTrainConfig, LoraTrainConfig, document, load
-from loragen.core.config.commands import MODELS
-from loragen.core.config.legacy import FORMS
-from loragen.core.config.migrate import migrate
-from loragen.core.config.problems import has_key
-from loragen.core.config.recognition import recognised
-from loragen.core.config.translation import translated
+from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
+from loragen.core.config import show as document
+from loragen.core.config.load import has_key
+from loragen.core.config.schema import MODELS
 from loragen.core.errors import ConfigError
+from loragen.legacy.forms import FORMS
+from loragen.legacy.translate import migrate, recognised, translated
 
 TRADITIONAL = """\
 model: {model_name_or_path: some/base}

@@ -1,4 +1,4 @@
-from loragen.core.conversion.discover import find_runs
+from loragen.legacy.discover import find_runs
 
 
 def one_of(path):

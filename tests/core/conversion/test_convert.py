@@ -7,15 +7,14 @@ import pytest
 import torch
 import yaml
 
-from loragen.core.adapters import read_adapter
-from loragen.core.checkpoints import load_plain, read_tensors
+from loragen.core.adapter.files import read_adapter
 from loragen.core.config import LoraTrainConfig
-from loragen.core.conversion.convert import Options, check_one_dataset, convert
-from loragen.core.conversion.discover import find_runs
 from loragen.core.errors import ConfigError, DataError, UsageError
 from loragen.core.files import sha256
-from loragen.core.manifests import LoraManifest, read_manifest
-from loragen.core.runs import checkpoint_name
+from loragen.core.run.checkpoints import load_plain, read_tensors
+from loragen.core.run.directory import LoraManifest, checkpoint_name, read_manifest
+from loragen.legacy.convert import ConversionOptions, check_one_dataset, convert
+from loragen.legacy.discover import find_runs
 
 from .finding import one_of
 
@@ -29,7 +28,7 @@ def equal(one, other):
 
 @pytest.fixture
 def options(tmp_path, collection):
-    return Options(output=tmp_path / "runs", data_root=collection.data)
+    return ConversionOptions(output=tmp_path / "runs", data_root=collection.data)
 
 
 def files_of(directory):
@@ -120,7 +119,7 @@ class TestConvert:
 
     def test_lone_files_of_one_folder_are_two_conversions(self, legacy_run, options):
         folder = legacy_run(yaml=False) / "checkpoints"
-        given = Options(options.output, "some/base", "colors", options.data_root, alpha=4)
+        given = ConversionOptions(options.output, "some/base", "colors", options.data_root, alpha=4)
         for step in (5, 6):
             converted = convert(one_of(folder / f"step_00{step}.pt"), given)
             assert (converted.already, converted.manifest.steps) == (False, [step])
@@ -157,7 +156,7 @@ class TestConvert:
         def fail(*_):
             raise OSError("disk full")
 
-        monkeypatch.setattr("loragen.core.conversion.write.write_manifest", fail)
+        monkeypatch.setattr("loragen.legacy.convert.write_manifest", fail)
         with pytest.raises(OSError, match="disk full"):
             convert(one_of(legacy_run()), options)
         assert list(options.output.iterdir()) == []
@@ -201,7 +200,7 @@ class TestConvert:
         source = legacy_run("torch", yaml=False)
         yaml = "lora_alpha: 4.0\nbase_model: 'D:\\models\\Qwen'\n"
         (source / "training.yaml").write_text(yaml, encoding="utf-8")
-        converted = convert(one_of(source), Options(options.output, data_root=Path("no")))
+        converted = convert(one_of(source), ConversionOptions(options.output, data_root=Path("no")))
         assert "base D:\\models\\Qwen is not here: fit and order of the tensors" in caplog.text
         assert converted.manifest.base_model == "D:\\models\\Qwen"
         assert converted.optimizer_states == 4
@@ -249,7 +248,7 @@ class TestRefusals:
         with pytest.raises(UsageError, match=r"alpha is not recorded .* give --alpha"):
             convert(source, options)
         with pytest.raises(UsageError, match="base model is not recorded; give --base-model"):
-            convert(source, Options(options.output, alpha=4))
+            convert(source, ConversionOptions(options.output, alpha=4))
         bare = shutil.copytree(source.directory / "checkpoints", tmp_path / "bare")
         with pytest.raises(UsageError, match="which dataset is it of"):
             convert(one_of(bare), options)
@@ -286,7 +285,7 @@ class TestRefusals:
         with pytest.raises(DataError, match=rf"step_006\.pt: {reason}.*--skip-bad leaves it out"):
             convert(one_of(source), options)
         assert not options.output.exists()
-        skipping = Options(options.output, data_root=options.data_root, skip_bad=True)
+        skipping = ConversionOptions(options.output, data_root=options.data_root, skip_bad=True)
         converted = convert(one_of(source), skipping)
         assert converted.manifest.steps == [5, 7, 8]
         assert len(converted.left_out) == 1
@@ -320,7 +319,7 @@ class TestRefusals:
 
     def test_an_adapter_of_another_base(self, legacy_run, options):
         source = legacy_run()
-        wrong = Options(options.output, base_model="demo")
+        wrong = ConversionOptions(options.output, base_model="demo")
         with pytest.raises(DataError, match="does not fit the base model demo: "):
             convert(one_of(source), wrong)
 
@@ -334,11 +333,11 @@ class TestRefusals:
 
     def test_one_dataset_for_runs_of_two(self, legacy_run, options):
         runs = find_runs(legacy_run(dataset="colors").parents[1])
-        check_one_dataset(runs, Options(dataset="x"))
+        check_one_dataset(runs, ConversionOptions(dataset="x"))
         runs += find_runs(legacy_run(dataset="animals"))
         with pytest.raises(UsageError, match="the runs are of 2: animals, colors"):
-            check_one_dataset(runs, Options(dataset="x"))
+            check_one_dataset(runs, ConversionOptions(dataset="x"))
 
     def test_a_dataset_file_that_was_named_has_to_be_there(self, legacy_run, options):
         with pytest.raises(UsageError, match=r"none\.jsonl: no such file"):
-            convert(one_of(legacy_run()), Options(options.output, dataset="none.jsonl"))
+            convert(one_of(legacy_run()), ConversionOptions(options.output, dataset="none.jsonl"))

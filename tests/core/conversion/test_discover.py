@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from loragen.core.conversion.discover import find_runs, step_in_name
 from loragen.core.errors import UsageError
+from loragen.legacy.discover import find_runs, step_in_name
 
 from .finding import one_of
 

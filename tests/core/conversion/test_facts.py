@@ -1,7 +1,7 @@
 import pytest
 
-from loragen.core.conversion.facts import facts_of, yaml_facts
 from loragen.core.errors import ConfigError
+from loragen.legacy.facts import facts_of, yaml_facts
 
 
 def values(facts):

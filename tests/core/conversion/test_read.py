@@ -2,9 +2,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loragen.core.conversion.facts import facts_of
-from loragen.core.conversion.read import converted_optimizer, read_checkpoint
 from loragen.core.errors import DataError, UsageError
+from loragen.legacy.checkpoints import converted_optimizer, read_foreign_checkpoint
+from loragen.legacy.facts import facts_of
 
 
 def values(facts):
@@ -28,7 +28,7 @@ def test_the_forms_of_a_key(tmp_path, key):
     torch.save({"model": {key: torch.ones(2, 4), "other": torch.ones(1)}}, tmp_path / "a.pt")
     save_file({key: torch.ones(2, 4), "other": torch.ones(1)}, tmp_path / "a.safetensors")
     for file in tmp_path.iterdir():
-        (found,) = read_checkpoint(file).tensors
+        (found,) = read_foreign_checkpoint(file).tensors
         assert found == "base_model.model.model.layers.0.q_proj.lora_A.weight"
 
 
@@ -36,17 +36,17 @@ def test_the_forms_of_a_key(tmp_path, key):
 def test_what_is_not_known_is_refused_by_name(tmp_path, key):
     torch.save({key: torch.ones(2, 4)}, tmp_path / "a.pt")
     with pytest.raises(DataError, match=f"a.pt: {key} is not a matrix of LoRA"):
-        read_checkpoint(tmp_path / "a.pt")
+        read_foreign_checkpoint(tmp_path / "a.pt")
 
 
 def test_of_several_adapters_the_default_one(tmp_path):
     keys = [f"m.lora_A.{name}.weight" for name in ("default", "other")]
     torch.save({key: torch.full((2, 4), float(i)) for i, key in enumerate(keys)}, tmp_path / "a.pt")
-    (tensor,) = read_checkpoint(tmp_path / "a.pt").tensors.values()
+    (tensor,) = read_foreign_checkpoint(tmp_path / "a.pt").tensors.values()
     assert not tensor.any()
     torch.save({f"m.lora_A.{name}": torch.ones(2, 4) for name in "xy"}, tmp_path / "b.pt")
     with pytest.raises(DataError, match="several adapters in it, none is 'default': x, y"):
-        read_checkpoint(tmp_path / "b.pt")
+        read_foreign_checkpoint(tmp_path / "b.pt")
 
 
 def test_what_was_saved_with_the_weights(tmp_path):
@@ -58,7 +58,7 @@ def test_what_was_saved_with_the_weights(tmp_path):
         "step": torch.tensor(7),
     }
     torch.save(document, tmp_path / "a.pt")
-    checkpoint = read_checkpoint(tmp_path / "a.pt")
+    checkpoint = read_foreign_checkpoint(tmp_path / "a.pt")
     assert checkpoint.step == 7
     assert values(facts_of(checkpoint.facts, "a.pt")) == {
         "lora.alpha": 32,
@@ -71,7 +71,7 @@ def test_a_model_in_shards(tmp_path):
     for index, matrix in enumerate("AB", 1):
         name = f"model-0000{index}-of-00002.safetensors"
         save_file({f"m.lora_{matrix}.weight": torch.ones(2, 2)}, tmp_path / name)
-    assert len(read_checkpoint(tmp_path).tensors) == 2
+    assert len(read_foreign_checkpoint(tmp_path).tensors) == 2
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path):
@@ -79,14 +79,14 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
         name = f"model-0000{index}-of-00002.safetensors"
         save_file({"m.lora_A.weight": torch.full((2, 2), float(index))}, tmp_path / name)
     with pytest.raises(DataError, match=r"00002-of-.*: m\.lora_A\.weight is in another shard"):
-        read_checkpoint(tmp_path)
+        read_foreign_checkpoint(tmp_path)
 
 
 def test_a_folder_of_checkpoints_is_none(tmp_path):
     for step in (1, 2):
         save_file({"m.lora_A.weight": torch.ones(2, 2)}, tmp_path / f"model_{step}.safetensors")
     with pytest.raises(UsageError, match="2 checkpoints in it, name one: model_1"):
-        read_checkpoint(tmp_path)
+        read_foreign_checkpoint(tmp_path)
 
 
 def test_a_full_model_is_not_loaded(tmp_path, monkeypatch):
@@ -98,7 +98,7 @@ def test_a_full_model_is_not_loaded(tmp_path, monkeypatch):
     del big
     for file in ("full.pt", "full.safetensors"):
         before = psutil.Process().memory_info().rss
-        kept = read_checkpoint(tmp_path / file)
+        kept = read_foreign_checkpoint(tmp_path / file)
         assert psutil.Process().memory_info().rss - before < 16 * 2**20
         assert kept.tensors["base_model.model.m.lora_A.weight"].untyped_storage().nbytes() == 32
 

@@ -1,7 +1,6 @@
 import pytest
 
-from loragen.core.data.answers import allowed_answers, closed_answers
-from loragen.core.data.rows import Row
+from loragen.core.data.rows import Row, allowed_answers, closed_answers
 
 
 def row(prompt, response, **more):

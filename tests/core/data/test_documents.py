@@ -18,7 +18,7 @@ from loragen.core.data.documents import (
 from loragen.core.data.formats import Turn
 from loragen.core.data.rows import Row, find_dataset, read_rows
 from loragen.core.errors import DataError, UsageError
-from loragen.core.hub import SECONDS_TO_ANSWER, silence
+from loragen.core.files import SECONDS_TO_ANSWER, silence
 
 from .writers import FILES, FORMATS, NO_CHOICES
 

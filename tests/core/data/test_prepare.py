@@ -5,15 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loragen.core.data.prepare import (
-    RECORD,
-    TRAIN,
-    VAL,
-    Grouping,
-    prepare,
-    read_prepared,
-    split,
-)
+from loragen.core.data.prepare import RECORD, TRAIN, VAL, Grouping, prepare, read_prepared, split
 from loragen.core.data.prompts import Prompt, joined, read_prompts
 from loragen.core.errors import DataError, UsageError
 

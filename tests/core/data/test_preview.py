@@ -2,9 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loragen.core.data.preview import Lengths, preview
 from loragen.core.data.rows import Reading, Row, read
-from loragen.core.data.tokenize import in_parts, learned, shared_prefix
+from loragen.core.data.tokenize import Lengths, in_parts, learned, preview, shared_prefix
 from loragen.core.errors import DataError
 
 sequences = st.lists(st.lists(st.integers(0, 2), max_size=5), min_size=1, max_size=5)
@@ -62,7 +61,7 @@ def test_an_answer_that_does_not_fit_makes_a_bad_row(tokenizer):
 
 
 def test_real_data_leaves_nothing_out(shared):
-    from loragen.core.base_models import load_tokenizer
+    from loragen.core.base.load import load_tokenizer
 
     tokenizer = load_tokenizer(str(shared / "models" / "qwen2.5-0.5b-config"))
     file = shared / "data_to_lora" / "cs" / "arc-easy" / "arc-easy_test_formatted.jsonl"

@@ -6,13 +6,7 @@ from hypothesis import strategies as st
 
 from loragen.core.data.formats import Turn
 from loragen.core.data.rows import Row
-from loragen.core.data.tokenize import (
-    answer_ids,
-    in_parts,
-    learned,
-    pad_id,
-    prompt_ids,
-)
+from loragen.core.data.tokenize import answer_ids, in_parts, learned, pad_id, prompt_ids
 from loragen.core.errors import DataError
 
 

@@ -14,13 +14,13 @@ def targets(collection):
 @pytest.fixture
 def bench(experiment, base):
     """`bench(draws=2)`: with the training runs, and nothing trained for the comparison."""
-    from loragen.core.evaluation.bench import Bench, Options, training_sources
+    from loragen.core.evaluation.contestants import Bench, EvaluationOptions, training_sources
     from loragen.core.generator.model import Generator
 
     def make(**options):
         generator = Generator.load(experiment)
         sources = training_sources(generator)
-        settings = Options(**{"draws": 2, "choices": False, **options})
+        settings = EvaluationOptions(**{"draws": 2, "choices": False, **options})
         return Bench(base, generator, sources, options=settings)
 
     return make

@@ -1,7 +1,7 @@
 import pytest
 
 from loragen.core.errors import UsageError
-from loragen.core.evaluation.columns import COLUMNS, chosen, contestant_class, titles
+from loragen.core.evaluation.contestants import COLUMNS, chosen, contestant_class, titles
 
 
 def names(columns):

@@ -6,15 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loragen.core.adapters import Adapter, attach_adapter, read_adapter, swap_adapter
-from loragen.core.checkpoints import read_checkpointed_adapter
-from loragen.core.evaluation.bench import Trained
-from loragen.core.evaluation.columns import COLUMNS, NAMES, chosen
-from loragen.core.evaluation.contest import Cell, Outcome, hold, scaled_as
-from loragen.core.evaluation.novelty import novelty
+from loragen.core.adapter.files import Adapter, attach_adapter, read_adapter, swap_adapter
+from loragen.core.evaluation.contest import Cell, DatasetScores, hold, results_document, scaled_as
+from loragen.core.evaluation.contestants import COLUMNS, NAMES, Trained, chosen
 from loragen.core.evaluation.report import lines, markdown, remarks, tables, write
-from loragen.core.evaluation.results import document
+from loragen.core.evaluation.statistics import novelty
 from loragen.core.lora.evaluate import Scores, evaluate
+from loragen.core.run.checkpoints import read_checkpointed_adapter
 
 OTHERS = ("base", "mean_adapter", "oracle")
 
@@ -28,13 +26,13 @@ def outcome(targets):
             column: Cell([Scores(10, value, None, validity, 3, 0.1) for value in values], [0.5])
             for column, values in accuracies.items()
         }
-        return Outcome(replace(targets[0], name=name, group=group), cells)
+        return DatasetScores(replace(targets[0], name=name, group=group), cells)
 
     return make
 
 
 def told(outcomes, bench):
-    return document(outcomes, bench, None)
+    return results_document(outcomes, bench, None)
 
 
 def test_every_column_is_scored_and_the_base_is_handed_back(bench, targets, collection):
@@ -180,7 +178,7 @@ def test_a_measure_that_a_dataset_lacks_has_no_average(outcome, bench):
 def test_the_three_files_say_the_same(bench, targets, tmp_path):
     made = bench()
     outcomes = hold(made, chosen(["base", "generated"]), targets)
-    results = document(outcomes, made, novelty(made, targets))
+    results = results_document(outcomes, made, novelty(made, targets))
     write(results, "A title", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "results.json").read_text("utf-8")) == results
     text = (tmp_path / "out" / "results.md").read_text("utf-8")

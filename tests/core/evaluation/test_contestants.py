@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loragen.core.adapters import read_adapter
+from loragen.core.adapter.files import read_adapter
 from loragen.core.data.formats import Turn
 from loragen.core.data.rows import Row
 from loragen.core.evaluation.contestants import (
@@ -78,7 +78,7 @@ class TestFewShot:
 def test_the_mean_adapter_is_the_mean_of_all_checkpoints(bench, targets):
     made = bench()
     files = [file for source in made.sources for file in source.checkpoints]
-    from loragen.core.checkpoints import read_tensors
+    from loragen.core.run.checkpoints import read_tensors
 
     entry = only(MeanAdapter(made), targets[0])
     for key, tensor in entry.adapter.tensors.items():

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loragen.core.evaluation.intervals import interval
+from loragen.core.evaluation.statistics import interval
 
 shares = st.floats(0, 1)
 MANY = 10**9  # rows: none of the chance is theirs

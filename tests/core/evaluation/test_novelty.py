@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from loragen.core.adapters import Adapter
-from loragen.core.analysis.places import read_checkpoint
-from loragen.core.evaluation.novelty import Gallery, novelty
+from loragen.core.adapter.files import Adapter
+from loragen.core.analysis.checkpoints import read_checkpoint
+from loragen.core.evaluation.statistics import Gallery, novelty
 from loragen.core.generator.model import Generator
 
 

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from loragen.core.evaluation import run
-from loragen.core.evaluation.bench import Options
-from loragen.core.evaluation.columns import chosen
+from loragen.core.evaluation import contest as run
+from loragen.core.evaluation.contestants import EvaluationOptions, chosen
 from loragen.core.progress import Silent
 
 
@@ -28,7 +27,7 @@ def test_the_base_answers_on_the_best_device(experiment, targets, tmp_path, monk
             experiment,
             targets,
             chosen(["base"], []),
-            options=Options(draws=2),
+            options=EvaluationOptions(draws=2),
             base_model=None,
             cache=tmp_path,
             progress=Silent(),

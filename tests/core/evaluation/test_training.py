@@ -16,9 +16,13 @@ from loragen.core.evaluation.training import (
     train_multi_task,
     train_oracles,
 )
-from loragen.core.manifests import LoraManifest, read_manifest
 from loragen.core.progress import Silent
-from loragen.core.runs import checkpoint_files, run_directory_of
+from loragen.core.run.directory import (
+    LoraManifest,
+    checkpoint_files,
+    read_manifest,
+    run_directory_of,
+)
 from tests.conftest import ANIMALS, COLORS, rows_of, write_lines
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loragen.core.generator.familiarity import Familiarity, text_vectors
+from loragen.core.generator.embeddings import Familiarity, text_vectors
 from loragen.core.plugins import create
 
 DIM = 32

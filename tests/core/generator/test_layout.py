@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loragen.core.adapter.layout import Layout
 from loragen.core.errors import DataError, UsageError
-from loragen.core.generator.layout import Layout
 
 MODULES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj", "mlp.up_proj")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -210,7 +210,7 @@ def qwen_adapter(shared):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from loragen.core.adapters import file_keys
+    from loragen.core.adapter.files import file_keys
 
     config = AutoConfig.from_pretrained(shared / "models" / "qwen2.5-0.5b-config")
     with torch.device("meta"):

@@ -4,10 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loragen.core.checkpoints import checkpoint_files
 from loragen.core.errors import DataError, LoragenError
 from loragen.core.generator.model import Generator
-from loragen.core.runs import generator_file
+from loragen.core.run.checkpoints import checkpoint_files
+from loragen.core.run.directory import generator_file
 
 PROMPTS = ["Question 1 about red?", "Question 2 about red?", "What is it?"]
 
@@ -46,7 +46,7 @@ def test_the_file_is_plain_data_and_tensors(file):
 
 
 def test_the_adapter_has_the_shapes_and_the_configuration_of_the_collection(generator, collection):
-    from loragen.core.adapters import read_adapter
+    from loragen.core.adapter.files import read_adapter
 
     trained = read_adapter(collection.runs["colors"] / "adapter")
     made = generator.generate(PROMPTS)

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from loragen.core.adapter.layout import Layout
 from loragen.core.errors import UsageError
-from loragen.core.generator.layout import Layout
 from loragen.core.generator.network import Network, new_network
 from loragen.core.protocols import Samples
 

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loragen.core.generator.layout import Layout
-from loragen.core.generator.normalization import Normalization
+from loragen.core.adapter.layout import Layout
+from loragen.core.generator.network import Normalization
 
 ADAPTER = {
     "m.layers.0.q.lora_A.weight": torch.zeros(2, 5),

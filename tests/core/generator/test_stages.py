@@ -1,10 +1,9 @@
 import pytest
 import torch
 
+from loragen.core.adapter.layout import Layout
 from loragen.core.errors import UsageError
-from loragen.core.generator.layout import Layout
-from loragen.core.generator.network import new_network
-from loragen.core.generator.stages import anatomy
+from loragen.core.generator.network import anatomy, new_network
 
 CONDITION = (4, 2, 6)
 

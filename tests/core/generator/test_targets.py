@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loragen.core.generator.targets import canonical, in_form
+from loragen.core.adapter.algebra import canonical, in_form
 
 A, B = "base_model.model.m.lora_A.weight", "base_model.model.m.lora_B.weight"
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loragen.core.data.tokenize import Example
-from loragen.core.lora.batch import (
+from loragen.core.lora.packing import (
     IGNORED,
     PADDING,
     PREFIX,

@@ -5,13 +5,12 @@ import signal
 import pytest
 import torch
 
-from loragen.core.checkpoints import find_checkpoints
-from loragen.core.interrupt import Interrupted
 from loragen.core.lora.train import train
-from loragen.core.manifests import LoraManifest, read_manifest
-from loragen.core.metrics_log import read_metrics
 from loragen.core.progress import Silent
-from loragen.core.runs import checkpoint_files
+from loragen.core.run.checkpoints import find_checkpoints
+from loragen.core.run.directory import LoraManifest, checkpoint_files, read_manifest
+from loragen.core.run.loggers import read_metrics
+from loragen.core.run.loop import Interrupted
 
 
 class Watching(Silent):

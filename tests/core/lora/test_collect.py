@@ -13,14 +13,14 @@ from typer.testing import CliRunner
 from loragen.cli.main import app
 from loragen.core.config import LoraTrainConfig, load
 from loragen.core.errors import DataError, UsageError
-from loragen.core.interrupt import Interrupted
-from loragen.core.lora import attach, local_launcher
-from loragen.core.lora.collect import Task, collect, finished_run, tasks, unfinished_run
-from loragen.core.lora.resume import find_resume_point, load_base_again
-from loragen.core.lora.train import train
-from loragen.core.manifests import LoraManifest, read_manifest, write_manifest
+from loragen.core.lora import launch as local_launcher
+from loragen.core.lora import train as attach
+from loragen.core.lora.collect import collect
+from loragen.core.lora.tasks import Task, finished_run, tasks, unfinished_run
+from loragen.core.lora.train import find_resume_point, load_base_again, train
 from loragen.core.progress import Silent
-from loragen.core.runs import checkpoint_files
+from loragen.core.run.directory import LoraManifest, checkpoint_files, read_manifest, write_manifest
+from loragen.core.run.loop import Interrupted
 
 QUICK = {"training.max_steps": 2, "checkpoints.first_step": 2, "final_model": "none"}
 

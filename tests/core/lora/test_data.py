@@ -2,8 +2,8 @@ import pytest
 
 from loragen.core.data.tokenize import Example
 from loragen.core.errors import UsageError
-from loragen.core.lora.attach import new_adapter
 from loragen.core.lora.data import LoraDataModule, Rows, load_rows
+from loragen.core.lora.train import new_adapter
 
 
 class FakeTrainer:

@@ -7,14 +7,13 @@ import sys
 import pytest
 import torch
 
-from loragen.core.checkpoints import read_tensors
+from loragen.core.base.load import load_training_base
 from loragen.core.config import LoraTrainConfig, load
-from loragen.core.lora.precision import load_training_base
 from loragen.core.lora.train import train
-from loragen.core.manifests import LoraManifest, read_manifest
-from loragen.core.metrics_log import read_metrics
 from loragen.core.progress import Silent
-from loragen.core.runs import checkpoint_files
+from loragen.core.run.checkpoints import read_tensors
+from loragen.core.run.directory import LoraManifest, checkpoint_files, read_manifest
+from loragen.core.run.loggers import read_metrics
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo is not tested there")
 

@@ -6,14 +6,8 @@ from torch import nn
 
 from loragen.core.data.rows import Row
 from loragen.core.data.tokenize import answer_ids, in_parts, learned, pad_id, prompt_ids
-from loragen.core.lora.batch import padded
-from loragen.core.lora.evaluate import (
-    choice_accuracy,
-    evaluate,
-    generate,
-    log_likelihoods,
-)
-from loragen.core.lora.loss import answer_losses
+from loragen.core.lora.evaluate import choice_accuracy, evaluate, generate, log_likelihoods
+from loragen.core.lora.packing import answer_losses, padded
 
 
 def row(prompt, response, **more):
@@ -92,7 +86,7 @@ def test_a_real_model_writes_the_same_alone_and_beside_others(base):
 
 def test_a_trained_adapter_is_measured_on_its_own_rows(train_lora, base, dataset):
     """One answer to everything is learned in seconds: a score whose value is known."""
-    from loragen.core.adapters import attach_adapter, read_adapter
+    from loragen.core.adapter.files import attach_adapter, read_adapter
     from loragen.core.data.rows import read_rows
 
     file = dataset([{"prompt": f"q {i}", "response": "blue"} for i in range(4)])

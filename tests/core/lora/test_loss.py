@@ -2,13 +2,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loragen.core.adapters import attach_adapter, read_adapter
-from loragen.core.base_models import load_base
+from loragen.core.adapter.files import attach_adapter, read_adapter
+from loragen.core.base.load import load_base
 from loragen.core.data.rows import read_rows
 from loragen.core.data.tokenize import Example, in_parts, learned
-from loragen.core.lora.batch import IGNORED, Cost, packed, padded
 from loragen.core.lora.evaluate import generate
-from loragen.core.lora.loss import answer_logits, answer_losses, rows_right
+from loragen.core.lora.packing import (
+    IGNORED,
+    Cost,
+    answer_logits,
+    answer_losses,
+    packed,
+    padded,
+    rows_right,
+)
 
 EXAMPLES = [
     Example([5, 6, 7, 8, 9, 10, 11], 3),

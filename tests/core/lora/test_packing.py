@@ -6,11 +6,9 @@ import pytest
 import torch
 import transformers
 
+from loragen.core.base.load import load_training_base
 from loragen.core.data.tokenize import Example
-from loragen.core.lora.batch import Cost, packed, padded
-from loragen.core.lora.loss import answer_losses
-from loragen.core.lora.packing import model_cost, packing_cost
-from loragen.core.lora.precision import load_training_base
+from loragen.core.lora.packing import Cost, answer_losses, model_cost, packed, packing_cost, padded
 from loragen.core.lora.train import train
 from loragen.core.progress import Silent
 
@@ -193,7 +191,7 @@ def test_training_runs_either_way(kind, tokenizer, tmp_path, lora_config, datase
 
 
 def test_packed_and_padded_training_are_equal(lora_config, base_dir, dataset):
-    from loragen.core.adapters import read_adapter
+    from loragen.core.adapter.files import read_adapter
 
     adapters = []
     for packing in (True, False):

@@ -4,13 +4,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from loragen.core.checkpoints import read_tensors
+from loragen.core.base import load as precision
+from loragen.core.base.load import base_dtype, dtype_name, fast_bfloat16, load_training_base
 from loragen.core.errors import ConfigError, UsageError
-from loragen.core.lora import precision
-from loragen.core.lora.precision import base_dtype, dtype_name, fast_bfloat16, load_training_base
 from loragen.core.lora.train import train
 from loragen.core.progress import Silent
-from loragen.core.runs import checkpoint_files
+from loragen.core.run.checkpoints import read_tensors
+from loragen.core.run.directory import checkpoint_files
 
 
 def model_of(parameters):

@@ -6,8 +6,8 @@ import pytest
 from loragen.core.data.rows import Row, read_rows
 from loragen.core.errors import DataError, UsageError
 from loragen.core.lora.provenance import row_hash, traced_run
-from loragen.core.manifests import LoraManifest, read_manifest
-from loragen.core.metrics_log import read_metrics
+from loragen.core.run.directory import LoraManifest, read_manifest
+from loragen.core.run.loggers import read_metrics
 
 TRACKED = {
     "track_batches": True,

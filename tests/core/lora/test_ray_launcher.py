@@ -9,10 +9,11 @@ import pytest
 
 from loragen.core.config import LoraTrainConfig, load
 from loragen.core.errors import UsageError
-from loragen.core.lora import ray_launcher
-from loragen.core.lora.collect import Task, collect, finished_run
-from loragen.core.lora.worker import Job, train_job
-from loragen.core.manifests import LoraManifest, read_manifest
+from loragen.core.lora import launch as ray_launcher
+from loragen.core.lora.collect import collect
+from loragen.core.lora.tasks import Task, finished_run
+from loragen.core.lora.worker import TrainingJob, train_job
+from loragen.core.run.directory import LoraManifest, read_manifest
 
 from .test_collect import Recorded
 
@@ -28,7 +29,7 @@ def dies_once(marker):
     """What a worker runs in place of `train_job`: the first to come this far is killed."""
 
     def job(job):
-        from loragen.core.lora import callbacks
+        from loragen.core.lora import module as callbacks
         from loragen.core.lora.worker import train_job
 
         real = callbacks.StepCheckpoints._after
@@ -81,7 +82,9 @@ def test_a_worker_that_dies_is_tried_again_from_its_checkpoint(
 
 def test_what_the_user_can_mend_is_told_and_not_raised(lora_config, dataset):
     """A worker that raises is tried again; one that tells is not."""
-    job = Job(config=lora_config({"data.val_ratio": 0.99}), name="colors", source=str(dataset()))
+    job = TrainingJob(
+        config=lora_config({"data.val_ratio": 0.99}), name="colors", source=str(dataset())
+    )
     result = train_job(job)
     assert result.status == "failed"
     assert "data.val_ratio leaves no rows" in result.reason

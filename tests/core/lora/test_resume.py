@@ -6,16 +6,14 @@ import shutil
 import pytest
 import torch
 
-from loragen.core.adapters import read_adapter
+from loragen.core.adapter.files import read_adapter
+from loragen.core.base.load import load_training_base
 from loragen.core.config import LoraTrainConfig
 from loragen.core.errors import DataError, UsageError
-from loragen.core.lora.callbacks import StepMetrics
-from loragen.core.lora.precision import load_training_base
-from loragen.core.lora.resume import find_resume_point
-from loragen.core.lora.train import train
-from loragen.core.manifests import MANIFEST, LoraManifest, read_manifest
+from loragen.core.lora.module import StepMetrics
+from loragen.core.lora.train import find_resume_point, train
 from loragen.core.progress import Silent
-from loragen.core.runs import checkpoint_files
+from loragen.core.run.directory import MANIFEST, LoraManifest, checkpoint_files, read_manifest
 from tests.conftest import TINY_LORA, configured, write_lines
 from tests.core.resuming import Kill, StopAt, assert_same_course, same
 

@@ -6,17 +6,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from loragen.core.adapters import file_keys, read_adapter
-from loragen.core.checkpoints import read_tensors
+from loragen.core.adapter.files import file_keys, read_adapter
+from loragen.core.base.load import load_training_base
 from loragen.core.config import LoraTrainConfig, load
 from loragen.core.errors import DataError, LoragenError, UsageError
 from loragen.core.files import sha256
 from loragen.core.lora import train as training
 from loragen.core.lora.data import load_rows
-from loragen.core.lora.precision import load_training_base
-from loragen.core.manifests import LoraManifest, read_manifest
 from loragen.core.progress import Silent
-from loragen.core.runs import checkpoint_files
+from loragen.core.run.checkpoints import read_tensors
+from loragen.core.run.directory import LoraManifest, checkpoint_files, read_manifest
 
 
 def state(model):
@@ -415,7 +414,7 @@ class TestFailure:
 
 
 def test_a_moved_run_still_knows_its_adapter(collection, tmp_path):
-    from loragen.core.checkpoints import read_checkpointed_adapter
+    from loragen.core.run.checkpoints import read_checkpointed_adapter
 
     moved = shutil.copytree(collection.runs["colors"], tmp_path / "moved")
     adapter = read_checkpointed_adapter(moved / "checkpoints" / "checkpoint-step-005.ckpt")

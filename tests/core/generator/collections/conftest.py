@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 
-from loragen.core.manifests import LoraManifest, read_manifest, write_manifest
+from loragen.core.run.directory import LoraManifest, read_manifest, write_manifest
 
 
 @pytest.fixture

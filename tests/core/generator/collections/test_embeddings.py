@@ -6,8 +6,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loragen.core.generator.collections import embeddings as module
-from loragen.core.generator.collections.embeddings import write_embeddings
+from loragen.core.generator import embeddings as module
+from loragen.core.generator.embeddings import write_embeddings
 
 
 class Letters:

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from loragen.core.errors import UsageError
-from loragen.core.generator.collections.found import configured_sources, find_sources
-from loragen.core.manifests import LoraManifest, read_manifest
+from loragen.core.learning.sources import configured_sources, find_sources
+from loragen.core.run.directory import LoraManifest, read_manifest
 
 
 @pytest.fixture

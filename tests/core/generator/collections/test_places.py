@@ -4,8 +4,8 @@ import pytest
 
 from loragen.core.data.prepare import Grouping, prepare
 from loragen.core.errors import UsageError
-from loragen.core.generator.collections.places import check_places
-from loragen.core.manifests import LoraManifest, read_manifest
+from loragen.core.learning.sources import check_places
+from loragen.core.run.directory import LoraManifest, read_manifest
 
 
 @pytest.fixture

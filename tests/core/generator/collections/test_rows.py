@@ -6,15 +6,14 @@ from hypothesis import strategies as st
 
 from loragen.core.data.prepare import Groups
 from loragen.core.errors import UsageError
-from loragen.core.generator.collections.rows import has_rows, labelled_rows
-from loragen.core.generator.collections.sources import Collection
-from loragen.core.generator.collections.texts import split_groups
+from loragen.core.learning.sources import TrainingSource
+from loragen.core.learning.texts import has_rows, labelled_rows, split_groups
 from tests.conftest import rows_of, write_lines
 
 
 def source(rows, groups=None):
     """A dataset of which only the labels are asked for."""
-    return Collection("colors", [], [], {}, "base", groups, rows=str(rows) if rows else None)
+    return TrainingSource("colors", [], [], {}, "base", groups, rows=str(rows) if rows else None)
 
 
 @pytest.fixture
@@ -86,7 +85,7 @@ def test_answers_that_do_not_fit_are_left_out(tmp_path, labelled):
 
 
 def test_of_a_large_dataset_a_sample_is_taken(tmp_path, labelled, monkeypatch):
-    monkeypatch.setattr("loragen.core.generator.collections.rows.MOST_ROWS", 5)
+    monkeypatch.setattr("loragen.core.learning.texts.MOST_ROWS", 5)
     file = write_lines(tmp_path / "rows.jsonl", rows_of(["red"]))
     assert len(labelled(file).training) == 5
 

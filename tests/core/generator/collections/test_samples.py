@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from loragen.core.generator.collections.samples import CollectionSamples
-from loragen.core.generator.normalization import Normalization
+from loragen.core.generator.network import Normalization
+from loragen.core.learning.arrays import CollectionSamples
 
 PLAIN = Normalization(torch.zeros(5, 2), torch.ones(5, 1))
 

@@ -5,21 +5,20 @@ import numpy as np
 import pytest
 import torch
 
-from loragen.core.adapters import read_adapter, write_adapter
-from loragen.core.checkpoints import read_tensors
-from loragen.core.config.gen_schema import SourceSection
+from loragen.core.adapter.files import read_adapter, write_adapter
+from loragen.core.config.schema import SourceSection
 from loragen.core.data.documents import content_hash, parsed_source
 from loragen.core.data.prepare import Grouping, prepare, read_prepared
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import sha256
-from loragen.core.generator.collections import prepared as module
-from loragen.core.generator.collections.found import configured_sources
-from loragen.core.generator.collections.prepared import prepared
-from loragen.core.generator.collections.sources import common_layout, read_source, texts_of
-from loragen.core.generator.training.train import plan
+from loragen.core.learning import arrays as module
+from loragen.core.learning.arrays import prepared
+from loragen.core.learning.sources import common_layout, configured_sources, read_source
+from loragen.core.learning.texts import texts_of
+from loragen.core.learning.train import plan
 from loragen.core.lora.provenance import traced_run
-from loragen.core.manifests import LoraManifest, read_manifest, write_manifest
-from loragen.core.runs import checkpoint_step
+from loragen.core.run.checkpoints import read_tensors
+from loragen.core.run.directory import LoraManifest, checkpoint_step, read_manifest, write_manifest
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from loragen.core.data.prompts import same_text
 from loragen.core.data.rows import Row
 from loragen.core.errors import DataError
-from loragen.core.generator.collections.texts import (
+from loragen.core.learning.texts import (
     last_prompts,
     paired_with_dataset,
     paired_with_rows,

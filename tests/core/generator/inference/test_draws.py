@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loragen.core.errors import UsageError
-from loragen.core.generator.inference.draws import draw_prompts, with_text
+from loragen.core.generator.requests import draw_prompts, with_text
 
 PROMPTS = [f"prompt {i}" for i in range(20)]
 

@@ -7,12 +7,10 @@ import yaml
 from safetensors import safe_open
 
 import loragen
-from loragen.core.adapters import read_adapter
-from loragen.core.checkpoints import read_tensors
+from loragen.core.adapter.files import read_adapter
 from loragen.core.errors import LoragenError, UsageError
-from loragen.core.generator.inference.card import adapter_card
-from loragen.core.generator.inference.merged import Merger
-from loragen.core.generator.inference.origin import Origin
+from loragen.core.generator.generated import Merger, Origin, adapter_card
+from loragen.core.run.checkpoints import read_tensors
 
 PROMPTS = [f"Question {i} about red?" for i in range(6)]
 FAR = Origin("g", 2, "owner/base: 1", "sbert", "hyperconv", 3, "0" * 64, datasets=["a", "b"],
@@ -83,7 +81,7 @@ def test_other_endings_of_weights_are_refused(adapter, tmp_path):
 def test_draws_are_averaged_token_by_token(generator):
     mean = generator.generate(PROMPTS, draws=3, prompts_per_draw=2, seed=5)
     assert (mean.origin.draws, mean.origin.prompts_per_draw, mean.origin.seed) == (3, 2, 5)
-    from loragen.core.generator.inference.draws import draw_prompts
+    from loragen.core.generator.requests import draw_prompts
 
     each = [generator.generate(drawn) for drawn in draw_prompts(PROMPTS, 3, 2, 5, usual=6)]
     for key, value in mean.tensors.items():
@@ -94,7 +92,7 @@ def test_draws_are_averaged_token_by_token(generator):
 
 
 def test_it_attaches_to_a_live_base(adapter, base_dir):
-    from loragen.core.base_models import load_base
+    from loragen.core.base.load import load_base
 
     model = adapter.attach(load_base(str(base_dir)).model)
     assert model.peft_config["default"].r == 2
@@ -106,7 +104,7 @@ def test_it_attaches_to_a_live_base(adapter, base_dir):
 def test_merged_models_answer_as_the_base_with_the_adapter(generator, base_dir, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from loragen.core.base_models import load_base
+    from loragen.core.base.load import load_base
 
     merger, ids = Merger(str(base_dir)), torch.arange(8).view(1, 8)
     for name, prompts in (("one", PROMPTS[:2]), ("other", ["a cat and a dog"])):

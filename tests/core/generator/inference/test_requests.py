@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loragen.core.errors import DataError, UsageError
-from loragen.core.generator.inference.requests import Request, file_names, requests
+from loragen.core.generator.requests import Request, file_names, requests
 
 ROWS = [
     {"prompt": "red?", "response": "yes", "dataset": "colors"},

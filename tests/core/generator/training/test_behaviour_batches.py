@@ -9,17 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loragen.core.data.tokenize import Example
-from loragen.core.generator.collections.prepared import PreparedSource
-from loragen.core.generator.collections.rows import LabelledRows
-from loragen.core.generator.training.behaviour_batches import (
+from loragen.core.learning.arrays import SourceArrays
+from loragen.core.learning.batches import (
     BehaviourBatches,
+    PairBatches,
     PhasedBatches,
     TransferBatches,
     equally_many,
     validation_rows,
 )
-from loragen.core.generator.training.pairs import PairBatches
-from loragen.core.generator.training.phases import Phase, Phases
+from loragen.core.learning.plan import Phase, Phases
+from loragen.core.learning.texts import LabelledRows
 
 PAD = 0
 
@@ -31,7 +31,7 @@ def prepared(code, checkpoints=3, texts=8, tracked=None):
     mask = np.ones((texts, 1), dtype=bool)
     tokens, embeddings = tokens.astype(np.float32), embeddings.astype(np.float32)
     name = f"source {code}"
-    return PreparedSource(name, tokens, embeddings, mask, tracked=tracked, dataset=name)
+    return SourceArrays(name, tokens, embeddings, mask, tracked=tracked, dataset=name)
 
 
 def labelled(code, count=6):

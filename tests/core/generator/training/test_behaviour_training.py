@@ -5,19 +5,16 @@ import json
 import pytest
 import torch
 
-from loragen.core.adapters import read_adapter, write_adapter
+from loragen.core.adapter.files import read_adapter, write_adapter
+from loragen.core.base import load as precision
 from loragen.core.config import GenTrainConfig
 from loragen.core.errors import UsageError
-from loragen.core.generator.training.behaviour import rehearsal
-from loragen.core.generator.training.plan import plan
-from loragen.core.generator.training.resume import find_resume_point, settled
-from loragen.core.generator.training.selection import select_by
-from loragen.core.generator.training.train import train
-from loragen.core.lora import precision
-from loragen.core.manifests import GeneratorManifest, read_manifest
-from loragen.core.metrics_log import read_metrics
+from loragen.core.learning.data import rehearsal
+from loragen.core.learning.plan import plan, select_by
+from loragen.core.learning.train import find_resume_point, settled, train
 from loragen.core.progress import Silent
-from loragen.core.runs import GENERATOR_FILE
+from loragen.core.run.directory import GENERATOR_FILE, GeneratorManifest, read_manifest
+from loragen.core.run.loggers import read_metrics
 from tests.conftest import COLORS, configured, generator_settings, rows_of, write_lines
 from tests.core.generator.training.test_resume import Kill, StopAt, assert_equal
 

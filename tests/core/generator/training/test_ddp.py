@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from loragen.core.config import GenTrainConfig, dump, load
-from loragen.core.generator.training.train import train
-from loragen.core.manifests import GeneratorManifest, read_manifest
-from loragen.core.metrics_log import read_metrics
+from loragen.core.learning.train import train
 from loragen.core.progress import Silent
-from loragen.core.runs import GENERATOR_FILE
+from loragen.core.run.directory import GENERATOR_FILE, GeneratorManifest, read_manifest
+from loragen.core.run.loggers import read_metrics
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo is not tested there")
 

@@ -3,8 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from loragen.core.generator.collections.prepared import PreparedSource
-from loragen.core.generator.training.encoding import conditions, embedded
+from loragen.core.learning.arrays import SourceArrays, conditions, embedded
 
 
 class Encoder(nn.Module):
@@ -43,8 +42,8 @@ def test_a_text_of_several_conditions_is_encoded_once(encoder):
 def test_what_is_embedded_already_is_not_embedded_again(encoder):
     tokens, fixed = np.zeros((1, 1, 1), np.float32), np.ones((3, 1, 2), np.float32)
     nothing, mask = np.zeros((2, 0, 2), np.float32), np.ones((3, 1), bool)
-    frozen = PreparedSource("frozen", tokens, fixed, mask)
-    trained = PreparedSource("trained", tokens, nothing, mask[:2, :0], texts=["a", "bb"])
+    frozen = SourceArrays("frozen", tokens, fixed, mask)
+    trained = SourceArrays("trained", tokens, nothing, mask[:2, :0], texts=["a", "bb"])
     found = {name: (arrays, valid) for name, arrays, valid in embedded(encoder, [frozen, trained])}
     assert found["frozen"][0] is fixed
     assert found["trained"][0].tolist() == [[[1, 1], [0, 0]], [[2, 2], [2, 2]]]

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from loragen.core.adapters import file_keys, peft_config, plain_config
-from loragen.core.config.lora_schema import Lora
+from loragen.core.adapter.files import file_keys, peft_config, plain_config
+from loragen.core.adapter.layout import Layout
+from loragen.core.config.schema import LoraSection
 from loragen.core.errors import LoragenError
-from loragen.core.generator.layout import Layout
-from loragen.core.generator.training.injection import Injection
+from loragen.core.learning.objectives.behaviour import Injection
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def adapted(base):
     """(PeftModel, its configuration, a layout of its adapter) of the tiny base."""
     from peft import get_peft_model
 
-    model = get_peft_model(base.model, peft_config(Lora(rank=2, alpha=6))).eval()
+    model = get_peft_model(base.model, peft_config(LoraSection(rank=2, alpha=6))).eval()
     tensors = file_keys({n: p for n, p in model.named_parameters() if p.requires_grad})
     return model, plain_config(model.peft_config["default"]), Layout.of(tensors, 16)
 
@@ -39,7 +39,7 @@ def test_it_is_functional_call_with_each_adapter_in_turn(adapted):
 
     from peft import get_peft_model
 
-    peft = get_peft_model(plain, peft_config(Lora(rank=2, alpha=6))).eval()
+    peft = get_peft_model(plain, peft_config(LoraSection(rank=2, alpha=6))).eval()
     alone = []
     for index, one in enumerate(tokens):
         live = {

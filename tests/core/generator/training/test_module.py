@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from loragen.core.config.gen_schema import GenTraining
+from loragen.core.config.schema import GenTrainingSection
 from loragen.core.generator.network import Network
-from loragen.core.generator.training.module import GeneratorModule
-from loragen.core.generator.training.objectives import Objectives
-from loragen.core.generator.training.pairs import PairBatch
+from loragen.core.learning.batches import PairBatch
+from loragen.core.learning.module import GeneratorModule
+from loragen.core.learning.objectives.behaviour import Objectives
 
 CONDITION = torch.randn(2, 3, 1, 5, generator=torch.Generator().manual_seed(0))
 BATCH = PairBatch(CONDITION, torch.ones(2, 3, 1, dtype=torch.bool), torch.zeros(2, 4, 2))
@@ -58,7 +58,7 @@ def training():
         network = Network(Seen(), 5)
         network.condition_spread.fill_(spread)
         objectives = Objectives(reconstruction, behaviour, share)
-        module = GeneratorModule(network, None, objectives, GenTraining(**options))
+        module = GeneratorModule(network, None, objectives, GenTrainingSection(**options))
         module._trainer = SimpleNamespace(accumulate_grad_batches=parts)
         module.log = lambda *_, **__: None
         return module

@@ -4,17 +4,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loragen.core.adapters import Adapter, attach_adapter, new_config
-from loragen.core.config.gen_schema import GenTraining
-from loragen.core.config.lora_schema import Lora
+from loragen.core.adapter.files import Adapter, attach_adapter, new_config
+from loragen.core.adapter.layout import Layout
+from loragen.core.config.schema import GenTrainingSection, LoraSection
 from loragen.core.data.rows import Row
 from loragen.core.data.tokenize import Example, in_parts, learned, pad_id
-from loragen.core.generator.layout import Layout
-from loragen.core.generator.normalization import Normalization, importance
-from loragen.core.generator.training.objectives import Behaviour, Reconstruction
-from loragen.core.lora.batch import padded
+from loragen.core.generator.network import Normalization, importance
+from loragen.core.learning.objectives.behaviour import Behaviour, Reconstruction
 from loragen.core.lora.evaluate import evaluate
-from loragen.core.lora.loss import answer_losses
+from loragen.core.lora.packing import answer_losses, padded
 
 LAYOUT = Layout.of(
     {
@@ -37,7 +35,7 @@ def normalization(seed=0):
 
 def reconstruction(weights=None, **options):
     weights = torch.ones(LAYOUT.tokens, 1) if weights is None else weights
-    return Reconstruction(normalization(), LAYOUT.mask(), GenTraining(**options), weights)
+    return Reconstruction(normalization(), LAYOUT.mask(), GenTrainingSection(**options), weights)
 
 
 class TestReconstruction:
@@ -135,7 +133,7 @@ class TestImportance:
 
 @pytest.fixture
 def lora():
-    return Lora(rank=2, alpha=8)
+    return LoraSection(rank=2, alpha=8)
 
 
 @pytest.fixture
@@ -148,7 +146,7 @@ def layout(base, lora):
     """Of an adapter of the tiny base, which is left as it was."""
     from peft import get_peft_model
 
-    from loragen.core.adapters import file_keys, peft_config
+    from loragen.core.adapter.files import file_keys, peft_config
 
     model = get_peft_model(base.model, peft_config(lora))
     tensors = file_keys({n: p.detach() for n, p in model.named_parameters() if "lora_" in n})

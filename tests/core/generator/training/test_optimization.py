@@ -1,7 +1,7 @@
 import pytest
 
 from loragen.core.config import GenTrainConfig
-from loragen.core.generator.training.optimization import step_plan
+from loragen.core.learning.plan import step_plan
 
 BOTH = "reconstruction-then-behaviour"
 

@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 
 from loragen.core.config import GenTrainConfig
 from loragen.core.errors import UsageError
-from loragen.core.generator.collections.prepared import PreparedSource
-from loragen.core.generator.training.data import GeneratorData
-from loragen.core.generator.training.pairs import draw_texts
+from loragen.core.learning.arrays import SourceArrays
+from loragen.core.learning.batches import draw_texts
+from loragen.core.learning.data import GeneratorData
 
 
 def prepared(code, checkpoints=3, texts=8, positions=1):
     """Every value says where it is from: 100 · source + its index."""
     tokens = 100.0 * code + np.arange(checkpoints)[:, None, None] + np.zeros((1, 4, 2))
     embeddings = 100.0 * code + np.arange(texts)[:, None, None] + np.zeros((1, positions, 5))
-    return PreparedSource(
+    return SourceArrays(
         f"source {code}",
         tokens.astype(np.float32),
         embeddings.astype(np.float32),

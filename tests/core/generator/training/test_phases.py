@@ -1,4 +1,4 @@
-from loragen.core.generator.training.phases import Phase, Phases
+from loragen.core.learning.plan import Phase, Phases
 
 BOTH = Phases((Phase("reconstruction", 3), Phase("behaviour", 2)))
 

@@ -3,10 +3,10 @@ import shutil
 import pytest
 import torch
 
-from loragen.core.adapters import read_adapter, write_adapter
+from loragen.core.adapter.files import read_adapter, write_adapter
 from loragen.core.errors import UsageError
-from loragen.core.generator.training import plan as module
-from loragen.core.generator.training.plan import plan
+from loragen.core.learning import plan as module
+from loragen.core.learning.plan import plan
 
 BOTH = "reconstruction-then-behaviour"
 

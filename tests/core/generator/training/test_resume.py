@@ -9,14 +9,12 @@ import torch
 
 from loragen.core.config import GenTrainConfig
 from loragen.core.errors import DataError, UsageError
-from loragen.core.generator.training import train as module
-from loragen.core.generator.training.resume import find_resume_point
-from loragen.core.generator.training.train import train
-from loragen.core.interrupt import Interrupted
-from loragen.core.manifests import GeneratorManifest, read_manifest
+from loragen.core.learning import train as module
+from loragen.core.learning.train import find_resume_point, train
 from loragen.core.progress import Silent
-from loragen.core.runs import GENERATOR_FILE
-from loragen.plugins.decoders import _cell_map
+from loragen.core.run.directory import GENERATOR_FILE, GeneratorManifest, read_manifest
+from loragen.core.run.loop import Interrupted
+from loragen.plugins.decoders import hyperconv as _cell_map
 from tests.conftest import configured, generator_settings
 from tests.core.resuming import Kill, StopAt, assert_same_course, entries, same
 

@@ -2,7 +2,7 @@ from math import inf, nan
 
 import pytest
 
-from loragen.core.generator.training.selection import Selection, select_by
+from loragen.core.learning.plan import Selection, select_by
 
 
 @pytest.mark.parametrize(

@@ -9,20 +9,19 @@ from typing import ClassVar
 import pytest
 import torch
 
-from loragen.core.adapters import read_adapter
+from loragen.core.adapter.files import read_adapter
 from loragen.core.config import GenTrainConfig, load
 from loragen.core.errors import DataError, LoragenError, UsageError
-from loragen.core.generator.collections import prepared
-from loragen.core.generator.inference.infer import infer
-from loragen.core.generator.model import Generator
-from loragen.core.generator.training import callbacks, optimization
-from loragen.core.generator.training import train as module
-from loragen.core.generator.training.train import read_ahead, train
-from loragen.core.manifests import GeneratorManifest, read_manifest
-from loragen.core.metrics_log import read_metrics
+from loragen.core.generator.model import Generator, infer
+from loragen.core.learning import arrays as prepared
+from loragen.core.learning import module as callbacks
+from loragen.core.learning import plan as optimization
+from loragen.core.learning import train as module
+from loragen.core.learning.train import read_ahead, train
 from loragen.core.plugins import create
 from loragen.core.progress import Silent
-from loragen.core.runs import generator_file
+from loragen.core.run.directory import GeneratorManifest, generator_file, read_manifest
+from loragen.core.run.loggers import read_metrics
 from tests.conftest import configured, generator_settings
 
 PROMPTS = ["Question 1 about red?", "Question 2 about red?"]

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from loragen.core.generator.collections.prepared import PreparedSource
-from loragen.core.generator.training.pairs import Others
-from loragen.core.generator.training.transfer import KnownDatasets
+from loragen.core.learning.arrays import SourceArrays
+from loragen.core.learning.batches import Others
+from loragen.core.learning.objectives.transfer import KnownDatasets
 
 DATASETS = 3
 
@@ -49,7 +49,7 @@ class Network(torch.nn.Module):
 @pytest.fixture
 def known():
     sources = [
-        PreparedSource(
+        SourceArrays(
             f"dataset {i}",
             np.zeros((2, 4, 2), np.float32),
             np.full((4, 1, 2), float(i), np.float32),

@@ -7,9 +7,9 @@ import torch
 
 from loragen.core.errors import DataError
 from loragen.core.generator.model import Generator
-from loragen.core.generator.training.train import train
+from loragen.core.learning.train import train
 from loragen.core.progress import Silent
-from loragen.core.runs import GENERATOR_FILE
+from loragen.core.run.directory import GENERATOR_FILE
 
 PROMPTS = ["Question 1 about red?", "Question 2 about red?"]
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from loragen.core.generator.normalization import Normalization
-from loragen.core.generator.training import weighted_error as module
-from loragen.core.generator.training.weighted_error import weighted_error
+from loragen.core.generator.network import Normalization
+from loragen.core.learning.objectives import reconstruction as module
+from loragen.core.learning.objectives.reconstruction import weighted_error
 
 BATCH, TOKENS, DIM = 3, 7, 5
 SHARES = {"mse_weight": 0.7, "l1_weight": 0.2}

@@ -1,0 +1,7 @@
+"""LoRA adapters: their files, their tensors as tokens, the algebra of ΔW, merging and export."""
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+"""The two files of a PEFT adapter directory."""
+MERGED_MARKER = "loragen_export.json"
+"""In a merged model that loragen wrote: tells it from any other model directory."""

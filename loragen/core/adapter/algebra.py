@@ -1,0 +1,144 @@
+"""Norms, angles and spectra of ΔW = B A, from the factors: r x r algebra, never a d x d matrix.
+
+Factors are given as (A ``[r, in]``, B ``[out, r]``); everything is computed in float64.
+
+In which of its many factorisations a LoRA is learned.
+
+B A = (B Q)(Q⁻¹ A) for any invertible Q. Adapters that started from the same weights keep close to
+each other as they are; adapters of many origins are comparable in a canonical form only.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import nan, sqrt
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from loragen.core.files import natural_key
+
+Factors = tuple[Tensor, Tensor]
+
+
+def inner(first: Factors, second: Factors) -> float:
+    """⟨B₁A₁, B₂A₂⟩ = tr((B₁ᵀB₂)(A₂A₁ᵀ)), the Frobenius inner product."""
+    (a1, b1), (a2, b2) = _wide(first), _wide(second)
+    return float(torch.sum((b1.T @ b2) * (a1 @ a2.T)))
+
+
+def norm(factors: Factors) -> float:
+    """‖BA‖, Frobenius."""
+    return sqrt(max(inner(factors, factors), 0.0))
+
+
+def distance(first: Factors, second: Factors) -> float:
+    """‖B₁A₁ - B₂A₂‖, Frobenius.
+
+    As B₁(A₁ - A₂) + (B₁ - B₂)A₂: two near factorisations differ by little, and the difference of
+    two large squares would lose it.
+    """
+    (a1, b1), (a2, b2) = _wide(first), _wide(second)
+    stacked = (torch.cat([a1 - a2, a2]), torch.cat([b1, b1 - b2], dim=1))
+    return norm(stacked)
+
+
+def inner_products(first: Sequence[Factors], second: Sequence[Factors]) -> Tensor:
+    """``[n, m]`` float64: `inner` of every pair of two lists of one module, in two products.
+
+    All ``A`` of a list are stacked to ``[n·r, in]`` (and all ``B`` to ``[out, n·r]``), so that a
+    matrix product does the work of n·m small ones; the ranks may differ from pair to pair.
+    """
+    (a1, b1, owners1), (a2, b2, owners2) = _stacked(first), _stacked(second)
+    products = (b1.T @ b2) * (a1 @ a2.T)  # (sum of ranks, sum of ranks)
+    rows = products.new_zeros(len(first), len(owners2)).index_add_(0, owners1, products)
+    return products.new_zeros(len(first), len(second)).index_add_(1, owners2, rows)
+
+
+def singular_values(factors: Factors) -> Tensor:
+    """``[min(r, in, out)]`` float64, descending: all singular values of BA that may not be zero.
+
+    With B = Q_B R_B and Aᵀ = Q_A R_A, BA = Q_B (R_B R_Aᵀ) Q_Aᵀ: those of R_B R_Aᵀ. NaN where a
+    factor is not finite.
+    """
+    a, b = _wide(factors)
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        return torch.full((min(a.shape[0], a.shape[1], b.shape[0]),), nan, dtype=torch.float64)
+    r_a, r_b = torch.linalg.qr(a.T).R, torch.linalg.qr(b).R  # 'reduced': at most r rows
+    values: Tensor = torch.linalg.svdvals(r_b @ r_a.T)
+    return values
+
+
+def stable_rank(values: Tensor) -> float:
+    """‖ΔW‖² / σ₁² from the singular values: between 1 and the rank, little moved by small ones.
+
+    0 where all are zero. Rudelson & Vershynin 2007, "Sampling from large matrices".
+    """
+    largest = float(values.max())
+    return 0.0 if largest == 0 else float((values / largest).square().sum())
+
+
+def effective_rank(values: Tensor) -> float:
+    """exp of the entropy of σ / Σσ: how many directions of equal weight would be as spread.
+
+    0 where all are zero. Roy & Vetterli 2007, "The effective rank: a measure of effective
+    dimensionality".
+    """
+    total = float(values.sum())
+    return 0.0 if total == 0 else float(torch.special.entr(values / total).sum().exp())
+
+
+def modules(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Factors]]:
+    """(module path, (A, B)) of every linear module with both factors, layer by layer."""
+    for key in sorted(tensors, key=natural_key):
+        a, b = tensors[key], tensors.get(key.replace(".lora_A.", ".lora_B."))
+        if ".lora_A." in key and b is not None and a.ndim == b.ndim == 2:
+            yield key.partition(".lora_A.")[0].removeprefix("base_model.model."), (a, b)
+
+
+def _stacked(several: Sequence[Factors]) -> tuple[Tensor, Tensor, Tensor]:
+    """(``[sum of ranks, in]``, ``[out, sum of ranks]``, ``[sum of ranks]``: whose each is)."""
+    wide = [_wide(factors) for factors in several]
+    owners = torch.tensor([i for i, (a, _) in enumerate(wide) for _ in range(a.shape[0])])
+    return torch.cat([a for a, _ in wide]), torch.cat([b for _, b in wide], dim=1), owners
+
+
+def _wide(factors: Factors) -> Factors:
+    return factors[0].double(), factors[1].double()
+
+
+TargetForm = Literal["raw", "svd"]
+
+
+def in_form(tensors: Mapping[str, Tensor], form: TargetForm) -> dict[str, Tensor]:
+    """`raw`: as they are. `svd`: every module's A and B replaced by those of `canonical`, tensors
+    that are no such pair kept."""
+    found = dict(tensors)
+    if form == "raw":
+        return found
+    keys = {key.partition(".lora_A.")[0].removeprefix("base_model.model."): key for key in tensors}
+    for name, (a, b) in modules(tensors):
+        key = keys[name]
+        found[key], found[key.replace(".lora_A.", ".lora_B.")] = canonical(a, b)
+    return found
+
+
+def canonical(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A ``[r, in]`` and B ``[out, r]`` -> √S Vᵀ and U √S of B A = U S Vᵀ, in their own dtypes.
+
+    Singular values descend, and the largest value of each row of A is positive: equal products give
+    equal factors, where the singular values differ. In r x r algebra: with B = Q_B R_B and
+    Aᵀ = Q_A R_A, the SVD is that of R_B R_Aᵀ between Q_B and Q_A.
+    """
+    q_b, r_b = torch.linalg.qr(b.double())  # (out, k), (k, r)
+    q_a, r_a = torch.linalg.qr(a.double().T)  # (in, k'), (k', r)
+    u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    root = torch.zeros(a.shape[0], dtype=torch.float64)
+    rank = min(len(s), len(root))
+    root[:rank] = s[:rank].sqrt()
+    new_a = torch.zeros_like(a, dtype=torch.float64)
+    new_b = torch.zeros_like(b, dtype=torch.float64)
+    new_a[:rank] = root[:rank, None] * (vt[:rank] @ q_a.T)
+    new_b[:, :rank] = (q_b @ u[:, :rank]) * root[:rank]
+    largest = new_a.gather(1, new_a.abs().argmax(dim=1, keepdim=True))  # (r, 1)
+    sign = torch.where(largest < 0, -1.0, 1.0)
+    return (new_a * sign).to(a.dtype), (new_b * sign.T).to(b.dtype)

@@ -1,0 +1,207 @@
+"""The layout: the tensors of any LoRA adapter <-> a grid of tokens, derived from the tensors alone.
+
+Every matrix is cut into tokens of `token_dim` values, rank component by rank component: lora_A
+``[r, in]`` row by row, lora_B ``[out, r]`` column by column, so that neighbouring values of a token
+belong to one rank-1 component. The last token of a matrix is padded with zeros, under the mask.
+Packing and unpacking move values and never compute with them: they are exact, bit for bit.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loragen.core.adapter.files import shape_mismatch
+from loragen.core.errors import DataError, UsageError
+from loragen.core.files import natural_key
+from loragen.core.protocols import TokenGrid
+
+NO_LAYER = -1
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of the adapter, by PEFT's file key."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def layer(self) -> int:
+        """The number in the module's path, -1 where it has none."""
+        number = re.search(r"\.(\d+)\.", self.key)
+        return int(number.group(1)) if number else NO_LAYER
+
+    @property
+    def module(self) -> str:
+        """`self_attn.q_proj`: the module's path below its layer."""
+        path = re.sub(r"\.lora_.*|\.weight$", "", self.key)
+        return re.split(r"\.\d+\.", path)[-1]
+
+    @property
+    def path(self) -> str:
+        """Of the module in the base model."""
+        return re.split(r"\.lora_", self.key.removeprefix("base_model.model."))[0]
+
+    @property
+    def matrix(self) -> str:
+        """`lora_A`, `lora_B`, or whatever else PEFT calls it."""
+        kind = re.search(r"\.(lora_\w+)", self.key)
+        return kind.group(1) if kind else "weight"
+
+    @property
+    def by_columns(self) -> bool:
+        return self.matrix == "lora_B" and len(self.shape) == 2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every value of an adapter stands in the grid ``[tokens, token_dim]``."""
+
+    tensors: tuple[TensorSpec, ...]
+    token_dim: int
+
+    @classmethod
+    def of(
+        cls,
+        adapter: Mapping[str, Tensor],
+        token_dim: int,
+        max_tokens: int | Literal["auto"] = "auto",
+    ) -> "Layout":
+        """Raises DataError for a tensor that is not of floating point, and UsageError naming the
+        size needed where the adapter has more than `max_tokens` tokens."""
+        specs = [TensorSpec(key, tuple(t.shape), t.dtype) for key, t in adapter.items()]
+        for spec in specs:
+            if not spec.dtype.is_floating_point:
+                raise DataError(f"{spec.key}: {spec.dtype} is not a floating-point tensor")
+        layout = cls(tuple(sorted(specs, key=lambda spec: natural_key(spec.key))), token_dim)
+        if max_tokens != "auto" and layout.tokens > max_tokens:
+            raise UsageError(
+                f"the adapter needs {layout.tokens} tokens of {token_dim} values and "
+                f"layout.max_seq_len is {max_tokens}: set it to {layout.tokens} or auto"
+            )
+        return layout
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Tokens of each tensor."""
+        return tuple(-(-spec.size // self.token_dim) for spec in self.tensors)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """First token of each tensor."""
+        return tuple(accumulate(self.counts, initial=0))[:-1]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def values(self) -> int:
+        """Values of the adapter, padding not counted."""
+        return sum(spec.size for spec in self.tensors)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The narrowest type that holds every tensor exactly."""
+        dtype = self.tensors[0].dtype if self.tensors else torch.float32
+        for spec in self.tensors:
+            dtype = torch.promote_types(dtype, spec.dtype)
+        return dtype
+
+    def pack(self, adapter: Mapping[str, Tensor]) -> Tensor:
+        """The adapter as ``[tokens, token_dim]``. Raises DataError where a shape is another."""
+        self.check(adapter)
+        flat = torch.zeros(self.tokens * self.token_dim, dtype=self.dtype)
+        for spec, start in zip(self.tensors, self.starts, strict=True):
+            tensor = adapter[spec.key]
+            values = (tensor.T if spec.by_columns else tensor).reshape(-1)
+            flat[start * self.token_dim :][: spec.size] = values
+        return flat.view(self.tokens, self.token_dim)
+
+    def unpack(self, tokens: Tensor) -> dict[str, Tensor]:
+        """The adapter out of ``[tokens, token_dim]``, each tensor in its own shape and dtype."""
+        if tuple(tokens.shape) != (self.tokens, self.token_dim):
+            raise DataError(
+                f"tokens of shape {list(tokens.shape)}, expected {[self.tokens, self.token_dim]}"
+            )
+        flat = tokens.reshape(-1)
+        adapter = {}
+        for spec, start in zip(self.tensors, self.starts, strict=True):
+            values = flat[start * self.token_dim :][: spec.size]
+            placed = values.view(spec.shape[::-1]).T if spec.by_columns else values.view(spec.shape)
+            adapter[spec.key] = torch.empty(spec.shape, dtype=spec.dtype).copy_(placed)
+        return adapter
+
+    def unpack_several(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Several adapters out of ``[adapters, tokens, token_dim]``, as ``{file key: [adapters,
+        ...shape]}``: views in the dtype of the tokens, through which gradients flow."""
+        flat = tokens.flatten(1)  # (D, tokens * token_dim)
+        adapters = {}
+        for spec, start in zip(self.tensors, self.starts, strict=True):
+            values = flat[:, start * self.token_dim :][:, : spec.size]
+            shape = spec.shape[::-1] if spec.by_columns else spec.shape
+            several = values.reshape(-1, *shape)
+            adapters[spec.key] = several.mT if spec.by_columns else several
+        return adapters
+
+    def check(self, adapter: Mapping[str, Tensor]) -> None:
+        """Raises DataError naming the first tensor that this layout does not expect."""
+        wanted = {spec.key: torch.Size(spec.shape) for spec in self.tensors}
+        problem = shape_mismatch(wanted, {key: t.shape for key, t in adapter.items()})
+        if problem:
+            raise DataError(problem)
+
+    def mask(self) -> Tensor:
+        """``[tokens, token_dim]`` bool: True on values, False on padding."""
+        mask = torch.zeros(self.tokens * self.token_dim, dtype=torch.bool)
+        for spec, start in zip(self.tensors, self.starts, strict=True):
+            mask[start * self.token_dim :][: spec.size] = True
+        return mask.view(self.tokens, self.token_dim)
+
+    def owners(self) -> np.ndarray:
+        """``[tokens]`` int64: the index of the tensor that each token belongs to."""
+        return np.repeat(np.arange(len(self.tensors)), self.counts)
+
+    def grid(self) -> TokenGrid:
+        """What a decoder is told of the layout."""
+        owners = self.owners()
+        return TokenGrid(
+            tokens=self.tokens,
+            token_dim=self.token_dim,
+            layer=_codes([spec.layer for spec in self.tensors])[owners],
+            module=_codes([spec.module for spec in self.tensors])[owners],
+            matrix=_codes([spec.matrix for spec in self.tensors])[owners],
+            position=np.arange(self.tokens) - np.array(self.starts, dtype=np.int64)[owners],
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Plain data, for a generator's file."""
+        tensors = [
+            [s.key, list(s.shape), str(s.dtype).removeprefix("torch.")] for s in self.tensors
+        ]
+        return {"token_dim": self.token_dim, "tensors": tensors}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Layout":
+        specs = [
+            TensorSpec(key, tuple(shape), getattr(torch, dtype))
+            for key, shape, dtype in state["tensors"]
+        ]
+        return cls(tuple(specs), state["token_dim"])
+
+
+def _codes(labels: list[Any]) -> np.ndarray:
+    """Labels -> 0, 1, 2, ... in the order of the sorted distinct labels."""
+    return np.unique(np.array(labels), return_inverse=True)[1].astype(np.int64)

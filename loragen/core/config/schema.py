@@ -1,0 +1,448 @@
+"""The sections that both trainings share. Defaults here are the built-in layer.
+
+What can be configured of `loragen lora train`. Defaults here are the built-in layer.
+
+What can be configured of `loragen gen train`. Defaults here are the built-in layer.
+
+Which configuration belongs to which command.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+DEMO = "demo"
+"""The base model that ships with the package."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class PluginSection(BaseModel):
+    """`{name: ..., option: value, ...}`: the options are checked by the chosen plugin's Config."""
+
+    model_config = ConfigDict(extra="allow")
+    kind: ClassVar[str]
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class ScheduleSection(PluginSection):
+    kind = "schedule"
+
+
+class EncoderSection(PluginSection):
+    kind = "encoder"
+
+
+class DecoderSection(PluginSection):
+    kind = "decoder"
+
+
+Loggers = Annotated[
+    dict[str, dict[str, Any]],
+    Field(description="Logger name -> its options; several log at once."),
+]
+
+
+class TrainerSection(Section):
+    """Passed to `lightning.pytorch.Trainer`."""
+
+    accelerator: str = Field("auto", description="auto, cpu, gpu, mps, ...")
+    devices: int | str = Field(1, description="How many devices of this machine, or auto.")
+    num_nodes: int = Field(1, ge=1, description="How many machines.")
+    strategy: str = Field("auto", description="auto, ddp, fsdp, deepspeed_stage_2, ...")
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = Field(
+        "32-true", description="Arithmetic of the forward pass, and the base weights' for *-true."
+    )
+    gradient_clip_val: float | None = Field(
+        None,
+        ge=0,
+        description="Largest gradient norm; 0: any. null: 1.0 for a generator's transfer, any for "
+        "everything else.",
+    )
+    accumulate_grad_batches: int = Field(
+        1, ge=1, description="Micro-batches per step; those of lora share training.batch_size."
+    )
+    limit_train_batches: int | float | None = Field(
+        None, gt=0, description="Stop after so many micro-batches, or that share of them."
+    )
+    limit_val_batches: int | float | None = Field(
+        None, gt=0, description="Validate on so many batches, or that share of them."
+    )
+    detect_anomaly: bool = Field(False, description="Trace NaN gradients to their operation; slow.")
+
+    @property
+    def sets_base_dtype(self) -> bool:
+        """Whether the precision is the base weights' too; base_dtype has no say then."""
+        return self.precision in {"bf16-true", "64-true"}
+
+
+class LoraDataSection(Section):
+    root: str = Field(
+        "data_to_lora/cs", description="Where dataset names are looked up: <root>/<name>/."
+    )
+    dataset: str | None = Field(
+        None, description="A name under root, a file, or hub:owner/name[:config][@split]."
+    )
+    max_length: int = Field(
+        1024, ge=8, description="Longest row in tokens; a longer one loses the start of its prompt."
+    )
+    val_ratio: float = Field(
+        0.0, ge=0, lt=1, description="Share of the rows that is held out for val/ metrics."
+    )
+    validation: str | None = Field(
+        None, description="A file of rows for val/ metrics, in place of val_ratio."
+    )
+    workers: int = Field(0, ge=0, description="Processes that prepare batches beside the training.")
+    skip_bad_rows: bool = Field(False, description="Leave bad rows out instead of refusing them.")
+
+
+class LoraSection(Section):
+    rank: int = Field(8, ge=1, description="Rank of B A, the columns of B.")
+    alpha: float = Field(16, gt=0, description="ΔW = alpha / rank · B A.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of A.")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="all-linear, or the modules' names."
+    )
+
+
+class LoraTrainingSection(Section):
+    batch_size: int = Field(
+        32, ge=1, description="Rows per optimizer step, all devices and accumulation together."
+    )
+    max_steps: int = Field(125, ge=1, description="Optimizer steps.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    packing: bool = Field(
+        True, description="Compute the prefix that all rows share once; false pads every row."
+    )
+    val_every: int = Field(25, ge=1, description="Validate every so many steps.")
+    patience: int | None = Field(
+        None, ge=1, description="Stop once val/loss has not improved for this many steps."
+    )
+
+
+class CheckpointsSection(Section):
+    first_step: int = Field(76, ge=1, description="The first step that is kept.")
+    every: int = Field(1, ge=1, description="Keep every so many steps from there, and the last.")
+    optimizer: Literal["all", "last", "none"] = Field(
+        "all", description="Which checkpoints carry the optimizer's state, which resuming needs."
+    )
+    last_every: int = Field(
+        5, ge=1, description="Renew last.ckpt, from which a killed run goes on, so often (steps)."
+    )
+
+    def keeps(self, step: int, final: bool) -> bool:
+        """Whether a step has a checkpoint of its own; the final one always has."""
+        return final or (step >= self.first_step and (step - self.first_step) % self.every == 0)
+
+    def carries_optimizer(self, final: bool) -> bool:
+        """Whether such a checkpoint is one to go on from."""
+        return self.optimizer == "all" or (self.optimizer == "last" and final)
+
+
+class LauncherSection(Section):
+    name: Literal["local", "ray"] = Field(
+        "local", description="Where several datasets train: one after the other here, or on ray."
+    )
+    address: str | None = Field(
+        None, description="Of a ray cluster that is there, or auto; null starts one here."
+    )
+    num_cpus: float = Field(1, gt=0, description="Cores of one dataset, on ray.")
+    num_gpus: float = Field(
+        0, ge=0, description="GPUs of one dataset, on ray; 0.5: two datasets share one."
+    )
+    max_retries: int = Field(
+        1, ge=0, description="How often a dataset is tried again whose worker fails, on ray."
+    )
+    max_concurrent: int | None = Field(
+        None, ge=1, description="Most datasets at a time, on ray; null: as many as fit."
+    )
+
+
+class LoraTrainConfig(Section):
+    """`loragen lora train`"""
+
+    base_model: str = Field(
+        "Qwen/Qwen2.5-0.5B-Instruct", description="A hub id, a directory, or demo."
+    )
+    base_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of the frozen base; auto: bfloat16 for large ones where it is fast."
+    )
+    base_quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="QLoRA: a base in 8 or 4 bits; needs a CUDA GPU and bitsandbytes."
+    )
+    seed: int = Field(
+        42,
+        ge=0,
+        le=2**32 - 1,
+        description="Batches, dropout and the LoRA initialisation of a whole collection.",
+    )
+    runs_dir: str = Field("runs", description="Where run directories are made.")
+    data: LoraDataSection = LoraDataSection()
+    lora: LoraSection = LoraSection()
+    training: LoraTrainingSection = LoraTrainingSection()
+    schedule: ScheduleSection = ScheduleSection(name="two-stage")
+    checkpoints: CheckpointsSection = CheckpointsSection()
+    track_batches: bool = Field(
+        False, description="Write tracking/: which lines made which step and checkpoint."
+    )
+    final_model: Literal["merged", "none"] = Field(
+        "merged", description="merged: also a whole model in the base's dtype, adapter merged in."
+    )
+    loggers: Loggers = Field({"tensorboard": {}, "swanlab": {}})
+    trainer: TrainerSection = TrainerSection()
+    collection: list[str] = Field(
+        [], description="Names under data.root, or files, where no dataset is named."
+    )
+    launcher: LauncherSection = LauncherSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "LoraTrainConfig":
+        data, precision = self.data, self.trainer.precision
+        validates = data.val_ratio > 0 or data.validation is not None
+        if data.val_ratio > 0 and data.validation is not None:
+            raise ValueError("give either data.val_ratio or data.validation, not both")
+        if self.training.patience is not None and not validates:
+            raise ValueError(
+                "training.patience watches val/loss: it needs data.val_ratio > 0 or data.validation"
+            )
+        if self.trainer.sets_base_dtype and self.base_dtype != "auto":
+            raise ValueError(f"trainer.precision {precision} is the base's too: base_dtype auto")
+        if self.launcher.name == "ray" and (self.trainer.devices, self.trainer.num_nodes) != (1, 1):
+            raise ValueError(
+                "launcher ray gives every dataset one device: trainer.devices 1, num_nodes 1"
+            )
+        devices = self.trainer.devices if isinstance(self.trainer.devices, int) else 1
+        parts = max(1, devices) * self.trainer.num_nodes * self.trainer.accumulate_grad_batches
+        if self.training.batch_size % parts:
+            raise ValueError(
+                f"training.batch_size {self.training.batch_size} must be a multiple of devices x "
+                f"num_nodes x accumulate_grad_batches = {parts}: it counts the rows of a whole step"
+            )
+        return self
+
+
+class SourceSection(Section):
+    """Checkpoints of one dataset and the prompts that go with them."""
+
+    run: str | None = Field(None, description="A run directory of `lora train`; it knows both.")
+    checkpoints: str | None = Field(None, description="A directory of checkpoints or adapters.")
+    prompts: str | None = Field(
+        None,
+        description="A file of rows or texts, hub:owner/name, or a directory of `data prepare`; "
+        "else a run's own dataset.",
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "SourceSection":
+        if (self.run is None) == (self.checkpoints is None):
+            raise ValueError("give either run or checkpoints")
+        return self
+
+
+class LayoutSection(Section):
+    token_dim: int = Field(384, ge=1, description="Values per token.")
+    max_seq_len: int | Literal["auto"] = Field(
+        "auto", description="Most tokens allowed; auto takes what the adapter needs."
+    )
+    target_form: Literal["raw", "svd"] = Field(
+        "raw",
+        description="Factors to learn: as trained, or those of the SVD of BA, which any other "
+        "factors of the same BA share.",
+    )
+
+
+class GenDataSection(Section):
+    checkpoint_dir: str | list[str] | None = Field(
+        None, description="Run directories, or folders of them; added to sources."
+    )
+    prompts: str | None = Field(
+        None, description="A directory of `data prepare`, in place of the runs' own datasets."
+    )
+    pairing: Literal["dataset", "tracked"] = Field(
+        "dataset",
+        description="A checkpoint goes with any prompts of its dataset, or with those of the rows "
+        "that it was trained on last.",
+    )
+    batch_size: int = Field(
+        8, ge=1, description="Pairs of condition and adapter per micro-batch, of all devices."
+    )
+    prompts_per_condition: int = Field(
+        16, ge=1, description="Prompt texts that the generator sees at once."
+    )
+    samples_per_prompt: int = Field(4, ge=1, description="Rows joined into one prompt text.")
+    max_checkpoints: int = Field(50, ge=1, description="The newest so many of every source.")
+    cache_tokenized: bool = Field(
+        True, description="Keep tokenised checkpoints and embeddings for the next run."
+    )
+    cache_dir: str = Field(".loragen-cache", description="Where; may be deleted at any time.")
+    val_ratio: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Share of every source's prompt texts held out for val/; prepared prompts "
+        "have their own.",
+    )
+
+
+Training = Literal[
+    "auto", "reconstruction", "behaviour", "reconstruction-then-behaviour", "transfer"
+]
+TRANSFER_NORM = 1.0
+"""Of a gradient of transfer. A dataset whose like is not among the others gives a large one that
+would drown the rest: without the limit what was measured is worse (docs/generating.md)."""
+
+
+class GenTrainingSection(Section):
+    objective: Training = Field(
+        "auto",
+        description="Collected weights; the base's loss; one after the other; or transfer: the "
+        "base's loss with each adapter written from the other datasets alone. auto: what "
+        "base, labels and the number of datasets allow.",
+    )
+    max_epochs: int = Field(100, ge=1, description="An epoch shows every checkpoint once.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Ends the reconstruction earlier; behaviour has steps of its own."
+    )
+    learning_rate: float = Field(
+        1e-4, gt=0, description="For schedules that have a learning_rate and were given none."
+    )
+    weight_decay: float = Field(
+        0.01, ge=0, description="Of matrices: decoupled in adamw, in the gradient in adam and sgd."
+    )
+    mse_weight: float = Field(1.0, ge=0, description="Weight of the squared error in the loss.")
+    l1_weight: float = Field(0.1, ge=0, description="Weight of the absolute error in the loss.")
+    optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="As in torch.optim.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Of sgd; the others have their own.")
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Validate and keep an exponential moving average of the weights (0.999); "
+        "null: the weights as they are.",
+    )
+    encoder_rate: float = Field(
+        0.1, gt=0, description="Learning rate of an encoder that is not frozen, as a share."
+    )
+    condition_noise: float = Field(
+        0.0, ge=0, description="Std of Gaussian noise on every prompt, in units of their own std."
+    )
+    target_noise: float = Field(
+        0.0, ge=0, description="Std of Gaussian noise on targets, in units of their own spread."
+    )
+    importance: bool = Field(
+        False, description="Weigh tokens that the checkpoints of a dataset agree on more."
+    )
+    val_every_epochs: int = Field(
+        1, ge=1, description="Validate every so many epochs, and after the last step."
+    )
+    last_every: int = Field(
+        50, ge=1, description="Renew last.ckpt, from which a killed run goes on, so often (steps)."
+    )
+    val_rows: int = Field(
+        32,
+        ge=0,
+        description="Held-out rows of every dataset that generated adapters are tried on, where "
+        "the objective has the base at hand; 0: none.",
+    )
+
+
+class BehaviourSection(Section):
+    """The phase that trains through the base model."""
+
+    base_model: str | None = Field(None, description="null: the one that the runs were made on.")
+    max_steps: int = Field(400, ge=1, description="Optimizer steps.")
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Its own, for schedules that have a learning_rate. null: 5e-4 for transfer, "
+        "1e-4 for behaviour, which moves every weight and diverges sooner.",
+    )
+    batch_size: int = Field(
+        8, ge=1, description="Adapters per micro-batch, of all devices, each of another dataset."
+    )
+    rows_per_adapter: int = Field(8, ge=1, description="Labelled rows that each is tried on.")
+    max_length: int = Field(512, ge=8, description="Longest row in tokens, as in lora train.")
+    reconstruction_weight: float = Field(
+        0.1, ge=0, description="Weight of the reconstruction loss beside the base's."
+    )
+
+    @property
+    def rate(self) -> float:
+        """For a phase of behaviour."""
+        return self.learning_rate or 1e-4
+
+    @property
+    def transfer_rate(self) -> float:
+        return self.learning_rate or 5e-4
+
+
+class GenTrainConfig(Section):
+    """`loragen gen train`"""
+
+    seed: int = Field(
+        42, ge=0, description="Initial weights, grouping of prompts, split and batches."
+    )
+    experiments_dir: str = Field("experiments", description="Where experiment directories go.")
+    sources: list[SourceSection] = Field([], description="What to learn from.")
+    val_sources: list[SourceSection] = Field(
+        [], description="Datasets held out whole, for val_unseen/ metrics."
+    )
+    encoder: EncoderSection = EncoderSection(name="sbert")
+    decoder: DecoderSection = DecoderSection(name="hyperconv")
+    layout: LayoutSection = LayoutSection()
+    data: GenDataSection = GenDataSection()
+    training: GenTrainingSection = GenTrainingSection()
+    behaviour: BehaviourSection = BehaviourSection()
+    schedule: ScheduleSection = ScheduleSection(name="cosine")
+    loggers: Loggers = Field({"tensorboard": {}, "swanlab": {}})
+    trainer: TrainerSection = TrainerSection()
+
+    def with_objective(self, objective: Training) -> "GenTrainConfig":
+        """A copy that is trained for this, with what depends on it."""
+        found = self.model_copy(deep=True)
+        found.training.objective = objective
+        if objective == "transfer" and found.trainer.gradient_clip_val is None:
+            found.trainer.gradient_clip_val = TRANSFER_NORM
+        return found
+
+    @model_validator(mode="after")
+    def _shared_equally(self) -> "GenTrainConfig":
+        """As far as it is known now: with `devices: auto` the training asks again, and what an
+        objective `auto` comes to counts then."""
+        devices = self.trainer.devices if isinstance(self.trainer.devices, int) else 1
+        ranks = max(1, devices) * self.trainer.num_nodes
+        objective, sizes = self.training.objective, {}
+        if objective.startswith("reconstruction"):
+            sizes["data"] = self.data.batch_size
+        if objective not in ("auto", "reconstruction"):
+            sizes["behaviour"] = self.behaviour.batch_size
+        for section, size in sizes.items():
+            if size % ranks:
+                raise ValueError(
+                    f"{section}.batch_size {size} must be a multiple of devices x num_nodes = "
+                    f"{ranks}: it counts the pairs of all"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _wide_enough(self) -> "GenTrainConfig":
+        if self.trainer.precision == "bf16-true":
+            raise ValueError(
+                "trainer.precision bf16-true would round the adapters to be learned; bf16-mixed "
+                "computes in bfloat16 and keeps them"
+            )
+        return self
+
+
+MODELS: dict[str, type[BaseModel]] = {"lora": LoraTrainConfig, "gen": GenTrainConfig}
+
+
+def command_of(model: type[BaseModel]) -> str:
+    """`lora` or `gen`."""
+    return next(command for command, known in MODELS.items() if issubclass(model, known))

@@ -1,1 +1,0 @@
-"""Traditional experiment folders -> run directories of ours."""

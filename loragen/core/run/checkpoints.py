@@ -1,0 +1,101 @@
+"""Checkpoint files: the adapter's tensors out of whatever holds them. Nothing runs code."""
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+from loragen.core.adapter import WEIGHTS_FILE
+from loragen.core.adapter.files import Adapter, file_keys, read_adapter, read_safetensors
+from loragen.core.errors import DataError, UsageError
+from loragen.core.files import natural_key, written_atomically
+from loragen.core.run.directory import (
+    LoraManifest,
+    checkpoint_files,
+    read_manifest,
+    run_directory_of,
+)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's own format, under a temporary name until it is whole."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        with written_atomically(Path(path)) as temporary:
+            super().save_checkpoint(checkpoint, temporary, storage_options)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The adapter tensors of a .ckpt, .pt, .safetensors or a PEFT directory, on the CPU.
+
+    Raises UsageError for a missing path; DataError for a file that does not load or holds no
+    LoRA tensors.
+    """
+    if path.is_dir():
+        return read_adapter(path).tensors
+    if not path.is_file():
+        raise UsageError(f"{path}: no such checkpoint")
+    if path.suffix == ".safetensors":
+        tensors = file_keys(read_safetensors(path))
+    else:
+        document = load_plain(path)
+        tensors = file_keys(document.get("state_dict", document))
+    if not tensors:
+        raise DataError(f"{path}: no LoRA tensors in it (no key has 'lora_')")
+    return tensors
+
+
+def read_checkpointed_adapter(path: Path) -> Adapter:
+    """An adapter from a PEFT directory, or from a checkpoint whose run knows its configuration;
+    of a run that has not finished, or of its checkpoints/, the last checkpoint."""
+    if path.is_dir() and (path / WEIGHTS_FILE).is_file():
+        return read_adapter(path)
+    if path.is_dir() and (path / "adapter" / WEIGHTS_FILE).is_file():
+        return read_adapter(path / "adapter")
+    if not path.exists():
+        raise UsageError(f"{path}: no such adapter or checkpoint")
+    manifest = read_manifest(run_directory_of(path), LoraManifest)
+    file = find_checkpoints(path)[-1] if path.is_dir() else path
+    return Adapter(manifest.adapter_config, read_tensors(file))
+
+
+def find_checkpoints(path: Path) -> list[Path]:
+    """The checkpoints at `path`: a run, its checkpoints/, a folder of PEFT adapters, or one.
+
+    Raises UsageError where there are none.
+    """
+    if path.is_file() or (path / WEIGHTS_FILE).is_file():
+        return [path]
+    folders = [file.parent for file in path.glob(f"*/{WEIGHTS_FILE}")]
+    adapters = sorted(folders, key=lambda folder: natural_key(folder.name))  # step-2 before step-10
+    found = checkpoint_files(path) or adapters
+    if not found:
+        raise UsageError(f"{path}: no checkpoints or adapters there")
+    return found
+
+
+def load_plain(path: Path) -> dict[str, Any]:
+    """A dictionary that `torch.save` wrote, memory-mapped; runs no code.
+
+    Raises DataError for anything else.
+    """
+    if not zipfile.is_zipfile(path):  # the format of torch.save since 1.6
+        raise DataError(f"{path}: not a checkpoint that loads safely: torch.save did not write it")
+    try:
+        document = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{path}: not a checkpoint that loads safely: it holds more than tensors and plain data"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path}: not a checkpoint that loads safely: {reason}") from error
+    if not isinstance(document, dict):
+        raise DataError(f"{path}: expected a dictionary, found {type(document).__name__}")
+    return document

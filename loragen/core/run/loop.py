@@ -1,0 +1,334 @@
+"""Ctrl+C, and a scheduler's SIGTERM, without losing a step.
+
+A training that has diverged stops at once, with one line that says what to try.
+
+One walk through optimizer steps, as every training takes it: seeds, rates, what happens once a
+step. All of it is a function of (seed, step), so that a run can go on from any step.
+
+One training run: its directory, its loggers, its manifest, from the first step to the status.
+
+A Lightning callback, because the directory's name has to reach every rank: rank 0 makes it, the
+others are told.
+"""
+
+import os
+import signal
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from loragen.core.config import dump
+from loragen.core.errors import EXIT_INTERRUPTED, LoragenError, UsageError
+from loragen.core.files import remove_unfinished, write_text
+from loragen.core.progress import Progress, Step, Validation
+from loragen.core.protocols import RunInfo, Status
+from loragen.core.run.directory import (
+    CHECKPOINTS,
+    CONFIG,
+    Manifest,
+    create_run_directory,
+    write_manifest,
+)
+from loragen.core.run.loggers import RunLoggers
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(LoragenError):  # noqa: N818  # nothing went wrong
+    """The user, or the scheduler, wanted the training to stop; it can be gone on with."""
+
+    exit_code = EXIT_INTERRUPTED
+
+
+class Interruption:
+    """Remembers a first signal until the step is finished; a second one is not waited for."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def awaited(self) -> Iterator[None]:
+        """Within the block. Signals reach the main thread alone; elsewhere nothing changes."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        self.listen()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def listen(self) -> None:
+        """Once more when training begins: Lightning's own answer to SIGTERM, set in between, ends
+        it between two accumulation rounds or validation batches."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:  # the signal module's
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def requested_on_any(self, trainer: Any) -> bool:
+        """The ranks decide together: one that stopped alone would leave the others waiting."""
+        if trainer.world_size == 1:
+            return self.requested
+        return bool(trainer.strategy.reduce_boolean_decision(self.requested, all=False))
+
+    def error_after(self, step: int, steps: int, command: str) -> Interrupted:
+        """`command` goes on with the run: `lora train --resume RUN`."""
+        return Interrupted(
+            f"interrupted after step {step} of {steps}, which is saved; to go on: loragen {command}"
+        )
+
+
+def check_loss(name: str, value: float, step: int, run: Path) -> None:
+    """Raises LoragenError where a loss is no finite number."""
+    if not isfinite(value):
+        raise _diverged(f"{name} is {value}", step, run)
+
+
+def check_weights(weights: Mapping[str, Tensor], step: int, run: Path) -> None:
+    """Before they are saved: a bad checkpoint never takes the place of a good one.
+
+    Raises LoragenError naming the first weight that is not finite.
+    """
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise _diverged(f"{name} is not finite", step, run)
+
+
+def _diverged(what: str, step: int, run: Path) -> LoragenError:
+    return LoragenError(
+        f"{run}: the training has diverged: {what} at step {step}; try a lower learning rate or "
+        "trainer.gradient_clip_val=1.0 (what was saved before it is kept)"
+    )
+
+
+class StepSeeds(Callback):
+    """Dropout and noise as a pure function of (seed, micro-batch, rank), like the batches."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        parts = trainer.accumulate_grad_batches
+        k = trainer.global_step * parts + batch_idx % parts
+        torch.manual_seed((self.seed * 1_000_003 + k) * 4099 + trainer.global_rank)
+
+
+class StepCallback(Callback, ABC):
+    """Calls `on_step` once per optimizer step: with accumulation, several batches end at one."""
+
+    _done = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._done = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step > self._done:
+            self._done = trainer.global_step
+            self.on_step(trainer, pl_module, batch)
+
+    @abstractmethod
+    def on_step(self, trainer: Trainer, pl_module: Any, batch: Any) -> None: ...
+
+
+def step_schedule(optimizer: Optimizer, rate: Callable[[int], float], done: int = 0) -> LambdaLR:
+    """`rate(step)`, counted from 1, as the learning rate of an optimizer that has `done` steps
+    behind it; a parameter group's own `factor` multiplies it."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = group.get("factor", 1.0)
+    return LambdaLR(optimizer, lambda steps: rate(steps + 1), last_epoch=done - 1)
+
+
+HARDWARE_EVERY = 10  # steps; reading the sensors costs about a millisecond
+
+
+@dataclass(frozen=True)
+class Continued:
+    """The run that a session goes on with, in place of a new one."""
+
+    directory: Path
+    step: int
+    """Optimizer steps done."""
+    logger_run_ids: Mapping[str, str]
+    seconds: float
+    """What it has taken so far."""
+
+
+class RunSession(Callback):
+    """Opens in `setup`, closes with `close`. `directory` is known from `setup` on."""
+
+    directory: Path
+
+    def __init__(
+        self,
+        parent: Path,
+        prefix: str,
+        config: Any,
+        manifest: Manifest,
+        progress: Progress,
+        continued: Continued | None = None,
+    ) -> None:
+        self._parent, self._prefix = parent, prefix
+        self._config, self._continued = config, continued
+        self._loggers = (
+            RunLoggers(config.loggers, continued.logger_run_ids, continued.step)
+            if continued
+            else RunLoggers(config.loggers)
+        )
+        self._trainer: Trainer | None = None
+        self._started = time.monotonic() - (continued.seconds if continued else 0.0)
+        self.manifest = manifest
+        self.progress = progress
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._trainer = trainer
+        made = self._made() if trainer.is_global_zero else ""
+        self.directory = Path(trainer.strategy.broadcast(made))
+        (self.directory / CHECKPOINTS).mkdir(exist_ok=True)
+        if trainer.is_global_zero:
+            # First what a run killed from here on is known by: a logger may take seconds to open.
+            write_text(self.directory / CONFIG, dump(self._config))
+            write_manifest(self.directory, self.manifest)
+            self._loggers.open(self._info())
+            before = self._continued.logger_run_ids if self._continued else {}
+            self.manifest.logger_run_ids = {**before, **self._loggers.run_ids}
+            write_manifest(self.directory, self.manifest)
+
+    def _made(self) -> str:
+        if self._continued is None:
+            return str(create_run_directory(self._parent, self._prefix))
+        remove_unfinished(self._continued.directory)
+        return str(self._continued.directory)
+
+    def _info(self) -> RunInfo:
+        return RunInfo(
+            directory=self.directory,
+            name=self.directory.name,
+            project=f"loragen-{self.manifest.model_dump()['kind']}",
+            config=self._config.model_dump(mode="json"),
+        )
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """To every logger at the true step, counted from 1."""
+        assert self._trainer is not None
+        if self._trainer.is_global_zero:
+            extra = hardware_usage() if step % HARDWARE_EVERY == 1 else {}
+            self._loggers.log_metrics({**metrics, **extra}, step)
+
+    def report(self, step: Step) -> None:
+        assert self._trainer is not None
+        if self._trainer.is_global_zero:
+            self.progress.step(step)
+
+    def report_validation(self, validation: Validation) -> None:
+        assert self._trainer is not None
+        if self._trainer.is_global_zero:
+            self.progress.validated(validation)
+
+    def close(self, status: Status) -> None:
+        """Closes the loggers and writes the final manifest; nothing to do if never opened."""
+        self.progress.stop()
+        if self._trainer is None or not hasattr(self, "directory"):
+            return
+        self._loggers.close(status)
+        self.manifest.status = status
+        self.manifest.seconds = round(time.monotonic() - self._started, 2)
+        if self._trainer.is_global_zero:
+            write_manifest(self.directory, self.manifest)
+
+
+@contextmanager
+def outcome(session: RunSession) -> Iterator[None]:
+    """Closes the session with how the block, training and writing the results, has ended."""
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted):
+        session.close("interrupted")
+        raise
+    except BaseException:
+        session.close("failed")
+        raise
+    session.close("success")
+
+
+def fit(trainer: Trainer, module: LightningModule, data: Any) -> None:
+    """`trainer.fit`, which leaves the libraries' random state as it was.
+
+    Lightning answers Ctrl+C with `exit(1)`; the caller gets the KeyboardInterrupt back.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            trainer.fit(module, datamodule=data)
+    except MisconfigurationException as error:
+        raise UsageError(f"trainer: {str(error).strip().splitlines()[0]}") from error
+    except SystemExit:
+        raise KeyboardInterrupt from None
+
+
+def make_trainer(options: Mapping[str, Any], **ours: Any) -> Trainer:
+    """A Lightning trainer that writes, prints and samples nothing on its own.
+
+    Raises UsageError where it cannot have what the options ask of this machine.
+    """
+    from loragen.core.base.load import quiet_libraries
+
+    quiet_libraries()
+    defaults = {
+        "max_epochs": -1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+    }
+    given = {key: value for key, value in options.items() if value is not None}
+    try:
+        return Trainer(**{**defaults, **given, **ours})
+    except (MisconfigurationException, ImportError, ValueError, RuntimeError) as error:
+        raise UsageError(f"trainer: {str(error).strip().splitlines()[0]}") from error
+
+
+def hardware_usage() -> dict[str, float]:
+    """`hardware/*`: CPU use (%), memory (GiB), and of the current GPU, where there is one, use (%)
+    and memory (GiB)."""
+    process = psutil.Process(os.getpid())
+    usage = {
+        "hardware/cpu_percent": psutil.cpu_percent(),
+        "hardware/memory_gib": process.memory_info().rss / 2**30,
+        "hardware/memory_percent": psutil.virtual_memory().percent,
+    }
+    if torch.cuda.is_available():
+        usage["hardware/gpu_memory_gib"] = torch.cuda.memory_reserved() / 2**30
+        with suppress(Exception):  # the sensor library is optional, and a MIG slice has no sensor
+            usage["hardware/gpu_percent"] = float(torch.cuda.utilization())
+    return usage
