@@ -2,12 +2,12 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from loragen.cli import render
-from loragen.cli.options import ConfigFile, Force, Json, Settings
+from loragen.cli.options import ConfigFile, Force, Json, Settings, with_old_files
 
 app = typer.Typer(
     no_args_is_help=True, help="Write, check, explain and migrate configuration files."
@@ -42,10 +42,13 @@ def show(
 
     A value comes from the default, the file (file:line:column), a LORAGEN_ variable or --set.
     """
+    from loragen.core.config.schema import MODELS
     from loragen.core.config.show import settings_of
     from loragen.core.config.yaml_file import inline
 
-    found = settings_of(command.value, config, settings or ())
+    found = with_old_files(
+        MODELS[command.value], config, lambda file: settings_of(command.value, file, settings or ())
+    )
     if json:
         document = {s.key: {"value": s.value, "origin": s.origin} for s in found}
         render.answer_json(document)
@@ -65,15 +68,16 @@ def validate(
     here, as the training would look for it: datasets, runs, prompts, models; the hub is not asked.
     """
     from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
+    from loragen.core.config.load import command_for
     from loragen.core.learning.sources import missing_gen_paths
     from loragen.core.lora.settings import missing_lora_paths
-    from loragen.legacy.translate import command_for
+    from loragen.legacy.translate import old_command_of
 
-    whose = command.value if command else command_for(file)
-    if whose == "gen":
-        load(GenTrainConfig, file, environment={}, early=missing_gen_paths)
-    else:
-        load(LoraTrainConfig, file, environment={}, early=missing_lora_paths)
+    whose = command.value if command else old_command_of(file) or command_for(file)
+
+    model: Any = GenTrainConfig if whose == "gen" else LoraTrainConfig
+    missing: Any = missing_gen_paths if whose == "gen" else missing_lora_paths
+    with_old_files(model, file, lambda given: load(model, given, environment={}, early=missing))
     render.answer(f"{file}: valid ({whose} train)")
 
 

@@ -26,6 +26,7 @@ from loragen.cli.options import (
     Json,
     Settings,
     SkipBadRows,
+    with_old_files,
 )
 
 if TYPE_CHECKING:
@@ -87,7 +88,11 @@ def train(
     flags = [Override(*one) for one in given if one[1] is not None]
     run = resumable_run(resume, GeneratorManifest) if resume else None
     file = config or (run / CONFIG if run else None)
-    resolved = load(GenTrainConfig, file, settings or (), flags, early=check_places)
+    resolved = with_old_files(
+        GenTrainConfig,
+        file,
+        lambda given: load(GenTrainConfig, given, settings or (), flags, early=check_places),
+    )
 
     from loragen.core.learning.plan import plan
     from loragen.core.learning.train import check_settings, find_resume_point, settled

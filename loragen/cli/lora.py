@@ -25,6 +25,7 @@ from loragen.cli.options import (
     Json,
     Settings,
     SkipBadRows,
+    with_old_files,
 )
 from loragen.core.config import LoraTrainConfig, Override, dump, load
 from loragen.core.data.documents import parsed_source
@@ -131,7 +132,11 @@ class ConfigSource:
     test_mode: bool
 
     def config(self, default: Path | None = None) -> LoraTrainConfig:
-        config = load(LoraTrainConfig, self.file or default, self.settings, self.flags)
+        config = with_old_files(
+            LoraTrainConfig,
+            self.file or default,
+            lambda file: load(LoraTrainConfig, file, self.settings, self.flags),
+        )
         if self.test_mode:
             _shorten(config)
         return config
@@ -460,9 +465,16 @@ def export(
         raise UsageError(f"{checkpoint}: no such adapter or checkpoint")
     refuse_existing(output, force, marker=MERGED_MARKER if merge else CONFIG_FILE)
 
-    from loragen.core.adapter.export import export_adapter, export_merged, exported_adapter
+    from loragen.core.adapter.export import export_adapter, export_merged, prepare_export
+    from loragen.core.run.checkpoints import is_known, read_checkpointed_adapter
 
-    adapter = exported_adapter(checkpoint, base_model, alpha)
+    if is_known(checkpoint):
+        adapter = read_checkpointed_adapter(checkpoint)
+    else:
+        from loragen.legacy.survey import foreign_adapter
+
+        adapter = foreign_adapter(checkpoint, base_model, alpha)
+    adapter = prepare_export(adapter, checkpoint, base_model, alpha)
     (export_merged if merge else export_adapter)(adapter, checkpoint, output)
     if json:
         render.answer_json(

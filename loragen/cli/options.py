@@ -1,12 +1,20 @@
 """Flags that several commands share, each written once."""
 
+from collections.abc import Callable
 from math import inf
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from loragen.core.errors import UsageError
+from loragen.core.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel as Model
+
+    from loragen.core.config.load import Given
+
+Result = TypeVar("Result")
 
 
 def _above_zero(value: float | None) -> float | None:
@@ -48,3 +56,21 @@ DataRoot = Annotated[
 SkipBadRows = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Leave bad rows out, and tell how many.")
 ]
+
+
+def with_old_files(
+    model: "type[Model]", file: Path | None, use: "Callable[[Path | Given | None], Result]"
+) -> Result:
+    """`use(file)`. A file that does not validate is shown to `legacy`: one of the original scripts
+    is translated, with one warning, and used in its place; for any other the errors stand."""
+    try:
+        return use(file)
+    except ConfigError:
+        if file is None:
+            raise
+        from loragen.legacy.translate import read_old_file
+
+        translation = read_old_file(file, model)
+        if translation is None:
+            raise
+    return use(translation)

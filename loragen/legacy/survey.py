@@ -6,16 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from loragen.core.adapter.files import file_keys, peft_config, shape_mismatch
+from loragen.core.adapter.files import Adapter, file_keys, new_config, peft_config, shape_mismatch
 from loragen.core.base.load import empty_base
 from loragen.core.base.names import resolve_base
+from loragen.core.config.load import problems_of
 from loragen.core.config.schema import LoraSection
-from loragen.core.errors import DataError, LoragenError, UsageError
+from loragen.core.config.yaml_file import Loc
+from loragen.core.errors import ConfigError, DataError, LoragenError, UsageError
 from loragen.legacy.checkpoints import PREFIX, read_foreign_checkpoint, step_of
-from loragen.legacy.discover import LegacyRun, is_result
-from loragen.legacy.facts import Fact, Facts, facts_of
+from loragen.legacy.discover import LegacyRun, is_result, weights_of
+from loragen.legacy.facts import Fact, Facts, adapter_facts, facts_beside, facts_of, say_origins
 
 log = logging.getLogger(__name__)
 
@@ -193,3 +196,36 @@ def _shapes(tensors: dict[str, Tensor]) -> Shapes:
 
 def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def foreign_adapter(path: Path, base_model: str | None, alpha: float | None) -> Adapter:
+    """Of a file or directory that no run of ours knows: rank and targets from its tensors."""
+    if not weights_of(path):
+        raise UsageError(f"{path}: no adapter or checkpoint there")
+    lone = path.is_file()
+    place = LegacyRun(path.parent if lone else path, [path], traditional=False, lone=lone)
+    checkpoint = read_foreign_checkpoint(path)
+    given = {"lora.alpha": Fact(alpha, "--alpha"), "base_model": Fact(base_model, "--base-model")}
+    facts = {
+        **facts_beside(place),
+        **adapter_facts(place),
+        **{key: fact for key, fact in given.items() if fact.value is not None},
+    }
+    if "lora.alpha" not in facts:
+        raise UsageError(f"{path}: its alpha is not recorded; give --alpha")
+    if "base_model" not in facts:
+        raise UsageError(f"{path}: its base model is not recorded; give --base-model")
+    say_origins(facts, ("base_model", "lora.alpha"))
+    name = facts["base_model"].value
+    shapes = {key: value.shape for key, value in checkpoint.tensors.items()}
+    try:
+        rank = rank_of(shapes)
+        targets, _ = targets_and_order(facts["base_model"], rank, shapes)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    try:
+        lora = LoraSection(rank=rank, alpha=facts["lora.alpha"].value, target_modules=targets)
+    except ValidationError as error:
+        origins: dict[Loc, str] = {("lora", "alpha"): facts["lora.alpha"].origin}
+        raise ConfigError(*problems_of(LoraSection, error, origins, ("lora",))) from None
+    return Adapter(new_config(lora, name), checkpoint.tensors)

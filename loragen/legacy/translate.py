@@ -5,21 +5,24 @@ An old configuration (`legacy`) in today's words; every value keeps the place it
 An old configuration file as today's, with a comment wherever it says something else.
 """
 
-from collections.abc import Collection, Mapping
+import logging
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from pydantic import NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import BaseModel, NonNegativeInt, TypeAdapter, ValidationError
 
 from loragen.core.config.load import Given, has_key, place_of, validate_layers
-from loragen.core.config.schema import MODELS, TrainerSection
+from loragen.core.config.schema import MODELS, TrainerSection, command_of
 from loragen.core.config.yaml_file import Loc, commented, dotted, inline, read_yaml
 from loragen.core.config.yaml_file import paths as all_paths
-from loragen.core.errors import did_you_mean, listing
+from loragen.core.errors import ConfigError, did_you_mean, listing
 from loragen.legacy.forms import ANYTHING, CONVERTERS, FORMS, GONE, NOTES, STAGE2_STEPS, Form
+
+log = logging.getLogger(__name__)
 
 SHARED = {
     "": {"seed"},
@@ -46,22 +49,32 @@ SHARED = {
     "trainer": set(TrainerSection.model_fields),
 }
 """Keys that old files and today's have alike; any other of today's schema is today's alone."""
-STRANGERS = 3
 
 
-def command_for(file: Path) -> str:
-    """Whose configuration a file is, by its keys: lora or gen; lora where they tell nothing.
+def read_old_file(file: Path, model: type[BaseModel]) -> Given | None:
+    """The values of a file of the original scripts under the names of today, with the places where
+    they were given, and one warning; None for a file that is not one of theirs.
 
-    Raises UsageError for a missing file, ConfigError for what is not YAML.
+    Raises ConfigError for an old file of another command.
     """
     tree, origins = read_yaml(file)
-    old = recognised(tree)
-    if old is not None:
-        return old.command
-    known = {
-        command: sum(has_key(model, keys) for keys in origins) for command, model in MODELS.items()
-    }
-    return max(known, key=lambda command: known[command])
+    command = command_of(model)
+    other = of_another_command(tree, command)
+    if other is not None:
+        raise ConfigError(
+            f"{file}: in the {other.name} form, which is for `loragen {other.command} train`"
+        )
+    old = translated(tree, origins, command)
+    if old is None:
+        return None
+    log.warning("%s", old.notice(file))
+    return Given(old.tree, old.origins, old.problems)
+
+
+def old_command_of(file: Path) -> str | None:
+    """Whose configuration an old file is: lora or gen; None for a file that is not an old one."""
+    form = recognised(read_yaml(file)[0])
+    return form.command if form else None
 
 
 def recognised(tree: Mapping[str, Any], command: str | None = None) -> Form | None:
@@ -92,17 +105,6 @@ def of_another_command(tree: Mapping[str, Any], command: str) -> Form | None:
     best = max(others, key=lambda form: _signs(tree, form))
     plain = _signs(tree, best) > max(1, *(_signs(tree, form) for form in ours))
     return best if plain else None
-
-
-def owner_of(places: Collection[Loc], command: str) -> str | None:
-    """Another command whose file this plainly is: it has keys of that alone, `STRANGERS` or more,
-    and none of ours alone. Fewer may be mistakes."""
-    ours = {keys for keys in places if has_key(MODELS[command], keys)}
-    for other, model in MODELS.items():
-        theirs = {keys for keys in places if has_key(model, keys)}
-        if len(theirs - ours) >= STRANGERS and not ours - theirs:
-            return other
-    return None
 
 
 def _signs(tree: Mapping[str, Any], form: Form) -> int:

@@ -9,24 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
-from loragen.core.adapter import MERGED_MARKER, WEIGHTS_FILE
-from loragen.core.adapter.files import Adapter, attach_adapter, new_config, write_adapter
+from loragen.core.adapter import MERGED_MARKER
+from loragen.core.adapter.files import Adapter, attach_adapter, write_adapter
 from loragen.core.base.load import LanguageModel, load_base
 from loragen.core.base.names import resolve_base
 from loragen.core.config import DEMO
-from loragen.core.config.load import problems_of
-from loragen.core.config.schema import LoraSection
-from loragen.core.config.yaml_file import Loc
-from loragen.core.errors import ConfigError, DataError, UsageError
+from loragen.core.errors import UsageError
 from loragen.core.files import write_json, write_text, written_atomically
-from loragen.core.run.checkpoints import read_checkpointed_adapter
-from loragen.core.run.directory import run_directory_of
-from loragen.legacy.checkpoints import read_foreign_checkpoint
-from loragen.legacy.discover import LegacyRun, weights_of
-from loragen.legacy.facts import Fact, adapter_facts, facts_beside, say_origins
-from loragen.legacy.survey import rank_of, targets_and_order
 
 
 def merged_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -65,21 +55,20 @@ def save_merged(model: Any, base: LanguageModel, directory: Path) -> None:
         weights.chmod(usual)  # safetensors makes them readable for their owner alone
 
 
-def exported_adapter(path: Path, base_model: str | None, alpha: float | None) -> Adapter:
-    """The adapter of a run, a checkpoint, a PEFT or Trainer directory, or a lone file.
+def prepare_export(
+    adapter: Adapter, origin: Path, base_model: str | None, alpha: float | None
+) -> Adapter:
+    """The adapter with the base model and the alpha that were given instead of those recorded, and
+    with a base model's name that transformers can resolve here.
 
-    Its base model's name is one that transformers can resolve here. Raises UsageError where there
-    is nothing, or where base or alpha are neither recorded nor given.
+    Raises UsageError where the base is neither recorded nor given.
     """
-    adapter = (
-        read_checkpointed_adapter(path) if _is_ours(path) else _foreign(path, base_model, alpha)
-    )
     config = dict(adapter.config)
     if alpha is not None:
         config["lora_alpha"] = alpha
     name = base_model or config.get("base_model_name_or_path")
     if not name:
-        raise UsageError(f"{path}: its base model is not recorded; give --base-model")
+        raise UsageError(f"{origin}: its base model is not recorded; give --base-model")
     config["base_model_name_or_path"] = resolvable(name)
     return Adapter(config, adapter.tensors)
 
@@ -110,50 +99,6 @@ def resolvable(name: str) -> str:
         source = resolve_base(name)
         return str(Path(source).absolute()) if Path(source).is_dir() else source
     return name
-
-
-def _is_ours(path: Path) -> bool:
-    if not path.exists() or any(
-        (path / p).is_file() for p in (WEIGHTS_FILE, f"adapter/{WEIGHTS_FILE}")
-    ):
-        return True  # what is missing is told where it is read
-    with suppress(UsageError):
-        run_directory_of(path)
-        return True
-    return False
-
-
-def _foreign(path: Path, base_model: str | None, alpha: float | None) -> Adapter:
-    """Of a file or directory that no run of ours knows: rank and targets from its tensors."""
-    if not weights_of(path):
-        raise UsageError(f"{path}: no adapter or checkpoint there")
-    lone = path.is_file()
-    place = LegacyRun(path.parent if lone else path, [path], traditional=False, lone=lone)
-    checkpoint = read_foreign_checkpoint(path)
-    given = {"lora.alpha": Fact(alpha, "--alpha"), "base_model": Fact(base_model, "--base-model")}
-    facts = {
-        **facts_beside(place),
-        **adapter_facts(place),
-        **{key: fact for key, fact in given.items() if fact.value is not None},
-    }
-    if "lora.alpha" not in facts:
-        raise UsageError(f"{path}: its alpha is not recorded; give --alpha")
-    if "base_model" not in facts:
-        raise UsageError(f"{path}: its base model is not recorded; give --base-model")
-    say_origins(facts, ("base_model", "lora.alpha"))
-    name = facts["base_model"].value
-    shapes = {key: value.shape for key, value in checkpoint.tensors.items()}
-    try:
-        rank = rank_of(shapes)
-        targets, _ = targets_and_order(facts["base_model"], rank, shapes)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    try:
-        lora = LoraSection(rank=rank, alpha=facts["lora.alpha"].value, target_modules=targets)
-    except ValidationError as error:
-        origins: dict[Loc, str] = {("lora", "alpha"): facts["lora.alpha"].origin}
-        raise ConfigError(*problems_of(LoraSection, error, origins, ("lora",))) from None
-    return Adapter(new_config(lora, name), checkpoint.tensors)
 
 
 def _card(adapter: Adapter, source: Path, merged: bool) -> str:

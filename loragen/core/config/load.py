@@ -7,7 +7,7 @@ Every value remembers where it came from, so that an error can say `config.yaml:
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, partial
@@ -21,7 +21,6 @@ from loragen.core.config.schema import MODELS, PluginSection, command_of
 from loragen.core.config.yaml_file import Loc, dotted, paths, read_yaml
 from loragen.core.errors import ConfigError, PluginError, UsageError, did_you_mean, listing
 from loragen.core.plugins import describe, find
-from loragen.legacy.translate import of_another_command, owner_of, translated
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +119,7 @@ def _section(model: type[BaseModel], key: Any) -> type[BaseModel] | None:
 
 
 ENV_PREFIX = "LORAGEN_"
+MOST_FOREIGN_KEYS = 3
 
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -148,7 +148,7 @@ class Given:
 
 def load(
     model: type[Model],
-    file: Path | None = None,
+    file: "Path | Given | None" = None,
     settings: Iterable[str] = (),
     flags: Iterable[Override] = (),
     environment: Mapping[str, str] | None = None,
@@ -160,20 +160,20 @@ def load(
     called with what the schema alone has accepted, before any plugin is imported, which may take
     seconds: the place for cheap checks that raise, or tell what is not where a value says.
     Raises ConfigError with every problem at once, each with its place; UsageError for a missing
-    file. An old file (`legacy`) is translated, with one warning.
+    file.
     """
     return validate_layers(model, layered(model, file, settings, flags, environment), early)
 
 
 def layered(
     model: type[BaseModel],
-    file: Path | None = None,
+    file: Path | Given | None = None,
     settings: Iterable[str] = (),
     flags: Iterable[Override] = (),
     environment: Mapping[str, str] | None = None,
 ) -> Given:
     """Raises UsageError for what cannot be read at all, a missing file or `--set nonsense`."""
-    given = _from_file(file, model) if file else Given({}, {}, [])
+    given = read_file(file, model) if isinstance(file, Path) else file or Given({}, {}, [])
     layers = (
         list(_from_environment(os.environ if environment is None else environment, model)),
         [_from_setting(text) for text in settings],
@@ -222,22 +222,42 @@ def dump(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _from_file(file: Path, model: type[BaseModel]) -> Given:
+def read_file(file: Path, model: type[BaseModel]) -> Given:
+    """The values of a YAML file with their places, not yet validated.
+
+    Raises UsageError for a missing file, ConfigError for what is not YAML and for the file of
+    another command.
+    """
     tree, origins = read_yaml(file)
-    command = command_of(model)
-    other = of_another_command(tree, command)
-    if other is not None:
-        raise ConfigError(
-            f"{file}: in the {other.name} form, which is for `loragen {other.command} train`"
-        )
-    owner = owner_of(origins, command)
+    owner = _owner(origins, command_of(model))
     if owner is not None:
-        raise ConfigError(f"{file}: a configuration of `loragen {owner} train`, not of {command}")
-    old = translated(tree, origins, command)
-    if old is None:
-        return Given(tree, origins, [])
-    log.warning("%s", old.notice(file))
-    return Given(old.tree, old.origins, old.problems)
+        raise ConfigError(
+            f"{file}: a configuration of `loragen {owner} train`, not of {command_of(model)}"
+        )
+    return Given(tree, origins, [])
+
+
+def command_for(file: Path) -> str:
+    """Whose configuration a file is, by its keys: lora or gen; lora where they tell nothing.
+
+    Raises UsageError for a missing file, ConfigError for what is not YAML.
+    """
+    _, origins = read_yaml(file)
+    known = {
+        command: sum(has_key(model, keys) for keys in origins) for command, model in MODELS.items()
+    }
+    return max(known, key=lambda command: known[command])
+
+
+def _owner(places: Collection[Loc], command: str) -> str | None:
+    """Another command whose file this plainly is: it has `MOST_FOREIGN_KEYS` keys or more of that
+    command alone, and none of ours alone. Fewer may be mistakes."""
+    ours = {keys for keys in places if has_key(MODELS[command], keys)}
+    for other, model in MODELS.items():
+        theirs = {keys for keys in places if has_key(model, keys)}
+        if len(theirs - ours) >= MOST_FOREIGN_KEYS and not ours - theirs:
+            return other
+    return None
 
 
 def _from_environment(environment: Mapping[str, str], model: type[BaseModel]) -> Iterator[Override]:

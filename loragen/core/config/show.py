@@ -13,7 +13,7 @@ from typing import Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, create_model
 
-from loragen.core.config.load import ENV_PREFIX, layered, load, validate_layers
+from loragen.core.config.load import ENV_PREFIX, Given, layered, load, validate_layers
 from loragen.core.config.schema import MODELS, PluginSection
 from loragen.core.config.yaml_file import Loc, commented, dotted
 from loragen.core.errors import PluginError, listing
@@ -34,7 +34,7 @@ class Setting:
 
 def settings_of(
     command: str,
-    file: Path | None = None,
+    file: Path | Given | None = None,
     settings: Iterable[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> list[Setting]:

@@ -2,6 +2,7 @@
 
 import pickle
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,15 @@ def load_plain(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise DataError(f"{path}: expected a dictionary, found {type(document).__name__}")
     return document
+
+
+def is_known(path: Path) -> bool:
+    """Whether `read_checkpointed_adapter` reads it; also where nothing is there, which it tells."""
+    if not path.exists() or any(
+        (path / p).is_file() for p in (WEIGHTS_FILE, f"adapter/{WEIGHTS_FILE}")
+    ):
+        return True  # what is missing is told where it is read
+    with suppress(UsageError):
+        run_directory_of(path)
+        return True
+    return False

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from loragen.core.config import GenTrainConfig, LoraTrainConfig, Override, dump, load
-from loragen.core.config import show as document
+from loragen.core.config.show import commented_defaults
 from loragen.core.errors import ConfigError, UsageError
 
 
@@ -138,7 +138,7 @@ def test_a_setting_reaches_into_lists_and_is_read_as_yaml(configure):
 @pytest.mark.parametrize("command, model", [("gen", LoraTrainConfig), ("lora", GenTrainConfig)])
 def test_the_whole_file_of_the_other_command_is_one_problem(tmp_path, command, model):
     file = tmp_path / "other.yaml"
-    file.write_text(document(command), encoding="utf-8")
+    file.write_text(commented_defaults(command), encoding="utf-8")
     with pytest.raises(ConfigError) as error:
         load(model, file, environment={})
     assert str(error.value).startswith(f"{file}: a configuration of `loragen {command} train`")
@@ -244,10 +244,10 @@ def test_what_is_dumped_loads_to_the_same(configure):
 
 @pytest.mark.parametrize("command, model", [("lora", LoraTrainConfig), ("gen", GenTrainConfig)])
 def test_the_document_is_the_defaults_with_their_meaning(configure, command, model):
-    text = document(command)
+    text = commented_defaults(command)
     assert configure(text, model=model) == load(model, environment={})
     assert yaml.safe_load(text)["training"]
-    assert "  # Optimizer steps" in document("lora")
+    assert "  # Optimizer steps" in commented_defaults("lora")
 
 
 def test_config_errors_are_usage_errors():

@@ -15,7 +15,7 @@ from loragen.core.lora.train import find_resume_point, train
 from loragen.core.progress import Silent
 from loragen.core.run.directory import MANIFEST, LoraManifest, checkpoint_files, read_manifest
 from tests.conftest import TINY_LORA, configured, write_lines
-from tests.core.resuming import Kill, StopAt, assert_same_course, same
+from tests.core.run.resuming import Kill, StopAt, assert_same_course, same
 
 LAST = "checkpoints/last.ckpt"
 

@@ -16,7 +16,7 @@ from loragen.core.run.directory import GENERATOR_FILE, GeneratorManifest, read_m
 from loragen.core.run.loop import Interrupted
 from loragen.plugins.decoders import hyperconv as _cell_map
 from tests.conftest import configured, generator_settings
-from tests.core.resuming import Kill, StopAt, assert_same_course, entries, same
+from tests.core.run.resuming import Kill, StopAt, assert_same_course, entries, same
 
 WORSE_AND_WORSE = {  # the best step is an early one
     "schedule.name": "two-stage",

@@ -6,13 +6,14 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
-from loragen.core.config import show as document
+from loragen.core.config import GenTrainConfig, LoraTrainConfig
 from loragen.core.config.load import has_key
 from loragen.core.config.schema import MODELS
+from loragen.core.config.show import commented_defaults
 from loragen.core.errors import ConfigError
 from loragen.legacy.forms import FORMS
 from loragen.legacy.translate import migrate, recognised, translated
+from tests.legacy.conftest import load
 
 TRADITIONAL = """\
 model: {model_name_or_path: some/base}
@@ -418,7 +419,7 @@ class TestTodaysFiles:
 
     @pytest.mark.parametrize("command", MODELS)
     def test_with_any_letter_missing(self, command):
-        tree = yaml.safe_load(document(command))
+        tree = yaml.safe_load(commented_defaults(command))
         assert recognised(tree) is None
         for mistaken in _misspelt(tree):
             assert recognised(mistaken) is None, mistaken

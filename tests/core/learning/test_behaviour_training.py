@@ -16,7 +16,7 @@ from loragen.core.progress import Silent
 from loragen.core.run.directory import GENERATOR_FILE, GeneratorManifest, read_manifest
 from loragen.core.run.loggers import read_metrics
 from tests.conftest import COLORS, configured, generator_settings, rows_of, write_lines
-from tests.core.generator.training.test_resume import Kill, StopAt, assert_equal
+from tests.core.learning.test_resume import Kill, StopAt, assert_equal
 
 BOTH = "reconstruction-then-behaviour"
 SMALL = {

@@ -1,7 +1,8 @@
 import pytest
 
-from loragen.core.config import show as document
-from loragen.legacy.translate import command_for
+from loragen.core.config.load import command_for
+from loragen.core.config.show import commented_defaults
+from loragen.legacy.translate import old_command_of
 
 
 @pytest.mark.parametrize(
@@ -19,10 +20,13 @@ from loragen.legacy.translate import command_for
 )
 def test_the_keys_tell_whose_a_file_is(tmp_path, text, command):
     (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
-    assert command_for(tmp_path / "c.yaml") == command
+    file = tmp_path / "c.yaml"
+    assert (old_command_of(file) or command_for(file)) == command
 
 
 @pytest.mark.parametrize("command", ["lora", "gen"])
 def test_a_document_is_its_own_commands(tmp_path, command):
-    (tmp_path / "c.yaml").write_text(document(command), encoding="utf-8")
-    assert command_for(tmp_path / "c.yaml") == command
+    (tmp_path / "c.yaml").write_text(commented_defaults(command), encoding="utf-8")
+    file = tmp_path / "c.yaml"
+    assert old_command_of(file) is None
+    assert command_for(file) == command
