@@ -30,7 +30,7 @@ from loragen.cli.options import (
 from loragen.core.config import LoraTrainConfig, Override, dump, load
 from loragen.core.data.documents import parsed_source
 from loragen.core.data.rows import check_rows
-from loragen.core.errors import DataError, LoragenError, UsageError
+from loragen.core.errors import DataError, Interrupted, LoragenError, UsageError
 from loragen.core.lora.collect import collect
 from loragen.core.lora.tasks import (
     Task,
@@ -41,7 +41,6 @@ from loragen.core.lora.tasks import (
     unfinished_run,
 )
 from loragen.core.run.directory import TEST_MODE_STEPS
-from loragen.core.run.loop import Interrupted
 
 
 def check(config: LoraTrainConfig, tasks: Sequence[Task]) -> None:

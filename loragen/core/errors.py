@@ -42,6 +42,12 @@ class DataError(LoragenError):
     """A file was found but what it holds is not what it should be."""
 
 
+class Interrupted(LoragenError):  # noqa: N818  # nothing went wrong
+    """The user, or the scheduler, wanted the training to stop; it can be gone on with."""
+
+    exit_code = EXIT_INTERRUPTED
+
+
 def one_line(error: BaseException) -> str:
     """What went wrong, the first of several problems; of a stranger's error also its kind."""
     if isinstance(error, LoragenError):

@@ -144,9 +144,9 @@ def _end_with_parent() -> None:
 
 
 def _train(job: Job) -> Done:
+    from loragen.core.errors import Interrupted
     from loragen.core.lora.train import train
     from loragen.core.progress import Silent
-    from loragen.core.run.loop import Interrupted
 
     if _given_up and _given_up.is_set():
         raise Interrupted("interrupted")

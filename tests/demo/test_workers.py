@@ -8,7 +8,7 @@ from threading import Event
 import psutil
 import pytest
 
-from loragen.core.run.loop import Interrupted
+from loragen.core.errors import Interrupted
 from loragen.demo import workers
 from loragen.demo.workers import Workers
 

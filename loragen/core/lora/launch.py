@@ -24,7 +24,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from loragen.core.base.load import load_training_base
 from loragen.core.config import LoraTrainConfig
 from loragen.core.data.documents import location
-from loragen.core.errors import LoragenError, UsageError, one_line
+from loragen.core.errors import Interrupted, LoragenError, UsageError, one_line
 from loragen.core.lora.settings import located
 from loragen.core.lora.tasks import (
     CollectionProgress,
@@ -38,7 +38,7 @@ from loragen.core.lora.tasks import (
 from loragen.core.lora.train import train
 from loragen.core.lora.worker import RunWatch, TrainingJob, TrainingResult, outcome_of, train_job
 from loragen.core.progress import Step, Validation
-from loragen.core.run.loop import Interrupted, Interruption
+from loragen.core.run.loop import Interruption
 
 log = logging.getLogger(__name__)
 

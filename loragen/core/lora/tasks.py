@@ -11,11 +11,10 @@ from loragen.core.config import LoraTrainConfig
 from loragen.core.config.schema import LauncherSection
 from loragen.core.data.documents import Source, content_hash, location
 from loragen.core.data.rows import dataset_names, find_dataset
-from loragen.core.errors import LoragenError, UsageError, one_line
+from loragen.core.errors import Interrupted, LoragenError, UsageError, one_line
 from loragen.core.lora.settings import result_differences, same_base, same_dtype, validation_hash
 from loragen.core.progress import Step
 from loragen.core.run.directory import MANIFEST, LoraRun, read_run
-from loragen.core.run.loop import Interrupted
 
 
 @dataclass(frozen=True)

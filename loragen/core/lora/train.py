@@ -27,7 +27,7 @@ from loragen.core.config import LoraTrainConfig
 from loragen.core.config.show import other_hardware
 from loragen.core.data.documents import Source
 from loragen.core.data.tokenize import pad_id
-from loragen.core.errors import DataError, UsageError, listing
+from loragen.core.errors import DataError, Interrupted, UsageError, listing
 from loragen.core.files import written_atomically
 from loragen.core.lora.data import LoraDataModule, Rows, load_rows
 from loragen.core.lora.module import LoraModule, StepCheckpoints, StepMetrics
@@ -47,15 +47,7 @@ from loragen.core.run.directory import (
     resumable_run,
 )
 from loragen.core.run.loggers import METRICS, read_metrics
-from loragen.core.run.loop import (
-    Interrupted,
-    Interruption,
-    RunSession,
-    StepSeeds,
-    fit,
-    make_trainer,
-    outcome,
-)
+from loragen.core.run.loop import Interruption, RunSession, StepSeeds, fit, make_trainer, outcome
 from loragen.core.run.resume import (
     ResumePoint,
     newest,

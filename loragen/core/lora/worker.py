@@ -15,13 +15,12 @@ from pydantic import BaseModel
 
 from loragen.core.config import LoraTrainConfig
 from loragen.core.data.documents import location, parsed_source
-from loragen.core.errors import LoragenError, one_line
+from loragen.core.errors import Interrupted, LoragenError, one_line
 from loragen.core.files import write_text
 from loragen.core.lora.tasks import Task, TaskOutcome, run_directories
 from loragen.core.progress import Silent, Step
 from loragen.core.run.directory import LoraManifest, LoraRun, read_manifest
 from loragen.core.run.loggers import METRICS, metrics_after
-from loragen.core.run.loop import Interrupted
 
 log = logging.getLogger(__name__)
 

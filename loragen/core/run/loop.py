@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from loragen.core.config import dump
-from loragen.core.errors import EXIT_INTERRUPTED, LoragenError, UsageError
+from loragen.core.errors import Interrupted, LoragenError, UsageError
 from loragen.core.files import remove_unfinished, write_text
 from loragen.core.progress import Progress, Step, Validation
 from loragen.core.protocols import RunInfo, Status
@@ -47,12 +47,6 @@ from loragen.core.run.directory import (
 from loragen.core.run.loggers import RunLoggers
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Interrupted(LoragenError):  # noqa: N818  # nothing went wrong
-    """The user, or the scheduler, wanted the training to stop; it can be gone on with."""
-
-    exit_code = EXIT_INTERRUPTED
 
 
 class Interruption:

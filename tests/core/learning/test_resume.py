@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from loragen.core.config import GenTrainConfig
-from loragen.core.errors import DataError, UsageError
+from loragen.core.errors import DataError, Interrupted, UsageError
 from loragen.core.learning import train as module
 from loragen.core.learning.train import find_resume_point, train
 from loragen.core.progress import Silent
 from loragen.core.run.directory import GENERATOR_FILE, GeneratorManifest, read_manifest
-from loragen.core.run.loop import Interrupted
 from loragen.plugins.decoders import hyperconv as _cell_map
 from tests.conftest import configured, generator_settings
 from tests.core.run.resuming import Kill, StopAt, assert_same_course, entries, same

@@ -5,12 +5,12 @@ import signal
 import pytest
 import torch
 
+from loragen.core.errors import Interrupted
 from loragen.core.lora.train import train
 from loragen.core.progress import Silent
 from loragen.core.run.checkpoints import find_checkpoints
 from loragen.core.run.directory import LoraManifest, checkpoint_files, read_manifest
 from loragen.core.run.loggers import read_metrics
-from loragen.core.run.loop import Interrupted
 
 
 class Watching(Silent):

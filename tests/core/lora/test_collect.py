@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from loragen.cli.main import app
 from loragen.core.config import LoraTrainConfig, load
-from loragen.core.errors import DataError, UsageError
+from loragen.core.errors import DataError, Interrupted, UsageError
 from loragen.core.lora import launch as local_launcher
 from loragen.core.lora import train as attach
 from loragen.core.lora.collect import collect
@@ -20,7 +20,6 @@ from loragen.core.lora.tasks import Task, finished_run, tasks, unfinished_run
 from loragen.core.lora.train import find_resume_point, load_base_again, train
 from loragen.core.progress import Silent
 from loragen.core.run.directory import LoraManifest, checkpoint_files, read_manifest, write_manifest
-from loragen.core.run.loop import Interrupted
 
 QUICK = {"training.max_steps": 2, "checkpoints.first_step": 2, "final_model": "none"}
 

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from loragen.core.errors import EXIT_INTERRUPTED
-from loragen.core.run.loop import SIGNALS, Interrupted, Interruption
+from loragen.core.errors import EXIT_INTERRUPTED, Interrupted
+from loragen.core.run.loop import SIGNALS, Interruption
 
 ALONE = SimpleNamespace(world_size=1)
 
