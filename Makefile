@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 	$(BIN)/loragen demo --output $(OUT) --seed $(SEED) --force
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile --cov
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -66,6 +66,12 @@ class TestShow:
         assert lines["runs_dir"] == ["there", "LORAGEN_RUNS_DIR"]
         assert lines["training.max_steps"] == ["125", "default"]
 
+    def test_a_value_of_an_old_file_keeps_its_position(self, loragen, write):
+        file = write("training:\n  stage1: {steps: 75}\n")
+        document = json.loads(loragen("config", "show", "lora", "--config", file, "--json").stdout)
+        found = document["schedule.stage1_steps"]
+        assert (found["value"], found["origin"]) == (75, f"{file}:2:12 (training.stage1.steps)")
+
     def test_one_json_document(self, loragen):
         result = loragen("config", "show", "gen", "--set", "layout.token_dim=8", "--json")
         document = json.loads(result.stdout)

@@ -50,11 +50,6 @@ def test_what_an_override_has_replaced_is_not_where_a_value_came_from(origins):
     assert found["loggers.tensorboard.flush_secs"][1] == "default"
 
 
-def test_an_old_files_values_are_where_they_were(origins):
-    found = origins("lora", "training:\n  stage1: {steps: 75}\n")
-    assert found["schedule.stage1_steps"] == (75, "c.yaml:2:12 (training.stage1.steps)")
-
-
 def test_what_does_not_validate_is_not_shown(origins):
     with pytest.raises(ConfigError, match="seed"):
         origins("lora", "seed: x")
