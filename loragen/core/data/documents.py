@@ -1,8 +1,6 @@
-"""Datasets of the Hugging Face hub, through the `datasets` library where it is installed.
+"""Documents of a dataset: the values in a file or a hub dataset in order, with their lines.
 
-What a file or a hub dataset holds, one document after the other, and where each stands.
-
-What a document means (a row, a prompt) is not decided here.
+A document is whatever one line, item, record or hub row holds; `formats` says what it means.
 """
 
 import csv
@@ -18,9 +16,97 @@ from typing import Any, NamedTuple
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import file_name, sha256, sha256_text, silence
 
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+NESTED_KEYS = ("messages", "conversations", "choices", "history")
+"""Keys whose CSV cells hold JSON."""
+MAX_CELL_LENGTH = 2**31 - 1
+JSON_LIMITS = (ValueError, RecursionError)
+"""What json raises beyond its limits: 4,300 digits, or some thousand brackets."""
+HUB_ID = r"[\w.-]+/[\w.-]+"
+
+
+class Document(NamedTuple):
+    """One value of a dataset, or the reason why it could not be read."""
+
+    line: int
+    """The line where it starts, from 1; in a JSON list, Parquet and on the hub its index."""
+    value: Any
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A dataset of the Hugging Face hub, as `hub:owner/name[:config][@split]`."""
+
+    id: str
+    config: str | None
+    split: str
+
+    @property
+    def name(self) -> str:
+        """A name that is good for a run directory; a configuration may be called anything."""
+        return file_name("-".join(filter(None, (self.id.rpartition("/")[2], self.config))))
+
+    def __str__(self) -> str:
+        config = f":{self.config}" if self.config else ""
+        return f"hub:{self.id}{config}@{self.split}"
+
+
+Source = Path | HubDataset
+
+
+def parsed_source(text: str, split: str = "train") -> Source:
+    """Returns the source that `hub:owner/name[:config][@split]` or a path names.
+
+    Raises UsageError for a malformed hub id.
+    """
+    if not text.startswith("hub:"):
+        return Path(text)
+    parts = re.fullmatch(rf"hub:({HUB_ID})(?::([^\s:@/\\]+))?(?:@(\S+))?", text)
+    if parts is None:
+        raise UsageError(f"{text}: expected hub:owner/name, hub:owner/name:config or ...@split")
+    return HubDataset(parts[1], parts[2], parts[3] or split)
+
+
+def location(source: Source) -> str:
+    """Returns the text from which `parsed_source` finds the source in any working directory."""
+    return str(source.absolute() if isinstance(source, Path) else source)
+
+
+def read_documents(source: Source) -> Iterator[Document]:
+    """Yields every document in order; a file with an unknown suffix is read as JSON lines.
+
+    Raises UsageError for a missing file or package, DataError where nothing can be read.
+    """
+    if isinstance(source, HubDataset):
+        return hub_documents(source)
+    return file_documents(source, read_bytes(source))
+
+
+def read_bytes(file: Path) -> bytes:
+    """Returns the content of a file. Raises UsageError where there is none."""
+    if not file.is_file():
+        raise UsageError(f"{file}: no such file")
+    return file.read_bytes()
+
+
+def file_documents(file: Path, content: bytes) -> Iterator[Document]:
+    """Yields the documents in the `content` of a file; its suffix says how they are written.
+
+    Raises UsageError for a missing package, DataError where nothing can be read.
+    """
+    readers = {".json": _json, ".csv": _csv, ".parquet": _parquet}
+    return readers.get(file.suffix.lower(), _json_lines)(file, content)
+
+
+def hub_documents(source: HubDataset) -> Iterator[Document]:
+    """Yields the rows of a hub dataset. Raises UsageError where it cannot be had."""
+    rows = read_hub(source.id, source.config, source.split)
+    return (Document(line, row) for line, row in enumerate(rows, start=1))
+
 
 def read_hub(identifier: str, config: str | None, split: str) -> Iterable[dict[str, Any]]:
-    """The rows of one split, downloaded or from the cache.
+    """Returns the rows of one split through the `datasets` library, downloaded or from its cache.
 
     Raises UsageError, within seconds, where they cannot be had.
     """
@@ -43,123 +129,68 @@ def read_hub(identifier: str, config: str | None, split: str) -> Iterable[dict[s
         raise UsageError(f"hub dataset {identifier}: {reason}") from error
 
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-NESTED = ("messages", "conversations", "choices", "history")  # as JSON in a CSV cell
-LONGEST_CELL = 2**31 - 1
-TOO_MUCH = (ValueError, RecursionError)  # of JSON: 4,300 digits, or some thousand brackets
-HUB_ID = r"[\w.-]+/[\w.-]+"
+def text_lines(file: Path, content: bytes) -> Iterator[tuple[int, str]]:
+    """Yields (number from 1, text) of each line of UTF-8 text that is not blank.
 
-
-class Document(NamedTuple):
-    line: int
-    """From 1: the line where it starts; in a JSON list, Parquet and on the hub its index."""
-    value: Any
-    problem: str | None = None
-    """Why there is no value, where it could not be read."""
-
-
-@dataclass(frozen=True)
-class HubDataset:
-    """A dataset of the Hugging Face hub, as `hub:owner/name[:config][@split]`."""
-
-    id: str
-    config: str | None
-    split: str
-
-    @property
-    def name(self) -> str:
-        """Good for a run's name; a configuration may be called anything."""
-        return file_name("-".join(filter(None, (self.id.rpartition("/")[2], self.config))))
-
-    def __str__(self) -> str:
-        config = f":{self.config}" if self.config else ""
-        return f"hub:{self.id}{config}@{self.split}"
-
-
-Source = Path | HubDataset
-
-
-def parsed_source(text: str, split: str = "train") -> Source:
-    """`hub:owner/name[:config][@split]` or a path.
-
-    Raises UsageError for a malformed hub id.
+    A byte order mark is left out, and only a line feed ends a line, so that the separators of
+    Unicode may stand in a text. Raises DataError for other encodings.
     """
-    if not text.startswith("hub:"):
-        return Path(text)
-    parts = re.fullmatch(rf"hub:({HUB_ID})(?::([^\s:@/\\]+))?(?:@(\S+))?", text)
-    if parts is None:
-        raise UsageError(f"{text}: expected hub:owner/name, hub:owner/name:config or ...@split")
-    return HubDataset(parts[1], parts[2], parts[3] or split)
+    start = 3 if content.startswith(b"\xef\xbb\xbf") else 0
+    stream = io.BytesIO(content)
+    stream.seek(start)
+    for number, line in enumerate(stream, start=1):  # never all lines in memory at once
+        try:
+            text = line.decode().removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise _not_utf8(file, error, start) from None
+        start += len(line)
+        if text.strip():
+            yield number, text
 
 
-def location(source: Source) -> str:
-    """What finds the source again, from any working directory, through `parsed_source`."""
-    return str(source.absolute() if isinstance(source, Path) else source)
-
-
-def content_hash(source: Source) -> str:
-    """The hex digest of a file's bytes, or of a hub dataset's rows."""
-    if isinstance(source, Path):
-        return sha256(source)
-    rows = (json.dumps(document.value, default=str) for document in read_documents(source))
-    return sha256_text(*rows)
-
-
-def read_documents(source: Source) -> Iterator[Document]:
-    """Every document in order; a file with no known suffix is taken for JSON lines.
-
-    Raises UsageError for a missing file or package, DataError where nothing can be read.
-    """
-    if isinstance(source, HubDataset):
-        rows = read_hub(source.id, source.config, source.split)
-        return (Document(line, row) for line, row in enumerate(rows, start=1))
-    if not source.is_file():
-        raise UsageError(f"{source}: no such file")
-    readers = {".json": _json, ".csv": _csv, ".parquet": _parquet}
-    return readers.get(source.suffix.lower(), _json_lines)(source)
-
-
-def utf8_text(file: Path) -> str:
-    """The text of a file, without a byte order mark. Raises DataError where it is not UTF-8."""
+def _whole_text(file: Path, content: bytes) -> str:
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise _not_utf8(file, error) from None
 
 
-def _json_lines(file: Path) -> Iterator[Document]:
-    for line, content in enumerate(utf8_text(file).split("\n"), start=1):
-        if content.strip():
-            try:
-                yield Document(line, json.loads(content))
-            except json.JSONDecodeError as error:
-                yield Document(line, None, f"not JSON: {error.msg} at column {error.colno}")
-            except TOO_MUCH as error:
-                yield Document(line, None, _too_much(error))
+def _not_utf8(file: Path, error: UnicodeDecodeError, start: int = 0) -> DataError:
+    return DataError(f"{file}: not UTF-8 text ({error.reason} at byte {start + error.start})")
 
 
-def _json(file: Path) -> Iterator[Document]:
+def _json_lines(file: Path, content: bytes) -> Iterator[Document]:
+    for line, text in text_lines(file, content):
+        try:
+            yield Document(line, json.loads(text))
+        except json.JSONDecodeError as error:
+            yield Document(line, None, f"not JSON: {error.msg} at column {error.colno}")
+        except JSON_LIMITS as error:
+            yield Document(line, None, _beyond_limits(error))
+
+
+def _json(file: Path, content: bytes) -> Iterator[Document]:
     try:
-        document = json.loads(utf8_text(file))
+        document = json.loads(_whole_text(file, content))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # JSON lines under another name
-            yield from _json_lines(file)
+            yield from _json_lines(file, content)
             return
         raise DataError(f"{file}:{error.lineno}: not JSON: {error.msg}") from None
-    except TOO_MUCH as error:
-        raise DataError(f"{file}: {_too_much(error)}") from None
+    except JSON_LIMITS as error:
+        raise DataError(f"{file}: {_beyond_limits(error)}") from None
     if not isinstance(document, list):
         raise DataError(f"{file}:1: expected a list of rows, found {type(document).__name__}")
     yield from (Document(index, item) for index, item in enumerate(document, start=1))
 
 
-def _too_much(error: Exception) -> str:
+def _beyond_limits(error: Exception) -> str:
     deep = isinstance(error, RecursionError)
     return "nested too deeply" if deep else "a number in it is too long"
 
 
-def _csv(file: Path) -> Iterator[Document]:
-    records = iter(_csv_records(file))
+def _csv(file: Path, content: bytes) -> Iterator[Document]:
+    records = iter(_csv_records(file, content))
     header = next(records, (1, []))[1]
     twice = sorted({key for key in header if key and header.count(key) > 1})
     if twice:
@@ -172,11 +203,11 @@ def _csv(file: Path) -> Iterator[Document]:
             yield Document(line, None, f"{len(cells)} cells, the header has {len(header)}")
 
 
-def _csv_records(file: Path) -> list[tuple[int, list[str]]]:
-    """(first line, cells) of each record that is not empty. A quoted cell may span lines."""
-    reader = csv.reader(io.StringIO(utf8_text(file), newline=""), strict=True)
+def _csv_records(file: Path, content: bytes) -> list[tuple[int, list[str]]]:
+    """Returns (first line, cells) of each record that is not empty; a cell may span lines."""
+    reader = csv.reader(io.StringIO(_whole_text(file, content), newline=""), strict=True)
     records, line = [], 1
-    limit = csv.field_size_limit(LONGEST_CELL)  # the module's own is 131,072 characters
+    limit = csv.field_size_limit(MAX_CELL_LENGTH)  # the module's own is 131,072 characters
     try:
         for cells in reader:
             if cells:
@@ -190,15 +221,15 @@ def _csv_records(file: Path) -> list[tuple[int, list[str]]]:
 
 
 def _cell(key: str, text: str) -> Any:
-    if key in NESTED and text.startswith(("[", "{")):
+    if key in NESTED_KEYS and text.startswith(("[", "{")):
         try:
             return json.loads(text)
-        except TOO_MUCH:  # JSONDecodeError is a ValueError
+        except JSON_LIMITS:  # JSONDecodeError is a ValueError
             pass  # it stays a text, which is then reported as no list
     return text
 
 
-def _parquet(file: Path) -> Iterator[Document]:
+def _parquet(file: Path, content: bytes) -> Iterator[Document]:
     try:
         import pyarrow as pa
         from pyarrow.parquet import ParquetFile
@@ -207,9 +238,17 @@ def _parquet(file: Path) -> Iterator[Document]:
             f"{file}: Parquet needs pyarrow, which is not installed: pip install 'loragen[data]'"
         ) from None
     try:
-        with ParquetFile(file) as table:
+        with ParquetFile(pa.BufferReader(content)) as table:
             rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
             yield from (Document(line, row) for line, row in enumerate(rows, start=1))
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{file}: not a Parquet file that can be read: {reason}") from None
+
+
+def content_hash(source: Source) -> str:
+    """Returns the hex digest of a file's bytes, or of a hub dataset's rows."""
+    if isinstance(source, Path):
+        return sha256(source)
+    rows = (json.dumps(document.value, default=str) for document in read_documents(source))
+    return sha256_text(*rows)

@@ -14,9 +14,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from loragen.core.data.documents import Source, content_hash, location, read_documents
-from loragen.core.data.prompts import Prompt, numbered_prompts, same_text, text_of, whole_groups
-from loragen.core.data.rows import BadRow, refuse_bad, warn_of_bad
+from loragen.core.data.dataset import Dataset, Prompt
+from loragen.core.data.documents import Source, read_documents
+from loragen.core.data.prompts import same_text, text_of, whole_groups
 from loragen.core.errors import DataError, UsageError, did_you_mean, listing
 from loragen.core.files import write_json, write_text
 
@@ -130,14 +130,13 @@ def prepare(
     texts: dict[str, list[Text]] = {TRAIN: [], VAL: []}
     datasets = []
     for name, source in sources:
-        prompts, bad = numbered_prompts(source)
-        refuse_bad(source, bad, len(prompts), skip_bad_rows)
-        warn_of_bad(source, bad, len(prompts))
+        dataset = Dataset(source, name)
+        prompts, bad_rows = dataset.numbered_prompts(skip_bad_rows)
         found = split(prompts, name, grouping, sides)
         _check(source, prompts, found, grouping)
         texts[TRAIN] += (_text(name, group) for group in found.train)
         texts[VAL] += (_text(name, group) for group in found.val)
-        datasets.append(_dataset_record(name, source, prompts, bad, found))
+        datasets.append(_dataset_record(dataset, prompts, bad_rows, found))
     record = PreparedRecord(**grouping.model_dump(), datasets=datasets)
     _write(directory, texts, record)
     return record
@@ -216,13 +215,13 @@ def _check(source: Source, prompts: Sequence[Prompt], found: Split, grouping: Gr
 
 
 def _dataset_record(
-    name: str, source: Source, prompts: Sequence[Prompt], bad: Sequence[BadRow], found: Split
+    dataset: Dataset, prompts: Sequence[Prompt], bad_rows: int, found: Split
 ) -> PreparedDataset:
     return PreparedDataset(
-        dataset=name,
-        path=location(source),
-        sha256=content_hash(source),
-        bad_rows=len(bad),
+        dataset=dataset.name,
+        path=dataset.location,
+        sha256=dataset.sha256,
+        bad_rows=bad_rows,
         prompts=len(prompts),
         repeated=found.repeated,
         left_over=found.left_over,

@@ -7,13 +7,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, overload
 
 from pydantic import BaseModel, Field, ValidationError
 
 from loragen.core.base.names import BaseDtype
-from loragen.core.config import LoraTrainConfig, load
+from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import write_json
 from loragen.core.plugins import describe
@@ -120,16 +121,17 @@ class GeneratorManifest(Manifest):
     """The steps at which the run was gone on with."""
 
 
+ManifestT = TypeVar("ManifestT", bound=Manifest)
+ConfigT = TypeVar("ConfigT", LoraTrainConfig, GenTrainConfig)
 KINDS = {"lora": "lora train", "generator": "gen train"}
 """A manifest's kind -> the command that makes such runs."""
-AnyManifest = TypeVar("AnyManifest", bound=Manifest)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     write_json(directory / MANIFEST, manifest.model_dump(mode="json"))
 
 
-def read_manifest(directory: Path, kind: type[AnyManifest]) -> AnyManifest:
+def read_manifest(directory: Path, kind: type[ManifestT]) -> ManifestT:
     """Raises UsageError where there is no such run, DataError where its manifest is not ours."""
     file = directory / MANIFEST
     if not file.is_file():
@@ -185,12 +187,58 @@ BEST_CHECKPOINT = f"epoch=*{CHECKPOINT_SUFFIX}"
 GENERATOR_FILE = Path("results/final_model/generator_model.pt")
 
 
-@dataclass(frozen=True)
-class LoraRun:
-    """A run of one dataset."""
+@dataclass
+class Run(Generic[ManifestT, ConfigT]):
+    """A run directory, opened once: its manifest is read when it is opened, its configuration when
+    it is first needed."""
 
     directory: Path
-    manifest: LoraManifest
+    manifest: ManifestT
+
+    @overload
+    @classmethod
+    def open(cls, path: Path, kind: type[LoraManifest]) -> "LoraRun": ...
+
+    @overload
+    @classmethod
+    def open(cls, path: Path, kind: type[GeneratorManifest]) -> "GeneratorRun": ...
+
+    @classmethod
+    def open(cls, path: Path, kind: type[LoraManifest] | type[GeneratorManifest]) -> Any:
+        """Opens the run at `path`, which may also be its checkpoints/ or a file in there.
+
+        Raises UsageError where there is none, DataError where it is a run of another kind or its
+        manifest is damaged.
+        """
+        if not path.exists():
+            raise UsageError(f"{path}: no such run or checkpoint")
+        directory = run_directory_of(path)
+        return Run[Any, Any](directory, read_manifest(directory, kind))
+
+    @cached_property
+    def config(self) -> ConfigT:
+        """The configuration that the run was started with. Raises LoragenError where its
+        config.yaml does not validate."""
+        kind: Any = LoraTrainConfig if isinstance(self.manifest, LoraManifest) else GenTrainConfig
+        config: ConfigT = load(kind, self.directory / CONFIG, environment={})
+        return config
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The step checkpoints there are now, in the order of steps, without last.ckpt."""
+        return checkpoint_files(self.directory)
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """last.ckpt, from which a killed run resumes, where there is one."""
+        file = self.directory / LAST_CHECKPOINT
+        return file if file.is_file() else None
+
+
+LoraRun: TypeAlias = Run[LoraManifest, LoraTrainConfig]
+"""`lora train`: the checkpoints of one dataset's adapter."""
+GeneratorRun: TypeAlias = Run[GeneratorManifest, GenTrainConfig]
+"""`gen train`: a generator."""
 
 
 def create_run_directory(parent: Path, prefix: str, started: datetime | None = None) -> Path:
@@ -218,21 +266,14 @@ def create_run_directory(parent: Path, prefix: str, started: datetime | None = N
 
 
 def read_run(directory: Path) -> tuple[LoraRun, LoraTrainConfig]:
-    """A run and what it was configured with. Raises LoragenError where either is not ours."""
-    manifest = read_manifest(directory, LoraManifest)
-    return LoraRun(directory, manifest), load(LoraTrainConfig, directory / CONFIG, environment={})
+    """Deprecated: `Run.open`."""
+    run = Run.open(directory, LoraManifest)
+    return run, run.config
 
 
 def resumable_run(path: Path, kind: type[Manifest]) -> Path:
-    """The directory of the run at `path`, or that the checkpoint `path` is of.
-
-    Raises UsageError where there is none, DataError where it is a run of another kind.
-    """
-    if not path.exists():
-        raise UsageError(f"{path}: no such run or checkpoint")
-    directory = run_directory_of(path)
-    read_manifest(directory, kind)
-    return directory
+    """Deprecated: `Run.open`."""
+    return Run.open(path, kind).directory  # type: ignore[arg-type]  # to go
 
 
 def run_directory_of(path: Path) -> Path:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from loragen.core.errors import DataError, UsageError
 from loragen.core.run.checkpoints import load_plain
-from loragen.core.run.directory import AnyManifest
+from loragen.core.run.directory import ManifestT
 from loragen.core.run.loop import Continued
 
 log = logging.getLogger(__name__)
@@ -29,11 +29,11 @@ AnyConfig = TypeVar("AnyConfig")
 
 
 @dataclass(frozen=True)
-class ResumePoint(Generic[AnyManifest, AnyConfig]):
+class ResumePoint(Generic[ManifestT, AnyConfig]):
     """A run and what of it is there already."""
 
     directory: Path
-    manifest: AnyManifest
+    manifest: ManifestT
     config: AnyConfig
     checkpoint: Path | None
     """None: the run ended before its first checkpoint and starts again."""

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loragen.core.data.dataset import Prompt
 from loragen.core.data.prepare import RECORD, TRAIN, VAL, Grouping, prepare, read_prepared, split
-from loragen.core.data.prompts import Prompt, joined, read_prompts
+from loragen.core.data.prompts import joined, read_prompts
 from loragen.core.errors import DataError, UsageError
 
 texts = st.lists(st.text("ab \n", min_size=1).filter(str.strip), max_size=40)

@@ -3,11 +3,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from loragen.core.errors import UsageError
+from loragen.core.errors import DataError, UsageError
 from loragen.core.run import directory as runs
 from loragen.core.run.directory import (
     GENERATOR_FILE,
+    DatasetRecord,
     GeneratorManifest,
+    LoraManifest,
+    Run,
     checkpoint_files,
     checkpoint_name,
     create_run_directory,
@@ -116,3 +119,37 @@ def test_a_generator_is_called_by_its_experiment_or_its_file(tmp_path):
 def test_a_name_that_is_too_long_is_one_line(tmp_path):
     with pytest.raises(UsageError, match="cannot be made: "):
         create_run_directory(tmp_path, "x" * 300)
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoints", "checkpoints/checkpoint-step-002.ckpt"])
+def test_a_run_is_opened_from_any_path_in_it(tmp_path, inside):
+    (tmp_path / "checkpoints").mkdir()
+    for name in (checkpoint_name(10), checkpoint_name(2), "last.ckpt"):
+        (tmp_path / "checkpoints" / name).touch()
+    manifest = LoraManifest(
+        plugins=[],
+        base_model="demo",
+        dataset=DatasetRecord(name="a", path="", sha256="", rows=1),
+        adapter_config={},
+        seed=1,
+        max_steps=10,
+    )
+    write_manifest(tmp_path, manifest)
+    (tmp_path / "config.yaml").write_text("seed: 7\n", encoding="utf-8")
+    run = Run.open(tmp_path / inside, LoraManifest)
+    assert (run.directory, run.manifest) == (tmp_path, manifest)
+    assert [file.name for file in run.checkpoints] == [checkpoint_name(2), checkpoint_name(10)]
+    assert run.last_checkpoint == tmp_path / "checkpoints/last.ckpt"
+    for name in ("config.yaml", "manifest.json"):
+        assert run.config.seed == 7
+        (tmp_path / name).unlink()  # neither is read again
+
+
+def test_a_run_of_another_kind_is_refused(tmp_path):
+    manifest = GeneratorManifest(plugins=[], base_model="demo", sources=[], val_sources=[])
+    write_manifest(tmp_path, manifest)
+    assert Run.open(tmp_path, GeneratorManifest).last_checkpoint is None
+    with pytest.raises(DataError, match="gen train"):
+        Run.open(tmp_path, LoraManifest)
+    with pytest.raises(UsageError, match="none"):
+        Run.open(tmp_path / "none", LoraManifest)

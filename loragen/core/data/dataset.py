@@ -1,0 +1,399 @@
+"""A dataset: opened once per command, and its file read in one pass when it is first needed. Light.
+
+`Dataset.find` finds one by name. Its rows are labelled examples; its prompts need no labels.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from loragen.core.data.documents import (
+    HUB_ID,
+    SUFFIXES,
+    Document,
+    HubDataset,
+    Source,
+    file_documents,
+    hub_documents,
+    location,
+    parsed_source,
+    read_bytes,
+    text_lines,
+)
+from loragen.core.data.formats import Turn, format_of, question_of, texts
+from loragen.core.errors import DataError, LoragenError, UsageError, did_you_mean, listing
+from loragen.core.files import absent
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "test", "val")
+MAX_SHOWN = 5
+"""Bad rows named in an error or a warning."""
+MAX_CLOSED_ANSWERS = 16
+"""A dataset with more distinct answers has free ones."""
+PREPARED_KEYS = ("prompt", "prompts", "dataset", "lines")
+"""The keys of a line of `data prepare`, which holds several prompts."""
+
+
+class Row(BaseModel):
+    """One labelled example. `line` is its line in the file, counted from 1."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    prompt: str
+    response: str
+    system: str | None = None
+    history: tuple[Turn, ...] = ()
+    """Earlier turns of the conversation: context, without a loss."""
+    choices: list[str] | None = None
+    """The answers to choose between, where the dataset states them."""
+    line: int
+
+
+class Prompt(NamedTuple):
+    """A prompt and its line in the file, counted from 1."""
+
+    line: int
+    text: str
+
+
+class BadRow(NamedTuple):
+    """A row that cannot be used, and why."""
+
+    line: int
+    reason: str
+
+
+@dataclass
+class _Contents:
+    """What one pass over a dataset's documents finds. Rows and prompts share their strings."""
+
+    sha256: str = ""
+    rows: list[Row] = field(default_factory=list)
+    bad_rows: list[BadRow] = field(default_factory=list)
+    formats: Counter[str] = field(default_factory=Counter)
+    prompts: list[Prompt] = field(default_factory=list)
+    bad_prompts: list[BadRow] = field(default_factory=list)
+
+    def add(self, document: Document) -> None:
+        """Adds a document as a row, as prompts, or as the reason why it is neither."""
+        line, value, problem = document
+        question = None
+        try:
+            if problem:
+                raise DataError(problem)
+            known = format_of(value)
+            question = known.question(value)
+            row = Row(**question._asdict(), response=known.answer(value), line=line)
+        except DataError as error:
+            self.bad_rows.append(BadRow(line, str(error)))
+        else:
+            self.rows.append(row)
+            self.formats[known.name] += 1
+        try:
+            if problem:
+                raise DataError(problem)
+            if isinstance(value, dict) and all(key in value for key in PREPARED_KEYS):
+                found = texts(value["prompts"], "prompts")
+            else:
+                found = [(question or question_of(value)).prompt]
+        except DataError as error:
+            self.bad_prompts.append(BadRow(line, str(error)))
+        else:
+            self.prompts += [Prompt(line, text) for text in found if text]
+
+
+class Dataset:
+    """One dataset, opened once per command.
+
+    Nothing is read before it is needed. Then the file is read once; its hash, rows, bad rows,
+    formats and prompts come from those bytes.
+    """
+
+    def __init__(self, source: Source, name: str | None = None) -> None:
+        self.source = source
+        self.name = name or (_name_of(source) if isinstance(source, Path) else source.name)
+        self._warned = False
+
+    @classmethod
+    def at(cls, location: str) -> "Dataset":
+        """The dataset at a path or `hub:` id, as `location` gives it."""
+        return cls(parsed_source(location))
+
+    @classmethod
+    def find(cls, name_or_file: str, root: Path, split: str = "train") -> "Dataset":
+        """The dataset that the text names: a file, `hub:owner/name[:config][@split]`, a name below
+        `root` (see `_files_of`), a folder as if its parent were the root, or a bare hub id.
+
+        Raises UsageError naming what exists.
+        """
+        name, source = find_dataset(name_or_file, root, split)
+        return cls(source, name)
+
+    def __str__(self) -> str:
+        return str(self.source)
+
+    @property
+    def location(self) -> str:
+        """An absolute path or a hub id: `Dataset.at` finds the dataset again from anywhere."""
+        return location(self.source)
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hex digest of the file's bytes, or of a hub dataset's rows.
+
+        Raises UsageError where the dataset is missing.
+        """
+        if isinstance(self.source, HubDataset):
+            return self._contents.sha256
+        return hashlib.sha256(self._content).hexdigest()
+
+    def rows(self, skip_bad_rows: bool = False) -> list[Row]:
+        """All rows; with `skip_bad_rows` the good ones, and one warning about the others.
+
+        Raises UsageError for a missing dataset or package, DataError (file:line) for bad rows.
+        """
+        self.check(skip_bad_rows)
+        if not self._warned:
+            warn_of_bad(self.source, self.bad_rows, len(self.good_rows))
+            self._warned = True
+        return self.good_rows
+
+    def check(self, skip_bad_rows: bool = False) -> int:
+        """Returns the number of good rows. Raises as `rows`, but does not warn."""
+        good = len(self.good_rows)
+        refuse_bad(self.source, self.bad_rows, good, skip_bad_rows)
+        return good
+
+    @property
+    def good_rows(self) -> list[Row]:
+        """The rows that can be used. Raises as `rows` where there are none."""
+        rows, bad = self._contents.rows, self._contents.bad_rows
+        if not rows and not bad:
+            raise DataError(f"{self.source}: no rows in it")
+        if not rows and len({reason for _, reason in bad}) == 1 < len(bad):
+            line, reason = bad[0]
+            raise DataError(
+                f"{self.source}:{line}: {reason} (the same in all of its {len(bad)} rows)"
+            )
+        if not rows:
+            refuse_bad(self.source, bad, good=0)
+        return rows
+
+    @property
+    def bad_rows(self) -> list[BadRow]:
+        """The rows that cannot be used."""
+        return self._contents.bad_rows
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """The number of good rows of each format."""
+        return dict(self._contents.formats)
+
+    def prompts(self, skip_bad_rows: bool = False, of_rows: bool = False) -> list[str]:
+        """All prompts; labels are not needed. A .txt file has a prompt a line, unless `of_rows`
+        says that it holds rows (as training reads it). A file of `data prepare` yields all prompts
+        that it has joined, in their order.
+
+        Raises UsageError for a missing dataset, DataError (file:line) for bad rows.
+        """
+        prompts, bad = self._found_prompts(of_rows)
+        if bad and not (skip_bad_rows and prompts):
+            known = isinstance(self.source, HubDataset) or self.source.suffix.lower() in SUFFIXES
+            hint = "" if known else " (text, a prompt a line, is a .txt)"
+            raise DataError(*bad_lines(self.source, bad, hint))
+        if not prompts:
+            raise DataError(f"{self.source}: no prompts in it")
+        return [prompt.text for prompt in prompts]
+
+    def numbered_prompts(self, skip_bad_rows: bool = False) -> tuple[list[Prompt], int]:
+        """All prompts with their lines, and the number of bad rows. Bad rows raise or warn as in
+        `rows`."""
+        prompts, bad = self._found_prompts(of_rows=False)
+        refuse_bad(self.source, bad, len(prompts), skip_bad_rows)
+        warn_of_bad(self.source, bad, len(prompts))
+        return prompts, len(bad)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the dataset is there and has rows with answers."""
+        try:
+            return bool(self._contents.rows)
+        except LoragenError:
+            return False
+
+    @property
+    def closed_answers(self) -> list[str] | None:
+        """The answers of the dataset where they are few and recur; None where they are free."""
+        return closed_answers(self.good_rows)
+
+    def release(self) -> None:
+        """Frees what was read; whoever asks for it again reads the file again."""
+        for cached in ("_content", "_contents"):
+            self.__dict__.pop(cached, None)
+
+    @cached_property
+    def _content(self) -> bytes:
+        assert isinstance(self.source, Path)
+        return read_bytes(self.source)
+
+    @cached_property
+    def _contents(self) -> _Contents:
+        found = _Contents()
+        if isinstance(self.source, HubDataset):
+            digest = hashlib.sha256()
+            for document in hub_documents(self.source):
+                data = json.dumps(document.value, default=str).encode()
+                digest.update(len(data).to_bytes(8, "little") + data)
+                found.add(document)
+            found.sha256 = digest.hexdigest()
+            return found
+        found.sha256 = self.sha256  # before the bytes are freed
+        for document in file_documents(self.source, self._content):
+            found.add(document)
+        if not self._is_text:
+            del self._content
+        return found
+
+    @property
+    def _is_text(self) -> bool:
+        return isinstance(self.source, Path) and self.source.suffix.lower() == ".txt"
+
+    def _found_prompts(self, of_rows: bool) -> tuple[list[Prompt], list[BadRow]]:
+        if isinstance(self.source, Path) and not of_rows:
+            if not self.source.is_file():
+                raise UsageError(absent(self.source, "prompt file"))
+            if self._is_text:
+                lines = text_lines(self.source, self._content)
+                return [Prompt(line, text.strip()) for line, text in lines], []
+        return self._contents.prompts, self._contents.bad_prompts
+
+
+def refuse_bad(
+    source: Source, bad: Sequence[BadRow], good: int, skip_bad_rows: bool = False
+) -> None:
+    """Raises DataError for bad rows, unless they are to be skipped and `good` ones are left."""
+    if not bad or (skip_bad_rows and good):
+        return
+    left_out = "--skip-bad-rows leaves " + ("it out" if len(bad) == 1 else "them out")
+    raise DataError(*bad_lines(source, bad, f" ({left_out if good else 'no row is good'})"))
+
+
+def bad_lines(source: Source, bad: Sequence[BadRow], hint: str = "") -> list[str]:
+    """Returns `file:line: reason` of the first bad rows and the count of the others; `hint` is
+    added to the last line."""
+    lines = [f"{source}:{line}: {reason}" for line, reason in bad[:MAX_SHOWN]]
+    if len(bad) > MAX_SHOWN:
+        lines.append(f"{source}: and {len(bad) - MAX_SHOWN} more bad rows")
+    return [*lines[:-1], lines[-1] + hint]
+
+
+def warn_of_bad(source: Source, bad: Sequence[BadRow], good: int) -> None:
+    """Logs one warning that names the first bad rows, where there are any."""
+    if bad:
+        named = "; ".join(f"line {line}: {reason}" for line, reason in bad[:MAX_SHOWN])
+        rest = f"; and {len(bad) - MAX_SHOWN} more" if len(bad) > MAX_SHOWN else ""
+        total = len(bad) + good
+        log.warning("%s: %d of %d rows left out: %s%s", source, len(bad), total, named, rest)
+
+
+def closed_answers(rows: Sequence[Row]) -> list[str] | None:
+    """Returns the answers of the rows where they are few and recur; None where they are free."""
+    distinct = sorted({row.response for row in rows})
+    recur = len(distinct) <= min(MAX_CLOSED_ANSWERS, len(rows) // 2)
+    return distinct if len(distinct) > 1 and recur else None
+
+
+def allowed_answers(rows: Sequence[Row], closed: list[str] | None) -> list[list[str]] | None:
+    """Returns each row's allowed answers: its own choices, else the closed set; None where some row
+    has neither."""
+    allowed = [row.choices or closed or [] for row in rows]
+    return allowed if all(allowed) else None
+
+
+def find_dataset(name_or_file: str, root: Path, split: str = "train") -> tuple[str, Source]:
+    """A dataset's name and where it is: a file, `hub:owner/name[:config][@split]`, a name below
+    the root (see `_files_of`), a folder as if its parent were the root, or a bare hub id.
+
+    Raises UsageError naming what exists.
+    """
+    if not name_or_file.strip():
+        raise UsageError("no dataset: its name is empty; give a name or a file")
+    source = parsed_source(name_or_file, split)
+    if isinstance(source, HubDataset):
+        return source.name, source
+    if source.is_file():
+        return _name_of(source), source
+    if source.suffix.lower() in SUFFIXES:
+        raise UsageError(f"{source}: no such file")
+    folders = [root / source] if source.name else []  # "." is a folder, and no name
+    folders += [source.absolute()] if source.is_dir() else []
+    for folder in folders:
+        found = _files_of(folder.name, folder.parent, split)
+        if len(found) > 1:
+            files = listing([str(file) for file in found])
+            raise UsageError(f"dataset '{name_or_file}' is ambiguous: give one file of {files}")
+        if found:
+            return folder.name, found[0]
+    if re.fullmatch(HUB_ID, name_or_file) and not source.is_dir():
+        log.info("%s: no file, and no name below %s; asking the hub", name_or_file, root)
+        hub = HubDataset(name_or_file, None, split)
+        return hub.name, hub
+    raise _unknown(folders[-1].name, folders[-1].parent, split)
+
+
+def dataset_names(root: Path, split: str = "train") -> list[str]:
+    """The datasets below `root` that have a file for the split."""
+    entries = list(root.iterdir()) if root.is_dir() else []
+    names = {entry.name if entry.is_dir() else _name_of(entry) for entry in entries}
+    return sorted(name for name in names if _files_of(name, root, split))
+
+
+def _files_of(name: str, root: Path, split: str) -> list[Path]:
+    """Where a dataset below the root may be: `<name>/<name>_<split>_formatted.jsonl` alone, else
+    `<name>/<split>.*`, `<name>_<split>.*` and, for training, `<name>.*`."""
+    formatted = root / name / f"{name}_{split}_formatted.jsonl"
+    if formatted.is_file():
+        return [formatted]
+    stems = [root / name / split, root / f"{name}_{split}"]
+    if split == "train":  # a file that has no split is not to be tested on unasked
+        stems.append(root / name)
+    files = (stem.parent / f"{stem.name}{suffix}" for stem in stems for suffix in SUFFIXES)
+    return [file for file in files if file.is_file()]
+
+
+def _unknown(name: str, root: Path, split: str) -> UsageError:
+    if not root.is_dir():
+        return UsageError(f"dataset '{name}': {root} is not a directory; see --data-root")
+    others = [f for other in SPLITS for f in _files_of(name, root, other)]
+    if others:
+        files = listing([str(file) for file in others])
+        return UsageError(f"dataset '{name}' has no {split} split; give a file, there is {files}")
+    folder = root / name
+    if folder.is_dir() and (inside := sorted(file.name for file in folder.iterdir())):
+        held = listing(inside)
+        return UsageError(
+            f"dataset '{name}': {folder} has no {split}.* and no {name}_{split}.*, but {held}; "
+            "give a file of it, or --all with it as --data-root"
+        )
+    known = dataset_names(root, split)
+    return UsageError(
+        f"unknown dataset '{name}'.{did_you_mean(name, known)} In {root}: {listing(known)}"
+    )
+
+
+def _name_of(file: Path) -> str:
+    """`arc_train_formatted.jsonl` -> arc; `color-word/train.jsonl` -> color-word."""
+    stem = file.stem.removesuffix("_formatted")
+    for split in SPLITS:
+        stem = stem.removesuffix(f"_{split}")
+    return file.absolute().parent.name if stem in SPLITS else stem
