@@ -43,11 +43,13 @@ def show(
     A value comes from the default, the file (file:line:column), a LORAGEN_ variable or --set.
     """
     from loragen.core.config.schema import MODELS
-    from loragen.core.config.show import settings_of
+    from loragen.core.config.show import resolved_settings
     from loragen.core.config.yaml_file import inline
 
     found = with_old_files(
-        MODELS[command.value], config, lambda file: settings_of(command.value, file, settings or ())
+        MODELS[command.value],
+        config,
+        lambda file: resolved_settings(command.value, file, settings or ()),
     )
     if json:
         document = {s.key: {"value": s.value, "origin": s.origin} for s in found}
@@ -68,16 +70,16 @@ def validate(
     here, as the training would look for it: datasets, runs, prompts, models; the hub is not asked.
     """
     from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
-    from loragen.core.config.load import command_for
+    from loragen.core.config.load import guess_command
     from loragen.core.learning.sources import missing_gen_paths
     from loragen.core.lora.settings import missing_lora_paths
     from loragen.legacy.translate import old_command_of
 
-    whose = command.value if command else old_command_of(file) or command_for(file)
+    whose = command.value if command else old_command_of(file) or guess_command(file)
 
     model: Any = GenTrainConfig if whose == "gen" else LoraTrainConfig
     missing: Any = missing_gen_paths if whose == "gen" else missing_lora_paths
-    with_old_files(model, file, lambda given: load(model, given, environment={}, early=missing))
+    with_old_files(model, file, lambda given: load(model, given, environment={}, check=missing))
     render.answer(f"{file}: valid ({whose} train)")
 
 

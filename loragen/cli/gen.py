@@ -91,7 +91,7 @@ def train(
     resolved = with_old_files(
         GenTrainConfig,
         file,
-        lambda given: load(GenTrainConfig, given, settings or (), flags, early=check_places),
+        lambda given: load(GenTrainConfig, given, settings or (), flags, check=check_places),
     )
 
     from loragen.core.learning.plan import plan

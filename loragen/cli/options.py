@@ -12,7 +12,7 @@ from loragen.core.errors import ConfigError, UsageError
 if TYPE_CHECKING:
     from pydantic import BaseModel as Model
 
-    from loragen.core.config.load import Given
+    from loragen.core.config.load import Layers
 
 Result = TypeVar("Result")
 
@@ -59,7 +59,7 @@ SkipBadRows = Annotated[
 
 
 def with_old_files(
-    model: "type[Model]", file: Path | None, use: "Callable[[Path | Given | None], Result]"
+    model: "type[Model]", file: Path | None, use: "Callable[[Path | Layers | None], Result]"
 ) -> Result:
     """`use(file)`. A file that does not validate is shown to `legacy`: one of the original scripts
     is translated, with one warning, and used in its place; for any other the errors stand."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, NonNegativeInt, TypeAdapter, ValidationError
 
-from loragen.core.config.load import Given, has_key, place_of, validate_layers
+from loragen.core.config.load import Layers, has_key, origin_of, validate_layers
 from loragen.core.config.schema import MODELS, TrainerSection, command_of
 from loragen.core.config.yaml_file import Loc, commented, dotted, inline, read_yaml
 from loragen.core.config.yaml_file import paths as all_paths
@@ -51,7 +51,7 @@ SHARED = {
 """Keys that old files and today's have alike; any other of today's schema is today's alone."""
 
 
-def read_old_file(file: Path, model: type[BaseModel]) -> Given | None:
+def read_old_file(file: Path, model: type[BaseModel]) -> Layers | None:
     """The values of a file of the original scripts under the names of today, with the places where
     they were given, and one warning; None for a file that is not one of theirs.
 
@@ -68,7 +68,7 @@ def read_old_file(file: Path, model: type[BaseModel]) -> Given | None:
     if old is None:
         return None
     log.warning("%s", old.notice(file))
-    return Given(old.tree, old.origins, old.problems)
+    return Layers(old.tree, old.origins, old.problems)
 
 
 def old_command_of(file: Path) -> str | None:
@@ -172,7 +172,8 @@ class Translation:
 
     def place(self, keys: Loc) -> str:
         """`file:line:column: ` of the key."""
-        return place_of(keys, self.origins)
+        origin = origin_of(keys, self.origins)
+        return f"{origin}: " if origin else ""
 
     def old_name(self, new: str) -> str | None:
         return next((change.old for change in self.changes if change.new == new), None)
@@ -417,7 +418,7 @@ def migrate(file: Path, command: str | None = None) -> Migrated:
     if old is None:
         return Migrated(file.read_text(encoding="utf-8-sig"), None)
     model = MODELS[old.form.command]
-    given = Given(old.tree, old.origins, old.problems)
+    given = Layers(old.tree, old.origins, old.problems)
     wanted = dict(old.tree)  # validation adds the defaults
     config = validate_layers(model, given).model_dump(mode="json")
     return Migrated(_text(file, old, _picked(config, wanted)), old.form.command)

@@ -1,6 +1,6 @@
 import pytest
 
-from loragen.core.config.load import command_for
+from loragen.core.config.load import guess_command
 from loragen.core.config.show import commented_defaults
 from loragen.legacy.translate import old_command_of
 
@@ -21,7 +21,7 @@ from loragen.legacy.translate import old_command_of
 def test_the_keys_tell_whose_a_file_is(tmp_path, text, command):
     (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
     file = tmp_path / "c.yaml"
-    assert (old_command_of(file) or command_for(file)) == command
+    assert (old_command_of(file) or guess_command(file)) == command
 
 
 @pytest.mark.parametrize("command", ["lora", "gen"])
@@ -29,4 +29,4 @@ def test_a_document_is_its_own_commands(tmp_path, command):
     (tmp_path / "c.yaml").write_text(commented_defaults(command), encoding="utf-8")
     file = tmp_path / "c.yaml"
     assert old_command_of(file) is None
-    assert command_for(file) == command
+    assert guess_command(file) == command

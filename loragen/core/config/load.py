@@ -1,16 +1,15 @@
-"""What is wrong with a configuration: one line per value, with its place and what exists.
+"""From layers to one validated model: built-in < file < environment < `--set` < flag.
 
-Layers -> one validated model: built-in < file < environment < `--set` < flag.
-
-Every value remembers where it came from, so that an error can say `config.yaml:6:5` or `--set`.
+Every value remembers its origin, so that an error can say `config.yaml:6:5` or `--set`. All errors
+of a configuration are raised at once, one line each.
 """
 
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,105 +23,13 @@ from loragen.core.plugins import describe, find
 
 log = logging.getLogger(__name__)
 
-Misplaced = tuple[Loc, str]
-"""The keys of a value that names something that is not there, and what is wrong with it."""
-
-
-def refused(keys: Loc, look: Callable[[], object]) -> list[Misplaced]:
-    """What a look at the place that a value names has to complain of."""
-    try:
-        look()
-    except UsageError as error:
-        return [(keys, problem) for problem in error.problems]
-    return []
-
-
-def problems_of(
-    model: type[BaseModel], error: ValidationError, origins: Mapping[Loc, str], prefix: Loc = ()
-) -> list[str]:
-    """One line per value; a value that fits none of several types gets their reasons in one."""
-    reasons: dict[Loc, list[str]] = {}
-    given: dict[Loc, str] = {}
-    for detail in error.errors():
-        keys = (*prefix, *detail["loc"])
-        if detail["type"] == "extra_forbidden":
-            known = _known_keys(model, detail["loc"][:-1])
-            hint = did_you_mean(str(keys[-1]), known)
-            reason = f"unknown key.{hint} Known: {listing(known, 20)}"
-        elif detail["type"] == "value_error":
-            reason = str(detail["ctx"]["error"])
-        elif detail["type"] == "model_type":
-            keys = _without_type_tags(keys, origins)
-            known = _known_keys(model, detail["loc"])
-            reason = f"has to be a section with keys of its own: {listing(known, 20)}"
-            given[keys] = f" (got {detail['input']!r})"
-        elif detail["type"] == "missing":
-            reason = "is required"
-        else:
-            keys = _without_type_tags(keys, origins)
-            reason = f"{detail['msg'][0].lower()}{detail['msg'][1:]}"
-            given[keys] = f" (got {detail['input']!r})"
-        reasons.setdefault(keys, []).append(reason)
-    return [
-        (f"{place_of(keys, origins)}{dotted(keys)}: " if keys else "")
-        + " or ".join(dict.fromkeys(of))
-        + given.get(keys, "")
-        for keys, of in reasons.items()
-    ]
-
-
-def place_of(keys: Loc, origins: Mapping[Loc, str]) -> str:
-    """Where the value at `keys`, or the nearest section around it, was given; ends in `: `."""
-    origin = origin_of(keys, origins)
-    return f"{origin}: " if origin else ""
-
-
-def origin_of(keys: Loc, origins: Mapping[Loc, str]) -> str | None:
-    for length in range(len(keys), 0, -1):
-        if keys[:length] in origins:
-            return origins[keys[:length]]
-    return None
-
-
-def has_key(model: type[BaseModel], keys: Loc) -> bool:
-    """Whether the schema itself has this key; the options of plugins are not in it."""
-    for part in keys[:-1]:
-        section = _section(model, part)
-        if section is None:
-            return False
-        model = section
-    return keys[-1] in model.model_fields
-
-
-def _without_type_tags(keys: Loc, origins: Mapping[Loc, str]) -> Loc:
-    """pydantic appends the tried type to the place of a union's value: `devices.int`."""
-    for length in range(len(keys), 0, -1):
-        if keys[:length] in origins:
-            return keys[:length]
-    return keys
-
-
-def _known_keys(model: type[BaseModel], loc: Loc) -> list[str]:
-    """The keys of the section at `loc`; walks models, lists of models and optional ones."""
-    for part in loc:
-        model = _section(model, part) or model
-    return list(model.model_fields)
-
-
-def _section(model: type[BaseModel], key: Any) -> type[BaseModel] | None:
-    """The model of a field, or of its items; None where the field is a plain value."""
-    if not isinstance(key, str) or key not in model.model_fields:
-        return None
-    annotation = model.model_fields[key].annotation
-    nested = [annotation, *getattr(annotation, "__args__", ())]
-    return next((t for t in nested if isinstance(t, type) and issubclass(t, BaseModel)), None)
-
-
 ENV_PREFIX = "LORAGEN_"
-MOST_FOREIGN_KEYS = 3
-
+FOREIGN_KEYS = 3
+"""With so many keys of another command and none of its own, a file is the other command's."""
 
 Model = TypeVar("Model", bound=BaseModel)
+Problem = tuple[Loc, str]
+"""The path of a value, and what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -132,89 +39,37 @@ class Override:
     keys: Loc
     value: Any
     origin: str
-    """How the user gave it: `--set training.batch_size`, `--batch-size`, `LORAGEN_SEED`."""
+    """How the user gave it: `--set`, `--batch-size`, `LORAGEN_SEED`."""
 
 
 @dataclass(frozen=True)
-class Given:
-    """All layers in one tree, before it is validated."""
+class Layers:
+    """All layers merged into one tree, not yet validated."""
 
     tree: dict[str, Any]
     origins: dict[Loc, str]
-    """Where each value was given; a default is not in it."""
-    problems: list[str]
-    """What the translation of an old file refused."""
+    """Where each value was given; defaults are not in it."""
+    problems: list[str] = field(default_factory=list)
+    """Errors that were found while the tree was built; raised with those of the validation."""
 
 
 def load(
     model: type[Model],
-    file: "Path | Given | None" = None,
+    file: Path | Layers | None = None,
     settings: Iterable[str] = (),
     flags: Iterable[Override] = (),
     environment: Mapping[str, str] | None = None,
-    early: Callable[[Model], Iterable[Misplaced]] | None = None,
+    check: Callable[[Model], Iterable[Problem]] | None = None,
 ) -> Model:
-    """The validated configuration; plugin options are checked by their plugins.
+    """Returns the validated configuration; each plugin validates its own options.
 
-    `settings` are the `key.path=value` texts of `--set`; a value is read as YAML. `early` is
-    called with what the schema alone has accepted, before any plugin is imported, which may take
-    seconds: the place for cheap checks that raise, or tell what is not where a value says.
-    Raises ConfigError with every problem at once, each with its place; UsageError for a missing
+    `settings` are the `key.path=value` texts of `--set`; a value is read as YAML. `check` is called
+    with what the schema has accepted, before any plugin is imported, which may take seconds: the
+    place for cheap checks, such as whether paths exist. It returns problems, or raises.
+    Raises ConfigError with all problems at once, each with its origin; UsageError for a missing
     file.
     """
-    return validate_layers(model, layered(model, file, settings, flags, environment), early)
-
-
-def layered(
-    model: type[BaseModel],
-    file: Path | Given | None = None,
-    settings: Iterable[str] = (),
-    flags: Iterable[Override] = (),
-    environment: Mapping[str, str] | None = None,
-) -> Given:
-    """Raises UsageError for what cannot be read at all, a missing file or `--set nonsense`."""
-    given = read_file(file, model) if isinstance(file, Path) else file or Given({}, {}, [])
-    layers = (
-        list(_from_environment(os.environ if environment is None else environment, model)),
-        [_from_setting(text) for text in settings],
-        list(flags),
-    )
-    for layer in layers:
-        # A plugin's name first: choosing one forgets the options of another from earlier layers.
-        for override in sorted(layer, key=lambda override: not _chooses(model, override.keys)):
-            if override.keys[0] == "loggers" and len(override.keys) > 1:  # beside the default ones
-                default = deepcopy(model.model_fields["loggers"].default)
-                given.tree.setdefault("loggers", default)
-            _insert(given.tree, override, _chooses(model, override.keys))
-            for keys in [keys for keys in given.origins if not _is_there(given.tree, keys)]:
-                del given.origins[keys]  # the override has replaced what was around it
-            for keys in paths(override.value, override.keys):
-                given.origins[keys] = override.origin
-    return given
-
-
-def validate_layers(
-    model: type[Model],
-    given: Given,
-    early: Callable[[Model], Iterable[Misplaced]] | None = None,
-) -> Model:
-    """The model of what was given. Raises ConfigError with every problem at once."""
-    problems = list(given.problems)
-    _name_plugins(model, given.tree)
-    try:
-        draft = model.model_validate(given.tree)
-    except ValidationError as error:
-        problems = [*problems_of(model, error, given.origins), *problems]
-    if early is not None and not problems:
-        problems += [
-            f"{place_of(keys, given.origins)}{dotted(keys)}: {problem}"
-            for keys, problem in early(draft)
-        ]
-    # With an error already, a plugin without options has nothing to add that is worth its import.
-    problems += _check_plugins(model, given, complete=not problems)
-    if problems:
-        raise ConfigError(*problems)
-    return model.model_validate(given.tree)
+    return validate_layers(model, merge_layers(model, file, settings, flags, environment), check)
 
 
 def dump(config: BaseModel) -> str:
@@ -222,42 +77,77 @@ def dump(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def read_file(file: Path, model: type[BaseModel]) -> Given:
-    """The values of a YAML file with their places, not yet validated.
+def merge_layers(
+    model: type[BaseModel],
+    file: Path | Layers | None = None,
+    settings: Iterable[str] = (),
+    flags: Iterable[Override] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Layers:
+    """Raises UsageError for what cannot be read at all: a missing file, `--set nonsense`."""
+    merged = read_layer(file, model) if isinstance(file, Path) else file or Layers({}, {})
+    for layer in (
+        list(_from_environment(os.environ if environment is None else environment, model)),
+        [_from_setting(text) for text in settings],
+        list(flags),
+    ):
+        # A plugin's name first: choosing one drops the options that earlier layers gave another.
+        for override in sorted(layer, key=lambda override: not _names_plugin(model, override.keys)):
+            _insert(merged, override, model)
+    return merged
+
+
+def validate_layers(
+    model: type[Model],
+    layers: Layers,
+    check: Callable[[Model], Iterable[Problem]] | None = None,
+) -> Model:
+    """Returns the model of the merged layers, and fills in the defaults of `layers.tree`.
+
+    Raises ConfigError with all problems at once.
+    """
+    problems = list(layers.problems)
+    _fill_in_plugin_names(model, layers.tree)
+    try:
+        draft = model.model_validate(layers.tree)
+    except ValidationError as error:
+        problems = [*problems_of(model, error, layers.origins), *problems]
+    if check is not None and not problems:
+        problems += [problem_at(keys, layers.origins, problem) for keys, problem in check(draft)]
+    # With an error already, a plugin without options has nothing to add that is worth its import.
+    problems += _check_plugins(model, layers, complete=not problems)
+    if problems:
+        raise ConfigError(*problems)
+    return model.model_validate(layers.tree)
+
+
+# ---- the layers
+
+
+def read_layer(file: Path, model: type[BaseModel]) -> Layers:
+    """The values of a YAML file with their positions.
 
     Raises UsageError for a missing file, ConfigError for what is not YAML and for the file of
     another command.
     """
     tree, origins = read_yaml(file)
-    owner = _owner(origins, command_of(model))
-    if owner is not None:
-        raise ConfigError(
-            f"{file}: a configuration of `loragen {owner} train`, not of {command_of(model)}"
-        )
-    return Given(tree, origins, [])
+    ours = {keys for keys in origins if has_key(model, keys)}
+    for command, other in MODELS.items():
+        theirs = {keys for keys in origins if has_key(other, keys)}
+        if len(theirs - ours) >= FOREIGN_KEYS and not ours - theirs:  # fewer may be mistakes
+            raise ConfigError(
+                f"{file}: a configuration of `loragen {command} train`, not of {command_of(model)}"
+            )
+    return Layers(tree, origins)
 
 
-def command_for(file: Path) -> str:
-    """Whose configuration a file is, by its keys: lora or gen; lora where they tell nothing.
+def guess_command(file: Path) -> str:
+    """The command (lora or gen) whose schema has most of a file's keys; lora if they are equal.
 
     Raises UsageError for a missing file, ConfigError for what is not YAML.
     """
     _, origins = read_yaml(file)
-    known = {
-        command: sum(has_key(model, keys) for keys in origins) for command, model in MODELS.items()
-    }
-    return max(known, key=lambda command: known[command])
-
-
-def _owner(places: Collection[Loc], command: str) -> str | None:
-    """Another command whose file this plainly is: it has `MOST_FOREIGN_KEYS` keys or more of that
-    command alone, and none of ours alone. Fewer may be mistakes."""
-    ours = {keys for keys in places if has_key(MODELS[command], keys)}
-    for other, model in MODELS.items():
-        theirs = {keys for keys in places if has_key(model, keys)}
-        if len(theirs - ours) >= MOST_FOREIGN_KEYS and not ours - theirs:
-            return other
-    return None
+    return max(MODELS, key=lambda command: sum(has_key(MODELS[command], at) for at in origins))
 
 
 def _from_environment(environment: Mapping[str, str], model: type[BaseModel]) -> Iterator[Override]:
@@ -266,11 +156,11 @@ def _from_environment(environment: Mapping[str, str], model: type[BaseModel]) ->
     A variable of a section that this command does not have is another command's, or a mistake.
     """
     for name in sorted(environment):
-        keys = _keys(name.removeprefix(ENV_PREFIX).lower().split("__"))
         if not name.startswith(ENV_PREFIX):
             continue
+        keys = _parse_keys(name.removeprefix(ENV_PREFIX).lower().split("__"))
         if keys[0] in model.model_fields:
-            yield Override(keys, _value(environment[name], name), name)
+            yield Override(keys, _parse_value(environment[name], name), name)
         else:
             _warn_of_unknown(name, str(keys[0]))
 
@@ -288,114 +178,194 @@ def _from_setting(text: str) -> Override:
     path, equals, value = text.partition("=")
     if not equals or not path.strip():
         raise UsageError(f"--set {text}: expected key=value, such as training.batch_size=16")
-    return Override(_keys(path.strip().split(".")), _value(value, f"--set {text}"), "--set")
+    keys = _parse_keys(path.strip().split("."))
+    return Override(keys, _parse_value(value, f"--set {text}"), "--set")
 
 
-def _keys(parts: Iterable[str]) -> Loc:
-    """A number is a place in a list."""
+def _parse_keys(parts: Iterable[str]) -> Loc:
+    """A number is an index of a list."""
     return tuple(int(part) if part.isdecimal() else part for part in parts)
 
 
-def _value(text: str, origin: str) -> Any:
+def _parse_value(text: str, origin: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: of 2025-13-01, a date
         raise UsageError(f"{origin}: the value is not YAML; put quotes around it") from None
 
 
-def _chooses(model: type[BaseModel], keys: Loc) -> bool:
-    """Whether this is the name of a section's plugin; other things may have a name, too."""
+def _names_plugin(model: type[BaseModel], keys: Loc) -> bool:
+    """Whether `keys` are a plugin section's `name`; other sections may have a `name` too."""
     info = model.model_fields.get(str(keys[0]))
     return info is not None and isinstance(info.default, PluginSection) and keys[1:] == ("name",)
 
 
-def _insert(tree: dict[str, Any], override: Override, chooses: bool) -> None:
-    node: Any = tree
-    for key in override.keys[:-1]:
-        child = node.get(key) if isinstance(node, dict) else _item(node, key, override)
+def _insert(layers: Layers, override: Override, model: type[BaseModel]) -> None:
+    """Puts a value into the tree, in place of what earlier layers gave there."""
+    keys, replaced = override.keys, override.keys
+    if keys[0] == "loggers" and len(keys) > 1:  # keeps the other default loggers
+        layers.tree.setdefault("loggers", deepcopy(model.model_fields["loggers"].default))
+    node: Any = layers.tree
+    for depth, key in enumerate(keys):
+        if isinstance(node, list) and not (isinstance(key, int) and key < len(node)):
+            size = f"has {len(node)} items, 0 to {len(node) - 1}" if node else "is empty"
+            raise UsageError(
+                f"{override.origin}: {dotted(keys)}: index {key} is out of range; the list {size}"
+            )
+        if depth == len(keys) - 1:
+            break
+        child = node.get(key) if isinstance(node, dict) else node[key]
         if not isinstance(child, dict | list):
-            child = {}
-            node[key] = child
+            child = node[key] = {}
         node = child
-    last = override.keys[-1]
-    if isinstance(node, list):
-        _item(node, last, override)
-    if chooses and isinstance(node, dict) and node.get("name") not in (None, override.value):
-        node.clear()  # another plugin is chosen: the options beside the old name were not its
-    node[last] = override.value
+    if _names_plugin(model, keys) and node.get("name") not in (None, override.value):
+        node.clear()  # another plugin is chosen: the options beside the old name were not its own
+        replaced = keys[:-1]
+    node[keys[-1]] = override.value
+    for at in [at for at in layers.origins if at[: len(replaced)] == replaced and at != replaced]:
+        del layers.origins[at]
+    for at in paths(override.value, keys):
+        layers.origins[at] = override.origin
 
 
-def _is_there(tree: Any, keys: Loc) -> bool:
-    for key in keys:
-        items = dict(enumerate(tree)) if isinstance(tree, list) else tree
-        if not isinstance(items, dict) or key not in items:
-            return False
-        tree = items[key]
-    return True
+# ---- plugins
 
 
-def _item(node: list[Any], key: str | int, override: Override) -> Any:
-    if not isinstance(key, int) or key >= len(node):
-        raise UsageError(f"{override.origin}: the list has {len(node)} items, counted from 0")
-    return node[key]
+def _fill_in_plugin_names(model: type[BaseModel], tree: dict[str, Any]) -> None:
+    """Writes the default plugin's name where none is given, and `{}` for a logger's `null`.
 
-
-def _name_plugins(model: type[BaseModel], tree: dict[str, Any]) -> None:
-    """Writes the default plugin's name where none is given; `name:` may be any text in YAML.
-
-    A section that is not even a mapping is left for the schema to complain of.
+    A section that is not even a mapping is left for the schema to refuse.
     """
-    for field, info in model.model_fields.items():
-        section = tree.setdefault(field, {}) if isinstance(info.default, PluginSection) else None
-        if isinstance(section, dict):
-            tree[field] = {**section, "name": str(section.get("name", info.default.name))}
-        elif field == "loggers" and isinstance(tree.setdefault(field, info.default), dict):
-            tree[field] = {
-                name: {} if options is None else options for name, options in tree[field].items()
-            }
+    for key, info in model.model_fields.items():
+        section = tree.setdefault(key, {}) if isinstance(info.default, PluginSection) else None
+        if isinstance(section, dict):  # a name may be any YAML scalar
+            tree[key] = {**section, "name": str(section.get("name", info.default.name))}
+    loggers = tree.setdefault("loggers", model.model_fields["loggers"].default)
+    if isinstance(loggers, dict):
+        tree["loggers"] = {
+            name: {} if options is None else options for name, options in loggers.items()
+        }
 
 
-def _check_plugins(model: type[BaseModel], given: Given, complete: bool) -> list[str]:
-    """Validates every plugin's options with its own Config.
+def _check_plugins(model: type[BaseModel], layers: Layers, complete: bool) -> list[str]:
+    """Validates every plugin's options with its own Config, and returns the problems.
 
-    `complete` also writes the defaults into the tree, for which every plugin is imported.
+    `complete` writes the defaults into the tree too, for which every plugin is imported.
     """
-    tree, problems = given.tree, list[str]()
-    check = partial(_checked, origins=given.origins, problems=problems, complete=complete)
-    for field, info in model.model_fields.items():
-        section = tree[field] if isinstance(info.default, PluginSection) else None
+    problems: list[str] = []
+
+    def check(kind: str, name: str, options: Any, keys: Loc) -> Any:
+        if not isinstance(options, dict):
+            return options
+        try:
+            if not options and not complete:
+                describe(kind, name)
+                return options
+            plugin_config = find(kind, name).Config
+            return plugin_config.model_validate(options).model_dump(mode="json")
+        except PluginError as error:
+            origin = origin_of((*keys, "name"), layers.origins)
+            problems.append(f"{f'{origin}: ' if origin else ''}{dotted(keys)}: {error}")
+        except ValidationError as error:
+            problems.extend(problems_of(plugin_config, error, layers.origins, keys))
+        return options
+
+    for key, info in model.model_fields.items():
+        section = layers.tree[key] if isinstance(info.default, PluginSection) else None
         if isinstance(section, dict):
             name = section["name"]
-            options = {key: value for key, value in section.items() if key != "name"}
-            tree[field] = {"name": name, **check(info.default.kind, name, options, (field,))}
-        elif field == "loggers" and isinstance(tree[field], dict):
-            tree[field] = {
-                name: check("logger", str(name), options, (field, name))
-                for name, options in tree[field].items()
-            }
+            options = {option: value for option, value in section.items() if option != "name"}
+            layers.tree[key] = {"name": name, **check(info.default.kind, name, options, (key,))}
+    loggers = layers.tree["loggers"]
+    if isinstance(loggers, dict):
+        layers.tree["loggers"] = {
+            name: check("logger", str(name), options, ("loggers", name))
+            for name, options in loggers.items()
+        }
     return problems
 
 
-def _checked(
-    kind: str,
-    name: str,
-    options: Any,
-    loc: Loc,
-    origins: Mapping[Loc, str],
-    problems: list[str],
-    complete: bool,
-) -> Any:
-    """The options with the plugin's defaults filled in; what is wrong goes to `problems`."""
-    if not isinstance(options, dict):
-        return options
+# ---- problems
+
+
+def problems_of(
+    model: type[BaseModel], error: ValidationError, origins: Mapping[Loc, str], prefix: Loc = ()
+) -> list[str]:
+    """One line per value; a value that fits none of several types gets their reasons in one."""
+    reasons: dict[Loc, list[str]] = {}
+    given: dict[Loc, str] = {}
+    for detail in error.errors():
+        keys, kind = (*prefix, *detail["loc"]), detail["type"]
+        if kind == "extra_forbidden":
+            known = _known_keys(model, detail["loc"][:-1])
+            reason = f"unknown key.{did_you_mean(str(keys[-1]), known)} Known: {listing(known, 20)}"
+        elif kind == "value_error":
+            reason = str(detail["ctx"]["error"])
+        elif kind == "missing":
+            reason = "is required"
+        else:
+            # pydantic appends the type that it tried to a union's location: `devices.int`.
+            keys = _given(keys, origins) or keys
+            given[keys] = f" (got {detail['input']!r})"
+            reason = f"{detail['msg'][0].lower()}{detail['msg'][1:]}"
+            if kind == "model_type":
+                known = _known_keys(model, detail["loc"])
+                reason = f"has to be a section with keys of its own: {listing(known, 20)}"
+        reasons.setdefault(keys, []).append(reason)
+    return [
+        problem_at(keys, origins, " or ".join(dict.fromkeys(of)) + given.get(keys, ""))
+        for keys, of in reasons.items()
+    ]
+
+
+def problem_at(keys: Loc, origins: Mapping[Loc, str], problem: str) -> str:
+    """`c.yaml:6:5: training.batch_size: <problem>`; no keys: the configuration as a whole."""
+    parts = [origin_of(keys, origins), dotted(keys), problem]
+    return ": ".join(part for part in parts if part)
+
+
+def origin_of(keys: Loc, origins: Mapping[Loc, str]) -> str | None:
+    """Where the value, or the nearest section around it, was given; None for a default."""
+    at = _given(keys, origins)
+    return origins[at] if at else None
+
+
+def _given(keys: Loc, origins: Mapping[Loc, str]) -> Loc | None:
+    """The path of the value, or of the nearest section around it, that was given."""
+    around = (keys[:length] for length in range(len(keys), 0, -1))
+    return next((at for at in around if at in origins), None)
+
+
+def problems_at(keys: Loc, check: Callable[..., object], *arguments: object) -> list[Problem]:
+    """What `check(*arguments)` raises as UsageError, as problems of the value at `keys`."""
     try:
-        if not options and not complete:
-            describe(kind, name)
-            return options
-        plugin_config = find(kind, name).Config
-        return plugin_config.model_validate(options).model_dump(mode="json")
-    except PluginError as error:
-        problems.append(f"{place_of((*loc, 'name'), origins)}{dotted(loc)}: {error}")
-    except ValidationError as error:
-        problems += problems_of(plugin_config, error, origins, loc)
-    return options
+        check(*arguments)
+    except UsageError as error:
+        return [(keys, problem) for problem in error.problems]
+    return []
+
+
+def has_key(model: type[BaseModel], keys: Loc) -> bool:
+    """Whether the schema has this key; the options of plugins are not in it."""
+    for part in keys[:-1]:
+        section = _section(model, part)
+        if section is None:
+            return False
+        model = section
+    return keys[-1] in model.model_fields
+
+
+def _known_keys(model: type[BaseModel], loc: Loc) -> list[str]:
+    """The keys of the section at `loc`, which may lead through lists and optional sections."""
+    for part in loc:
+        model = _section(model, part) or model
+    return list(model.model_fields)
+
+
+def _section(model: type[BaseModel], key: Any) -> type[BaseModel] | None:
+    """The model of a field, or of its items; None where the field is a plain value."""
+    if not isinstance(key, str) or key not in model.model_fields:
+        return None
+    annotation = model.model_fields[key].annotation
+    nested = [annotation, *getattr(annotation, "__args__", ())]
+    return next((t for t in nested if isinstance(t, type) and issubclass(t, BaseModel)), None)

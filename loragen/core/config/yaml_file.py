@@ -1,4 +1,4 @@
-"""YAML in, with the place of every key; YAML out, with a comment beside every key."""
+"""YAML files: read with the position of every key, written with a comment beside every key."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,98 +10,101 @@ from loragen.core.errors import ConfigError, UsageError
 from loragen.core.files import absent
 
 Loc = tuple[str | int, ...]
-DEEPEST = 50
-"""Sections in one another; `a: &a [*a]` would have no end."""
-MERGE = "tag:yaml.org,2002:merge"
+"""The keys and list indices that lead to a value, as in pydantic's errors."""
+MAX_DEPTH = 50
+"""Nested sections; `a: &a [*a]` has no end."""
+MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
-    """Tells where a value stands that only looks like a date or a number, such as 2025-13-01."""
+    """A SafeLoader that notes repeated keys and gives every error a position."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.repeated: dict[yaml.Node, yaml.Mark] = {}
+        """A key that its mapping has already -> where the mapping has it first."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        first: dict[str, yaml.Mark] = {}
+        for key, _ in node.value:  # `<<` is resolved later, when the mapping is constructed
+            if isinstance(key, yaml.ScalarNode) and key.tag != MERGE_TAG:
+                if key.value in first:
+                    self.repeated[key] = first[key.value]
+                first.setdefault(key.value, key.start_mark)
+        return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except ValueError as error:
+        except ValueError as error:  # a text that only looks like a date or number: 2025-13-01
             raise yaml.MarkedYAMLError(
                 problem=f"{error}; put quotes around it", problem_mark=node.start_mark
             ) from None
 
 
 def read_yaml(file: Path) -> tuple[dict[str, Any], dict[Loc, str]]:
-    """A YAML mapping and the place (`file:line:column`) of each of its keys.
+    """Reads a YAML mapping and the position (`file:line:column`) of each of its keys.
 
     Raises UsageError for a missing file and ConfigError for YAML that does not parse, is not a
-    mapping, or says a key twice.
+    mapping, or has a key twice.
     """
     if not file.is_file():
         raise UsageError(absent(file, "configuration file"))
     try:
-        text = file.read_text(encoding="utf-8-sig")  # editors on Windows may add the mark
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        tree = yaml.load(text, Loader=_Loader)
+        loader = _Loader(file.read_text(encoding="utf-8-sig"))  # Windows editors may write a BOM
+        node = loader.get_single_node()
+        tree = {} if node is None else loader.construct_document(node)  # resolves `<<` in `node`
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise ConfigError(f"{file}: not YAML: nested too deeply") from None
-    if node is None:
-        return {}, {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}:1: expected a mapping of settings, found {type(tree).__name__}")
+
+    def position(mark: yaml.Mark) -> str:
+        return f"{file}:{mark.line + 1}:{mark.column + 1}"
+
     origins: dict[Loc, str] = {}
-    for keys, mark in _places(node, ()):
-        if len(keys) > DEEPEST:
+    for keys, key in _nodes(node, ()):
+        if len(keys) > MAX_DEPTH:
             raise ConfigError(
-                f"{file}: deeper than {DEEPEST} sections; does an anchor hold itself?"
+                f"{file}: nested deeper than {MAX_DEPTH} sections; check for an anchor that "
+                "contains itself"
             )
-        place = f"{file}:{mark.line + 1}:{mark.column + 1}"
-        if keys in origins:
-            raise ConfigError(f"{place}: {dotted(keys)} is given twice; first at {origins[keys]}")
-        origins[keys] = place
+        if key in loader.repeated:
+            raise ConfigError(
+                f"{position(key.start_mark)}: {dotted(keys)} is given twice; first at "
+                f"{position(loader.repeated[key])}"
+            )
+        origins[keys] = position(key.start_mark)
     return tree, origins
 
 
-def _places(node: yaml.Node, keys: Loc) -> Iterator[tuple[Loc, yaml.Mark]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in _items(node):
-            yield (*keys, key.value), key.start_mark
-            yield from _places(value, (*keys, key.value))
+def _nodes(node: yaml.Node | None, at: Loc) -> Iterator[tuple[Loc, yaml.Node]]:
+    """The node of every key and list item, with the path that leads to it."""
+    items: dict[str | int, tuple[yaml.Node, yaml.Node]] = {}
+    if isinstance(node, yaml.MappingNode):  # its own keys follow, and replace, those merged in
+        items = {key.value: (key, value) for key, value in node.value}
     elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            yield (*keys, index), value.start_mark
-            yield from _places(value, (*keys, index))
-
-
-def _items(
-    node: yaml.MappingNode, around: tuple[yaml.Node, ...] = ()
-) -> list[tuple[yaml.Node, yaml.Node]]:
-    """A mapping's own keys, and those that `<<` merges in where it has none of that name.
-
-    `around`: mappings that merge this one in; one that merges itself in adds nothing.
-    """
-    items = [(key, value) for key, value in node.value if key.tag != MERGE]
-    for merge in [value for key, value in reversed(node.value) if key.tag == MERGE]:
-        for merged in merge.value if isinstance(merge, yaml.SequenceNode) else [merge]:
-            there = {key.value for key, _ in items}
-            if merged not in (*around, node):
-                more = _items(merged, (*around, node))
-                items += [item for item in more if item[0].value not in there]
-    return items
+        items = {index: (item, item) for index, item in enumerate(node.value)}
+    for name, (key, value) in items.items():
+        yield (*at, name), key
+        yield from _nodes(value, (*at, name))
 
 
 def commented(tree: Mapping[str, Any], comment: Callable[[Loc], str], at: Loc = ()) -> str:
-    """The tree as block YAML; `comment` tells what stands behind the key at a path, "" nothing."""
-    return "".join(f"{line}\n" for line in _lines(tree, comment, at))
-
-
-def _lines(tree: Mapping[str, Any], comment: Callable[[Loc], str], at: Loc) -> Iterator[str]:
+    """The tree as block YAML; `comment(keys)` is written behind the key, "" writes none."""
+    lines = []
     for key, value in tree.items():
         keys = (*at, key)
-        told = f"  # {comment(keys)}" if comment(keys) else ""
-        if isinstance(value, Mapping) and value:
-            yield f"{'  ' * len(at)}{inline(key)}:{told}"
-            yield from _lines(value, comment, keys)
-        else:
-            yield f"{'  ' * len(at)}{inline(key)}: {inline(value)}{told}"
+        nested = isinstance(value, Mapping) and value
+        text = f"{'  ' * len(at)}{inline(key)}:" + ("" if nested else f" {inline(value)}")
+        remark = comment(keys)
+        lines.append(f"{text}  # {remark}\n" if remark else f"{text}\n")
+        if nested:
+            lines.append(commented(value, comment, keys))
+    return "".join(lines)
 
 
 def inline(value: Any) -> str:
@@ -121,4 +124,5 @@ def paths(value: Any, at: Loc = ()) -> Iterator[Loc]:
 
 
 def dotted(keys: Loc) -> str:
+    """`("training", "batch_size")` -> `training.batch_size`."""
     return ".".join(map(str, keys))

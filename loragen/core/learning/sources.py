@@ -8,7 +8,6 @@ Where a generator learns from: the checkpoints of a dataset, and the dataset's p
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from loragen.core.adapter import CONFIG_FILE
 from loragen.core.adapter.files import read_adapter
 from loragen.core.adapter.layout import Layout
 from loragen.core.base.names import is_place, resolve_base
-from loragen.core.config.load import Misplaced, refused
+from loragen.core.config.load import Problem, problems_at
 from loragen.core.config.schema import GenDataSection, GenTrainConfig, SourceSection
 from loragen.core.data.documents import content_hash, location, parsed_source
 from loragen.core.data.prepare import Groups, PreparedPrompts, check_prepared, read_prepared
@@ -270,25 +269,25 @@ def shown(directories: Sequence[Path]) -> str:
     return listing([str(directory) for directory in directories], MOST_NAMED)
 
 
-def missing_gen_paths(config: GenTrainConfig) -> list[Misplaced]:
+def missing_gen_paths(config: GenTrainConfig) -> list[Problem]:
     """Every run, directory, file of prompts and local model that is named and not there, and every
     malformed hub id; the hub is not asked."""
-    data, base, found = config.data, config.behaviour.base_model, list[Misplaced]()
+    data, base, found = config.data, config.behaviour.base_model, list[Problem]()
     for role, sources in (("sources", config.sources), ("val_sources", config.val_sources)):
         for i, source in enumerate(sources):
             kind = "checkpoints" if source.run is None else "run"
-            found += refused((role, i, kind), partial(directory_of, source))
+            found += problems_at((role, i, kind), directory_of, source)
             if source.prompts is not None:
-                found += refused((role, i, "prompts"), partial(_check_prompts, source.prompts))
+                found += problems_at((role, i, "prompts"), _check_prompts, source.prompts)
     listed = data.checkpoint_dir
     for i, place in enumerate([listed] if isinstance(listed, str) else listed or []):
         at = () if isinstance(listed, str) else (i,)
         named = SourceSection(run=place)
-        found += refused(("data", "checkpoint_dir", *at), partial(directory_of, named))
+        found += problems_at(("data", "checkpoint_dir", *at), directory_of, named)
     if data.prompts is not None:
-        found += refused(("data", "prompts"), partial(check_prepared, Path(data.prompts)))
+        found += problems_at(("data", "prompts"), check_prepared, Path(data.prompts))
     if base is not None:
-        found += refused(("behaviour", "base_model"), partial(resolve_base, base))
+        found += problems_at(("behaviour", "base_model"), resolve_base, base)
     model = str(config.encoder.options.get("model", ""))  # of an encoder that has this option
     if is_place(model) and not user_path(model).is_dir():
         found.append((("encoder", "model"), f"{model}: no such directory"))
@@ -301,7 +300,7 @@ def _check_prompts(text: str) -> None:
         raise UsageError(f"{place}: no such prompt file")
 
 
-def check_places(config: GenTrainConfig) -> list[Misplaced]:
+def check_places(config: GenTrainConfig) -> list[Problem]:
     """`missing_places`; where nothing is, tells which runs are left out, or taken although they
     are not finished.
 

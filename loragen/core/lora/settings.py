@@ -3,12 +3,11 @@
 Which settings decide a run's result, and which are free to differ. Light.
 """
 
-from functools import partial
 from pathlib import Path
 
 from loragen.core.base.names import resolve_base
 from loragen.core.config import DEMO, LoraTrainConfig
-from loragen.core.config.load import Misplaced, refused
+from loragen.core.config.load import Problem, problems_at
 from loragen.core.config.show import HARDWARE
 from loragen.core.config.show import differences as config_differences
 from loragen.core.data.documents import content_hash, location, parsed_source
@@ -17,18 +16,18 @@ from loragen.core.errors import UsageError
 from loragen.core.files import user_path
 
 
-def missing_lora_paths(config: LoraTrainConfig) -> list[Misplaced]:
+def missing_lora_paths(config: LoraTrainConfig) -> list[Problem]:
     """Every dataset, file and local base that is named and not there; the hub is not asked."""
     data, root = config.data, Path(config.data.root)
-    found = refused(("base_model",), partial(resolve_base, config.base_model))
+    found = problems_at(("base_model",), resolve_base, config.base_model)
     for i, name in enumerate(config.collection):
-        found += refused(("collection", i), partial(find_dataset, name, root))
+        found += problems_at(("collection", i), find_dataset, name, root)
     if data.dataset is not None:
-        found += refused(("data", "dataset"), partial(find_dataset, data.dataset, root))
+        found += problems_at(("data", "dataset"), find_dataset, data.dataset, root)
     elif not config.collection and "root" in data.model_fields_set and not root.is_dir():
         found.append((("data", "root"), f"{root}: no such directory"))
     if data.validation is not None:
-        found += refused(("data", "validation"), partial(_check_file, data.validation))
+        found += problems_at(("data", "validation"), _check_file, data.validation)
     return found
 
 

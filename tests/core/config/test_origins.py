@@ -1,6 +1,6 @@
 import pytest
 
-from loragen.core.config.show import settings_of
+from loragen.core.config.show import resolved_settings
 from loragen.core.errors import ConfigError
 
 
@@ -12,7 +12,7 @@ def origins(tmp_path, monkeypatch):
 
     def read(command, text="", environment=None, **layers):
         file.write_text(text, encoding="utf-8")
-        found = settings_of(
+        found = resolved_settings(
             command, file.relative_to(tmp_path), environment=environment or {}, **layers
         )
         return {setting.key: (setting.value, setting.origin) for setting in found}
