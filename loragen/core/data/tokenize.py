@@ -5,9 +5,10 @@ What training would make of a dataset: its lengths in tokens, what is learned, w
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -23,7 +24,7 @@ class Example(NamedTuple):
     answer: int
 
 
-class Parts(NamedTuple):
+class TokenizedRow(NamedTuple):
     """One row in tokens, as far as it fits."""
 
     cut: list[int]
@@ -31,6 +32,11 @@ class Parts(NamedTuple):
     prompt: list[int]
     answer: list[int]
     """With the end token."""
+
+    @property
+    def example(self) -> Example:
+        """The row without its cut, as training reads it."""
+        return Example([*self.prompt, *self.answer], len(self.answer))
 
 
 def prompt_ids(
@@ -55,28 +61,91 @@ def answer_ids(tokenizer: Any, response: str) -> list[int]:
     return [*ids, tokenizer.eos_token_id]
 
 
-def in_parts(tokenizer: Any, row: Row, max_length: int) -> Parts:
+def tokenize_row(tokenizer: Any, row: Row, max_length: int) -> TokenizedRow:
     """A row that is too long loses the start of its prompt, never any of its answer.
 
     Raises DataError where the answer alone does not fit.
     """
-    prompt = prompt_ids(tokenizer, row.prompt, row.system, row.history)
     answer = answer_ids(tokenizer, row.response)
+    if len(answer) >= max_length:
+        raise DataError(_too_long(answer, max_length))
     room = max_length - len(answer)
-    if room < 1:
-        raise DataError(f"the answer has {len(answer)} tokens, data.max_length is {max_length}")
+    prompt = prompt_ids(tokenizer, row.prompt, row.system, row.history)
     cut = max(0, len(prompt) - room)
-    return Parts(prompt[:cut], prompt[cut:], answer)
+    return TokenizedRow(prompt[:cut], prompt[cut:], answer)
 
 
-def learned(parts: Parts) -> Example:
-    """What is learned from: the row without what is cut."""
-    return Example([*parts.prompt, *parts.answer], len(parts.answer))
+class TokenizedRows(Sequence[Example]):
+    """The rows whose answer fits into `max_length`, each tokenised when it is first used.
+
+    `rows` are those rows, and `too_long` the others. Only answers that are long in characters are
+    tokenised to tell them apart.
+    """
+
+    def __init__(self, rows: Sequence[Row], tokenizer: Any, max_length: int) -> None:
+        self.rows: list[Row] = []
+        self.too_long: list[BadRow] = []
+        self._tokenizer, self._max_length = tokenizer, max_length
+        for row in rows:
+            answer: Sequence[int] = ()
+            if _most_tokens(row.response) + 1 >= max_length:  # with the end token
+                answer = answer_ids(tokenizer, row.response)
+            if len(answer) < max_length:
+                self.rows.append(row)
+            else:
+                self.too_long.append(BadRow(row.line, _too_long(answer, max_length)))
+        self._all = self.rows
+        self._indices: Sequence[int] = range(len(self.rows))  # of `rows` in `_all`
+        self._cache: dict[int, Example] = {}
+        self._cut: set[int] = set()
+
+    def subset(self, indices: Sequence[int]) -> "TokenizedRows":
+        """Some of the rows, in that order. A row is tokenised once for all subsets."""
+        part = copy(self)
+        part._indices = [self._indices[index] for index in indices]
+        part.rows = [self.rows[index] for index in indices]
+        return part
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        """Raises DataError where an answer does not fit after all."""
+        if isinstance(index, slice):
+            return [self[one] for one in range(len(self))[index]]
+        own = self._indices[index]
+        if own not in self._cache:
+            tokenized = tokenize_row(self._tokenizer, self._all[own], self._max_length)
+            self._cache[own] = tokenized.example
+            if tokenized.cut:
+                self._cut.add(own)
+        return self._cache[own]
+
+    @property
+    def num_cut(self) -> int:
+        """How many of the rows that were tokenised so far have lost the start of their prompt."""
+        return sum(own in self._cut for own in self._indices)
 
 
-def examples_hash(examples: Sequence[Example]) -> str:
-    """Of the tokens and of which of them are answers, in their order: another tokenizer, chat
-    template or label makes another hash."""
+def _too_long(answer: Sequence[int], max_length: int) -> str:
+    return f"the answer has {len(answer)} tokens, data.max_length is {max_length}"
+
+
+def _most_tokens(text: str) -> int:
+    """An upper bound of the tokens of a text: one for each UTF-8 byte and one before the first.
+    Normalisation (NFKC) writes a character that is not ASCII with up to 33 bytes."""
+    return 1 + (len(text) if text.isascii() else 33 * len(text))
+
+
+def examples_hash(examples: Iterable[Example]) -> str:
+    """Returns a hash of the tokens, and of which of them are answers, in their order: another
+    tokenizer, chat template or label makes another hash."""
     digest = hashlib.sha256()
     for item in examples:
         digest.update(array("q", [item.answer, *item.ids]).tobytes())
@@ -146,11 +215,11 @@ def preview(tokenizer: Any, reading: Reading, max_length: int, samples: int) -> 
 
     Raises DataError where no row is good.
     """
-    fitting: list[tuple[int, Parts]] = []  # with their lines
+    fitting: list[tuple[int, TokenizedRow]] = []  # with their lines
     bad = list(reading.bad)
     for row in reading.rows:
         try:
-            fitting.append((row.line, in_parts(tokenizer, row, max_length)))
+            fitting.append((row.line, tokenize_row(tokenizer, row, max_length)))
         except DataError as error:
             bad.append(BadRow(row.line, str(error)))
     bad.sort()
@@ -177,7 +246,7 @@ def _lengths(counts: Sequence[int]) -> Lengths:
     return Lengths(int(p5), int(p50), int(p95), max(counts))
 
 
-def _sample(tokenizer: Any, line: int, parts: Parts) -> PreviewedRow:
+def _sample(tokenizer: Any, line: int, parts: TokenizedRow) -> PreviewedRow:
     return PreviewedRow(
         line, *(tokenizer.decode(part, skip_special_tokens=False) for part in parts)
     )

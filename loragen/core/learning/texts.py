@@ -16,7 +16,7 @@ from loragen.core.data.documents import parsed_source
 from loragen.core.data.prepare import Groups
 from loragen.core.data.prompts import random_groups, same_text, text_of, whole_groups
 from loragen.core.data.rows import read
-from loragen.core.data.tokenize import Example, examples_hash, in_parts, learned
+from loragen.core.data.tokenize import Example, examples_hash, tokenize_row
 from loragen.core.errors import DataError, LoragenError, UsageError
 from loragen.core.files import sha256_text
 from loragen.core.learning.sources import TrainingSource
@@ -141,10 +141,10 @@ def labelled_rows(
     rows = read(parsed_source(_file_of(source))).rows
     for row in Random(f"rows:{seed}").sample(rows, min(MOST_ROWS, len(rows))):
         try:
-            parts = in_parts(tokenizer, row, max_length)
+            parts = tokenize_row(tokenizer, row, max_length)
         except DataError:  # an answer that does not fit, as in the training of the adapter
             continue
-        examples.append((same_text(row.prompt), learned(parts)))
+        examples.append((same_text(row.prompt), parts.example))
     if not examples:
         raise UsageError(
             f"{source.name}: no answer fits into {max_length} tokens; raise behaviour.max_length"

@@ -14,7 +14,7 @@ from loragen.core.config import LoraTrainConfig
 from loragen.core.data.batches import batch_indices, held_out, micro_batch
 from loragen.core.data.documents import Source, content_hash, location, parsed_source
 from loragen.core.data.rows import BadRow, Row, read_rows, refuse_bad, warn_of_bad
-from loragen.core.data.tokenize import Example, examples_hash, in_parts, learned
+from loragen.core.data.tokenize import Example, examples_hash, tokenize_row
 from loragen.core.errors import DataError, UsageError
 from loragen.core.lora.packing import Batch, Cost, answers_of, packed, packing_cost, padded
 from loragen.core.lora.settings import validation_hash
@@ -71,12 +71,12 @@ def fitting(
     kept, examples, too_long, cut = [], [], [], 0
     for row in rows:
         try:
-            parts = in_parts(tokenizer, row, max_length)
+            parts = tokenize_row(tokenizer, row, max_length)
         except DataError as error:
             too_long.append(BadRow(row.line, str(error)))
             continue
         kept.append(row)
-        examples.append(learned(parts))
+        examples.append(parts.example)
         cut += bool(parts.cut)
     return kept, examples, too_long, cut
 

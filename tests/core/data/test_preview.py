@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loragen.core.data.rows import Reading, Row, read
-from loragen.core.data.tokenize import Lengths, in_parts, learned, preview, shared_prefix
+from loragen.core.data.tokenize import Lengths, preview, shared_prefix, tokenize_row
 from loragen.core.errors import DataError
 
 sequences = st.lists(st.lists(st.integers(0, 2), max_size=5), min_size=1, max_size=5)
@@ -27,7 +27,7 @@ def test_it_shows_what_training_sees(tokenizer, max_length):
     found = reading(("Question 1 about red?", "blue"), ("Question 2 about a much longer?", "red"))
     result = preview(tokenizer, found, max_length, 2)
     for row, sample in zip(found.rows, result.samples, strict=True):
-        item = learned(in_parts(tokenizer, row, max_length))
+        item = tokenize_row(tokenizer, row, max_length).example
         assert sample.prompt == tokenizer.decode(item.ids[: -item.answer])
         assert sample.answer == f"{row.response}<|end|>"
         assert sample.cut + sample.prompt == f"<|user|>{row.prompt}<|assistant|>"

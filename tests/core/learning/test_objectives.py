@@ -8,7 +8,7 @@ from loragen.core.adapter.files import Adapter, attach_adapter, new_config
 from loragen.core.adapter.layout import Layout
 from loragen.core.config.schema import GenTrainingSection, LoraSection
 from loragen.core.data.rows import Row
-from loragen.core.data.tokenize import Example, in_parts, learned, pad_id
+from loragen.core.data.tokenize import Example, pad_id, tokenize_row
 from loragen.core.generator.network import Normalization, importance
 from loragen.core.learning.objectives.behaviour import Behaviour, Reconstruction
 from loragen.core.lora.evaluate import evaluate
@@ -174,7 +174,7 @@ def rows(start, count):
 
 
 def examples(base, found) -> list[Example]:
-    return [learned(in_parts(base.tokenizer, row, 64)) for row in found]
+    return [tokenize_row(base.tokenizer, row, 64).example for row in found]
 
 
 def adapters(layout, several):

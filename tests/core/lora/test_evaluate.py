@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from loragen.core.data.rows import Row
-from loragen.core.data.tokenize import answer_ids, in_parts, learned, pad_id, prompt_ids
+from loragen.core.data.tokenize import answer_ids, pad_id, prompt_ids, tokenize_row
 from loragen.core.lora.evaluate import choice_accuracy, evaluate, generate, log_likelihoods
 from loragen.core.lora.packing import answer_losses, padded
 
@@ -149,7 +149,7 @@ def test_without_choices_there_is_no_choice_accuracy(tokenizer, oracle):
 def test_log_likelihoods_are_the_sums_of_the_answer_losses(base, dtype):
     base.model.to(dtype)
     rows = [row("a", "red"), row("bb", "green"), row("c" * 20, "x"), row("d", "blue cat")]
-    examples = [learned(in_parts(base.tokenizer, r, 64)) for r in rows]
+    examples = [tokenize_row(base.tokenizer, r, 64).example for r in rows]
     padding = pad_id(base.tokenizer)
     found = log_likelihoods(base.model, examples, padding, batch_size=3)
     with torch.inference_mode():

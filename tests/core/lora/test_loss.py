@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from loragen.core.adapter.files import attach_adapter, read_adapter
 from loragen.core.base.load import load_base
 from loragen.core.data.rows import read_rows
-from loragen.core.data.tokenize import Example, in_parts, learned
+from loragen.core.data.tokenize import Example, tokenize_row
 from loragen.core.lora.evaluate import generate
 from loragen.core.lora.packing import (
     IGNORED,
@@ -139,7 +139,7 @@ def test_it_is_the_exact_match_of_lora_eval(train_lora, base, dataset):
     written = generate(model, base.tokenizer, rows, 4)
     exact = [text.strip() == row.response for text, row in zip(written, rows, strict=True)]
     assert 0 < sum(exact) < len(rows)
-    examples = [learned(in_parts(base.tokenizer, row, 100)) for row in rows]
+    examples = [tokenize_row(base.tokenizer, row, 100).example for row in rows]
     batch = padded(examples, 0)
     assert rows_right(answer_logits(model, batch)[0], batch).tolist() == exact
     batch = packed(examples, 0, Cost(1.0, 1.0))
