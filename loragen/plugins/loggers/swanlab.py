@@ -9,16 +9,25 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel, Field
 
-from loragen.core.errors import UsageError
+from loragen.core.errors import LoragenError, UsageError
 from loragen.core.protocols import RunInfo, Status
+from loragen.plugins.loggers._swanlab_process import SwanLabProcess
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
-log = logging.getLogger(__name__)
-
 DIRECTORY = "swanlab_logs"
+ONLINE_SECONDS = 10.0
+"""How long training waits at its start for the service to open the run."""
+DISK_SECONDS = 60.0
+"""How long it waits for a run that needs no service; only a stalled disk takes that long."""
+UPLOAD_SECONDS = 60.0
+"""How long it waits at its end for what is not uploaded yet."""
+STATES = {"success": "success", "failed": "crashed", "interrupted": "aborted"}
+"""Our words for the end of a run -> SwanLab's."""
 Mode = Literal["online", "cloud", "local", "offline", "disabled"]
+
+log = logging.getLogger(__name__)
 
 
 class SwanLab:
@@ -49,43 +58,69 @@ class SwanLab:
         )
 
     def __init__(self, config: Config) -> None:
+        mode = config.mode or os.environ.get("SWANLAB_MODE") or "offline"
+        if mode not in get_args(Mode):
+            raise UsageError(
+                f"SWANLAB_MODE: '{mode}' is no mode; it may be {', '.join(get_args(Mode))}"
+            )
         self.config = config
-        self._mode = _mode(config)
-        self._run: Any = None  # swanlab's Run, while it is open
+        self._mode = "online" if mode == "cloud" else mode
         self._run_id: str | None = None
+        self._process: SwanLabProcess | None = None
 
     def open(self, run: RunInfo) -> Logger:
-        from loragen.plugins.loggers import _swanlab_run
-
-        logger = _swanlab_run.start(_or_offline(self._mode), self._arguments(run))
-        self._run = logger.experiment
-        self._run_id = None if self._run.mode == "disabled" else str(self._run.id)
-        return logger
+        mode = self._mode
+        if mode == "local" and find_spec("swanboard") is None:
+            # SwanLab would record for the dashboard all the same, which would never list the run.
+            mode = "offline"
+            log.warning(
+                "SwanLab's local dashboard is not installed (pip install 'swanlab[dashboard]'); "
+                "recording offline instead"
+            )
+        directory = run.directory / DIRECTORY
+        directory.mkdir(parents=True, exist_ok=True)
+        arguments = {**self._arguments(run), "log_dir": str(directory)}
+        reason = None
+        if mode == "online":
+            try:
+                process = SwanLabProcess({**arguments, "mode": mode}, ONLINE_SECONDS)
+                log.info("SwanLab run: %s", process.url)
+            except LoragenError as error:
+                mode, reason = "offline", error
+        if mode != "online":
+            try:
+                process = SwanLabProcess({**arguments, "mode": mode}, DISK_SECONDS)
+            except LoragenError as error:
+                raise LoragenError(f"SwanLab ({mode}) did not start: {error}") from error
+        if reason:
+            log.warning(
+                "SwanLab online did not start (%s); recording offline, `%s` uploads the run later",
+                reason,
+                process.sync_command,
+            )
+        self._process = process
+        self._run_id = None if mode == "disabled" else process.run_id
+        return _lightning_logger(process)
 
     @property
     def run_id(self) -> str | None:
         return self._run_id
 
     def close(self, status: Status) -> None:
-        if self._run is not None:
-            from loragen.plugins.loggers import _swanlab_run
-
-            _swanlab_run.finish(self._run, status)
-            self._run = None
+        if self._process is not None:
+            process, self._process = self._process, None
+            error = None if status == "success" else status
+            process.finish(STATES[status], error, UPLOAD_SECONDS)
 
     def _arguments(self, run: RunInfo) -> dict[str, Any]:
+        """Of `swanlab.init`, where to record aside."""
         config, environment = self.config, os.environ
-        directory = run.directory / DIRECTORY
         arguments: dict[str, Any] = {
             "project": config.project or environment.get("SWANLAB_PROJECT") or run.project,
             "workspace": config.workspace or environment.get("SWANLAB_WORKSPACE") or None,
-            "experiment_name": (
-                config.experiment_name or environment.get("SWANLAB_EXPERIMENT") or run.name
-            ),
+            "name": config.experiment_name or environment.get("SWANLAB_EXPERIMENT") or run.name,
             "description": config.description,
-            "tags": list(config.tags),
-            "log_dir": str(directory),
-            "save_dir": str(directory),
+            "tags": config.tags,
             "config": dict(run.config),
         }
         if run.resume_id is not None:
@@ -93,19 +128,18 @@ class SwanLab:
         return arguments
 
 
-def _mode(config: SwanLab.Config) -> str:
-    mode = config.mode or os.environ.get("SWANLAB_MODE") or "offline"
-    if mode not in get_args(Mode):
-        raise UsageError(f"SWANLAB_MODE is '{mode}'; it may be {', '.join(get_args(Mode))}")
-    return "online" if mode == "cloud" else mode
+def _lightning_logger(process: SwanLabProcess) -> Logger:
+    """Lightning is imported here, when a run opens, and not to validate a configuration."""
+    from lightning.pytorch.loggers import Logger
 
+    class SwanLabLogger(Logger):
+        name = "swanlab"
+        version = process.run_id
 
-def _or_offline(mode: str) -> str:
-    """Where the dashboard is missing, SwanLab would record for it all the same, and in vain."""
-    if mode == "local" and find_spec("swanboard") is None:
-        log.warning(
-            "SwanLab's local dashboard is not installed (pip install 'swanlab[dashboard]'); "
-            "recording offline instead"
-        )
-        return "offline"
-    return mode
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            process.log_metrics(metrics, step or 0)
+
+        def log_hyperparams(self, *_: Any, **__: Any) -> None:
+            """The configuration was passed on when the run was opened."""
+
+    return SwanLabLogger()

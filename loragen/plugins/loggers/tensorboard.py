@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from functools import wraps
-from typing import TYPE_CHECKING, Any
+import threading
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
@@ -19,13 +18,13 @@ DIRECTORY = "tensorboard_logs"
 class TensorBoard:
     """Writes event files into `<run directory>/tensorboard_logs/`. Needs no service.
 
-    A resumed run adds another event file beside the first; TensorBoard reads them as one, without
-    the points that the first logged beyond the step the second went on from.
+    A resumed run adds an event file beside the first. TensorBoard reads both as one run and drops
+    the points that the first file has after the step of the resumed checkpoint.
     """
 
     class Config(BaseModel, extra="forbid"):
         flush_secs: int = Field(
-            10, ge=1, description="Points reach the disk after at most so long (seconds)."
+            10, ge=1, description="Longest time until points are written to disk (seconds)."
         )
 
     def __init__(self, config: Config) -> None:
@@ -35,7 +34,7 @@ class TensorBoard:
     def open(self, run: RunInfo) -> TensorBoardLogger:
         from lightning.pytorch.loggers import TensorBoardLogger
 
-        _let_the_writer_die_quietly()
+        _silence_writer_threads()
         self._logger = TensorBoardLogger(
             save_dir=run.directory / DIRECTORY,
             name="",  # with the empty version: straight into the directory, no lightning_logs/
@@ -48,26 +47,23 @@ class TensorBoard:
 
     @property
     def run_id(self) -> str | None:
-        return None  # a directory of files; there is no service to know it by an id
+        """None: no service knows the run by an id."""
+        return None
 
     def close(self, status: Status) -> None:
         if self._logger is not None:
             self._logger.finalize(status)
 
 
-def _let_the_writer_die_quietly() -> None:
-    """What TensorBoard's thread cannot write is raised at the next point, where it is handled; the
-    traceback that the thread prints besides says nothing more."""
-    from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
-
-    thread: Any = getattr(event_file_writer, "_AsyncWriterThread", None)
-    if thread is None or hasattr(thread.run, "__wrapped__"):  # done already
+def _silence_writer_threads() -> None:
+    """Suppresses the traceback that TensorBoard's writer thread prints where it cannot write; the
+    error is raised again, and handled, when the next point is logged."""
+    previous = threading.excepthook
+    if previous.__module__ == __name__:
         return
-    run = thread.run
 
-    @wraps(run)
-    def quiet(self: Any) -> None:
-        with suppress(Exception):
-            run(self)
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            previous(failure)
 
-    thread.run = quiet
+    threading.excepthook = hook
