@@ -6,7 +6,7 @@ unit). Core validates the user's section with it and passes the object to the co
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
@@ -153,52 +153,53 @@ class Samples(Protocol):
 
 @runtime_checkable
 class StartsFromSamples(Protocol):
-    """A decoder that may look at examples once, before its first step; others do without."""
+    """A decoder that reads example adapters once, before its first step; others need not."""
 
     def start_from(self, samples: Samples) -> None: ...
 
 
 @runtime_checkable
 class Transfers(Protocol):
-    """A decoder that can write the adapter of one dataset from what is known of others alone, and
-    so be trained for datasets that it has never met.
+    """A decoder that can predict the adapter of one dataset from other datasets alone.
 
-    What it knows of a dataset are features, of its prompts, and coordinates, of its adapters.
+    It is then trained for datasets that it has never seen. Other datasets are given by their
+    conditions and by the coordinates of their adapters.
     """
 
     @classmethod
-    def can_transfer(cls, config: Any) -> bool:
-        """Whether it can with these options."""
+    def transfer_parameters(cls, config: Any) -> Sequence[str] | None:
+        """Returns prefixes of the names of all parameters that `predict` trains, the others being
+        frozen; None where a decoder with these options cannot transfer."""
         ...
 
     def coordinates(self, samples: Samples) -> Tensor:
-        """``[samples, R]``, without gradients: what it mixes, after `start_from`. Samples are on
-        the CPU, wherever the decoder is."""
+        """Returns ``[samples, R]``, detached, after `start_from`. Samples are on the CPU, whatever
+        device the decoder is on."""
         ...
 
-    def features(self, condition: Tensor, mask: Tensor) -> Tensor:
-        """``[batch, F]`` of conditions as in `Decoder`."""
+    def predict(
+        self, condition: Tensor, mask: Tensor, known: Tensor, known_mask: Tensor, targets: Tensor
+    ) -> Tensor:
+        """Returns ``[batch, tokens, token_dim]`` for `condition` and `mask`, as in `Decoder`.
+
+        The adapters are predicted from D >= 1 other datasets: their conditions `known` and
+        `known_mask`, ``[D, prompts, positions, dim]``, and their coordinates ``targets [D, R]``.
+        """
         ...
 
-    def transferred(self, features: Tensor, known: Tensor, coordinates: Tensor) -> Tensor:
-        """``[batch, tokens, token_dim]`` for ``features [batch, F]``, from other datasets'
-        ``known [D, F]`` and ``coordinates [D, R]``, of one dataset at least."""
-        ...
+    def fit(self, known: Iterable[tuple[Tensor, Tensor]], targets: Tensor) -> None:
+        """Makes the decoder itself, and its state dict, write as `predict` does from D datasets.
 
-    def settle(self, known: Tensor, coordinates: Tensor) -> None:
-        """From here on the decoder itself writes as `transferred` does from these datasets, also
-        where its state dict is loaded. `transferred` stays as it is: training may go on."""
-        ...
-
-    def train_transfer_only(self) -> None:
-        """Leaves gradients to what `transferred` learns by, and to nothing else."""
+        `known` are D conditions ``[1, prompts, positions, dim]`` with their masks, ``targets``
+        their coordinates ``[D, R]``. `predict` stays as it is, so that training may continue.
+        """
         ...
 
 
 @runtime_checkable
-class TellsChoices(Protocol):
-    """A decoder that settles some of its sizes itself and says what it took, and why."""
+class DescribesChoices(Protocol):
+    """A decoder that chooses some of its sizes itself."""
 
     def choices(self) -> list[str]:
-        """A sentence each, for `gen train --dry-run`."""
+        """Returns a sentence for each choice and its reason, for `gen train --dry-run`."""
         ...

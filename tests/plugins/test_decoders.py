@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from loragen.core.adapter.layout import Layout
 from loragen.core.plugins import create, find
 from loragen.core.protocols import TokenGrid
-from loragen.plugins.decoders._feature_maps import dealt
+from loragen.plugins.decoders.feature_maps import round_robin
 from loragen.plugins.decoders.hyperconv import (
     AxisConv,
     Ridge,
-    cells,
+    cells_of,
     coordinates_along,
     principal_directions,
     with_constant,
@@ -91,10 +91,10 @@ def test_as_many_directions_as_the_budget_allows(allowed, rank):
 
 
 @pytest.mark.parametrize("items", [1, 3, 4, 7])
-def test_prompts_are_dealt_out_evenly(items):
+def test_prompts_are_distributed_evenly(items):
     """Any number of them to four places, and what is masked to none."""
     mask = torch.tensor([[True] * items + [False] * 2])
-    weights = dealt(mask, 4)[0]
+    weights = round_robin(mask, 4)[0]
     assert weights.shape == (4, items + 2)
     assert torch.allclose(weights.sum(1), torch.ones(4))
     assert not weights[:, items:].any()
@@ -164,7 +164,7 @@ def test_tokens_share_a_cell_when_they_share_layer_module_and_matrix(places):
     codes = [np.unique(axis, return_inverse=True)[1] for axis in zip(*places, strict=True)]
     layer, module, matrix = (code.astype(np.int64) for code in codes)
     shape = TokenGrid(len(places), 2, layer, module, matrix, np.zeros(len(places), np.int64))
-    cell, (layers, kinds) = cells(shape)
+    cell, (layers, kinds) = cells_of(shape)
     assert cell.max() < layers * kinds
     assert (cell // kinds).tolist() == layer.tolist()
     same = {(int(c), place) for c, place in zip(cell, places, strict=True)}
@@ -265,20 +265,25 @@ class TestTransfer:
         expected = torch.linalg.solve(x.T @ x + penalty * torch.eye(features + 1), x.T @ wanted)
         assert ridge(known, wanted).allclose(expected, atol=1e-4)
 
-    def test_a_settled_decoder_writes_as_it_transfers(self):
+    def test_a_fitted_decoder_writes_as_it_predicts(self):
         ours = decoder(grid(), blocks=2)
-        known, coordinates = torch.randn(5, 24), torch.randn(5, 4)
+        known, known_mask = torch.randn(5, 2, 1, 6), torch.ones(5, 2, 1, dtype=torch.bool)
+        targets = torch.randn(5, 4)
         condition, mask = torch.randn(3, 2, 1, 6), torch.ones(3, 2, 1, dtype=torch.bool)
-        expected = ours.transferred(ours.features(condition, mask), known, coordinates)
+        expected = ours.predict(condition, mask, known, known_mask, targets)
         assert not ours(condition, mask).allclose(expected, atol=1e-3)
-        ours.settle(known, coordinates)
+        ours.fit(((known[i : i + 1], known_mask[i : i + 1]) for i in range(5)), targets)
         assert ours(condition, mask).allclose(expected, atol=1e-5)
 
-    def test_it_trains_its_reading_alone(self):
-        ours = decoder(grid())
-        ours.train_transfer_only()
-        known = ours.features(torch.randn(5, 2, 1, 6), torch.ones(5, 2, 1, dtype=torch.bool))
-        ours.transferred(known[:2], known[2:], torch.randn(3, 4)).square().sum().backward()
+    def test_the_reading_and_the_penalty_train(self):
+        cls, ours = find("decoder", "hyperconv"), decoder(grid())
+        prefixes = tuple(cls.transfer_parameters(cls.Config()))
+        for name, parameter in ours.named_parameters():
+            parameter.requires_grad_(name.startswith(prefixes))
+        mask = torch.ones(3, 2, 1, dtype=torch.bool)
+        conditions = torch.randn(2, 3, 2, 1, 6)
+        written = ours.predict(conditions[0], mask, conditions[1], mask, torch.randn(3, 4))
+        written.square().sum().backward()
         trained = {name for name, p in ours.named_parameters() if p.requires_grad}
         assert {name.split(".")[1] for name in trained} == {"read", "steer"}
         assert "body.steer.common.weight" not in trained
@@ -286,5 +291,5 @@ class TestTransfer:
 
     def test_the_papers_geometry_cannot(self):
         found = find("decoder", "hyperconv")
-        assert found.can_transfer(found.Config())
-        assert not found.can_transfer(found.Config(shapes=[(1, 2, 3), (7, 2, 5)]))
+        assert found.transfer_parameters(found.Config())
+        assert found.transfer_parameters(found.Config(shapes=[(1, 2, 3), (7, 2, 5)])) is None

@@ -11,7 +11,7 @@ from loragen.testing import check_decoder
 from .stand_ins import Options, variant
 from .test_decoders import Decoder
 
-FEATURES, RANK = 5, 3
+FEATURES, COORDINATES = 5, 3
 
 
 class Transferring(nn.Module):
@@ -23,54 +23,49 @@ class Transferring(nn.Module):
         super().__init__()
         self.shape = (grid.tokens, grid.token_dim)
         self.read = nn.Linear(condition_dim, FEATURES)
-        self.common = nn.Linear(FEATURES, RANK, bias=False)
-        self.directions = nn.Parameter(torch.randn(RANK, grid.tokens * grid.token_dim))
+        self.common = nn.Linear(FEATURES, COORDINATES, bias=False)
+        self.directions = nn.Parameter(torch.randn(COORDINATES, grid.tokens * grid.token_dim))
 
     def forward(self, condition, mask):
-        return self.mixed(self.common(self.read(self.pool(condition, mask))))
+        return self.mixed(self.common(self.features(condition, mask)))
 
-    def pool(self, condition, mask):
+    def features(self, condition, mask):
         kept = mask[..., None]
-        return (condition * kept).sum((1, 2)) / kept.sum((1, 2))
+        return self.read((condition * kept).sum((1, 2)) / kept.sum((1, 2)))
 
     def mixed(self, coefficients):
         return (coefficients @ self.directions).view(-1, *self.shape)
 
     @classmethod
-    def can_transfer(cls, config):
-        return config.size > 0
+    def transfer_parameters(cls, config):
+        return ["read."] if config.size > 0 else None
 
     def coordinates(self, samples):
         directions = self.directions.detach()
         return samples[0 : self.shape[0]].flatten(1) @ torch.linalg.pinv(directions)
 
-    def features(self, condition, mask):
-        return self.read(self.pool(condition, mask))
+    def predict(self, condition, mask, known, known_mask, targets):
+        weights = self.regressed(self.features(known, known_mask), targets)
+        return self.mixed(self.features(condition, mask) @ weights)
 
-    def transferred(self, features, known, coordinates):
-        return self.mixed(features @ self.regressed(known, coordinates))
-
-    def regressed(self, known, coordinates):
-        return torch.linalg.solve(known.T @ known + torch.eye(FEATURES), known.T @ coordinates)
+    def regressed(self, known, targets):
+        return torch.linalg.solve(known.T @ known + torch.eye(FEATURES), known.T @ targets)
 
     @torch.no_grad()
-    def settle(self, known, coordinates):
-        self.common.weight.copy_(self.regressed(known, coordinates).T)
-
-    def train_transfer_only(self):
-        self.requires_grad_(False)
-        self.read.requires_grad_(True)
+    def fit(self, known, targets):
+        features = torch.cat([self.features(condition, mask) for condition, mask in known])
+        self.common.weight.copy_(self.regressed(features, targets).T)
 
 
 class StartingFromSamples(Transferring):
-    """Its directions are the examples themselves, and none before it has seen them."""
+    """Its directions are the examples themselves, and missing before it has seen them."""
 
     def __init__(self, config, condition_dim, grid):
         super().__init__(config, condition_dim, grid)
         self.started = False
 
     def start_from(self, samples):
-        self.directions.data = samples[0 : self.shape[0]].flatten(1)[:RANK].clone()
+        self.directions.data = samples[0 : self.shape[0]].flatten(1)[:COORDINATES].clone()
         self.started = True
 
     def coordinates(self, samples):
@@ -85,23 +80,22 @@ def test_one_that_keeps_its_promises_passes(cls):
     check_decoder(cls)
 
 
-def test_nothing_is_asked_of_one_that_cannot_with_these_options():
-    large = classmethod(lambda cls, config: config.size > 4)
-    bad = variant(Transferring, can_transfer=large, settle=lambda self, known, coordinates: None)
+def test_nothing_is_checked_of_one_that_cannot_with_these_options():
+    large = classmethod(lambda cls, config: ["read."] if config.size > 4 else None)
+    bad = variant(Transferring, transfer_parameters=large, fit=lambda self, known, targets: None)
     check_decoder(bad, size=4)
-    with pytest.raises(AssertionError, match="after settle"):
+    with pytest.raises(AssertionError, match="after fit"):
         check_decoder(bad, size=5)
 
 
-def test_an_unfinished_one_is_told_what_is_missing():
-    unfinished = variant(Decoder, can_transfer=Transferring.can_transfer, features=lambda self: 0)
-    missing = "coordinates, transferred, settle, train_transfer_only"
-    with pytest.raises(AssertionError, match=f"has can_transfer, but no {missing}$"):
-        check_decoder(unfinished)
+def test_an_unfinished_one_learns_what_is_missing():
+    ours = {"transfer_parameters": Transferring.transfer_parameters, "predict": lambda self: 0}
+    with pytest.raises(AssertionError, match="but no coordinates, fit"):
+        check_decoder(variant(Decoder, **ours))
 
 
 def broken(method, change):
-    """The method, and what becomes of its answer."""
+    """The method, with its return value changed."""
 
     def changed(self, *arguments):
         return change(self, getattr(Transferring, method)(self, *arguments))
@@ -123,45 +117,25 @@ def test_coordinates(attributes, message):
         check_decoder(variant(Transferring, **attributes))
 
 
-def of_all_items(self, features):
-    return features + features.mean()
-
-
-@pytest.mark.parametrize(
-    "attributes, message",
-    [
-        (broken("features", lambda self, f: f[:, None]), "must be .2, F., not .2, 1, 5."),
-        (broken("features", lambda self, f: f[:1]), "features: 1 prompts give .1, 5., not .2, 5."),
-        ({"features": lambda self, c, mask: c.flatten(1)}, "features: 3 prompts give"),
-        (broken("features", lambda self, f: f / 0), "features: .* not finite"),
-        (broken("features", lambda self, f: f + torch.randn(1)), "features: not deterministic"),
-        ({"features": lambda self, c, mask: self.read(c.mean((1, 2)))}, "masked values change the"),
-        (
-            {"features": lambda self, c, mask: self.read((c * mask[..., None]).mean((1, 2)))},
-            "appended to the condition change the features",
-        ),
-        (broken("features", of_all_items), "features: an item depends on its batch"),
-    ],
-)
-def test_features(attributes, message):
-    with pytest.raises(AssertionError, match=message):
-        check_decoder(variant(Transferring, **attributes))
-
-
-def regressed_on_whitened(self, known, coordinates):
-    """Which one dataset alone does not allow."""
+def regressed_on_whitened(self, known, targets):
+    """Which is not defined for a single dataset."""
     known = (known - known.mean(0)) / known.std(0, correction=0)
-    return Transferring.regressed(self, known, coordinates)
+    return Transferring.regressed(self, known, targets)
 
 
 @pytest.mark.parametrize(
     "attributes, message",
     [
-        (broken("transferred", lambda self, w: w.flatten(1)), "transferred .* gives .2, 192., not"),
-        ({"regressed": regressed_on_whitened}, "other datasets: 1. gives .* not finite"),
+        (broken("predict", lambda self, w: w.flatten(1)), "predict .*: 1 prompts give .2, 192."),
+        (broken("predict", lambda self, w: w[:1]), "predict .*: 1 prompts give .1, 24, 8., not .2"),
+        (broken("predict", lambda self, w: w / 0), "predict .* not finite"),
+        (broken("predict", lambda self, w: w + torch.randn(1)), "predict .* not deterministic"),
+        (broken("predict", lambda self, w: w + w.mean()), "predict .* depends on its batch"),
+        ({"features": lambda self, c, mask: self.read(c.mean((1, 2)))}, "masked values change the"),
+        ({"regressed": regressed_on_whitened}, "predict .other datasets: 1.* not finite"),
     ],
 )
-def test_transferred(attributes, message):
+def test_predict(attributes, message):
     with pytest.raises(AssertionError, match=message):
         check_decoder(variant(Transferring, **attributes))
 
@@ -173,11 +147,11 @@ def nan_gradient(self, written):
 @pytest.mark.parametrize(
     "attributes, message",
     [
-        ({"train_transfer_only": lambda self: self.requires_grad_(False)}, "nothing to train"),
-        ({"train_transfer_only": lambda self: None}, "no gradient reaches common.weight"),
-        (broken("transferred", lambda self, w: w.detach()), "carries no gradient"),
-        (broken("transferred", lambda self, w: w.detach() + 0 * w), "every gradient is zero"),
-        (broken("transferred", nan_gradient), "gradient of read.weight is not finite"),
+        ({"transfer_parameters": classmethod(lambda cls, config: ["x"])}, "no parameter's name"),
+        ({"transfer_parameters": classmethod(lambda cls, config: [""])}, "reaches common.weight"),
+        (broken("predict", lambda self, w: w.detach()), "carries no gradient"),
+        (broken("predict", lambda self, w: w.detach() + 0 * w), "every gradient is zero"),
+        (broken("predict", nan_gradient), "gradient of read.weight is not finite"),
     ],
 )
 def test_what_trains(attributes, message):
@@ -186,37 +160,40 @@ def test_what_trains(attributes, message):
 
 
 @torch.no_grad()
-def added_up(self, known, coordinates):
-    self.common.weight += self.regressed(known, coordinates).T
+def added_up(self, known, targets):
+    before = self.common.weight.clone()
+    Transferring.fit(self, known, targets)
+    self.common.weight += before
 
 
 @torch.no_grad()
-def settled_in_the_reading(self, known, coordinates):
-    Transferring.settle(self, known, coordinates)
+def fitted_into_the_reading(self, known, targets):
+    Transferring.fit(self, known, targets)
     self.read.weight *= 2
 
 
-class SettledBesideItsState(Transferring):
-    told = None
+class FittedBesideItsState(Transferring):
+    weights = None
 
-    def settle(self, known, coordinates):
-        self.told = self.regressed(known, coordinates)
+    def fit(self, known, targets):
+        features = torch.cat([self.features(condition, mask) for condition, mask in known])
+        self.weights = self.regressed(features, targets)
 
     def forward(self, condition, mask):
-        if self.told is None:
+        if self.weights is None:
             return super().forward(condition, mask)
-        return self.mixed(self.features(condition, mask) @ self.told)
+        return self.mixed(self.features(condition, mask) @ self.weights)
 
 
 @pytest.mark.parametrize(
     "cls, message",
     [
-        (variant(Transferring, settle=lambda self, known, coordinates: None), "after settle"),
-        (variant(Transferring, settle=added_up), "after settle"),
-        (variant(Transferring, settle=settled_in_the_reading), "settle changes what transferred"),
-        (SettledBesideItsState, "something is not in it"),
+        (variant(Transferring, fit=lambda self, known, targets: None), "after fit"),
+        (variant(Transferring, fit=added_up), "after fit"),
+        (variant(Transferring, fit=fitted_into_the_reading), "fit changes what predict"),
+        (FittedBesideItsState, "something is not in it"),
     ],
 )
-def test_settle(cls, message):
+def test_fit(cls, message):
     with pytest.raises(AssertionError, match=message):
         check_decoder(cls)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from loragen.core.adapter.layout import Layout
 from loragen.core.errors import UsageError
 from loragen.core.generator.embeddings import TEXTS_AT_ONCE
-from loragen.core.plugins import create
-from loragen.core.protocols import Samples, StartsFromSamples, TellsChoices, Transfers
+from loragen.core.plugins import create, find
+from loragen.core.protocols import DescribesChoices, Samples, StartsFromSamples, Transfers
 
 
 @dataclass(frozen=True)
@@ -117,15 +117,27 @@ class Network(nn.Module):
         tokens: Tensor = self.decoder(self._standard(condition), mask)
         return tokens
 
-    def features(self, condition: Tensor, mask: Tensor) -> Tensor:
-        """What a decoder that transfers reads in conditions, ``[batch, F]``."""
-        return self.transfers.features(self._standard(condition), mask)
+    def predict(
+        self, condition: Tensor, mask: Tensor, known: Tensor, known_mask: Tensor, targets: Tensor
+    ) -> Tensor:
+        """As `Transfers.predict`, for conditions that are not standardised."""
+        known, condition = self._standard(known), self._standard(condition)
+        return self.transfers.predict(condition, mask, known, known_mask, targets)
+
+    def fit_known(self, known: Iterable[tuple[Tensor, Tensor]], targets: Tensor) -> None:
+        """As `Transfers.fit`, for conditions that are not standardised."""
+        self.transfers.fit(((self._standard(one), mask) for one, mask in known), targets)
 
     @property
     def transfers(self) -> Transfers:
-        """The decoder, where it can write from other datasets alone."""
+        """The decoder, which has to be one that can transfer."""
         assert isinstance(self.decoder, Transfers)
         return self.decoder
+
+    def train_transfer_only(self, prefixes: Sequence[str]) -> None:
+        """Freezes all parameters but those of the decoder whose names start so."""
+        for name, parameter in self.decoder.named_parameters():
+            parameter.requires_grad_(name.startswith(tuple(prefixes)))
 
     def _standard(self, condition: Tensor) -> Tensor:
         return (condition - self.condition_mean) / self.condition_spread
@@ -236,9 +248,10 @@ def anatomy(
             module.register_forward_hook(_recorder(name, found))
         network.eval()(torch.empty(1, *condition), mask)
     if transfers:
-        network.transfers.train_transfer_only()
+        cls = find("decoder", decoder)
+        network.train_transfer_only(cls.transfer_parameters(cls.Config(**options)))
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    decided = network.decoder.choices() if isinstance(network.decoder, TellsChoices) else []
+    decided = network.decoder.choices() if isinstance(network.decoder, DescribesChoices) else []
     return Anatomy(condition, found, _size(network), trained, decided)
 
 

@@ -164,9 +164,8 @@ def _with_objective(
 def _no_transfer(config: GenTrainConfig, sources: Sequence[TrainingSource]) -> str | None:
     """Why no adapter can be written from other datasets alone; None where it can."""
     decoder = find("decoder", config.decoder.name)
-    if not issubclass(decoder, Transfers) or not decoder.can_transfer(
-        decoder.Config(**config.decoder.options)
-    ):
+    options = decoder.Config(**config.decoder.options)
+    if not issubclass(decoder, Transfers) or decoder.transfer_parameters(options) is None:
         return f"the decoder {config.decoder.name} cannot, as it is configured"
     encoder = find("encoder", config.encoder.name)
     if not getattr(encoder.Config(**config.encoder.options), "frozen", True):

@@ -36,7 +36,7 @@ from loragen.core.learning.objectives.behaviour import Behaviour, Objectives, Re
 from loragen.core.learning.objectives.transfer import KnownDatasets
 from loragen.core.learning.plan import TRAINS_ALONG, Plan, Selection, StepPlan, plan, select_by
 from loragen.core.learning.sources import configured_sources, read_sources
-from loragen.core.plugins import create
+from loragen.core.plugins import create, find
 from loragen.core.progress import Progress
 from loragen.core.protocols import Encoder
 from loragen.core.run.checkpoints import AtomicCheckpointIO, load_plain
@@ -435,7 +435,9 @@ def _known(data: GeneratorData, generator: Generator) -> KnownDatasets | None:
     if not data.plan.transfers:
         return None
     samples = CollectionSamples([one.tokens for one in data.sources], generator.normalization)
-    generator.network.transfers.train_transfer_only()
+    cls = find("decoder", generator.decoder.name)
+    prefixes = cls.transfer_parameters(cls.Config(**generator.decoder.options))
+    generator.network.train_transfer_only(prefixes)
     return KnownDatasets(data.sources, data.train_texts, samples)
 
 

@@ -17,33 +17,27 @@ class Samples:
     datasets = (0, 0, 1, 1, 2, 2)
 
 
-class Transfers:
-    def __init__(self):
-        self.told, self.settled = 0, []
-
-    def coordinates(self, samples):
-        self.told += 1
-        return torch.tensor([[1.0, 0], [3, 0], [5, 2], [5, 4], [0, 0], [8, 8]])
-
-    def transferred(self, features, known, coordinates):
-        return features, known, coordinates
-
-    def settle(self, known, coordinates):
-        self.settled.append((known, coordinates))
-
-
 class Network(torch.nn.Module):
-    """Its features are the mean of what it reads."""
+    """Remembers what it was fitted to."""
 
     def __init__(self):
         super().__init__()
-        self.transfers = Transfers()
         self.register_buffer("condition_mean", torch.zeros(1))
-        self.modes = []
+        self.calls, self.fitted = 0, []
 
-    def features(self, condition, mask):
-        self.modes.append(self.training)
-        return (condition * mask[..., None]).sum((1, 2)) / mask.sum((1, 2))[:, None]
+    @property
+    def transfers(self):
+        return self
+
+    def coordinates(self, samples):
+        self.calls += 1
+        return torch.tensor([[1.0, 0], [3, 0], [5, 2], [5, 4], [0, 0], [8, 8]])
+
+    def predict(self, condition, mask, known, known_mask, targets):
+        return condition, known, targets
+
+    def fit_known(self, known, targets):
+        self.fitted.append((list(known), targets, self.training))
 
 
 @pytest.fixture
@@ -67,7 +61,7 @@ def test_coordinates_are_the_mean_of_a_datasets_adapters(known):
     network = Network()
     assert known.coordinates(network).equal(MEANS)
     assert known.coordinates(network).equal(MEANS)
-    assert network.transfers.told == 1
+    assert network.calls == 1
 
 
 def test_coordinates_are_where_the_network_is(known):
@@ -80,17 +74,17 @@ def test_coordinates_are_where_the_network_is(known):
 def test_an_adapter_is_written_from_the_others_alone(known):
     others = Others(torch.ones(2, 1, 1, 2), torch.ones(2, 1, 1, dtype=bool), torch.tensor([0, 2]))
     condition, mask = torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1, dtype=bool)
-    features, told, coordinates = known.written(Network(), condition, mask, others)
-    assert features.equal(torch.zeros(1, 2))
-    assert told.equal(torch.ones(2, 2))
-    assert coordinates.equal(MEANS[[0, 2]])
+    own, found, targets = known.written(Network(), condition, mask, others)
+    assert own.equal(condition)
+    assert found.equal(others.condition)
+    assert targets.equal(MEANS[[0, 2]])
 
 
-def test_it_settles_on_all_of_them_without_dropout(known):
+def test_it_is_fitted_to_all_of_them_without_dropout(known):
     network = Network().train()
     known.settle(network)
-    ((features, coordinates),) = network.transfers.settled
-    assert features.equal(torch.tensor([[0.0, 0], [1, 1], [2, 2]]))
-    assert coordinates.equal(MEANS)
+    ((conditions, targets, training),) = network.fitted
+    assert [condition.unique().tolist() for condition, _ in conditions] == [[0], [1], [2]]
+    assert targets.equal(MEANS)
+    assert not training
     assert network.training
-    assert not any(network.modes)

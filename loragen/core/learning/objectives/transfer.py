@@ -44,9 +44,8 @@ class KnownDatasets:
 
     def written(self, network: Network, condition: Tensor, mask: Tensor, others: Others) -> Tensor:
         """``[batch, tokens, token_dim]``: as the other datasets alone would have the adapters."""
-        known = network.features(others.condition, others.mask)
         coordinates = self.coordinates(network)[others.datasets]
-        return network.transfers.transferred(network.features(condition, mask), known, coordinates)
+        return network.predict(condition, mask, others.condition, others.mask, coordinates)
 
     @torch.no_grad()
     def settle(self, network: Network) -> None:
@@ -54,9 +53,9 @@ class KnownDatasets:
         coordinates, training = self.coordinates(network), network.training
         device = coordinates.device
         network.eval()
-        known = []
-        for source, texts in zip(self.sources, self.texts, strict=True):
-            condition, mask = stacked_conditions([condition_of(source, texts)])
-            known.append(network.features(condition.to(device), mask.to(device)))
-        network.transfers.settle(torch.cat(known), coordinates)
+        known = (
+            stacked_conditions([condition_of(source, texts)])
+            for source, texts in zip(self.sources, self.texts, strict=True)
+        )
+        network.fit_known(((one.to(device), mask.to(device)) for one, mask in known), coordinates)
         network.train(training)
