@@ -18,7 +18,7 @@ import lightning
 import torch
 from torch import Tensor
 
-from loragen.core.adapter.files import Adapter, new_config, write_adapter
+from loragen.core.adapter.files import Adapter, peft_config, plain_config, write_adapter
 from loragen.core.config import LoraTrainConfig, Override, dump, load
 from loragen.core.data.documents import SUFFIXES, content_hash, location
 from loragen.core.data.rows import find_dataset, read
@@ -213,7 +213,7 @@ def _manifest(
         plugins=[],
         base_model=config.base_model,
         dataset=dataset,
-        adapter_config=new_config(config.lora, config.base_model),
+        adapter_config=plain_config(peft_config(config.lora, config.base_model)),
         seed=config.seed,
         max_steps=config.training.max_steps,
         steps=[one.step for one in surveyed.checkpoints],

@@ -9,7 +9,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from loragen.core.adapter.files import Adapter, file_keys, new_config, peft_config, shape_mismatch
+from loragen.core.adapter.files import (
+    Adapter,
+    adapter_state,
+    peft_config,
+    plain_config,
+    shape_mismatch,
+)
 from loragen.core.base.load import empty_base
 from loragen.core.base.names import resolve_base
 from loragen.core.config.load import problems_of
@@ -182,7 +188,7 @@ def _wanted(base_model: str, rank: int, targets: list[str]) -> Shapes:
             model = get_peft_model(model, lora)
         except ValueError as error:
             raise DataError(str(error).splitlines()[0]) from None
-    return _shapes(file_keys(model.state_dict()))
+    return _shapes(adapter_state(model))
 
 
 def _layer(path: str) -> str:
@@ -228,4 +234,4 @@ def foreign_adapter(path: Path, base_model: str | None, alpha: float | None) -> 
     except ValidationError as error:
         origins: dict[Loc, str] = {("lora", "alpha"): facts["lora.alpha"].origin}
         raise ConfigError(*problems_of(LoraSection, error, origins, ("lora",))) from None
-    return Adapter(new_config(lora, name), checkpoint.tensors)
+    return Adapter(plain_config(peft_config(lora, name)), checkpoint.tensors)

@@ -164,9 +164,7 @@ def test_an_adapter_that_is_no_lora(fails, run, tmp_path):
     adapter = shutil.copytree(run / "adapter", tmp_path / "ia3")
     (adapter / "adapter_config.json").write_text('{"peft_type": "IA3"}', encoding="utf-8")
     error = fails(1, "lora", "export", adapter, "--output", "mine")
-    assert error.endswith(
-        "adapter_config.json: peft_type is IA3; only LoRA adapters are known here"
-    )
+    assert "adapter_config.json: peft_type is IA3" in error
 
 
 def test_one_layer_of_the_merged_model_at_a_time(run, base, monkeypatch):

@@ -1,11 +1,7 @@
-"""Norms, angles and spectra of ΔW = B A, from the factors: r x r algebra, never a d x d matrix.
+"""Algebra of ΔW = B A from its factors: norms, angles, spectra and canonical factors.
 
-Factors are given as (A ``[r, in]``, B ``[out, r]``); everything is computed in float64.
-
-In which of its many factorisations a LoRA is learned.
-
-B A = (B Q)(Q⁻¹ A) for any invertible Q. Adapters that started from the same weights keep close to
-each other as they are; adapters of many origins are comparable in a canonical form only.
+Factors are given as (A ``[r, in]``, B ``[out, r]``). Everything is computed in float64 with r x r
+matrices; ΔW itself, ``[out, in]``, is never formed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,49 +14,71 @@ from torch import Tensor
 from loragen.core.files import natural_key
 
 Factors = tuple[Tensor, Tensor]
+TargetForm = Literal["raw", "svd"]
+"""The factors that a generator learns: as they were trained, or canonical."""
+
+
+def modules(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Factors]]:
+    """Yields (module path, (A, B)) of every linear module with both factors, layer by layer."""
+    for key in sorted(tensors, key=natural_key):
+        a, b = tensors[key], tensors.get(key.replace(".lora_A.", ".lora_B."))
+        if ".lora_A." in key and b is not None and a.ndim == b.ndim == 2:
+            yield key.partition(".lora_A.")[0].removeprefix("base_model.model."), (a, b)
+
+
+# ---------------------------------------------------------------------------- norms and angles
 
 
 def inner(first: Factors, second: Factors) -> float:
     """⟨B₁A₁, B₂A₂⟩ = tr((B₁ᵀB₂)(A₂A₁ᵀ)), the Frobenius inner product."""
-    (a1, b1), (a2, b2) = _wide(first), _wide(second)
+    (a1, b1), (a2, b2) = _float64(first), _float64(second)
     return float(torch.sum((b1.T @ b2) * (a1 @ a2.T)))
 
 
 def norm(factors: Factors) -> float:
-    """‖BA‖, Frobenius."""
+    """‖BA‖, the Frobenius norm."""
     return sqrt(max(inner(factors, factors), 0.0))
 
 
 def distance(first: Factors, second: Factors) -> float:
-    """‖B₁A₁ - B₂A₂‖, Frobenius.
+    """‖B₁A₁ - B₂A₂‖, the Frobenius distance.
 
-    As B₁(A₁ - A₂) + (B₁ - B₂)A₂: two near factorisations differ by little, and the difference of
-    two large squares would lose it.
+    Computed as the norm of B₁(A₁ - A₂) + (B₁ - B₂)A₂: two near factorisations differ by little, and
+    the difference of two large squares would lose it to cancellation.
     """
-    (a1, b1), (a2, b2) = _wide(first), _wide(second)
-    stacked = (torch.cat([a1 - a2, a2]), torch.cat([b1, b1 - b2], dim=1))
-    return norm(stacked)
+    (a1, b1), (a2, b2) = _float64(first), _float64(second)
+    return norm((torch.cat([a1 - a2, a2]), torch.cat([b1, b1 - b2], dim=1)))
 
 
 def inner_products(first: Sequence[Factors], second: Sequence[Factors]) -> Tensor:
-    """``[n, m]`` float64: `inner` of every pair of two lists of one module, in two products.
+    """Returns ``[n, m]`` float64: `inner` of every pair of two lists of factors of one module.
 
-    All ``A`` of a list are stacked to ``[n·r, in]`` (and all ``B`` to ``[out, n·r]``), so that a
-    matrix product does the work of n·m small ones; the ranks may differ from pair to pair.
+    All ``A`` of a list are stacked to ``[n·r, in]`` (and all ``B`` to ``[out, n·r]``), so that two
+    matrix products do the work of n·m pairs; the ranks may differ from pair to pair.
     """
-    (a1, b1, owners1), (a2, b2, owners2) = _stacked(first), _stacked(second)
+
+    def stacked(several: Sequence[Factors]) -> tuple[Tensor, Tensor, Tensor]:
+        """(``[sum of ranks, in]``, ``[out, sum of ranks]``, the index of each row's owner)"""
+        wide = [_float64(factors) for factors in several]
+        owners = torch.tensor([i for i, (a, _) in enumerate(wide) for _ in range(a.shape[0])])
+        return torch.cat([a for a, _ in wide]), torch.cat([b for _, b in wide], dim=1), owners
+
+    (a1, b1, owners1), (a2, b2, owners2) = stacked(first), stacked(second)
     products = (b1.T @ b2) * (a1 @ a2.T)  # (sum of ranks, sum of ranks)
     rows = products.new_zeros(len(first), len(owners2)).index_add_(0, owners1, products)
     return products.new_zeros(len(first), len(second)).index_add_(1, owners2, rows)
 
 
-def singular_values(factors: Factors) -> Tensor:
-    """``[min(r, in, out)]`` float64, descending: all singular values of BA that may not be zero.
+# ---------------------------------------------------------------------------- spectra
 
-    With B = Q_B R_B and Aᵀ = Q_A R_A, BA = Q_B (R_B R_Aᵀ) Q_Aᵀ: those of R_B R_Aᵀ. NaN where a
-    factor is not finite.
+
+def singular_values(factors: Factors) -> Tensor:
+    """Returns ``[min(r, in, out)]`` float64, descending: the singular values of BA that may not be
+    zero; NaN where a factor is not finite.
+
+    With B = Q_B R_B and Aᵀ = Q_A R_A, BA = Q_B (R_B R_Aᵀ) Q_Aᵀ: those of R_B R_Aᵀ.
     """
-    a, b = _wide(factors)
+    a, b = _float64(factors)
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         return torch.full((min(a.shape[0], a.shape[1], b.shape[0]),), nan, dtype=torch.float64)
     r_a, r_b = torch.linalg.qr(a.T).R, torch.linalg.qr(b).R  # 'reduced': at most r rows
@@ -69,7 +87,7 @@ def singular_values(factors: Factors) -> Tensor:
 
 
 def stable_rank(values: Tensor) -> float:
-    """‖ΔW‖² / σ₁² from the singular values: between 1 and the rank, little moved by small ones.
+    """‖ΔW‖² / σ₁² from the singular values: between 1 and the rank, hardly moved by small ones.
 
     0 where all are zero. Rudelson & Vershynin 2007, "Sampling from large matrices".
     """
@@ -78,7 +96,7 @@ def stable_rank(values: Tensor) -> float:
 
 
 def effective_rank(values: Tensor) -> float:
-    """exp of the entropy of σ / Σσ: how many directions of equal weight would be as spread.
+    """exp of the entropy of σ / Σσ: the number of equal singular values of the same entropy.
 
     0 where all are zero. Roy & Vetterli 2007, "The effective rank: a measure of effective
     dimensionality".
@@ -87,38 +105,23 @@ def effective_rank(values: Tensor) -> float:
     return 0.0 if total == 0 else float(torch.special.entr(values / total).sum().exp())
 
 
-def modules(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Factors]]:
-    """(module path, (A, B)) of every linear module with both factors, layer by layer."""
-    for key in sorted(tensors, key=natural_key):
-        a, b = tensors[key], tensors.get(key.replace(".lora_A.", ".lora_B."))
-        if ".lora_A." in key and b is not None and a.ndim == b.ndim == 2:
-            yield key.partition(".lora_A.")[0].removeprefix("base_model.model."), (a, b)
-
-
-def _stacked(several: Sequence[Factors]) -> tuple[Tensor, Tensor, Tensor]:
-    """(``[sum of ranks, in]``, ``[out, sum of ranks]``, ``[sum of ranks]``: whose each is)."""
-    wide = [_wide(factors) for factors in several]
-    owners = torch.tensor([i for i, (a, _) in enumerate(wide) for _ in range(a.shape[0])])
-    return torch.cat([a for a, _ in wide]), torch.cat([b for _, b in wide], dim=1), owners
-
-
-def _wide(factors: Factors) -> Factors:
-    return factors[0].double(), factors[1].double()
-
-
-TargetForm = Literal["raw", "svd"]
+# ---------------------------------------------------------------------------- canonical factors
 
 
 def in_form(tensors: Mapping[str, Tensor], form: TargetForm) -> dict[str, Tensor]:
-    """`raw`: as they are. `svd`: every module's A and B replaced by those of `canonical`, tensors
-    that are no such pair kept."""
+    """Returns the tensors of an adapter in the form that a generator learns.
+
+    `raw` keeps them. `svd` replaces the factors of every module by their `canonical` ones and keeps
+    the other tensors. B A = (B Q)(Q⁻¹ A) for any invertible Q: adapters that started from the same
+    weights stay comparable as they are, adapters of other origins only in a canonical form.
+    """
     found = dict(tensors)
-    if form == "raw":
-        return found
-    keys = {key.partition(".lora_A.")[0].removeprefix("base_model.model."): key for key in tensors}
-    for name, (a, b) in modules(tensors):
-        key = keys[name]
-        found[key], found[key.replace(".lora_A.", ".lora_B.")] = canonical(a, b)
+    if form == "svd":
+        keys = {key.partition(".lora_A.")[0].removeprefix("base_model.model."): key
+                for key in tensors}  # fmt: skip
+        for name, (a, b) in modules(tensors):
+            key = keys[name]
+            found[key], found[key.replace(".lora_A.", ".lora_B.")] = canonical(a, b)
     return found
 
 
@@ -142,3 +145,7 @@ def canonical(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     largest = new_a.gather(1, new_a.abs().argmax(dim=1, keepdim=True))  # (r, 1)
     sign = torch.where(largest < 0, -1.0, 1.0)
     return (new_a * sign).to(a.dtype), (new_b * sign.T).to(b.dtype)
+
+
+def _float64(factors: Factors) -> Factors:
+    return factors[0].double(), factors[1].double()

@@ -1,13 +1,13 @@
-"""PEFT adapters on disk: read, write and verify, without the base model.
+"""PEFT adapters: read and write their directories, attach them to a base model.
 
-Everywhere in loragen an adapter's tensors go by PEFT's file keys:
+Everywhere in loragen the tensors of an adapter go by PEFT's file keys:
 ``base_model.model.<path of the module>.lora_A.weight``.
 """
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,59 +24,47 @@ from loragen.core.files import write_json, write_text, written_atomically
 
 @dataclass
 class Adapter:
-    """A LoRA adapter: PEFT's configuration, plain data, and its tensors by PEFT's file keys."""
+    """A LoRA adapter: PEFT's configuration as plain data, and its tensors by PEFT's file keys."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
 
     def __repr__(self) -> str:
-        """In a line: there are hundreds of tensors."""
+        """One line, since an adapter has hundreds of tensors."""
         values = sum(tensor.numel() for tensor in self.tensors.values())
         base, rank = (self.config.get(key) for key in ("base_model_name_or_path", "r"))
         return f"<{type(self).__name__}: {values:,} values, rank {rank}, for {base}>"
 
 
+# ---------------------------------------------------------------------------- files
+
+
 def read_adapter(directory: Path) -> Adapter:
-    """Raises UsageError where there is no adapter, DataError where its files are broken."""
+    """Reads a PEFT adapter directory; the base model is not needed.
+
+    Raises UsageError where there is no adapter, DataError where its files are broken.
+    """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
             raise UsageError(f"{directory}: not a PEFT adapter (it has no {name})")
+    file = directory / CONFIG_FILE
     try:
-        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{directory / CONFIG_FILE}: not JSON: {error}") from None
-    _check_is_lora(directory / CONFIG_FILE, config)
-    return Adapter(config, read_safetensors(directory / WEIGHTS_FILE))
-
-
-def _check_is_lora(file: Path, config: Any) -> None:
+        raise DataError(f"{file}: not JSON: {error}") from None
     if not isinstance(config, dict):
         raise DataError(f"{file}: expected a JSON object, found {type(config).__name__}")
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
-        raise DataError(f"{file}: peft_type is {kind}; only LoRA adapters are known here")
+        raise DataError(f"{file}: peft_type is {kind}; only LORA is supported")
     for name in ("r", "lora_alpha"):
         if not isinstance(config.get(name), int | float):
-            raise DataError(f"{file}: no LoRA adapter: {name} has to be a number")
-
-
-def read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return dict(load_file(file))
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{file}: not a safetensors file: {error}") from None
-
-
-def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A file with the permissions of any other: safetensors makes it its owner's alone."""
-    file.touch()
-    usual = file.stat().st_mode
-    save_file(tensors, file, metadata)  # twice as fast as writing the bytes of `save`
-    file.chmod(usual)
+            raise DataError(f"{file}: not a LoRA adapter; {name} must be a number")
+    return Adapter(config, read_safetensors(directory / WEIGHTS_FILE))
 
 
 def write_adapter(directory: Path, adapter: Adapter, card: str) -> None:
-    """A directory that `peft.PeftModel.from_pretrained` loads; appears whole or not at all."""
+    """Writes a directory that `peft.PeftModel.from_pretrained` loads, atomically."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in adapter.tensors.items()}
     with written_atomically(directory) as temporary:
         temporary.mkdir()
@@ -85,8 +73,27 @@ def write_adapter(directory: Path, adapter: Adapter, card: str) -> None:
         write_text(temporary / "README.md", card)
 
 
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """Raises DataError where `file` is not a safetensors file."""
+    try:
+        return dict(load_file(file))
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{file}: not a safetensors file: {error}") from None
+
+
+def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes with the usual permissions; safetensors alone would make the file its owner's only."""
+    file.touch()
+    usual = file.stat().st_mode
+    save_file(tensors, file, metadata)  # twice as fast as writing the bytes of `save`
+    file.chmod(usual)
+
+
+# ---------------------------------------------------------------------------- configuration
+
+
 def peft_config(lora: LoraSection, base_model: str | None = None) -> Any:
-    """PEFT's configuration of a causal language model's adapter."""
+    """Returns PEFT's `LoraConfig` for a causal language model."""
     from peft import LoraConfig, TaskType
 
     return LoraConfig(
@@ -99,55 +106,79 @@ def peft_config(lora: LoraSection, base_model: str | None = None) -> Any:
     )
 
 
-def new_config(lora: LoraSection, base_model: str) -> dict[str, Any]:
-    """The same as plain data."""
-    return plain_config(peft_config(lora, base_model))
-
-
 def plain_config(config: Any) -> dict[str, Any]:
-    """PEFT's configuration as sorted plain data; sets become lists, so that two equal
-    configurations are equal text (PEFT's own order depends on PYTHONHASHSEED)."""
+    """Returns a `LoraConfig` as sorted plain data.
+
+    Sets become sorted lists: PEFT's own order depends on PYTHONHASHSEED, and two equal
+    configurations have to be equal text.
+    """
     document = {**config.to_dict(), "inference_mode": True}
-    plain = json.loads(json.dumps(document, default=_plain))
+    text = json.dumps(document, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+    plain = json.loads(text)
     if isinstance(plain.get("target_modules"), list):
         plain["target_modules"] = sorted(plain["target_modules"])
     return dict(sorted(plain.items()))
 
 
 def module_scaling(config: Mapping[str, Any], module: str) -> float:
-    """alpha / r, or alpha / √r (rsLoRA), with PEFT's exceptions for single modules."""
-    alpha = _exception(config.get("alpha_pattern"), module, config["lora_alpha"])
-    rank = _exception(config.get("rank_pattern"), module, config["r"])
+    """Returns the factor of B A: alpha / r, or alpha / √r with rsLoRA.
+
+    As in PEFT (`get_pattern_key`), the first pattern of `alpha_pattern` and of `rank_pattern` that
+    matches the end of the module's path replaces the adapter's value. PEFT itself knows the factor
+    only once the adapter is attached to a base model.
+    """
+
+    def value(patterns: Mapping[str, float] | None, default: float) -> float:
+        matching = (v for p, v in (patterns or {}).items() if re.match(rf"(.*\.)?({p})$", module))
+        return next(matching, default)
+
+    alpha = value(config.get("alpha_pattern"), config["lora_alpha"])
+    rank = value(config.get("rank_pattern"), config["r"])
     return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
 
 
-def _exception(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    """As PEFT's `get_pattern_key`: the first pattern that the end of the path matches."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+# ---------------------------------------------------------------------------- live models
 
 
-def file_keys(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Live or Lightning keys -> PEFT's file keys."""
-    return {
-        key.removeprefix("model.").replace(".default.", "."): tensor
-        for key, tensor in live.items()
-        if "lora_" in key
-    }
+def adapter_state(model: Any) -> dict[str, Tensor]:
+    """Returns the adapter's tensors of a live `PeftModel`, by PEFT's file keys."""
+    from peft import get_peft_model_state_dict
+
+    # Not "auto": that would look up the base model on the hub, and may add its embeddings.
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+def file_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Converts the keys of a checkpoint, where no live model is at hand, to PEFT's file keys.
+
+    A Lightning checkpoint prefixes the module's name, ``model.``; a live model has the adapter's
+    name, ``default``, in its keys, and ``.weight`` after a DoRA vector, where a file has none.
+    Tensors that are not LoRA's are left out; file keys stay as they are.
+    """
+    tensors = {}
+    for key, tensor in state.items():
+        if "lora_" in key:
+            name = re.sub(r"\.default(?=\.|$)", "", key.removeprefix("model."))
+            tensors[re.sub(r"(lora_magnitude_vector)\.weight$", r"\1", name)] = tensor
+    return tensors
 
 
 def attach_adapter(base: Any, adapter: Adapter, origin: str) -> Any:
-    """`base` with the adapter injected, as a `peft.PeftModel`.
+    """Injects an adapter into `base` and returns the `PeftModel`, in eval mode.
 
-    Raises LoragenError naming the first tensor that the base has no place for, or whose shape
-    differs; PEFT itself would skip it or fail with a page of text. The base is then unchanged.
+    Raises LoragenError where the adapter does not fit, naming the first tensor that the base lacks
+    or that has another shape; PEFT itself would skip it or fail with a page of text. The base is
+    then unchanged.
     """
     from peft import LoraConfig, get_peft_model
 
+    # An adapter of a newer PEFT may carry fields that this one does not have. The base's name is
+    # left out: PEFT would warn where the weights come from elsewhere.
+    known = {field.name for field in fields(LoraConfig) if field.init}
+    known -= {"base_model_name_or_path", "runtime_config"}
+    config = {key: value for key, value in adapter.config.items() if key in known}
     try:
-        model = get_peft_model(base, LoraConfig(**_known_fields(adapter.config)))
+        model = get_peft_model(base, LoraConfig(**{**config, "inference_mode": True}))
     except ValueError as error:
         raise LoragenError(f"{origin}: does not fit this base model: {error}") from None
     try:
@@ -159,46 +190,39 @@ def attach_adapter(base: Any, adapter: Adapter, origin: str) -> Any:
 
 
 def swap_adapter(model: Any, adapter: Adapter, origin: str) -> None:
-    """Gives other weights to a model that `attach_adapter` made; quicker than attaching again.
+    """Loads other weights into a model of `attach_adapter`, which is faster than attaching again.
 
-    Raises LoragenError naming the first tensor that is missing, has no place or another shape.
+    Raises LoragenError naming the first tensor that is missing, unexpected or of another shape, and
+    where the adapter also trains weights of the base.
     """
     from peft import set_peft_model_state_dict
 
-    wanted = {key: value.shape for key, value in file_keys(model.state_dict()).items()}
-    problem = shape_mismatch(wanted, {key: t.shape for key, t in adapter.tensors.items()})
+    expected = {key: value.shape for key, value in adapter_state(model).items()}
+    of_base = [key for key in expected if "lora_" not in key]
+    if of_base:
+        raise LoragenError(
+            f"{origin}: bias or modules_to_save trains weights of the base itself "
+            f"({listing(of_base, 2)}); only LoRA matrices are supported"
+        )
+    problem = shape_mismatch(expected, {key: t.shape for key, t in adapter.tensors.items()})
     if problem:
         raise LoragenError(f"{origin}: does not fit this base model: {problem}")
     set_peft_model_state_dict(model, adapter.tensors)
 
 
-def shape_mismatch(wanted: Mapping[str, torch.Size], given: Mapping[str, torch.Size]) -> str | None:
-    """The first difference between two sets of named shapes, in words; None where equal."""
-    missing, unknown = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+def shape_mismatch(
+    expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]
+) -> str | None:
+    """Describes the first difference between two sets of named shapes; None for equal ones."""
+    missing, unexpected = (
+        sorted(expected.keys() - found.keys()),
+        sorted(found.keys() - expected.keys()),
+    )
     if missing:
         return f"{len(missing)} tensors are missing: {listing(missing, 2)}"
-    if unknown:
-        return f"{len(unknown)} tensors have no place: {listing(unknown, 2)}"
-    for key, shape in wanted.items():
-        if given[key] != shape:
-            return f"{key} has shape {list(given[key])}, expected {list(shape)}"
+    if unexpected:
+        return f"{len(unexpected)} tensors are unexpected: {listing(unexpected, 2)}"
+    for key, shape in expected.items():
+        if found[key] != shape:
+            return f"{key} has shape {list(found[key])}, expected {list(shape)}"
     return None
-
-
-def _known_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """An adapter written by a newer PEFT may carry fields that this one does not know.
-
-    The base's name is left out: PEFT would warn where the weights come from elsewhere.
-    """
-    from dataclasses import fields
-
-    from peft import LoraConfig
-
-    known = {field.name for field in fields(LoraConfig) if field.init}
-    known -= {"base_model_name_or_path", "runtime_config"}
-    kept = {key: value for key, value in config.items() if key in known}
-    return {**kept, "inference_mode": True}
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else str(value)

@@ -1,9 +1,9 @@
-"""The layout: the tensors of any LoRA adapter <-> a grid of tokens, derived from the tensors alone.
+"""The layout: the tensors of any LoRA adapter <-> a grid of tokens, derived from the tensors.
 
 Every matrix is cut into tokens of `token_dim` values, rank component by rank component: lora_A
 ``[r, in]`` row by row, lora_B ``[out, r]`` column by column, so that neighbouring values of a token
 belong to one rank-1 component. The last token of a matrix is padded with zeros, under the mask.
-Packing and unpacking move values and never compute with them: they are exact, bit for bit.
+Packing and unpacking only move values: they are exact, bit for bit.
 """
 
 import re
@@ -27,7 +27,7 @@ NO_LAYER = -1
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of the adapter, by PEFT's file key."""
+    """Key (PEFT's file key), shape and dtype of one tensor of an adapter."""
 
     key: str
     shape: tuple[int, ...]
@@ -39,35 +39,36 @@ class TensorSpec:
 
     @property
     def layer(self) -> int:
-        """The number in the module's path, -1 where it has none."""
+        """The index of the transformer layer: the number in the key, -1 where it has none."""
         number = re.search(r"\.(\d+)\.", self.key)
         return int(number.group(1)) if number else NO_LAYER
 
     @property
     def module(self) -> str:
-        """`self_attn.q_proj`: the module's path below its layer."""
+        """The module's path below its layer, `self_attn.q_proj`."""
         path = re.sub(r"\.lora_.*|\.weight$", "", self.key)
         return re.split(r"\.\d+\.", path)[-1]
 
     @property
     def path(self) -> str:
-        """Of the module in the base model."""
+        """The module's path in the base model."""
         return re.split(r"\.lora_", self.key.removeprefix("base_model.model."))[0]
 
     @property
     def matrix(self) -> str:
-        """`lora_A`, `lora_B`, or whatever else PEFT calls it."""
+        """The kind of tensor, in PEFT's words: `lora_A`, `lora_B`, `lora_magnitude_vector`."""
         kind = re.search(r"\.(lora_\w+)", self.key)
         return kind.group(1) if kind else "weight"
 
     @property
     def by_columns(self) -> bool:
+        """Whether the tensor is cut column by column."""
         return self.matrix == "lora_B" and len(self.shape) == 2
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where every value of an adapter stands in the grid ``[tokens, token_dim]``."""
+    """The position of every value of an adapter in the grid ``[tokens, token_dim]``."""
 
     tensors: tuple[TensorSpec, ...]
     token_dim: int
@@ -79,49 +80,53 @@ class Layout:
         token_dim: int,
         max_tokens: int | Literal["auto"] = "auto",
     ) -> "Layout":
-        """Raises DataError for a tensor that is not of floating point, and UsageError naming the
-        size needed where the adapter has more than `max_tokens` tokens."""
+        """Derives the layout of an adapter; the order of its tensors does not matter.
+
+        Raises DataError for a tensor that is not of floating point, and UsageError naming the
+        number needed where the adapter has more than `max_tokens` tokens.
+        """
         specs = [TensorSpec(key, tuple(t.shape), t.dtype) for key, t in adapter.items()]
         for spec in specs:
             if not spec.dtype.is_floating_point:
-                raise DataError(f"{spec.key}: {spec.dtype} is not a floating-point tensor")
+                raise DataError(f"{spec.key}: {spec.dtype} is not a floating-point dtype")
         layout = cls(tuple(sorted(specs, key=lambda spec: natural_key(spec.key))), token_dim)
         if max_tokens != "auto" and layout.tokens > max_tokens:
             raise UsageError(
-                f"the adapter needs {layout.tokens} tokens of {token_dim} values and "
-                f"layout.max_seq_len is {max_tokens}: set it to {layout.tokens} or auto"
+                f"layout.max_seq_len is {max_tokens}, but the adapter needs {layout.tokens} tokens "
+                f"of {token_dim} values; set it to {layout.tokens} or auto"
             )
         return layout
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """Tokens of each tensor."""
+        """The number of tokens of each tensor."""
         return tuple(-(-spec.size // self.token_dim) for spec in self.tensors)
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """First token of each tensor."""
+        """The index of the first token of each tensor."""
         return tuple(accumulate(self.counts, initial=0))[:-1]
 
     @property
     def tokens(self) -> int:
+        """The number of tokens of the whole adapter."""
         return sum(self.counts)
 
     @property
     def values(self) -> int:
-        """Values of the adapter, padding not counted."""
+        """The number of values of the adapter, without padding."""
         return sum(spec.size for spec in self.tensors)
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The narrowest type that holds every tensor exactly."""
+        """The narrowest dtype that holds every tensor exactly."""
         dtype = self.tensors[0].dtype if self.tensors else torch.float32
         for spec in self.tensors:
             dtype = torch.promote_types(dtype, spec.dtype)
         return dtype
 
     def pack(self, adapter: Mapping[str, Tensor]) -> Tensor:
-        """The adapter as ``[tokens, token_dim]``. Raises DataError where a shape is another."""
+        """Returns the adapter as ``[tokens, token_dim]``. Raises DataError as `check` does."""
         self.check(adapter)
         flat = torch.zeros(self.tokens * self.token_dim, dtype=self.dtype)
         for spec, start in zip(self.tensors, self.starts, strict=True):
@@ -131,7 +136,7 @@ class Layout:
         return flat.view(self.tokens, self.token_dim)
 
     def unpack(self, tokens: Tensor) -> dict[str, Tensor]:
-        """The adapter out of ``[tokens, token_dim]``, each tensor in its own shape and dtype."""
+        """Returns the adapter of ``[tokens, token_dim]``, each tensor in its shape and dtype."""
         if tuple(tokens.shape) != (self.tokens, self.token_dim):
             raise DataError(
                 f"tokens of shape {list(tokens.shape)}, expected {[self.tokens, self.token_dim]}"
@@ -140,12 +145,12 @@ class Layout:
         adapter = {}
         for spec, start in zip(self.tensors, self.starts, strict=True):
             values = flat[start * self.token_dim :][: spec.size]
-            placed = values.view(spec.shape[::-1]).T if spec.by_columns else values.view(spec.shape)
-            adapter[spec.key] = torch.empty(spec.shape, dtype=spec.dtype).copy_(placed)
+            shaped = values.view(spec.shape[::-1]).T if spec.by_columns else values.view(spec.shape)
+            adapter[spec.key] = torch.empty(spec.shape, dtype=spec.dtype).copy_(shaped)
         return adapter
 
     def unpack_several(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Several adapters out of ``[adapters, tokens, token_dim]``, as ``{file key: [adapters,
+        """Returns the adapters of ``[adapters, tokens, token_dim]``, as ``{file key: [adapters,
         ...shape]}``: views in the dtype of the tokens, through which gradients flow."""
         flat = tokens.flatten(1)  # (D, tokens * token_dim)
         adapters = {}
@@ -158,8 +163,8 @@ class Layout:
 
     def check(self, adapter: Mapping[str, Tensor]) -> None:
         """Raises DataError naming the first tensor that this layout does not expect."""
-        wanted = {spec.key: torch.Size(spec.shape) for spec in self.tensors}
-        problem = shape_mismatch(wanted, {key: t.shape for key, t in adapter.items()})
+        expected = {spec.key: torch.Size(spec.shape) for spec in self.tensors}
+        problem = shape_mismatch(expected, {key: t.shape for key, t in adapter.items()})
         if problem:
             raise DataError(problem)
 
@@ -175,19 +180,24 @@ class Layout:
         return np.repeat(np.arange(len(self.tensors)), self.counts)
 
     def grid(self) -> TokenGrid:
-        """What a decoder is told of the layout."""
+        """Returns what a decoder knows of the layout: the origin of each token, as integers."""
         owners = self.owners()
+
+        def codes(labels: list[Any]) -> np.ndarray:
+            """``[tokens]``: 0, 1, 2, ... in the order of the sorted distinct labels."""
+            return np.unique(np.array(labels), return_inverse=True)[1].astype(np.int64)[owners]
+
         return TokenGrid(
             tokens=self.tokens,
             token_dim=self.token_dim,
-            layer=_codes([spec.layer for spec in self.tensors])[owners],
-            module=_codes([spec.module for spec in self.tensors])[owners],
-            matrix=_codes([spec.matrix for spec in self.tensors])[owners],
+            layer=codes([spec.layer for spec in self.tensors]),
+            module=codes([spec.module for spec in self.tensors]),
+            matrix=codes([spec.matrix for spec in self.tensors]),
             position=np.arange(self.tokens) - np.array(self.starts, dtype=np.int64)[owners],
         )
 
     def state(self) -> dict[str, Any]:
-        """Plain data, for a generator's file."""
+        """Returns the layout as plain data, for a generator's file."""
         tensors = [
             [s.key, list(s.shape), str(s.dtype).removeprefix("torch.")] for s in self.tensors
         ]
@@ -195,13 +205,9 @@ class Layout:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Layout":
+        """Returns the layout of `state()`."""
         specs = [
             TensorSpec(key, tuple(shape), getattr(torch, dtype))
             for key, shape, dtype in state["tensors"]
         ]
         return cls(tuple(specs), state["token_dim"])
-
-
-def _codes(labels: list[Any]) -> np.ndarray:
-    """Labels -> 0, 1, 2, ... in the order of the sorted distinct labels."""
-    return np.unique(np.array(labels), return_inverse=True)[1].astype(np.int64)

@@ -15,7 +15,13 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
 from loragen.core.adapter.export import save_merged
-from loragen.core.adapter.files import Adapter, file_keys, peft_config, plain_config, write_adapter
+from loragen.core.adapter.files import (
+    Adapter,
+    adapter_state,
+    peft_config,
+    plain_config,
+    write_adapter,
+)
 from loragen.core.base.load import (
     LanguageModel,
     arithmetic,
@@ -321,7 +327,7 @@ def _handed_back(model: Any) -> Any:
 def _save_results(
     directory: Path, config: LoraTrainConfig, base: LanguageModel, model: Any
 ) -> None:
-    adapter = Adapter(plain_config(model.peft_config["default"]), file_keys(model.state_dict()))
+    adapter = Adapter(plain_config(model.peft_config["default"]), adapter_state(model))
     write_adapter(directory / "adapter", adapter, _card(config, directory.name))
     if config.base_quantization != "none":
         log.warning("no final_model/: the base is quantised; see `loragen lora export --merge`")

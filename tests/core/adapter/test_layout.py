@@ -70,7 +70,7 @@ def test_packing_is_exact_bit_for_bit(adapter, token_dim):
 
 @settings(max_examples=40)
 @given(adapters(), token_dims)
-def test_a_mixture_of_types_comes_back_equal(adapter, token_dim):
+def test_mixed_dtypes_are_restored(adapter, token_dim):
     layout = Layout.of(adapter, token_dim)
     again = layout.unpack(layout.pack(adapter))
     for name, tensor in adapter.items():
@@ -81,7 +81,7 @@ def test_a_mixture_of_types_comes_back_equal(adapter, token_dim):
 
 @settings(max_examples=40)
 @given(adapters((torch.float32,)), token_dims, st.integers(1, 3))
-def test_several_are_unpacked_as_each_alone(adapter, token_dim, several):
+def test_several_adapters_unpack_as_each_alone(adapter, token_dim, several):
     layout = Layout.of(adapter, token_dim)
     tokens = torch.randn(several, layout.tokens, token_dim, requires_grad=True)
     together = layout.unpack_several(tokens)
@@ -107,7 +107,7 @@ def test_the_mask_is_true_on_values_and_the_rest_is_zero(adapter, token_dim):
 
 @settings(max_examples=40)
 @given(adapters(), token_dims)
-def test_the_grid_tells_where_each_token_comes_from(adapter, token_dim):
+def test_the_grid_has_the_origin_of_each_token(adapter, token_dim):
     layout = Layout.of(adapter, token_dim)
     grid = layout.grid()
     assert (grid.tokens, grid.token_dim) == (layout.tokens, token_dim)
@@ -116,8 +116,8 @@ def test_the_grid_tells_where_each_token_comes_from(adapter, token_dim):
         assert codes.shape == (grid.tokens,)
         assert codes.dtype == np.int64
         assert sorted(set(codes.tolist())) == list(range(codes.max() + 1))  # without gaps
-    places = set(zip(*(c.tolist() for c in (grid.layer, grid.module, grid.matrix)), strict=True))
-    assert len(places) == len(layout.tensors)
+    origins = set(zip(*(c.tolist() for c in (grid.layer, grid.module, grid.matrix)), strict=True))
+    assert len(origins) == len(layout.tensors)
     for index, spec in enumerate(layout.tensors):
         mine = owners == index
         assert mine.sum() == -(-spec.size // token_dim)
@@ -128,7 +128,7 @@ def test_the_grid_tells_where_each_token_comes_from(adapter, token_dim):
 
 @settings(max_examples=30)
 @given(adapters(), token_dims)
-def test_the_state_is_plain_data_that_gives_the_layout_back(adapter, token_dim):
+def test_the_state_restores_the_layout(adapter, token_dim):
     layout = Layout.of(adapter, token_dim)
     assert Layout.from_state(json.loads(json.dumps(layout.state()))) == layout
 
@@ -153,7 +153,7 @@ def test_a_token_is_a_piece_of_one_rank_component():
     assert tokens.tolist() == [[0, 1, 2, 3], [4, 5, 0, 0], [0, 2, 4, 6], [1, 3, 5, 7]]
 
 
-def test_layers_stand_in_their_order():
+def test_layers_are_in_numeric_order():
     adapter = {key(layer, "q", "lora_A"): torch.full((1, 2), layer) * 1.0 for layer in (10, 2, 1)}
     layout = Layout.of(adapter, 2)
     assert layout.pack(adapter).tolist() == [[1, 1], [2, 2], [10, 10]]
@@ -176,21 +176,21 @@ def test_the_grid_is_in_the_narrowest_type_that_holds_every_tensor(dtypes, packe
 
 def test_too_few_tokens_is_an_error_that_names_the_size_needed():
     adapter = {key(0, "q", "lora_A"): torch.zeros(5, 10)}
-    with pytest.raises(UsageError, match=r"needs 13 tokens of 4 values .* is 12: set it to 13 or"):
+    with pytest.raises(UsageError, match=r"layout\.max_seq_len .*13 tokens"):
         Layout.of(adapter, 4, max_tokens=12)
     assert Layout.of(adapter, 4, max_tokens=13).tokens == 13
 
 
 def test_integers_are_refused():
-    with pytest.raises(DataError, match=r"q\.lora_A\.weight: torch\.int8 is not a floating-point"):
+    with pytest.raises(DataError, match=r"q\.lora_A\.weight: torch\.int8"):
         Layout.of({key(0, "q", "lora_A"): torch.zeros(2, 2, dtype=torch.int8)}, 4)
 
 
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"x.lora_A.weight": torch.zeros(3, 2)}, r"has shape \[3, 2\], expected \[2, 3\]"),
-        ({"y.lora_A.weight": torch.zeros(2, 3)}, "1 tensors have no place: y"),
+        ({"x.lora_A.weight": torch.zeros(3, 2)}, r"x\..*\[3, 2\], expected \[2, 3\]"),
+        ({"y.lora_A.weight": torch.zeros(2, 3)}, "unexpected: y"),
     ],
 )
 def test_another_adapter_is_refused(change, reason):
@@ -198,9 +198,9 @@ def test_another_adapter_is_refused(change, reason):
     layout = Layout.of(adapter, 4)
     with pytest.raises(DataError, match=reason):
         layout.pack({**adapter, **change})
-    with pytest.raises(DataError, match="1 tensors are missing: x"):
+    with pytest.raises(DataError, match="missing: x"):
         layout.pack({})
-    with pytest.raises(DataError, match=r"tokens of shape \[1, 4\], expected \[2, 4\]"):
+    with pytest.raises(DataError, match=r"\[1, 4\], expected \[2, 4\]"):
         layout.unpack(torch.zeros(1, 4))
 
 
@@ -210,13 +210,13 @@ def qwen_adapter(shared):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from loragen.core.adapter.files import file_keys
+    from loragen.core.adapter.files import adapter_state
 
     config = AutoConfig.from_pretrained(shared / "models" / "qwen2.5-0.5b-config")
     with torch.device("meta"):
         lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(AutoModelForCausalLM.from_config(config), lora)
-    return file_keys(model.state_dict())
+    return adapter_state(model)
 
 
 def test_the_size_of_a_real_adapter(qwen_adapter):
@@ -230,5 +230,5 @@ def test_the_size_of_a_real_adapter(qwen_adapter):
 
 
 def test_the_original_sequence_length_cannot_hold_a_real_adapter(qwen_adapter):
-    with pytest.raises(UsageError, match=r"layout\.max_seq_len is 512: set it to \d+ or auto"):
+    with pytest.raises(UsageError, match=r"layout\.max_seq_len is 512"):
         Layout.of(qwen_adapter, 384, max_tokens=512)

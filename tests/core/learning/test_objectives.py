@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loragen.core.adapter.files import Adapter, attach_adapter, new_config
+from loragen.core.adapter.files import Adapter, attach_adapter, peft_config, plain_config
 from loragen.core.adapter.layout import Layout
 from loragen.core.config.schema import GenTrainingSection, LoraSection
 from loragen.core.data.rows import Row
@@ -138,7 +138,7 @@ def lora():
 
 @pytest.fixture
 def config(base, lora):
-    return new_config(lora, base.name)
+    return plain_config(peft_config(lora, base.name))
 
 
 @pytest.fixture

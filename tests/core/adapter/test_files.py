@@ -5,8 +5,10 @@ import sys
 import pytest
 import torch
 
+from loragen.core.adapter.export import merged_state
 from loragen.core.adapter.files import (
     Adapter,
+    adapter_state,
     attach_adapter,
     file_keys,
     module_scaling,
@@ -15,6 +17,7 @@ from loragen.core.adapter.files import (
     shape_mismatch,
     write_adapter,
 )
+from loragen.core.base.load import load_base
 from loragen.core.errors import DataError, LoragenError, UsageError
 
 
@@ -36,7 +39,7 @@ def equal(one, other):
     return one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
 
 
-def test_what_is_written_is_read_back(tmp_path, trained):
+def test_reading_returns_what_was_written(tmp_path, trained):
     trained.tensors["base_model.model.half.lora_A.weight"] = torch.rand(2, 3).bfloat16()
     trained.tensors["base_model.model.turned.lora_A.weight"] = torch.rand(3, 2).T
     write_adapter(tmp_path / "new" / "adapter", trained, "# a card\n")
@@ -49,7 +52,7 @@ def test_what_is_written_is_read_back(tmp_path, trained):
     }  # fmt: skip
 
 
-def test_writing_that_fails_leaves_nothing(tmp_path, trained):
+def test_a_failed_write_leaves_nothing(tmp_path, trained):
     trained.config["unwritable"] = object()
     with pytest.raises(TypeError):
         write_adapter(tmp_path / "adapter", trained, "")
@@ -74,13 +77,13 @@ def test_plain_peft_loads_it_without_loragen(tmp_path, trained, base, base_dir):
     assert ours.tolist() == pytest.approx(json.loads(result.stdout.splitlines()[-1]), abs=1e-4)
 
 
-def test_an_attached_adapter_changes_the_model_and_can_be_taken_off(base, trained):
+def test_an_attached_adapter_changes_the_model_and_is_unloaded_exactly(base, trained):
     before = state(base.model)
     without = logits(base.model)
     model = attach_adapter(base.model, trained, "x")
     assert (logits(model) - without).abs().max() > 1e-3
     assert not model.training
-    assert equal(file_keys(model.state_dict()), trained.tensors)
+    assert equal(adapter_state(model), trained.tensors)
     unloaded = model.unload()
     assert equal(state(unloaded), before)
     assert logits(unloaded).equal(without)
@@ -89,31 +92,31 @@ def test_an_attached_adapter_changes_the_model_and_can_be_taken_off(base, traine
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (lambda t: t.pop(sorted(t)[0]), r"1 tensors are missing: base_model.*lora_A\.weight"),
-        (lambda t: t.update({"base_model.model.x.lora_A.weight": torch.zeros(1)}), "have no place"),
+        (lambda t: t.pop(sorted(t)[0]), r"missing: base_model.*lora_A\.weight"),
+        (lambda t: t.update({"base_model.model.x.lora_A.weight": torch.zeros(1)}), "unexpected"),
         (
             lambda t: t.update({k: v[:, :5] for k, v in t.items() if "q_proj.lora_A" in k}),
-            r"q_proj\.lora_A\.weight has shape \[2, 5\], expected \[2, 32\]",
+            r"q_proj\.lora_A\.weight .*\[2, 5\], expected \[2, 32\]",
         ),
-        (lambda t: t.clear(), "28 tensors are missing"),
+        (lambda t: t.clear(), "missing"),
     ],
 )
-def test_an_adapter_that_does_not_fit_is_one_line_and_the_base_is_unchanged(
+def test_an_adapter_that_does_not_fit_is_refused_and_the_base_unchanged(
     base, trained, change, reason
 ):
     before = state(base.model)
     change(trained.tensors)
-    with pytest.raises(LoragenError, match=rf"^some/where: does not fit.*{reason}") as error:
+    with pytest.raises(LoragenError, match=rf"^some/where: .*{reason}") as error:
         attach_adapter(base.model, trained, "some/where")
     assert "\n" not in str(error.value)
     assert equal(state(base.model), before)
 
 
-def test_after_one_that_does_not_fit_another_is_attached(base, trained):
+def test_another_adapter_attaches_after_a_refused_one(base, trained):
     with pytest.raises(LoragenError):
         attach_adapter(base.model, Adapter(trained.config, {}), "x")
     model = attach_adapter(base.model, trained, "x")
-    assert equal(file_keys(model.state_dict()), trained.tensors)
+    assert equal(adapter_state(model), trained.tensors)
 
 
 @pytest.mark.parametrize(
@@ -124,10 +127,10 @@ def test_after_one_that_does_not_fit_another_is_attached(base, trained):
         {"target_modules": ["no_such_module"]},
     ],
 )
-def test_a_configuration_that_is_not_the_tensors_is_refused(base, trained, config):
+def test_a_configuration_that_contradicts_the_tensors_is_refused(base, trained, config):
     before = state(base.model)
     trained.config |= config
-    with pytest.raises(LoragenError, match="some/where: does not fit this base model"):
+    with pytest.raises(LoragenError, match=r"^some/where: "):
         attach_adapter(base.model, trained, "some/where")
     assert equal(state(base.model), before)
 
@@ -141,24 +144,24 @@ def test_a_configuration_that_is_not_the_tensors_is_refused(base, trained, confi
         {"inference_mode": False},
     ],
 )
-def test_fields_that_say_nothing_of_the_weights_do_not_matter(base, trained, fields):
+def test_fields_that_do_not_concern_the_weights_are_ignored(base, trained, fields):
     """Those of a newer PEFT, and where the base was when the adapter was written."""
     trained.config |= fields
     model = attach_adapter(base.model, trained, "x")
-    assert equal(file_keys(model.state_dict()), trained.tensors)
+    assert equal(adapter_state(model), trained.tensors)
     assert not any(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_directory_that_is_no_adapter_says_what_it_lacks(tmp_path, trained, missing):
+def test_a_missing_file_is_named(tmp_path, trained, missing):
     write_adapter(tmp_path / "adapter", trained, "")
     (tmp_path / "adapter" / missing).unlink()
-    with pytest.raises(UsageError, match=f"not a PEFT adapter .it has no {missing}"):
+    with pytest.raises(UsageError, match=f"adapter.*{missing}"):
         read_adapter(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("broken", ["adapter_config.json", "adapter_model.safetensors"])
-def test_broken_files_are_one_line(tmp_path, trained, broken):
+def test_a_broken_file_is_named_in_one_line(tmp_path, trained, broken):
     write_adapter(tmp_path / "adapter", trained, "")
     (tmp_path / "adapter" / broken).write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match=broken) as error:
@@ -169,13 +172,13 @@ def test_broken_files_are_one_line(tmp_path, trained, broken):
 @pytest.mark.parametrize(
     "document, reason",
     [
-        ({"peft_type": "IA3", "target_modules": ["k_proj"]}, "peft_type is IA3; only LoRA"),
-        ({"peft_type": "LORA", "lora_alpha": 4}, "r has to be a number"),
-        ({"r": 4}, "lora_alpha has to be a number"),
-        ([], "expected a JSON object, found list"),
+        ({"peft_type": "IA3", "target_modules": ["k_proj"]}, "IA3"),
+        ({"peft_type": "LORA", "lora_alpha": 4}, "r must"),
+        ({"r": 4}, "lora_alpha must"),
+        ([], "list"),
     ],
 )
-def test_an_adapter_of_another_kind_is_refused(tmp_path, trained, document, reason):
+def test_only_lora_adapters_are_read(tmp_path, trained, document, reason):
     write_adapter(tmp_path / "adapter", trained, "")
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(document), encoding="utf-8")
@@ -208,6 +211,54 @@ def test_live_and_lightning_keys_become_those_of_files():
     assert file_keys(keys).keys() == keys.keys()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+    ],
+    ids=["dora", "rslora", "embedding"],
+)
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+def test_every_kind_of_lora_that_peft_writes_is_attached_and_merged(
+    base, base_dir, tmp_path, options
+):
+    """Written by plain PEFT, with the key rules of each kind."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    lora = LoraConfig(
+        **{"r": 3, "target_modules": "all-linear", **options}, init_lora_weights=False
+    )
+    theirs = get_peft_model(load_base(str(base_dir)).model, lora).eval()
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    wanted = logits(theirs)
+    adapter = read_adapter(tmp_path / "theirs")
+    model = attach_adapter(base.model, adapter, "theirs")
+    assert logits(model).equal(wanted)
+    before = state(model)
+    merged = merged_state(model, torch.float32)
+    assert equal(state(model), before)
+    reference = theirs.merge_and_unload().state_dict()
+    tied = {"lm_head.weight"} if "target_modules" in options else set()  # PEFT merges into both
+    assert all(torch.allclose(merged[k], reference[k], atol=1e-6) for k in merged.keys() - tied)
+    live = {key: value for key, value in before.items() if "lora_" in key}
+    assert equal(file_keys(live), adapter.tensors)
+
+
+@pytest.mark.parametrize("options", [{"bias": "all"}, {"modules_to_save": ["norm"]}])
+def test_weights_of_the_base_in_an_adapter_are_refused(base, base_dir, tmp_path, options):
+    from peft import LoraConfig, get_peft_model
+
+    before = state(base.model)
+    model = get_peft_model(load_base(str(base_dir)).model, LoraConfig(r=2, **options))
+    model.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    with pytest.raises(LoragenError, match=r"^theirs: bias or modules_to_save"):
+        attach_adapter(base.model, read_adapter(tmp_path / "theirs"), "theirs")
+    assert equal(state(base.model), before)
+
+
 def test_equal_shapes_have_no_mismatch():
     shapes = {"a": torch.Size([1, 2])}
     assert shape_mismatch(shapes, dict(shapes)) is None
@@ -225,6 +276,6 @@ def test_equal_shapes_have_no_mismatch():
         ({"alpha_pattern": None}, 2.0),
     ],
 )
-def test_scaling_is_as_peft_has_it(config, scaling):
+def test_the_scaling_is_that_of_peft(config, scaling):
     whole = {"r": 4, "lora_alpha": 8, **config}
     assert module_scaling(whole, "model.layers.3.q_proj") == pytest.approx(scaling)

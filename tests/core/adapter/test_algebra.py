@@ -1,11 +1,13 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loragen.core.adapter.algebra import (
+    canonical,
     distance,
     effective_rank,
+    in_form,
     inner,
     inner_products,
     modules,
@@ -69,7 +71,7 @@ def test_the_distance_is_that_of_the_dense_matrices(pair):
     assert distance(one, other) == pytest.approx(distance(other, one), rel=1e-6, abs=rounding)
 
 
-def test_a_module_is_at_no_distance_from_itself():
+def test_the_distance_of_a_module_to_itself_is_zero():
     factors = (torch.randn(4, 30), torch.randn(20, 4))
     assert distance(factors, factors) == 0.0
 
@@ -121,7 +123,7 @@ def test_ranks_do_not_depend_on_how_delta_w_is_factorised(pair, seed):
     assert effective_rank(turned) == pytest.approx(effective_rank(values), rel=1e-6)
 
 
-def test_equal_directions_count_fully_and_one_counts_once():
+def test_the_ranks_of_equal_and_of_single_singular_values():
     assert stable_rank(torch.ones(4)) == effective_rank(torch.ones(4)) == pytest.approx(4)
     one = torch.tensor([3.0, 0.0, 0.0])
     assert stable_rank(one) == effective_rank(one) == pytest.approx(1)
@@ -136,7 +138,7 @@ def test_a_factor_that_is_not_finite_has_no_spectrum():
     assert effective_rank(values) != effective_rank(values)
 
 
-def test_half_precision_is_widened():
+def test_half_precision_is_computed_in_float64():
     factors = (torch.full((1, 500), 200.0).half(), torch.full((500, 1), 200.0).half())
     assert norm(factors) == pytest.approx(200.0 * 200.0 * 500, rel=1e-6)
 
@@ -152,3 +154,41 @@ def test_modules_are_the_linear_ones_with_both_factors_layer_by_layer():
         "base_model.model.embed.lora_embedding_A": torch.zeros(2, 2),
     }
     assert [name for name, _ in modules(tensors)] == ["layers.9.q_proj", "layers.10.q_proj"]
+
+
+A, B = "base_model.model.m.lora_A.weight", "base_model.model.m.lora_B.weight"
+
+
+def random_factors(rank, into, out, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rank, into, generator=generator), torch.randn(out, rank, generator=generator)
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 4), st.integers(1, 7), st.integers(1, 7), st.integers(0, 99))
+def test_canonical_factors_have_the_same_product(rank, into, out, seed):
+    a, b = random_factors(rank, into, out, seed)
+    new_a, new_b = canonical(a, b)
+    assert new_a.shape == a.shape
+    assert new_b.shape == b.shape
+    assert torch.allclose(new_b @ new_a, b @ a, atol=1e-4)
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 3), st.integers(0, 99))
+def test_equal_products_have_equal_canonical_factors(rank, seed):
+    a, b = random_factors(rank, 6, 5, seed)
+    turn = torch.linalg.qr(torch.randn(rank, rank))[0] * 2  # any invertible matrix will do
+    one, other = canonical(a, b), canonical(torch.linalg.inv(turn) @ a, b @ turn)
+    assert all(torch.allclose(x, y, atol=1e-3) for x, y in zip(one, other, strict=True))
+
+
+def test_raw_changes_nothing_and_svd_only_pairs_of_factors():
+    a, b = random_factors(2, 4, 3, 0)
+    tensors = {A: a, B: b, "lora_magnitude_vector": torch.ones(3)}
+    assert all(value is tensors[key] for key, value in in_form(tensors, "raw").items())
+    found = in_form(tensors, "svd")
+    assert found.keys() == tensors.keys()
+    assert found["lora_magnitude_vector"] is tensors["lora_magnitude_vector"]
+    assert not found[A].equal(a)
+    assert torch.allclose(found[B] @ found[A], b @ a, atol=1e-5)
