@@ -185,7 +185,8 @@ class Layout:
 
         def codes(labels: list[Any]) -> np.ndarray:
             """``[tokens]``: 0, 1, 2, ... in the order of the sorted distinct labels."""
-            return np.unique(np.array(labels), return_inverse=True)[1].astype(np.int64)[owners]
+            by_tensor: np.ndarray = np.unique(np.array(labels), return_inverse=True)[1]
+            return by_tensor.astype(np.int64)[owners]
 
         return TokenGrid(
             tokens=self.tokens,
