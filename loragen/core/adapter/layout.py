@@ -185,8 +185,9 @@ class Layout:
 
         def codes(labels: list[Any]) -> np.ndarray:
             """``[tokens]``: 0, 1, 2, ... in the order of the sorted distinct labels."""
-            by_tensor: np.ndarray = np.unique(np.array(labels), return_inverse=True)[1]
-            return by_tensor.astype(np.int64)[owners]
+            by_tensor = np.unique(np.array(labels), return_inverse=True)[1].astype(np.int64)
+            by_token: np.ndarray = by_tensor[owners]
+            return by_token
 
         return TokenGrid(
             tokens=self.tokens,
