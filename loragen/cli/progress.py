@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from loragen.cli import render
-from loragen.core.lora.tasks import CollectionProgress, Task, TaskOutcome
-from loragen.core.progress import Progress, Silent, Step, Validation
+from loragen.core.progress import OutcomeStatus, Progress, Silent, Step, Validation
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -30,7 +29,7 @@ def terminal_progress() -> Progress:
     return RichProgress() if sys.stderr.isatty() else PlainProgress()
 
 
-class PlainProgress:
+class PlainProgress(Silent):
     """The first step, then one line every ten seconds, then the last; and validations, unless they
     come faster and bring nothing new."""
 
@@ -44,14 +43,14 @@ class PlainProgress:
         now = time.monotonic()
         if step.phase != self._phase:  # its steps take another time
             self._first, self._next, self._phase = None, 0.0, step.phase
-        at, total = step.place
+        at, total = step.position
         if now < self._next and at < total:
             return
         self._next = now + SECONDS_BETWEEN_LINES
         render.note(f"{self._title}: {figures(step)}{self._left(now, step)}")
 
     def validated(self, validation: Validation) -> None:
-        now, (at, total) = time.monotonic(), validation.place
+        now, (at, total) = time.monotonic(), validation.position
         if now < self._next_validation and at < total and not validation.is_best:
             return
         self._next_validation = now + SECONDS_BETWEEN_LINES
@@ -60,7 +59,7 @@ class PlainProgress:
     def _left(self, now: float, step: Step) -> str:
         """Of the phase, measured from its first step seen: of a run that goes on, others had the
         ones before."""
-        at, total = step.place
+        at, total = step.position
         if self._first is None:
             self._first = now, at
         then, first = self._first
@@ -68,11 +67,8 @@ class PlainProgress:
             return ""
         return f", {(now - then) / (at - first) * (total - at):.0f} s left"
 
-    def stop(self) -> None:
-        pass
 
-
-class RichProgress:
+class RichProgress(Silent):
     """One bar per run: stage, step/total, loss, rate, time left; validations above it."""
 
     _bar: "Bar | None" = None
@@ -96,7 +92,7 @@ class RichProgress:
 
     def step(self, step: Step) -> None:
         if self._bar:
-            at, total = step.place
+            at, total = step.position
             self._bar.update(self._task, completed=at, total=total, figures=figures(step))
 
     def validated(self, validation: Validation) -> None:
@@ -104,14 +100,17 @@ class RichProgress:
             line = f"{self._title}: {measured(validation)}"
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def stop(self) -> None:
+    def end(self, name: str) -> None:  # noqa: ARG002  # there is but one
         if self._bar:
             self._bar.stop()
         self._bar = None
 
+    def stop(self) -> None:
+        self.end("")
+
 
 def figures(step: Step) -> str:
-    at, total = step.place
+    at, total = step.position
     rate = f"{step.rate:.0f}" if step.rate >= 10 else f"{step.rate:.2g}"
     return (
         f"{step.phase or f'stage {step.stage}'}, step {at}/{total}, "
@@ -121,7 +120,7 @@ def figures(step: Step) -> str:
 
 def measured(validation: Validation) -> str:
     """`validated after reconstruction, step 8/40: val/loss 0.1250; the best so far`"""
-    at, total = validation.place
+    at, total = validation.position
     told = ", ".join(
         f"{name} {value:.4f}"
         for name, value in validation.metrics.items()
@@ -143,78 +142,61 @@ STYLES = {
 ROWS_BESIDE = 6  # lines of the terminal that are not rows of the table
 
 
-def collection_progress(datasets: int) -> CollectionProgress:
+def collection_progress(datasets: int) -> Progress:
     """One dataset has a bar; several share a table. Only the first process of a launcher tells."""
     if not render.is_first_process():
-        return NoProgress()
+        return Silent()
     if datasets > 1 and sys.stderr.isatty():
         return TableProgress()
     return LinesProgress(terminal_progress)
 
 
-class LinesProgress:
+class LinesProgress(Silent):
     """The progress of every dataset by itself, and a line for what became of it."""
 
     def __init__(self, of_one: Callable[[], Progress]) -> None:
         self._of_one = of_one
-        self._running: dict[Task, Progress] = {}
-        self._places: dict[Task, str] = {}
+        self._running: dict[str, Progress] = {}
+        self._numbers: dict[str, str] = {}
 
-    def begin(self, tasks: Sequence[Task]) -> None:
-        if len(tasks) > 1:
-            self._places = {task: f"[{i}/{len(tasks)}] " for i, task in enumerate(tasks, start=1)}
+    def begin(self, names: Sequence[str]) -> None:
+        if len(names) > 1:
+            self._numbers = {name: f"[{i}/{len(names)}] " for i, name in enumerate(names, start=1)}
 
-    def started(self, task: Task, steps: int) -> None:
-        self._running[task] = self._of_one()
-        self._running[task].start(task.name, steps)
+    def start(self, name: str, total: int) -> None:
+        self._running[name] = self._of_one()
+        self._running[name].start(name, total)
 
-    def step(self, task: Task, step: Step) -> None:
-        self._running[task].step(step)
+    def step(self, step: Step) -> None:
+        self._running[step.name].step(step)
 
-    def ended(self, outcome: TaskOutcome) -> None:
-        self._running.pop(outcome.task, Silent()).stop()
-        if self._places or outcome.status == "skipped":
-            place = self._places.get(outcome.task, "")
-            render.note(f"{place}{outcome.task.name}: {_told(outcome)}")
+    def end(self, name: str) -> None:
+        self._running.pop(name, Silent()).end(name)
 
-    def stop(self) -> None:
-        for progress in self._running.values():
-            progress.stop()
-
-
-class NoProgress:
-    """Of the processes that a launcher started beside the first."""
-
-    def begin(self, tasks: Sequence[Task]) -> None:
-        pass
-
-    def started(self, task: Task, steps: int) -> None:
-        pass
-
-    def step(self, task: Task, step: Step) -> None:
-        pass
-
-    def ended(self, outcome: TaskOutcome) -> None:
-        pass
+    def outcome(self, name: str, status: OutcomeStatus, line: str) -> None:
+        self.end(name)
+        if self._numbers or status == "skipped":
+            render.note(f"{self._numbers.get(name, '')}{name}: {line}")
 
     def stop(self) -> None:
-        pass
+        for name in list(self._running):
+            self.end(name)
 
 
-class TableProgress:
+class TableProgress(Silent):
     """A row per dataset, drawn anew with every step."""
 
     _live: "Live | None" = None
 
     def __init__(self) -> None:
-        self._rows: dict[Task, tuple[str, str]] = {}
-        self._changed: dict[Task, float] = {}
+        self._rows: dict[str, tuple[str, str]] = {}
+        self._changed: dict[str, float] = {}
 
-    def begin(self, tasks: Sequence[Task]) -> None:
+    def begin(self, names: Sequence[str]) -> None:
         from rich.console import Console
         from rich.live import Live
 
-        self._rows = dict.fromkeys(tasks, ("waiting", ""))
+        self._rows = dict.fromkeys(names, ("waiting", ""))
         self._live = Live(
             console=Console(stderr=True),
             get_renderable=self.table,
@@ -223,15 +205,14 @@ class TableProgress:
         )
         self._live.start()
 
-    def started(self, task: Task, steps: int) -> None:
-        self._set(task, "training", f"step 0/{steps}")
+    def start(self, name: str, total: int) -> None:
+        self._set(name, "training", f"step 0/{total}")
 
-    def step(self, task: Task, step: Step) -> None:
-        self._set(task, "training", figures(step))
+    def step(self, step: Step) -> None:
+        self._set(step.name, "training", figures(step))
 
-    def ended(self, outcome: TaskOutcome) -> None:
-        status = "done" if outcome.status == "trained" else outcome.status
-        self._set(outcome.task, status, _told(outcome).removeprefix(status).lstrip(": "))
+    def outcome(self, name: str, status: OutcomeStatus, line: str) -> None:
+        self._set(name, status, line.removeprefix(status).lstrip(": "))
 
     def stop(self) -> None:
         if self._live:
@@ -248,21 +229,15 @@ class TableProgress:
         table.add_column("status", no_wrap=True)
         table.add_column("", no_wrap=True, overflow="ellipsis")
         shown = set(sorted(self._rows, key=self._urgency)[:room])
-        for task, (status, text) in self._rows.items():
-            if task in shown:
-                table.add_row(escape(task.name), f"[{STYLES[status]}]{status}", escape(text))
+        for name, (status, text) in self._rows.items():
+            if name in shown:
+                table.add_row(escape(name), f"[{STYLES[status]}]{status}", escape(text))
         return table
 
-    def _set(self, task: Task, status: str, text: str) -> None:
-        self._rows[task] = (status, text)
-        self._changed[task] = time.monotonic()
+    def _set(self, name: str, status: str, text: str) -> None:
+        self._rows[name] = (status, text)
+        self._changed[name] = time.monotonic()
 
-    def _urgency(self, task: Task) -> tuple[bool, float]:
+    def _urgency(self, name: str) -> tuple[bool, float]:
         """What trains comes first, then what has changed last."""
-        return self._rows[task][0] != "training", -self._changed.get(task, 0.0)
-
-
-def _told(outcome: TaskOutcome) -> str:
-    if outcome.status == "trained" and outcome.run:
-        return f"done in {outcome.run.manifest.seconds or 0:.0f} s: {outcome.run.directory}"
-    return f"{outcome.status}: {outcome.reason}" if outcome.status != "skipped" else outcome.reason
+        return self._rows[name][0] != "training", -self._changed.get(name, 0.0)

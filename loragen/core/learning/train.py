@@ -349,6 +349,7 @@ def _walk(
     session = RunSession(
         Path(config.experiments_dir),
         "lora_generator",
+        "generator",
         config,
         manifest,
         progress,

@@ -8,13 +8,13 @@ from loragen.core.config import LoraTrainConfig
 from loragen.core.data.rows import check_rows
 from loragen.core.errors import UsageError
 from loragen.core.lora.tasks import (
-    CollectionProgress,
     Task,
     TaskOutcome,
     failed,
     finished_run,
     unfinished_run,
 )
+from loragen.core.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 def collect(
     config: LoraTrainConfig,
     tasks: Sequence[Task],
-    progress: CollectionProgress,
+    progress: Progress,
     force: bool = False,
 ) -> list[TaskOutcome]:
     """A run per dataset, as `config.launcher` says; the outcomes in the order of the tasks.
@@ -37,11 +37,11 @@ def collect(
             outcomes[outcome.task] = outcome
             if len(tasks) == 1 and outcome.error:
                 raise outcome.error
-            progress.ended(outcome)
+            outcome.show(progress)
 
     if Path(config.runs_dir).exists() and not Path(config.runs_dir).is_dir():
         raise UsageError(f"runs_dir {config.runs_dir} is a file")
-    progress.begin(tasks)
+    progress.begin([task.name for task in tasks])
     try:
         settle(_settled(config, tasks, force))
         left = [task for task in tasks if task not in outcomes]
@@ -81,7 +81,7 @@ def _tell_of_unfinished(config: LoraTrainConfig, tasks: Iterable[Task]) -> None:
 
 
 def _launch(
-    config: LoraTrainConfig, tasks: Sequence[Task], progress: CollectionProgress
+    config: LoraTrainConfig, tasks: Sequence[Task], progress: Progress
 ) -> Iterator[TaskOutcome]:
     if config.launcher.name == "ray":
         from loragen.core.lora.launch import train_on_ray

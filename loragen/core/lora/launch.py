@@ -27,7 +27,6 @@ from loragen.core.data.documents import location
 from loragen.core.errors import Interrupted, LoragenError, UsageError, one_line
 from loragen.core.lora.settings import located
 from loragen.core.lora.tasks import (
-    CollectionProgress,
     Task,
     TaskOutcome,
     config_of,
@@ -37,7 +36,7 @@ from loragen.core.lora.tasks import (
 )
 from loragen.core.lora.train import train
 from loragen.core.lora.worker import RunWatch, TrainingJob, TrainingResult, outcome_of, train_job
-from loragen.core.progress import Step, Validation
+from loragen.core.progress import Progress
 from loragen.core.run.loop import Interruption
 
 log = logging.getLogger(__name__)
@@ -67,14 +66,14 @@ def launched_outside() -> bool:
 
 
 def train_here(
-    config: LoraTrainConfig, tasks: Sequence[Task], progress: CollectionProgress
+    config: LoraTrainConfig, tasks: Sequence[Task], progress: Progress
 ) -> Iterator[TaskOutcome]:
     """In this process, on one base model. Raises LoragenError where that does not load."""
     base = load_training_base(config)
     for index, task in enumerate(tasks):
         try:
             own = config_of(config, task)
-            run = train(own, task.name, task.source, base, _OfTask(progress, task))
+            run = train(own, task.name, task.source, base, progress)
         except (KeyboardInterrupt, Interrupted) as error:
             yield TaskOutcome(task, "interrupted", None, str(error) or "interrupted", error)
             yield from not_started(tasks[index + 1 :])
@@ -88,18 +87,18 @@ def train_here(
 
 
 def train_in_processes(
-    config: LoraTrainConfig, tasks: Sequence[Task], progress: CollectionProgress
+    config: LoraTrainConfig, tasks: Sequence[Task], progress: Progress
 ) -> Iterator[TaskOutcome]:
     """Each in a process of its own, from which Lightning starts those of the other devices."""
     interruption = Interruption()
     with interruption.awaited():
         for index, task in enumerate(tasks):
-            progress.started(task, config.training.max_steps)
+            progress.start(task.name, config.training.max_steps)
             job = TrainingJob(
                 config=config_of(config, task), name=task.name, source=location(task.source)
             )
             watch = RunWatch(config, task)
-            outcome = outcome_of(task, _run(job, watch, progress, task, interruption))
+            outcome = outcome_of(task, _run(job, watch, progress, interruption))
             yield outcome
             if interruption.requested or outcome.status == "interrupted":
                 yield from not_started(tasks[index + 1 :])
@@ -109,8 +108,7 @@ def train_in_processes(
 def _run(
     job: TrainingJob,
     watch: RunWatch,
-    progress: CollectionProgress,
-    task: Task,
+    progress: Progress,
     interruption: Interruption,
 ) -> TrainingResult:
     with tempfile.TemporaryDirectory(prefix="loragen-") as folder:
@@ -125,7 +123,7 @@ def _run(
             told = sys.platform == "win32"
             while _running(process):
                 for step in watch.news():
-                    progress.step(task, step)
+                    progress.step(step)
                 if interruption.requested and not told:
                     process.terminate()
                     told = True
@@ -159,25 +157,6 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-class _OfTask:
-    """The progress of one dataset within that of the collection."""
-
-    def __init__(self, progress: CollectionProgress, task: Task) -> None:
-        self._progress, self._task = progress, task
-
-    def start(self, title: str, total: int) -> None:  # noqa: ARG002  # the task has its name
-        self._progress.started(self._task, total)
-
-    def step(self, step: Step) -> None:
-        self._progress.step(self._task, step)
-
-    def validated(self, validation: Validation) -> None:
-        """A collection tells of its steps alone."""
-
-    def stop(self) -> None:
-        pass
-
-
 RAY_POLL_SECONDS = 0.3
 RAY_GRACE_SECONDS = 60
 """For the tasks that were cancelled, to save their step."""
@@ -194,7 +173,7 @@ class _Attempt:
 
 
 def train_on_ray(
-    config: LoraTrainConfig, tasks: Sequence[Task], progress: CollectionProgress
+    config: LoraTrainConfig, tasks: Sequence[Task], progress: Progress
 ) -> Iterator[TaskOutcome]:
     """As many at a time as the cluster has room for, each in a process of its own.
 
@@ -212,7 +191,7 @@ def train_on_ray(
 
 
 class _Collection:
-    def __init__(self, ray: Any, config: LoraTrainConfig, progress: CollectionProgress) -> None:
+    def __init__(self, ray: Any, config: LoraTrainConfig, progress: Progress) -> None:
         self._ray, self._config, self._progress = ray, config, progress
         settings = config.launcher
         self._remote = ray.remote(
@@ -254,9 +233,9 @@ class _Collection:
     def _show(self, attempt: _Attempt) -> None:
         if attempt.watch.directory and not attempt.shown:
             attempt.shown = True
-            self._progress.started(attempt.task, self._config.training.max_steps)
+            self._progress.start(attempt.task.name, self._config.training.max_steps)
         for step in attempt.watch.news():
-            self._progress.step(attempt.task, step)
+            self._progress.step(step)
 
     def _outcome(self, reference: Any) -> TaskOutcome | None:
         """None where it is tried again."""

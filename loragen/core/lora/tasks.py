@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 from traceback import clear_frames
-from typing import Literal, Protocol
+from typing import Literal
 
 from loragen.core.config import LoraTrainConfig
 from loragen.core.config.schema import LauncherSection
@@ -13,7 +13,7 @@ from loragen.core.data.documents import Source, content_hash, location
 from loragen.core.data.rows import dataset_names, find_dataset
 from loragen.core.errors import Interrupted, LoragenError, UsageError, one_line
 from loragen.core.lora.settings import result_differences, same_base, same_dtype, validation_hash
-from loragen.core.progress import Step
+from loragen.core.progress import Progress
 from loragen.core.run.directory import MANIFEST, LoraRun, read_run
 
 
@@ -38,19 +38,14 @@ class TaskOutcome:
     """In one line, where it was not trained."""
     error: BaseException | None = None
 
-
-class CollectionProgress(Protocol):
-    """What a collection tells of itself while it runs."""
-
-    def begin(self, tasks: Sequence[Task]) -> None: ...
-
-    def started(self, task: Task, steps: int) -> None: ...
-
-    def step(self, task: Task, step: Step) -> None: ...
-
-    def ended(self, outcome: TaskOutcome) -> None: ...
-
-    def stop(self) -> None: ...
+    def show(self, progress: Progress) -> None:
+        if self.status == "trained" and self.run:
+            seconds = self.run.manifest.seconds or 0
+            line = f"done in {seconds:.0f} s: {self.run.directory}"
+            progress.outcome(self.task.name, "done", line)
+        elif self.status != "trained":
+            line = self.reason if self.status == "skipped" else f"{self.status}: {self.reason}"
+            progress.outcome(self.task.name, self.status, line)
 
 
 def tasks(config: LoraTrainConfig, wanted: Sequence[str], every: bool) -> list[Task]:

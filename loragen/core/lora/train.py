@@ -265,6 +265,7 @@ def _trained(
     session = RunSession(
         Path(config.runs_dir),
         f"{name}_lora",
+        name,
         config,
         manifest,
         progress,

@@ -149,6 +149,7 @@ class RunWatch:
                 entry["train/loss"],
                 entry.get("train/tokens_per_second", nan),
                 "answer tokens/s",
+                name=self._task.name,
             )
             for entry in entries
             if "train/loss" in entry

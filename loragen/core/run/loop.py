@@ -18,7 +18,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from types import FrameType
@@ -186,11 +186,14 @@ class RunSession(Callback):
         self,
         parent: Path,
         prefix: str,
+        name: str,
         config: Any,
         manifest: Manifest,
         progress: Progress,
         continued: Continued | None = None,
     ) -> None:
+        """`name` is what the events of `progress` carry."""
+        self._name = name
         self._parent, self._prefix = parent, prefix
         self._config, self._continued = config, continued
         self._loggers = (
@@ -241,16 +244,16 @@ class RunSession(Callback):
     def report(self, step: Step) -> None:
         assert self._trainer is not None
         if self._trainer.is_global_zero:
-            self.progress.step(step)
+            self.progress.step(replace(step, name=self._name))
 
     def report_validation(self, validation: Validation) -> None:
         assert self._trainer is not None
         if self._trainer.is_global_zero:
-            self.progress.validated(validation)
+            self.progress.validated(replace(validation, name=self._name))
 
     def close(self, status: Status) -> None:
         """Closes the loggers and writes the final manifest; nothing to do if never opened."""
-        self.progress.stop()
+        self.progress.end(self._name)
         if self._trainer is None or not hasattr(self, "directory"):
             return
         self._loggers.close(status)

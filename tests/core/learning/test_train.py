@@ -167,7 +167,7 @@ class TestTraining:
     def test_every_validation_is_told_with_the_best_so_far(self, exploded):
         run, watching = exploded
         found = watching.validations
-        assert [one.place for one in found] == [(step, 12) for step in (2, 4, 6, 8, 10, 12)]
+        assert [one.position for one in found] == [(step, 12) for step in (2, 4, 6, 8, 10, 12)]
         (best,) = run.directory.glob("checkpoints/epoch=*")
         kept = torch.load(best, weights_only=True)["global_step"]
         assert found[-1].best == ("reconstruction", kept)

@@ -24,25 +24,22 @@ from loragen.core.run.directory import LoraManifest, checkpoint_files, read_mani
 QUICK = {"training.max_steps": 2, "checkpoints.first_step": 2, "final_model": "none"}
 
 
-class Recorded:
+class Recorded(Silent):
     """Keeps what a collection told; may end it at a step."""
 
     def __init__(self, stop=None):
         self.steps, self.outcomes, self.stop_at = [], [], stop
 
-    def begin(self, tasks):
-        self.tasks = list(tasks)
+    def begin(self, names):
+        self.names = list(names)
 
-    def started(self, task, steps):
-        pass
-
-    def step(self, task, step):
-        self.steps.append((task.name, step.step))
-        if (task.name, step.step) == self.stop_at:
+    def step(self, step):
+        self.steps.append((step.name, step.step))
+        if (step.name, step.step) == self.stop_at:
             raise Interrupted("interrupted, as the test wants")
 
-    def ended(self, outcome):
-        self.outcomes.append(outcome.task.name)
+    def outcome(self, name, status, line):
+        self.outcomes.append(name)
 
     def stop(self):
         self.stopped = True
@@ -307,8 +304,8 @@ def test_what_a_failed_dataset_held_is_let_go(lora_config, named):
     held = []
 
     class Failing(Recorded):
-        def step(self, task, step):
-            if task.name == "one" and not held:
+        def step(self, step):
+            if step.name == "one" and not held:
                 batch = torch.zeros(3)
                 held.append(weakref.ref(batch))
                 raise RuntimeError("out of memory")
