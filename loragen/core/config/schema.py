@@ -1,10 +1,6 @@
-"""The sections that both trainings share. Defaults here are the built-in layer.
+"""The configuration of `loragen lora train` and of `loragen gen train`, one pydantic model each.
 
-What can be configured of `loragen lora train`. Defaults here are the built-in layer.
-
-What can be configured of `loragen gen train`. Defaults here are the built-in layer.
-
-Which configuration belongs to which command.
+The defaults here are the lowest layer. Descriptions become the comments of `loragen config init`.
 """
 
 from typing import Annotated, Any, ClassVar, Literal
@@ -57,16 +53,16 @@ class TrainerSection(Section):
     num_nodes: int = Field(1, ge=1, description="How many machines.")
     strategy: str = Field("auto", description="auto, ddp, fsdp, deepspeed_stage_2, ...")
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = Field(
-        "32-true", description="Arithmetic of the forward pass, and the base weights' for *-true."
+        "32-true", description="Precision of the forward pass; *-true: of the base weights too."
     )
     gradient_clip_val: float | None = Field(
         None,
         ge=0,
-        description="Largest gradient norm; 0: any. null: 1.0 for a generator's transfer, any for "
-        "everything else.",
+        description="Largest gradient norm; 0: no limit. null: 1.0 for a generator's transfer, "
+        "else no limit.",
     )
     accumulate_grad_batches: int = Field(
-        1, ge=1, description="Micro-batches per step; those of lora share training.batch_size."
+        1, ge=1, description="Micro-batches per step; in lora train they share training.batch_size."
     )
     limit_train_batches: int | float | None = Field(
         None, gt=0, description="Stop after so many micro-batches, or that share of them."
@@ -78,7 +74,7 @@ class TrainerSection(Section):
 
     @property
     def sets_base_dtype(self) -> bool:
-        """Whether the precision is the base weights' too; base_dtype has no say then."""
+        """Whether the precision is also that of the base weights, in place of `base_dtype`."""
         return self.precision in {"bf16-true", "64-true"}
 
 
@@ -93,12 +89,12 @@ class LoraDataSection(Section):
         1024, ge=8, description="Longest row in tokens; a longer one loses the start of its prompt."
     )
     val_ratio: float = Field(
-        0.0, ge=0, lt=1, description="Share of the rows that is held out for val/ metrics."
+        0.0, ge=0, lt=1, description="Share of the rows held out for val/ metrics."
     )
     validation: str | None = Field(
-        None, description="A file of rows for val/ metrics, in place of val_ratio."
+        None, description="A file of rows for val/ metrics, instead of val_ratio."
     )
-    workers: int = Field(0, ge=0, description="Processes that prepare batches beside the training.")
+    workers: int = Field(0, ge=0, description="Processes that prepare batches during the training.")
     skip_bad_rows: bool = Field(False, description="Leave bad rows out instead of refusing them.")
 
 
@@ -122,7 +118,7 @@ class LoraTrainingSection(Section):
     )
     val_every: int = Field(25, ge=1, description="Validate every so many steps.")
     patience: int | None = Field(
-        None, ge=1, description="Stop once val/loss has not improved for this many steps."
+        None, ge=1, description="Stop when val/loss has not improved for so many steps."
     )
 
 
@@ -130,37 +126,39 @@ class CheckpointsSection(Section):
     first_step: int = Field(76, ge=1, description="The first step that is kept.")
     every: int = Field(1, ge=1, description="Keep every so many steps from there, and the last.")
     optimizer: Literal["all", "last", "none"] = Field(
-        "all", description="Which checkpoints carry the optimizer's state, which resuming needs."
+        "all", description="Which checkpoints hold the optimizer state, which resuming needs."
     )
     last_every: int = Field(
-        5, ge=1, description="Renew last.ckpt, from which a killed run goes on, so often (steps)."
+        5,
+        ge=1,
+        description="Write last.ckpt, from which a killed run resumes, every so many steps.",
     )
 
     def keeps(self, step: int, final: bool) -> bool:
-        """Whether a step has a checkpoint of its own; the final one always has."""
+        """Whether a step is kept as a checkpoint; the final one always is."""
         return final or (step >= self.first_step and (step - self.first_step) % self.every == 0)
 
     def carries_optimizer(self, final: bool) -> bool:
-        """Whether such a checkpoint is one to go on from."""
+        """Whether a checkpoint holds the optimizer state, which resuming needs."""
         return self.optimizer == "all" or (self.optimizer == "last" and final)
 
 
 class LauncherSection(Section):
     name: Literal["local", "ray"] = Field(
-        "local", description="Where several datasets train: one after the other here, or on ray."
+        "local", description="Where several datasets train: one after the other here, or on Ray."
     )
     address: str | None = Field(
-        None, description="Of a ray cluster that is there, or auto; null starts one here."
+        None, description="Address of a running Ray cluster, or auto; null starts one here."
     )
-    num_cpus: float = Field(1, gt=0, description="Cores of one dataset, on ray.")
+    num_cpus: float = Field(1, gt=0, description="CPU cores per dataset, on Ray.")
     num_gpus: float = Field(
-        0, ge=0, description="GPUs of one dataset, on ray; 0.5: two datasets share one."
+        0, ge=0, description="GPUs per dataset, on Ray; 0.5: two datasets share one."
     )
     max_retries: int = Field(
-        1, ge=0, description="How often a dataset is tried again whose worker fails, on ray."
+        1, ge=0, description="How often a dataset is retried after its worker failed, on Ray."
     )
     max_concurrent: int | None = Field(
-        None, ge=1, description="Most datasets at a time, on ray; null: as many as fit."
+        None, ge=1, description="Most datasets at a time, on Ray; null: as many as fit."
     )
 
 
@@ -171,7 +169,8 @@ class LoraTrainConfig(Section):
         "Qwen/Qwen2.5-0.5B-Instruct", description="A hub id, a directory, or demo."
     )
     base_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Of the frozen base; auto: bfloat16 for large ones where it is fast."
+        "auto",
+        description="Dtype of the frozen base; auto: bfloat16 for a large one where that is fast.",
     )
     base_quantization: Literal["none", "8bit", "4bit"] = Field(
         "none", description="QLoRA: a base in 8 or 4 bits; needs a CUDA GPU and bitsandbytes."
@@ -180,16 +179,16 @@ class LoraTrainConfig(Section):
         42,
         ge=0,
         le=2**32 - 1,
-        description="Batches, dropout and the LoRA initialisation of a whole collection.",
+        description="Seed of batches, dropout and the LoRA initialisation, for all datasets alike.",
     )
-    runs_dir: str = Field("runs", description="Where run directories are made.")
+    runs_dir: str = Field("runs", description="Directory of the run directories.")
     data: LoraDataSection = LoraDataSection()
     lora: LoraSection = LoraSection()
     training: LoraTrainingSection = LoraTrainingSection()
     schedule: ScheduleSection = ScheduleSection(name="two-stage")
     checkpoints: CheckpointsSection = CheckpointsSection()
     track_batches: bool = Field(
-        False, description="Write tracking/: which lines made which step and checkpoint."
+        False, description="Write tracking/: which rows each step and checkpoint was trained on."
     )
     final_model: Literal["merged", "none"] = Field(
         "merged", description="merged: also a whole model in the base's dtype, adapter merged in."
@@ -197,7 +196,7 @@ class LoraTrainConfig(Section):
     loggers: Loggers = Field({"tensorboard": {}, "swanlab": {}})
     trainer: TrainerSection = TrainerSection()
     collection: list[str] = Field(
-        [], description="Names under data.root, or files, where no dataset is named."
+        [], description="Names under data.root, or files: what to train on if no dataset is named."
     )
     launcher: LauncherSection = LauncherSection()
 
@@ -212,17 +211,20 @@ class LoraTrainConfig(Section):
                 "training.patience watches val/loss: it needs data.val_ratio > 0 or data.validation"
             )
         if self.trainer.sets_base_dtype and self.base_dtype != "auto":
-            raise ValueError(f"trainer.precision {precision} is the base's too: base_dtype auto")
+            raise ValueError(
+                f"trainer.precision {precision} sets the base's dtype too; leave base_dtype auto"
+            )
         if self.launcher.name == "ray" and (self.trainer.devices, self.trainer.num_nodes) != (1, 1):
             raise ValueError(
                 "launcher ray gives every dataset one device: trainer.devices 1, num_nodes 1"
             )
         devices = self.trainer.devices if isinstance(self.trainer.devices, int) else 1
-        parts = max(1, devices) * self.trainer.num_nodes * self.trainer.accumulate_grad_batches
-        if self.training.batch_size % parts:
+        trainer = self.trainer
+        shares = max(1, devices) * trainer.num_nodes * trainer.accumulate_grad_batches
+        if self.training.batch_size % shares:
             raise ValueError(
                 f"training.batch_size {self.training.batch_size} must be a multiple of devices x "
-                f"num_nodes x accumulate_grad_batches = {parts}: it counts the rows of a whole step"
+                f"num_nodes x accumulate_grad_batches = {shares}: it counts all rows of a step"
             )
         return self
 
@@ -230,7 +232,7 @@ class LoraTrainConfig(Section):
 class SourceSection(Section):
     """Checkpoints of one dataset and the prompts that go with them."""
 
-    run: str | None = Field(None, description="A run directory of `lora train`; it knows both.")
+    run: str | None = Field(None, description="A run directory of `lora train`, with its prompts.")
     checkpoints: str | None = Field(None, description="A directory of checkpoints or adapters.")
     prompts: str | None = Field(
         None,
@@ -248,12 +250,12 @@ class SourceSection(Section):
 class LayoutSection(Section):
     token_dim: int = Field(384, ge=1, description="Values per token.")
     max_seq_len: int | Literal["auto"] = Field(
-        "auto", description="Most tokens allowed; auto takes what the adapter needs."
+        "auto", description="Most tokens allowed; auto: as many as the adapter needs."
     )
     target_form: Literal["raw", "svd"] = Field(
         "raw",
-        description="Factors to learn: as trained, or those of the SVD of BA, which any other "
-        "factors of the same BA share.",
+        description="Factors to learn. raw: as trained; svd: those of the SVD of BA, equal for all "
+        "factors of the same BA.",
     )
 
 
@@ -262,31 +264,35 @@ class GenDataSection(Section):
         None, description="Run directories, or folders of them; added to sources."
     )
     prompts: str | None = Field(
-        None, description="A directory of `data prepare`, in place of the runs' own datasets."
+        None, description="A directory of `data prepare`, instead of the runs' own datasets."
     )
     pairing: Literal["dataset", "tracked"] = Field(
         "dataset",
-        description="A checkpoint goes with any prompts of its dataset, or with those of the rows "
-        "that it was trained on last.",
+        description="A checkpoint is paired with any prompts of its dataset, or (tracked) with "
+        "those of the rows that its last step was trained on.",
     )
     batch_size: int = Field(
-        8, ge=1, description="Pairs of condition and adapter per micro-batch, of all devices."
+        8, ge=1, description="Pairs of condition and adapter per micro-batch, all devices together."
     )
     prompts_per_condition: int = Field(
         16, ge=1, description="Prompt texts that the generator sees at once."
     )
     samples_per_prompt: int = Field(4, ge=1, description="Rows joined into one prompt text.")
-    max_checkpoints: int = Field(50, ge=1, description="The newest so many of every source.")
+    max_checkpoints: int = Field(
+        50, ge=1, description="Use so many checkpoints of every source, the newest."
+    )
     cache_tokenized: bool = Field(
         True, description="Keep tokenised checkpoints and embeddings for the next run."
     )
-    cache_dir: str = Field(".loragen-cache", description="Where; may be deleted at any time.")
+    cache_dir: str = Field(
+        ".loragen-cache", description="The directory; may be deleted at any time."
+    )
     val_ratio: float = Field(
         0.1,
         ge=0,
         lt=1,
         description="Share of every source's prompt texts held out for val/; prepared prompts "
-        "have their own.",
+        "come with their own split.",
     )
 
 
@@ -310,15 +316,19 @@ class GenTrainingSection(Section):
         None, ge=1, description="Ends the reconstruction earlier; behaviour has steps of its own."
     )
     learning_rate: float = Field(
-        1e-4, gt=0, description="For schedules that have a learning_rate and were given none."
+        1e-4, gt=0, description="For a schedule that takes a learning_rate and was given none."
     )
     weight_decay: float = Field(
-        0.01, ge=0, description="Of matrices: decoupled in adamw, in the gradient in adam and sgd."
+        0.01,
+        ge=0,
+        description="Of weight matrices; decoupled in adamw, an L2 term in adam and sgd.",
     )
     mse_weight: float = Field(1.0, ge=0, description="Weight of the squared error in the loss.")
     l1_weight: float = Field(0.1, ge=0, description="Weight of the absolute error in the loss.")
     optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="As in torch.optim.")
-    momentum: float = Field(0.9, ge=0, lt=1, description="Of sgd; the others have their own.")
+    momentum: float = Field(
+        0.9, ge=0, lt=1, description="Momentum of sgd; the other optimizers have their own."
+    )
     ema_decay: float | None = Field(
         None,
         gt=0,
@@ -327,13 +337,15 @@ class GenTrainingSection(Section):
         "null: the weights as they are.",
     )
     encoder_rate: float = Field(
-        0.1, gt=0, description="Learning rate of an encoder that is not frozen, as a share."
+        0.1,
+        gt=0,
+        description="Learning rate of an encoder that is not frozen, as a share of the rate.",
     )
     condition_noise: float = Field(
-        0.0, ge=0, description="Std of Gaussian noise on every prompt, in units of their own std."
+        0.0, ge=0, description="Std of Gaussian noise on prompt embeddings, in units of their std."
     )
     target_noise: float = Field(
-        0.0, ge=0, description="Std of Gaussian noise on targets, in units of their own spread."
+        0.0, ge=0, description="Std of Gaussian noise on target tokens, in units of their std."
     )
     importance: bool = Field(
         False, description="Weigh tokens that the checkpoints of a dataset agree on more."
@@ -342,31 +354,35 @@ class GenTrainingSection(Section):
         1, ge=1, description="Validate every so many epochs, and after the last step."
     )
     last_every: int = Field(
-        50, ge=1, description="Renew last.ckpt, from which a killed run goes on, so often (steps)."
+        50,
+        ge=1,
+        description="Write last.ckpt, from which a killed run resumes, every so many steps.",
     )
     val_rows: int = Field(
         32,
         ge=0,
-        description="Held-out rows of every dataset that generated adapters are tried on, where "
-        "the objective has the base at hand; 0: none.",
+        description="Held-out rows of every dataset to evaluate generated adapters on, if the "
+        "objective loads the base; 0: none.",
     )
 
 
 class BehaviourSection(Section):
     """The phase that trains through the base model."""
 
-    base_model: str | None = Field(None, description="null: the one that the runs were made on.")
+    base_model: str | None = Field(None, description="null: the one that the runs were trained on.")
     max_steps: int = Field(400, ge=1, description="Optimizer steps.")
     learning_rate: float | None = Field(
         None,
         gt=0,
-        description="Its own, for schedules that have a learning_rate. null: 5e-4 for transfer, "
-        "1e-4 for behaviour, which moves every weight and diverges sooner.",
+        description="Of this phase, for a schedule that takes a learning_rate. null: 5e-4 for "
+        "transfer, 1e-4 for behaviour, which trains every weight and diverges sooner.",
     )
     batch_size: int = Field(
-        8, ge=1, description="Adapters per micro-batch, of all devices, each of another dataset."
+        8,
+        ge=1,
+        description="Adapters per micro-batch, all devices together, each of another dataset.",
     )
-    rows_per_adapter: int = Field(8, ge=1, description="Labelled rows that each is tried on.")
+    rows_per_adapter: int = Field(8, ge=1, description="Labelled rows per adapter.")
     max_length: int = Field(512, ge=8, description="Longest row in tokens, as in lora train.")
     reconstruction_weight: float = Field(
         0.1, ge=0, description="Weight of the reconstruction loss beside the base's."
@@ -388,10 +404,12 @@ class GenTrainConfig(Section):
     seed: int = Field(
         42, ge=0, description="Initial weights, grouping of prompts, split and batches."
     )
-    experiments_dir: str = Field("experiments", description="Where experiment directories go.")
+    experiments_dir: str = Field(
+        "experiments", description="Directory of the experiment directories."
+    )
     sources: list[SourceSection] = Field([], description="What to learn from.")
     val_sources: list[SourceSection] = Field(
-        [], description="Datasets held out whole, for val_unseen/ metrics."
+        [], description="Datasets held out entirely, for val_unseen/ metrics."
     )
     encoder: EncoderSection = EncoderSection(name="sbert")
     decoder: DecoderSection = DecoderSection(name="hyperconv")
