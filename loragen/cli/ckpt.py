@@ -1,13 +1,4 @@
-"""`loragen ckpt analyze`: what checkpoints are, one by one, as a path, and side by side.
-
-`loragen ckpt test`: is a checkpoint one that a generator can learn?
-
-`loragen ckpt lines`: which rows of the dataset made a checkpoint.
-
-`loragen ckpt convert`: traditional experiments -> run directories.
-
-`loragen ckpt`: know what the weights are.
-"""
+"""`loragen ckpt`: analyse checkpoints, trace what they were trained on, convert old ones."""
 
 import time
 from collections.abc import Sequence
@@ -17,54 +8,65 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from loragen.cli import render
-from loragen.cli.options import Alpha, BaseModel, DataRoot, Force, Json
-from loragen.core.analysis.report import Analysis, Comparison, ModuleReport, Report, by_tensor
-from loragen.core.errors import DataError, UsageError
+from loragen.cli.options import Alpha, BaseModelName, DataRoot, Force, Json, refuse_existing_file
+from loragen.core.errors import EXIT_FAILED, DataError, LoragenError, UsageError
 
 if TYPE_CHECKING:
+    from loragen.core.analysis.report import Analysis, Comparison, ModuleReport, Report
     from loragen.core.analysis.tokenized import Tokenized
-    from loragen.core.lora.provenance import TracedRun
 
-MOST_ROWS = 12
-MOST_IN_FULL = 3
-"""Collections that are shown module by module; of more, only --all shows that."""
+app = typer.Typer(no_args_is_help=True, help="Look into checkpoints, and convert old ones.")
+
+MAX_ROWS = 12
+MAX_IN_FULL = 3
+"""Collections that are shown module by module; of more only --all shows the modules."""
+MAX_MATRIX = 8
+"""Collections that a matrix of cosines has room for."""
 RANKS = ("stable rank", "effective rank")
-MOST_COLLECTIONS_IN_A_MATRIX = 8
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def analyze(
+@app.command("analyze")
+def ckpt_analyze(
     paths: Annotated[
         list[Path] | None,
         typer.Argument(help="Runs, folders of runs, of checkpoints or adapters, or single files."),
     ] = None,
     checkpoint_dir: Annotated[list[Path] | None, typer.Option(hidden=True)] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="Every module and checkpoint, however many.")
+        bool, typer.Option("--all", help="Show every module and checkpoint, however many.")
     ] = False,
     html: Annotated[
         Path | None,
-        typer.Option("--html", metavar="FILE", help="Also a page with plots; works offline."),
+        typer.Option("--html", metavar="FILE", help="Also write a page with plots."),
     ] = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
     """Norms, spectra and ranks of ΔW, drift and path, damage; several collections side by side.
 
-    docs/analysis.md explains every number. Exits with 1 where a tensor is not finite.
+    docs/analysis.md explains every number. Exits with 1 if a tensor is not finite.
     """
-    places = [*(paths or ()), *(checkpoint_dir or ())]
-    if not places:
+    given = [*(paths or ()), *(checkpoint_dir or ())]
+    if not given:
         raise UsageError("nothing to analyse: name a run, a folder of runs, an adapter or a file")
-    for path in places:
+    for path in given:
         if not path.exists():
             raise UsageError(f"{path}: no checkpoints or adapters there")
     if html is not None:
         refuse_existing_file(html, force)
 
-    from loragen.core.analysis.series import analyze as analyze_paths
+    from loragen.core.analysis.series import analyze
 
-    analysis = analyze_paths(places, Told())
+    last = time.monotonic()
+
+    def report_progress(name: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() >= last + SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            render.note(f"{name}: {done}/{total} checkpoints")
+
+    analysis = analyze(given, report_progress)
     if html is not None:
         from loragen.core.analysis.page import write_page
 
@@ -73,90 +75,236 @@ def analyze(
     if json:
         render.answer_json(analysis.as_dict())
     else:
-        _show(analysis, None if every else MOST_ROWS)
+        _print_analysis(analysis, None if every else MAX_ROWS)
     if any(report.not_finite for report in analysis.collections):
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_FAILED)
 
 
-class Told:
-    """A line on stderr every ten seconds, none for what is quick."""
+@app.command("test")
+def ckpt_test(
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="A .ckpt, .pt, .safetensors, a PEFT directory, or a run (its newest)."),
+    ] = None,
+    checkpoint_file: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    max_tokens: Annotated[
+        str, typer.Option("--max-tokens", metavar="N|auto", help="Most tokens that are allowed.")
+    ] = "auto",
+    token_dim: Annotated[
+        int, typer.Option("--token-dim", min=1, help="Values of one token.")
+    ] = 384,
+    json: Json = False,
+) -> None:
+    """Tokenise one adapter as a generator does: its layout, tokens, fill, and the round trip.
 
-    def __init__(self) -> None:
-        self._last = time.monotonic()
+    Exits with 1 if it needs more than --max-tokens, or does not come back bit for bit.
+    """
+    path = file or checkpoint_file
+    if path is None or (file and checkpoint_file):
+        raise UsageError("which checkpoint? Give one: loragen ckpt test FILE")
+    most: int | Literal["auto"] = "auto"
+    if max_tokens != "auto":
+        if not max_tokens.isdecimal() or int(max_tokens) == 0:
+            raise UsageError(f"--max-tokens: a whole number above 0, or auto (got {max_tokens})")
+        most = int(max_tokens)
+    if not path.exists():
+        raise UsageError(f"{path}: no such checkpoint")
 
-    def __call__(self, name: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now >= self._last + SECONDS_BETWEEN_LINES:
-            self._last = now
-            render.note(f"{name}: {done}/{total} checkpoints")
+    from loragen.core.analysis.tokenized import tokenized
+
+    report = tokenized(path, token_dim, most)
+    if json:
+        render.answer_json(report.as_dict())
+    else:
+        _print_tokens(report)
+    if not report.fits:
+        raise DataError(
+            f"{report.file} does not fit: --max-tokens is {report.max_tokens} and it needs "
+            f"{report.tokens} tokens of {token_dim} values: give {report.tokens} or auto"
+        )
+    if report.bits_changed:
+        raise DataError(f"{report.file} does not come back unchanged from its tokens")
 
 
-def refuse_existing_file(file: Path, force: bool) -> None:
-    if file.is_dir():
-        raise UsageError(f"{file} is a directory; --html is a file")
-    if file.exists() and not force:
-        raise UsageError(f"{file} exists already; choose another place or add --force")
+@app.command("lines")
+def ckpt_lines(
+    path: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint of a run, or a run.")],
+    step: Annotated[
+        int | None, typer.Option("--step", min=1, help="Any step of the run, with a file or not.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """The lines of the dataset that the step of a checkpoint was trained on.
+
+    Computed from the run's seed: needs the dataset as it was, but no --track-batches.
+    """
+    from loragen.core.lora.provenance import row_hash, traced_run
+
+    if not path.exists():
+        raise UsageError(f"{path}: no such run or checkpoint; for a step without a file: --step N")
+    run = traced_run(path)
+    step = step or _step_of(path)
+    if step > run.done_steps:
+        raise UsageError(f"{run.directory} has no step {step}: it has done {run.done_steps}")
+    rate = run.rate(step)
+    rows = [
+        {"line": row.line, "hash": row_hash(row), "prompt": render.shortened(row.prompt)}
+        for row in run.provenance.rows_of(step)
+    ]
+    document = {
+        "run": str(run.directory),
+        "file": run.manifest.dataset.path,
+        "step": step,
+        "stage": rate.stage,
+        "learning_rate": rate.learning_rate,
+        "rows": rows,
+    }
+    if json:
+        render.answer_json(document)
+        return
+    header = f"step {step}, stage {rate.stage}, learning rate {rate.learning_rate:g}"
+    render.answer(f"{document['file']}\n{header}\n")
+    render.answer(render.columns(("line", "hash", "prompt"), [tuple(row.values()) for row in rows]))
 
 
-def _show(analysis: Analysis, most: int | None) -> None:
-    in_full = most is None or len(analysis.collections) <= MOST_IN_FULL
+@app.command("convert")
+def ckpt_convert(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(help="Original runs, folders with many, or folders of checkpoints."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The directory of the run directories.")
+    ] = Path("runs"),
+    base_model: BaseModelName = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            "--dataset", help="A name under --data-root, or a file; for a single dataset."
+        ),
+    ] = None,
+    data_root: DataRoot = "data_to_lora/cs",
+    alpha: Alpha = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="The training's own YAML: alpha, base, schedule, ..."),
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out checkpoints that are broken or differ.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Turn experiments of the original scripts into run directories that `gen train` reads.
+
+    Reads experiments/<name>/<dataset>/<run>/{models,checkpoints,logs}: .pt, .pth, .bin, .ckpt,
+    .safetensors, PEFT and Trainer directories. Of a full model only the LoRA part is read. A run
+    that was converted before is left as it is. Prints the run directories.
+    """
+    from loragen.core.files import refuse_file
+    from loragen.legacy.discover import find_runs
+
+    refuse_file(output)
+    runs = [run for source in sources for run in find_runs(source)]
+
+    from loragen.legacy.convert import ConversionOptions, check_one_dataset, convert
+
+    options = ConversionOptions(
+        output, base_model, dataset, Path(data_root or "."), alpha, config, skip_bad
+    )
+    check_one_dataset(runs, options)
+    documents: list[dict[str, Any]] = []
+    for number, run in enumerate(runs, 1):
+        render.note(f"[{number}/{len(runs)}] {run.source}")
+        document: dict[str, Any] = {"source": str(run.source), "run": None, "error": None}
+        try:
+            converted = convert(run, options)
+        except LoragenError as error:
+            if len(runs) == 1:
+                raise
+            render.problems(error.problems)
+            document["error"] = list(error.problems)
+        else:
+            for line in _remarks(converted):
+                render.note(f"  {line}")
+            document |= {
+                "run": str(converted.directory),
+                "already": converted.already,
+                "left_out": converted.left_out,
+                "optimizer_states": converted.optimizer_states,
+                "assumed": converted.assumed,
+                **converted.manifest.model_dump(),
+            }
+        documents.append(document)
+    if json:
+        render.answer_json(documents)
+    else:
+        for document in documents:
+            if document["run"]:
+                render.answer(document["run"])
+    failed = [document for document in documents if document["error"]]
+    if failed:
+        render.note(f"{len(failed)} of {len(runs)} runs were not converted:")
+        for document in failed:
+            render.note(f"  {document['source']}")
+        raise typer.Exit(EXIT_FAILED)
+
+
+# ---- analyze
+
+
+def _print_analysis(analysis: "Analysis", most: int | None) -> None:
+    """`most`: rows of a table; None shows all."""
+    in_full = most is None or len(analysis.collections) <= MAX_IN_FULL
     for report in analysis.collections:
-        _show_collection(report, most, in_full)
+        _print_collection(report, most, in_full)
     if len(analysis.collections) > 1:
-        _show_side_by_side(analysis.collections, most)
+        _print_side_by_side(analysis.collections, most)
     for comparison in analysis.comparisons:
-        _show_cosines(comparison, most)
+        _print_cosines(comparison, most)
     for line in analysis.not_compared:
         render.answer(f"not compared: {line}")
-    _list("equal, bit for bit", [" = ".join(twins.files) for twins in analysis.twins], most)
+    _print_list("equal, bit for bit", [" = ".join(twins.files) for twins in analysis.twins], most)
 
 
-def _show_collection(report: Report, most: int | None, in_full: bool) -> None:
+def _print_collection(report: "Report", most: int | None, in_full: bool) -> None:
+    from loragen.core.analysis.report import by_tensor
+
     scaling = "unknown, ΔW = B A" if report.scaling is None else f"{report.scaling:g}"
+    plural = "" if report.checkpoints == 1 else "s"
     render.answer(
-        f"{report.path}\n{_checkpoints(report.checkpoints)}, {report.bytes / 2**20:.1f} MiB; "
+        f"{report.path}\n{report.checkpoints} checkpoint{plural}, {report.bytes / 2**20:.1f} MiB; "
         f"{report.values:,} values in {report.tensors} tensors ({', '.join(report.dtypes)}); "
         f"scaling {scaling}"
     )
     if in_full:
         render.answer("")
-        _show_modules(report, most)
-        _show_drift(report, most)
+        _print_table(
+            ("module (last checkpoint)", "rank", "‖A‖", "‖B‖", "‖ΔW‖", "σ₁", *RANKS),
+            [
+                (m.module, m.rank, m.norm_a, m.norm_b, m.norm_delta, m.sigma_1, *_ranks(m))
+                for m in report.modules
+            ],
+            most,
+        )
+        if len(report.drift) > 1:
+            _print_table(
+                ("checkpoint", "‖ΔW‖", "from first", "from previous"),
+                [(d.checkpoint, d.norm_delta, d.from_first, d.from_previous) for d in report.drift],
+                most,
+            )
+            render.answer(_path(report) + "\n")
     for title, found in (
         ("NaN or infinity", by_tensor(report.not_finite)),
         ("all zero", by_tensor(report.zero)),
         ("dead (ΔW next to nothing beside the others)", report.dead),
     ):
         if in_full or found:
-            _list(title, found, most)
+            _print_list(title, found, most)
     render.answer("")
 
 
-def _checkpoints(count: int) -> str:
-    return f"{count} checkpoint" if count == 1 else f"{count} checkpoints"
-
-
-def _show_modules(report: Report, most: int | None) -> None:
-    _table(
-        ("module (last checkpoint)", "rank", "‖A‖", "‖B‖", "‖ΔW‖", "σ₁", *RANKS),
-        [
-            (m.module, m.rank, m.norm_a, m.norm_b, m.norm_delta, m.sigma_1, *_ranks(m))
-            for m in report.modules
-        ],
-        most,
-    )
-
-
-def _show_drift(report: Report, most: int | None) -> None:
-    if len(report.drift) < 2:
-        return
-    steps = [(d.checkpoint, d.norm_delta, d.from_first, d.from_previous) for d in report.drift]
-    _table(("checkpoint", "‖ΔW‖", "from first", "from previous"), steps, most)
-    render.answer(_path(report) + "\n")
-
-
-def _path(report: Report) -> str:
-    """The drift in words: how long, how straight, in how many directions."""
+def _path(report: "Report") -> str:
+    """The drift in words: length, straightness, and directions of the path."""
     text = f"path {report.path_length:.4g}, displacement {report.displacement:.4g}"
     if report.detour is not None:
         text += f": {report.detour:.3g} times the straight line"
@@ -168,9 +316,9 @@ def _path(report: Report) -> str:
     return text
 
 
-def _show_side_by_side(reports: Sequence[Report], most: int | None) -> None:
+def _print_side_by_side(reports: "Sequence[Report]", most: int | None) -> None:
     path = ("displacement", "path", "path / displacement")
-    _table(
+    _print_table(
         ("collection", "checkpoints", "mean ‖ΔW‖", *path, *RANKS),
         [
             (
@@ -188,15 +336,14 @@ def _show_side_by_side(reports: Sequence[Report], most: int | None) -> None:
     )
 
 
-def _ranks(of: ModuleReport | Report) -> tuple[float, float]:
-    """Under the columns `RANKS`."""
-    return of.stable_rank, of.effective_rank
+def _ranks(report: "ModuleReport | Report") -> tuple[float, float]:
+    """The columns `RANKS`."""
+    return report.stable_rank, report.effective_rank
 
 
-def _show_cosines(comparison: Comparison, most: int | None) -> None:
-    """Matrices that a terminal holds; larger ones are for the page and --json."""
+def _print_cosines(comparison: "Comparison", most: int | None) -> None:
     names = comparison.collections
-    if most is not None and len(names) > MOST_COLLECTIONS_IN_A_MATRIX:
+    if most is not None and len(names) > MAX_MATRIX:
         render.answer(f"cosines of {len(names)} collections: --all, --html or --json show them\n")
         return
     matrices = {"cosine of the last ΔW": comparison.cosine_last}
@@ -210,80 +357,27 @@ def _show_cosines(comparison: Comparison, most: int | None) -> None:
         render.answer(render.columns((title, *map(str, range(1, len(names) + 1))), rows) + "\n")
 
 
-def _list(title: str, found: Sequence[str], most: int | None) -> None:
+def _print_list(title: str, found: Sequence[str], most: int | None) -> None:
     shown = found if most is None else found[:most]
     more = f"\n  and {len(found) - len(shown)} more" if len(found) > len(shown) else ""
     render.answer(f"{title}: " + ("none" if not found else "\n  " + "\n  ".join(shown) + more))
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]], most: int | None) -> None:
-    """All rows, or the first and last few with a line that says how many are between."""
+def _print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]], most: int | None) -> None:
+    """All rows, or the first and last few and a line with the count of those between."""
     if most is None or len(rows) <= most:
         render.answer(render.columns(header, rows) + "\n")
         return
     half = most // 2
     lines = render.columns(header, [*rows[:half], *rows[-half:]]).splitlines()
-    hidden = len(rows) - 2 * half
-    lines.insert(1 + half, f"... {hidden} more (--all shows them) ...")
+    lines.insert(1 + half, f"... {len(rows) - 2 * half} more (--all shows them) ...")
     render.answer("\n".join(lines) + "\n")
 
 
-def test(
-    file: Annotated[
-        Path | None,
-        typer.Argument(help="A .ckpt, .pt, .safetensors, a PEFT directory, or a run (its newest)."),
-    ] = None,
-    checkpoint_file: Annotated[Path | None, typer.Option(hidden=True)] = None,
-    max_tokens: Annotated[
-        str, typer.Option("--max-tokens", metavar="N|auto", help="As many as the layout may have.")
-    ] = "auto",
-    token_dim: Annotated[
-        int, typer.Option("--token-dim", min=1, help="Values of one token.")
-    ] = 384,
-    json: Json = False,
-) -> None:
-    """Tokenise one adapter as a generator does: its layout, tokens, fill, and the round trip.
-
-    Exits with 1 where it needs more than --max-tokens, or does not come back bit for bit.
-    """
-    path = _the_one(file, checkpoint_file)
-    most = _most(max_tokens)
-    if not path.exists():
-        raise UsageError(f"{path}: no such checkpoint")
-
-    from loragen.core.analysis.tokenized import tokenized
-
-    report = tokenized(path, token_dim, most)
-    if json:
-        render.answer_json(report.as_dict())
-    else:
-        _show_tokens(report)
-    if not report.fits:
-        raise DataError(
-            f"{report.file} does not fit: --max-tokens is {report.max_tokens} and it needs "
-            f"{report.tokens} tokens of {token_dim} values: give {report.tokens} or auto"
-        )
-    if report.bits_changed:
-        raise DataError(f"{report.file} does not come back unchanged from its tokens")
+# ---- test, lines, convert
 
 
-def _the_one(file: Path | None, option: Path | None) -> Path:
-    if (file is None) == (option is None):
-        raise UsageError("which checkpoint? Give one: loragen ckpt test FILE")
-    path = file or option
-    assert path is not None
-    return path
-
-
-def _most(text: str) -> int | Literal["auto"]:
-    if text == "auto":
-        return "auto"
-    if not text.isdecimal() or int(text) == 0:
-        raise UsageError(f"--max-tokens: a whole number above 0, or auto (got {text})")
-    return int(text)
-
-
-def _show_tokens(report: "Tokenized") -> None:
+def _print_tokens(report: "Tokenized") -> None:
     rows = [
         (
             kind.module,
@@ -308,156 +402,18 @@ def _show_tokens(report: "Tokenized") -> None:
     )
 
 
-def lines(
-    path: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint of a run, or a run.")],
-    step: Annotated[
-        int | None, typer.Option("--step", min=1, help="Any step of the run, kept or not.")
-    ] = None,
-    json: Json = False,
-) -> None:
-    """The lines of the dataset that a checkpoint's own step was trained on.
-
-    Computed from the run's seed: it needs no --track-batches, only the dataset as it was.
-    """
-    from loragen.core.lora.provenance import traced_run
-
-    if not path.exists():
-        raise UsageError(f"{path}: no such run or checkpoint; --step N knows steps without one")
-    run = traced_run(path)
-    step = step or _step_of(path)
-    if step > run.done_steps:
-        raise UsageError(f"{run.directory} has no step {step}: it has done {run.done_steps}")
-    document = _batch(run, step)
-    if json:
-        render.answer_json(document)
-        return
-    render.answer(
-        f"{document['file']}\nstep {step}, stage {document['stage']}, "
-        f"learning rate {document['learning_rate']:g}\n"
-    )
-    rows = [tuple(row.values()) for row in document["rows"]]
-    render.answer(render.columns(("line", "hash", "prompt"), rows))
-
-
-def _batch(run: "TracedRun", step: int) -> dict[str, Any]:
-    from loragen.core.lora.provenance import row_hash
-
-    rate = run.rate(step)
-    return {
-        "run": str(run.directory),
-        "file": run.manifest.dataset.path,
-        "step": step,
-        "stage": rate.stage,
-        "learning_rate": rate.learning_rate,
-        "rows": [
-            {"line": row.line, "hash": row_hash(row), "prompt": render.one_line(row.prompt)}
-            for row in run.provenance.rows_of(step)
-        ],
-    }
-
-
 def _step_of(path: Path) -> int:
-    """As the checkpoint's name tells; last.ckpt has it inside."""
+    """The step in the checkpoint's name; of last.ckpt the step that it holds."""
     from loragen.core.run.directory import LAST_CHECKPOINT, checkpoint_step
 
     if path.is_file() and path.name == LAST_CHECKPOINT.name:
         from loragen.core.run.checkpoints import load_plain
 
         return int(load_plain(path)["global_step"])
-    found = checkpoint_step(path) if path.is_file() else 0
-    if not found:
+    step = checkpoint_step(path) if path.is_file() else 0
+    if not step:
         raise UsageError(f"{path}: which step? Name a checkpoint of the run, or give --step N")
-    return found
-
-
-def convert(
-    sources: Annotated[
-        list[Path],
-        typer.Argument(help="Traditional runs, folders with many, or folders of checkpoints."),
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Where run directories are made.")
-    ] = Path("runs"),
-    base_model: BaseModel = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            "--dataset", help="A name under --data-root, or a file; for a single dataset."
-        ),
-    ] = None,
-    data_root: DataRoot = "data_to_lora/cs",
-    alpha: Alpha = None,
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", "-c", help="The training's own YAML: alpha, base, schedule, ..."),
-    ] = None,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out checkpoints that are broken or differ.")
-    ] = False,
-    json: Json = False,
-) -> None:
-    """Turn traditional experiments into run directories that `gen train` learns from.
-
-    Reads experiments/<name>/<dataset>/<run>/{models,checkpoints,logs}: .pt, .pth, .bin, .ckpt,
-    .safetensors, PEFT and Trainer directories. Of a full model only the LoRA part is read. What was
-    converted before is left as it is. Prints the run directories.
-    """
-    from loragen.core.files import refuse_file
-    from loragen.legacy.discover import find_runs
-
-    refuse_file(output)
-    runs = [run for source in sources for run in find_runs(source)]
-
-    from loragen.legacy.convert import ConversionOptions, check_one_dataset
-
-    options = ConversionOptions(
-        output, base_model, dataset, Path(data_root or "."), alpha, config, skip_bad
-    )
-    check_one_dataset(runs, options)
-    documents = [
-        _converted(run, options, f"[{i}/{len(runs)}]", alone=len(runs) == 1)
-        for i, run in enumerate(runs, 1)
-    ]
-    if json:
-        render.answer_json(documents)
-    else:
-        for document in documents:
-            if document["run"]:
-                render.answer(document["run"])
-    failed = [document for document in documents if document["error"]]
-    if failed:
-        render.note(f"{len(failed)} of {len(runs)} runs were not converted:")
-        for document in failed:
-            render.note(f"  {document['source']}")
-        raise typer.Exit(1)
-
-
-def _converted(run: Any, options: Any, count: str, alone: bool) -> dict[str, Any]:
-    """One run's conversion as a document; where there are others, its failure stops none."""
-    from loragen.core.errors import LoragenError
-    from loragen.legacy.convert import convert as convert_run
-
-    source = str(run.source)
-    render.note(f"{count} {source}")
-    try:
-        converted = convert_run(run, options)
-    except LoragenError as error:
-        if alone:
-            raise
-        render.problems(error.problems)
-        return {"source": source, "run": None, "error": list(error.problems)}
-    for line in _remarks(converted):
-        render.note(f"  {line}")
-    return {
-        "source": source,
-        "run": str(converted.directory),
-        "error": None,
-        "already": converted.already,
-        "left_out": converted.left_out,
-        "optimizer_states": converted.optimizer_states,
-        "assumed": converted.assumed,
-        **converted.manifest.model_dump(),
-    }
+    return step
 
 
 def _remarks(converted: Any) -> list[str]:
@@ -481,11 +437,6 @@ def _remarks(converted: Any) -> list[str]:
     if not manifest.dataset.path:
         lines.append(
             f"dataset {manifest.dataset.name}: no file found (--dataset FILE, --data-root); "
-            "`gen train` will want `prompts: FILE` for this run"
+            "`gen train` needs `prompts: FILE` for this run"
         )
     return lines
-
-
-app = typer.Typer(no_args_is_help=True, help="Look into checkpoints, and convert old ones.")
-for command in (analyze, test, lines, convert):
-    app.command()(command)

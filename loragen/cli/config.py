@@ -7,7 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from loragen.cli import render
-from loragen.cli.options import ConfigFile, Force, Json, Settings, with_old_files
+from loragen.cli.options import (
+    ConfigFile,
+    Force,
+    Json,
+    Settings,
+    refuse_existing_file,
+    with_old_files,
+)
 
 app = typer.Typer(
     no_args_is_help=True, help="Write, check, explain and migrate configuration files."
@@ -19,26 +26,32 @@ class Command(StrEnum):
     gen = "gen"
 
 
-Whose = Annotated[Command, typer.Argument(help="Which command's configuration: lora or gen.")]
-WhoseFile = Annotated[
-    Command | None, typer.Option("--command", help="Whose file it is; else its keys tell.")
+CommandArgument = Annotated[
+    Command, typer.Argument(help="The command that is configured: lora or gen.")
+]
+CommandOption = Annotated[
+    Command | None,
+    typer.Option("--command", help="The command that is configured; default: by the file's keys."),
 ]
 File = Annotated[Path, typer.Argument(help="A YAML file.")]
 
 
-@app.command()
-def init(command: Whose) -> None:
-    """Print the default configuration, each setting with its meaning."""
+@app.command("init")
+def config_init(command: CommandArgument) -> None:
+    """Print the default configuration, with the meaning of every setting."""
     from loragen.core.config.show import commented_defaults
 
     render.answer(commented_defaults(command.value).rstrip())
 
 
-@app.command()
-def show(
-    command: Whose, config: ConfigFile = None, settings: Settings = None, json: Json = False
+@app.command("show")
+def config_show(
+    command: CommandArgument,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    json: Json = False,
 ) -> None:
-    """Print every setting, its value, and where that came from.
+    """Print every setting with its value and where that comes from.
 
     A value comes from the default, the file (file:line:column), a LORAGEN_ variable or --set.
     """
@@ -46,28 +59,23 @@ def show(
     from loragen.core.config.show import resolved_settings
     from loragen.core.config.yaml_file import inline
 
+    name = command.value
     found = with_old_files(
-        MODELS[command.value],
-        config,
-        lambda file: resolved_settings(command.value, file, settings or ()),
+        MODELS[name], config, lambda file: resolved_settings(name, file, settings or ())
     )
     if json:
-        document = {s.key: {"value": s.value, "origin": s.origin} for s in found}
-        render.answer_json(document)
+        render.answer_json({s.key: {"value": s.value, "origin": s.origin} for s in found})
     else:
         rows = [(s.key, inline(s.value), s.origin) for s in found]
         render.answer(render.columns(("setting", "value", "from"), rows))
 
 
-@app.command()
-def validate(
-    file: File,
-    command: WhoseFile = None,
-) -> None:
-    """Check a file: prints that it is valid, or every error at once, each with its file:line.
+@app.command("validate")
+def config_validate(file: File, command: CommandOption = None) -> None:
+    """Check a file: print that it is valid, or all errors at once, each with its file:line.
 
-    The file alone is judged, without LORAGEN_ variables. What it names has to be there, seen from
-    here, as the training would look for it: datasets, runs, prompts, models; the hub is not asked.
+    LORAGEN_ variables are not read. Datasets, runs, prompts and models that the file names have to
+    exist, relative to the current directory; the hub is not asked.
     """
     from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
     from loragen.core.config.load import guess_command
@@ -75,36 +83,33 @@ def validate(
     from loragen.core.lora.settings import missing_lora_paths
     from loragen.legacy.translate import old_command_of
 
-    whose = command.value if command else old_command_of(file) or guess_command(file)
-
-    model: Any = GenTrainConfig if whose == "gen" else LoraTrainConfig
-    missing: Any = missing_gen_paths if whose == "gen" else missing_lora_paths
+    name = command.value if command else old_command_of(file) or guess_command(file)
+    model: Any = GenTrainConfig if name == "gen" else LoraTrainConfig
+    missing: Any = missing_gen_paths if name == "gen" else missing_lora_paths
     with_old_files(model, file, lambda given: load(model, given, environment={}, check=missing))
-    render.answer(f"{file}: valid ({whose} train)")
+    render.answer(f"{file}: valid ({name} train)")
 
 
-@app.command()
-def migrate(
+@app.command("migrate")
+def config_migrate(
     file: File,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write it there instead of printing it.")
+        Path | None, typer.Option("--output", "-o", help="Write to this file instead of stdout.")
     ] = None,
-    command: WhoseFile = None,
+    command: CommandOption = None,
     force: Force = False,
 ) -> None:
-    """Turn an old configuration file into today's, with a comment beside all that changed.
+    """Translate an old configuration file, with a comment beside everything that changed.
 
-    Old are training_config.yaml, lightning_config.yaml and generator_config.yaml of the scripts
-    that loragen grew from. A file that is today's already stays as it is.
+    Old are training_config.yaml, lightning_config.yaml and generator_config.yaml of the original
+    scripts. A file in the current form stays as it is.
     """
-    from loragen.core.errors import UsageError
     from loragen.core.files import write_text
-    from loragen.legacy.translate import migrate as migrated
+    from loragen.legacy.translate import migrate
 
-    if output is not None and output.exists() and (output.is_dir() or not force):
-        hint = "is a directory" if output.is_dir() else "exists already"
-        raise UsageError(f"{output} {hint}; choose another place or add --force")
-    result = migrated(file, command.value if command else None)
+    if output is not None:
+        refuse_existing_file(output, force)
+    result = migrate(file, command.value if command else None)
     if result.command is None:
         render.note(f"{file} is not in an old form: nothing to migrate")
     if output is None:
@@ -114,11 +119,11 @@ def migrate(
         render.answer(str(output))
 
 
-@app.command()
-def schema(command: Whose) -> None:
+@app.command("schema")
+def config_schema(command: CommandArgument) -> None:
     """Print the JSON schema of a configuration, with the options of the installed plugins.
 
-    An editor with a YAML language server completes and checks with it.
+    Editors with a YAML language server use it to complete and to check.
     """
     from loragen.core.config.show import json_schema
 

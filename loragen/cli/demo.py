@@ -1,4 +1,4 @@
-"""`loragen demo`: the whole path in a few minutes, on a laptop, without network."""
+"""`loragen demo`: the whole pipeline in a few minutes, on a laptop, without network."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,43 +9,45 @@ from loragen.cli import render
 from loragen.cli.options import Force, Json
 
 
-def demo(
+def run_demo(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Everything is written below it.")
+        Path, typer.Option("--output", "-o", help="The directory that everything is written to.")
     ] = Path("demo-out"),
     seed: Annotated[
         int,
-        typer.Option("--seed", min=0, help="Moves the held-out pairs and every initialisation."),
+        typer.Option(
+            "--seed", min=0, help="Seed of the held-out pairs and of every initialisation."
+        ),
     ] = 0,
     world: Annotated[
         Path | None,
         typer.Option(
-            "--world", help="A YAML file with your own wordings, in place of the shipped."
+            "--world", help="A YAML file with wordings of your own instead of the built-in ones."
         ),
     ] = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Collect adapters, train a generator, and judge what it generates, in a made-up world.
+    """Collect adapters, train a generator, and evaluate what it generates, in a made-up world.
 
-    A tiny base model knows facts about 96 creatures, but its question's words tell it nothing: what
-    is asked can only arrive through an adapter. 32 tasks are collected; adapters for others are
-    generated from 16 unlabelled prompts each.
+    A tiny base model knows facts about 96 creatures, but not which of them a question asks for:
+    that information can only come through an adapter. Adapters are trained for 32 tasks; for other
+    tasks they are generated from 16 unlabelled prompts each.
     """
-    from loragen.cli.gen import answer_results
+    from loragen.cli.gen import print_results
     from loragen.cli.progress import terminal_progress
     from loragen.demo.data import begin
     from loragen.demo.workers import Workers
 
     begun = begin(output, seed, world, force, render.note, terminal_progress())
     with Workers() as workers:
-        from loragen.demo.run import run  # takes seconds, as the workers' start does
+        from loragen.demo.run import run  # takes seconds, during which the workers start
 
         results = run(begun, workers)
     if json:
         render.answer_json(results)
         return
-    answer_results(results)
+    print_results(results)
     held_out = ", ".join("-".join(pair) for pair in results["held_out"])
     render.answer(f"held out (seed {seed}): {held_out}")
     render.answer(f"in all {results['seconds']['total']:.0f} s")

@@ -1,7 +1,7 @@
-"""The `loragen` command: assembles the groups and turns errors into one line each.
+"""The `loragen` command: assembles the groups, and reports errors in one line each.
 
-Nothing heavy is imported here or in any command module; a command imports what it needs when it
-runs, so that `--help` answers at once.
+Neither this module nor those of the commands import anything heavy; a command imports what it needs
+when it runs, so that `--help` answers at once.
 """
 
 import os
@@ -16,26 +16,25 @@ from loragen import __version__
 from loragen.cli import ckpt, config, data, demo, gen, lora, plugins, render
 from loragen.core.errors import EXIT_FAILED, EXIT_INTERRUPTED, LoragenError, one_line
 
-# Read when torch is loaded. Threads that spin while they wait make two trainings on one machine
-# ten times slower than threads that sleep; alone, a training does not notice.
+# Read when torch is loaded. Threads that spin while they wait make two trainings on one machine ten
+# times slower than threads that sleep; a single training runs as fast with either.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Linux: tensors of megabytes in pages of 2 MiB. Touching fresh memory 4 KiB at a time takes longer
-# than most operations do on it: a step of `gen train` takes half the time.
+# Linux: allocates large tensors in pages of 2 MiB. Page faults at 4 KiB each take longer than most
+# operations on fresh memory: with this a step of `gen train` takes half the time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-
 OLD_SPELLINGS = {"out": "output", "output-dir": "output"}
-"""What a command writes is --output everywhere; these were its names in scripts of before."""
+"""What the original scripts called --output."""
 
 
 class Root(TyperGroup):
-    """Maps what escapes from a command to a message and an exit code."""
+    """Turns an exception that leaves a command into one line on stderr and an exit code."""
 
     interrupts = 0
-    """Ctrl+C so far, outside of training, which has an answer of its own."""
+    """How often Ctrl+C was pressed outside of a training, which handles it itself."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """`--debug` is understood wherever it stands, not only before the command."""
+        """Accepts `--debug` anywhere on the line, not only before the command."""
         end = args.index("--") if "--" in args else len(args)
         if "--debug" in args[:end]:
             ctx.obj = {"debug": True}
@@ -54,8 +53,8 @@ class Root(TyperGroup):
         except KeyboardInterrupt as error:
             render.problems(["interrupted"])
             raise typer.Exit(EXIT_INTERRUPTED) from error
-        except Exception as error:  # a bug of ours or of a library: one line, too
-            if self.interrupts:  # an import that is interrupted may end in any error
+        except Exception as error:  # a bug of loragen or of a library
+            if self.interrupts:  # an interrupted import may raise any error
                 render.problems(["interrupted"])
                 raise typer.Exit(EXIT_INTERRUPTED) from error
             if debug or type(error).__module__.startswith("typer."):  # Exit, Abort, usage errors
@@ -64,8 +63,8 @@ class Root(TyperGroup):
             raise typer.Exit(EXIT_FAILED) from error
 
 
-def _spelled_now(option: str) -> str:
-    """Long options accept `_` for `-`: the original scripts spelled them so."""
+def _normalize_option(option: str) -> str:
+    """Long options accept `_` for `-`, as the original scripts spelled them."""
     option = option.replace("_", "-")
     return OLD_SPELLINGS.get(option, option)
 
@@ -77,7 +76,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={
         "help_option_names": ["-h", "--help"],
-        "token_normalize_func": _spelled_now,
+        "token_normalize_func": _normalize_option,
     },
 )
 app.add_typer(data.app, name="data")
@@ -86,7 +85,7 @@ app.add_typer(gen.app, name="gen")
 app.add_typer(ckpt.app, name="ckpt")
 app.add_typer(config.app, name="config")
 app.add_typer(plugins.app, name="plugins")
-app.command("demo")(demo.demo)
+app.command("demo")(demo.run_demo)
 
 
 def _show_version(wanted: bool) -> None:
@@ -108,18 +107,20 @@ def root(
     """Prompts in, LoRA adapters out.
 
     Collect adapters (lora train), learn a generator (gen train), generate an adapter from a few
-    prompts without training (gen infer), and know what came out (lora eval, ckpt analyze).
+    prompts without training (gen infer), and evaluate the result (gen eval, lora eval, ckpt
+    analyze).
     """
     render.log_to_stderr()
 
 
-def _count_interrupt(number: int, frame: Any) -> None:
-    Root.interrupts += 1
-    signal.default_int_handler(number, frame)
-
-
 def main() -> None:
-    signal.signal(signal.SIGINT, _count_interrupt)
+    """Runs the command line; the entry point of the `loragen` script."""
+
+    def count_interrupt(number: int, frame: Any) -> None:
+        Root.interrupts += 1
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, count_interrupt)
     if sys.platform == "win32":  # a console in a legacy code page cannot print ‖ΔW‖
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a TextIOWrapper

@@ -1,4 +1,4 @@
-"""Flags that several commands share, each written once."""
+"""Options that several commands share, and the translation of old configuration files."""
 
 from collections.abc import Callable
 from math import inf
@@ -10,16 +10,16 @@ import typer
 from loragen.core.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel as Model
+    from pydantic import BaseModel
 
     from loragen.core.config.load import Layers
 
 Result = TypeVar("Result")
 
 
-def _above_zero(value: float | None) -> float | None:
+def _positive(value: float | None) -> float | None:
     if value is not None and not 0 < value < inf:
-        raise UsageError(f"--alpha: has to be a number above 0 (got {value:g})")
+        raise UsageError(f"--alpha: input should be a number above 0 (got {value:g})")
     return value
 
 
@@ -35,34 +35,49 @@ Settings = Annotated[
 ]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Check everything, print the resolved YAML, touch nothing."),
+    typer.Option("--dry-run", help="Check everything and print the resolved YAML; write nothing."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-BaseModel = Annotated[
-    str | None, typer.Option("--base-model", help="A hub id, a directory, or demo (shipped).")
+BaseModelName = Annotated[
+    str | None,
+    typer.Option("--base-model", help="A hub id, a directory, or demo (comes with loragen)."),
 ]
 GeneratorPath = Annotated[
-    Path, typer.Option("--model", help="An experiment, its generator_model.pt or a checkpoint.")
+    Path,
+    typer.Option(
+        "--model", help="An experiment directory, its generator_model.pt, or a checkpoint."
+    ),
 ]
 Alpha = Annotated[
     float | None,
-    typer.Option(
-        "--alpha", callback=_above_zero, help="LoRA's alpha; counts more than what is recorded."
-    ),
+    typer.Option("--alpha", callback=_positive, help="LoRA's alpha, in place of the recorded one."),
 ]
 DataRoot = Annotated[
-    str | None, typer.Option("--data-root", help="Where dataset names are looked up.")
+    str | None,
+    typer.Option("--data-root", help="The directory in which dataset names are looked up."),
 ]
 SkipBadRows = Annotated[
-    bool, typer.Option("--skip-bad-rows", help="Leave bad rows out, and tell how many.")
+    bool,
+    typer.Option("--skip-bad-rows", help="Leave bad rows out, with a warning that counts them."),
 ]
+
+
+def refuse_existing_file(file: Path, force: bool) -> None:
+    """Raises UsageError if `file` is a directory, or exists and is not to be replaced."""
+    if file.is_dir():
+        raise UsageError(f"{file} is a directory; name a file")
+    if file.exists() and not force:
+        raise UsageError(f"{file} exists already; choose another path or add --force")
 
 
 def with_old_files(
-    model: "type[Model]", file: Path | None, use: "Callable[[Path | Layers | None], Result]"
+    model: "type[BaseModel]", file: Path | None, use: "Callable[[Path | Layers | None], Result]"
 ) -> Result:
-    """`use(file)`. A file that does not validate is shown to `legacy`: one of the original scripts
-    is translated, with one warning, and used in its place; for any other the errors stand."""
+    """Returns `use(file)`, or `use` of its translation if the file is one of the original scripts.
+
+    `legacy` sees only a file that does not validate; it logs one warning for a file that it
+    translates. Raises the ConfigError of any other file.
+    """
     try:
         return use(file)
     except ConfigError:

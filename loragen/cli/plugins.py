@@ -1,4 +1,4 @@
-"""`loragen plugins`: what is installed, and what each plugin can be told."""
+"""`loragen plugins`: the installed plugins and their options."""
 
 import inspect
 from dataclasses import asdict
@@ -13,8 +13,8 @@ app = typer.Typer(no_args_is_help=True, help="See the installed plugins.")
 
 
 @app.command("list")
-def list_(json: Json = False) -> None:
-    """List every plugin by kind, with the package it came from. Imports none of them."""
+def plugins_list(json: Json = False) -> None:
+    """List every plugin by kind, with the package that provides it. Imports none of them."""
     from loragen.core.plugins import installed
 
     found = sorted(installed(), key=lambda plugin: (plugin.kind, plugin.name))
@@ -25,39 +25,34 @@ def list_(json: Json = False) -> None:
     render.answer(render.columns(("kind", "name", "package", "version", "class"), rows))
 
 
-@app.command()
-def show(
+@app.command("show")
+def plugins_show(
     kind: Annotated[str, typer.Argument(help="logger, encoder, decoder or schedule.")],
     name: Annotated[str, typer.Argument(help="A name from `loragen plugins list`.")],
     json: Json = False,
 ) -> None:
-    """Show one plugin: its origin, what it does, and its options."""
+    """Show one plugin: its package, its description and its options."""
     from loragen.core.plugins import describe, find
 
     plugin, cls = describe(kind, name), find(kind, name)
-    options = {
-        option: {
-            "type": str(field.annotation)
-            .replace("typing.", "")
-            .removeprefix("<class '")
-            .removesuffix("'>"),
-            "default": None
-            if field.is_required()
-            else field.get_default(call_default_factory=True),
-            "required": field.is_required(),
+    text = inspect.cleandoc(cls.__doc__ or "")
+    options = {}
+    for option, field in cls.Config.model_fields.items():
+        type_name = str(field.annotation).replace("typing.", "")
+        required = field.is_required()
+        options[option] = {
+            "type": type_name.removeprefix("<class '").removesuffix("'>"),
+            "default": None if required else field.get_default(call_default_factory=True),
+            "required": required,
             "description": field.description or "",
         }
-        for option, field in cls.Config.model_fields.items()
-    }
-    text = inspect.cleandoc(cls.__doc__ or "")
     if json:
         render.answer_json({**asdict(plugin), "description": text, "options": options})
         return
+    render.answer(f"{kind} {name}\nfrom   {plugin.origin}\nclass  {plugin.target}\n\n{text}\n")
     rows = [
         (key, o["type"], "required" if o["required"] else repr(o["default"]), o["description"])
         for key, o in options.items()
     ]
-    render.answer(f"{kind} {name}\nfrom   {plugin.origin}\nclass  {plugin.target}\n\n{text}\n")
-    render.answer(
-        render.columns(("option", "type", "default", "meaning"), rows) if rows else "no options"
-    )
+    header = ("option", "type", "default", "meaning")
+    render.answer(render.columns(header, rows) if rows else "no options")

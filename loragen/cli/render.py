@@ -1,4 +1,4 @@
-"""The only place that prints. stdout carries the answer, stderr everything else."""
+"""All output of the command line: the answer on stdout, everything else on stderr."""
 
 import json
 import logging
@@ -10,37 +10,40 @@ from typing import Any, Literal
 
 import typer
 
-CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # all but tab and line feed
+CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+"""Control characters except tab and line feed."""
 
 
 def answer(text: str) -> None:
-    """One answer per command, however many processes a launcher has started for it."""
+    """Prints to stdout, from the first process of a launcher only."""
     if is_first_process():
         typer.echo(text)
 
 
 def is_first_process() -> bool:
-    """Whether we are the one of all processes of a launcher (torchrun, Slurm, Lightning)."""
-    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
-    return all(os.environ.get(rank, "0") == "0" for rank in ranks)
+    """Whether this is process 0 of those that torchrun, Slurm or Lightning have started."""
+    variables = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    return all(os.environ.get(variable, "0") == "0" for variable in variables)
 
 
 def answer_json(document: Any) -> None:
-    """One JSON document and nothing else; NaN and infinity become null, as JSON has neither."""
+    """Prints one JSON document; NaN and infinity become null, since JSON has neither."""
     answer(json.dumps(_finite(document), indent=2, ensure_ascii=False))
 
 
 def note(text: str) -> None:
+    """Prints a line to stderr."""
     typer.echo(text, err=True)
 
 
 def problems(lines: Iterable[str]) -> None:
+    """Prints `error: ...` lines to stderr."""
     for line in lines:
         typer.echo(f"{typer.style('error:', fg='red', bold=True)} {line}", err=True)
 
 
 def highlighted(text: str, meaning: Literal["good", "dropped"]) -> str:
-    """Part of a text: green or struck through on a terminal, ⟦ ⟧ or ⟪ ⟫ elsewhere."""
+    """Returns the text green or struck through on a terminal, in ⟦ ⟧ or ⟪ ⟫ elsewhere."""
     if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
         if meaning == "good":
             return typer.style(visible(text), fg="green", bold=True)
@@ -50,17 +53,17 @@ def highlighted(text: str, meaning: Literal["good", "dropped"]) -> str:
 
 
 def visible(text: str) -> str:
-    """Text from a file, with the control characters that would steer a terminal spelt out."""
+    """Returns the text with control characters, which a terminal would obey, as `\\x1b`."""
     return re.sub(CONTROLS, lambda c: f"\\x{ord(c[0]):02x}", text)
 
 
 def columns(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Left-aligned text columns; numbers are right-aligned. Reads the same in a pipe."""
+    """Returns a table in plain text: columns of numbers are aligned right, others left."""
     table = [list(header), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     numeric = [
-        all(_is_number(row[i]) for row in table[1:]) and len(table) > 1 for i in range(len(header))
+        len(table) > 1 and all(map(_is_number, column[1:])) for column in zip(*table, strict=True)
     ]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     lines = []
     for row in table:
         cells = zip(row, widths, numeric, strict=True)
@@ -69,14 +72,14 @@ def columns(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
-def one_line(text: str, longest: int = 60) -> str:
-    """The start of a text, its white space made single spaces."""
+def shortened(text: str, longest: int = 60) -> str:
+    """Returns the start of the text with runs of white space as single spaces."""
     flat = " ".join(text.split())
     return flat if len(flat) <= longest else f"{flat[: longest - 1]}…"
 
 
 def log_to_stderr() -> None:
-    """loragen's warnings as `warning: ...` lines, once per process."""
+    """Sends loragen's log to stderr, warnings as `warning: ...`; safe to call twice."""
     logger = logging.getLogger("loragen")
     if not logger.handlers:
         logger.addHandler(_StderrHandler())
@@ -85,7 +88,7 @@ def log_to_stderr() -> None:
 
 
 class _StderrHandler(logging.Handler):
-    """Writes to the stderr of the moment, which a test or a pipe may have replaced."""
+    """Writes to the current sys.stderr, which a test may have replaced."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
