@@ -130,7 +130,7 @@ def data_uses(
     from loragen.core.lora.provenance import row_hash, traced_run
     from loragen.core.run.directory import checkpoint_files, checkpoint_step
 
-    file, line = _parse_position(position)
+    file, line = parse_position(position)
     traced = traced_run(run, file)
     row = traced.row_at(line)
     if row is None:
@@ -190,7 +190,7 @@ def _sample(sample: "PreviewedRow") -> str:
     return f"line {sample.line}\n{''.join(parts)}"
 
 
-def _parse_position(text: str) -> tuple[Path, int]:
+def parse_position(text: str) -> tuple[Path, int]:
     """`train.jsonl:12` -> file and line; the colon of a drive letter does not count."""
     file, _, line = text.rpartition(":")
     if not file or not (line.isascii() and line.isdigit()) or int(line) == 0:

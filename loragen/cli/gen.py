@@ -125,13 +125,11 @@ def gen_train(
         directory, manifest = point.directory, point.manifest
     else:
         from loragen.cli.progress import terminal_progress
-        from loragen.core.progress import Silent
 
         if point:
             found = point.checkpoint.name if point.checkpoint else "no checkpoint"
             render.note(f"{point.directory}: found {found}; {point.step} steps are done")
-        progress = terminal_progress() if render.is_first_process() else Silent()
-        trained = train(resolved, progress, point)
+        trained = train(resolved, terminal_progress(), point)
         directory, manifest = trained.directory, trained.manifest
     if json:
         render.answer_json({"run": str(directory), **manifest.model_dump()})

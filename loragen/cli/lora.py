@@ -131,9 +131,9 @@ def lora_train(
     elif resume:
         _report([_resume(resolved, chosen[0], resume)], json)
     else:
-        from loragen.cli.progress import collection_progress
+        from loragen.cli.progress import terminal_progress
 
-        _report(collect(resolved, chosen, collection_progress(len(chosen)), force), json)
+        _report(collect(resolved, chosen, terminal_progress(), force), json)
 
 
 @app.command("eval")
@@ -342,7 +342,6 @@ def _launch_commands(config: LoraTrainConfig, arguments: Sequence[str]) -> list[
 def _resume(config: LoraTrainConfig, task: Task, path: Path) -> TaskOutcome:
     from loragen.cli.progress import terminal_progress
     from loragen.core.lora.train import find_resume_point, load_base_again, nothing_left, train
-    from loragen.core.progress import Silent
 
     point = find_resume_point(path)
     if nothing_left(point, config):
@@ -354,8 +353,8 @@ def _resume(config: LoraTrainConfig, task: Task, path: Path) -> TaskOutcome:
     render.note(f"{point.directory}: found {found}; {then}")
     base = load_base_again(point, config)
     name = point.manifest.dataset.name
-    progress = terminal_progress() if render.is_first_process() else Silent()
-    return TaskOutcome(task, "trained", train(config, name, task.source, base, progress, point))
+    run = train(config, name, task.source, base, terminal_progress(), point)
+    return TaskOutcome(task, "trained", run)
 
 
 def _report(outcomes: Sequence[TaskOutcome], json: bool) -> None:

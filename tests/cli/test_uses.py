@@ -4,7 +4,7 @@ from pathlib import Path, PureWindowsPath
 
 import pytest
 
-from loragen.cli.data import file_and_line
+from loragen.cli.data import parse_position
 from loragen.core.data.batches import batch_indices
 from loragen.core.errors import UsageError
 from loragen.core.run.directory import MANIFEST
@@ -148,13 +148,13 @@ class TestUses:
     ],
 )
 def test_the_last_colon_is_the_border(place, file, line):
-    assert file_and_line(place) == (Path(file), line)
+    assert parse_position(place) == (Path(file), line)
 
 
 @pytest.mark.parametrize("place", [str(PureWindowsPath("C:/x.jsonl")), ":3", "x.jsonl:", "x:²"])
 def test_what_has_no_line_is_refused(place):
     with pytest.raises(UsageError, match="expected FILE:LINE"):
-        file_and_line(place)
+        parse_position(place)
 
 
 class TestLines:
