@@ -1,25 +1,24 @@
-"""Texts -> embeddings as arrays on disk: memory holds those of some texts, never of a dataset.
+"""Embedded texts: written to disk piece by piece, and compared with the training datasets.
 
-How far prompts are from what a generator was trained on.
+`Familiarity` measures how far out of distribution prompts are. A dataset's condition is the mean of
+its embedded texts, and training stores this centre for every dataset. The distance of new prompts
+is that of their mean to the nearest centre, with two corrections that make it comparable between 1
+prompt and 1,000, and between 2 datasets and 50:
 
-A dataset's condition is the mean of its embedded texts; training leaves the centre of each dataset
-behind. New prompts are as far away as their mean is from the nearest centre. Two corrections make
-that distance mean the same for 1 prompt and for 1,000, and for 2 datasets and for 50:
+- The mean of n texts deviates from its expectation by the variance of the texts over n, which is
+  subtracted: ``d² = |mean - centre|² - variance / n - variance_centre / n_centre``.
+- The unit is the reach of the training: the largest distance from a training dataset to its nearest
+  neighbour, since the generator has learned to distinguish datasets that far apart; but at least
+  0.6 of the typical distance of one text to its centre, since a few datasets may lie very close, and
+  a single one has no neighbour.
 
-- The mean of n texts strays from its expectation by the texts' variance over n, which is taken off:
-  ``d² = |mean - centre|² - variance / n - variance_centre / n_centre``.
-- It is told in units of the *reach* of the training: the largest distance of a training dataset to
-  the nearest other one, since a generator that was told apart such datasets may be asked to go as
-  far again; but no less than 0.6 of the typical distance of a single text to its centre, since a
-  few datasets may lie very close, and a single one has no neighbour.
-
-Only means are compared: prompts of very mixed subjects have their mean near the middle of
-everything, and look nearer than they are. No covariance is estimated: 2 to 50 centres in some
-hundred dimensions would not carry one.
+Only means are compared: prompts of very mixed subjects have their mean near the middle of all
+datasets and look closer than they are. No covariance is estimated: 2 to 50 centres in some hundred
+dimensions are too few for one.
 """
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,46 +31,7 @@ from loragen.core.files import written_atomically
 from loragen.core.protocols import Encoder
 
 TEXTS_AT_ONCE = 1024
-"""With an embedding a token, some hundred KiB a text."""
-
-
-@torch.no_grad()
-def write_embeddings(encoder: Encoder, texts: Sequence[str], embeddings: Path, mask: Path) -> None:
-    """Two .npy files: ``[texts, positions, dim]`` float32 and ``[texts, positions]`` bool.
-
-    How many positions the longest text has is known at the end: until then parts of different
-    width lie beside the files.
-    """
-    embeddings.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=embeddings.parent, prefix=".parts.") as folder:
-        parts = []
-        for first in range(0, len(texts), TEXTS_AT_ONCE):
-            found = encoder(texts[first : first + TEXTS_AT_ONCE])
-            part = [Path(folder) / f"{kind}-{first}.npy" for kind in ("embeddings", "mask")]
-            # In float32, although half would do for disks: a generator is to read in training what
-            # it reads later. Memory-mapped, the size costs no memory.
-            np.save(part[0], found[0].float().cpu().numpy())
-            np.save(part[1], found[1].cpu().numpy())
-            parts.append(part)
-        for file, kind in zip((embeddings, mask), zip(*parts, strict=True), strict=True):
-            _join(kind, file)
-
-
-def _join(parts: Sequence[Path], file: Path) -> None:
-    """One below the other, padded with zeros to the widest."""
-    shapes = [np.load(part, mmap_mode="r").shape for part in parts]
-    rows, positions = sum(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
-    with written_atomically(file) as temporary:
-        dtype = np.load(parts[0], mmap_mode="r").dtype
-        array = np.lib.format.open_memmap(temporary, "w+", dtype, (rows, positions, *shapes[0][2:]))
-        at = 0
-        for part, shape in zip(parts, shapes, strict=True):
-            array[at : at + shape[0], : shape[1]] = np.load(part)
-            at += shape[0]
-        array.flush()
-        del array
-
-
+"""With one embedding per token, a text has some hundred KiB."""
 FAR = 1.1
 """In units of the reach. With all-MiniLM-L6-v2, trained on five of six commonsense datasets,
 prompts of the sixth were at 0.1 to 1.05; trained on six, Chinese poems, code, SQL, translation and
@@ -80,47 +40,96 @@ LEAST_REACH = 0.6
 """In units of the typical distance of a text to its dataset's centre."""
 
 
+@torch.no_grad()
+def write_embeddings(encoder: Encoder, texts: Sequence[str], embeddings: Path, mask: Path) -> None:
+    """Writes two .npy files: ``[texts, positions, dim]`` float32 and ``[texts, positions]`` bool.
+
+    The number of positions is that of the longest text, which is known at the end: until then the
+    pieces lie beside the files, each with its own width.
+    """
+    embeddings.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=embeddings.parent, prefix=".parts.") as folder:
+        pieces: dict[str, list[Path]] = {"embeddings": [], "mask": []}
+        for first in range(0, len(texts), TEXTS_AT_ONCE):
+            # Float32, although half precision would do: the generator must read in training exactly
+            # what it reads later. The arrays are memory-mapped, so their size costs no memory.
+            vectors, valid = encoder(texts[first : first + TEXTS_AT_ONCE])
+            for kind, tensor in (("embeddings", vectors.float()), ("mask", valid)):
+                pieces[kind].append(Path(folder) / f"{kind}-{first}.npy")
+                np.save(pieces[kind][-1], tensor.cpu().numpy())
+        _concatenate(pieces["embeddings"], embeddings)
+        _concatenate(pieces["mask"], mask)
+
+
+def _concatenate(pieces: Sequence[Path], file: Path) -> None:
+    """Writes the pieces below each other, padded with zeros to the widest."""
+    shapes = [np.load(piece, mmap_mode="r").shape for piece in pieces]
+    rows, positions = sum(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
+    with written_atomically(file) as temporary:
+        dtype = np.load(pieces[0], mmap_mode="r").dtype
+        array = np.lib.format.open_memmap(temporary, "w+", dtype, (rows, positions, *shapes[0][2:]))
+        row = 0
+        for piece, shape in zip(pieces, shapes, strict=True):
+            array[row : row + shape[0], : shape[1]] = np.load(piece)
+            row += shape[0]
+        array.flush()
+        del array
+
+
+def chunks(embeddings: np.ndarray, mask: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the arrays in pieces of `TEXTS_AT_ONCE` texts, read into memory."""
+    for first in range(0, len(embeddings), TEXTS_AT_ONCE):
+        part = slice(first, first + TEXTS_AT_ONCE)
+        yield np.array(embeddings[part]), np.array(mask[part])
+
+
 @dataclass(frozen=True)
 class Distance:
-    """Of some prompts to the training."""
+    """The distance of some prompts to the training datasets, in units of the reach."""
 
     nearest: str
     """The training dataset with the nearest centre."""
     ratio: float
-    """0 at its centre, 1 at the reach of the training."""
+    """0 at that centre; below 1 is in distribution."""
     error: float
-    """How far the mean of so few texts strays by chance, in the same unit."""
+    """The standard error of the mean of so few texts."""
 
     @property
     def far(self) -> bool:
+        """Whether the prompts are out of distribution."""
         return self.ratio > FAR
 
     @property
     def vague(self) -> bool:
-        """Whether chance alone moves the condition as far as from one dataset to the next."""
+        """Whether the standard error is as large as the distance between datasets."""
         return self.error > 1
 
 
 @dataclass(frozen=True)
 class Familiarity:
-    """The centres of the training datasets, and how far they reach."""
+    """The centres of the training datasets, and their reach. Stored in a generator's file."""
 
     datasets: list[str]
     centres: Tensor
     """``[datasets, dim]`` float32"""
     noise: Tensor
-    """``[datasets]`` float32: the variance of each centre, over all dimensions together."""
+    """``[datasets]`` float32: the variance of each centre, summed over the dimensions."""
     text_variance: float
     """Mean squared distance of a text to its dataset's centre."""
     reach: float
 
     @classmethod
     def fit(cls, datasets: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> "Familiarity | None":
-        """Of (name, embeddings ``[texts, positions, dim]``, mask ``[texts, positions]``), some
-        texts in memory at a time. None where a single text was seen: there is no measure."""
+        """Fits (name, embeddings ``[texts, positions, dim]``, mask ``[texts, positions]``), with a
+        piece of the texts in memory at a time. Returns None for a single text: it has no scale."""
         names, centres, variances, counts = [], [], [], []
         for name, embeddings, mask in datasets:
-            texts = _text_vectors(embeddings, mask)
+            texts = torch.cat(
+                [
+                    text_vectors(*map(torch.from_numpy, arrays))
+                    for arrays in chunks(embeddings, mask)
+                ]
+            )
             names.append(name)
             centres.append(texts.mean(0))
             variances.append(_variance(texts))
@@ -131,53 +140,37 @@ class Familiarity:
             [(v if n > 1 else typical) / n for v, n in zip(variances, counts, strict=True)]
         )
         stacked = torch.stack(centres)
-        reach = max(_largest_gap(stacked, noise), LEAST_REACH * typical**0.5)
+        reach = LEAST_REACH * typical**0.5
+        if len(centres) > 1:
+            squares = torch.cdist(stacked, stacked).square() - noise - noise[:, None]
+            squares.fill_diagonal_(float("inf"))
+            reach = max(float(squares.min(1).values.max().clamp(min=0).sqrt()), reach)
         return cls(names, stacked, noise, typical, reach) if reach > 0 else None
 
     def distance(self, condition: Tensor, mask: Tensor) -> Distance:
-        """Of embedded prompts, ``[texts, positions, dim]`` and their mask."""
+        """Returns the distance of embedded prompts, ``[texts, positions, dim]``, and their mask."""
         texts = text_vectors(condition, mask)
         variance = _variance(texts) if len(texts) > 1 else self.text_variance
         squares = (self.centres - texts.mean(0)).square().sum(1) - self.noise
         squares -= variance / len(texts)
         nearest = int(squares.argmin())
-        apart = float(squares[nearest].clamp(min=0).sqrt()) / self.reach
+        ratio = float(squares[nearest].clamp(min=0).sqrt()) / self.reach
         error = (self.text_variance / len(texts)) ** 0.5 / self.reach
-        return Distance(self.datasets[nearest], round(apart, 3), round(error, 3))
+        return Distance(self.datasets[nearest], round(ratio, 3), round(error, 3))
 
     def state(self) -> dict[str, Any]:
-        """Plain data and tensors, for a generator's file."""
+        """Returns plain data and tensors, the arguments of the constructor."""
         return dict(vars(self))
 
 
 def text_vectors(embeddings: Tensor, mask: Tensor) -> Tensor:
-    """``[texts, dim]``: the mean over the positions of each text."""
+    """Returns ``[texts, dim]``: the mean over the valid positions of each text."""
     kept = mask.unsqueeze(-1)
     total = torch.where(kept, embeddings.float(), 0.0).sum(1)
     return total / kept.sum(1).clamp(min=1)
 
 
-def _text_vectors(embeddings: np.ndarray, mask: np.ndarray) -> Tensor:
-    """`text_vectors` of memory-mapped arrays, some texts after the other."""
-
-    def some(first: int) -> Tensor:
-        part = slice(first, first + TEXTS_AT_ONCE)
-        arrays = (torch.from_numpy(np.array(array[part])) for array in (embeddings, mask))
-        return text_vectors(*arrays)
-
-    return torch.cat([some(first) for first in range(0, len(embeddings), TEXTS_AT_ONCE)])
-
-
 def _variance(texts: Tensor) -> float:
-    """Mean squared distance to the expectation, estimated without bias; 0 for a single text."""
+    """Returns the unbiased mean squared distance to the expectation; 0 for a single text."""
     squares = (texts - texts.mean(0)).square().sum()
     return float(squares) / max(len(texts) - 1, 1)
-
-
-def _largest_gap(centres: Tensor, noise: Tensor) -> float:
-    """The largest distance of a centre to the nearest other one; 0 where there is only one."""
-    if len(centres) < 2:
-        return 0.0
-    squares = torch.cdist(centres, centres).square() - noise - noise[:, None]
-    squares.fill_diagonal_(float("inf"))
-    return float(squares.min(1).values.max().clamp(min=0).sqrt())

@@ -1,13 +1,4 @@
-"""Where a generated adapter comes from: plain data, written beside its weights.
-
-The README.md of a generated adapter: what it is, where it comes from, and its limits.
-
-What a generator makes: an adapter that knows where it comes from, and how it is written.
-
-The base model with a generated adapter in its weights: a model of its own.
-
-Generate: prompts of an unseen dataset -> an adapter's files. No base model, no training.
-"""
+"""A generated adapter: where it comes from, its card, and writing it as an adapter or merged."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -35,6 +26,8 @@ from loragen.core.generator.requests import check_output
 
 @dataclass(frozen=True)
 class Origin:
+    """Where a generated adapter comes from: plain data, written beside its weights."""
+
     generator: str
     """The name of the experiment, or of the file."""
     format_version: int
@@ -48,123 +41,123 @@ class Origin:
     draws: int = 1
     prompts_per_draw: int = 0
     seed: int | None = None
-    """Of the draws; None where all prompts were read at once."""
+    """Of the draws; None where one condition was made of all prompts."""
     plugins: list[dict[str, str]] = field(default_factory=list)
-    """`kind`, `name`, `distribution` and `version` of what made the generator."""
+    """`kind`, `name`, `distribution` and `version` of the encoder and the decoder."""
     datasets: list[str] = field(default_factory=list)
-    """What the generator was trained on."""
+    """The training datasets of the generator."""
     nearest_dataset: str | None = None
     distance: float | None = None
-    """Of the prompts to the training, in units of its reach (`familiarity`); None of a generator
-    that was trained before this was measured."""
+    """Of the prompts to the nearest training dataset (see `embeddings.Familiarity`; below 1 is in
+    distribution); None where the generator does not store it. The median over draws."""
     far: bool = False
-    """Whether that is too far to expect an adapter that does what the prompts ask."""
+    """Whether the prompts are out of distribution."""
     vague: bool = False
-    """Whether the prompts are too few to tell which dataset they are of."""
+    """Whether the prompts are too few to identify their dataset."""
+    training_prompts: int = 0
+    """Prompts of a condition in training."""
 
     def warning(self) -> str | None:
-        """One line for the user where the prompts are not like those of the training."""
+        """Returns one line where the prompts are unlike those of the training, else None."""
         if self.far:
             return (
-                "these prompts are far from everything the generator was trained on, "
-                f"{self.distance:g} times its reach from the nearest dataset, "
-                f"{self.nearest_dataset} (within is below 1): evaluate the adapter before you "
-                "expect anything of it"
+                f"prompts are out of distribution: distance {self.distance:g} to the nearest "
+                f"training dataset '{self.nearest_dataset}' (in-distribution < 1); evaluate the "
+                "adapter before use"
             )
         if self.vague:
+            prompts = "1 prompt is" if self.prompts_per_draw == 1 else f"{self.prompts_per_draw} prompts are"
             return (
-                f"{self.prompts_per_draw} of such prompts do not tell one dataset from another: "
-                "give more of them, as in training"
+                f"{prompts} too few to identify the dataset; provide at least "
+                f"{self.training_prompts}, as in training"
             )
         return None
 
 
-LOADING = """## How to load it
+def adapter_card(origin: Origin, merged: bool = False) -> str:
+    """Returns the README.md of a PEFT directory, or of a base with the adapter `merged` into it:
+    Markdown with the front matter of the Hugging Face hub."""
+    # The hub expects a hub id as `base_model`; a directory or `demo` would be a broken link.
+    path = Path(origin.base_model)
+    hub_id = origin.base_model != DEMO and not path.is_absolute() and not path.is_dir()
+    link = f"base_model: {json.dumps(origin.base_model)}\n" if hub_id else ""
+    library = "transformers" if merged else "peft"
+    plugins = ", ".join(
+        f"{p['kind']} {p['name']} ({p['distribution']} {p['version']})" for p in origin.plugins
+    )
+    draws = (
+        ""
+        if origin.seed is None
+        else f"; mean of {origin.draws} random draws of {origin.prompts_per_draw} prompts "
+        f"(seed {origin.seed})"
+    )
+    distance = (
+        "The distance of the prompts to the training datasets is not known."
+        if origin.distance is None
+        else f"Distance of the prompts to the nearest training dataset, {origin.nearest_dataset}: "
+        f"{origin.distance:g} (in-distribution < 1)."
+    )
+    warning = f"\n\n**Warning**: {text}" if (text := origin.warning()) else ""
+    return f"""---
+{link}library_name: {library}
+tags: [lora, loragen, generated]
+---
+
+# A generated LoRA adapter
+
+Generated by loragen from prompts without labels, after \
+[Drag-and-Drop LLMs](https://arxiv.org/abs/2506.16406). It was not trained.
+
+- **base model**: {origin.base_model}
+- **prompts**: {origin.prompts} (sha256 {origin.prompts_sha256}){draws}
+- **generator**: {origin.generator}, file format {origin.format_version}; \
+{plugins or f"encoder {origin.encoder}, decoder {origin.decoder}"}
+- **trained on**: {len(origin.datasets)} datasets: {listing(origin.datasets)}
+
+## Intended use and limits
+
+For prompts like those it was generated from, on that base model. No labels of this dataset were \
+used and nothing was measured on it: evaluate the adapter before use \
+(`loragen lora eval --adapter DIR --dataset FILE`).
+
+{distance}{warning}
+
+{_how_to_load(origin.base_model, merged)}"""
+
+
+def _how_to_load(base_model: str, merged: bool) -> str:
+    if merged:
+        return """## How to load it
+
+The adapter is merged into the base model's weights:
+`AutoModelForCausalLM.from_pretrained("DIRECTORY OF THIS FILE")`.
+"""
+    demo = base_model == DEMO
+    find = "from loragen.core.base.names import resolve_base\n" if demo else ""
+    base = f'resolve_base("{DEMO}")' if demo else json.dumps(base_model)
+    note = (
+        """
+The base `demo` is the tiny model that ships with loragen; `resolve_base` returns its path.
+`loragen lora export DIRECTORY --output OTHER` writes an adapter with that path in it.
+"""
+        if demo
+        else ""
+    )
+    return f"""## How to load it
 
 ```python
-from peft import PeftModel
+{find}from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "DIRECTORY OF THIS FILE")
 ```
-"""
-MERGED = """## How to load it
-
-The adapter is merged into the base model's weights:
-`AutoModelForCausalLM.from_pretrained("DIRECTORY OF THIS FILE")`.
-"""
-DEMO_BASE = """
-The base `demo` is the tiny model that ships with loragen; `resolve_base` tells where it lies.
-`loragen lora export DIRECTORY --output OTHER` writes an adapter with that path in it.
-"""
+{note}"""
 
 
-def adapter_card(origin: Origin, merged: bool = False) -> str:
-    """Markdown with the front matter that the Hugging Face hub reads, of a PEFT directory or of
-    the base with the adapter `merged` into it."""
-    loading = MERGED if merged else _loading(origin)
-    return "\n".join((_front_matter(origin, merged), _what(origin), _limits(origin), loading))
-
-
-def _front_matter(origin: Origin, merged: bool) -> str:
-    """The hub takes a hub id for `base_model`; a directory or `demo` would be a broken link."""
-    place = Path(origin.base_model)
-    hub_id = origin.base_model != DEMO and not place.is_absolute() and not place.is_dir()
-    base = f"base_model: {json.dumps(origin.base_model)}\n" if hub_id else ""
-    library = "transformers" if merged else "peft"
-    return f"---\n{base}library_name: {library}\ntags: [lora, loragen, generated]\n---\n"
-
-
-def _what(origin: Origin) -> str:
-    plugins = ", ".join(
-        f"{p['kind']} {p['name']} ({p['distribution']} {p['version']})" for p in origin.plugins
-    )
-    drawn = (
-        ""
-        if origin.seed is None
-        else f"; the mean of {origin.draws} random draws of {origin.prompts_per_draw} "
-        f"(seed {origin.seed})"
-    )
-    return (
-        "# A generated LoRA adapter\n\n"
-        "Written by loragen, after [Drag-and-Drop LLMs](https://arxiv.org/abs/2506.16406), from "
-        "prompts without labels; no training took place.\n\n"
-        f"- **base model**: {origin.base_model}\n"
-        f"- **prompts**: {origin.prompts} (sha256 {origin.prompts_sha256}){drawn}\n"
-        f"- **generator**: {origin.generator}, file format {origin.format_version}; "
-        f"{plugins or f'encoder {origin.encoder}, decoder {origin.decoder}'}\n"
-        f"- **trained on**: {len(origin.datasets)} datasets: {listing(origin.datasets)}\n"
-    )
-
-
-def _limits(origin: Origin) -> str:
-    far = (
-        "How far the prompts are from the training is not known: it has seen a single text."
-        if origin.distance is None
-        else f"The nearest training dataset, {origin.nearest_dataset}, is {origin.distance:g} "
-        "times the training's reach away from the prompts: below 1 is within it."
-    )
-    warning = "\n\n**Warning**: " + said if (said := origin.warning()) else ""
-    return (
-        "## Intended use and limits\n\n"
-        "For prompts of the kind it was made from, on that base model. Nothing was learned from "
-        "labels of this dataset, and nothing measured on it: evaluate before you rely on it "
-        f"(`loragen lora eval --adapter DIR --dataset FILE`).\n\n{far}{warning}\n"
-    )
-
-
-def _loading(origin: Origin) -> str:
-    if origin.base_model != DEMO:
-        return LOADING.format(base=json.dumps(origin.base_model))
-    finding = "from loragen.core.base.names import resolve_base\n"
-    code = LOADING.format(base=f'resolve_base("{DEMO}")')
-    return code.replace("from peft", f"{finding}from peft", 1) + DEMO_BASE
-
-
-@dataclass(repr=False)  # the line that an Adapter is
+@dataclass(repr=False)  # an Adapter has a short repr
 class GeneratedAdapter(Adapter):
-    """An adapter like any other, with its origin."""
+    """An adapter with its origin."""
 
     origin: Origin
 
@@ -172,50 +165,44 @@ class GeneratedAdapter(Adapter):
         """Writes a PEFT directory, or one file where `path` ends in .safetensors or .pt.
 
         A .safetensors file holds the tensors by PEFT's keys, and in its metadata the JSON texts
-        `adapter_config` and `generated`; a .pt file the same as `state_dict`, `adapter_config` and
-        `generated`, and loads with `torch.load(path, weights_only=True)`. What is written appears
-        whole or not at all. Raises UsageError where `path` exists already.
+        `adapter_config` and `generated`; a .pt file holds `state_dict`, `adapter_config` and
+        `generated`, and loads with `torch.load(path, weights_only=True)`. The output appears whole
+        or not at all. Raises UsageError where `path` exists already.
         """
-        output = Path(path)
+        output, origin = Path(path), asdict(self.origin)
         check_output(output, overwrite)
         if output.suffix == ".safetensors":
-            _write_safetensors(output, self)
+            metadata = {
+                "format": "pt",
+                "adapter_config": json.dumps(self.config),
+                "generated": json.dumps(origin, ensure_ascii=False),
+            }
+            with written_atomically(output) as temporary:
+                write_safetensors(temporary, self.tensors, metadata)
         elif output.suffix == ".pt":
-            _write_pt(output, self)
+            with written_atomically(output) as temporary:
+                torch.save(
+                    {
+                        "state_dict": self.tensors,
+                        "adapter_config": self.config,
+                        "generated": origin,
+                    },
+                    temporary,
+                )
         else:
             write_adapter(output, self, adapter_card(self.origin))
         return output
 
     def attach(self, base: Any) -> Any:
-        """`base`, a transformers model, with the adapter in it, as a `peft.PeftModel`.
+        """Returns a `peft.PeftModel`: `base`, a transformers model, with the adapter in it.
 
-        Raises LoragenError naming the first tensor that does not fit; `base` is then unchanged.
+        Raises LoragenError naming the first tensor that does not fit; `base` is unchanged then.
         """
         return attach_adapter(base, self, "the generated adapter")
 
 
-def _write_safetensors(file: Path, adapter: GeneratedAdapter) -> None:
-    metadata = {
-        "format": "pt",
-        "adapter_config": json.dumps(adapter.config),
-        "generated": json.dumps(asdict(adapter.origin), ensure_ascii=False),
-    }
-    with written_atomically(file) as temporary:
-        write_safetensors(temporary, adapter.tensors, metadata)
-
-
-def _write_pt(file: Path, adapter: GeneratedAdapter) -> None:
-    document = {
-        "state_dict": adapter.tensors,
-        "adapter_config": adapter.config,
-        "generated": asdict(adapter.origin),
-    }
-    with written_atomically(file) as temporary:
-        torch.save(document, temporary)
-
-
 class Merger:
-    """Holds the base, in float32, for any number of adapters."""
+    """Merges adapters into one base, which is loaded once, in float32."""
 
     def __init__(self, base_model: str) -> None:
         """Raises UsageError where the base cannot be found, LoragenError where it does not load."""
@@ -223,8 +210,8 @@ class Merger:
         self._model: Any = None
 
     def save(self, adapter: GeneratedAdapter, output: Path, overwrite: bool = False) -> None:
-        """A Hugging Face model directory in the base's stored dtype, with its tokenizer; appears
-        whole or not at all. Raises LoragenError where the adapter does not fit the base."""
+        """Writes a Hugging Face model directory in the base's stored dtype, with its tokenizer; it
+        appears whole or not at all. Raises LoragenError where the adapter does not fit the base."""
         check_output(output, overwrite, MERGED_MARKER)
         if self._model is None:
             self._model = adapter.attach(self.base.model)

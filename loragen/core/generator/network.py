@@ -1,12 +1,7 @@
-"""Normalisation of adapter tokens: a step of its own, exact to rounding.
+"""What a generator trains: a decoder between the scale of its conditions and that of its adapters.
 
-What a collection's adapters share, above all the common LoRA initialisation, is random and cannot
-be told from a prompt. So the mean adapter is kept as it is and a decoder learns deviations from
-it, scaled to unit RMS per tensor: small matrices then weigh as much as large ones in the loss.
-
-The trained part of a generator: a decoder, and the scale of the conditions that it reads.
-
-What a decoder is made of, stage by stage: shapes, parameters and memory, before it is built.
+`Normalization` is the scale of the adapters, `Network` the decoder with the scale of the conditions,
+and `summarize_decoder` says what a decoder consists of before it is built.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,13 +15,24 @@ from torch import Tensor, nn
 
 from loragen.core.adapter.layout import Layout
 from loragen.core.errors import UsageError
-from loragen.core.generator.embeddings import TEXTS_AT_ONCE
+from loragen.core.generator.embeddings import chunks
 from loragen.core.plugins import create, find
 from loragen.core.protocols import DescribesChoices, Samples, StartsFromSamples, Transfers
+
+SMALLEST_SPREAD = 1e-6
+FLOAT = 4  # bytes
+OPTIMIZER_FLOATS = 3  # a gradient and Adam's two moments for every trained parameter
 
 
 @dataclass(frozen=True)
 class Normalization:
+    """The mean adapter, and the deviation of each tensor from it.
+
+    What all adapters share, above all their LoRA initialisation, is random and cannot be predicted
+    from prompts. So the mean is stored, and a decoder learns deviations from it, scaled to unit RMS
+    per tensor: small matrices count as much in the loss as large ones.
+    """
+
     mean: Tensor
     """``[tokens, token_dim]`` float32: the mean adapter."""
     scale: Tensor
@@ -34,8 +40,8 @@ class Normalization:
 
     @classmethod
     def fit(cls, layout: Layout, collections: Iterable[np.ndarray]) -> "Normalization":
-        """Over collections ``[checkpoints, tokens, token_dim]``, each dataset weighing the same,
-        in one pass that holds one checkpoint at a time."""
+        """Fits the checkpoints of each dataset, ``[checkpoints, tokens, token_dim]``, with equal
+        weight for each dataset, in one pass that holds one checkpoint at a time."""
         total = np.zeros((layout.tokens, layout.token_dim))
         squares = np.zeros(layout.tokens)
         datasets = 0
@@ -49,7 +55,7 @@ class Normalization:
         owners = layout.owners()
         sizes = np.array([spec.size for spec in layout.tensors])
         variance = np.bincount(owners, weights=deviation, minlength=len(sizes)) / sizes
-        # A tensor that never moves needs no scale; rounding may leave a trace of variance.
+        # A constant tensor needs no scale; rounding may leave a trace of variance.
         moves = variance > 1e-12 * np.maximum(
             np.bincount(owners, squares) / sizes / datasets, 1e-30
         )
@@ -63,7 +69,7 @@ class Normalization:
         return normalized * self.scale + self.mean
 
     def of(self, tokens: slice) -> "Normalization":
-        """The same for some of the tokens."""
+        """Returns the normalization of some of the tokens."""
         return Normalization(self.mean[tokens], self.scale[tokens])
 
     def to(self, device: torch.device) -> "Normalization":
@@ -73,12 +79,12 @@ class Normalization:
 def importance(
     layout: Layout, normalization: Normalization, collections: Sequence[np.ndarray]
 ) -> Tensor:
-    """``[tokens, 1]`` float32, of mean 1 over the values: how much an error of each token counts.
+    """Returns the weight of each token's error, ``[tokens, 1]`` float32, with mean 1 over values.
 
-    ``1 / (1 + v)``, v being the token's variance within a collection over that between collections:
-    where the checkpoints of one dataset scatter as widely as datasets do, a weight is mostly noise.
-    After the importance that Drag-and-Drop LLMs give by the variance between checkpoints. In one
-    pass that holds one checkpoint at a time.
+    The weight is ``1 / (1 + v)``, where v is the token's variance within datasets over that between
+    datasets: where the checkpoints of one dataset scatter as widely as datasets do, a weight is
+    mostly noise. It follows the importance of Drag-and-Drop LLMs (arXiv 2506.16406), which is the
+    variance between checkpoints. One pass, with one checkpoint in memory at a time.
     """
     within, total = np.zeros(layout.tokens), np.zeros(layout.tokens)
     common = normalization.mean.numpy()
@@ -96,12 +102,9 @@ def importance(
     return torch.from_numpy(weights / np.average(weights, weights=values)).float()[:, None]
 
 
-SMALLEST_SPREAD = 1e-6
-
-
 class Network(nn.Module):
-    """A decoder that sees conditions of zero mean and unit spread in every dimension, so that none
-    of them, and no training rate, depends on the scale of the encoder's embeddings."""
+    """A decoder whose conditions have zero mean and unit spread in every dimension, so that no
+    dimension and no learning rate depends on the scale of the encoder's embeddings."""
 
     condition_mean: Tensor
     condition_spread: Tensor
@@ -114,19 +117,20 @@ class Network(nn.Module):
 
     def forward(self, condition: Tensor, mask: Tensor) -> Tensor:
         """``[batch, prompts, positions, dim]`` -> normalised ``[batch, tokens, token_dim]``."""
-        tokens: Tensor = self.decoder(self._standard(condition), mask)
+        tokens: Tensor = self.decoder(self._standardized(condition), mask)
         return tokens
 
     def predict(
         self, condition: Tensor, mask: Tensor, known: Tensor, known_mask: Tensor, targets: Tensor
     ) -> Tensor:
         """As `Transfers.predict`, for conditions that are not standardised."""
-        known, condition = self._standard(known), self._standard(condition)
+        condition, known = self._standardized(condition), self._standardized(known)
         return self.transfers.predict(condition, mask, known, known_mask, targets)
 
     def fit_known(self, known: Iterable[tuple[Tensor, Tensor]], targets: Tensor) -> None:
         """As `Transfers.fit`, for conditions that are not standardised."""
-        self.transfers.fit(((self._standard(one), mask) for one, mask in known), targets)
+        standardized = ((self._standardized(condition), mask) for condition, mask in known)
+        self.transfers.fit(standardized, targets)
 
     @property
     def transfers(self) -> Transfers:
@@ -135,24 +139,23 @@ class Network(nn.Module):
         return self.decoder
 
     def train_transfer_only(self, prefixes: Sequence[str]) -> None:
-        """Freezes all parameters but those of the decoder whose names start so."""
+        """Freezes all parameters but those of the decoder whose names start with a prefix."""
         for name, parameter in self.decoder.named_parameters():
             parameter.requires_grad_(name.startswith(tuple(prefixes)))
 
-    def _standard(self, condition: Tensor) -> Tensor:
+    def _standardized(self, condition: Tensor) -> Tensor:
         return (condition - self.condition_mean) / self.condition_spread
 
     @torch.no_grad()
     def fit_conditions(self, embedded: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Over ``(embeddings [texts, positions, dim], mask [texts, positions])`` of every dataset,
-        each dataset weighing the same."""
+        """Fits ``(embeddings [texts, positions, dim], mask [texts, positions])`` of every dataset,
+        with equal weight for each dataset."""
         means, squares = [], []
         for embeddings, mask in embedded:
             total = np.zeros((2, embeddings.shape[-1]))  # of the values and of their squares
-            for first in range(0, len(embeddings), TEXTS_AT_ONCE):
-                some = slice(first, first + TEXTS_AT_ONCE)
-                valid = np.asarray(embeddings[some], np.float64)[np.asarray(mask[some])]
-                total += valid.sum(0), np.square(valid).sum(0)
+            for values, valid in chunks(embeddings, mask):
+                kept = values[valid].astype(np.float64)
+                total += kept.sum(0), np.square(kept).sum(0)
             mean_of_one, square_of_one = total / np.count_nonzero(mask)
             means.append(mean_of_one)
             squares.append(square_of_one)
@@ -162,7 +165,7 @@ class Network(nn.Module):
         self.condition_spread.copy_(torch.from_numpy(np.maximum(spread, SMALLEST_SPREAD)))
 
     def start_from(self, samples: Samples) -> None:
-        """Shows the decoder example adapters, normalised, if it cares to see any."""
+        """Initialises the decoder from example adapters, normalised, where it supports that."""
         if isinstance(self.decoder, StartsFromSamples):
             self.decoder.start_from(samples)
 
@@ -170,8 +173,8 @@ class Network(nn.Module):
 def new_network(
     name: str, options: Mapping[str, Any], condition_dim: int, layout: Layout
 ) -> Network:
-    """A decoder for the layout, before its first step. Raises UsageError where the options do not
-    suit the layout (a plugin's ValueError)."""
+    """Returns an untrained network for the layout. Raises UsageError where the options do not fit
+    the layout (a plugin's ValueError)."""
     try:
         decoder = create("decoder", name, options, condition_dim, layout.grid())
     except ValueError as error:
@@ -179,12 +182,10 @@ def new_network(
     return Network(decoder, condition_dim)
 
 
-FLOAT = 4  # bytes
-OPTIMIZER_FLOATS = 3  # a gradient and Adam's two moments for every trained parameter
-
-
 @dataclass(frozen=True)
-class Stage:
+class StageSummary:
+    """One module of a decoder."""
+
     name: str
     shape: tuple[int, ...]
     """Of the output, for a batch of one."""
@@ -197,14 +198,16 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class DecoderSummary:
+    """The modules of a decoder, and the memory that training it takes."""
+
     condition: tuple[int, int, int]
-    """``[prompts, positions, dim]`` that it was worked out for."""
-    stages: list[Stage]
+    """The input: ``[prompts, positions, dim]``."""
+    stages: list[StageSummary]
     parameters: int
     trained: int
     choices: list[str]
-    """What the decoder has settled itself, in its own words."""
+    """Sizes that the decoder has chosen itself, a sentence each."""
 
     @property
     def weights_bytes(self) -> int:
@@ -212,69 +215,67 @@ class Anatomy:
 
     @property
     def training_bytes(self) -> int:
-        """Weights, gradients and moments; `pair_bytes` come on top for each pair of a batch."""
+        """Weights, gradients and moments, without the `pair_bytes` of each pair in a batch."""
         return self.weights_bytes + self.trained * OPTIMIZER_FLOATS * FLOAT
 
     @property
     def pair_bytes(self) -> int:
-        """Of the outputs of all stages together."""
+        """The outputs of all stages together."""
         return sum(stage.bytes for stage in self.stages)
 
     def document(self) -> dict[str, Any]:
-        """Plain data."""
+        """Returns plain data."""
         sizes = ("weights_bytes", "training_bytes", "pair_bytes")
         stages = [{**asdict(stage), "bytes": stage.bytes} for stage in self.stages]
         return {**asdict(self), "stages": stages, **{name: getattr(self, name) for name in sizes}}
 
 
-def anatomy(
+def summarize_decoder(
     decoder: str,
     options: Mapping[str, Any],
     layout: Layout,
     condition: tuple[int, int, int],
     transfers: bool = False,
-) -> Anatomy:
-    """Of a decoder for `layout`, fed with a condition ``[prompts, positions, dim]``; trained to
-    transfer or as a whole.
+) -> DecoderSummary:
+    """Summarises a decoder for `layout` and a condition ``[prompts, positions, dim]``; `transfers`
+    counts only what the transfer objective trains.
 
-    On torch's meta device: nothing is computed and nothing allocated. Raises UsageError where the
-    options do not suit the layout.
+    It runs on torch's meta device: nothing is computed or allocated. Raises UsageError where the
+    options do not fit the layout.
     """
+    stages: list[StageSummary] = []
+
+    def recorder(name: str) -> Any:
+        def record(module: nn.Module, _: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                parameters = sum(p.numel() for p in module.parameters())
+                stages.append(StageSummary(name, tuple(output.shape[1:]), parameters))
+
+        return record
+
     with torch.device("meta"):
         network = new_network(decoder, options, condition[-1], layout).to("meta")
         mask = torch.ones(1, *condition[:2], dtype=torch.bool)
-        found: list[Stage] = []
-        for name, module in _parts(network.decoder, ""):
-            module.register_forward_hook(_recorder(name, found))
+        for name, module in _stages(network.decoder, ""):
+            module.register_forward_hook(recorder(name))
         network.eval()(torch.empty(1, *condition), mask)
     if transfers:
         cls = find("decoder", decoder)
         network.train_transfer_only(cls.transfer_parameters(cls.Config(**options)))
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    decided = network.decoder.choices() if isinstance(network.decoder, DescribesChoices) else []
-    return Anatomy(condition, found, _size(network), trained, decided)
+    sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]
+    trained = sum(size for size, requires_grad in sizes if requires_grad)
+    choices = network.decoder.choices() if isinstance(network.decoder, DescribesChoices) else []
+    return DecoderSummary(condition, stages, sum(size for size, _ in sizes), trained, choices)
 
 
-def _parts(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """The children of a module; of a lone child or a list, its own children in its place."""
+def _stages(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the children of a module by name, with lists and an only child replaced by theirs."""
     children = dict(module.named_children())
     for name, child in children.items():
         path = f"{prefix}{name}"
         if isinstance(child, nn.ModuleList):
             yield from ((f"{path}.{index}", one) for index, one in enumerate(child))
         elif len(children) == 1 and any(True for _ in child.children()):
-            yield from _parts(child, "")
+            yield from _stages(child, "")
         else:
             yield path, child
-
-
-def _recorder(name: str, found: list[Stage]) -> Any:
-    def record(module: nn.Module, _: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            found.append(Stage(name, tuple(output.shape[1:]), _size(module)))
-
-    return record
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
