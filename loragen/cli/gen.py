@@ -1,9 +1,10 @@
 """`loragen gen`: train a generator, generate adapters with it, evaluate them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,8 +25,8 @@ from loragen.cli.options import (
 from loragen.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from loragen.core.generator.model import Generated
-    from loragen.core.generator.network import Anatomy
+    from loragen.core.generator.generated import Origin
+    from loragen.core.generator.network import DecoderSummary
     from loragen.core.learning.plan import Plan
 
 app = typer.Typer(no_args_is_help=True, help="Train a generator, and generate adapters.")
@@ -113,11 +114,11 @@ def gen_train(
             check_settings(point, resolved)
         work = plan(resolved)
         render.note(work.summary())
-        decoder = _decoder_anatomy(work)
+        decoder = _decoder_summary(work)
         if json:
             render.answer_json({"config": work.config.model_dump(), "decoder": decoder.document()})
         else:
-            render.note(anatomy_text(decoder))
+            render.note(decoder_text(decoder))
             render.answer(dump(work.config).rstrip())
         return
     if point and nothing_left(point, resolved):
@@ -135,6 +136,16 @@ def gen_train(
         render.answer_json({"run": str(directory), **manifest.model_dump()})
     else:
         render.answer(str(directory))
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A generated adapter on the disk, and the seconds from its prompts to its files."""
+
+    path: Path
+    values: int
+    origin: "Origin"
+    seconds: float
 
 
 @app.command("infer")
@@ -217,25 +228,22 @@ def gen_infer(
 
     from loragen.core.base.load import quiet_libraries
     from loragen.core.generator.generated import Merger
-    from loragen.core.generator.model import Generator, infer
+    from loragen.core.generator.model import Generator
 
     quiet_libraries()
     generator = Generator.load(file)
     merger = Merger(base_model or generator.base_model) if merge else None
+    _ = generator.text_encoder  # the time to load it does not count
     results = []
     for one, path in zip(wanted, paths, strict=True):
-        results.append(
-            infer(
-                generator,
-                one.prompts,
-                path,
-                draws=draws,
-                prompts_per_draw=prompts_per_draw,
-                seed=seed,
-                overwrite=force,
-                merger=merger,
-            )
-        )
+        started = perf_counter()
+        adapter = generator.generate(one.prompts, draws, prompts_per_draw, seed)
+        if merger:
+            merger.save(adapter, path, force)
+        else:
+            adapter.save(path, force)
+        seconds = round(perf_counter() - started, 4)
+        results.append(_Written(path, generator.layout.values, adapter.origin, seconds))
         if not json:
             render.answer(str(path))
     _print_warnings(results)
@@ -362,7 +370,7 @@ def print_results(results: Mapping[str, Any]) -> None:
     render.answer("\n".join(remarks(results)))
 
 
-def anatomy_text(decoder: "Anatomy") -> str:
+def decoder_text(decoder: "DecoderSummary") -> str:
     """Returns a table of a decoder's layers, its total size, and the reasons for its choices."""
     mib = 2**20
     rows: list[list[object]] = [["condition", _shape(decoder.condition), None, None]]
@@ -383,11 +391,11 @@ def _shape(sizes: tuple[int, ...]) -> str:
     return " x ".join(f"{size:,}" for size in sizes)
 
 
-def _decoder_anatomy(work: "Plan") -> "Anatomy":
-    """The decoder's anatomy for conditions of the shape that the first source gives."""
+def _decoder_summary(work: "Plan") -> "DecoderSummary":
+    """The decoder's summary for conditions of the shape that the first source gives."""
     from loragen.core.base.load import quiet_libraries
     from loragen.core.data.prompts import joined
-    from loragen.core.generator.network import anatomy
+    from loragen.core.generator.network import summarize_decoder
     from loragen.core.plugins import create
 
     quiet_libraries()
@@ -396,7 +404,7 @@ def _decoder_anatomy(work: "Plan") -> "Anatomy":
     positions, dim = create("encoder", encoder.name, encoder.options)(first)[0].shape[1:]
     condition = (data.prompts_per_condition, positions, dim)
     transfers = work.config.training.objective == "transfer"
-    return anatomy(decoder.name, decoder.options, work.layout, condition, transfers)
+    return summarize_decoder(decoder.name, decoder.options, work.layout, condition, transfers)
 
 
 def _output_paths(
@@ -413,7 +421,7 @@ def _output_paths(
         FILE_SUFFIXES,
         check_output,
         default_output,
-        place_of,
+        output_path,
     )
 
     if file_format and not per:
@@ -422,13 +430,13 @@ def _output_paths(
     files = file_format not in (None, Format.peft)
     if merge and (files or home.suffix in FILE_SUFFIXES):
         raise UsageError("--merge writes directories")
-    paths = [place_of(home, name, f".{file_format}" if files else "") for name in names]
+    paths = [output_path(home, name, f".{file_format}" if files else "") for name in names]
     for path in paths:
         check_output(path, force, MERGED_MARKER if merge else CONFIG_FILE)
     return paths
 
 
-def _print_warnings(results: "Sequence[Generated]") -> None:
+def _print_warnings(results: Sequence[_Written]) -> None:
     warnings = [(one.path, warning) for one in results if (warning := one.origin.warning())]
     for path, warning in warnings[:MAX_WARNINGS]:
         render.note(f"warning: {path}: {warning}" if len(results) > 1 else f"warning: {warning}")

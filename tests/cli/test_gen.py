@@ -324,7 +324,7 @@ class TestInfer:
             (("--output", "a.pt", "--merge"), "--merge writes directories"),
             (("--output", "a.pt", "--per", "line"), "a.pt: --per writes a directory"),
             (("--output", "a.ckpt"), "a.ckpt: write a directory (PEFT), or"),
-            (("--output", "a", "--per", "set"), "--per set: a field of rows"),
+            (("--output", "a", "--per", "set"), "--per set: "),
             (("--output", "a", "--draws", "3"), "3 random draws of 1 prompts each need more"),
         ],
     )

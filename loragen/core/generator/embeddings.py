@@ -7,10 +7,10 @@ prompt and 1,000, and between 2 datasets and 50:
 
 - The mean of n texts deviates from its expectation by the variance of the texts over n, which is
   subtracted: ``d² = |mean - centre|² - variance / n - variance_centre / n_centre``.
-- The unit is the reach of the training: the largest distance from a training dataset to its nearest
-  neighbour, since the generator has learned to distinguish datasets that far apart; but at least
-  0.6 of the typical distance of one text to its centre, since a few datasets may lie very close, and
-  a single one has no neighbour.
+- The unit is the reach of the training: the largest distance from a training dataset to its
+  nearest neighbour, since the generator has learned to distinguish datasets that far apart; but at
+  least 0.6 of the typical distance of one text to its centre, since a few datasets may lie very
+  close, and a single one has no neighbour.
 
 Only means are compared: prompts of very mixed subjects have their mean near the middle of all
 datasets and look closer than they are. No covariance is estimated: 2 to 50 centres in some hundred

@@ -66,7 +66,11 @@ class Origin:
                 "adapter before use"
             )
         if self.vague:
-            prompts = "1 prompt is" if self.prompts_per_draw == 1 else f"{self.prompts_per_draw} prompts are"
+            prompts = (
+                "1 prompt is"
+                if self.prompts_per_draw == 1
+                else f"{self.prompts_per_draw} prompts are"
+            )
             return (
                 f"{prompts} too few to identify the dataset; provide at least "
                 f"{self.training_prompts}, as in training"

@@ -231,9 +231,9 @@ class Generator:
 
     @classmethod
     def load(cls, path: str | Path) -> "Generator":
-        """Loads an experiment directory, its generator_model.pt, or a checkpoint of its training; of
-        an experiment whose training has not ended, the best checkpoint. A checkpoint costs a
-        warning.
+        """Loads an experiment directory, its generator_model.pt, or a checkpoint of its training.
+        Of an experiment whose training has not ended, it loads the best checkpoint. A checkpoint
+        costs a warning.
 
         Raises UsageError where there is none, DataError for a file that is not a generator of the
         format that this version reads.

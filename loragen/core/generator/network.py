@@ -1,7 +1,7 @@
 """What a generator trains: a decoder between the scale of its conditions and that of its adapters.
 
-`Normalization` is the scale of the adapters, `Network` the decoder with the scale of the conditions,
-and `summarize_decoder` says what a decoder consists of before it is built.
+`Normalization` is the scale of the adapters, `Network` the decoder with the scale of the
+conditions, and `summarize_decoder` says what a decoder consists of before it is built.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -64,8 +64,7 @@ def requests(
 
 
 def _labelled_prompts(source: Source, field: str) -> Iterator[tuple[str, str]]:
-    """Yields (value of the field, prompt) for every row; a row written by `data prepare` has several
-    prompts."""
+    """Yields (value of the field, prompt) for every row; one of `data prepare` has several."""
     if isinstance(source, Path) and source.suffix.lower() == ".txt":
         raise UsageError(f"{source}: --per {field} needs rows with fields; a .txt file has none")
     found, bad = [], []
@@ -90,8 +89,8 @@ def _labelled_prompts(source: Source, field: str) -> Iterator[tuple[str, str]]:
 
 
 def file_names(labels: Sequence[str]) -> list[str]:
-    """Returns a valid file name for each label. The names differ even where case does not count, and
-    none has the suffix of a weights file, since it may name a directory."""
+    """Returns a valid file name for each label. The names differ even where case does not count,
+    and none has the suffix of a weights file, since it may name a directory."""
     seen: Counter[str] = Counter()
     names = []
     for label in labels:

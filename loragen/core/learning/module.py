@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from loragen.core.config.schema import GenTrainingSection
-from loragen.core.generator.model import KEY, Generator, description
+from loragen.core.generator.model import CHECKPOINT_KEY, Generator
 from loragen.core.generator.network import Network
 from loragen.core.learning.arrays import conditions
 from loragen.core.learning.batches import PairBatch
@@ -335,7 +335,9 @@ class GeneratorCheckpoints(StepCallback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint[KEY] = description(self.generator, pl_module.kept, self.plan.total)
+        checkpoint[CHECKPOINT_KEY] = self.generator.describe_in_checkpoint(
+            pl_module.kept, self.plan.total
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self._best, "last_step": self._last_step}

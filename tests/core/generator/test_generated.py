@@ -31,14 +31,13 @@ def equal(one, other):
     return one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
 
 
-def test_both_are_told_in_a_line(generator, adapter):
-    """A notebook shows them: not every tensor."""
-    assert repr(generator).startswith(f"<Generator {generator.name}: adapters of 1,856 values for ")
-    assert repr(adapter).startswith("<GeneratedAdapter: 1,856 values, rank 2, for ")
+def test_a_repr_is_a_line_without_tensors(generator, adapter):
+    assert repr(generator).startswith(f"<Generator {generator.name}: adapters of 1,856 values")
+    assert repr(adapter).startswith("<GeneratedAdapter: 1,856 values")
     assert max(map(len, (repr(generator), repr(adapter)))) < 400
 
 
-def test_one_line_from_prompts_to_files(experiment, tmp_path):
+def test_generator_is_the_public_api(experiment, tmp_path):
     made = loragen.Generator.load(experiment).generate(PROMPTS).save(tmp_path / "adapter")
     assert read_adapter(made).config["r"] == 2
 
@@ -74,7 +73,7 @@ def test_nothing_is_overwritten_unless_asked(adapter, tmp_path, name):
 
 
 def test_other_endings_of_weights_are_refused(adapter, tmp_path):
-    with pytest.raises(UsageError, match=r"a\.bin: write a directory"):
+    with pytest.raises(UsageError, match=r"a\.bin: .*\.safetensors"):
         adapter.save(tmp_path / "a.bin")
 
 
@@ -91,13 +90,13 @@ def test_draws_are_averaged_token_by_token(generator):
     assert equal(again.tensors, mean.tensors)
 
 
-def test_it_attaches_to_a_live_base(adapter, base_dir):
+def test_it_attaches_to_a_model(adapter, base_dir):
     from loragen.core.base.load import load_base
 
     model = adapter.attach(load_base(str(base_dir)).model)
     assert model.peft_config["default"].r == 2
     adapter.tensors.popitem()
-    with pytest.raises(LoragenError, match="1 tensors are missing"):
+    with pytest.raises(LoragenError, match="missing"):
         adapter.attach(load_base(str(base_dir)).model)
 
 
@@ -126,11 +125,11 @@ class TestCard:
             "library_name": "peft",
             "tags": ["lora", "loragen", "generated"],
         }
-        assert "**Warning**: these prompts are far" in text
+        assert "**Warning**: prompts are out of distribution" in text
         assert "2 datasets: a, b" in text
         assert 'AutoModelForCausalLM.from_pretrained("owner/base: 1")' in text
 
-    def test_a_base_that_is_no_hub_id_is_not_linked(self, base_dir):
+    def test_only_a_hub_id_is_linked(self, base_dir):
         from dataclasses import replace
 
         for base in ("demo", str(base_dir)):
@@ -138,7 +137,7 @@ class TestCard:
             assert "base_model:" not in card.split("---\n")[1]
         assert "resolve_base" in adapter_card(replace(FAR, base_model="demo"))
 
-    def test_a_generator_of_a_single_text_says_that_it_does_not_know(self):
+    def test_an_unknown_distance_is_stated(self):
         from dataclasses import replace
 
         assert "is not known" in adapter_card(replace(FAR, distance=None, far=False))

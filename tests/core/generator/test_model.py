@@ -57,13 +57,13 @@ def test_the_adapter_has_the_shapes_and_the_configuration_of_the_collection(gene
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 40])
-def test_any_number_of_prompts_will_do(generator, count):
+def test_any_number_of_prompts_is_accepted(generator, count):
     prompts = [f"prompt {i}" for i in range(count)]
     made = generator.generate(prompts)
     assert len(made.tensors) == 28
 
 
-def test_other_prompts_make_another_adapter_and_the_same_the_same(generator):
+def test_the_adapter_depends_on_the_prompts(generator):
     one = generator.generate(["red green blue"] * 2).tensors
     assert equal(one, generator.generate(["red green blue"] * 2).tensors)
     assert not equal(one, generator.generate(["a cat and a dog"] * 2).tensors)
@@ -76,12 +76,12 @@ def test_an_encoder_with_other_weights_is_refused(generator, sbert_dir, tmp_path
     next(iter(tensors.values())).add_(1.0)
     save_file(tensors, weights, metadata={"format": "pt"})
     generator.encoder.options["model"] = str(other)
-    with pytest.raises(LoragenError, match=r"the encoder sbert .* has other weights") as error:
+    with pytest.raises(LoragenError, match=r"encoder sbert .*other weights") as error:
         _ = generator.text_encoder
     assert "\n" not in str(error.value)
 
 
-def test_a_moved_encoder_with_the_same_weights_is_taken(generator, sbert_dir, tmp_path):
+def test_a_moved_encoder_with_the_same_weights_is_accepted(generator, sbert_dir, tmp_path):
     other = shutil.copytree(sbert_dir, tmp_path / "sbert")
     generator.encoder.options["model"] = str(other)
     assert generator.text_encoder.fingerprint == generator.encoder_fingerprint
@@ -90,7 +90,7 @@ def test_a_moved_encoder_with_the_same_weights_is_taken(generator, sbert_dir, tm
 def test_a_newer_format_is_refused(file, tmp_path):
     document = {**torch.load(file, weights_only=True), "format_version": 3}
     torch.save(document, tmp_path / "new.pt")
-    with pytest.raises(DataError, match=r"new\.pt: format 3 is newer than this loragen"):
+    with pytest.raises(DataError, match=r"new\.pt: format 3.*upgrade"):
         Generator.load(tmp_path / "new.pt")
 
 
@@ -105,7 +105,7 @@ def test_a_file_without_familiarity_still_generates(generator, file, tmp_path):
 def test_a_file_of_the_first_format_is_refused(file, tmp_path):
     document = {**torch.load(file, weights_only=True), "format_version": 1}
     torch.save(document, tmp_path / "old.pt")
-    with pytest.raises(DataError, match=r"old\.pt: format 1 is an earlier loragen's; train it"):
+    with pytest.raises(DataError, match=r"old\.pt: format 1.*train it again"):
         Generator.load(tmp_path / "old.pt")
 
 
@@ -113,8 +113,7 @@ def test_weights_of_another_decoder_are_refused_with_what_to_do(file, tmp_path):
     document = dict(torch.load(file, weights_only=True))
     document["state_dict"] = {f"old.{k}": v for k, v in document["state_dict"].items()}
     torch.save(document, tmp_path / "old.pt")
-    told = r"old\.pt: .*\(format 2\) are of another decoder hyperconv .* written with, of loragen"
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=r"old\.pt: .*decoder hyperconv.*\(loragen "):
         Generator.load(tmp_path / "old.pt")
 
 
@@ -157,7 +156,7 @@ def broken(file, collection, kind, path):
         "other weights",
     ],
 )
-def test_what_is_no_generator_is_one_line(file, collection, kind, tmp_path):
+def test_what_is_not_a_generator_is_one_line(file, collection, kind, tmp_path):
     path = tmp_path / "bad.pt"
     broken(file, collection, kind, path)
     with pytest.raises(DataError, match=r"bad\.pt: (not a |expected )") as error:

@@ -12,7 +12,7 @@ import torch
 from loragen.core.adapter.files import read_adapter
 from loragen.core.config import GenTrainConfig, load
 from loragen.core.errors import DataError, LoragenError, UsageError
-from loragen.core.generator.model import Generator, infer
+from loragen.core.generator.model import Generator
 from loragen.core.learning import arrays as prepared
 from loragen.core.learning import module as callbacks
 from loragen.core.learning import plan as optimization
@@ -438,10 +438,10 @@ class TestInfer:
     def test_it_writes_an_adapter_that_plain_peft_loads(self, generator, base, tmp_path):
         from peft import PeftModel
 
-        result = infer(generator, PROMPTS, tmp_path / "new" / "adapter")
-        assert (result.path, result.origin.prompts) == (tmp_path / "new" / "adapter", 2)
-        assert result.values == generator.layout.values == 1856
-        assert 0 < result.seconds < 60
+        adapter = generator.generate(PROMPTS)
+        adapter.save(tmp_path / "new" / "adapter")
+        assert adapter.origin.prompts == 2
+        assert generator.layout.values == 1856
         assert files(tmp_path / "new") == {
             "adapter/README.md",
             "adapter/adapter_config.json",
@@ -450,10 +450,10 @@ class TestInfer:
         ids = torch.arange(8).view(1, 8)
         with torch.inference_mode():
             without = base.model(ids).logits
-            model = PeftModel.from_pretrained(base.model, str(result.path)).eval()
+            model = PeftModel.from_pretrained(base.model, str(tmp_path / "new" / "adapter")).eval()
             assert (model(ids).logits - without).abs().max() > 1e-3
         live = {k: v for k, v in model.state_dict().items() if "lora_" in k}
-        written = read_adapter(result.path).tensors
+        written = read_adapter(tmp_path / "new" / "adapter").tensors
         assert len(live) == len(written)
         for key, value in written.items():
             assert live[key.replace(".weight", ".default.weight")].equal(value)
@@ -461,13 +461,13 @@ class TestInfer:
     def test_it_never_needs_the_base(self, generator, collection, tmp_path):
         away = collection.base.rename(collection.base.with_name("away"))
         try:
-            infer(generator, PROMPTS, tmp_path / "adapter")
+            generator.generate(PROMPTS).save(tmp_path / "adapter")
         finally:
             away.rename(collection.base)
         assert read_adapter(tmp_path / "adapter").tensors
 
     def test_the_card_says_what_it_is(self, generator, collection, tmp_path):
-        infer(generator, PROMPTS, tmp_path / "adapter")
+        generator.generate(PROMPTS).save(tmp_path / "adapter")
         card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
         assert card.startswith("---\nlibrary_name: peft\n")
         assert f"- **base model**: {collection.base}\n- **prompts**: 2 (sha256 " in card
@@ -475,8 +475,8 @@ class TestInfer:
 
     @pytest.mark.parametrize("prompts", [[], ["", " "]])
     def test_prompts_without_text_are_refused(self, generator, tmp_path, prompts):
-        with pytest.raises(UsageError, match="no prompts: there is no text"):
-            infer(generator, prompts, tmp_path / "adapter")
+        with pytest.raises(UsageError, match="no prompts"):
+            generator.generate(prompts).save(tmp_path / "adapter")
         assert list(tmp_path.iterdir()) == []
 
     def test_an_error_leaves_nothing(self, generator, tmp_path):
@@ -485,5 +485,5 @@ class TestInfer:
 
         generator.text_encoder = fail
         with pytest.raises(RuntimeError):
-            infer(generator, PROMPTS, tmp_path / "adapter")
+            generator.generate(PROMPTS).save(tmp_path / "adapter")
         assert list(tmp_path.iterdir()) == []

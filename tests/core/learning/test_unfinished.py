@@ -72,9 +72,7 @@ def test_a_killed_runs_best_step_is_told(killed, caplog):
     (best,) = (run / "checkpoints").glob("epoch=*")
     step = torch.load(best, weights_only=True)["global_step"]
     made = Generator.load(run).generate(PROMPTS)
-    assert caplog.messages == [
-        f"{best}: an unfinished generator, at step {step} of 8 of its training"
-    ]
+    assert caplog.messages == [f"{best}: the training has not ended; loading step {step} of 8"]
     assert made.origin.generator == f"{run.name} (step {step} of 8)"
     assert made.origin.distance is not None
     assert sorted(made.origin.datasets) == ["animals", "colors"]
@@ -95,5 +93,5 @@ def test_what_cannot_be_used_says_what_to_do(killed, collection):
     torch.save(document, best)
     of_an_adapter = next((collection.runs["colors"] / "checkpoints").glob("*.ckpt"))
     for path in (run, of_an_adapter):
-        with pytest.raises(DataError, match=r"\.ckpt: not a checkpoint to generate with: .* go on"):
+        with pytest.raises(DataError, match=r"\.ckpt: not a checkpoint of a generator: .* resume"):
             Generator.load(path)
