@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 # Before torch is imported: more threads than cores are very slow, and nothing asks the hub.
@@ -329,69 +330,7 @@ def experiment(collection, sbert_dir, tmp_path_factory):
 
 @pytest.fixture
 def legacy_run(collection, tmp_path):
-    """`legacy_run("torch")` makes experiments/old/colors/old_20250720_143052_lora/ out of the
-    trained colours: four checkpoints in a traditional container, and the logs. Knows its alpha
-    and base from a YAML file."""
-    import torch
+    """`legacy_run("torch")`: a run directory of the original scripts below `tmp_path`."""
+    from tests.legacy.runs import write_legacy_run
 
-    def make(form="torch", dataset="colors", stamp="20250720_143052", yaml=True):
-        run = tmp_path / "experiments" / "old" / dataset / f"old_{stamp}_lora"
-        for part in ("models", "checkpoints", "logs"):
-            (run / part).mkdir(parents=True)
-        for file in sorted((collection.runs["colors"] / "checkpoints").iterdir()):
-            document = torch.load(file, weights_only=True)
-            write_legacy(form, run / "checkpoints", document, collection.base)
-        write_lines(run / "logs" / f"batch_tracking_{dataset}.jsonl", [{"step": 5}])
-        (run / "logs" / f"checkpoint_mapping_{dataset}.json").write_text("{}", encoding="utf-8")
-        if yaml:
-            text = f"model:\n  name: '{collection.base}'\nlora: {{lora_alpha: 4}}\n"
-            (run / "training_config.yaml").write_text(text, encoding="utf-8")
-        return run
-
-    return make
-
-
-def write_legacy(form, folder, document, base):
-    """One checkpoint of ours in a traditional container."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
-
-    from loragen.core.adapter.files import file_keys
-
-    step, weights = document["global_step"], file_keys(document["state_dict"])
-    live = {k.replace(".weight", ".default.weight"): v for k, v in weights.items()}
-    if form == "torch":
-        whole = {"step": step, "lora_state_dict": live}
-        whole["optimizer_state_dict"] = document["optimizer_states"][0]
-        torch.save(whole, folder / f"step_{step:03d}.pt")
-    elif form == "full":
-        model = get_peft_model(
-            AutoModelForCausalLM.from_pretrained(base),
-            LoraConfig(r=2, lora_alpha=4, target_modules="all-linear"),
-        )
-        model.load_state_dict(live, strict=False)
-        whole = {f"module.{k}": v for k, v in model.state_dict().items()}
-        torch.save({"model_state_dict": whole, "global_step": step}, folder / f"{step}.pth")
-    elif form == "safetensors":
-        save_file(live, folder / f"lora-step-{step}.safetensors")
-    elif form in {"peft", "peft-bin"}:
-        directory = folder / f"checkpoint-{step}"
-        directory.mkdir()
-        if form == "peft":
-            save_file(weights, directory / "adapter_model.safetensors")
-        else:
-            torch.save(weights, directory / "adapter_model.bin")
-        torch.save({"rng": torch.zeros(1)}, directory / "rng_state.pth")
-        torch.save(document["optimizer_states"][0], directory / "optimizer.pt")
-        config = {
-            "peft_type": "LORA", "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "bias": "none",
-            "base_model_name_or_path": str(base), "target_modules": ["q_proj"],
-        }  # fmt: skip
-        text = json.dumps(config)
-        (directory / "adapter_config.json").write_text(text, encoding="utf-8")
-    else:  # the base model's own keys, without `.weight`, as a loop of one's own may save them
-        plain = {k.removeprefix("base_model.model.").removesuffix(".weight"): v
-                 for k, v in weights.items()}  # fmt: skip
-        torch.save(plain, folder / f"ckpt_step{step}.bin")
+    return partial(write_legacy_run, collection, tmp_path)

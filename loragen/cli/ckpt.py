@@ -201,7 +201,7 @@ def ckpt_convert(
     that was converted before is left as it is. Prints the run directories.
     """
     from loragen.core.files import refuse_file
-    from loragen.legacy.discover import find_runs
+    from loragen.legacy.experiments import find_runs
 
     refuse_file(output)
     runs = [run for source in sources for run in find_runs(source)]

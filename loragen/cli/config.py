@@ -81,9 +81,9 @@ def config_validate(file: File, command: CommandOption = None) -> None:
     from loragen.core.config.load import guess_command
     from loragen.core.learning.sources import missing_gen_paths
     from loragen.core.lora.settings import missing_lora_paths
-    from loragen.legacy.translate import old_command_of
+    from loragen.legacy.translate import command_of_legacy_config
 
-    name = command.value if command else old_command_of(file) or guess_command(file)
+    name = command.value if command else command_of_legacy_config(file) or guess_command(file)
     model: Any = GenTrainConfig if name == "gen" else LoraTrainConfig
     missing: Any = missing_gen_paths if name == "gen" else missing_lora_paths
     with_old_files(model, file, lambda given: load(model, given, environment={}, check=missing))
@@ -105,11 +105,11 @@ def config_migrate(
     scripts. A file in the current form stays as it is.
     """
     from loragen.core.files import write_text
-    from loragen.legacy.translate import migrate
+    from loragen.legacy.translate import migrate_config
 
     if output is not None:
         refuse_existing_file(output, force)
-    result = migrate(file, command.value if command else None)
+    result = migrate_config(file, command.value if command else None)
     if result.command is None:
         render.note(f"{file} is not in an old form: nothing to migrate")
     if output is None:

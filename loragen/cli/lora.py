@@ -236,9 +236,9 @@ def lora_export(
     if is_known(checkpoint):
         adapter = read_checkpointed_adapter(checkpoint)
     else:
-        from loragen.legacy.survey import foreign_adapter
+        from loragen.legacy.adapters import read_lone_adapter
 
-        adapter = foreign_adapter(checkpoint, base_model, alpha)
+        adapter = read_lone_adapter(checkpoint, base_model, alpha)
     adapter = prepare_export(adapter, checkpoint, base_model, alpha)
     (export_merged if merge else export_adapter)(adapter, checkpoint, output)
     if json:

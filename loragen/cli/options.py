@@ -83,9 +83,9 @@ def with_old_files(
     except ConfigError:
         if file is None:
             raise
-        from loragen.legacy.translate import read_old_file
+        from loragen.legacy.translate import read_legacy_config
 
-        translation = read_old_file(file, model)
+        translation = read_legacy_config(file, model)
         if translation is None:
             raise
     return use(translation)

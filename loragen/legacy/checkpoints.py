@@ -1,7 +1,14 @@
-"""One traditional checkpoint: its adapter tensors, step and optimizer, from whatever holds them."""
+"""LoRA checkpoints that loragen did not write: read one, or check all of a run.
+
+Any container is read without running code: .pt, .pth, .bin and .ckpt files of `torch.save`,
+safetensors files, PEFT and Trainer directories, full models in shards. Of a full model only the
+LoRA tensors are loaded.
+"""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,169 +17,100 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loragen.core.adapter.files import shape_mismatch
 from loragen.core.errors import DataError, LoragenError, listing
 from loragen.core.run.checkpoints import load_plain
-from loragen.legacy.discover import step_in_name, weights_of
+from loragen.legacy.experiments import (
+    LegacyRun,
+    RecordedSettings,
+    find_weights,
+    is_final_model,
+    settings_by_synonyms,
+    step_in_name,
+)
 
-WRAPPERS = ("lora_state_dict", "adapter_state_dict", "model_state_dict", "state_dict", "model")
-OPTIMIZERS = ("optimizer_state_dict", "optimizer", "optimizer_states")
-STEPS = ("global_step", "step")
-SETTINGS = ("config", "hyper_parameters", "args")
+# Where the checkpoints of training loops keep things, by the usual keys.
+TENSOR_KEYS = ("lora_state_dict", "adapter_state_dict", "model_state_dict", "state_dict", "model")
+OPTIMIZER_KEYS = ("optimizer_state_dict", "optimizer", "optimizer_states")
+STEP_KEYS = ("global_step", "step")
+SETTINGS_KEYS = ("config", "hyper_parameters", "args")
+
 PREFIX = "base_model.model."
-KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])(?:\.(?P<rest>.+))?")
-OUTER = re.compile(r"^(?:module\.|_orig_mod\.)+")
+"""Of every key in PEFT's files."""
+LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])(?:\.(?P<rest>.+))?")
+WRAPPER = re.compile(r"^(?:module\.|_orig_mod\.)+")
+"""What DataParallel and torch.compile put before a module's path."""
+
+Shapes = dict[str, torch.Size]
 
 
 @dataclass
 class LegacyCheckpoint:
-    """As read: tensors by PEFT's file keys."""
+    """The content of one checkpoint."""
 
     tensors: dict[str, Tensor]
-    ordered: bool
-    """The tensors come in the model's own order, as in a state dict that torch saved."""
+    """By PEFT's file keys."""
+    in_model_order: bool
+    """The tensors are in the order of the model's modules, as in a state dict of torch."""
     step: int | None = None
-    """As the file itself says."""
+    """As recorded in the file."""
     optimizer: Any = None
-    facts: dict[str, Any] = field(default_factory=dict)
-    """Plain settings that were saved with the weights."""
-
-
-def read_foreign_checkpoint(entry: Path) -> LegacyCheckpoint:
-    """The adapter alone: the rest of a full model is mapped, never loaded.
-
-    Raises DataError with the reason where nothing usable is in it.
-    """
-    files = weights_of(entry)
-    if len(files) == 1 and files[0].suffix != ".safetensors":
-        return _from_torch(files[0])
-    found: dict[str, Tensor] = {}
-    for file in files:
-        safe = file.suffix == ".safetensors"
-        shard = _from_safetensors(file) if safe else _state(load_plain(file))
-        if twice := sorted(found.keys() & shard.keys()):
-            raise DataError(f"{file}: {twice[0]} is in another shard too")
-        found |= shard
-    return LegacyCheckpoint(_normalized(found, entry), ordered=False)
-
-
-def step_of(entry: Path, inside: int | None) -> int | None:
-    """`step_080` counts most, then what the file says, then `checkpoint-80`.
-
-    (Some loops count from 0 inside, and people number files their own way.)
-    """
-    for step in (step_in_name(entry, sure=True), inside, step_in_name(entry)):
-        if step is not None:
-            return step
-    return None
-
-
-def read_optimizer(entry: Path, inside: Any) -> Any:
     """The optimizer's state dict, saved with the weights or beside them."""
-    beside = entry / "optimizer.pt"
-    if inside is None and beside.is_file():
-        try:
-            inside = load_plain(beside)
-        except LoragenError:  # the weights are what counts
-            return None
-    return inside[0] if isinstance(inside, list) and inside else inside
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the training that were saved with the weights."""
 
 
-def converted_optimizer(state: Any, tensors: Mapping[str, Tensor], rate: float) -> Any:
-    """A torch AdamW state over exactly these tensors, in their order, as our optimizer's own.
+def read_legacy_checkpoint(path: Path) -> LegacyCheckpoint:
+    """Reads the LoRA tensors of a file or directory, and what was saved with them.
 
-    None for anything else. Frozen parameters, which have no state, may be among the legacy ones.
-    `rate` is the learning rate of the coming step.
+    Raises DataError where there are none, or other tensors than the A and B matrices of LoRA;
+    UsageError for a folder of several checkpoints.
     """
-    try:
-        moments, groups = state["state"], state["param_groups"]
-        used = [group for group in groups if any(p in moments for p in group["params"])]
-    except (TypeError, KeyError):
-        return None
-    if len(used) != 1 or _is_adam_with_l2(used[0]):
-        return None
-    of = [moments[p] for p in used[0]["params"] if p in moments]
-    if len(of) != len(tensors) or not all(map(_fits, of, tensors.values())):
-        return None
-    options = {k: v for k, v in used[0].items() if k in {"betas", "eps", "weight_decay"}}
-    return {
-        "state": {index: _moments(one) for index, one in enumerate(of)},
-        "param_groups": [
-            # What torch.optim.AdamW(lr=1.0) under our schedule would have saved.
-            {
-                "lr": rate,
-                **options,
-                "amsgrad": False,
-                "maximize": False,
-                "foreach": None,
-                "capturable": False,
-                "differentiable": False,
-                "fused": True,
-                "decoupled_weight_decay": True,
-                "initial_lr": 1.0,
-                "params": list(range(len(of))),
-            }
-        ],
-    }
+    files = find_weights(path)
+    if len(files) == 1 and files[0].suffix != ".safetensors":
+        document = load_plain(files[0])
+        checkpoint = _from_document(document, files[0])
+    else:
+        found: dict[str, Tensor] = {}
+        for file in files:
+            is_safe = file.suffix == ".safetensors"
+            shard = _read_safetensors(file) if is_safe else _lora_tensors(load_plain(file))
+            if duplicates := sorted(found.keys() & shard.keys()):
+                raise DataError(f"{file}: {duplicates[0]} is in another shard too")
+            found |= shard
+        checkpoint = LegacyCheckpoint(_by_file_keys(found, path), in_model_order=False)
+    beside = path / "optimizer.pt"
+    if checkpoint.optimizer is None and beside.is_file():
+        with suppress(LoragenError):  # the weights can be used without it
+            checkpoint.optimizer = load_plain(beside)
+    return checkpoint
 
 
-def _fits(state: Any, tensor: Tensor) -> bool:
-    if not isinstance(state, Mapping) or set(state) != {"step", "exp_avg", "exp_avg_sq"}:
-        return False
-    moments = (state["exp_avg"], state["exp_avg_sq"])
-    return all(
-        isinstance(m, Tensor) and m.shape == tensor.shape and bool(torch.isfinite(m).all())
-        for m in moments
-    )
-
-
-def _is_adam_with_l2(group: Mapping[str, Any]) -> bool:
-    return bool(group.get("weight_decay")) and not group.get("decoupled_weight_decay", True)
-
-
-def _moments(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {
-        "step": torch.tensor(float(state["step"])),
-        "exp_avg": state["exp_avg"].clone(),
-        "exp_avg_sq": state["exp_avg_sq"].clone(),
-    }
-
-
-def _from_torch(file: Path) -> LegacyCheckpoint:
-    document = load_plain(file)
-    saved = (document.get(name) for name in OPTIMIZERS)
-    optimizer = next((state for state in saved if isinstance(state, dict | list) and state), None)
-    steps = (_whole(document[name]) for name in STEPS if name in document)
-    return LegacyCheckpoint(
-        tensors=_normalized(_state(document), file),
-        ordered=True,
-        step=next((step for step in steps if step is not None), None),
-        optimizer=optimizer,
-        facts=_settings(document, optimizer),
-    )
-
-
-def _settings(document: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
-    """Of the training, as far as they were saved with the weights."""
+def _from_document(document: Mapping[str, Any], file: Path) -> LegacyCheckpoint:
+    states = [document.get(key) for key in OPTIMIZER_KEYS]
+    optimizer = next((state for state in states if isinstance(state, dict | list) and state), None)
     settings: dict[str, Any] = {}
     if isinstance(optimizer, Mapping) and optimizer.get("param_groups"):
         settings["weight_decay"] = optimizer["param_groups"][0].get("weight_decay")
-    for name in SETTINGS:
-        if isinstance(document.get(name), dict):
-            settings |= document[name]
-    return settings | {k: v for k, v in document.items() if k == "lora_config"}
+    for key in SETTINGS_KEYS:
+        if isinstance(document.get(key), dict):
+            settings |= document[key]
+    if "lora_config" in document:
+        settings["lora_config"] = document["lora_config"]
+    steps = [document[key] for key in STEP_KEYS if key in document]
+    steps = [s.item() if isinstance(s, Tensor) and s.numel() == 1 else s for s in steps]
+    return LegacyCheckpoint(
+        tensors=_by_file_keys(_lora_tensors(document), file),
+        in_model_order=True,
+        step=next((s for s in steps if isinstance(s, int) and not isinstance(s, bool)), None),
+        optimizer=optimizer[0] if isinstance(optimizer, list) else optimizer,  # of Lightning
+        settings=settings,
+    )
 
 
-def _from_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys() if "lora_" in key}  # noqa: SIM118  # no mapping
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{file}: not a safetensors file: {error}") from None
-
-
-def _state(document: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The LoRA tensors of a dictionary, or of the first dictionary in it that has some."""
-    for candidate in (*(document.get(name) for name in WRAPPERS), document):
+def _lora_tensors(document: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns the LoRA tensors of the first dictionary in the document that has some."""
+    for candidate in (*(document.get(key) for key in TENSOR_KEYS), document):
         if isinstance(candidate, Mapping):
             found = {
                 key: value.detach().clone()  # off the memory map
@@ -184,40 +122,129 @@ def _state(document: Mapping[str, Any]) -> dict[str, Tensor]:
     return {}
 
 
-def _normalized(found: Mapping[str, Tensor], entry: Path) -> dict[str, Tensor]:
-    """By PEFT's file keys; live, Lightning's, DataParallel's and bare model keys are known."""
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys() if "lora_" in key}  # noqa: SIM118  # no mapping
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{file}: not a safetensors file: {error}") from None
+
+
+def _by_file_keys(found: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Renames tensors to PEFT's file keys; returns the adapter `default` where there are several.
+
+    Keys may be those of a live PEFT model, of a wrapper around it (Lightning, DataParallel,
+    torch.compile), or of the base model's own modules.
+    """
     if not found:
-        raise DataError(f"{entry}: no LoRA tensors in it (no key has 'lora_')")
+        raise DataError(f"{path}: no LoRA tensors (no key has 'lora_')")
     adapters: dict[str, dict[str, Tensor]] = {}
     for key, tensor in found.items():
-        matched = KEY.fullmatch(key)
+        matched = LORA_KEY.fullmatch(key)
         if matched is None or tensor.ndim != 2 or not tensor.is_floating_point():
-            raise DataError(f"{entry}: {key} is not a matrix of LoRA ('lora_A' or 'lora_B')")
-        module = f"{PREFIX}{_module(matched['module'])}"
-        name = (matched["rest"] or "").removesuffix("weight").strip(".")
-        wanted = f"{module}.lora_{matched['matrix']}.weight"
-        adapters.setdefault(name or "default", {})[wanted] = tensor
+            raise DataError(f"{path}: {key} is not a matrix of LoRA ('lora_A' or 'lora_B')")
+        _, prefix, module = matched["module"].rpartition(PREFIX)
+        if not prefix:
+            module = WRAPPER.sub("", module)
+            while module.startswith("model.model."):  # the attribute of a wrapper
+                module = module.removeprefix("model.")
+            module = f"model.{module}" if module.startswith("layers.") else module
+        name = (matched["rest"] or "").removesuffix("weight").strip(".") or "default"
+        file_key = f"{PREFIX}{module}.lora_{matched['matrix']}.weight"
+        adapters.setdefault(name, {})[file_key] = tensor
     if len(adapters) > 1 and "default" not in adapters:
-        raise DataError(f"{entry}: several adapters in it, none is 'default': {_names(adapters)}")
+        names = listing(sorted(adapters))
+        raise DataError(f"{path}: several adapters, none of them named 'default': {names}")
     return adapters.get("default") or next(iter(adapters.values()))
 
 
-def _module(path: str) -> str:
-    """The module's path in the base model."""
-    _, prefix, inner = path.rpartition(PREFIX)
-    if prefix:
-        return inner
-    inner = OUTER.sub("", path)
-    while inner.startswith("model.model."):  # a wrapper's own attribute
-        inner = inner.removeprefix("model.")
-    return f"model.{inner}" if inner.startswith("layers.") else inner
+@dataclass(frozen=True)
+class UsableCheckpoint:
+    """A checkpoint that can be converted."""
+
+    path: Path
+    step: int
+    shapes: Shapes
 
 
-def _names(adapters: Iterable[str]) -> str:
-    return listing(sorted(adapters))
+@dataclass
+class CheckpointScan:
+    """The outcome of `scan_checkpoints`."""
+
+    usable: list[UsableCheckpoint] = field(default_factory=list)
+    """In the order of their steps; all have the same tensors."""
+    problems: list[str] = field(default_factory=list)
+    """`file: reason`, of the checkpoints that cannot be used."""
+    final_models: list[Path] = field(default_factory=list)
+    """Results such as `models/final.pt`, which belong to no step."""
+    settings: RecordedSettings = field(default_factory=dict)
+    """Settings of the training that were saved with the weights."""
 
 
-def _whole(value: Any) -> int | None:
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+def scan_checkpoints(run: LegacyRun, max_steps: int | None) -> CheckpointScan:
+    """Reads all checkpoints of a run, one at a time, and compares them.
+
+    A single final model is the checkpoint of step `max_steps` where there are no others.
+    Raises DataError where no checkpoint can be used.
+    """
+    scan = CheckpointScan()
+    by_step: dict[int, UsableCheckpoint] = {}
+    for path in run.checkpoints:
+        try:
+            _check(path, run, scan, by_step)
+        except LoragenError as error:
+            scan.problems += error.problems
+    if not by_step and len(scan.final_models) == 1 and max_steps:
+        path = scan.final_models.pop()
+        shapes = shapes_of(read_legacy_checkpoint(path).tensors)
+        by_step[max_steps] = UsableCheckpoint(path, max_steps, shapes)
+    if not by_step:
+        raise DataError(*(scan.problems or map(_no_step, scan.final_models)))
+    usual = Counter(tuple(sorted(one.shapes.items())) for _, one in sorted(by_step.items()))
+    usual_shapes = dict(usual.most_common(1)[0][0])
+    for _, checkpoint in sorted(by_step.items()):
+        if problem := shape_mismatch(usual_shapes, checkpoint.shapes):
+            scan.problems.append(f"{checkpoint.path}: differs from most checkpoints: {problem}")
+        else:
+            scan.usable.append(checkpoint)
+    return scan
+
+
+def _check(
+    path: Path, run: LegacyRun, scan: CheckpointScan, by_step: dict[int, UsableCheckpoint]
+) -> None:
+    """Adds a checkpoint to `by_step` or to the final models, and its settings to the scan's."""
+    checkpoint = read_legacy_checkpoint(path)
+    tensors = checkpoint.tensors
+    broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise DataError(f"{path}: NaN or infinity in {len(broken)} tensors, such as {broken[0]}")
+    scan.settings |= settings_by_synonyms(checkpoint.settings, str(path))
+    # `step_080` counts most: some loops record a step that counts from 0. `checkpoint-80` counts
+    # least: people number files in their own way.
+    candidates = (step_in_name(path, explicit=True), checkpoint.step, step_in_name(path))
+    step = next((step for step in candidates if step is not None), None)
+    if step is None:
+        if path != run.directory and not is_final_model(path):
+            raise DataError(_no_step(path))
+        scan.final_models.append(path)
+    elif step < 1:
+        raise DataError(
+            f"{path}: step {step}: steps are counted from 1, after each optimizer step; "
+            "rename it to step_NNN"
+        )
+    elif step not in by_step:
+        by_step[step] = UsableCheckpoint(path, step, shapes_of(tensors))
+    else:
+        other = by_step[step].path
+        same = read_legacy_checkpoint(other).tensors
+        if same.keys() != tensors.keys() or not all(same[k].equal(v) for k, v in tensors.items()):
+            raise DataError(f"{path}: step {step} again, with other weights than {other}")
+
+
+def _no_step(path: Path) -> str:
+    return f"{path}: no step in the file or in its name; rename it to step_NNN"
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+    return {key: value.shape for key, value in tensors.items()}

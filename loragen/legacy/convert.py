@@ -1,6 +1,7 @@
-"""The files of a converted run.
+"""Conversion of a run of the original scripts to a run directory of loragen.
 
-A traditional run -> a run directory that `gen train` and resuming accept; whole, or nothing.
+`gen train` learns from the result, `lora eval` and `lora export` read it, `lora train --resume`
+continues it. It appears whole or not at all, and the source is only read.
 """
 
 import logging
@@ -35,115 +36,28 @@ from loragen.core.run.directory import (
     read_manifest,
     write_manifest,
 )
-from loragen.legacy.checkpoints import (
-    LegacyCheckpoint,
-    converted_optimizer,
-    read_foreign_checkpoint,
-    read_optimizer,
+from loragen.legacy.adapters import InferredLora, flag_settings, infer_lora
+from loragen.legacy.checkpoints import CheckpointScan, read_legacy_checkpoint, scan_checkpoints
+from loragen.legacy.experiments import (
+    LegacyRun,
+    RecordedSettings,
+    settings_beside,
+    settings_in_adapter_config,
+    settings_in_yaml,
 )
-from loragen.legacy.discover import LegacyRun
-from loragen.legacy.facts import (
-    Fact,
-    Facts,
-    adapter_facts,
-    dataset_in_path,
-    facts_beside,
-    say_origins,
-    yaml_facts,
-)
-from loragen.legacy.survey import Survey, rank_of, survey, targets_and_order
 
 log = logging.getLogger(__name__)
 
-TRACKING = ("batch_tracking_*.jsonl", "checkpoint_mapping_*.json", "line_checkpoint_mapping_*.json")
-
-
-def write_run(
-    directory: Path,
-    run: LegacyRun,
-    surveyed: Survey,
-    config: LoraTrainConfig,
-    manifest: LoraManifest,
-    order: list[str] | None,
-) -> int:
-    """Everything of the run; gives how many checkpoints have an optimizer state."""
-    (directory / CHECKPOINTS).mkdir(parents=True)
-    schedule = create("schedule", config.schedule.name, config.schedule.options)
-    states = 0
-    tensors: dict[str, Tensor] = {}
-    for one in surveyed.checkpoints:
-        checkpoint = read_foreign_checkpoint(one.entry)
-        tensors, certain = _in_order(checkpoint, order)
-        optimizer = None
-        if certain:
-            rate = schedule(one.step + 1, config.training.max_steps).learning_rate
-            state = read_optimizer(one.entry, checkpoint.optimizer)
-            optimizer = converted_optimizer(state, tensors, rate)
-        states += optimizer is not None
-        document = lightning_checkpoint(one.step, tensors, optimizer)
-        torch.save(document, directory / CHECKPOINTS / checkpoint_name(one.step))
-    card = _card(config, manifest)
-    write_adapter(directory / "adapter", Adapter(manifest.adapter_config, tensors), card)
-    _copy_tracking(run, directory / "tracking")
-    write_text(directory / "config.yaml", dump(config))
-    write_manifest(directory, manifest)
-    return states
-
-
-def _in_order(
-    checkpoint: LegacyCheckpoint, order: list[str] | None
-) -> tuple[dict[str, Tensor], bool]:
-    """The tensors in the order of the model's modules, and whether that is beyond doubt: the state
-    of an optimizer has numbers, no names."""
-    own = list(checkpoint.tensors)
-    if order is not None:
-        certain = not checkpoint.ordered or own == order
-        return {key: checkpoint.tensors[key] for key in order}, certain
-    keys = own if checkpoint.ordered else sorted(own, key=natural_key)
-    return {key: checkpoint.tensors[key] for key in keys}, checkpoint.ordered
-
-
-def lightning_checkpoint(
-    step: int, tensors: Mapping[str, Tensor], optimizer: Any
-) -> dict[str, Any]:
-    """As our own training would have written it, without what only its loops know."""
-    return {
-        "epoch": 0,
-        "global_step": step,
-        "pytorch-lightning_version": lightning.__version__,
-        "state_dict": {
-            f"model.{key.removesuffix('.weight')}.default.weight": value.contiguous()
-            for key, value in tensors.items()
-        },
-        "loops": {},
-        "callbacks": {},
-        "optimizer_states": [] if optimizer is None else [optimizer],
-        "lr_schedulers": [],
-    }
-
-
-def _copy_tracking(run: LegacyRun, directory: Path) -> None:
-    """Byte for byte; they name the checkpoints as they were."""
-    for pattern in TRACKING:
-        for file in sorted(run.logs.glob(pattern)):
-            directory.mkdir(exist_ok=True)
-            copyfile(file, directory / file.name)
-
-
-def _card(config: LoraTrainConfig, manifest: LoraManifest) -> str:
-    return (
-        f"---\nbase_model: {config.base_model}\nlibrary_name: peft\ntags: [lora, loragen]\n---\n\n"
-        f"# {manifest.dataset.name}\n\nA LoRA adapter (rank {config.lora.rank}, step "
-        f"{manifest.steps[-1]}), converted by `loragen ckpt convert`.\n"
-    )
-
-
-ASSUMED = ("training.batch_size", "data.max_length", "seed")
+TRACKING_FILES = (
+    "batch_tracking_*.jsonl", "checkpoint_mapping_*.json", "line_checkpoint_mapping_*.json",
+)  # fmt: skip
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+"""The state of a parameter in AdamW."""
 
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """What the user says of the runs; whatever is None is looked for beside the checkpoints."""
+    """What the user states about the runs; None is looked for beside the checkpoints."""
 
     output: Path = Path("runs")
     base_model: str | None = None
@@ -155,172 +69,243 @@ class ConversionOptions:
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConversionResult:
+    """The outcome of `convert`."""
+
     directory: Path
     manifest: LoraManifest
     left_out: list[str]
     """`file: reason`"""
     optimizer_states: int
-    """Checkpoints whose optimizer state came along."""
+    """Number of checkpoints whose optimizer state was converted."""
     assumed: list[str]
-    """Settings that nothing records: config.yaml has the defaults."""
+    """Settings that are recorded nowhere; config.yaml has the defaults."""
     already: bool = False
-    """It had been converted before; nothing was done."""
-
-
-def convert(run: LegacyRun, options: ConversionOptions) -> Converted:
-    """Raises UsageError saying what to give where something is not recorded, DataError for bad
-    checkpoints unless `skip_bad`."""
-    facts = _facts(run, options)
-    dataset = _dataset(run, facts, options)
-    if earlier := _converted_before(run, dataset.name, options.output):
-        return Converted(earlier, read_manifest(earlier, LoraManifest), [], 0, [], already=True)
-    surveyed = survey(run, _value(facts, "training.max_steps"))
-    if surveyed.bad and not options.skip_bad:
-        raise DataError(*(f"{line} (--skip-bad leaves it out)" for line in surveyed.bad))
-    facts = {**surveyed.facts, **facts}
-    config, order = _config(run, facts, surveyed, dataset, options)
-    manifest = _manifest(run, config, dataset, surveyed)
-    directory = create_run_directory(options.output, f"{dataset.name}_lora", run.started)
-    try:
-        with written_atomically(directory) as temporary:
-            states = write_run(temporary, run, surveyed, config, manifest, order)
-    except BaseException:
-        with suppress(OSError):
-            directory.rmdir()  # it holds nothing yet
-        raise
-    left_out = [*surveyed.bad, *(f"{entry}: belongs to no step" for entry in surveyed.results)]
-    return Converted(directory, manifest, left_out, states, _assumed(facts))
+    """The run was converted before; nothing was done."""
 
 
 def check_one_dataset(runs: Sequence[LegacyRun], options: ConversionOptions) -> None:
-    """Raises UsageError where `--dataset` would stand for runs of several datasets."""
-    names = sorted({dataset_in_path(run) or "" for run in runs})
+    """Raises UsageError where `--dataset` would apply to runs of several datasets."""
+    names = sorted({run.dataset_name or "" for run in runs})
     if options.dataset and len(names) > 1:
         raise UsageError(
-            f"--dataset {options.dataset} is one dataset, the runs are of {len(names)}: "
-            f"{listing(names)}; convert them apart, or name their folder with --data-root"
+            f"--dataset {options.dataset}: the runs are of {len(names)} datasets, "
+            f"{listing(names)}; convert them separately, or name their folder with --data-root"
         )
 
 
-def _manifest(
-    run: LegacyRun, config: LoraTrainConfig, dataset: DatasetRecord, surveyed: Survey
-) -> LoraManifest:
-    """None of our plugins took part in the training, so it lists none."""
-    return LoraManifest(
+def convert(run: LegacyRun, options: ConversionOptions) -> ConversionResult:
+    """Converts one run.
+
+    Settings come from flags, then `--config`, adapter_config.json, the YAML files beside the
+    checkpoints (unless `--config` is given), and what was saved with the weights.
+    Raises UsageError naming the flag for a setting that is not recorded, and DataError for bad
+    checkpoints unless `skip_bad`.
+    """
+    settings = {
+        **({} if options.config else settings_beside(run)),
+        **settings_in_adapter_config(run),
+        **(settings_in_yaml(options.config) if options.config else {}),
+        **flag_settings(options.base_model, options.alpha),
+    }
+    dataset = _dataset_record(run, settings, options)
+    for file in sorted(options.output.glob(f"{dataset.name}_lora_*/{MANIFEST}")):
+        with suppress(DataError):  # the manifest of something else
+            earlier = read_manifest(file.parent, LoraManifest)
+            if earlier.converted_from == str(run.source.absolute()):
+                return ConversionResult(file.parent, earlier, [], 0, [], already=True)
+
+    max_steps = settings["training.max_steps"].value if "training.max_steps" in settings else None
+    scan = scan_checkpoints(run, max_steps)
+    if scan.problems and not options.skip_bad:
+        raise DataError(*(f"{problem} (--skip-bad leaves it out)" for problem in scan.problems))
+    settings = {**scan.settings, **settings}
+    last = scan.usable[-1]
+    lora = infer_lora(settings, last.shapes, last.path)
+    config = _train_config(run, settings, scan, lora, dataset, options)
+    manifest = LoraManifest(
         status="success",
         started=(run.started or datetime.now(UTC)).isoformat(timespec="seconds"),
-        plugins=[],
+        plugins=[],  # none of loragen's took part in the training
         base_model=config.base_model,
         dataset=dataset,
         adapter_config=plain_config(peft_config(config.lora, config.base_model)),
         seed=config.seed,
         max_steps=config.training.max_steps,
-        steps=[one.step for one in surveyed.checkpoints],
+        steps=[checkpoint.step for checkpoint in scan.usable],
         converted_from=str(run.source.absolute()),
     )
-
-
-def _assumed(facts: Facts) -> list[str]:
-    schedule = [] if any(name.startswith("schedule.") for name in facts) else ["schedule"]
-    return [name for name in ASSUMED if name not in facts] + schedule
-
-
-def _facts(run: LegacyRun, options: ConversionOptions) -> Facts:
-    """flags > --config > adapter_config.json > YAML beside the checkpoints, which --config
-    replaces"""
-    given = {
-        "base_model": Fact(options.base_model, "--base-model"),
-        "lora.alpha": Fact(options.alpha, "--alpha"),
-    }
-    return {
-        **({} if options.config else facts_beside(run)),
-        **adapter_facts(run),
-        **(yaml_facts(options.config) if options.config else {}),
-        **{key: fact for key, fact in given.items() if fact.value is not None},
-    }
-
-
-def _value(facts: Facts, name: str, default: Any = None) -> Any:
-    return facts[name].value if name in facts else default
-
-
-def _dataset(run: LegacyRun, facts: Facts, options: ConversionOptions) -> DatasetRecord:
-    """Its file as it is today, where it can be found; else the name alone."""
-    wanted = options.dataset or dataset_in_path(run) or _value(facts, "data.dataset")
-    if not wanted:
-        raise UsageError(f"{run.source}: which dataset is it of? Give --dataset NAME|FILE")
-    wanted, file = str(wanted), None
+    directory = create_run_directory(options.output, f"{dataset.name}_lora", run.started)
     try:
-        name, file = find_dataset(wanted, options.data_root)
+        with written_atomically(directory) as temporary:
+            num_states = _write_run(temporary, run, scan, config, manifest, lora.order)
+    except BaseException:
+        with suppress(OSError):
+            directory.rmdir()  # still empty
+        raise
+    assumed = [
+        name for name in ("training.batch_size", "data.max_length", "seed") if name not in settings
+    ]
+    if not any(name.startswith("schedule.") for name in settings):
+        assumed.append("schedule")
+    left_out = [*scan.problems, *(f"{path}: belongs to no step" for path in scan.final_models)]
+    return ConversionResult(directory, manifest, left_out, num_states, assumed)
+
+
+def _dataset_record(
+    run: LegacyRun, settings: RecordedSettings, options: ConversionOptions
+) -> DatasetRecord:
+    """Describes the dataset's file where it can be found; otherwise records the name alone."""
+    recorded = settings["data.dataset"].value if "data.dataset" in settings else None
+    wanted = options.dataset or run.dataset_name or recorded
+    if not wanted:
+        raise UsageError(f"{run.source}: the dataset is not recorded; give --dataset NAME|FILE")
+    path, file = Path(str(wanted)), None
+    is_file_name = path.suffix.lower() in SUFFIXES
+    try:
+        name, file = find_dataset(str(wanted), options.data_root)
         rows, digest = len(read(file).rows), content_hash(file)
     except LoragenError as error:
-        if options.dataset and (file or Path(wanted).suffix.lower() in SUFFIXES):
+        if options.dataset and (file or is_file_name):
             raise
         if file:
             log.warning("dataset %s: %s", wanted, one_line(error))
-        return DatasetRecord(name=_plain_name(wanted), path="", sha256="", rows=0)
+        name = path.stem if is_file_name else path.name  # data/gsm8k.v2.jsonl -> gsm8k.v2
+        return DatasetRecord(name=name, path="", sha256="", rows=0)
     return DatasetRecord(name=name, path=location(file), sha256=digest, rows=rows)
 
 
-def _plain_name(dataset: str) -> str:
-    """`data/gsm8k.v2.jsonl` -> gsm8k.v2"""
-    path = Path(dataset)
-    return path.stem if path.suffix.lower() in SUFFIXES else path.name
-
-
-def _converted_before(run: LegacyRun, dataset: str, output: Path) -> Path | None:
-    source = str(run.source.absolute())
-    for file in sorted(output.glob(f"{dataset}_lora_*/{MANIFEST}")):
-        with suppress(DataError):  # not a run of ours: not the one we look for
-            if read_manifest(file.parent, LoraManifest).converted_from == source:
-                return file.parent
-    return None
-
-
-def _config(
+def _train_config(
     run: LegacyRun,
-    facts: Facts,
-    surveyed: Survey,
+    settings: RecordedSettings,
+    scan: CheckpointScan,
+    lora: InferredLora,
     dataset: DatasetRecord,
     options: ConversionOptions,
-) -> tuple[LoraTrainConfig, list[str] | None]:
-    """The configuration of the training, as far as it is known, with defaults for the rest; and
-    the order of the tensors in the base."""
-    _require(run, facts)
-    try:
-        rank = rank_of(surveyed.shapes)
-        targets, order = targets_and_order(facts["base_model"], rank, surveyed.shapes)
-    except DataError as error:
-        raise DataError(f"{surveyed.checkpoints[-1].entry}: {error}") from None
-    steps = [one.step for one in surveyed.checkpoints]
-    say_origins(facts, ("base_model", "lora.alpha"))
-    known = {
-        **{name: value for name, (value, _) in facts.items()},
+) -> LoraTrainConfig:
+    """Returns the configuration of the training: what is recorded or inferred, else defaults."""
+    steps = [checkpoint.step for checkpoint in scan.usable]
+    values = {key: value for key, (value, _) in settings.items()}
+    inferred = {
         "runs_dir": str(options.output),
         "data.root": str(options.data_root),
         "data.dataset": dataset.path or dataset.name,
-        "lora.rank": rank,
-        "lora.target_modules": targets,
-        "training.max_steps": max(steps[-1], _value(facts, "training.max_steps", 0)),
+        "lora.rank": lora.rank,
+        "lora.target_modules": lora.target_modules,
+        "training.max_steps": max(steps[-1], values.get("training.max_steps", 0)),
         "checkpoints.first_step": steps[0],
-        "checkpoints.every": gcd(*(b - a for a, b in pairwise(steps))) or 1,
+        "checkpoints.every": gcd(*(later - step for step, later in pairwise(steps))) or 1,
     }
-    origins = {name: origin for name, (_, origin) in facts.items()}
-    flags = [
+    origins = {key: origin for key, (_, origin) in settings.items()}
+    overrides = [
         Override(tuple(key.split(".")), value, origins.get(key, str(run.source)))
-        for key, value in known.items()
+        for key, value in {**values, **inferred}.items()
     ]
-    return load(LoraTrainConfig, flags=flags, environment={}), order
+    return load(LoraTrainConfig, flags=overrides, environment={})
 
 
-def _require(run: LegacyRun, facts: Facts) -> None:
-    if "lora.alpha" not in facts:
-        raise UsageError(
-            f"{run.source}: alpha is not recorded (no adapter_config.json, no lora_alpha in a "
-            "YAML file beside it); give --alpha or --config"
-        )
-    if "base_model" not in facts:
-        raise UsageError(
-            f"{run.source}: the base model is not recorded; give --base-model or --config"
-        )
+def _write_run(
+    directory: Path,
+    run: LegacyRun,
+    scan: CheckpointScan,
+    config: LoraTrainConfig,
+    manifest: LoraManifest,
+    order: list[str] | None,
+) -> int:
+    """Writes the run directory; returns the number of checkpoints with an optimizer state.
+
+    `order` is that of the base's modules, where it is known. The state of an optimizer has numbers
+    instead of names; it is converted only where the order of the parameters is certain.
+    """
+    (directory / CHECKPOINTS).mkdir(parents=True)
+    schedule = create("schedule", config.schedule.name, config.schedule.options)
+    num_states = 0
+    tensors: dict[str, Tensor] = {}
+    for usable in scan.usable:
+        checkpoint = read_legacy_checkpoint(usable.path)
+        keys = list(checkpoint.tensors)
+        if order is not None:
+            certain = not checkpoint.in_model_order or keys == order
+        else:
+            certain = checkpoint.in_model_order
+            keys = keys if certain else sorted(keys, key=natural_key)
+        tensors = {key: checkpoint.tensors[key] for key in order or keys}
+        optimizer = None
+        if certain:
+            rate = schedule(usable.step + 1, config.training.max_steps).learning_rate
+            optimizer = convert_optimizer(checkpoint.optimizer, tensors, rate)
+        num_states += optimizer is not None
+        document = {  # as Lightning saves it; the loops start afresh
+            "epoch": 0,
+            "global_step": usable.step,
+            "pytorch-lightning_version": lightning.__version__,
+            "state_dict": {
+                f"model.{key.removesuffix('.weight')}.default.weight": value.contiguous()
+                for key, value in tensors.items()
+            },
+            "loops": {},
+            "callbacks": {},
+            "optimizer_states": [] if optimizer is None else [optimizer],
+            "lr_schedulers": [],
+        }
+        torch.save(document, directory / CHECKPOINTS / checkpoint_name(usable.step))
+    card = (
+        f"---\nbase_model: {config.base_model}\nlibrary_name: peft\ntags: [lora, loragen]\n---\n\n"
+        f"# {manifest.dataset.name}\n\nA LoRA adapter (rank {config.lora.rank}, step "
+        f"{manifest.steps[-1]}), converted by `loragen ckpt convert`.\n"
+    )
+    write_adapter(directory / "adapter", Adapter(manifest.adapter_config, tensors), card)
+    for pattern in TRACKING_FILES:  # byte for byte, although they name the original checkpoints
+        for file in sorted(run.logs.glob(pattern)):
+            (directory / "tracking").mkdir(exist_ok=True)
+            copyfile(file, directory / "tracking" / file.name)
+    write_text(directory / "config.yaml", dump(config))
+    write_manifest(directory, manifest)
+    return num_states
+
+
+def convert_optimizer(state: Any, tensors: Mapping[str, Tensor], learning_rate: float) -> Any:
+    """Converts the state dict of a torch AdamW over exactly these tensors, in their order.
+
+    `learning_rate` is that of the next step. Frozen parameters, which have no moments, may be
+    among its parameters. Returns None for anything else, such as Adam with an L2 penalty.
+    """
+    try:
+        moments, groups = state["state"], state["param_groups"]
+        trained = [group for group in groups if any(p in moments for p in group["params"])]
+        (group,) = trained
+        states = [moments[p] for p in group["params"] if p in moments]
+    except (TypeError, KeyError, ValueError):
+        return None
+    if group.get("weight_decay") and not group.get("decoupled_weight_decay", True):
+        return None
+    if len(states) != len(tensors) or not all(map(_fits, states, tensors.values())):
+        return None
+    options = {key: group[key] for key in ("betas", "eps", "weight_decay") if key in group}
+    try:
+        # As loragen creates it: the schedule multiplies a learning rate of 1.
+        parameters = [torch.zeros_like(tensor) for tensor in tensors.values()]
+        document = torch.optim.AdamW(parameters, lr=1.0, fused=True, **options).state_dict()
+    except (TypeError, ValueError):
+        return None
+    document["param_groups"][0] |= {"lr": learning_rate, "initial_lr": 1.0}
+    document["state"] = {
+        index: {
+            "step": torch.tensor(float(one["step"])),
+            "exp_avg": one["exp_avg"].clone(),
+            "exp_avg_sq": one["exp_avg_sq"].clone(),
+        }
+        for index, one in enumerate(states)
+    }
+    return document
+
+
+def _fits(state: Any, tensor: Tensor) -> bool:
+    if not isinstance(state, Mapping) or set(state) != MOMENTS:
+        return False
+    return all(
+        isinstance(moment, Tensor)
+        and moment.shape == tensor.shape
+        and bool(torch.isfinite(moment).all())
+        for moment in (state["exp_avg"], state["exp_avg_sq"])
+    )

@@ -1,8 +1,7 @@
-"""Whose configuration a file is, and in which form, by its keys.
+"""Configuration files of the original scripts, translated to current keys and values.
 
-An old configuration (`legacy`) in today's words; every value keeps the place it was given at.
-
-An old configuration file as today's, with a comment wherever it says something else.
+`read_legacy_config` serves `--config FILE`, `migrate_config` serves `loragen config migrate`. Every
+value keeps its position in the file, so that an error of the schema names the line the user wrote.
 """
 
 import logging
@@ -16,358 +15,362 @@ from typing import Any
 from pydantic import BaseModel, NonNegativeInt, TypeAdapter, ValidationError
 
 from loragen.core.config.load import Layers, has_key, origin_of, validate_layers
-from loragen.core.config.schema import MODELS, TrainerSection, command_of
-from loragen.core.config.yaml_file import Loc, commented, dotted, inline, read_yaml
-from loragen.core.config.yaml_file import paths as all_paths
+from loragen.core.config.schema import MODELS, command_of
+from loragen.core.config.yaml_file import Loc, commented, dotted, inline, paths, read_yaml
 from loragen.core.errors import ConfigError, did_you_mean, listing
-from loragen.legacy.forms import ANYTHING, CONVERTERS, FORMS, GONE, NOTES, STAGE2_STEPS, Form
+from loragen.legacy.formats import (
+    ABSENT,
+    ANY_VALUE,
+    CONVERSION_REASONS,
+    CONVERTERS,
+    FORMATS,
+    STAGE2_STEPS,
+    LegacyFormat,
+)
 
 log = logging.getLogger(__name__)
 
-SHARED = {
-    "": {"seed"},
-    "data": {
-        "dataset",
-        "max_length",
-        "val_ratio",
-        "checkpoint_dir",
-        "batch_size",
-        "samples_per_prompt",
-        "max_checkpoints",
-        "cache_tokenized",
-    },
-    "lora": {"dropout", "target_modules"},
-    "training": {
-        "batch_size",
-        "max_steps",
-        "max_epochs",
-        "learning_rate",
-        "weight_decay",
-        "mse_weight",
-        "l1_weight",
-    },
-    "trainer": set(TrainerSection.model_fields),
-}
-"""Keys that old files and today's have alike; any other of today's schema is today's alone."""
-
-
-def read_old_file(file: Path, model: type[BaseModel]) -> Layers | None:
-    """The values of a file of the original scripts under the names of today, with the places where
-    they were given, and one warning; None for a file that is not one of theirs.
-
-    Raises ConfigError for an old file of another command.
-    """
-    tree, origins = read_yaml(file)
-    command = command_of(model)
-    other = of_another_command(tree, command)
-    if other is not None:
-        raise ConfigError(
-            f"{file}: in the {other.name} form, which is for `loragen {other.command} train`"
-        )
-    old = translated(tree, origins, command)
-    if old is None:
-        return None
-    log.warning("%s", old.notice(file))
-    return Layers(old.tree, old.origins, old.problems)
-
-
-def old_command_of(file: Path) -> str | None:
-    """Whose configuration an old file is: lora or gen; None for a file that is not an old one."""
-    form = recognised(read_yaml(file)[0])
-    return form.command if form else None
-
-
-def recognised(tree: Mapping[str, Any], command: str | None = None) -> Form | None:
-    """The form, of the command's where that is told, that knows most of the file's keys; None for
-    a file without a sign."""
-    signed = [f for f in FORMS if command in (None, f.command) and _signs(tree, f)]
-    return max(signed, key=lambda form: _known(tree, form), default=None)
-
-
-def mostly_todays(tree: Mapping[str, Any], form: Form) -> bool:
-    """Whether an old key stands in a file of today, rather than one of today in an old file."""
-    paths = [keys for keys in all_paths(tree) if keys]
-    old = {*form.moved, *form.dropped, *STAGE2_STEPS} & set(map(dotted, paths))
-    todays = [keys for keys in paths if _is_todays_alone(keys, form)]
-    return any(len(keys) == 1 for keys in todays) or len(todays) >= max(1, len(old))
-
-
-def _is_todays_alone(keys: Loc, form: Form) -> bool:
-    *section, key = map(str, keys)
-    shared = SHARED.get(".".join(section), set())
-    return has_key(MODELS[form.command], keys) and key not in shared and dotted(keys) not in SHARED
-
-
-def of_another_command(tree: Mapping[str, Any], command: str) -> Form | None:
-    """The form of the other command that the file plainly is in; one sign may be a mistake."""
-    others = [form for form in FORMS if form.command != command]
-    ours = [form for form in FORMS if form.command == command]
-    best = max(others, key=lambda form: _signs(tree, form))
-    plain = _signs(tree, best) > max(1, *(_signs(tree, form) for form in ours))
-    return best if plain else None
-
-
-def _signs(tree: Mapping[str, Any], form: Form) -> int:
-    return sum(_has(tree, sign) for sign in form.signs)
-
-
-def _known(tree: Mapping[str, Any], form: Form) -> int:
-    paths = {".".join(map(str, keys)) for keys in all_paths(tree) if keys}
-    ours = {*form.signs, *form.moved, *form.dropped}
-    model = MODELS[form.command]
-    return sum(path in ours or has_key(model, tuple(path.split("."))) for path in paths)
-
-
-def _has(tree: Any, path: str) -> bool:
-    for key in path.split("."):
-        if not isinstance(tree, Mapping) or key not in tree:
-            return False
-        tree = tree[key]
-    return True
-
-
-SPLITS = ("accumulate_grad_batches", "devices", "num_nodes")
-DEFAULT_BATCH = 32
-"""Rows, of the scripts."""
+COMMON_KEYS = {
+    "seed", "trainer", "lora", "lora.dropout", "lora.target_modules",
+    "training", "training.batch_size", "training.max_steps", "training.max_epochs",
+    "training.learning_rate", "training.weight_decay", "training.mse_weight", "training.l1_weight",
+    "data", "data.dataset", "data.max_length", "data.val_ratio", "data.checkpoint_dir",
+    "data.batch_size", "data.samples_per_prompt", "data.max_checkpoints", "data.cache_tokenized",
+}  # fmt: skip
+"""Keys that the old and the current formats share, besides all of `trainer`."""
+DEFAULT_BATCH_SIZE = 32
+"""Rows; the default of the original scripts."""
+DEFAULT_STAGE1_STEPS = 75
 COUNT = TypeAdapter(NonNegativeInt)
-REST = "stage 2 is the rest of training.max_steps"
 
 
 @dataclass(frozen=True)
-class Change:
+class KeyChange:
     """What became of one old key."""
 
     old: str
     new: str | None
-    """None where it has no place today."""
+    """None for a key that was removed."""
     note: str = ""
-    """Why the value is another one; empty where the key alone changed its name."""
-    quiet: bool = False
-    """Nothing is lost: it is told in the migrated file, not whenever the old one is read."""
+    """Why the value changed; empty where only the key was renamed."""
+    lossless: bool = False
+    """The meaning is kept: mentioned in a migrated file, but not in a warning."""
 
     def __str__(self) -> str:
         if self.new is None:
-            return f"{self.old} is dropped: {self.note}"
+            return f"{self.old} was removed; {self.note}"
         return f"was {self.old}{': ' if self.note else ''}{self.note}"
 
 
 @dataclass
 class Translation:
-    form: Form
+    """The settings of an old file under their current keys, and what changed on the way."""
+
+    format: LegacyFormat
     tree: dict[str, Any]
     origins: dict[Loc, str]
+    """Where each value was given: `file:line:column`, with the old key if it has another name."""
     problems: list[str] = field(default_factory=list)
-    changes: list[Change] = field(default_factory=list)
-    option: str = ""
-    """What `config migrate` has to be told where the keys alone mean another command."""
+    changes: list[KeyChange] = field(default_factory=list)
+    command_option: str = ""
+    """The option that `config migrate` needs where the keys alone suggest another command."""
 
-    def notice(self, file: Path) -> str:
-        """One line: what kind of file this is, and which values are not what it says."""
-        told = [change for change in self.changes if change.note and not change.quiet]
-        form = (
-            f"{file} is in the {self.form.name} form; "
-            f"`loragen config migrate {file}{self.option}` prints today's"
+    def summary(self, file: Path) -> str:
+        """Returns one line: the format of the file, and the values that changed."""
+        changes = [change for change in self.changes if change.note and not change.lossless]
+        head = (
+            f"{file} is in the {self.format.name} format of the original scripts; "
+            f"`loragen config migrate {file}{self.command_option}` prints it in the current format"
         )
-        return "; ".join([form, *(f"{c.new or ''} {c}".lstrip() for c in told)])
+        return "; ".join([head, *(f"{change.new or ''} {change}".lstrip() for change in changes)])
 
-    def place(self, keys: Loc) -> str:
-        """`file:line:column: ` of the key."""
-        origin = origin_of(keys, self.origins)
-        return f"{origin}: " if origin else ""
+    def position(self, keys: Loc) -> str:
+        """Returns `file:line:column` of a key, or of the nearest section around it."""
+        return origin_of(keys, self.origins) or ""
 
-    def old_name(self, new: str) -> str | None:
+    def old_key(self, new: str) -> str | None:
         return next((change.old for change in self.changes if change.new == new), None)
 
+    def get(self, path: str, default: Any = ABSENT) -> Any:
+        return _get(self.tree, _keys(path), default)
 
-def translated(
+    def put(self, path: str, value: Any, origin: str) -> None:
+        *parents, last = path.split(".")
+        section = self.tree
+        for key in parents:
+            if not isinstance(section.get(key), dict):
+                section[key] = {}
+            section = section[key]
+        section[last] = value
+        self.origins[_keys(path)] = origin
+
+    def remove(self, path: str) -> None:
+        """Removes a key, and the sections around it that are empty then."""
+        keys = _keys(path)
+        while keys:
+            section = _get(self.tree, keys[:-1])
+            del section[keys[-1]]
+            if section:
+                return
+            keys = keys[:-1]
+
+    def reject(self, path: str, problem: str) -> None:
+        self.problems.append(f"{self.position(_keys(path))}: {path}: {problem}")
+
+
+def read_legacy_config(file: Path, model: type[BaseModel]) -> Layers | None:
+    """Reads a file of the original scripts, and logs one warning; None for any other file.
+
+    Raises ConfigError for a file of the original scripts that belongs to another command.
+    """
+    tree, origins = read_yaml(file)
+    command = command_of(model)
+    others = [fmt for fmt in FORMATS if fmt.command != command]
+    other = max(others, key=lambda fmt: _num_distinctive(tree, fmt))
+    own = [_num_distinctive(tree, fmt) for fmt in FORMATS if fmt.command == command]
+    if _num_distinctive(tree, other) > max(1, *own):  # a single key may be a mistake
+        raise ConfigError(
+            f"{file}: a file in the {other.name} format; it configures "
+            f"`loragen {other.command} train`"
+        )
+    translation = translate(tree, origins, command)
+    if translation is None:
+        return None
+    log.warning("%s", translation.summary(file))
+    return Layers(translation.tree, translation.origins, translation.problems)
+
+
+def command_of_legacy_config(file: Path) -> str | None:
+    """Returns the command that a file of the original scripts configures; None for other files."""
+    detected = detect_format(read_yaml(file)[0])
+    return detected.command if detected else None
+
+
+def detect_format(tree: Mapping[str, Any], command: str | None = None) -> LegacyFormat | None:
+    """Returns the format, of `command` where that is given, that knows most keys of the file.
+
+    None for a file without a distinctive key.
+    """
+    path_keys = [tuple(map(str, keys)) for keys in paths(tree) if keys]
+
+    def num_known(fmt: LegacyFormat) -> int:
+        old = {*fmt.distinctive_keys, *fmt.renamed, *fmt.removed}
+        model = MODELS[fmt.command]
+        return sum(dotted(keys) in old or has_key(model, keys) for keys in path_keys)
+
+    candidates = [
+        fmt for fmt in FORMATS if command in (None, fmt.command) and _num_distinctive(tree, fmt)
+    ]
+    return max(candidates, key=num_known, default=None)
+
+
+def translate(
     tree: Mapping[str, Any], origins: Mapping[Loc, str], command: str | None = None
 ) -> Translation | None:
-    """Today's tree and places of an old file; None for a file that is not an old one.
+    """Translates a file of the original scripts; returns None for any other file.
 
-    `command` is whose configuration is wanted, where that is known. In a file that is mostly
-    today's, only keys that no file of today can have are translated: the rest is judged as today's.
+    `command` is the command whose configuration is wanted, where that is known. In a file that is
+    mostly current, only distinctive old keys are translated; the schema judges the others.
     """
-    form = recognised(tree, command)
-    if form is None:
+    old_format = detect_format(tree, command)
+    if old_format is None:
         return None
-    done = Translation(form, deepcopy(dict(tree)), dict(origins))
-    if (recognised(tree) or form).command != form.command:
-        done.option = f" --command {form.command}"
-    mixed = mostly_todays(tree, form)
-    moved = {old: new for old, new in form.moved.items() if _applies(form, old, mixed)}
-    dropped = [old for old in form.dropped if _applies(form, old, mixed)]
-    for old, new in moved.items():
-        _move(done, tuple(old.split(".")), tuple(new.split(".")), moved)
-    for old in dropped:
-        _drop(done, tuple(old.split(".")))
-    if form.command == "lora":
-        _stage2_steps(done)
-        _first_kept_step(done)
-        _whole_batch(done, mixed)
-        dropped += STAGE2_STEPS
-    _loggers(done)
-    _leftovers(done, [*moved, *dropped])
-    return done
+    translation = Translation(old_format, deepcopy(dict(tree)), dict(origins))
+    if (detect_format(tree) or old_format).command != old_format.command:
+        translation.command_option = f" --command {old_format.command}"
+    mostly_current = _is_mostly_current(tree, old_format)
 
+    def applies(old: str) -> bool:
+        if has_key(MODELS[old_format.command], _keys(old)):
+            return False
+        distinctive = old_format.distinctive_keys
+        return not mostly_current or any(f"{old}.".startswith(f"{key}.") for key in distinctive)
 
-def _applies(form: Form, old: str, mixed: bool) -> bool:
-    """Not to a key that today's schema has, nor, in a mixed file, to one that is no sign."""
-    if has_key(MODELS[form.command], tuple(old.split("."))):
-        return False
-    return not mixed or any(old == sign or old.startswith(f"{sign}.") for sign in form.signs)
-
-
-def _move(done: Translation, old: Loc, new: Loc, moved: Mapping[str, str]) -> None:
-    value = _value(done.tree, old)
-    if value is GONE or (isinstance(value, dict) and _is_section(dotted(old), moved)):
-        return
-    convert = CONVERTERS.get(dotted(old))
-    given, value = value, convert(value) if convert else value
-    place = done.place(old)
-    _take(done, old)
-    if value is GONE:
-        return
-    there = _in_the_way(done.tree, new)
-    if there:
-        done.problems.append(
-            f"{place}{dotted(old)}: {dotted(there)} is given too, at {done.place(there)[:-2]}"
-        )
-        return
-    _put(done.tree, new, value)
-    done.origins[new] = f"{place[:-2]} ({dotted(old)})"
-    for keys in [keys for keys in done.origins if keys[: len(old)] == old]:
-        done.origins[(*new, *keys[len(old) :])] = f"{done.origins.pop(keys)} ({dotted(keys)})"
-    note = "" if value == given else ", ".join([inline(given), *NOTES.get(dotted(old), ())])
-    done.changes.append(Change(dotted(old), dotted(new), note))
-
-
-def _drop(done: Translation, old: Loc) -> None:
-    value = _value(done.tree, old)
-    if value is GONE:
-        return
-    rule = done.form.dropped[dotted(old)]
-    told = f"{dotted(old)}: {inline(value)}"
-    if ANYTHING in rule.harmless or value in rule.harmless:
-        quiet = ANYTHING not in rule.harmless
-        done.changes.append(Change(told, None, rule.advice, quiet))
-    else:
-        done.problems.append(f"{done.place(old)}{told} has no place today: {rule.advice}")
-    _take(done, old)
-
-
-def _stage2_steps(done: Translation) -> None:
-    """Today stage 2 is the rest of `training.max_steps`."""
-    for path in STAGE2_STEPS:
-        old = tuple(path.split("."))
-        steps = _value(done.tree, old)
-        if steps is GONE:
+    old_keys = [key for key in (*old_format.renamed, *old_format.removed) if applies(key)]
+    for old in old_keys:
+        value = translation.get(old)
+        if value is ABSENT:
             continue
-        place = done.place(old)
-        _take(done, old)
-        key = ("training", "max_steps")
-        stage1 = _count(_value(done.tree, ("schedule", "stage1_steps"), 75))
-        given, total = _value(done.tree, key), _count(_value(done.tree, key))
-        stage2 = _count(steps)
-        if stage2 is None:
-            done.problems.append(f"{place}{path}: expected a number of steps (got {steps!r})")
-        elif stage1 is None or (given is not GONE and total is None):
-            continue  # the schema refuses it
-        elif total is None:
-            _put(done.tree, key, stage1 + stage2)
-            done.origins[key] = f"{place[:-2]} ({path})"
-            done.changes.append(Change(path, dotted(key), f"{steps}, and {stage1} of stage 1"))
-        elif stage2 != total - stage1:
-            done.problems.append(
-                f"{place}{path}: {stage2} steps, but training.max_steps leaves {total - stage1} "
-                f"for stage 2 ({total} - {stage1}): let them agree"
-            )
-        else:
-            done.changes.append(Change(f"{path}: {steps}", None, REST, quiet=True))
-
-
-def _first_kept_step(done: Translation) -> None:
-    """The old scripts kept the steps of stage 2, wherever it began."""
-    stage1 = _count(_value(done.tree, ("schedule", "stage1_steps")))
-    first = ("checkpoints", "first_step")
-    old = done.old_name("schedule.stage1_steps")
-    if old and stage1 not in (None, 75) and _value(done.tree, first) is GONE:
-        _put(done.tree, first, stage1 + 1)
-        done.origins[first] = done.origins["schedule", "stage1_steps"]
-        note = f"{stage1}, and the steps of stage 2 were kept"
-        done.changes.append(Change(old, dotted(first), note))
-
-
-def _whole_batch(done: Translation, mixed: bool) -> None:
-    """The old batch was one device's micro-batch; today's is the whole optimizer step's."""
-    key = ("training", "batch_size")
-    old = done.old_name(dotted(key))
-    if mixed and old is None:
-        return
-    given = _value(done.tree, key)
-    batch = DEFAULT_BATCH if given is GONE else _count(given)
-    parts = {name: _count(_value(done.tree, ("trainer", name), 1)) for name in SPLITS}
-    split = [name for name, count in parts.items() if count != 1]
-    if batch is None or not split:
-        return
-    note = f"{batch} rows{' by default' if given is GONE else ''}"
-    counts = [count for count in parts.values() if count is not None]
-    if len(counts) == len(parts):
-        _put(done.tree, key, batch * prod(counts))
-        done.origins.setdefault(key, done.place(("trainer", split[0]))[:-2])
-        note = " x ".join([note, *(f"{parts[name]} {name}" for name in split)])
-    else:  # devices: auto
-        note += ", of each device; now they are of all together"
-    done.changes = [change for change in done.changes if change.new != dotted(key)]
-    done.changes.append(Change(old or dotted(key), dotted(key), note))
-
-
-def _loggers(done: Translation) -> None:
-    """A file that names loggers names all of them; the scripts always had both."""
-    loggers = done.tree.get("loggers")
+        if old in old_format.removed:
+            _remove_key(translation, old, value)
+        elif not (isinstance(value, dict) and any(k.startswith(f"{old}.") for k in old_keys)):
+            _rename_key(translation, old, value)  # not `model: {name: NAME}`, for `model: NAME`
+    if old_format.command == "lora":
+        old_keys += STAGE2_STEPS
+        for old in STAGE2_STEPS:
+            if translation.get(old) is not ABSENT:
+                _check_stage2_steps(translation, old)
+        _keep_stage2_checkpoints(translation)
+        if not mostly_current or translation.old_key("training.batch_size"):
+            _multiply_batch_size(translation)
+    loggers = translation.get("loggers")
     if isinstance(loggers, dict) and any(
-        done.old_name(f"loggers.{name}") for name in ("tensorboard", "swanlab")
-    ):
-        both: dict[str, Any] = {"tensorboard": {}, "swanlab": {}} | loggers
-        done.tree["loggers"] = {name: of for name, of in both.items() if of is not False}
+        translation.old_key(f"loggers.{name}") for name in ("tensorboard", "swanlab")
+    ):  # the scripts had both by default; a current file that names one has that one only
+        both = {"tensorboard": {}, "swanlab": {}, **loggers}
+        translation.tree["loggers"] = {k: v for k, v in both.items() if v is not False}
+    _reject_unknown_keys(translation, old_keys)
+    return translation
 
 
-def _leftovers(done: Translation, paths: list[str]) -> None:
-    """Keys of sections that today's files do not have: today's schema would only say `model`."""
-    model = MODELS[done.form.command]
-    sections = {path.rpartition(".")[0] for path in paths} - {""}
-    for path in sorted(sections, key=len, reverse=True):
-        section = tuple(path.split("."))
-        left = _value(done.tree, section)
-        if left is GONE or has_key(model, section):
+def _num_distinctive(tree: Mapping[str, Any], fmt: LegacyFormat) -> int:
+    return sum(_get(tree, _keys(key)) is not ABSENT for key in fmt.distinctive_keys)
+
+
+def _is_mostly_current(tree: Mapping[str, Any], fmt: LegacyFormat) -> bool:
+    """Whether this is a current file with an old key in it, rather than the reverse."""
+    path_keys = [keys for keys in paths(tree) if keys]
+    old = {*fmt.renamed, *fmt.removed, *STAGE2_STEPS} & set(map(dotted, path_keys))
+    current = [
+        keys
+        for keys in path_keys
+        if has_key(MODELS[fmt.command], keys)
+        and dotted(keys) not in COMMON_KEYS
+        and keys[0] != "trainer"
+    ]
+    return any(len(keys) == 1 for keys in current) or len(current) >= max(1, len(old))
+
+
+def _rename_key(translation: Translation, old: str, given: Any) -> None:
+    new = translation.format.renamed[old]
+    value = CONVERTERS[old](given) if old in CONVERTERS else given
+    position = translation.position(_keys(old))
+    translation.remove(old)
+    if value is ABSENT:
+        return
+    occupied = _occupied(translation.tree, _keys(new))
+    if occupied:
+        problem = f"{position}: {old}: {dotted(occupied)} is given too"
+        translation.problems.append(f"{problem}, at {translation.position(occupied)}; keep one")
+        return
+    below = [keys for keys in translation.origins if keys[: len(_keys(old))] == _keys(old)]
+    for keys in below:
+        moved = (*_keys(new), *keys[len(_keys(old)) :])
+        translation.origins[moved] = f"{translation.origins.pop(keys)} ({dotted(keys)})"
+    translation.put(new, value, f"{position} ({old})")
+    note = ""
+    if value != given:
+        note = ", ".join(filter(None, [inline(given), CONVERSION_REASONS.get(old)]))
+    translation.changes.append(KeyChange(old, new, note))
+
+
+def _occupied(tree: dict[str, Any], keys: Loc) -> Loc | None:
+    """Returns what prevents a value at `keys`: a value there, or a plain one for a section."""
+    for length in range(1, len(keys)):
+        section = _get(tree, keys[:length])
+        if section is not ABSENT and section is not None and not isinstance(section, dict):
+            return keys[:length]
+    return None if _get(tree, keys) is ABSENT else keys
+
+
+def _remove_key(translation: Translation, old: str, value: Any) -> None:
+    rule = translation.format.removed[old]
+    if ANY_VALUE in rule.ignored_values or value in rule.ignored_values:
+        lossless = ANY_VALUE not in rule.ignored_values
+        change = KeyChange(f"{old}: {inline(value)}", None, rule.reason, lossless)
+        translation.changes.append(change)
+    else:
+        translation.reject(old, f"{inline(value)} is not supported; {rule.reason}")
+    translation.remove(old)
+
+
+def _check_stage2_steps(translation: Translation, old: str) -> None:
+    """Stage 2 now takes the steps of `training.max_steps` after stage 1."""
+    given, total = translation.get(old), translation.get("training.max_steps")
+    stage1 = _count(translation.get("schedule.stage1_steps", DEFAULT_STAGE1_STEPS))
+    stage2 = _count(given)
+    max_steps = _count(total)
+    if stage2 is None:
+        translation.reject(old, f"{given!r} is no count; give a number of steps")
+    elif stage1 is None or (total is not ABSENT and max_steps is None):
+        pass  # the schema rejects the value
+    elif max_steps is None:
+        origin = f"{translation.position(_keys(old))} ({old})"
+        translation.put("training.max_steps", stage1 + stage2, origin)
+        note = f"{given}, and {stage1} of stage 1"
+        translation.changes.append(KeyChange(old, "training.max_steps", note))
+    elif stage2 != max_steps - stage1:
+        translation.reject(
+            old,
+            f"{stage2} steps contradict training.max_steps; {max_steps} steps with {stage1} of "
+            f"stage 1 leave {max_steps - stage1}",
+        )
+    else:
+        note = "stage 2 takes the remaining steps of training.max_steps"
+        translation.changes.append(KeyChange(f"{old}: {given}", None, note, lossless=True))
+    translation.remove(old)
+
+
+def _keep_stage2_checkpoints(translation: Translation) -> None:
+    """Sets `checkpoints.first_step`: the scripts kept the steps of stage 2, wherever it began."""
+    stage1 = _count(translation.get("schedule.stage1_steps"))
+    old = translation.old_key("schedule.stage1_steps")
+    if old is None or stage1 is None or stage1 == DEFAULT_STAGE1_STEPS:
+        return
+    if translation.get("checkpoints.first_step") is ABSENT:
+        origin = translation.origins[_keys("schedule.stage1_steps")]
+        translation.put("checkpoints.first_step", stage1 + 1, origin)
+        note = f"{stage1}, and the steps of stage 2 were kept"
+        translation.changes.append(KeyChange(old, "checkpoints.first_step", note))
+
+
+def _multiply_batch_size(translation: Translation) -> None:
+    """Multiplies the batch size, which was one device's micro-batch, by devices and accumulation.
+
+    A current batch size counts the rows of a whole optimizer step.
+    """
+    key = "training.batch_size"
+    given = translation.get(key)
+    batch_size = DEFAULT_BATCH_SIZE if given is ABSENT else _count(given)
+    names = ("accumulate_grad_batches", "devices", "num_nodes")
+    factors = {name: _count(translation.get(f"trainer.{name}", 1)) for name in names}
+    split = [name for name, factor in factors.items() if factor != 1]
+    if batch_size is None or not split:
+        return
+    old = translation.old_key(key) or key
+    note = f"{batch_size} rows{' by default' if given is ABSENT else ''}"
+    known = [factor for factor in factors.values() if factor is not None]
+    if len(known) == len(factors):
+        position = translation.position(("trainer", split[0]))
+        origin = translation.origins.get(_keys(key), position)
+        translation.put(key, batch_size * prod(known), origin)
+        note = " x ".join([note, *(f"{factors[name]} {name}" for name in split)])
+    else:  # `devices: auto`
+        note += " of each device; now they are of all devices together"
+    translation.changes = [change for change in translation.changes if change.new != key]
+    translation.changes.append(KeyChange(old, key, note))
+
+
+def _reject_unknown_keys(translation: Translation, old_keys: list[str]) -> None:
+    """Rejects what is left in sections that no current file has; the schema would name only those.
+
+    `model: {hiden_dim: 8}` is an unknown key of the old format, not an unknown section `model`.
+    """
+    sections = {key.rpartition(".")[0] for key in old_keys} - {""}
+    for section in sorted(sections, key=len, reverse=True):
+        left = translation.get(section)
+        if left is ABSENT or has_key(MODELS[translation.format.command], _keys(section)):
             continue
-        known = sorted(p.rpartition(".")[2] for p in paths if p.rpartition(".")[0] == path)
-        for key in left if isinstance(left, dict) else ():
-            done.problems.append(
-                f"{done.place((*section, key))}{path}.{key}: unknown key, today and in the "
-                f"{done.form.name} form.{did_you_mean(str(key), known)} Known: {listing(known, 20)}"
-            )
-        if left is not None and not isinstance(left, dict):
-            done.problems.append(
-                f"{done.place(section)}{path}: expected a mapping of {listing(known, 20)} "
-                f"(got {left!r})"
-            )
-        _take(done, section)
+        known = sorted(k.rpartition(".")[2] for k in old_keys if k.rpartition(".")[0] == section)
+        names = listing(known, 20)
+        if isinstance(left, dict):
+            for key in left:
+                hint = did_you_mean(str(key), known)
+                position = translation.position((*_keys(section), key))
+                translation.problems.append(
+                    f"{position}: {section}.{key}: unknown key of the {translation.format.name} "
+                    f"format.{hint} Known: {names}"
+                )
+        elif left is not None:
+            translation.reject(section, f"expected a mapping of {names} (got {left!r})")
+        translation.remove(section)
 
 
-def _is_section(old: str, moved: Mapping[str, str]) -> bool:
-    """`model: {name: ...}` beside `model: NAME`."""
-    return any(path.startswith(f"{old}.") for path in moved)
+def _keys(path: str) -> tuple[str, ...]:
+    return tuple(path.split("."))
 
 
-def _count(value: Any) -> int | None:
-    """As the schema reads it: `"60"` is 60; None for what the schema refuses."""
-    try:
-        return COUNT.validate_python(value)
-    except ValidationError:
-        return None
-
-
-def _value(tree: Any, keys: Loc, default: Any = GONE) -> Any:
+def _get(tree: Any, keys: Loc, default: Any = ABSENT) -> Any:
     for key in keys:
         if not isinstance(tree, dict) or key not in tree:
             return default
@@ -375,72 +378,57 @@ def _value(tree: Any, keys: Loc, default: Any = GONE) -> Any:
     return tree
 
 
-def _in_the_way(tree: dict[str, Any], new: Loc) -> Loc | None:
-    """Where a value cannot go: it is there already, or a section on the way is none."""
-    for length in range(1, len(new)):
-        section = _value(tree, new[:length])
-        if section is not GONE and section is not None and not isinstance(section, dict):
-            return new[:length]
-    return None if _value(tree, new) is GONE else new
-
-
-def _put(tree: dict[str, Any], keys: Loc, value: Any) -> None:
-    for key in keys[:-1]:
-        if not isinstance(tree.get(str(key)), dict):
-            tree[str(key)] = {}
-        tree = tree[str(key)]
-    tree[str(keys[-1])] = value
-
-
-def _take(done: Translation, keys: Loc) -> None:
-    """Removes a value, and the sections that it leaves empty."""
-    parent = _value(done.tree, keys[:-1])
-    del parent[keys[-1]]
-    if not parent and len(keys) > 1:
-        _take(done, keys[:-1])
+def _count(value: Any) -> int | None:
+    """Reads a count as the schema does: `"60"` is 60; None for what the schema rejects."""
+    try:
+        return COUNT.validate_python(value)
+    except ValidationError:
+        return None
 
 
 @dataclass(frozen=True)
-class Migrated:
+class MigratedConfig:
+    """The outcome of `migrate_config`."""
+
     text: str
     """YAML that loads to the same configuration as the old file."""
     command: str | None
-    """lora or gen; None for a file that is not an old one, whose text is as it was."""
+    """lora or gen; None for a file in the current format, whose text is unchanged."""
 
 
-def migrate(file: Path, command: str | None = None) -> Migrated:
-    """`command` is lora or gen where the keys alone would not tell.
+def migrate_config(file: Path, command: str | None = None) -> MigratedConfig:
+    """Translates a file of the original scripts to YAML in the current format, with comments.
 
-    Raises UsageError for a missing file; ConfigError, with every place, for an old file that
-    says what today's form cannot."""
+    `command` is lora or gen where the keys do not decide. Raises UsageError for a missing file, and
+    ConfigError with every position for settings that the current format does not support.
+    """
     tree, origins = read_yaml(file)
-    old = translated(tree, origins, command)
-    if old is None:
-        return Migrated(file.read_text(encoding="utf-8-sig"), None)
-    model = MODELS[old.form.command]
-    given = Layers(old.tree, old.origins, old.problems)
-    wanted = dict(old.tree)  # validation adds the defaults
-    config = validate_layers(model, given).model_dump(mode="json")
-    return Migrated(_text(file, old, _picked(config, wanted)), old.form.command)
+    translation = translate(tree, origins, command)
+    if translation is None:
+        return MigratedConfig(file.read_text(encoding="utf-8-sig"), None)
+    whose = translation.format.command
+    given = Layers(translation.tree, translation.origins, translation.problems)
+    wanted = dict(translation.tree)  # validation adds the defaults to the tree
+    config = validate_layers(MODELS[whose], given).model_dump(mode="json")
+    comments = {change.new: str(change) for change in translation.changes if change.new}
+    removed = [f"# {change}\n" for change in translation.changes if change.new is None]
+    head = (
+        f"# `loragen {whose} train`, migrated from the {translation.format.name} format "
+        f"({file.name}).\n"
+    )
+    body = commented(_restrict(config, wanted), lambda keys: comments.get(dotted(keys), ""))
+    return MigratedConfig("".join([head, *removed, body]), whose)
 
 
-def _picked(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The wanted settings in the schema's order, their values as validated (`1e-4`, a text to
-    YAML, is a number)."""
+def _restrict(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the wanted settings in the schema's order, with their validated values.
+
+    (YAML 1.1 reads `1e-4` as text; the schema makes it a number.)
+    """
     return {
-        key: _picked(value, wanted[key])
+        key: _restrict(value, wanted[key])
         if isinstance(value, Mapping) and isinstance(wanted[key], Mapping)
         else value
         for key, value in config.items()
         if key in wanted
     }
-
-
-def _text(file: Path, old: Translation, tree: Mapping[str, Any]) -> str:
-    changed = {change.new: str(change) for change in old.changes if change.new}
-    dropped = [f"# {change}\n" for change in old.changes if change.new is None]
-    head = (
-        f"# `loragen {old.form.command} train`, migrated from the {old.form.name} form "
-        f"({file.name}).\n"
-    )
-    return head + "".join(dropped) + commented(tree, lambda keys: changed.get(dotted(keys), ""))

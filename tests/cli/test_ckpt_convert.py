@@ -66,8 +66,9 @@ def test_one_run_that_fails_stops_no_other(loragen, legacy_run, tmp_path):
 
 def test_what_is_not_recorded_is_a_usage_error(fails, legacy_run, tmp_path):
     source = legacy_run(yaml=False)
-    error = fails(2, "ckpt", "convert", source, "--json")
-    assert error.endswith("give --alpha or --config")
+    alpha, base = fails(2, "ckpt", "convert", source, "--json", lines=2)
+    assert "--alpha" in alpha
+    assert "--base-model" in base
     config = tmp_path / "given.yaml"
     config.write_text("base_model: somewhere/else\nlora_alpha: 4\n", encoding="utf-8")
     result = fails.loragen("ckpt", "convert", source, "--config", config, "--json")
@@ -81,7 +82,7 @@ def test_a_bare_folder_needs_its_dataset(fails, legacy_run, dataset, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(legacy_run("safetensors") / "checkpoints", bare)
     given = ("--alpha", 4, "--base-model", "somewhere/else")
-    assert "Give --dataset" in fails(2, "ckpt", "convert", bare, *given)
+    assert "--dataset" in fails(2, "ckpt", "convert", bare, *given)
     file = dataset(name="mine.jsonl")
     result = fails.loragen("ckpt", "convert", bare, *given, "--dataset", file, "--json")
     (document,) = json.loads(result.stdout)
@@ -104,4 +105,4 @@ def test_alpha_is_above_zero(fails, legacy_run, alpha):
 
 def test_nothing_there(fails):
     assert fails(2, "ckpt", "convert", "none") == "none: no such file or directory"
-    assert "nothing to convert" in fails(2, "ckpt", "convert", ".")
+    assert fails(2, "ckpt", "convert", ".").startswith(".: no checkpoints")

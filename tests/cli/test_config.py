@@ -125,10 +125,8 @@ class TestValidate:
         result = loragen("config", "validate", write(OLD))
         assert result.stdout == "c.yaml: valid (lora train)\n"
         (notice,) = result.stderr.splitlines()
-        assert notice == (
-            "warning: c.yaml is in the traditional form; "
-            "`loragen config migrate c.yaml` prints today's"
-        )
+        assert notice.startswith("warning: c.yaml is in the traditional format")
+        assert "`loragen config migrate c.yaml`" in notice
 
     def test_what_a_file_names_for_gen_has_to_be_there(self, fails, loragen, write):
         (loragen.work / "there").mkdir()
@@ -185,7 +183,7 @@ class TestMigrate:
         result = loragen("config", "migrate", write(OLD))
         assert (result.exit_code, result.stderr) == (0, "")
         assert result.stdout == (
-            "# `loragen lora train`, migrated from the traditional form (c.yaml).\n"
+            "# `loragen lora train`, migrated from the traditional format (c.yaml).\n"
             "training:\n"
             "  batch_size: 8  # was training.per_device_train_batch_size\n"
             "schedule:\n"
@@ -218,7 +216,7 @@ class TestMigrate:
     def test_what_has_no_place_today_is_an_error(self, fails, write):
         write(OLD + "  optimizer: sgd\n")
         error = fails(2, "config", "migrate", "c.yaml", "--output", "new.yaml")
-        assert error.startswith("c.yaml:4:3: training.optimizer: sgd has no place today")
+        assert error.startswith("c.yaml:4:3: training.optimizer: sgd is not supported")
 
 
 @pytest.mark.parametrize("command", ["lora", "gen"])
@@ -235,7 +233,7 @@ def test_a_training_reads_an_old_file(loragen, write, dataset, base_dir):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert yaml.safe_load(result.stdout)["training"]["batch_size"] == 8
-    assert result.stderr.count("prints today's") == 1
+    assert result.stderr.count("loragen config migrate") == 1
 
 
 def test_a_variable_that_no_command_knows_is_told_once(loragen, monkeypatch):

@@ -114,16 +114,18 @@ def test_the_shipped_base_is_named_so_that_peft_finds_it(loragen, legacy_run, tm
 
 def test_what_is_not_recorded_is_asked_for(fails, legacy_run):
     file = legacy_run(yaml=False) / "checkpoints" / "step_008.pt"
-    assert "give --alpha" in fails(2, "lora", "export", file, "--output", "mine")
+    alpha, base = fails(2, "lora", "export", file, "--output", "mine", lines=2)
+    assert "--alpha" in alpha
+    assert "--base-model" in base
     error = fails(2, "lora", "export", file, "--output", "mine", "--alpha", "4")
-    assert "give --base-model" in error
+    assert "--base-model" in error
 
 
 def test_a_file_beside_a_lone_checkpoint_is_of_something_else(fails, legacy_run, collection):
     file = legacy_run(yaml=False) / "checkpoints" / "step_008.pt"
     (file.parent / "deploy.yaml").write_text("model_name: gpt-4\nlora_alpha: 99\n", "utf-8")
     export = ("lora", "export", file, "--output", "mine", "--base-model", collection.base)
-    assert "give --alpha" in fails(2, *export)
+    assert "--alpha" in fails(2, *export)
 
 
 def test_a_folder_says_where_alpha_and_base_are_from(fails, legacy_run, collection):
@@ -193,4 +195,4 @@ def test_one_layer_of_the_merged_model_at_a_time(run, base, monkeypatch):
 def test_nothing_there(fails, tmp_path):
     error = fails(2, "lora", "export", "none", "--output", "mine")
     assert error == "none: no such adapter or checkpoint"
-    assert "no adapter or checkpoint there" in fails(2, "lora", "export", ".", "--output", "mine")
+    assert "no adapter or checkpoint" in fails(2, "lora", "export", ".", "--output", "mine")

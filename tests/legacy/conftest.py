@@ -9,26 +9,28 @@ from loragen.core.errors import UsageError
 
 
 def load(model, file, **layers):
-    """As `--config FILE`."""
-    return with_old_files(model, file, lambda given: config.load(model, given, **layers))
+    """Loads a file as `--config FILE` does, with an empty environment."""
+    return with_old_files(
+        model, file, lambda given: config.load(model, given, environment={}, **layers)
+    )
 
 
 @pytest.fixture
 def configure(tmp_path, monkeypatch):
-    """Loads YAML text as `c.yaml` of the working directory, with an empty environment."""
+    """`configure(text)`: loads YAML text as `c.yaml` of the working directory."""
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "c.yaml"
 
-    def read(text="", model=LoraTrainConfig, environment=None, **layers):
+    def read(text="", model=LoraTrainConfig, **layers):
         file.write_text(text, encoding="utf-8")
-        return load(model, file.relative_to(tmp_path), environment=environment or {}, **layers)
+        return load(model, file.relative_to(tmp_path), **layers)
 
     return read
 
 
 @pytest.fixture
 def problems_of(configure):
-    """`problems_of(text, ...)`: every line of the error that it must be."""
+    """`problems_of(text)`: the lines of the error that loading must raise."""
 
     def read(text, **options):
         with pytest.raises(UsageError) as error:
