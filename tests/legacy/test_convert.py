@@ -300,7 +300,7 @@ class TestErrors:
                 lambda w: {k: torch.ones(3, 3) if "q_proj" in k else v for k, v in w.items()},
                 "ranks",
             ),
-            (lambda w: {k.replace("q_proj", "qqq"): v for k, v in w.items()}, "base model"),
+            (lambda w: {k.replace("proj", "else"): v for k, v in w.items()}, "base model"),
         ],
     )
     def test_tensors_that_are_no_adapter_of_the_base(self, legacy_run, options, change, word):
