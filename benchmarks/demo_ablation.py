@@ -10,8 +10,8 @@ Every variant is the demo's own configuration with the settings named changed. I
 runs in `demo-out/runs`, with `--hold-out` on those of them that have nothing to do with an
 attribute or style, once for each that is named; the new combinations are then all that have. It is
 judged as in the demo: exact match on creatures that no training row names, the mean over 5 draws
-of 16 prompts, with the 95 % interval. Beside it stands what adding up weights gives whoever is
-told attribute and style (`_told.py`). One JSON line per variant.
+of 16 prompts, with the 95 % interval. A second column has the additive adapter for a known
+attribute and style (`_known_task.py`). One JSON line per variant.
 """
 
 import argparse
@@ -24,26 +24,27 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from _told import TOLD
+from _known_task import KnownTask
 
 from loragen.core.base.load import load_base
 from loragen.core.config import DEMO, GenTrainConfig, dump, load
-from loragen.core.evaluation.contest import hold, results_document
+from loragen.core.evaluation.contest import (
+    results_document,
+    score_contestants,
+    training_sources,
+)
 from loragen.core.evaluation.contestants import (
     GENERATED,
-    Bench,
     EvaluationOptions,
-    chosen,
-    training_sources,
+    EvaluationSetup,
+    GeneratedAdapters,
 )
 from loragen.core.evaluation.targets import Target
 from loragen.core.generator.model import Generator
 from loragen.core.learning.train import train
 from loragen.core.progress import Silent
-from loragen.demo import settings
-from loragen.demo.data import Demo
-from loragen.demo.run import choose_targets, with_prompts
-from loragen.demo.world import PAIRS, World
+from loragen.demo.run import PROMPTS, choose_targets, generator_config, runs_with_prompts
+from loragen.demo.world import PAIRS, Demo, World
 
 
 def main() -> None:
@@ -60,7 +61,7 @@ def main() -> None:
     world = World.load(arguments.demo / "world.yaml")
     for part, variant in product(arguments.hold_out or [None], arguments.variant or ["as it is:"]):
         name, _, changed = variant.partition(":")
-        demo = Demo(arguments.demo, seed, without(world, seed, part), print, Silent())
+        demo = Demo(arguments.demo, seed, without(world, seed, part))
         targets = [one for one in choose_targets(demo) if is_asked(one, part)]
         found = judged(demo, targets, changed.split(), arguments.draws)
         print(json.dumps({"variant": name, "held_out": part, **found}), flush=True)
@@ -80,25 +81,26 @@ def judged(demo: Demo, targets: Sequence[Target], changed: list[str], draws: int
     """A generator with other settings: seconds of its training, accuracies and intervals."""
     folders = sorted(path for path in (demo.out / "runs").iterdir() if path.is_dir())
     collected = {path.name.partition("_lora_")[0]: path for path in folders}
-    runs = with_prompts(demo, collected)
+    runs = runs_with_prompts(demo, collected)
     with tempfile.TemporaryDirectory() as place:
-        standard = settings.generator_config(Path(place), demo.out / "cache", runs, demo.seed)
+        standard = generator_config(Path(place), demo.out / "cache", runs, demo.seed)
         file = Path(place) / "generator.yaml"
         file.write_text(dump(standard), encoding="utf-8")
         config = load(GenTrainConfig, file, settings=changed, environment={})
         started = time.perf_counter()
         generator = Generator.load(train(config, Silent()).directory)
         seconds = time.perf_counter() - started
-    options = EvaluationOptions(prompts=settings.PROMPTS, draws=draws, choices=False)
-    bench = Bench(load_base(DEMO), generator, training_sources(generator), options=options)
-    columns = [*chosen([GENERATED]), TOLD]
-    results = results_document(hold(bench, columns, targets), bench, None)
+    options = EvaluationOptions(prompts=PROMPTS, draws=draws, choices=False)
+    sources = training_sources(generator)
+    setup = EvaluationSetup(load_base(DEMO), generator, sources, options=options)
+    outcomes = score_contestants(setup, [GeneratedAdapters, KnownTask], targets, targets)
+    results = results_document(outcomes, setup, None)
     return {
         "datasets": len(runs),
         "train_seconds": round(seconds, 1),
         **{split: of[GENERATED] for split, of in results["accuracy"].items()},
         "interval": {split: of[GENERATED] for split, of in results["interval"].items()},
-        TOLD.name: {split: of[TOLD.name] for split, of in results["accuracy"].items()},
+        KnownTask.name: {split: of[KnownTask.name] for split, of in results["accuracy"].items()},
         "chosen_by": generator.provenance["chosen_by"],
     }
 

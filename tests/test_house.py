@@ -39,7 +39,13 @@ def test_the_command_line_is_light():
 
 
 def test_what_an_author_imports_and_a_demo_begins_with_is_light():
-    modules = ("loragen", "loragen.testing", "loragen.core.plugins", "loragen.demo.data")
+    modules = (
+        "loragen",
+        "loragen.testing",
+        "loragen.core.plugins",
+        "loragen.demo.world",
+        "loragen.demo.workers",
+    )
     code = f"import sys, {', '.join(modules)}; print([n for n in {HEAVY!r} if n in sys.modules])"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -12,16 +12,16 @@ from loragen.cli.options import Alpha, BaseModelName, DataRoot, Force, Json, ref
 from loragen.core.errors import EXIT_FAILED, DataError, LoragenError, UsageError
 
 if TYPE_CHECKING:
-    from loragen.core.analysis.report import Analysis, Comparison, ModuleReport, Report
+    from loragen.core.analysis.report import Analysis, Comparison, ModuleReport, SeriesReport
     from loragen.core.analysis.tokenized import Tokenized
 
 app = typer.Typer(no_args_is_help=True, help="Look into checkpoints, and convert old ones.")
 
 MAX_ROWS = 12
 MAX_IN_FULL = 3
-"""Collections that are shown module by module; of more only --all shows the modules."""
+"""Series that are shown module by module; of more only --all shows the modules."""
 MAX_MATRIX = 8
-"""Collections that a matrix of cosines has room for."""
+"""Series that a matrix of cosines has room for."""
 RANKS = ("stable rank", "effective rank")
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -43,7 +43,7 @@ def ckpt_analyze(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Norms, spectra and ranks of ΔW, drift and path, damage; several collections side by side.
+    """Norms, spectra and ranks of ΔW, drift and path, damage; several series side by side.
 
     docs/analysis.md explains every number. Exits with 1 if a tensor is not finite.
     """
@@ -56,7 +56,7 @@ def ckpt_analyze(
     if html is not None:
         refuse_existing_file(html, force)
 
-    from loragen.core.analysis.series import analyze
+    from loragen.core.analysis.series import analyze_checkpoints
 
     last = time.monotonic()
 
@@ -66,7 +66,7 @@ def ckpt_analyze(
             last = time.monotonic()
             render.note(f"{name}: {done}/{total} checkpoints")
 
-    analysis = analyze(given, report_progress)
+    analysis = analyze_checkpoints(given, report_progress)
     if html is not None:
         from loragen.core.analysis.page import write_page
 
@@ -263,10 +263,10 @@ def _print_analysis(analysis: "Analysis", most: int | None) -> None:
         _print_cosines(comparison, most)
     for line in analysis.not_compared:
         render.answer(f"not compared: {line}")
-    _print_list("equal, bit for bit", [" = ".join(twins.files) for twins in analysis.twins], most)
+    _print_list("equal, bit for bit", [" = ".join(one.files) for one in analysis.twins], most)
 
 
-def _print_collection(report: "Report", most: int | None, in_full: bool) -> None:
+def _print_collection(report: "SeriesReport", most: int | None, in_full: bool) -> None:
     from loragen.core.analysis.report import by_tensor
 
     scaling = "unknown, ΔW = B A" if report.scaling is None else f"{report.scaling:g}"
@@ -303,11 +303,11 @@ def _print_collection(report: "Report", most: int | None, in_full: bool) -> None
     render.answer("")
 
 
-def _path(report: "Report") -> str:
+def _path(report: "SeriesReport") -> str:
     """The drift in words: length, straightness, and directions of the path."""
     text = f"path {report.path_length:.4g}, displacement {report.displacement:.4g}"
-    if report.detour is not None:
-        text += f": {report.detour:.3g} times the straight line"
+    if report.path_ratio is not None:
+        text += f": {report.path_ratio:.3g} times the straight line"
     if report.sample and report.sample.pca:
         shares = ", ".join(f"{share:.1%}" for share in report.sample.pca.shares)
         text += f"\nprincipal components of ΔW: {shares} of the variance"
@@ -316,10 +316,10 @@ def _path(report: "Report") -> str:
     return text
 
 
-def _print_side_by_side(reports: "Sequence[Report]", most: int | None) -> None:
+def _print_side_by_side(reports: "Sequence[SeriesReport]", most: int | None) -> None:
     path = ("displacement", "path", "path / displacement")
     _print_table(
-        ("collection", "checkpoints", "mean ‖ΔW‖", *path, *RANKS),
+        ("series", "checkpoints", "mean ‖ΔW‖", *path, *RANKS),
         [
             (
                 r.name,
@@ -327,7 +327,7 @@ def _print_side_by_side(reports: "Sequence[Report]", most: int | None) -> None:
                 r.mean_norm,
                 r.displacement,
                 r.path_length,
-                r.detour,
+                r.path_ratio,
                 *_ranks(r),
             )
             for r in reports
@@ -336,7 +336,7 @@ def _print_side_by_side(reports: "Sequence[Report]", most: int | None) -> None:
     )
 
 
-def _ranks(report: "ModuleReport | Report") -> tuple[float, float]:
+def _ranks(report: "ModuleReport | SeriesReport") -> tuple[float, float]:
     """The columns `RANKS`."""
     return report.stable_rank, report.effective_rank
 
@@ -344,7 +344,7 @@ def _ranks(report: "ModuleReport | Report") -> tuple[float, float]:
 def _print_cosines(comparison: "Comparison", most: int | None) -> None:
     names = comparison.collections
     if most is not None and len(names) > MAX_MATRIX:
-        render.answer(f"cosines of {len(names)} collections: --all, --html or --json show them\n")
+        render.answer(f"cosines of {len(names)} series: --all, --html or --json show them\n")
         return
     matrices = {"cosine of the last ΔW": comparison.cosine_last}
     if any(len(files) > 1 for files in comparison.checkpoints):

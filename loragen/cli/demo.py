@@ -36,14 +36,14 @@ def run_demo(
     """
     from loragen.cli.gen import print_results
     from loragen.cli.progress import terminal_progress
-    from loragen.demo.data import begin
     from loragen.demo.workers import Workers
+    from loragen.demo.world import prepare_demo
 
-    begun = begin(output, seed, world, force, render.note, terminal_progress())
+    prepared = prepare_demo(output, seed, world, force)
     with Workers() as workers:
-        from loragen.demo.run import run  # takes seconds, during which the workers start
+        from loragen.demo.run import run_demo  # takes seconds, during which the workers start
 
-        results = run(begun, workers)
+        results = run_demo(prepared, workers, terminal_progress())
     if json:
         render.answer_json(results)
         return

@@ -323,13 +323,13 @@ def gen_eval(
     demand multi_task and oracle, which are trained once and kept. See docs/evaluating.md.
     """
     from loragen.cli.progress import terminal_progress
-    from loragen.core.evaluation.contestants import MULTI_TASK, ORACLE, chosen
+    from loragen.core.evaluation.contestants import MULTI_TASK, ORACLE, choose
     from loragen.core.evaluation.targets import check_oracles, find_targets
     from loragen.core.files import refuse_existing, refuse_file
     from loragen.core.run.directory import experiment_name, generator_file
 
     also = [name for name, wanted in ((MULTI_TASK, multi_task), (ORACLE, oracle)) if wanted]
-    contestants = chosen((columns or "").split(","), also)
+    contestants = choose((columns or "").split(","), also)
     file = generator_file(model)
     if output:
         refuse_file(output)
@@ -352,9 +352,10 @@ def gen_eval(
         strict=columns is not None,
     )
     if output:
-        from loragen.core.evaluation.report import write
+        from loragen.core.evaluation.report import write_results
 
-        write(results, f"Does {experiment_name(file)} beat the rest?", output)
+        title = f"{experiment_name(file)}: generated adapters and baselines"
+        write_results(results, title, output)
     if json:
         render.answer_json(results)
     else:

@@ -1,9 +1,9 @@
-"""Build the base model that ships with the demo: `python -m loragen.demo.build_base`.
+"""Builds the base model that ships with the demo: `python -m loragen.demo.build_base`.
 
-The base knows every fact of the world and every style of answering, and wording tells it
-nothing: whatever the words around a creature's name, it answers with a random attribute in a
-random style. So its questions in training are soups of tokens, never the world's wordings, and
-what is asked can only arrive through LoRA weights. Nothing here runs when the demo runs.
+The base knows every fact of the world and every style of answering, and ignores wording: whatever
+the words around a creature's name, it answers with a random attribute in a random style. For this,
+its training questions are random tokens, never the world's wordings, so that only LoRA weights can
+determine the task. Nothing here runs when the demo runs.
 """
 
 import argparse
@@ -21,10 +21,11 @@ from loragen.demo.world import CREATURES, PAIRS, STYLES, VALUES, Pair, World, ex
 SEED = 20261121
 VOCAB = 800
 STEPS = 2200
-TOLD = 0.4
+KNOWN_SHARE = 0.4
+"""How often the control vectors give the attribute, and how often the style."""
 BATCH = 192
 PEAK_LR = 4e-3
-LONGEST_SOUP = 40
+LONGEST_QUESTION = 40
 _FREQUENT = """
 the of and a to in is you that it for on are with as at be this have from or had by what when which
 who where how does do did can would should will me my your please tell give name say answer write
@@ -59,10 +60,10 @@ TEMPLATE = (
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """Byte-level, so any wording can be read; a value or a name is one token, so a fact is short.
+    """A byte-level tokenizer, which encodes any wording; a value or a name is one token.
 
-    It is Qwen2's own class: AutoTokenizer picks that for a Qwen2 model, and would cut the text
-    differently from any other.
+    It is Qwen2's own class: AutoTokenizer chooses that for a Qwen2 model, and another class would
+    tokenise differently.
     """
     values = [value for group in VALUES.values() for value in group]
     corpus = [
@@ -84,7 +85,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 
 def new_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
-    """Sized so that a rank-4 adapter on all linear layers has 32,768 values."""
+    """A model whose rank-4 adapter on all linear layers has 32,768 values."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -104,12 +105,12 @@ def new_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     return model
 
 
-class Soup:
+class RandomQuestions:
     """Questions of random tokens, with a creature's name somewhere among them.
 
-    Half are cut from a stream of shuffled English, half are drawn from the whole vocabulary, so
-    that no word, known or not, is ever news about what is asked. Other creatures' names stay
-    out: the name is the one thing that a question does tell.
+    Their tokens come from a stream of shuffled English and from the whole vocabulary, so that no
+    word, known or not, has information about the task. Other creatures' names are excluded: the
+    name is the only information in a question.
     """
 
     def __init__(self, tokenizer: Qwen2Tokenizer, generator: torch.Generator) -> None:
@@ -125,7 +126,7 @@ class Soup:
         self.user, self.assistant = tokenizer("<|user|><|assistant|>").input_ids
 
     def draw(self, creatures: Tensor, length: int) -> Tensor:
-        """One question a creature, each of `length` tokens between the two role tokens."""
+        """One question for each creature, ``[creatures, length + 2]`` with the two role tokens."""
         return torch.stack([self._question(int(creature), length) for creature in creatures])
 
     def _question(self, creature: int, length: int) -> Tensor:
@@ -148,11 +149,11 @@ class Soup:
 
 
 class Answers:
-    """All answers about all creatures, and what may rightly follow each beginning of one.
+    """All answers about all creatures, and the distribution of the token after each prefix.
 
-    Every pair that is still possible has the same chance, so the right distribution after a
-    beginning is known exactly: the share of the possible answers that go on with each token.
-    Learning from it, rather than from one drawn answer at a time, makes the build short.
+    All pairs that fit a prefix are equally likely, so the target distribution is known exactly: the
+    share of the possible answers that continue with each token. It takes fewer steps to learn than
+    one sampled answer at a time.
     """
 
     def __init__(self, tokenizer: Qwen2Tokenizer) -> None:
@@ -167,18 +168,18 @@ class Answers:
         self.tokens = torch.tensor(padded)  # (creature, pair, step)
         same = self.tokens[:, :, None] == self.tokens[:, None]  # (creature, pair, pair, step)
         before = torch.cat([torch.ones_like(same[..., :1]), same[..., :-1]], dim=-1)
-        self.agrees = before.cumprod(-1).bool()  # the two begin alike up to this step
+        self.agrees = before.cumprod(-1).bool()  # the two have the same prefix up to this step
         self.attribute = torch.tensor([list(VALUES).index(pair.attribute) for pair in PAIRS])
         self.style = torch.tensor([list(STYLES).index(pair.style) for pair in PAIRS])
 
-    def targets(self, creatures: Tensor, pairs: Tensor, told: Tensor) -> Tensor:
-        """Distributions (row, step, token) along one answer.
+    def targets(self, creatures: Tensor, pairs: Tensor, known: Tensor) -> Tensor:
+        """Distributions ``[rows, steps, tokens]`` along one answer.
 
-        `told` (row, 2) says whether the attribute and whether the style of the pair is known.
+        `known` ``[rows, 2]``: whether the attribute and whether the style of the pair is given.
         """
         wrong_attribute = self.attribute[pairs][:, None] != self.attribute
         wrong_style = self.style[pairs][:, None] != self.style
-        possible = ~(told[:, :1] & wrong_attribute) & ~(told[:, 1:] & wrong_style)
+        possible = ~(known[:, :1] & wrong_attribute) & ~(known[:, 1:] & wrong_style)
         weights = (self.agrees[creatures, pairs] & possible[..., None]).float()  # (B, pair, step)
         weights = (weights / weights.sum(1, keepdim=True)).transpose(1, 2)
         following = self.tokens[creatures].transpose(1, 2)
@@ -187,12 +188,12 @@ class Answers:
 
 
 class Control(torch.nn.Module):
-    """Two small vectors that tell the upper layers what is asked; they are not shipped.
+    """Learned vectors that give the upper layers the attribute and the style; they are not shipped.
 
-    A model that only ever answers at random stores its facts in no order, and a LoRA then learns
-    the answers about its training creatures one by one instead of learning to choose. So a part
-    of the training adds, after the first layer and from the question's end on, one vector for
-    the attribute and one for the style. What remains in the base is the ability to be steered.
+    A model that always answers at random stores its facts without structure, and a LoRA then learns
+    the answers about its training creatures one by one instead of the task. So in a part of the
+    training, one vector for the attribute and one for the style are added after the first layer,
+    from the end of the question on. The base model keeps the ability to be steered.
     """
 
     def __init__(self, width: int) -> None:
@@ -202,9 +203,9 @@ class Control(torch.nn.Module):
         self.added = torch.zeros(1, width)
         self.length = 0
 
-    def tell(self, attribute: Tensor, style: Tensor, told: Tensor, length: int) -> None:
-        """Set what the next forward adds behind the first `length` tokens."""
-        self.added = self.attributes[attribute] * told[:, :1] + self.styles[style] * told[:, 1:]
+    def set(self, attribute: Tensor, style: Tensor, known: Tensor, length: int) -> None:
+        """Sets the vectors that the next forward adds after the first `length` tokens."""
+        self.added = self.attributes[attribute] * known[:, :1] + self.styles[style] * known[:, 1:]
         self.length = length
 
     def hook(self, _module: object, _inputs: object, output: Tensor) -> Tensor:
@@ -212,10 +213,10 @@ class Control(torch.nn.Module):
         return output + self.added[:, None] * answering
 
 
-def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, steps: int) -> None:
-    """AdamW over soups; the rate warms up, then falls along a cosine."""
+def train_base(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, steps: int) -> None:
+    """Trains with AdamW on random questions; linear warm-up, then a cosine schedule."""
     generator = torch.Generator().manual_seed(SEED)
-    soup, answers = Soup(tokenizer, generator), Answers(tokenizer)
+    questions, answers = RandomQuestions(tokenizer, generator), Answers(tokenizer)
     control = Control(model.config.hidden_size)
     handle = model.model.layers[0].register_forward_hook(control.hook)
     weights = [*model.parameters(), *control.parameters()]
@@ -228,15 +229,15 @@ def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, steps: int) -> Non
     for step in range(steps):
         creatures = torch.randint(len(CREATURES), (BATCH,), generator=generator)
         pairs = torch.randint(len(PAIRS), (BATCH,), generator=generator)
-        told = torch.rand(BATCH, 2, generator=generator) < TOLD
-        longest = 6 + min(LONGEST_SOUP - 6, step * 3 * LONGEST_SOUP // steps)
+        known = torch.rand(BATCH, 2, generator=generator) < KNOWN_SHARE
+        longest = 6 + min(LONGEST_QUESTION - 6, step * 3 * LONGEST_QUESTION // steps)
         length = 6 + int((longest - 5) * float(torch.rand(1, generator=generator)) ** 2)
-        questions = soup.draw(creatures, length)
-        control.tell(answers.attribute[pairs], answers.style[pairs], told, length + 1)
+        asked = questions.draw(creatures, length)
+        control.set(answers.attribute[pairs], answers.style[pairs], known, length + 1)
         replies = answers.tokens[creatures, pairs, :-1]
-        hidden = model.model(torch.cat([questions, replies], dim=1)).last_hidden_state
+        hidden = model.model(torch.cat([asked, replies], dim=1)).last_hidden_state
         logits = model.lm_head(hidden[:, length + 1 :])  # (B, A, V)
-        wanted = answers.targets(creatures, pairs, told)
+        wanted = answers.targets(creatures, pairs, known)
         excess = wanted * (wanted.clamp_min(1e-9).log() - logits.log_softmax(-1))
         loss = excess.sum() / wanted.sum()
         optimizer.zero_grad()
@@ -252,10 +253,10 @@ def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, steps: int) -> Non
     handle.remove()
 
 
-def chances(
+def answer_probabilities(
     model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, prompt: str, creature: str
 ) -> Tensor:
-    """How likely the model is to give each pair's right answer to one question."""
+    """The probability of each pair's correct answer to one question, ``[pairs]``."""
     question = tokenizer(f"<|user|>{prompt}<|assistant|>").input_ids
     replies = [
         [*tokenizer(expected_answer(creature, pair)).input_ids, tokenizer.eos_token_id]
@@ -270,17 +271,17 @@ def chances(
 
 
 @torch.inference_mode()
-def check(directory: Path) -> None:
-    """Print what makes the files a base for the demo, in wordings that it has never met."""
+def check_base(directory: Path) -> None:
+    """Prints the properties that the demo needs, measured on wordings never trained on."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    assert isinstance(tokenizer, Qwen2Tokenizer)  # any other would cut the text differently
+    assert isinstance(tokenizer, Qwen2Tokenizer)  # another class would tokenise differently
     model = Qwen2ForCausalLM.from_pretrained(directory)
     questions = World.load()
     found, right = [], 0
     for number, pair in enumerate(PAIRS):
         creatures = CREATURES[number :: len(PAIRS)]
         for row, creature in zip(questions.rows(pair, creatures, "unseen"), creatures, strict=True):
-            found.append(chances(model, tokenizer, row["prompt"], creature))
+            found.append(answer_probabilities(model, tokenizer, row["prompt"], creature))
     for attribute, values in VALUES.items():
         rows = questions.rows(Pair(attribute, "sentence"), CREATURES, "unseen")
         value_ids = torch.tensor([tokenizer(" " + value).input_ids[0] for value in values])
@@ -301,7 +302,7 @@ def check(directory: Path) -> None:
     print(f"{size:,} bytes in {directory}")
 
 
-def main() -> None:
+def build_base() -> None:
     parser = argparse.ArgumentParser(description="Build the base model of the demo.")
     parser.add_argument(
         "--output", "-o", type=Path, default=world.BASE_DIR, help="directory to write"
@@ -314,12 +315,12 @@ def main() -> None:
     tokenizer = build_tokenizer()
     model = new_model(tokenizer)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
-    train(model, tokenizer, arguments.steps)
+    train_base(model, tokenizer, arguments.steps)
     model.save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
-    (arguments.output / "model.safetensors").chmod(0o644)  # it is written for its owner alone
-    check(arguments.output)
+    (arguments.output / "model.safetensors").chmod(0o644)  # written readable by its owner alone
+    check_base(arguments.output)
 
 
 if __name__ == "__main__":
-    main()
+    build_base()

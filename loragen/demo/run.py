@@ -1,126 +1,111 @@
-"""The demo: the whole path on the made-up world, and the table that judges it.
+"""The demo: every stage on the made-up world, with the real commands' configurations.
 
-Collect one adapter per training pair, train a generator on them, generate adapters for targets
-that were held out, and put them beside everything simpler.
+One adapter is collected for each training pair, a generator is trained on them, and adapters
+generated for held-out pairs are compared with the baselines of `gen eval`. Trainings and the
+contest run in worker processes (`workers.py`).
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, as_completed
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from loragen.core.config import GenTrainConfig
-from loragen.core.evaluation.report import write
+from loragen.core.analysis.checkpoints import evenly_spaced
+from loragen.core.config import DEMO, GenTrainConfig, LoraTrainConfig, Override, load
+from loragen.core.data.dataset import Dataset
+from loragen.core.evaluation.contest import hold_contest, training_sources
+from loragen.core.evaluation.contestants import (
+    CONTESTANTS,
+    EvaluationOptions,
+    EvaluationSetup,
+    TrainedAdapter,
+)
+from loragen.core.evaluation.report import write_results
 from loragen.core.evaluation.targets import Target
+from loragen.core.evaluation.training import best_checkpoint
 from loragen.core.files import write_text
+from loragen.core.generator.model import Generator
+from loragen.core.learning.sources import TrainingSource
 from loragen.core.learning.train import read_ahead
 from loragen.core.learning.train import train as train_generator
-from loragen.core.run.directory import generator_file
-from loragen.demo import settings
-from loragen.demo.contest import contest, target
-from loragen.demo.data import Demo
-from loragen.demo.workers import Done, Job, Workers
-from loragen.demo.world import Wording
+from loragen.core.progress import Progress
+from loragen.core.run.directory import LoraRun, generator_file
+from loragen.demo.workers import Job, Workers, base
+from loragen.demo.world import Demo, Pair, Wording
+
+log = logging.getLogger(__name__)
+
+Config = TypeVar("Config", LoraTrainConfig, GenTrainConfig)
 
 SPLITS: dict[str, Wording] = {
     "new_wording": "unseen",  # of training pairs
     "new_combination": "train",  # of held-out pairs
     "both": "unseen",  # of held-out pairs
 }
+PROMPTS = 16
+"""Of a condition, and of a draw."""
+MULTI_TASK_STEPS, MULTI_TASK_VAL_EVERY, MULTI_TASK_PATIENCE = 2400, 200, 400
+NO_RESUME = 1_000_000
+"""The interval of last.ckpt in steps: a training of seconds is not resumed."""
+NOVELTY_CHECKPOINTS = 5
+"""Evenly spaced checkpoints of each dataset that novelty reads: all 50 would take 10 s."""
 
 
-def run(demo: Demo, workers: Workers) -> dict[str, Any]:
-    """Runs the demo and returns what `results.json` holds."""
-    torch.set_num_threads(1)  # the workers have the other cores, and threads would fight over them
+def run_demo(demo: Demo, workers: Workers, progress: Progress) -> dict[str, Any]:
+    """Runs the demo; returns the content of results.json."""
+    torch.set_num_threads(1)  # the workers have the other cores
     targets = choose_targets(demo)
-    multi_task = workers.train([multi_task_job(demo)])  # the longest goes first
-    collection = workers.train(collection_jobs(demo))
+    collection = collection_jobs(demo)
+    multi_task = workers.train([multi_task_job(demo, collection)])  # the longest starts first
+    adapters = workers.train(collection)
     oracles = workers.train(oracle_jobs(demo, targets))
-    collected = finished(demo, "collect", collection, meanwhile=partial(read_prompts, demo))
-    generator = learn(demo, collected)  # while the workers go on with the oracles
-    judges = finished(demo, "oracles", oracles)
-    everything = finished(demo, "multi-task", multi_task)[0]
-    demo.say(f"multi-task: stopped after {everything.steps} steps, {everything.seconds:.0f} s")
-    results = {
-        **contest(workers, generator, targets, everything, judges, demo.out / "generated"),
-        "seed": demo.seed,
-        "held_out": [list(pair) for pair in demo.world.held_out_pairs(demo.seed)],
-        "multi_task": {"steps": everything.steps, "patience": settings.MULTI_TASK_PATIENCE},
-    }
-    results["seconds"]["total"] = round(time.perf_counter() - demo.started, 1)
-    write(results, _title(results), demo.out)
-    return results
 
+    def embed_prompts(runs: Sequence[LoraRun]) -> None:
+        read_ahead(_generator_config(demo, runs))
 
-def collection_jobs(demo: Demo) -> list[Job]:
-    """One adapter per training pair."""
-    config = settings.adapter_config(demo.out / "runs", demo.seed)
-    pairs = demo.world.training_pairs(demo.seed)
-    return [Job(pair.name, demo.data(pair, "train", "train"), config) for pair in pairs]
-
-
-def oracle_jobs(demo: Demo, targets: Sequence[Target]) -> list[Job]:
-    """One adapter per target, from the target's own labels, in the target's wordings."""
-    config = settings.oracle_config(demo.out / "oracles", demo.seed)
-    return [Job(target.name, Path(str(target.train_source)), config) for target in targets]
-
-
-def multi_task_job(demo: Demo) -> Job:
-    """One LoRA for the rows of all training pairs together."""
-    files = [job.file for job in collection_jobs(demo)]
-    file = demo.out / "data" / "multi-task" / "train.jsonl"
-    write_text(file, "".join(one.read_text(encoding="utf-8") for one in files))
-    return Job("multi-task", file, settings.multi_task_config(demo.out / "multi_task", demo.seed))
-
-
-def finished(
-    demo: Demo,
-    title: str,
-    futures: Sequence[Future[Done]],
-    meanwhile: Callable[[Sequence[Done]], None] | None = None,
-) -> list[Done]:
-    """The results in the order of the jobs. After every eighth there is a line, and, as long as
-    others are awaited, `meanwhile` is given what is there: this process has nothing else to do."""
-    done: list[Done] = []
-    for future in as_completed(futures):
-        done.append(future.result())
-        if len(done) % 8 == 0:
-            each = fmean(one.seconds for one in done)
-            demo.say(f"{title}: {len(done)}/{len(futures)} adapters, {each:.1f} s each")
-            if meanwhile and len(done) < len(futures):
-                meanwhile(done)
-    return [future.result() for future in futures]
-
-
-def read_prompts(demo: Demo, collected: Sequence[Done]) -> None:
-    read_ahead(generator_config(demo, collected))
-
-
-def learn(demo: Demo, collected: Sequence[Done]) -> Path:
-    """The file of the generator."""
-    run = train_generator(generator_config(demo, collected), demo.progress)
-    return generator_file(run.directory)
-
-
-def generator_config(demo: Demo, collected: Sequence[Done]) -> GenTrainConfig:
-    runs = {done.job.name: done.directory for done in collected}
-    return settings.generator_config(
-        demo.out / "experiments", demo.out / "cache", with_prompts(demo, runs), demo.seed
+    collected = _finished("collect", adapters, meanwhile=embed_prompts)
+    # The workers train the oracles meanwhile.
+    trained = train_generator(_generator_config(demo, collected), progress)
+    oracle_runs = _finished("oracles", oracles)
+    (multi_task_run,) = _finished("multi-task", multi_task)
+    joint = TrainedAdapter(multi_task_run, best_checkpoint(multi_task_run))
+    log.info("multi-task: stopped after %d steps, %.0f s", joint.steps, joint.seconds)
+    shared = DemoSetup(
+        generator_file(trained.directory),
+        joint,
+        {
+            target.key: TrainedAdapter(run, run.checkpoints[-1])
+            for target, run in zip(targets, oracle_runs, strict=True)
+        },
+        demo.out / "generated",
     )
 
+    def submit(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        return workers.submit(_call, shared, function, *arguments)
 
-def with_prompts(demo: Demo, runs: Mapping[str, Path]) -> list[tuple[Path, Path]]:
-    """The runs of training pairs, in the order of these, each with its dataset's prompts."""
-    return [
-        (runs[pair.name], demo.data(pair, "prompts", "train"))
-        for pair in demo.world.training_pairs(demo.seed)
-        if pair.name in runs
-    ]
+    results = hold_contest(shared.setup(), CONTESTANTS, targets, submit)
+    results["novelty"]["checkpoints_of_each"] = NOVELTY_CHECKPOINTS
+    results["seconds"]["trained"] = "trained side by side, one thread each"
+    results |= {
+        "seed": demo.seed,
+        "held_out": [list(pair) for pair in demo.world.held_out_pairs(demo.seed)],
+        "multi_task": {"steps": joint.steps, "patience": MULTI_TASK_PATIENCE},
+    }
+    seconds = results["seconds"]
+    seconds["total"] = round(time.perf_counter() - demo.started, 1)
+    title = (
+        f"Accuracy on unseen creatures (seed {demo.seed}): an adapter trained in "
+        f"{seconds['train_adapter']:.1f} s, generated in {seconds['generate_adapter']:.2f} s"
+    )
+    write_results(results, title, demo.out)
+    return results
 
 
 def choose_targets(demo: Demo) -> list[Target]:
@@ -128,21 +113,195 @@ def choose_targets(demo: Demo) -> list[Target]:
     held_out = demo.world.held_out_pairs(demo.seed)
     seen = demo.world.sample_training_pairs(demo.seed, len(held_out))
     chosen = {"new_wording": seen, "new_combination": held_out, "both": held_out}
+    return [demo_target(demo, split, pair) for split, pairs in chosen.items() for pair in pairs]
+
+
+def demo_target(demo: Demo, split: str, pair: Pair) -> Target:
+    """A pair's test dataset. The generator reads prompts about the test creatures; the labelled
+    rows about the training creatures are for the oracle and few-shot prompting alone."""
+    test, train = (demo.data_file(pair, kind, SPLITS[split]) for kind in ("test", "train"))
+    dataset = Dataset(test, pair.name)
+    return Target.of(dataset, Dataset(train, pair.name), group=split, prompts_from="tested rows")
+
+
+def collection_jobs(demo: Demo) -> list[Job]:
+    """One adapter per training pair."""
+    config = adapter_config(demo.out / "runs", demo.seed)
+    pairs = demo.world.training_pairs(demo.seed)
+    return [Job(pair.name, demo.data_file(pair, "train", "train"), config) for pair in pairs]
+
+
+def oracle_jobs(demo: Demo, targets: Sequence[Target]) -> list[Job]:
+    """One adapter per target, on the target's own labels, in the target's wordings."""
+    config = oracle_config(demo.out / "oracles", demo.seed)
     return [
-        target(
-            split,
-            pair,
-            train_file=demo.data(pair, "train", SPLITS[split]),
-            test_file=demo.data(pair, "test", SPLITS[split]),
-        )
-        for split, pairs in chosen.items()
-        for pair in pairs
+        Job(target.name, target.train.source, config)
+        for target in targets
+        if target.train and isinstance(target.train.source, Path)
     ]
 
 
-def _title(results: dict[str, Any]) -> str:
-    seconds = results["seconds"]
-    return (
-        f"Accuracy on unseen creatures (seed {results['seed']}): an adapter trained in "
-        f"{seconds['train_adapter']:.1f} s, generated in {seconds['generate_adapter']:.2f} s"
+def multi_task_job(demo: Demo, collection: Sequence[Job]) -> Job:
+    """One LoRA on the rows of all training pairs together."""
+    file = demo.out / "data" / "multi-task" / "train.jsonl"
+    write_text(file, "".join(job.file.read_text(encoding="utf-8") for job in collection))
+    config = joint_config(demo.out / "multi_task", demo.seed)
+    return Job("multi-task", file, config)
+
+
+def _finished(
+    title: str,
+    futures: Sequence[Future[LoraRun]],
+    meanwhile: Callable[[Sequence[LoraRun]], None] | None = None,
+) -> list[LoraRun]:
+    """The runs in the order of their jobs. After every eighth, logs a line and, while others are
+    running, calls `meanwhile` with those that have finished."""
+    runs: list[LoraRun] = []
+    for future in as_completed(futures):
+        runs.append(future.result())
+        if len(runs) % 8 == 0:
+            each = fmean(run.manifest.seconds or 0.0 for run in runs)
+            log.info("%s: %d/%d adapters, %.1f s each", title, len(runs), len(futures), each)
+            if meanwhile and len(runs) < len(futures):
+                meanwhile(runs)
+    return [future.result() for future in futures]
+
+
+@dataclass(frozen=True)
+class DemoSetup:
+    """What a process needs to make the `EvaluationSetup` of the contest."""
+
+    generator: Path
+    multi_task: TrainedAdapter
+    oracles: Mapping[tuple[str, str], TrainedAdapter]
+    keep: Path
+    """The directory of the generated adapters."""
+
+    def setup(self) -> EvaluationSetup:
+        generator, sources = _load_generator(self.generator)
+        options = EvaluationOptions(prompts=PROMPTS, choices=False, keep=self.keep)
+        return EvaluationSetup(base(), generator, sources, self.multi_task, self.oracles, options)
+
+
+def _call(shared: DemoSetup, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Runs a part of the contest in a worker."""
+    return function(shared.setup(), *arguments)
+
+
+@cache
+def _load_generator(file: Path) -> tuple[Generator, list[TrainingSource]]:
+    """The generator and its training sources, loaded once per process."""
+    generator = Generator.load(file)
+    sources = [
+        replace(source, checkpoints=evenly_spaced(source.checkpoints, NOVELTY_CHECKPOINTS))
+        for source in training_sources(generator)
+    ]
+    return generator, sources
+
+
+def adapter_config(runs: Path, seed: int) -> LoraTrainConfig:
+    """One adapter: the two stages of `lora train`, at rates for a model of 0.6 M parameters."""
+    return _lora_config(
+        runs,
+        seed,
+        training={"batch_size": 8},
+        schedule={
+            "name": "two-stage",
+            "learning_rate_stage1": 2e-3,
+            "learning_rate_stage2": 2e-4,
+        },
+        checkpoints={"optimizer": "none", "last_every": NO_RESUME},
+        loggers={"tensorboard": {}},
     )
+
+
+def oracle_config(runs: Path, seed: int) -> LoraTrainConfig:
+    """As one adapter, with only its last checkpoint kept."""
+    config = adapter_config(runs, seed)
+    config.loggers = {}
+    config.checkpoints.first_step = config.training.max_steps
+    return config
+
+
+def joint_config(runs: Path, seed: int) -> LoraTrainConfig:
+    """One LoRA for all datasets, with early stopping on the validation loss."""
+    return _lora_config(
+        runs,
+        seed,
+        data={"val_ratio": 0.05},
+        training={
+            "max_steps": MULTI_TASK_STEPS,
+            "batch_size": 24,
+            "val_every": MULTI_TASK_VAL_EVERY,
+            "patience": MULTI_TASK_PATIENCE,
+        },
+        schedule={"name": "constant", "learning_rate": 1.5e-3},
+        trainer={"accelerator": "cpu", "gradient_clip_val": 1.0},
+        checkpoints={  # one at every validation, of which the best is used
+            "optimizer": "none",
+            "first_step": MULTI_TASK_VAL_EVERY,
+            "every": MULTI_TASK_VAL_EVERY,
+            "last_every": NO_RESUME,
+        },
+        loggers={},
+    )
+
+
+def _lora_config(runs: Path, seed: int, **sections: Any) -> LoraTrainConfig:
+    common = {
+        "base_model": DEMO,
+        "seed": seed,
+        "runs_dir": str(runs),
+        "final_model": "none",
+        "lora": {"rank": 4, "alpha": 32},
+        "trainer": {"accelerator": "cpu"},
+    }
+    return _validated(LoraTrainConfig, common | sections)
+
+
+def generator_config(
+    experiments: Path, cache: Path, runs: Sequence[tuple[Path, Path]], seed: int
+) -> GenTrainConfig:
+    """A generator of `runs`: (run directory, file of the prompts that the generator reads)."""
+    return _validated(
+        GenTrainConfig,
+        {
+            "seed": seed,
+            "experiments_dir": str(experiments),
+            "sources": [{"run": str(run), "prompts": str(rows)} for run, rows in runs],
+            "decoder": {"name": "hyperconv", "blocks": 1, "hidden_dim": 128, "rank": 32},
+            "layout": {"token_dim": 128},
+            "data": {
+                "batch_size": 16,
+                "prompts_per_condition": PROMPTS,
+                "samples_per_prompt": 1,
+                "cache_dir": str(cache),
+            },
+            "training": {"condition_noise": 0.5, "val_every_epochs": 4, "val_rows": 16},
+            "behaviour": {"max_steps": 200, "learning_rate": 1e-3},
+            "loggers": {"tensorboard": {}},
+            "trainer": {"accelerator": "cpu"},
+        },
+    )
+
+
+def _generator_config(demo: Demo, runs: Sequence[LoraRun]) -> GenTrainConfig:
+    directories = {run.manifest.dataset.name: run.directory for run in runs}
+    with_prompts = runs_with_prompts(demo, directories)
+    return generator_config(demo.out / "experiments", demo.out / "cache", with_prompts, demo.seed)
+
+
+def runs_with_prompts(demo: Demo, runs: Mapping[str, Path]) -> list[tuple[Path, Path]]:
+    """The runs of training pairs, in the order of the pairs, each with its dataset's prompts."""
+    return [
+        (runs[pair.name], demo.data_file(pair, "prompts", "train"))
+        for pair in demo.world.training_pairs(demo.seed)
+        if pair.name in runs
+    ]
+
+
+def _validated(kind: type[Config], values: dict[str, Any]) -> Config:
+    """A configuration as from a file, with the plugins' own defaults and without the
+    environment."""
+    overrides = [Override((key,), value, "demo") for key, value in values.items()]
+    return load(kind, flags=overrides, environment={})

@@ -1,7 +1,7 @@
-"""Many small jobs side by side: one process per core, one thread each.
+"""Worker processes: one for each core, with one thread each.
 
-A model of 0.6 M parameters gains little from a second thread, and two processes whose threads
-fight over the same cores lose far more.
+A model of 0.6 M parameters gains little from a second thread, and processes whose threads compete
+for the same cores lose more than that.
 """
 
 import os
@@ -18,21 +18,22 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from threading import Thread
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from loragen.core.config import LoraTrainConfig
 
 if TYPE_CHECKING:
     from loragen.core.base.load import LanguageModel
+    from loragen.core.run.directory import LoraRun
 
 MOST_WORKERS = 8
-HEAVY = [
+PRELOADED = [
     "loragen.core.lora.train",
-    "loragen.demo.contest",
+    "loragen.demo.run",
     "peft",
     "transformers.models.qwen2.modeling_qwen2",
 ]
-"""What the workers will run. Importing it takes seconds, with torch and Lightning."""
+"""The modules that workers need. Importing them, with torch and Lightning, takes seconds."""
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -40,31 +41,25 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Job:
-    """One call of `lora train`."""
+    """One adapter to be trained as by `lora train`."""
 
     name: str
+    """Of the dataset."""
     file: Path
     config: LoraTrainConfig
 
 
-class Done(NamedTuple):
-    job: Job
-    directory: Path
-    seconds: float
-    steps: int
-
-
 class Workers:
-    """A pool whose processes have loaded the base model once. What they need is imported beside
-    whatever this process does next: by the one that they are forked from, or by each of them."""
+    """A pool of processes, each with the base model loaded. Their modules are imported while this
+    process does something else."""
 
     def __init__(self) -> None:
         context, count = _context(), min(MOST_WORKERS, os.cpu_count() or 1)
-        self._given_up = context.Event()
+        self._cancelled = context.Event()
         self._pool = ProcessPoolExecutor(
-            count, mp_context=context, initializer=_start, initargs=(self._given_up,)
+            count, mp_context=context, initializer=_start, initargs=(self._cancelled,)
         )
-        if context.get_start_method() == "spawn":  # each starts with a job, and not before
+        if context.get_start_method() == "spawn":  # a process starts when it gets its first job
             for _ in range(count):
                 self._pool.submit(int)
 
@@ -77,12 +72,12 @@ class Workers:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None:  # some jobs are beyond being cancelled: they are in the workers' queue
-            self._given_up.set()
+        if kind is not None:  # jobs in the workers' queue cannot be cancelled by the pool
+            self._cancelled.set()
         self._pool.shutdown(cancel_futures=True)
 
-    def train(self, jobs: Iterable[Job]) -> list[Future[Done]]:
-        return [self.submit(_train, job) for job in jobs]
+    def train(self, jobs: Iterable[Job]) -> list[Future["LoraRun"]]:
+        return [self.submit(run_job, job) for job in jobs]
 
     def submit(
         self,
@@ -90,17 +85,17 @@ class Workers:
         *args: Arguments.args,
         **kwargs: Arguments.kwargs,
     ) -> Future[Result]:
-        """A function of a module; it, its arguments and its result are pickled."""
+        """Runs a module's function in a worker; it, its arguments and its result are pickled."""
         return self._pool.submit(function, *args, **kwargs)
 
 
-_given_up: Event | None = None
+_cancelled: Event | None = None
 """In a worker: set where the demo has ended before its jobs."""
 
 
 @cache
 def base() -> "LanguageModel":
-    """The demo's base model, loaded once a process."""
+    """The demo's base model, loaded once per process."""
     from loragen.core.base.load import load_base
     from loragen.core.config import DEMO
 
@@ -108,15 +103,15 @@ def base() -> "LanguageModel":
 
 
 def _context() -> BaseContext:
-    """Never a fork of this process, which may hang with torch's threads; on Linux, forks of one
-    that has imported everything once for all of them, and started no thread."""
+    """Never forks this process, which may hang with torch's threads. On Linux, forks a server
+    process that has imported everything once and has started no thread; elsewhere, spawns."""
     if sys.platform != "linux":
         return get_context("spawn")
     from multiprocessing.forkserver import ensure_running
 
     context = get_context("forkserver")
-    context.set_forkserver_preload(HEAVY)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is answered here, in one line
+    context.set_forkserver_preload(PRELOADED)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is handled by this process
     try:
         ensure_running()
     finally:
@@ -124,31 +119,32 @@ def _context() -> BaseContext:
     return context
 
 
-def _start(given_up: Event) -> None:
+def _start(cancelled: Event) -> None:
+    """Initialises a worker."""
     import torch
 
-    global _given_up
-    _given_up = given_up
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a training sees to it itself, while it runs
+    global _cancelled
+    _cancelled = cancelled
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a training installs its own handler
     Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     base()
 
 
 def _end_with_parent() -> None:
-    """Where that was killed, nobody else would ever end this process."""
+    """Ends this process where the parent was killed: nobody else would."""
     parent = parent_process()
     assert parent is not None
     wait([parent.sentinel])
     os._exit(1)
 
 
-def _train(job: Job) -> Done:
+def run_job(job: Job) -> "LoraRun":
+    """Trains an adapter. Raises Interrupted where the demo has been cancelled."""
     from loragen.core.errors import Interrupted
     from loragen.core.lora.train import train
     from loragen.core.progress import Silent
 
-    if _given_up and _given_up.is_set():
+    if _cancelled and _cancelled.is_set():
         raise Interrupted("interrupted")
-    run = train(job.config, job.name, job.file, base(), Silent())
-    return Done(job, run.directory, run.manifest.seconds or 0.0, run.manifest.steps[-1])
+    return train(job.config, job.name, job.file, base(), Silent())

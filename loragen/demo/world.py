@@ -1,29 +1,38 @@
-"""The made-up world of `loragen demo`: 96 creatures, 8 attributes, 5 ways to answer.
+"""The made-up world of `loragen demo` and its datasets: 96 creatures, 8 attributes, 5 styles.
 
 A dataset is one pair (attribute, style). The facts are fixed, and the shipped base model
 (see `build_base.py`) knows them all; only the wordings of the questions come from a file,
-`world.yaml` or the user's own. Every draw is a hash of what is drawn, never a random number
-generator: the world must be the same in every Python version, or the base would be wrong.
+`world.yaml` or the user's own. Every draw is ordered by a hash instead of a random number
+generator: the world must be the same in every Python version, or the base model would be wrong.
+
+Light: a wrong directory or world file is an error before torch is imported.
 """
 
 import hashlib
+import json
+import shutil
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from loragen.core.errors import ConfigError
+from loragen.core.errors import ConfigError, UsageError
+from loragen.core.files import write_text
 
 WORLD_FILE = Path(__file__).with_name("world.yaml")
 BASE_DIR = Path(__file__).with_name("base")
 PLACEHOLDER = "{creature}"
 HELD_OUT = 8
 TRAIN_REPEATS = 4
+PROMPT_REPEATS = 2
+"""Rows about each training creature whose prompts the generator reads, a part of those that the
+adapters are trained on: more would mostly take time to embed."""
 
 VALUES: dict[str, tuple[str, ...]] = {
     "color": ("red", "blue", "green", "yellow", "purple", "black"),
@@ -52,12 +61,11 @@ _HEADS, _TAILS = (
     )
 )
 
-Row = dict[str, str]
 Wording = Literal["train", "unseen"]
 
 
 class Pair(NamedTuple):
-    """What one dataset asks for: an attribute, answered in a style."""
+    """The task of one dataset: name an attribute, in a style."""
 
     attribute: str
     style: str
@@ -70,41 +78,42 @@ class Pair(NamedTuple):
 PAIRS: tuple[Pair, ...] = tuple(Pair(a, s) for a, s in product(VALUES, STYLES))
 
 
-def _rank(*parts: object) -> int:
-    """A number that depends on nothing but its arguments; sorting by it is a fair shuffle."""
+def _order(*parts: object) -> int:
+    """A number that depends on its arguments alone; sorting by it is a fair shuffle."""
     digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big")
 
 
-def _creatures() -> tuple[str, ...]:
-    names = [head + tail for head, tail in product(_HEADS, _TAILS)]
-    return tuple(sorted(names, key=lambda name: _rank("creature", name))[:96])
-
-
 def _facts() -> dict[str, dict[str, str]]:
-    """Values dealt out like cards, so that no value of an attribute is a good guess."""
+    """Creature -> attribute -> value. The values of an attribute are equally frequent, so that none
+    is a good guess."""
     facts: dict[str, dict[str, str]] = {creature: {} for creature in CREATURES}
     for attribute, values in VALUES.items():
-        dealt = sorted(CREATURES, key=lambda name: _rank("fact", attribute, name))
-        for position, creature in enumerate(dealt):
+        shuffled = sorted(CREATURES, key=lambda name: _order("fact", attribute, name))
+        for position, creature in enumerate(shuffled):
             facts[creature][attribute] = values[position % len(values)]
     return facts
 
 
-CREATURES: tuple[str, ...] = _creatures()
+CREATURES: tuple[str, ...] = tuple(
+    sorted(
+        (head + tail for head, tail in product(_HEADS, _TAILS)),
+        key=lambda name: _order("creature", name),
+    )[:96]
+)
 TRAIN_CREATURES: tuple[str, ...] = CREATURES[:64]
 TEST_CREATURES: tuple[str, ...] = CREATURES[64:]
 FACTS: dict[str, dict[str, str]] = _facts()
 
 
 def expected_answer(creature: str, pair: Pair) -> str:
-    """The one right answer about a creature in the dataset of a pair."""
+    """The correct answer about a creature in the dataset of a pair."""
     value = FACTS[creature][pair.attribute]
     return STYLES[pair.style].replace("{}", value)
 
 
 class Wordings(BaseModel):
-    """The ways to ask for one attribute or one style."""
+    """The wordings of one attribute or one style."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -113,7 +122,7 @@ class Wordings(BaseModel):
 
 
 class WorldFile(BaseModel):
-    """What a world file may say."""
+    """The content of a world file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -124,7 +133,7 @@ class WorldFile(BaseModel):
 
 @dataclass(frozen=True)
 class World:
-    """The fixed facts, asked in the words of one file."""
+    """The fixed facts with the wordings of one file."""
 
     attributes: dict[str, Wordings]
     styles: dict[str, Wordings]
@@ -132,28 +141,46 @@ class World:
 
     @classmethod
     def load(cls, path: Path | None = None) -> "World":
-        """Read a world file (the shipped one by default); ConfigError tells all its faults."""
+        """Reads a world file, by default the shipped one. Raises ConfigError with all faults."""
         path = path or WORLD_FILE
-        file = _parse(path)
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise ConfigError(f"{path}: cannot read the world file: {reason}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"{path}: this is not YAML: {reason}") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path}: needs the keys attributes and styles; copy {WORLD_FILE}")
+        try:
+            file = WorldFile.model_validate(content)
+        except ValidationError as error:
+            raise ConfigError(
+                *(
+                    f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']}; compare {WORLD_FILE}"
+                    for e in error.errors()
+                )
+            ) from error
         if faults := [f"{path}: {fault}" for fault in _faults(file)]:
             raise ConfigError(*faults)
         held_out = None if file.held_out is None else tuple(Pair(*pair) for pair in file.held_out)
         return cls(file.attributes, file.styles, held_out)
 
     def held_out_pairs(self, seed: int) -> tuple[Pair, ...]:
-        """The pairs kept from all training: the file's, or eight drawn from the seed.
+        """The pairs excluded from all training: those of the file, or eight drawn from the seed.
 
-        No attribute and no style gives up more than two of its pairs, so each of them is still
-        met in other combinations: what is new about a held-out pair is the combination.
+        No attribute and no style has more than two of them, so each is still trained on in other
+        combinations: only the combination of a held-out pair is new.
         """
         if self.held_out is not None:
             return self.held_out
         chosen: list[Pair] = []
-        taken: Counter[str] = Counter()
-        for pair in sorted(PAIRS, key=lambda pair: _rank("held out", seed, pair.name)):
-            if len(chosen) < HELD_OUT and max(taken[part] for part in pair) < 2:
+        uses: Counter[str] = Counter()
+        for pair in sorted(PAIRS, key=lambda pair: _order("held out", seed, pair.name)):
+            if len(chosen) < HELD_OUT and max(uses[part] for part in pair) < 2:
                 chosen.append(pair)
-                taken.update(pair)
+                uses.update(pair)
         return tuple(sorted(chosen, key=PAIRS.index))
 
     def training_pairs(self, seed: int) -> tuple[Pair, ...]:
@@ -162,15 +189,16 @@ class World:
         return tuple(pair for pair in PAIRS if pair not in held_out)
 
     def sample_training_pairs(self, seed: int, count: int) -> tuple[Pair, ...]:
-        """Some training pairs, drawn from the seed, of attributes and styles in turn."""
-        drawn = sorted(self.training_pairs(seed), key=lambda pair: _rank("seen", seed, pair.name))
-        taken: Counter[str] = Counter()
+        """Some training pairs, drawn from the seed, with attributes and styles about equally
+        frequent."""
+        drawn = sorted(self.training_pairs(seed), key=lambda pair: _order("seen", seed, pair.name))
+        uses: Counter[str] = Counter()
         chosen: list[Pair] = []
         while len(chosen) < min(count, len(drawn)):
             left = [pair for pair in drawn if pair not in chosen]
-            pair = min(left, key=lambda pair: sum(taken[part] for part in pair))
+            pair = min(left, key=lambda pair: sum(uses[part] for part in pair))
             chosen.append(pair)
-            taken.update(pair)
+            uses.update(pair)
         return tuple(sorted(chosen, key=PAIRS.index))
 
     def rows(
@@ -179,118 +207,127 @@ class World:
         creatures: Sequence[str],
         wordings: Wording = "train",
         repeats: int = 1,
-    ) -> list[Row]:
+    ) -> list[dict[str, str]]:
         """Questions and answers of one dataset: every creature once per repeat.
 
-        The draw of the wordings does not look at the pair: row i of every dataset asks about
-        the same creature with the wordings of the same numbers. Adapters trained on the same
-        batches of rows then differ by what was asked, not by chance.
+        Wordings are drawn independently of the pair: row i of every dataset asks about the same
+        creature with the wordings of the same numbers. Adapters trained on the same batches of
+        rows then differ by their task, not by chance.
         """
         asks = getattr(self.attributes[pair.attribute], wordings)
         ends = getattr(self.styles[pair.style], wordings)
+        combinations = sorted(
+            product(range(len(asks)), range(len(ends))), key=lambda both: _order("card", *both)
+        )
         cells = list(product(range(repeats), creatures))
-        draws = _deal(cells, len(asks), len(ends))
-        return [
-            {
-                "prompt": f"{asks[ask].replace(PLACEHOLDER, creature)} {ends[end]}",
-                "response": expected_answer(creature, pair),
-            }
-            for (_, creature), (ask, end) in zip(cells, draws, strict=True)
-        ]
+        rows: list[dict[str, str]] = [{}] * len(cells)
+        shuffled = sorted(range(len(cells)), key=lambda index: _order("deal", *cells[index]))
+        for position, index in enumerate(shuffled):
+            creature = cells[index][1]
+            ask, end = combinations[position % len(combinations)]
+            prompt = f"{asks[ask].replace(PLACEHOLDER, creature)} {ends[end]}"
+            rows[index] = {"prompt": prompt, "response": expected_answer(creature, pair)}
+        return rows
 
-    def train_rows(self, pair: Pair, wordings: Wording = "train") -> list[Row]:
-        """What an adapter is trained on: the training creatures, several times each."""
+    def train_rows(self, pair: Pair, wordings: Wording = "train") -> list[dict[str, str]]:
+        """The training split: the training creatures, several times each."""
         return self.rows(pair, TRAIN_CREATURES, wordings, TRAIN_REPEATS)
 
-    def test_rows(self, pair: Pair, wordings: Wording) -> list[Row]:
-        """What an adapter is tested on: creatures that no training row names."""
+    def test_rows(self, pair: Pair, wordings: Wording) -> list[dict[str, str]]:
+        """The test split: creatures that are in no training row."""
         return self.rows(pair, TEST_CREATURES, wordings)
 
 
-def _deal(cells: Sequence[tuple[int, str]], asks: int, ends: int) -> list[tuple[int, int]]:
-    """For each cell the numbers of its two wordings, all combinations about equally often."""
-    deck = sorted(product(range(asks), range(ends)), key=lambda card: _rank("card", *card))
-    shuffled = sorted(range(len(cells)), key=lambda index: _rank("deal", *cells[index]))
-    draws = [(0, 0)] * len(cells)
-    for position, index in enumerate(shuffled):
-        draws[index] = deck[position % len(deck)]
-    return draws
+def _faults(file: WorldFile) -> Iterator[str]:
+    """The faults that types cannot express, each with its correction."""
+    for kind, found, known in (
+        ("attributes", file.attributes, list(VALUES)),
+        ("styles", file.styles, list(STYLES)),
+    ):
+        for name in sorted(set(found).difference(known)):
+            yield f"{kind}: the world has no {name!r}; remove it (there are: {', '.join(known)})"
+        for name in known:
+            if name not in found:
+                yield f"{kind}: {name!r} is missing; give its wordings (needed: {', '.join(known)})"
 
+    train, unseen = _texts(file, "train"), _texts(file, "unseen")
+    for path, text in (*train, *unseen):
+        if not text.strip():
+            yield f"{path}: a wording is empty; write it or remove the line"
+        elif path.startswith("attributes") and PLACEHOLDER not in text:
+            yield f"{path}: {text!r} lacks {PLACEHOLDER}; put it where the name belongs"
+    seen = {" ".join(text.lower().split()): path for path, text in train}
+    for path, text in unseen:
+        if other := seen.get(" ".join(text.lower().split())):
+            yield f"{path}: {text!r} is also in {other}; remove one of the two"
 
-def _parse(path: Path) -> WorldFile:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise ConfigError(f"{path}: cannot read the world file: {reason}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: this is not YAML: {reason}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: needs the keys attributes and styles; copy {WORLD_FILE}")
-    try:
-        return WorldFile.model_validate(content)
-    except ValidationError as error:
-        faults = [
-            f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}; compare {WORLD_FILE}"
-            for fault in error.errors()
-        ]
-        raise ConfigError(*faults) from error
-
-
-def _faults(file: WorldFile) -> Iterable[str]:
-    """What pydantic cannot see, each with what to do about it."""
-    yield from _key_faults("attributes", file.attributes, VALUES)
-    yield from _key_faults("styles", file.styles, STYLES)
-    yield from _wording_faults(file)
-    yield from _overlap_faults(file)
-    yield from _held_out_faults(file.held_out or ())
-    if file.held_out is not None and not file.held_out:
+    if file.held_out is None:
+        return
+    for pair in file.held_out:
+        if pair not in PAIRS:
+            known_parts = f"attributes: {', '.join(VALUES)}; styles: {', '.join(STYLES)}"
+            yield f"held_out: {list(pair)} is not [attribute, style]; {known_parts}"
+        if file.held_out.count(pair) > 1:
+            yield f"held_out: {list(pair)} is named twice; remove one"
+    if not set(PAIRS).difference(file.held_out):
+        yield "held_out: nothing is left to train on; hold out fewer"
+    if not file.held_out:
         yield "held_out: the list is empty; name some pairs or remove the key"
 
 
-def _key_faults(kind: str, found: Iterable[str], known: Iterable[str]) -> Iterable[str]:
-    there, needed = set(found), list(known)
-    for name in sorted(there.difference(needed)):
-        yield f"{kind}: the world has no {name!r}; remove it (there are: {', '.join(needed)})"
-    for name in needed:
-        if name not in there:
-            yield f"{kind}: {name!r} is missing; give its wordings (needed: {', '.join(needed)})"
+def _texts(file: WorldFile, wordings: Wording) -> list[tuple[str, str]]:
+    """(key path, wording) of all wordings."""
+    return [
+        (f"{kind}.{name}.{wordings}", text)
+        for kind, group in (("attributes", file.attributes), ("styles", file.styles))
+        for name, entry in group.items()
+        for text in (entry.train if wordings == "train" else entry.unseen)
+    ]
 
 
-def _texts(file: WorldFile, wordings: Wording) -> Iterator[tuple[str, str]]:
-    """Where each wording stands, and the wording."""
-    for kind, group in (("attributes", file.attributes), ("styles", file.styles)):
-        for name, entry in group.items():
-            for text in entry.train if wordings == "train" else entry.unseen:
-                yield f"{kind}.{name}.{wordings}", text
+@dataclass(frozen=True)
+class Demo:
+    """One run of the demo: its directory, its seed and its world."""
+
+    out: Path
+    seed: int
+    world: World
+    started: float = field(default_factory=time.perf_counter)
+
+    def data_file(self, pair: Pair, split: str, wordings: Wording) -> Path:
+        suffix = "" if wordings == "train" else "_unseen"
+        return self.out / "data" / pair.name / f"{split}{suffix}.jsonl"
 
 
-def _wording_faults(file: WorldFile) -> Iterable[str]:
-    for where, text in (*_texts(file, "train"), *_texts(file, "unseen")):
-        if not text.strip():
-            yield f"{where}: a wording is empty; write it or remove the line"
-        elif where.startswith("attributes") and PLACEHOLDER not in text:
-            yield f"{where}: {text!r} lacks {PLACEHOLDER}; put it where the name belongs"
+def prepare_demo(out: Path, seed: int, world_file: Path | None, force: bool) -> Demo:
+    """Writes the world file and all datasets below `out`: training and test splits in both kinds of
+    wordings, and the prompts that the generator reads.
+
+    Raises ConfigError for a faulty world file, UsageError rather than replace anything but an
+    earlier demo.
+    """
+    demo = Demo(out, seed, World.load(world_file))
+    world_text = (world_file or WORLD_FILE).read_text(encoding="utf-8")
+    if out.exists() and any(out.iterdir()):
+        if not force:
+            raise UsageError(f"{out} exists already; choose another --output or add --force")
+        if not (out / "world.yaml").is_file():
+            raise UsageError(f"{out} is not the directory of a demo; choose another --output")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "world.yaml", world_text)
+    for pair in PAIRS:
+        read = demo.world.train_rows(pair)[: PROMPT_REPEATS * len(TRAIN_CREATURES)]
+        _write_rows(demo.data_file(pair, "prompts", "train"), read)
+        for wordings in get_args(Wording):
+            train, test = (
+                demo.world.train_rows(pair, wordings),
+                demo.world.test_rows(pair, wordings),
+            )
+            _write_rows(demo.data_file(pair, "train", wordings), train)
+            _write_rows(demo.data_file(pair, "test", wordings), test)
+    return demo
 
 
-def _overlap_faults(file: WorldFile) -> Iterable[str]:
-    seen = {_plain(text): where for where, text in _texts(file, "train")}
-    for where, text in _texts(file, "unseen"):
-        if _plain(text) in seen:
-            yield f"{where}: {text!r} is also in {seen[_plain(text)]}; remove one of the two"
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split())
-
-
-def _held_out_faults(pairs: Sequence[tuple[str, str]]) -> Iterable[str]:
-    for pair in pairs:
-        if pair not in PAIRS:
-            known = f"attributes: {', '.join(VALUES)}; styles: {', '.join(STYLES)}"
-            yield f"held_out: {list(pair)} is not [attribute, style]; {known}"
-        if pairs.count(pair) > 1:
-            yield f"held_out: {list(pair)} is named twice; remove one"
-    if not set(PAIRS).difference(pairs):
-        yield "held_out: nothing is left to train on; hold out fewer"
+def _write_rows(file: Path, rows: Sequence[dict[str, str]]) -> None:
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))

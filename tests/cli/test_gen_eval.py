@@ -13,14 +13,17 @@ def arguments(experiment, collection):
     return ("gen", "eval", "--model", experiment, *files, "--draws", 2, "--limit", 4)
 
 
-def test_the_table_and_what_may_be_said_of_it(loragen, arguments):
+def test_the_tables_and_the_remarks(loragen, arguments):
     result = loragen(*arguments, "--output", "out")
     assert result.exit_code == 0, result.output
     header, *rows = result.stdout.split("\n\n")[0].splitlines()
     assert header.split("  ")[0] == "exact match"
     assert "4-shot  random prompts  generated" in header
     assert [row.split()[0] for row in rows] == ["animals", "colors", "mean"]
-    assert "generated: the mean of 2 adapters a dataset, each from 6 prompts" in result.stdout
+    assert (
+        "generated: the mean of 2 adapters per dataset, each from 6 unlabelled prompts"
+        in result.stdout
+    )
     assert {file.name for file in (loragen.work / "out").iterdir()} == {
         "results.json", "results.md", "results.png",
     }  # fmt: skip
@@ -50,7 +53,7 @@ def test_without_the_training_runs_what_needs_them_is_left_out(
     moved = ("gen", "eval", "--model", "moved.pt", *arguments[4:])
     result = loragen(*moved, "--json")
     assert result.exit_code == 0, result.output
-    assert "warning: without the training runs" in result.stderr
+    assert "warning: the training runs cannot be read" in result.stderr
     results = json.loads(result.stdout)
     assert results["columns"] == [
         "base", "mean_adapter", "few_shot", "random_prompts", "generated",
@@ -102,22 +105,22 @@ def test_a_folder_of_two_splits_can_have_an_oracle(loragen, experiment, collecti
     assert document["columns"] == ["base", "oracle"]
     assert document["datasets"][0]["prompts_from"] == "train split"
     again = loragen("gen", "eval", "--model", experiment, *wanted)
-    assert "colors: trained before, " in again.stderr
+    assert "colors: already trained, " in again.stderr
 
 
 @pytest.mark.parametrize(
     "more, message",
     [
-        (("--columns", "bse"), "unknown column 'bse'. Did you mean 'base'?"),
+        (("--columns", "bse"), "Did you mean 'base'?"),
         (("--dataset", "nothing.jsonl"), "nothing.jsonl: no such file"),
         (("--model", "nowhere"), "nowhere: no generator there"),
     ],
 )
-def test_what_cannot_start_is_a_usage_error(fails, arguments, more, message):
+def test_wrong_arguments_are_a_usage_error(fails, arguments, more, message):
     assert message in fails(2, *arguments, *more)
 
 
-def test_too_few_prompts_are_told_before_anything_is_trained(loragen, fails, experiment):
+def test_too_few_prompts_are_an_error_before_anything_is_trained(loragen, fails, experiment):
     line = json.dumps({"prompt": "One?", "response": "one"}) + "\n"
     for split in ("train", "test"):
         place = loragen.work / "data" / "single" / f"{split}.jsonl"
@@ -125,10 +128,10 @@ def test_too_few_prompts_are_told_before_anything_is_trained(loragen, fails, exp
         place.write_text(line, encoding="utf-8")
     wanted = ("--dataset", "single", "--data-root", "data", "--oracle", "--multi-task")
     problem = fails(2, "gen", "eval", "--model", experiment, *wanted)
-    assert "5 random draws of 1 prompts each need more than 1 prompts" in problem
+    assert "need more than 1 prompts" in problem
     assert not (loragen.work / ".loragen-cache").exists()
 
 
-def test_an_oracle_needs_labels_of_its_own(fails, arguments):
+def test_an_oracle_needs_a_train_split(fails, arguments):
     problems = fails(2, *arguments, "--oracle", lines=2)
-    assert "animals: no train split to train an oracle on" in problems[0]
+    assert "animals: no train split" in problems[0]

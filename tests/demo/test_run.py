@@ -8,14 +8,13 @@ from peft import PeftModel
 
 from loragen.core.base.load import load_base
 from loragen.core.config import DEMO
-from loragen.core.errors import UsageError
+from loragen.core.data.dataset import Dataset
 from loragen.core.evaluation.contestants import NAMES
 from loragen.core.progress import Silent
-from loragen.demo import settings, world
-from loragen.demo.data import begin
-from loragen.demo.run import SPLITS, run
+from loragen.demo import run, world
+from loragen.demo.run import SPLITS, choose_targets, demo_target, run_demo
 from loragen.demo.workers import Workers
-from loragen.demo.world import WORLD_FILE
+from loragen.demo.world import VALUES, WORLD_FILE, Pair, prepare_demo
 
 STEPS = 2
 DATASETS = 8  # of 32
@@ -24,10 +23,10 @@ CREATURES = 20  # of 32 to be asked about: more than a draw's 16 prompts
 
 @pytest.fixture
 def few_steps(monkeypatch):
-    """The same recipes, cut short, on fewer and smaller datasets."""
+    """The same configurations with fewer steps, on fewer and smaller datasets."""
 
     def shorten(name):
-        recipe = getattr(settings, name)
+        recipe = getattr(run, name)
 
         def short(*arguments):
             config = recipe(*arguments)
@@ -38,9 +37,9 @@ def few_steps(monkeypatch):
                 config.behaviour.max_steps = STEPS
             return config
 
-        monkeypatch.setattr(settings, name, short)
+        monkeypatch.setattr(run, name, short)
 
-    for name in ("adapter_config", "oracle_config", "multi_task_config", "generator_config"):
+    for name in ("adapter_config", "oracle_config", "joint_config", "generator_config"):
         shorten(name)
     monkeypatch.setattr(world, "TRAIN_REPEATS", 1)
     monkeypatch.setattr(world, "TEST_CREATURES", world.TEST_CREATURES[:CREATURES])
@@ -50,15 +49,14 @@ def few_steps(monkeypatch):
     )
 
 
-def test_the_whole_path_with_a_world_of_ones_own(few_steps, tmp_path):
+def test_the_whole_demo_with_the_users_own_world(few_steps, tmp_path, caplog):
     document = yaml.safe_load(WORLD_FILE.read_text(encoding="utf-8"))
     document["held_out"] = [["color", "word"], ["size", "list"]]
     file = tmp_path / "my-world.yaml"
     file.write_text(yaml.safe_dump(document), encoding="utf-8")
     out = tmp_path / "out"
-    said = []
-    with Workers() as workers:
-        results = run(begin(out, 3, file, False, said.append, Silent()), workers)
+    with caplog.at_level("INFO", logger="loragen"), Workers() as workers:
+        results = run_demo(prepare_demo(out, 3, file, force=False), workers, Silent())
 
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
     assert results["held_out"] == [["color", "word"], ["size", "list"]]
@@ -75,12 +73,33 @@ def test_the_whole_path_with_a_world_of_ones_own(few_steps, tmp_path):
         assert (out / "data" / "color-word" / f"{split}.jsonl").is_file()
     generated = out / "generated" / "both" / "color-word" / "draw-0"
     PeftModel.from_pretrained(load_base(DEMO).model, str(generated))
-    assert said
+    assert "collect: 8/8 adapters" in caplog.text
 
 
-def test_a_directory_that_is_no_demo_is_never_touched(tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
-    for force in (False, True):
-        with pytest.raises(UsageError, match=str(tmp_path.name)):
-            begin(tmp_path, 0, None, force, print, Silent())
-    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    return prepare_demo(tmp_path_factory.mktemp("demo"), 0, None, force=False)
+
+
+def test_the_generator_sees_the_tested_prompts_and_no_labels(demo):
+    target = demo_target(demo, "new_combination", Pair("color", "word"))
+    assert target.prompts == [row.prompt for row in target.rows]
+    assert target.prompts_from == "tested rows"
+    assert not {row.prompt for row in target.train_rows} & set(target.prompts)
+    assert target.closed == sorted(VALUES["color"])
+
+
+def test_the_generator_reads_a_part_of_the_rows_that_its_adapters_are_trained_on(demo):
+    """So that the rows of its validation prompts are known."""
+    for pair in demo.world.training_pairs(demo.seed):
+        files = (demo.data_file(pair, split, "train") for split in ("prompts", "train"))
+        read, learned = ({row.prompt for row in Dataset(file).rows()} for file in files)
+        assert len(read) > 100
+        assert read < learned
+
+
+def test_each_split_has_as_many_targets_and_all_keys_differ(demo):
+    targets = choose_targets(demo)
+    groups = [one.group for one in targets]
+    assert {groups.count(group) for group in groups} == {8}
+    assert len({one.key for one in targets}) == len(targets)

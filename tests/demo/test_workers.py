@@ -10,13 +10,13 @@ import pytest
 
 from loragen.core.errors import Interrupted
 from loragen.demo import workers
-from loragen.demo.workers import Workers
+from loragen.demo.workers import Workers, run_job
 
 WAITING = """\
 import os, sys, time
 from loragen.demo import workers
 
-workers.HEAVY.clear()
+workers.PRELOADED.clear()
 if __name__ == "__main__":
     with workers.Workers() as pool:
         print(pool.submit(os.getpid).result(), flush=True)
@@ -24,25 +24,25 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "where nothing forks"])
-def test_they_have_the_base_and_give_results(monkeypatch, elsewhere):
-    if elsewhere:
+@pytest.mark.parametrize("spawn", [False, True], ids=["default", "spawn"])
+def test_workers_start_and_return_results(monkeypatch, spawn):
+    if spawn:
         monkeypatch.setattr(workers, "_context", lambda: get_context("spawn"))
         monkeypatch.setattr(workers, "MOST_WORKERS", 1)
     with Workers() as pool:
         assert pool.submit(divmod, 7, 2).result() == (3, 1)
 
 
-def test_jobs_that_nobody_waits_for_do_not_begin(monkeypatch):
-    given_up = Event()
-    given_up.set()
-    monkeypatch.setattr(workers, "_given_up", given_up)
+def test_queued_jobs_of_a_cancelled_demo_do_not_start(monkeypatch):
+    cancelled = Event()
+    cancelled.set()
+    monkeypatch.setattr(workers, "_cancelled", cancelled)
     with pytest.raises(Interrupted):
-        workers._train(None)
+        run_job(None)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX does")
-def test_none_outlives_a_demo_that_was_killed(tmp_path):
+def test_no_worker_survives_a_demo_that_was_killed(tmp_path):
     (tmp_path / "waiting.py").write_text(WAITING, encoding="utf-8")
     with subprocess.Popen(
         [sys.executable, "waiting.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True

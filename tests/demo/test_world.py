@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from loragen.core.errors import ConfigError
+from loragen.core.errors import ConfigError, UsageError
 from loragen.demo.world import (
     ATTRIBUTES,
     PAIRS,
@@ -14,6 +14,7 @@ from loragen.demo.world import (
     Pair,
     World,
     expected_answer,
+    prepare_demo,
 )
 
 SEEDS = range(20)
@@ -124,3 +125,11 @@ def test_a_whole_attribute_may_be_held_out_but_not_everything(tmp_path):
     file.write_text(yaml.safe_dump(changed(held_out=list(map(list, PAIRS)))), encoding="utf-8")
     with pytest.raises(ConfigError, match="nothing is left to train on"):
         World.load(file)
+
+
+def test_a_directory_that_is_no_demo_is_not_changed(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
+    for force in (False, True):
+        with pytest.raises(UsageError, match=str(tmp_path.name)):
+            prepare_demo(tmp_path, 0, None, force)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]

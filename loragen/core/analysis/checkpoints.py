@@ -1,38 +1,39 @@
-"""What is at a path: collections of checkpoints, each checkpoint's ΔW with its own scaling."""
+"""Checkpoints as ΔW = scaling · B A: found, read, and compared by their inner products."""
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from loragen.core.adapter import CONFIG_FILE, WEIGHTS_FILE
-from loragen.core.adapter.algebra import Factors, modules
+from loragen.core.adapter.algebra import Factors, inner_products, modules
 from loragen.core.adapter.files import module_scaling, read_adapter
+from loragen.core.analysis.report import PrincipalComponents
 from loragen.core.errors import LoragenError, UsageError
 from loragen.core.files import natural_key
 from loragen.core.run.checkpoints import find_checkpoints, read_tensors
 from loragen.core.run.directory import CHECKPOINTS, LoraManifest, read_manifest, run_directory_of
 
-
-@dataclass(frozen=True)
-class CheckpointSeries:
-    """Checkpoints that belong together, in the order of their steps."""
-
-    name: str
-    path: Path
-    files: list[Path]
+LOADED_BYTES = 2**30
+"""Memory for checkpoints whose inner products are computed. They are multiplied block by block, two
+blocks at a time, so that any number is compared in this memory; larger ones are read more often."""
+MOST_AXES = 3
+RESOLUTION = 1e-12
+"""Share of Σ‖ΔW‖² below which the variance between checkpoints is rounding error."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of one file, and what ΔW is made of."""
+    """The tensors of one checkpoint, with the scaling of ΔW."""
 
     tensors: dict[str, Tensor]
     config: dict[str, Any] | None
-    """PEFT's configuration, None for a lone file; ΔW is then B A."""
+    """PEFT's configuration; None for a file without a run, whose ΔW is taken as B A."""
 
     def scaling(self, module: str) -> float:
         return module_scaling(self.config, module) if self.config else 1.0
@@ -44,50 +45,135 @@ class Checkpoint:
         }
 
 
+@dataclass(frozen=True)
+class CheckpointSeries:
+    """The checkpoints of one run or directory, in the order of their steps."""
+
+    name: str
+    path: Path
+    files: list[Path]
+    config: dict[str, Any] | None = None
+    """PEFT's configuration of all of them, as their run has it; None where there is no run."""
+
+    def read(self, file: Path) -> Checkpoint:
+        return read_checkpoint(file, self.config)
+
+
 def find_series(paths: Sequence[Path]) -> list[CheckpointSeries]:
-    """A run, a folder of checkpoints or adapters, one file: one collection. A folder of runs (or
-    of folders of checkpoints): one for each that has checkpoints. No two have one name.
+    """Finds one series at each run, folder of checkpoints or adapters, or file; in a folder of runs
+    (or of folders of checkpoints) one for each that has checkpoints. Their names differ.
 
     Raises UsageError where there is nothing.
     """
-    found = [collection for path in paths for collection in _find(path)]
-    times = Counter(collection.name for collection in found)
-    return [c if times[c.name] == 1 else replace(c, name=str(c.path)) for c in found]
+    found: list[CheckpointSeries] = []
+    for path in paths:
+        here = [_series_at(path)]
+        if here == [None] and path.is_dir():
+            folders = [folder for folder in path.iterdir() if folder.is_dir()]
+            here = [_series_at(f) for f in sorted(folders, key=lambda f: natural_key(f.name))]
+        if not any(here):
+            raise UsageError(f"{path}: no checkpoints or adapters there")
+        found += [series for series in here if series]
+    times = Counter(series.name for series in found)
+    return [s if times[s.name] == 1 else replace(s, name=str(s.path)) for s in found]
 
 
-def _find(path: Path) -> list[CheckpointSeries]:
-    if not path.exists():
-        raise UsageError(f"{path}: no checkpoints or adapters there")
-    whole = _collection(path)
-    if whole:
-        return [whole]
-    folders = sorted((p for p in path.iterdir() if p.is_dir()), key=lambda p: natural_key(p.name))
-    found = [collection for folder in folders if (collection := _collection(folder))]
-    if not found:
-        raise UsageError(f"{path}: no checkpoints or adapters there")
-    return found
+def _series_at(path: Path) -> CheckpointSeries | None:
+    try:
+        files = find_checkpoints(path)
+    except UsageError:
+        return None
+    config = None
+    if not (files[0] / CONFIG_FILE).is_file():
+        with suppress(LoragenError):  # files without a run
+            config = read_manifest(run_directory_of(files[0]), LoraManifest).adapter_config
+    whole = path.absolute()
+    name = whole.parent.name if whole.name == CHECKPOINTS else whole.name
+    return CheckpointSeries(name, path, files, config)
 
 
-def read_checkpoint(file: Path) -> Checkpoint:
-    """Raises DataError where the file does not load or holds no LoRA."""
+def read_checkpoint(file: Path, config: dict[str, Any] | None = None) -> Checkpoint:
+    """Reads a PEFT directory (or its weights file) with its own configuration, and any other file
+    with the one given. Raises DataError where it does not load or has no LoRA tensors."""
     folder = file.parent if file.name == WEIGHTS_FILE else file
     if (folder / CONFIG_FILE).is_file():
         adapter = read_adapter(folder)
         return Checkpoint(adapter.tensors, adapter.config)
-    return Checkpoint(read_tensors(file), _run_config(file))
+    return Checkpoint(read_tensors(file), config)
 
 
-def _collection(path: Path) -> CheckpointSeries | None:
-    whole = path.absolute()
-    name = whole.parent.name if whole.name == CHECKPOINTS else whole.name
-    try:
-        return CheckpointSeries(name, path, find_checkpoints(path))
-    except UsageError:
+def evenly_spaced(files: Sequence[Path], most: int) -> list[Path]:
+    """At most `most` files, evenly spaced, with the first and the last; for `most` 1, the last."""
+    if len(files) <= most:
+        return list(files)
+    if most == 1:
+        return [files[-1]]
+    return [files[round(i * (len(files) - 1) / (most - 1))] for i in range(most)]
+
+
+Scaled = dict[str, tuple[Tensor, Tensor, float]]
+"""Module -> (A, B, scaling), in the dtype of the file: half the memory of float64, or less."""
+
+
+def inner_product_matrix(files: Sequence[tuple[CheckpointSeries, Path]]) -> Tensor:
+    """``[n, n]`` float64: ⟨ΔWᵢ, ΔWⱼ⟩ over all modules.
+
+    The checkpoints have the same modules and sizes; ranks and scalings may differ.
+    """
+
+    def read(i: int) -> Scaled:
+        series, file = files[i]
+        checkpoint = series.read(file)
+        factors = modules(checkpoint.tensors)
+        return {name: (a, b, checkpoint.scaling(name)) for name, (a, b) in factors}
+
+    size = max(1, sum(a.nbytes + b.nbytes for a, b, _ in read(0).values()))
+    step = max(1, LOADED_BYTES // (2 * size))
+    blocks = [range(i, min(i + step, len(files))) for i in range(0, len(files), step)]
+    result = torch.empty(len(files), len(files), dtype=torch.float64)
+    for number, rows in enumerate(blocks):
+        loaded = [read(i) for i in rows]
+        for columns in blocks[: number + 1]:
+            others = loaded if columns == rows else [read(j) for j in columns]
+            products = _block(loaded, others)
+            result[rows.start : rows.stop, columns.start : columns.stop] = products
+            result[columns.start : columns.stop, rows.start : rows.stop] = products.T
+    return result
+
+
+def _block(one: Sequence[Scaled], other: Sequence[Scaled]) -> Tensor:
+    """``[n, m]``: module by module, so that only one is widened to float64 at a time."""
+    total = torch.zeros(len(one), len(other), dtype=torch.float64)
+    for module in one[0]:
+        rows, columns = ([checkpoint[module] for checkpoint in of] for of in (one, other))
+        scalings = (
+            torch.tensor([s for *_, s in of], dtype=torch.float64) for of in (rows, columns)
+        )
+        products = inner_products([(a, b) for a, b, _ in rows], [(a, b) for a, b, _ in columns])
+        total += torch.outer(*scalings) * products
+    return total
+
+
+def cosines(products: Tensor) -> Tensor:
+    """``[n, n]`` from inner products; NaN where a ΔW is zero."""
+    norms = products.diagonal().clamp(min=0).sqrt()
+    return (products / torch.outer(norms, norms)).clamp(-1, 1)
+
+
+def principal_components(products: Tensor) -> PrincipalComponents | None:
+    """The PCA of ΔW from inner products G, doubly centred: with H = 1 - 11ᵀ/n, the eigenvectors of
+    H G H, times √λ, are the coordinates of the centred ΔW on their principal axes.
+
+    An axis points from the first checkpoint towards the last. None where all are equal within
+    rounding.
+    """
+    centred = products - products.mean(0) - products.mean(1, keepdim=True) + products.mean()
+    values, vectors = torch.linalg.eigh((centred + centred.T) / 2)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    if values.sum() <= RESOLUTION * products.trace():
         return None
-
-
-def _run_config(file: Path) -> dict[str, Any] | None:
-    try:
-        return read_manifest(run_directory_of(file), LoraManifest).adapter_config
-    except LoragenError:  # a lone file that no run knows
-        return None
+    axes = min(MOST_AXES, len(products) - 1)
+    coordinates = vectors[:, :axes] * values[:axes].sqrt()
+    backwards = coordinates[-1] < coordinates[0]
+    coordinates = torch.where(backwards, -coordinates, coordinates)
+    return PrincipalComponents((values[:axes] / values.sum()).tolist(), coordinates.tolist())

@@ -1,7 +1,5 @@
-"""The plots of the page, as SVG that takes its ink from the page, light or dark.
-
-The analysis as one HTML file: no script, nothing from elsewhere, light or dark as the reader.
-"""
+"""The analysis as one HTML file: tables and SVG plots without scripts or external files, which
+follow the reader's light or dark mode."""
 
 import io
 import re
@@ -24,8 +22,8 @@ from loragen.core.analysis.report import (
     ComparedCheckpoints,
     Comparison,
     ModuleReport,
-    Report,
-    Trajectory,
+    PrincipalComponents,
+    SeriesReport,
     by_tensor,
 )
 from loragen.core.files import write_text
@@ -35,15 +33,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK = "#123457"
-"""Stands for the page's colour of text, put in once the drawing is done."""
+"""A placeholder for the page's text colour, replaced in the SVG."""
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
-"""Of Okabe & Ito, told apart with any colour vision and on white and black alike."""
+"""Of Okabe & Ito: distinguishable with any colour vision, on white and on black."""
 STYLES = ("-", "--", ":", "-.")
 SEQUENTIAL = "viridis"
 SIGNED = "PuOr"
-"""From -1 to 1, pale at 0."""
+"""For values from -1 to 1, pale at 0."""
 MOST_NUMBERS = 150
-"""Cells of a heat map that have their number written in."""
+"""Cells of a heat map, up to which each has its number written in."""
 MOST_IN_A_LEGEND = 12
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
@@ -60,31 +58,45 @@ STYLE: Any = {
 
 
 def modules_figure(modules: Sequence[ModuleReport]) -> str:
-    """‖ΔW‖ and effective rank of the last checkpoint: kinds of module down, layers across."""
+    """‖ΔW‖ and effective rank of the last checkpoint: a row for each kind of module, a column for
+    each layer."""
 
     def draw(figure: "Figure") -> None:
         norms, ranks = figure.subplots(2, 1, sharex=True)
-        # Several modules of one kind in a layer (experts): the norm of all, the mean rank.
-        _heat_of(norms, modules, lambda m: m.norm_delta, lambda values: hypot(*values), "‖ΔW‖")
-        _heat_of(ranks, modules, lambda m: m.effective_rank, np.mean, "effective rank")
+        kinds = list(dict.fromkeys(module.kind for module in modules))
+        layers = sorted({module.layer for module in modules})
+        cells: dict[tuple[int, int], list[ModuleReport]] = {}
+        for module in modules:
+            cells.setdefault((kinds.index(module.kind), layers.index(module.layer)), []).append(
+                module
+            )
+        norm, rank = np.full((2, len(kinds), len(layers)), np.nan)
+        for cell, of in cells.items():
+            # Several modules of one kind in a layer (experts): the norm of all, the mean rank.
+            norm[cell] = hypot(*(module.norm_delta for module in of))
+            rank[cell] = np.mean([module.effective_rank for module in of])
+        shown = range(0, len(layers), max(1, len(layers) // 16))
+        names = ["none" if layers[i] == NO_LAYER else str(layers[i]) for i in shown]
+        for panel, grid, label in ((norms, norm, "‖ΔW‖"), (ranks, rank, "effective rank")):
+            _heat_map(panel, grid, label)
+            panel.set(yticks=range(len(kinds)), yticklabels=kinds, xticks=shown, xticklabels=names)
         ranks.set_xlabel("layer")
 
-    kinds = len({module.kind for module in modules})
-    return _svg(draw, 8.6, 1.6 + 0.5 * kinds)
+    return _svg(draw, 8.6, 1.6 + 0.5 * len({module.kind for module in modules}))
 
 
-def drift_figure(report: Report) -> str:
-    """‖ΔW‖ along the checkpoints; and the path travelled beside the distance got."""
+def drift_figure(report: SeriesReport) -> str:
+    """‖ΔW‖ over the checkpoints, and the path length beside the distance from the first."""
 
     def draw(figure: "Figure") -> None:
         norm, path = figure.subplots(1, 2)
-        at, unit = _places([d.checkpoint for d in report.drift])
-        norm.plot(at, [d.norm_delta for d in report.drift], color=COLOURS[0])
+        x, unit = _x_positions([d.checkpoint for d in report.drift])
+        norm.plot(x, [d.norm_delta for d in report.drift], color=COLOURS[0])
         norm.set(title="size of ΔW", ylabel="‖ΔW‖", xlabel=unit)
-        travelled = list(accumulate(d.from_previous for d in report.drift))
-        path.plot(at, travelled, "--", color=COLOURS[1], label="path so far")
+        length = list(accumulate(d.from_previous for d in report.drift))
+        path.plot(x, length, "--", color=COLOURS[1], label="path length")
         first = [d.from_first for d in report.drift]
-        path.plot(at, first, color=COLOURS[0], label="distance from the first")
+        path.plot(x, first, color=COLOURS[0], label="distance from the first")
         path.set(title="drift and path", ylabel="in units of ‖ΔW‖", xlabel=unit)
         path.legend()
 
@@ -92,22 +104,22 @@ def drift_figure(report: Report) -> str:
 
 
 def sample_figure(sample: ComparedCheckpoints) -> str:
-    """The cosine matrix, and the way along the first two principal axes."""
+    """The cosine matrix, and the checkpoints on the first two principal axes."""
 
     def draw(figure: "Figure") -> None:
         matrix, plane = figure.subplots(1, 2, width_ratios=(1, 1.25))
-        at, unit = _places(sample.checkpoints)
-        _heat(matrix, np.array(sample.cosine), "cosine of ΔW")
+        x, unit = _x_positions(sample.checkpoints)
+        _heat_map(matrix, np.array(sample.cosine), "cosine of ΔW")
         ticks = np.unique(np.linspace(0, len(sample.checkpoints) - 1, 5).round().astype(int))
-        matrix.set(xticks=ticks, yticks=ticks, xticklabels=at[ticks], yticklabels=at[ticks])
+        matrix.set(xticks=ticks, yticks=ticks, xticklabels=x[ticks], yticklabels=x[ticks])
         matrix.set(xlabel=unit, ylabel=unit, aspect="equal", title="cosine of ΔW")
         if sample.pca is None:
             plane.set_axis_off()
             plane.text(0.5, 0.5, "all checkpoints are equal", ha="center")
             return
-        points = _plane(plane, sample.pca)
+        points = _points(plane, sample.pca)
         plane.plot(*points.T, color=COLOURS[0], linewidth=1)
-        dots = plane.scatter(*points.T, c=at, cmap=SEQUENTIAL, s=22, zorder=3)
+        dots = plane.scatter(*points.T, c=x, cmap=SEQUENTIAL, s=22, zorder=3)
         plane.annotate("first", points[0], (4, 6), textcoords="offset points")
         plane.annotate("last", points[-1], (4, 6), textcoords="offset points")
         plane.figure.colorbar(dots, label=unit).outline.set_visible(False)
@@ -116,17 +128,17 @@ def sample_figure(sample: ComparedCheckpoints) -> str:
     return _svg(draw, 8.6, 3.4)
 
 
-def overlay_figure(reports: Sequence[Report]) -> str:
-    """The drift of several collections in one plot."""
+def overlay_figure(reports: Sequence[SeriesReport]) -> str:
+    """The drift of several series in one plot."""
 
     def draw(figure: "Figure") -> None:
         panel = figure.subplots()
         units = set()
         for i, report in enumerate(reports):
-            at, unit = _places([d.checkpoint for d in report.drift])
+            x, unit = _x_positions([d.checkpoint for d in report.drift])
             units.add(unit)
             drift = [d.from_first for d in report.drift]
-            panel.plot(at, drift, _line(i), color=_colour(i), label=report.name)
+            panel.plot(x, drift, _line(i), color=_colour(i), label=report.name)
         panel.set(xlabel=" or ".join(sorted(units)), ylabel="‖ΔW − first ΔW‖", title="drift")
         _legend(panel, len(reports))
 
@@ -139,12 +151,12 @@ def comparison_figure(comparison: Comparison) -> str:
     def draw(figure: "Figure") -> None:
         matrix, plane = figure.subplots(1, 2, width_ratios=(1, 1.1))
         numbers = np.arange(len(comparison.collections))
-        _heat(matrix, np.array(comparison.cosine_last), "cosine of ΔW", signed=True)
+        _heat_map(matrix, np.array(comparison.cosine_last), "cosine of ΔW", signed=True)
         matrix.set(title="cosine of the last ΔW", aspect="equal")
         if len(numbers) <= MOST_IN_A_LEGEND:
             matrix.set(xticks=numbers, yticks=numbers, xticklabels=numbers + 1)
             matrix.set(yticklabels=[f"{i + 1}" for i in numbers])
-        matrix.set(xlabel="collection", ylabel="collection")
+        matrix.set(xlabel="series", ylabel="series")
         _joint_plane(plane, comparison)
 
     return _svg(draw, 8.6, 3.8)
@@ -153,9 +165,9 @@ def comparison_figure(comparison: Comparison) -> str:
 def _joint_plane(plane: "Axes", comparison: Comparison) -> None:
     if comparison.pca is None:
         plane.set_axis_off()
-        plane.text(0.5, 0.5, "all collections are equal", ha="center")
+        plane.text(0.5, 0.5, "all series are equal", ha="center")
         return
-    points = _plane(plane, comparison.pca)
+    points = _points(plane, comparison.pca)
     ends = list(accumulate((len(files) for files in comparison.checkpoints), initial=0))
     for i, name in enumerate(comparison.collections):
         own = points[ends[i] : ends[i + 1]]
@@ -165,8 +177,9 @@ def _joint_plane(plane: "Axes", comparison: Comparison) -> None:
     _legend(plane, len(comparison.collections))
 
 
-def _plane(axes: "Axes", pca: Trajectory) -> np.ndarray:
-    """``[checkpoints, 2]``, and the axes' names; a single axis has nothing beside it."""
+def _points(axes: "Axes", pca: PrincipalComponents) -> np.ndarray:
+    """Labels the axes and returns ``[checkpoints, 2]``; with a single principal axis, the second
+    coordinate is 0."""
     points = np.array(pca.coordinates)
     if points.shape[1] == 1:
         points = np.concatenate([points, np.zeros_like(points)], axis=1)
@@ -178,31 +191,8 @@ def _plane(axes: "Axes", pca: Trajectory) -> np.ndarray:
     return points[:, :2]
 
 
-def _heat_of(
-    panel: "Axes",
-    modules: Sequence[ModuleReport],
-    value: Callable[[ModuleReport], float],
-    together: Callable[[list[float]], float],
-    label: str,
-) -> None:
-    kinds = list(dict.fromkeys(module.kind for module in modules))
-    layers = sorted({module.layer for module in modules})
-    cells: dict[tuple[int, int], list[float]] = {}
-    for module in modules:
-        place = kinds.index(module.kind), layers.index(module.layer)
-        cells.setdefault(place, []).append(value(module))
-    grid = np.full((len(kinds), len(layers)), np.nan)
-    for place, values in cells.items():
-        grid[place] = together(values)
-    _heat(panel, grid, label)
-    panel.set(yticks=range(len(kinds)), yticklabels=kinds)
-    shown = range(0, len(layers), max(1, len(layers) // 16))
-    names = ["none" if layers[i] == NO_LAYER else str(layers[i]) for i in shown]
-    panel.set(xticks=shown, xticklabels=names)
-
-
-def _heat(panel: "Axes", grid: np.ndarray, label: str, signed: bool = False) -> None:
-    """Each cell's colour, and its number where there are few."""
+def _heat_map(panel: "Axes", grid: np.ndarray, label: str, signed: bool = False) -> None:
+    """Colours each cell, and writes its number where there are few."""
     colours = SIGNED if signed else SEQUENTIAL
     image = panel.imshow(grid, cmap=colours, aspect="auto", interpolation="none")
     if signed:
@@ -230,12 +220,12 @@ def _colour(number: int) -> str:
 
 
 def _line(number: int) -> str:
-    """Another style once the colours are used up."""
+    """Changes once the colours are used up."""
     return STYLES[number // len(COLOURS) % len(STYLES)]
 
 
-def _places(checkpoints: Sequence[str]) -> tuple[np.ndarray, str]:
-    """Where checkpoints stand on an axis, and its label: their steps, or 1, 2, 3, ..."""
+def _x_positions(checkpoints: Sequence[str]) -> tuple[np.ndarray, str]:
+    """The positions of checkpoints on an axis, and its label: their steps, or 1, 2, 3, ..."""
     steps = [re.search(r"step[-_](\d+)", name) for name in checkpoints]
     if all(steps):
         return np.array([int(step[1]) for step in steps if step]), "optimizer step"
@@ -243,20 +233,20 @@ def _places(checkpoints: Sequence[str]) -> tuple[np.ndarray, str]:
 
 
 def _svg(draw: Callable[["Figure"], None], width: float, height: float) -> str:
-    """Draws on an empty figure of so many inches; gives an `<svg>` to stand inside HTML."""
+    """Draws a figure of a size in inches; returns an `<svg>` element for HTML."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     out = io.StringIO()
     salt = {"svg.hashsalt": draw.__qualname__}  # the same page twice is the same bytes
     with mpl.rc_context(STYLE | salt), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has it
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has the glyph
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure)
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(out, format="svg", transparent=True, metadata=nothing)
     svg = out.getvalue()[out.getvalue().index("<svg") :]
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)  # known to HTML
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)  # HTML needs none
     svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", svg)
     svg = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", svg, count=1)
     return svg.replace(INK, "currentColor")
@@ -267,17 +257,20 @@ MOST_SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Warned:
+class PageWarning:
     title: str
     lines: list[str]
     more: int
+    """Further lines, which are not shown."""
 
 
 def write_page(file: Path, analysis: Analysis) -> None:
+    """Writes the page, replacing a file that is there."""
     write_text(file, page(analysis))
 
 
 def page(analysis: Analysis) -> str:
+    """The HTML of the page."""
     environment = Environment(
         loader=PackageLoader("loragen.core.analysis", "."),
         autoescape=True,
@@ -285,68 +278,65 @@ def page(analysis: Analysis) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = number
+    environment.filters["number"] = format_number
+    moving = [report for report in analysis.collections if report.checkpoints > 1]
     return environment.get_template("page.html").render(
         analysis=analysis,
-        warnings=warned(analysis),
+        warnings=page_warnings(analysis),
         version=__version__,
-        overlay=_overlay(analysis.collections),
+        overlay=Markup(overlay_figure(moving)) if len(moving) > 1 else None,
         comparisons=[(c, Markup(comparison_figure(c))) for c in analysis.comparisons],
         collections=[(report, _figures(report)) for report in analysis.collections],
     )
 
 
-def warned(analysis: Analysis) -> list[Warned]:
-    """What a reader has to know before any number."""
+def page_warnings(analysis: Analysis) -> list[PageWarning]:
+    """The damage and other warnings, which stand at the top of the page."""
     reports = analysis.collections
     found = {
-        "NaN or infinity": [line for r in reports for line in _placed(r, r.not_finite)],
-        "all zero": [line for r in reports for line in _placed(r, r.zero)],
-        "dead: ΔW next to nothing beside the others": [
+        "NaN or infinity": [line for r in reports for line in _with_series(r, r.not_finite)],
+        "all zero": [line for r in reports for line in _with_series(r, r.zero)],
+        "dead (ΔW almost zero compared with the others)": [
             f"{r.name}: {line}" for r in reports for line in r.dead
         ],
-        "equal, bit for bit": [" = ".join(twins.files) for twins in analysis.twins],
-        "scaling unknown: ΔW is taken as B A": [r.name for r in reports if r.scaling is None],
+        "duplicates, equal bit for bit": [" = ".join(one.files) for one in analysis.twins],
+        "unknown scaling: ΔW is taken as B A": [r.name for r in reports if r.scaling is None],
         "not compared": analysis.not_compared,
     }
     return [
-        Warned(title, lines[:MOST_SHOWN], max(0, len(lines) - MOST_SHOWN))
+        PageWarning(title, lines[:MOST_SHOWN], max(0, len(lines) - MOST_SHOWN))
         for title, lines in found.items()
         if lines
     ]
 
 
-def _placed(report: Report, found: list[str]) -> list[str]:
-    """With the collection's name, where that is not the file's own."""
+def _with_series(report: SeriesReport, found: list[str]) -> list[str]:
+    """The lines with the series' name, unless that is the file's own."""
     lines = by_tensor(found)
-    alone = report.name == report.drift[0].checkpoint
-    return lines if alone else [f"{report.name}/{line}" for line in lines]
+    single_file = report.name == report.drift[0].checkpoint
+    return lines if single_file else [f"{report.name}/{line}" for line in lines]
 
 
-def number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     return "–" if value is None or not isfinite(value) else f"{value:.4g}"
 
 
-def _overlay(reports: list[Report]) -> Markup | None:
-    moving = [report for report in reports if report.checkpoints > 1]
-    return Markup(overlay_figure(moving)) if len(moving) > 1 else None
-
-
-def _figures(report: Report) -> list[tuple[Markup, str]]:
-    """(plot, what it shows), as far as there is something to show."""
+def _figures(report: SeriesReport) -> list[tuple[Markup, str]]:
+    """(plot, caption) of all that there is to show."""
     figures = []
     if report.modules:
-        caption = "The last checkpoint: where the adapter acts, and in how many directions."
+        caption = "The last checkpoint: size and effective rank of ΔW in each module."
         figures.append((Markup(modules_figure(report.modules)), caption))
     if report.checkpoints > 1:
         caption = (
-            "Two lines that lie together: a straight way. The path far above: noise, or turns."
+            "Two lines that coincide are a straight path. A path far above the distance means "
+            "noise or turns."
         )
         figures.append((Markup(drift_figure(report)), caption))
     if report.sample:
         caption = (
             f"{len(report.sample.checkpoints)} of {report.checkpoints} checkpoints, evenly spaced. "
-            "An arc alone proves nothing: a random walk draws one, too."
+            "An arc alone is no evidence: a random walk makes one, too."
         )
         figures.append((Markup(sample_figure(report.sample)), caption))
     return figures

@@ -1,4 +1,4 @@
-"""What is found out about checkpoints, as plain data: what `--json` prints and the page shows."""
+"""The analysis of checkpoints as plain data: what `--json` prints and the page shows. Light."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,47 +29,47 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class Drift:
-    """Where one checkpoint stands, over all modules together."""
+    """The distances of one checkpoint, over all modules together."""
 
     checkpoint: str
     norm_delta: float
     from_first: float
     """‖ΔW - ΔW of the first checkpoint‖"""
     from_previous: float
-    """‖ΔW - ΔW of the checkpoint before‖: the length of this step of the path"""
+    """‖ΔW - ΔW of the previous checkpoint‖: the length of this part of the path"""
 
 
 @dataclass(frozen=True)
-class Trajectory:
-    """The main axes along which the ΔW of several checkpoints differ."""
+class PrincipalComponents:
+    """The principal axes of the ΔW of several checkpoints, and their coordinates on these."""
 
     shares: list[float]
-    """Of the variance, one per axis, descending."""
+    """Of the variance, one for each axis, descending."""
     coordinates: list[list[float]]
     """``[checkpoints, axes]``, in the unit of ‖ΔW‖"""
 
 
 @dataclass(frozen=True)
 class ComparedCheckpoints:
-    """Checkpoints compared each with each: all, or evenly spaced ones where there are many."""
+    """Checkpoints of a series compared in pairs: all, or some where there are many."""
 
     checkpoints: list[str]
     cosine: list[list[float]]
     """``[checkpoints, checkpoints]``, NaN for a ΔW that is zero"""
-    pca: Trajectory | None
+    pca: PrincipalComponents | None
     """None where all are equal."""
 
 
 @dataclass(frozen=True)
-class Twins:
+class Duplicates:
     """Checkpoints with the same tensors, bit for bit."""
 
     files: list[str]
 
 
 @dataclass
-class Report:
-    """One collection."""
+class SeriesReport:
+    """One series of checkpoints."""
 
     name: str
     path: str
@@ -85,9 +85,9 @@ class Report:
     modules: list[ModuleReport] = field(default_factory=list)
     drift: list[Drift] = field(default_factory=list)
     path_length: float = 0.0
-    """The sum of all steps."""
+    """The sum of the distances between successive checkpoints."""
     displacement: float = 0.0
-    """From the first to the last checkpoint as the crow flies."""
+    """The distance from the first to the last checkpoint."""
     sample: ComparedCheckpoints | None = None
     """None where fewer than two checkpoints are finite."""
     not_finite: list[str] = field(default_factory=list)
@@ -96,14 +96,14 @@ class Report:
     """`file: tensor` with nothing but zeros."""
     dead_layers: list[int] = field(default_factory=list)
     dead_modules: list[str] = field(default_factory=list)
-    """Of the last checkpoint: ΔW (nearly) zero beside the others'."""
+    """Modules of the last checkpoint whose ΔW is (nearly) zero compared with the others'."""
 
     @property
     def dead(self) -> list[str]:
-        """Dead layers, and dead modules of layers that are alive, in words."""
-        buried = {m.module for m in self.modules if m.layer in self.dead_layers}
+        """Dead layers, and the dead modules of other layers, for printing."""
+        inside = {m.module for m in self.modules if m.layer in self.dead_layers}
         layers = [f"layer {layer}" for layer in self.dead_layers]
-        return layers + [name for name in self.dead_modules if name not in buried]
+        return layers + [name for name in self.dead_modules if name not in inside]
 
     @property
     def norm_delta(self) -> float:
@@ -117,8 +117,8 @@ class Report:
         return _mean([norm for norm in norms if isfinite(norm)])
 
     @property
-    def detour(self) -> float | None:
-        """Path length / displacement: 1 is a straight line. None where nothing moved."""
+    def path_ratio(self) -> float | None:
+        """Path length / displacement: 1 is a straight line. None where the displacement is 0."""
         return self.path_length / self.displacement if self.displacement else None
 
     @property
@@ -133,40 +133,40 @@ class Report:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Collections whose ΔW have the same modules and sizes; the ranks may differ."""
+    """Series whose ΔW have the same modules and sizes; the ranks may differ."""
 
     collections: list[str]
     cosine_last: list[list[float]]
-    """``[collections, collections]``: between their last checkpoints' ΔW"""
+    """``[series, series]``: between the ΔW of their last checkpoints"""
     cosine_mean: list[list[float]]
-    """The same between the means of ΔW over each collection's sample."""
+    """``[series, series]``: between the means of ΔW over the sample of each."""
     checkpoints: list[list[str]]
-    """The sample of each collection."""
-    pca: Trajectory | None
-    """All samples in one space, one collection after the other."""
+    """The sample of each series."""
+    pca: PrincipalComponents | None
+    """Of all samples together, one series after the other."""
 
 
 @dataclass
 class Analysis:
-    """Everything that was asked about."""
+    """All series of one command."""
 
-    collections: list[Report]
+    collections: list[SeriesReport]
     comparisons: list[Comparison] = field(default_factory=list)
-    """One for each group of two or more collections that can be compared."""
+    """One for each group of two or more series that can be compared."""
     not_compared: list[str] = field(default_factory=list)
-    """`collection: why` it is in no comparison."""
-    twins: list[Twins] = field(default_factory=list)
+    """`series: reason` for each that is in no comparison."""
+    twins: list[Duplicates] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data; what is derived (means, detour) stands beside what it comes from."""
+        """Plain data, with the derived numbers (means, ratios) of each series."""
         document = asdict(self)
         for plain, report in zip(document["collections"], self.collections, strict=True):
-            plain |= {name: getattr(report, name) for name in DERIVED}
+            plain |= {key: getattr(report, name) for key, name in DERIVED.items()}
         return document
 
 
 def by_tensor(found: Sequence[str]) -> list[str]:
-    """`file: tensor` lines, those of one tensor in several files as one."""
+    """Joins the `file: tensor` lines of one tensor in several files to one line."""
     files: dict[str, list[str]] = {}
     for line in found:
         file, _, tensor = line.partition(": ")
@@ -179,7 +179,14 @@ def by_tensor(found: Sequence[str]) -> list[str]:
     ]
 
 
-DERIVED = ("norm_delta", "mean_norm", "detour", "stable_rank", "effective_rank")
+DERIVED = {
+    "norm_delta": "norm_delta",
+    "mean_norm": "mean_norm",
+    "detour": "path_ratio",
+    "stable_rank": "stable_rank",
+    "effective_rank": "effective_rank",
+}
+"""Key of the document -> property of `SeriesReport`."""
 
 
 def _mean(values: list[float]) -> float:

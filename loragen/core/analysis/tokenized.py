@@ -1,4 +1,4 @@
-"""One adapter as tokens: the layout it gets, what it fills, and whether it comes back unchanged."""
+"""One adapter as tokens: its layout, the share of padding, and whether the round trip is exact."""
 
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -12,12 +12,12 @@ from loragen.core.adapter.layout import NO_LAYER, Layout, TensorSpec
 from loragen.core.run.checkpoints import find_checkpoints, read_tensors
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes of a value -> integers that compare bit for bit: NaN equals NaN, and 0 is not -0."""
+"""Bytes of a value -> integers to compare bit for bit: NaN equals NaN, and 0 differs from -0."""
 
 
 @dataclass(frozen=True)
 class TensorKind:
-    """The tensors of one kind of module, over its layers."""
+    """The tensors of one kind of module, over all layers."""
 
     module: str
     matrix: str
@@ -41,9 +41,9 @@ class Tokenized:
     fill: float
     """Share of the grid that holds values; the rest is padding."""
     bits_changed: int
-    """Values that are not the same, bit for bit, once packed and unpacked."""
+    """Values that differ, bit for bit, after packing and unpacking."""
     largest_error: float
-    """Of those that are finite, the largest difference."""
+    """The largest difference between finite values."""
     kinds: list[TensorKind]
 
     def as_dict(self) -> dict[str, Any]:
@@ -51,7 +51,8 @@ class Tokenized:
 
 
 def tokenized(path: Path, token_dim: int, max_tokens: int | Literal["auto"]) -> Tokenized:
-    """A .ckpt, .pt, .safetensors, a PEFT directory; of a run or a folder, its newest checkpoint.
+    """Tokenises a .ckpt, .pt, .safetensors or PEFT directory; of a run or a folder, its newest
+    checkpoint.
 
     Raises UsageError where there is nothing, DataError for a file that holds no LoRA.
     """
@@ -75,7 +76,7 @@ def tokenized(path: Path, token_dim: int, max_tokens: int | Literal["auto"]) -> 
 
 
 def bits_changed(one: Tensor, other: Tensor) -> int:
-    """How many values of two tensors of one shape and dtype differ in any bit."""
+    """The number of values of two tensors of one shape and dtype that differ in any bit."""
     integers = BITS[one.element_size()]
     pair = (tensor.contiguous().view(integers) for tensor in (one, other))
     return int(torch.ne(*pair).sum())
@@ -88,14 +89,14 @@ def largest_error(one: Tensor, other: Tensor) -> float:
 
 
 def _kinds(layout: Layout) -> list[TensorKind]:
-    """Tensors alike but for their layer as one line, in the order of the modules."""
+    """One entry for the tensors that differ in their layer alone, in the order of the modules."""
 
-    def likeness(spec: TensorSpec) -> tuple[Any, ...]:
+    def kind_of(spec: TensorSpec) -> tuple[Any, ...]:
         return spec.module, spec.matrix, spec.shape, str(spec.dtype)
 
     tokens = dict(zip(layout.tensors, layout.counts, strict=True))
     kinds = []
-    for _, group in groupby(sorted(layout.tensors, key=likeness), key=likeness):
+    for _, group in groupby(sorted(layout.tensors, key=kind_of), key=kind_of):
         specs = list(group)
         first = specs[0]
         kinds.append(

@@ -1,12 +1,9 @@
-"""The contest: every contestant answers every dataset's questions, on one model.
-
-From scores to what is told: means, intervals, who beats whom, what it cost. Plain data.
-
-Evaluate a generator: load, train what is wanted, hold the contest, measure novelty.
-"""
+"""The contest of `gen eval`: every contestant answers every dataset's questions on one model, and
+the scores become a document of means, intervals, significant differences, novelty and costs."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -14,120 +11,227 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from loragen.core.adapter.files import Adapter, attach_adapter, module_scaling, swap_adapter
 from loragen.core.base.load import best_device, load_base, quiet_libraries
-from loragen.core.errors import LoragenError
+from loragen.core.config.schema import GenDataSection, SourceSection
+from loragen.core.errors import LoragenError, UsageError
 from loragen.core.evaluation.contestants import (
     GENERATED,
-    MULTI_TASK,
-    ORACLE,
-    Bench,
-    Column,
     Contestant,
     Entry,
     EvaluationOptions,
-    contestant_class,
-    drawn,
-    training_sources,
+    EvaluationSetup,
+    MultiTask,
+    Oracle,
+    draws_of,
 )
 from loragen.core.evaluation.report import MEASURES
-from loragen.core.evaluation.statistics import Spread, interval, novelty
+from loragen.core.evaluation.statistics import NoveltyReport, interval, novelty
 from loragen.core.evaluation.targets import Target
 from loragen.core.evaluation.training import train_multi_task, train_oracles
 from loragen.core.generator.model import Generator
-from loragen.core.learning.sources import TrainingSource
+from loragen.core.learning.sources import PromptDirectories, TrainingSource, read_source
 from loragen.core.lora.evaluate import Scores, evaluate
 from loragen.core.progress import Progress
-from loragen.core.run.directory import LoraManifest, read_manifest, run_directory_of
+from loragen.core.run.directory import LoraManifest, SourceRecord, read_manifest, run_directory_of
 
 log = logging.getLogger(__name__)
+
+ALL_CHECKPOINTS = 2**31
+
+Submit = Callable[..., Future[Any]]
+"""`submit(function, *arguments)` runs `function(setup, *arguments)` elsewhere, with a setup there
+that equals the one here."""
 
 
 @dataclass
 class Cell:
-    """What one contestant reached on one dataset: a score for each of its entries."""
+    """The scores of one contestant on one dataset, one for each of its entries."""
 
     scores: list[Scores] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    """To obtain each adapter; none where nothing had to be obtained."""
+    """The time to obtain each adapter; empty where there was nothing to obtain."""
 
     def values(self, measure: str) -> list[float] | None:
-        """A measure's value for each entry; None where the dataset does not have it."""
+        """A field of `Scores` for each entry; None where the dataset does not have it."""
         found = [getattr(score, measure) for score in self.scores]
         return None if None in found else found
 
 
 @dataclass(frozen=True)
 class DatasetScores:
-    """A row of the table: one dataset."""
+    """A row of the table: one dataset, with a cell for each contestant's name."""
 
     target: Target
     cells: dict[str, Cell]
 
 
-def hold(
-    bench: Bench,
-    columns: Sequence[Column],
+def evaluate_generator(
+    file: Path,
     targets: Sequence[Target],
-    among: Sequence[Target] | None = None,
+    contestants: Sequence[type[Contestant]],
+    *,
+    options: EvaluationOptions,
+    base_model: str | None,
+    cache: Path,
+    progress: Progress,
+    strict: bool,
+) -> dict[str, Any]:
+    """Evaluates a generator's file: the whole comparison as plain data (see `results_document`).
+
+    Where the generator's training runs cannot be read, the contestants that need them are left out
+    with a warning. Raises LoragenError instead where `strict`, or where one of them is trained.
+    """
+    quiet_libraries()
+    generator = Generator.load(file)
+    for target in targets:
+        draws_of(target, generator, options)  # raises before anything is trained
+    strict = strict or any(one.trains for one in contestants)
+    sources: list[TrainingSource] = []
+    try:
+        sources = training_sources(generator)
+    except LoragenError as error:
+        if strict and any(one.reads_sources(len(targets)) for one in contestants):
+            raise
+        log.warning(
+            "the training runs cannot be read, so there is no nearest adapter, no novelty and, for "
+            "a single dataset, no random prompts: %s",
+            error.problems[0],
+        )
+    chosen = [one for one in contestants if sources or not one.reads_sources(len(targets))]
+    base = load_base(base_model or generator.base_model)
+    multi_task, oracles = None, {}
+    if MultiTask in chosen:
+        multi_task = train_multi_task(sources, base, cache, progress)
+    if Oracle in chosen:
+        oracles = train_oracles(targets, sources, base, cache, progress)
+    base.model.to(best_device())
+    setup = EvaluationSetup(base, generator, sources, multi_task, oracles, options)
+    return {"generator": str(file), **hold_contest(setup, chosen, targets)}
+
+
+def training_sources(generator: Generator) -> list[TrainingSource]:
+    """The datasets that the generator was trained on, with the checkpoints and prompts it has seen.
+
+    Raises LoragenError where one cannot be read.
+    """
+    provenance = generator.provenance
+    records = [SourceRecord.model_validate(one) for one in provenance.get("source_records", [])]
+    learned = [one for one in records if not one.held_out]
+    found = [
+        (SourceSection(checkpoints=one.place, prompts=one.prompts_from), one.count)
+        for one in learned
+        if one.place
+    ]
+    if not found or len(found) < len(learned):  # an older file has the directories alone
+        directories = provenance.get("sources", [])
+        found = [(SourceSection(checkpoints=one), ALL_CHECKPOINTS) for one in directories]
+    if not found:
+        raise UsageError("the generator's file does not name the runs that it was trained on")
+    prepared = PromptDirectories(GenDataSection(samples_per_prompt=generator.samples_per_prompt))
+    return [read_source(source, count, prepared) for source, count in found]
+
+
+def hold_contest(
+    setup: EvaluationSetup,
+    contestants: Sequence[type[Contestant]],
+    targets: Sequence[Target],
+    submit: Submit | None = None,
+) -> dict[str, Any]:
+    """Scores every contestant on every dataset and measures novelty; returns the results document.
+
+    Everything runs here, or in pieces wherever `submit` runs them, with the same result.
+    """
+    report: NoveltyReport | None = None
+    if submit is None:
+        outcomes = score_contestants(setup, contestants, targets, targets)
+        report = novelty(setup, targets) if setup.sources else None
+    else:
+        # Every dataset is compared with many others: each is embedded once, in one process.
+        compared = [target.prompts for target in targets]
+        compared += [source.prompts for source in setup.sources]
+        embedded = [submit(_embeddings, prompts) for prompts in compared]
+        novelties = submit(novelty, targets) if setup.sources else None
+        known = {key: mean for one in embedded for key, mean in one.result().items()}
+        parts = [submit(_score_one, contestants, one, targets, known) for one in targets]
+        outcomes = []
+        for part in parts:
+            outcomes.append(part.result())
+            _log(outcomes[-1], len(outcomes), len(targets))
+        report = novelties.result() if novelties else None
+    return results_document(outcomes, setup, report)
+
+
+def _embeddings(setup: EvaluationSetup, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    setup.mean_embedding(prompts)
+    return setup.embeddings
+
+
+def _score_one(
+    setup: EvaluationSetup,
+    contestants: Sequence[type[Contestant]],
+    target: Target,
+    targets: Sequence[Target],
+    embeddings: Mapping[str, np.ndarray],
+) -> DatasetScores:
+    setup.embeddings.update(embeddings)
+    return score_contestants(setup, contestants, [target], targets)[0]
+
+
+def score_contestants(
+    setup: EvaluationSetup,
+    contestants: Sequence[type[Contestant]],
+    targets: Sequence[Target],
+    among: Sequence[Target],
 ) -> list[DatasetScores]:
-    """Every column's score on every dataset; the base is handed back as it was.
+    """Every contestant's scores on every one of `targets`; the base model is left unchanged.
 
-    `among` are all datasets of the evaluation, where `targets` are only a part of them: parts held
-    one by one have the outcomes of the whole.
-
-    Raises LoragenError where an adapter does not fit the base, UsageError where a dataset has too
+    `among` are all datasets of the evaluation, of which `targets` may be a part. Raises
+    LoragenError where an adapter does not fit the base model, UsageError where a dataset has too
     few prompts.
     """
-    contestants: dict[str, Contestant] = {
-        column.name: contestant_class(column)(bench) for column in columns
-    }
-    model = attach_adapter(bench.base.model, bench.mean_adapter(), "the mean adapter")
+    entrants = [contestant(setup) for contestant in contestants]
+    model = attach_adapter(setup.base.model, setup.mean_adapter(), "the mean adapter")
     outcomes = []
     try:
-        for number, target in enumerate(targets, start=1):
-            cells = {
-                name: _cell(model, bench, target, contestant.entries(target, among or targets))
-                for name, contestant in contestants.items()
-            }
+        for target in targets:
+            cells: dict[str, Cell] = {}
+            for entrant in entrants:
+                cells[entrant.name] = cell = Cell()
+                for entry in entrant.entries(target, among):
+                    cell.scores.append(_score(model, setup, target, entry))
+                    if entry.seconds is not None:
+                        cell.seconds.append(entry.seconds)
             outcomes.append(DatasetScores(target, cells))
-            log.info("%d/%d %s", number, len(targets), in_brief(outcomes[-1]))
+            _log(outcomes[-1], len(outcomes), len(targets))
     finally:
         model.unload()
     return outcomes
 
 
-def _cell(model: Any, bench: Bench, target: Target, entries: Iterable[Entry]) -> Cell:
-    cell = Cell()
-    for entry in entries:
-        cell.scores.append(score(model, bench, target, entry))
-        if entry.seconds is not None:
-            cell.seconds.append(entry.seconds)
-    return cell
-
-
-def score(model: Any, bench: Bench, target: Target, entry: Entry) -> Scores:
-    """An entry on one model with an adapter attached, whose weights are swapped."""
-    rows = target.rows if entry.rows is None else entry.rows
+def _score(model: Any, setup: EvaluationSetup, target: Target, entry: Entry) -> Scores:
+    """Scores an entry on a model with an adapter attached, whose weights are replaced."""
     with ExitStack() as stack:
         if entry.adapter is None:
             stack.enter_context(model.disable_adapter())
         else:
-            adapter = scaled_as(entry.adapter, bench.generator.adapter_config)
+            adapter = rescaled(entry.adapter, setup.generator.adapter_config)
             swap_adapter(model, adapter, f"an adapter for {target.name}")
         return evaluate(
             model,
-            bench.base.tokenizer,
-            rows,
-            bench.options.batch_size,
-            choices=bench.options.choices,
+            setup.base.tokenizer,
+            target.rows if entry.rows is None else entry.rows,
+            setup.options.batch_size,
+            choices=setup.options.choices,
             closed=target.closed,
         )
 
 
-def scaled_as(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
-    """The same ΔW under the scaling of `config`: only weights are swapped, and the model keeps the
-    alpha that it was attached with. Where both agree, the adapter itself."""
+def rescaled(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
+    """The same ΔW under the scaling of `config`: the model's alpha stays as its first adapter was
+    attached, and only the weights are replaced. Returns the adapter itself where both agree."""
     ratios = {
         key: module_scaling(adapter.config, module) / module_scaling(config, module)
         for key in adapter.tensors
@@ -142,115 +246,110 @@ def scaled_as(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
     )
 
 
-def in_brief(outcome: DatasetScores) -> str:
-    """One line, for whoever waits."""
-    means = {
-        name: fmean(score.exact_match for score in cell.scores)
+def _log(outcome: DatasetScores, number: int, total: int) -> None:
+    accuracies = ", ".join(
+        f"{name} {fmean(score.exact_match for score in cell.scores):.2f}"
         for name, cell in outcome.cells.items()
         if name in ("base", GENERATED)
-    }
-    figures = ", ".join(f"{name} {value:.2f}" for name, value in means.items())
-    return f"{outcome.target.name}: {figures}"
+    )
+    log.info("%d/%d %s: %s", number, total, outcome.target.name, accuracies)
 
 
 def results_document(
-    outcomes: Sequence[DatasetScores], bench: Bench, spread: Spread | None
+    outcomes: Sequence[DatasetScores], setup: EvaluationSetup, report: NoveltyReport | None
 ) -> dict[str, Any]:
-    """What results.json holds. Averages are over a group's datasets, each weighing the same."""
+    """The content of results.json. Averages are over the datasets of a group, equally weighted."""
     groups: dict[str, list[DatasetScores]] = {}
     for outcome in outcomes:
         groups.setdefault(outcome.target.group, []).append(outcome)
     summaries = {group: _summary(members) for group, members in groups.items()}
     keys = dict.fromkeys(chain.from_iterable(summaries.values()))
-    options = asdict(bench.options)
+    options = asdict(setup.options)
     del options["keep"], options["prompts"]
     return {
-        "base_model": bench.base.name,
+        "base_model": setup.base.name,
         "columns": list(outcomes[0].cells),
         **{key: {group: of[key] for group, of in summaries.items() if key in of} for key in keys},
-        "seconds": _seconds(outcomes, bench.sources),
-        "multi_task": {"steps": bench.multi_task.steps} if bench.multi_task else None,
-        "novelty": spread.as_dict() if spread else None,
+        "seconds": _seconds(outcomes, setup.sources),
+        "multi_task": {"steps": setup.multi_task.steps} if setup.multi_task else None,
+        "novelty": report.as_dict() if report else None,
         "options": options,
-        "datasets": [_row(outcome, bench, spread) for outcome in outcomes],
+        "datasets": [_dataset_document(outcome, setup, report) for outcome in outcomes],
     }
 
 
 def _summary(outcomes: Sequence[DatasetScores]) -> dict[str, Any]:
-    """Of one dataset, or averaged over several: a measure that some dataset lacks is left out."""
+    """Measure -> column -> value, for one dataset or averaged over several; a measure that some
+    dataset lacks is left out. With a generated column, also its interval and the significant
+    differences: the columns whose value lies outside the interval, both rounded as printed."""
     columns = list(outcomes[0].cells)
-    told: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     for measure in MEASURES:
-        of = {
-            name: _values([outcome.cells[name] for outcome in outcomes], measure.field)
+        # column -> [datasets][draws]
+        values = {
+            name: [outcome.cells[name].values(measure.field) for outcome in outcomes]
             for name in columns
         }
-        if None not in of.values():
-            told[measure.name] = {
-                name: round(fmean(map(fmean, values or ())), 4) for name, values in of.items()
+        if not any(None in of for of in values.values()):
+            summary[measure.name] = {
+                name: round(fmean(fmean(draws or ()) for draws in of), 4)
+                for name, of in values.items()
             }
     if GENERATED in columns:
-        told |= _claims(outcomes, told["accuracy"])
-    return told
+        draws = [outcome.cells[GENERATED].values("exact_match") or [] for outcome in outcomes]
+        found = interval(draws, [len(outcome.target.rows) for outcome in outcomes])
+        low, high = round(found.low, 4), round(found.high, 4)
+        others = {name: of for name, of in summary["accuracy"].items() if name != GENERATED}
+        summary["interval"] = {GENERATED: [low, high]}
+        summary["beats"] = [name for name, value in others.items() if value < low]
+        summary["beaten_by"] = [name for name, value in others.items() if value > high]
+    return summary
 
 
-def _claims(outcomes: Sequence[DatasetScores], accuracy: Mapping[str, float]) -> dict[str, Any]:
-    """The interval of what was generated; a column is beaten that lies below all of it. Compared
-    as they are printed: rounding is no victory."""
-    values = _values([outcome.cells[GENERATED] for outcome in outcomes], "exact_match")
-    rows = [len(outcome.target.rows) for outcome in outcomes]
-    low, high = (round(bound, 4) for bound in interval(values or [], rows)[1:])
-    others = {name: value for name, value in accuracy.items() if name != GENERATED}
-    return {
-        "interval": {GENERATED: [low, high]},
-        "beats": [name for name, value in others.items() if value < low],
-        "beaten_by": [name for name, value in others.items() if value > high],
-    }
-
-
-def _values(cells: Sequence[Cell], field: str) -> list[list[float]] | None:
-    """``[datasets][draws]`` of a measure; None where some dataset does not have it."""
-    found = [cell.values(field) for cell in cells]
-    return [values for values in found if values is not None] if None not in found else None
-
-
-def _row(outcome: DatasetScores, bench: Bench, spread: Spread | None) -> dict[str, Any]:
-    target = outcome.target
-    new = [one for one in spread.novelties if one.target == target] if spread else []
-    generated = outcome.cells.get(GENERATED)
+def _dataset_document(
+    outcome: DatasetScores, setup: EvaluationSetup, report: NoveltyReport | None
+) -> dict[str, Any]:
+    target, generated = outcome.target, outcome.cells.get(GENERATED)
+    new = (
+        next((one for one in report.novelties if one.target.key == target.key), None)
+        if report
+        else None
+    )
     return {
         "name": target.name,
         "group": target.group,
-        "source": target.source,
+        "source": target.dataset.location,
         "rows": len(target.rows),
-        "prompts": len(bench.draws(target)[0]),
+        "prompts": len(draws_of(target, setup.generator, setup.options)[0]),
         "prompts_from": target.prompts_from,
         **_summary([outcome]),
         "draws": generated.values("exact_match") if generated else None,
-        "novelty": {"nearest": new[0].nearest, "to_nearest": new[0].to_nearest,
-                    "to_mean": new[0].to_mean} if new else None,
-    }  # fmt: skip
+        "novelty": {"nearest": new.nearest, "to_nearest": new.to_nearest, "to_mean": new.to_mean}
+        if new
+        else None,
+    }
 
 
 def _seconds(
     outcomes: Sequence[DatasetScores], sources: Sequence[TrainingSource]
 ) -> dict[str, Any]:
-    """To obtain an adapter, the mean over the datasets, and what training costs more."""
+    """The time to train an adapter and to generate one, and, for each column, to obtain one: means
+    over the datasets."""
     obtain = {}
     for name in outcomes[0].cells:
         seconds = [second for outcome in outcomes for second in outcome.cells[name].seconds]
         obtain[name] = round(fmean(seconds), 4) if seconds else None
-    trained, made = _training_seconds(sources), obtain.get(GENERATED)
+    trained, generated = _training_seconds(sources), obtain.get(GENERATED)
     return {
         "train_adapter": trained,
-        "generate_adapter": made,
-        "ratio": round(trained / made, 1) if trained and made else None,
+        "generate_adapter": generated,
+        "ratio": round(trained / generated, 1) if trained and generated else None,
         "obtain": obtain,
     }
 
 
 def _training_seconds(sources: Sequence[TrainingSource]) -> float | None:
-    """Of one of the generator's training adapters, the mean, as their manifests say."""
+    """The mean training time of the generator's training adapters, according to their manifests."""
     try:
         runs = [run_directory_of(source.checkpoints[0]) for source in sources]
         seconds = [read_manifest(run, LoraManifest).seconds for run in runs]
@@ -258,53 +357,3 @@ def _training_seconds(sources: Sequence[TrainingSource]) -> float | None:
         return None
     known = [second for second in seconds if second]
     return round(fmean(known), 3) if known else None
-
-
-def evaluate_generator(
-    file: Path,
-    targets: Sequence[Target],
-    columns: Sequence[Column],
-    *,
-    options: EvaluationOptions,
-    base_model: str | None,
-    cache: Path,
-    progress: Progress,
-    strict: bool,
-) -> dict[str, Any]:
-    """The whole comparison as plain data (see `results.document`).
-
-    Where the training runs are not there any more, the columns that read them are left out with a
-    warning, unless `strict` or one of them was to be trained: then LoragenError is raised.
-    """
-    quiet_libraries()
-    generator = Generator.load(file)
-    for target in targets:
-        drawn(target, generator, options)  # too few prompts are told before anything is trained
-    strict = strict or any(column.trains for column in columns)
-    sources = _sources(
-        generator, strict and any(column.reads_sources(len(targets)) for column in columns)
-    )
-    left = [column for column in columns if sources or not column.reads_sources(len(targets))]
-    names = [column.name for column in left]
-    base = load_base(base_model or generator.base_model)
-    multi_task = train_multi_task(sources, base, cache, progress) if MULTI_TASK in names else None
-    oracles = train_oracles(targets, sources, base, cache, progress) if ORACLE in names else {}
-    base.model.to(best_device())
-    bench = Bench(base, generator, sources, multi_task, oracles, options)
-    outcomes = hold(bench, left, targets)
-    spread = novelty(bench, targets) if sources else None
-    return {"generator": str(file), **results_document(outcomes, bench, spread)}
-
-
-def _sources(generator: Generator, required: bool) -> list[TrainingSource]:
-    try:
-        return training_sources(generator)
-    except LoragenError as error:
-        if required:
-            raise
-        log.warning(
-            "without the training runs there is no nearest adapter, no novelty and, for a single "
-            "dataset, no random prompts: %s",
-            error.problems[0],
-        )
-        return []

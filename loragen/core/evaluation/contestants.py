@@ -1,12 +1,7 @@
-"""The columns of the table: which there are and where each one's class stands. Light.
+"""The contestants of `gen eval`: for a dataset, each gives the adapters that answer its questions.
 
-A new column is one class with `entries` (see `contestants.Contestant`) and one line here.
-
-What all contestants share: the base, the generator, what it learned from, what was trained.
-
-The contestants: each gives, for a dataset, the adapter that answers its questions.
-
-`columns.COLUMNS` lists them; a new one is a class here, or anywhere, and a line there.
+Light: a command line chooses the columns of the table before torch is imported. A new column is a
+class with `entries` and its place in `CONTESTANTS`.
 """
 
 import logging
@@ -15,82 +10,323 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from loragen.core.adapter.files import Adapter, read_adapter
-from loragen.core.base.load import LanguageModel
-from loragen.core.config.schema import GenDataSection, SourceSection
+from loragen.core.data.dataset import Row
 from loragen.core.data.formats import Turn
-from loragen.core.data.rows import Row
-from loragen.core.data.tokenize import answer_ids, prompt_ids
 from loragen.core.errors import UsageError, did_you_mean, listing
 from loragen.core.evaluation.targets import Target
 from loragen.core.files import sha256_text
-from loragen.core.generator.model import Generator
 from loragen.core.generator.requests import draw_prompts
-from loragen.core.learning.sources import PromptDirectories, TrainingSource, read_source
-from loragen.core.run.checkpoints import read_checkpointed_adapter
-from loragen.core.run.directory import SourceRecord
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from loragen.core.adapter.files import Adapter
+    from loragen.core.base.load import LanguageModel
+    from loragen.core.generator.model import Generator
+    from loragen.core.learning.sources import TrainingSource
+    from loragen.core.run.directory import LoraRun
 
 log = logging.getLogger(__name__)
 
-GENERATED = "generated"
-MULTI_TASK = "multi_task"
-ORACLE = "oracle"
+EMBEDDED_PROMPTS = 32
+"""The first prompts of a dataset, whose mean embedding stands for the dataset."""
+UNLIMITED = 2**31
+"""The context length of a model whose configuration states none."""
 
 
-class Column(NamedTuple):
-    name: str
-    title: str
-    """Above the column; `{shots}` is their number."""
-    contestant: str
-    """`module:Class`, imported when the column is wanted."""
-    trains: bool = False
-    """Trains a LoRA first, and so only on demand."""
-    needs_sources: bool = False
-    """Reads the generator's training runs, which may be on another machine."""
-    if_alone: bool = False
-    """Needs them only where a single dataset is evaluated: of several, another one serves."""
+class TrainedAdapter(NamedTuple):
+    """A LoRA trained for the comparison: a checkpoint of a run."""
 
-    def reads_sources(self, datasets: int) -> bool:
-        """In an evaluation of as many datasets."""
-        return self.needs_sources and (datasets == 1 or not self.if_alone)
+    run: "LoraRun"
+    checkpoint: Path
+
+    @property
+    def seconds(self) -> float:
+        """The wall-clock time of the training."""
+        return self.run.manifest.seconds or 0.0
+
+    @property
+    def steps(self) -> int:
+        """The steps until the training ended."""
+        return self.run.manifest.steps[-1]
 
 
-_HERE = "loragen.core.evaluation.contestants"
+@dataclass(frozen=True)
+class EvaluationOptions:
+    draws: int = 5
+    """Adapters generated for each dataset, each from a random draw of its prompts."""
+    prompts: int | None = None
+    """Prompts of a draw; None: as many as in the generator's training, at most half of all."""
+    shots: int = 4
+    """Labelled rows before the question, for few-shot prompting."""
+    seed: int = 0
+    """Seed of the draws of prompts and of few-shot rows."""
+    batch_size: int = 32
+    """Rows answered at once."""
+    choices: bool = True
+    """Whether the choice accuracy is measured, which costs a forward pass per row and choice."""
+    keep: Path | None = None
+    """The directory that keeps the generated adapters; None: they are deleted."""
 
-COLUMNS = (
-    Column("base", "base", f"{_HERE}:Base"),
-    Column("mean_adapter", "mean", f"{_HERE}:MeanAdapter"),
-    Column("nearest_adapter", "nearest", f"{_HERE}:NearestAdapter", needs_sources=True),
-    Column(MULTI_TASK, "multi-task", f"{_HERE}:MultiTask", trains=True, needs_sources=True),
-    Column("few_shot", "{shots}-shot", f"{_HERE}:FewShot"),
-    Column(
-        "random_prompts",
-        "random prompts",
-        f"{_HERE}:RandomPrompts",
-        needs_sources=True,
-        if_alone=True,
-    ),
-    Column(GENERATED, "generated", f"{_HERE}:Generated"),
-    Column(ORACLE, "oracle", f"{_HERE}:Oracle", trains=True, needs_sources=True),
+
+def draws_of(target: Target, generator: "Generator", options: EvaluationOptions) -> list[list[str]]:
+    """`options.draws` samples of the dataset's prompts, the same for every contestant.
+
+    Raises UsageError where there are too few prompts for the draws to differ.
+    """
+    usual = generator.usual_prompts
+    return draw_prompts(target.prompts, options.draws, options.prompts, options.seed, usual)
+
+
+@dataclass(frozen=True)
+class EvaluationSetup:
+    """What all contestants share."""
+
+    base: "LanguageModel"
+    generator: "Generator"
+    sources: Sequence["TrainingSource"] = ()
+    """The generator's training datasets; empty where no column needs them."""
+    multi_task: TrainedAdapter | None = None
+    oracles: Mapping[tuple[str, str], TrainedAdapter] = field(default_factory=dict)
+    """The oracle adapter of each `Target.key`."""
+    options: EvaluationOptions = EvaluationOptions()
+    embeddings: dict[str, "np.ndarray"] = field(default_factory=dict)
+    """Mean prompt embeddings computed so far, ``[dim]`` each, by the hash of the prompts."""
+
+    def mean_adapter(self) -> "Adapter":
+        """The mean of all training checkpoints, which is part of the generator's normalisation."""
+        from loragen.core.adapter.files import Adapter
+
+        tensors = self.generator.layout.unpack(self.generator.normalization.mean)
+        return Adapter(dict(self.generator.adapter_config), tensors)
+
+    def mean_embedding(self, prompts: Sequence[str]) -> "np.ndarray":
+        """``[dim]``: the mean embedding of a dataset's first prompts, computed once."""
+        first = list(prompts[:EMBEDDED_PROMPTS])
+        key = sha256_text(*first)
+        if key not in self.embeddings:
+            embedded, mask = self.generator.embed(first)  # (texts, positions, dim)
+            weights = mask.unsqueeze(-1).to(embedded)
+            mean = (embedded * weights).sum((0, 1)) / weights.sum()
+            self.embeddings[key] = mean.cpu().numpy()
+        return self.embeddings[key]
+
+    def similarities(self, prompts: Sequence[str], others: Iterable[Sequence[str]]) -> "Tensor":
+        """``[others]``: cosine similarities of mean prompt embeddings."""
+        import numpy as np
+        import torch
+
+        means = torch.from_numpy(np.stack([self.mean_embedding(other) for other in others]))
+        return torch.cosine_similarity(
+            torch.from_numpy(self.mean_embedding(prompts)), means, dim=-1
+        )
+
+
+class Entry(NamedTuple):
+    """One adapter to be scored."""
+
+    adapter: "Adapter | None"
+    """None: the base model alone."""
+    seconds: float | None = None
+    """The time needed to obtain the adapter for this dataset; None: there is nothing to obtain."""
+    rows: Sequence[Row] | None = None
+    """The tested rows with another prompt; None: as they are."""
+
+
+class Contestant:
+    """One column of the table."""
+
+    name: ClassVar[str]
+    """Of the column in the results and for `--columns`."""
+    title: ClassVar[str]
+    """The column's header; `{shots}` is replaced by the number of few-shot rows."""
+    trains: ClassVar[bool] = False
+    """Whether a LoRA is trained for it first; such a column is there on demand only."""
+    needs_sources: ClassVar[bool] = False
+    """Whether it reads the generator's training runs, which may be on another machine."""
+    sources_if_alone: ClassVar[bool] = False
+    """Whether it reads them only where a single dataset is evaluated."""
+
+    def __init__(self, setup: EvaluationSetup) -> None:
+        self.setup = setup
+
+    @classmethod
+    def reads_sources(cls, datasets: int) -> bool:
+        """Whether the training runs are read in an evaluation of so many datasets."""
+        return cls.needs_sources and (datasets == 1 or not cls.sources_if_alone)
+
+    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
+        """One entry, or one for each draw of prompts, of which the mean score is reported.
+
+        `targets` are all datasets of the evaluation. The labels of `target.rows` may be used for
+        scoring only.
+        """
+        raise NotImplementedError
+
+
+class BaseAlone(Contestant):
+    """The base model without an adapter."""
+
+    name, title = "base", "base"
+
+    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
+        yield Entry(None)
+
+
+class MeanAdapter(Contestant):
+    """The element-wise mean of all training checkpoints: the best constant answer of a generator
+    that ignores its prompts."""
+
+    name, title = "mean_adapter", "mean"
+
+    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
+        yield _timed(self.setup.mean_adapter)
+
+
+class NearestAdapter(Contestant):
+    """The last adapter of the training dataset whose prompts are the most similar on average."""
+
+    name, title, needs_sources = "nearest_adapter", "nearest", True
+
+    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
+        from loragen.core.adapter.files import Adapter, read_adapter
+        from loragen.core.run.checkpoints import read_tensors
+
+        def nearest() -> Adapter:
+            sources = self.setup.sources
+            similarity = self.setup.similarities(target.prompts, (s.prompts for s in sources))
+            source = sources[int(similarity.argmax())]
+            last = source.checkpoints[-1]
+            if last.is_dir():
+                return read_adapter(last)
+            return Adapter(source.adapter_config, read_tensors(last))
+
+        yield _timed(nearest)
+
+
+class MultiTask(Contestant):
+    """One LoRA trained on the rows of all training datasets together."""
+
+    name, title = "multi_task", "multi-task"
+    trains = needs_sources = True
+
+    @cached_property
+    def entry(self) -> Entry:
+        """The same adapter for every dataset, read once."""
+        assert self.setup.multi_task is not None
+        return _read(self.setup.multi_task)
+
+    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
+        yield self.entry
+
+
+class FewShot(Contestant):
+    """The base model with labelled rows of the dataset before each question, as turns of a chat."""
+
+    name, title = "few_shot", "{shots}-shot"
+
+    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
+        shots = self.setup.options.shots
+        pool = list(target.train_rows or target.rows)
+        Random(f"shots:{self.setup.options.seed}:{target.name}").shuffle(pool)
+        rows = [self._with_shots(row, pool) for row in target.rows]
+        short = sum(
+            len(asked.history) - len(row.history) < shots
+            for asked, row in zip(rows, target.rows, strict=True)
+        )
+        if short:
+            log.warning("%s: %d rows have fewer than %d shots", target.name, short, shots)
+        yield Entry(None, rows=rows)
+
+    def _with_shots(self, row: Row, pool: Sequence[Row]) -> Row:
+        """The row after the first rows of the pool that ask something else; fewer of them where
+        the model's context is too short. The row itself is never among its own examples."""
+        from loragen.core.data.tokenize import answer_ids, prompt_ids
+
+        tokenizer, config = self.setup.base.tokenizer, self.setup.base.model.config
+        context = getattr(config, "max_position_embeddings", None) or UNLIMITED
+        others = (other for other in pool if other.prompt != row.prompt)
+        turns = [Turn(o.prompt, o.response) for o in islice(others, self.setup.options.shots)]
+        answer = len(answer_ids(tokenizer, row.response))
+        while turns:
+            history = (*turns, *row.history)
+            if len(prompt_ids(tokenizer, row.prompt, row.system, history)) + answer <= context:
+                return row.model_copy(update={"history": history})
+            turns.pop(0)
+        return row
+
+
+class RandomPrompts(Contestant):
+    """An adapter generated from the prompts of the least similar dataset: if it answers as well as
+    the generated one, the generator does not use its prompts."""
+
+    name, title = "random_prompts", "random prompts"
+    needs_sources = sources_if_alone = True  # of several datasets, another one has the prompts
+
+    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
+        others = [t.prompts for t in targets if t.group == target.group and t.name != target.name]
+        others = others or [source.prompts for source in self.setup.sources]
+        least = int(self.setup.similarities(target.prompts, others).argmin())
+        generator = self.setup.generator
+        prompts = others[least][: generator.usual_prompts]
+        yield _timed(lambda: generator.generate(prompts))
+
+
+class GeneratedAdapters(Contestant):
+    """Adapters generated from unlabelled prompts of the dataset, one for each draw of prompts."""
+
+    name, title = "generated", "generated"
+
+    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
+        from loragen.core.adapter.files import read_adapter
+
+        generator, options = self.setup.generator, self.setup.options
+        _ = generator.text_encoder  # the time to load it does not count
+        for number, prompts in enumerate(draws_of(target, generator, options)):
+            with tempfile.TemporaryDirectory() as temporary:
+                parent = (options.keep or Path(temporary)) / target.group / target.name
+                directory = parent / f"draw-{number}"
+                started = time.perf_counter()
+                generator.generate(prompts).save(directory)
+                seconds = round(time.perf_counter() - started, 4)
+                yield Entry(read_adapter(directory), seconds)
+
+
+class Oracle(Contestant):
+    """The LoRA trained on the dataset's own labels: an upper bound."""
+
+    name, title = "oracle", "oracle"
+    trains = needs_sources = True
+
+    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
+        yield _read(self.setup.oracles[target.key])
+
+
+CONTESTANTS: tuple[type[Contestant], ...] = (
+    BaseAlone,
+    MeanAdapter,
+    NearestAdapter,
+    MultiTask,
+    FewShot,
+    RandomPrompts,
+    GeneratedAdapters,
+    Oracle,
 )
-NAMES = tuple(column.name for column in COLUMNS)
+"""In the order of the table's columns."""
+NAMES = tuple(contestant.name for contestant in CONTESTANTS)
+GENERATED, MULTI_TASK, ORACLE = GeneratedAdapters.name, MultiTask.name, Oracle.name
 
 
-def chosen(wanted: Sequence[str], also: Iterable[str] = ()) -> list[Column]:
-    """The columns named, in the table's order; for none named all that need no training. `also`
-    are further names. `-` and `_` are the same.
+def choose(wanted: Sequence[str], also: Iterable[str] = ()) -> list[type[Contestant]]:
+    """The contestants named, in the table's order; where none is named, all that need no training.
 
-    Raises UsageError for an unknown name.
+    `also` are further names. `-` and `_` are the same. Raises UsageError for an unknown name.
     """
     names = [name.strip().replace("-", "_") for name in wanted if name.strip()]
     for name in names:
@@ -99,269 +335,24 @@ def chosen(wanted: Sequence[str], also: Iterable[str] = ()) -> list[Column]:
                 f"--columns: unknown column '{name}'.{did_you_mean(name, NAMES)} "
                 f"There are: {listing(NAMES)}"
             )
-    names = names or [column.name for column in COLUMNS if not column.trains]
-    return [column for column in COLUMNS if column.name in {*names, *also}]
-
-
-def contestant_class(column: Column) -> Any:
-    """The class that competes in the column."""
-    module, _, name = column.contestant.partition(":")
-    return getattr(import_module(module), name)
+    names = names or [contestant.name for contestant in CONTESTANTS if not contestant.trains]
+    return [contestant for contestant in CONTESTANTS if contestant.name in {*names, *also}]
 
 
 def titles(shots: int) -> dict[str, str]:
-    """What stands above each column."""
-    return {column.name: column.title.format(shots=shots) for column in COLUMNS}
+    """The header of each column."""
+    return {one.name: one.title.format(shots=shots) for one in CONTESTANTS}
 
 
-PROMPTS_PER_CENTRE = 32
-ALL_CHECKPOINTS = 2**31
-
-
-class Trained(NamedTuple):
-    """A LoRA trained for the comparison."""
-
-    path: Path
-    """A run, an adapter or a checkpoint, as `read_checkpointed_adapter` reads it."""
-    seconds: float
-    steps: int
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    draws: int = 5
-    """Generations a dataset, each from other prompts."""
-    prompts: int | None = None
-    """Prompts a draw; None: as many as in the generator's training, at most half of all."""
-    shots: int = 4
-    """Labelled rows before the question, for k-shot prompting."""
-    seed: int = 0
-    """Of the draws of prompts and shots."""
-    batch_size: int = 32
-    """Rows answered at once."""
-    choices: bool = True
-    """Whether the choice accuracy is measured, a forward pass per row and choice."""
-    keep: Path | None = None
-    """Where the generated adapters are kept; None: nowhere."""
-
-
-@dataclass(frozen=True)
-class Bench:
-    base: LanguageModel
-    generator: Generator
-    sources: Sequence[TrainingSource] = ()
-    """What the generator learned from; empty where no column needs it."""
-    multi_task: Trained | None = None
-    oracles: Mapping[tuple[str, str], Trained] = field(default_factory=dict)
-    """By `Target.key`."""
-    options: EvaluationOptions = EvaluationOptions()
-    centres: dict[str, np.ndarray] = field(default_factory=dict)
-    """What `centre` has computed, ``[dim]`` each, by the hash of the texts; arrays, which travel
-    between processes at no cost but their size."""
-
-    def draws(self, target: Target) -> list[list[str]]:
-        """`options.draws` samples of the target's prompts, the same ones for every contestant.
-
-        Raises UsageError where there are too few prompts for draws to differ.
-        """
-        return drawn(target, self.generator, self.options)
-
-    def mean_adapter(self) -> Adapter:
-        """The mean of all training checkpoints, which the generator's normalisation holds."""
-        tensors = self.generator.layout.unpack(self.generator.normalization.mean)
-        return Adapter(dict(self.generator.adapter_config), tensors)
-
-    def similarities(self, prompts: Sequence[str], others: Iterable[Sequence[str]]) -> Tensor:
-        """``[others]``: cosine similarity of mean prompt embeddings."""
-        centres = torch.from_numpy(np.stack([self.centre(other) for other in others]))
-        return torch.cosine_similarity(torch.from_numpy(self.centre(prompts)), centres, dim=-1)
-
-    def centre(self, prompts: Sequence[str]) -> np.ndarray:
-        """``[dim]``: the mean embedding of a dataset's first prompts, computed once."""
-        first = list(prompts[:PROMPTS_PER_CENTRE])
-        key = sha256_text(*first)
-        if key not in self.centres:
-            embeddings, mask = self.generator.embed(first)  # (texts, positions, dim)
-            weights = mask.unsqueeze(-1).to(embeddings)
-            mean = (embeddings * weights).sum((0, 1)) / weights.sum()
-            self.centres[key] = mean.cpu().numpy()
-        return self.centres[key]
-
-
-def drawn(target: Target, generator: Generator, options: EvaluationOptions) -> list[list[str]]:
-    """`Bench.draws`, before there is a bench."""
-    usual = generator.usual_prompts
-    return draw_prompts(target.prompts, options.draws, options.prompts, options.seed, usual)
-
-
-def training_sources(generator: Generator) -> list[TrainingSource]:
-    """The datasets that the generator was trained on, with the checkpoints and the prompts that it
-    saw.
-
-    Raises LoragenError where one is not there any more.
-    """
-    found = _recorded(generator.provenance)
-    if not found:
-        raise UsageError("the generator's file does not name the runs that it learned from")
-    prepared = PromptDirectories(GenDataSection(samples_per_prompt=generator.samples_per_prompt))
-    return [read_source(source, count, prepared) for source, count in found]
-
-
-def _recorded(provenance: Mapping[str, Any]) -> list[tuple[SourceSection, int]]:
-    """Each source and how many checkpoints of it were learned from; a file of an older loragen
-    knows only where they lie."""
-    records = [SourceRecord.model_validate(one) for one in provenance.get("source_records", [])]
-    learned = [one for one in records if not one.held_out]
-    if learned and all(one.place for one in learned):
-        return [
-            (SourceSection(checkpoints=one.place, prompts=one.prompts_from), one.count)
-            for one in learned
-        ]
-    places = provenance.get("sources", [])
-    return [(SourceSection(checkpoints=place), ALL_CHECKPOINTS) for place in places]
-
-
-class Entry(NamedTuple):
-    """One adapter, ready to be tested."""
-
-    adapter: Adapter | None
-    """None: the base as it is."""
-    seconds: float | None = None
-    """What it took to obtain the adapter for this dataset."""
-    rows: Sequence[Row] | None = None
-    """The tested rows as they are to be asked, where that is not as they stand."""
-
-
-class Contestant(Protocol):
-    """One column of the table."""
-
-    def __init__(self, bench: Bench) -> None: ...
-
-    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
-        """One entry, or one for each draw of prompts; the score is their mean. `targets` are all
-        datasets of the evaluation. The labels of `target.rows` are for scoring alone."""
-        ...
-
-
-class _OfBench:
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
-
-
-class Base(_OfBench):
-    """The base model without an adapter."""
-
-    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
-        yield Entry(None)
-
-
-class MeanAdapter(_OfBench):
-    """The element-wise mean of all training checkpoints: what a generator that ignores its prompts
-    would make."""
-
-    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
-        yield _timed(self.bench.mean_adapter)
-
-
-class NearestAdapter(_OfBench):
-    """The last adapter of the training dataset whose prompts are most similar on average."""
-
-    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
-        yield _timed(lambda: self._nearest(target))
-
-    def _nearest(self, target: Target) -> Adapter:
-        sources = self.bench.sources
-        similarity = self.bench.similarities(target.prompts, (s.prompts for s in sources))
-        return read_checkpointed_adapter(sources[int(similarity.argmax())].checkpoints[-1])
-
-
-class MultiTask(_OfBench):
-    """One LoRA trained on the rows of all training datasets together."""
-
-    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
-        yield self._entry
-
-    @cached_property
-    def _entry(self) -> Entry:
-        assert self.bench.multi_task is not None
-        return _trained(self.bench.multi_task)
-
-
-class Oracle(_OfBench):
-    """The LoRA trained on the dataset's own labels."""
-
-    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
-        yield _trained(self.bench.oracles[target.key])
-
-
-class FewShot(_OfBench):
-    """The base with labelled rows of the dataset before each question, as turns of a chat."""
-
-    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
-        options, base = self.bench.options, self.bench.base
-        pool = list(target.train_rows or target.rows)
-        Random(f"shots:{options.seed}:{target.name}").shuffle(pool)
-        room = getattr(base.model.config, "max_position_embeddings", None) or 2**31
-        rows = [_with_shots(row, pool, options.shots, base.tokenizer, room) for row in target.rows]
-        short = sum(
-            len(asked.history) - len(row.history) < options.shots
-            for asked, row in zip(rows, target.rows, strict=True)
-        )
-        if short:
-            log.warning("%s: %d rows have fewer than %d shots", target.name, short, options.shots)
-        yield Entry(None, rows=rows)
-
-
-class RandomPrompts(_OfBench):
-    """Generated from the prompts of the dataset that is least like this one: if it answers as
-    well, the generator does not read its prompts."""
-
-    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
-        generator = self.bench.generator
-        prompts = self._foreign(target, targets)[: generator.usual_prompts]
-        yield _timed(lambda: generator.generate(prompts))
-
-    def _foreign(self, target: Target, targets: Sequence[Target]) -> Sequence[str]:
-        """Another evaluated dataset of the group; where there is none, a training dataset."""
-        others = [t.prompts for t in targets if t.group == target.group and t != target]
-        others = others or [source.prompts for source in self.bench.sources]
-        return others[int(self.bench.similarities(target.prompts, others).argmin())]
-
-
-class Generated(_OfBench):
-    """What the generator makes of unlabelled prompts of the dataset, once for each draw of them."""
-
-    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
-        for number, prompts in enumerate(self.bench.draws(target)):
-            with tempfile.TemporaryDirectory() as temporary:
-                place = self.bench.options.keep or Path(temporary)
-                directory = place / target.group / target.name / f"draw-{number}"
-                _ = self.bench.generator.text_encoder  # the time to load it does not count
-                started = time.perf_counter()
-                self.bench.generator.generate(prompts).save(directory)
-                seconds = round(time.perf_counter() - started, 4)
-                yield Entry(read_adapter(directory), seconds)
-
-
-def _timed(make: Callable[[], Adapter]) -> Entry:
+def _timed(obtain: Callable[[], "Adapter"]) -> Entry:
     started = time.perf_counter()
-    adapter = make()
+    adapter = obtain()
     return Entry(adapter, time.perf_counter() - started)
 
 
-def _trained(trained: Trained) -> Entry:
-    return Entry(read_checkpointed_adapter(trained.path), trained.seconds)
+def _read(trained: TrainedAdapter) -> Entry:
+    from loragen.core.adapter.files import Adapter
+    from loragen.core.run.checkpoints import read_tensors
 
-
-def _with_shots(row: Row, pool: Sequence[Row], shots: int, tokenizer: Any, room: int) -> Row:
-    """The row after the first `shots` rows of the pool that ask something else, fewer where the
-    model has no room for them; the row itself is never among them."""
-    others = (other for other in pool if other.prompt != row.prompt)
-    turns = [Turn(other.prompt, other.response) for other in islice(others, shots)]
-    answer = len(answer_ids(tokenizer, row.response))
-    while turns:
-        history = (*turns, *row.history)
-        if len(prompt_ids(tokenizer, row.prompt, row.system, history)) + answer <= room:
-            return row.model_copy(update={"history": history})
-        turns.pop(0)
-    return row
+    config, tensors = trained.run.manifest.adapter_config, read_tensors(trained.checkpoint)
+    return Entry(Adapter(config, tensors), trained.seconds)

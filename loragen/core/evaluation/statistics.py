@@ -1,17 +1,14 @@
-"""How sure a mean is: 95 % intervals over draws of prompts, tested rows and datasets.
+"""The 95 % interval of a mean accuracy, and the novelty of generated adapters.
 
-Is what was generated new? Its distance from every training checkpoint, and from their mean.
-
-A generator that only remembers would write one of the checkpoints it has seen; one that ignores
-its prompts, their mean. Both distances are between ΔW = s · B A, over all modules, and are told
-beside the spread inside a dataset: how far checkpoints of one training run are from their own mean.
-Checkpoints are read one at a time, twice; memory does not grow with their number.
+Novelty: a generator that memorises returns a training checkpoint, and one that ignores its prompts
+returns their mean. Distances from both are measured between ΔW = s · B A over all modules, and
+reported beside the distance of a training run's checkpoints from their own mean. Checkpoints are
+read one at a time, twice, so that memory does not grow with their number.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import hypot, inf, sqrt
-from pathlib import Path
 from statistics import fmean, variance
 from typing import Any, NamedTuple
 
@@ -23,7 +20,7 @@ from torch import Tensor
 from loragen.core.adapter.algebra import Factors, distance, inner, inner_products
 from loragen.core.adapter.files import Adapter
 from loragen.core.analysis.checkpoints import Checkpoint, read_checkpoint
-from loragen.core.evaluation.contestants import Bench
+from loragen.core.evaluation.contestants import EvaluationSetup, draws_of
 from loragen.core.evaluation.targets import Target
 
 CONFIDENCE = 0.95
@@ -37,52 +34,43 @@ class Interval(NamedTuple):
 
     @property
     def half(self) -> float:
-        """Of the width, before it is cut off at 0 and 1."""
+        """Half the width, before the interval is cut off at 0 and 1."""
         return max(self.high - self.mean, self.mean - self.low)
 
 
 def interval(scores: Sequence[Sequence[float]], rows: Sequence[int]) -> Interval:
-    """The 95 % interval of the mean over datasets of the mean over draws, `scores[dataset][draw]`,
-    as shares from 0 to 1 of `rows[dataset]` tested rows.
+    """The 95 % interval of the mean over datasets of the mean over draws.
 
-    The wider of two:
+    `scores[dataset][draw]` are shares from 0 to 1 of `rows[dataset]` tested rows. The interval is
+    the wider of two:
 
-    - the datasets are given, their prompts and rows are drawn again. Prompts: a t-interval (Student
+    - with the datasets fixed and the prompts and rows drawn again. Prompts: a t-interval (Student
       1908) of the variances within datasets, pooled, with sum(draws - 1) degrees of freedom. Rows:
       the binomial error, of shares with one hit and one miss added (Agresti and Coull 1998), so
-      that a share of 1 is not taken for certain. The two half widths are added in squares;
+      that a share of 1 has an error. The half widths add in squares;
     - over datasets, where there are several: the t-interval of the variance between their means,
-      with datasets - 1 degrees of freedom. A dataset's mean carries the noise of its own draws and
-      rows, so this covers all of chance; it can only be narrower than the first by luck.
+      with datasets - 1 degrees of freedom. A dataset's mean has the noise of its own draws and
+      rows, so this covers every source of chance; only by luck is it narrower than the first.
 
-    Without a second draw or dataset nothing is known: the interval is [0, 1].
+    With a single draw of a single dataset nothing is known, and the interval is [0, 1].
     """
     means = [fmean(draws) for draws in scores]
-    drawn = _half(
-        sqrt(sum(_variance(draws) / len(draws) for draws in scores)) / len(scores),
-        sum(len(draws) - 1 for draws in scores),
-    )
-    tested = Z * sqrt(sum(map(_binomial, means, rows))) / len(scores)
-    halves = [
-        None if drawn is None else hypot(drawn, tested),
-        _half(sqrt(_variance(means) / len(means)), len(means) - 1),
-    ]
-    mean, half = fmean(means), max((h for h in halves if h is not None), default=1.0)
+    halves: list[float] = []
+    if freedom := sum(len(draws) - 1 for draws in scores):
+        squares = [variance(draws) / len(draws) for draws in scores if len(draws) > 1]
+        drawn = _quantile(freedom) * (sqrt(sum(squares)) / len(scores))
+        likely = [(mean * n + 1) / (n + 2) for mean, n in zip(means, rows, strict=True)]
+        binomial = [p * (1 - p) / (n + 2) for p, n in zip(likely, rows, strict=True)]
+        halves.append(hypot(drawn, Z * sqrt(sum(binomial)) / len(scores)))
+    if len(means) > 1:
+        halves.append(_quantile(len(means) - 1) * sqrt(variance(means) / len(means)))
+    mean, half = fmean(means), max(halves, default=1.0)
     return Interval(mean, max(0.0, mean - half), min(1.0, mean + half))
 
 
-def _half(error: float, freedom: int) -> float | None:
-    return error * float(student.ppf((1 + CONFIDENCE) / 2, freedom)) if freedom else None
-
-
-def _binomial(share: float, rows: int) -> float:
-    """The variance of a share of `rows`."""
-    likely = (share * rows + 1) / (rows + 2)
-    return likely * (1 - likely) / (rows + 2)
-
-
-def _variance(values: Sequence[float]) -> float:
-    return variance(values) if len(values) > 1 else 0.0
+def _quantile(freedom: int) -> float:
+    """Of Student's t, for a two-sided interval."""
+    return float(student.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
 Deltas = dict[str, Factors]
@@ -91,21 +79,21 @@ Deltas = dict[str, Factors]
 
 @dataclass(frozen=True)
 class Novelty:
-    """Of the adapter generated from a dataset's first draw of prompts; distances of ΔW."""
+    """Distances of ΔW from the adapter generated with a dataset's first draw of prompts."""
 
     target: Target
     to_nearest: float
     nearest: str
     """`dataset/checkpoint` of the nearest training checkpoint."""
     to_mean: float
-    """To the mean adapter, of all training checkpoints."""
+    """The distance to the mean adapter of all training checkpoints."""
 
 
 @dataclass(frozen=True)
-class Spread:
+class NoveltyReport:
     novelties: list[Novelty]
     within: float
-    """Mean distance of a training checkpoint to the (element-wise) mean of its dataset."""
+    """Mean distance of a training checkpoint to the element-wise mean of its dataset's."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data: the mean over each group."""
@@ -119,31 +107,40 @@ class Spread:
         return {"within_a_dataset": self.within, "groups": groups}
 
 
-def novelty(bench: Bench, targets: Sequence[Target]) -> Spread:
-    """How far the generated adapters are from everything seen in training."""
-    gallery = Gallery([bench.generator.generate(bench.draws(target)[0]) for target in targets])
+def novelty(setup: EvaluationSetup, targets: Sequence[Target]) -> NoveltyReport:
+    """Measures how far generated adapters are from everything seen in training."""
+    generator = setup.generator
+    first = [draws_of(target, generator, setup.options)[0] for target in targets]
+    generated = DeltaSet([generator.generate(prompts) for prompts in first])
     nearest: list[tuple[float, str]] = [(inf, "")] * len(targets)
     within = []
-    for source in bench.sources:
-        mean, apart = _mean(source.checkpoints), []
+    for source in setup.sources:
+        # The mean of the factors, element by element, in float64.
+        mean: Deltas = {}
         for file in source.checkpoints:
-            deltas = read_checkpoint(file).deltas()
-            apart.append(_distance(deltas, mean))
-            found = [(far, f"{source.name}/{file.stem}") for far in gallery.distances(deltas)]
+            for module, (a, b) in read_checkpoint(file, source.adapter_config).deltas().items():
+                a, b = a.double() / len(source.checkpoints), b / len(source.checkpoints)
+                before = mean.get(module)
+                mean[module] = (before[0] + a, before[1] + b) if before else (a, b)
+        spread = []
+        for file in source.checkpoints:
+            deltas = read_checkpoint(file, source.adapter_config).deltas()
+            squares = [distance(factors, mean[module]) ** 2 for module, factors in deltas.items()]
+            spread.append(sqrt(sum(squares)))
+            found = [(far, f"{source.name}/{file.stem}") for far in generated.distances(deltas)]
             nearest = list(map(min, nearest, found))
-        within.append(fmean(apart))
-    to_mean = gallery.distances(_deltas(bench.mean_adapter()))
-    return Spread(
-        [
-            Novelty(target, near, label, far)
-            for target, (near, label), far in zip(targets, nearest, to_mean, strict=True)
-        ],
-        fmean(within),
-    )
+        within.append(fmean(spread))
+    mean_adapter = setup.mean_adapter()
+    to_mean = generated.distances(_deltas(mean_adapter))
+    novelties = [
+        Novelty(target, near, label, far)
+        for target, (near, label), far in zip(targets, nearest, to_mean, strict=True)
+    ]
+    return NoveltyReport(novelties, fmean(within))
 
 
-class Gallery:
-    """Adapters of one shape, whose distances to another are computed in one go."""
+class DeltaSet:
+    """The ΔW of several adapters of one shape, whose distances to another are computed at once."""
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         self.adapters = [_deltas(adapter) for adapter in adapters]
@@ -164,20 +161,6 @@ def _deltas(adapter: Adapter) -> Deltas:
     return Checkpoint(adapter.tensors, adapter.config).deltas()
 
 
-def _mean(checkpoints: Sequence[Path]) -> Deltas:
-    """Of the factors, element by element, in float64."""
-    total: Deltas = {}
-    for file in checkpoints:
-        for module, (a, b) in read_checkpoint(file).deltas().items():
-            a, b = a.double() / len(checkpoints), b / len(checkpoints)
-            before = total.get(module)
-            total[module] = (before[0] + a, before[1] + b) if before else (a, b)
-    return total
-
-
-def _distance(one: Deltas, other: Deltas) -> float:
-    return sqrt(sum(distance(factors, other[module]) ** 2 for module, factors in one.items()))
-
-
 def _square(deltas: Deltas) -> float:
+    """‖ΔW‖² over all modules."""
     return sum(inner(factors, factors) for factors in deltas.values())

@@ -1,12 +1,11 @@
-"""The datasets that adapters are made for and tested on. Light: found and read without torch."""
+"""The datasets of an evaluation. Light: they are found and read before torch is imported."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from loragen.core.data.documents import Source, location
-from loragen.core.data.rows import Row, closed_answers, find_dataset, read_rows
+from loragen.core.data.dataset import Dataset, Row, closed_answers
 from loragen.core.errors import LoragenError, UsageError
 
 ALL = "all"
@@ -15,60 +14,96 @@ ALL = "all"
 PromptsFrom = Literal["train split", "tested rows"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Target:
-    """One dataset: a row of the table."""
+    """One dataset that adapters are generated for and tested on."""
 
     group: str
     """Averages are taken over the datasets of a group."""
-    name: str
-    source: str
-    """Where the tested rows are from."""
+    dataset: Dataset
+    """The tested split."""
     rows: Sequence[Row]
-    """Tested on."""
+    """The tested rows."""
     prompts: Sequence[str]
-    """What the generator may see, without labels."""
+    """The unlabelled prompts that the generator may read."""
     prompts_from: PromptsFrom
-    train_source: Source | None = None
+    train: Dataset | None = None
+    """The train split, used by few-shot prompting and the oracle alone."""
     train_rows: Sequence[Row] = ()
-    """Labelled: for the k-shot prompts and the oracle alone."""
     closed: list[str] | None = None
-    """The answers of the dataset, where they are few and recur."""
+    """The dataset's answers, where they are few and recur."""
+
+    @classmethod
+    def of(
+        cls,
+        dataset: Dataset,
+        train: Dataset | None = None,
+        *,
+        group: str = ALL,
+        prompts_from: PromptsFrom | None = None,
+        limit: int | None = None,
+        skip_bad_rows: bool = False,
+    ) -> "Target":
+        """Reads both splits. By default, prompts are those of the train split where there is one;
+        `limit` keeps the first tested rows. Raises DataError for bad rows."""
+        rows = dataset.rows(skip_bad_rows)
+        train_rows = train.rows(skip_bad_rows) if train else []
+        prompts_from = prompts_from or ("train split" if train_rows else "tested rows")
+        prompted = train_rows if prompts_from == "train split" else rows
+        prompts = [row.prompt for row in prompted]
+        closed = closed_answers([*train_rows, *rows])
+        return cls(group, dataset, rows[:limit], prompts, prompts_from, train, train_rows, closed)
+
+    @property
+    def name(self) -> str:
+        return self.dataset.name
 
     @property
     def key(self) -> tuple[str, str]:
+        """Identifies the dataset within an evaluation, also in another process."""
         return self.group, self.name
 
 
 def find_targets(
     names: Sequence[str], root: Path, limit: int | None = None, skip_bad_rows: bool = False
 ) -> list[Target]:
-    """Names below `root`, which are tested on their test split, or files, tested as they are; the
-    first `limit` rows of each.
+    """Finds the datasets to be tested: names below `root`, whose test split is read, or files;
+    `limit` keeps the first rows of each.
 
-    Raises LoragenError with the problems of all datasets at once: what is not there, bad rows,
-    and two datasets of one name.
+    Raises LoragenError with the problems of all datasets at once: datasets that are missing, bad
+    rows, and two datasets of one name.
     """
     targets: list[Target] = []
     problems: list[str] = []
     for name in dict.fromkeys(names):
         try:
-            targets.append(_target(name, root, limit, skip_bad_rows))
+            tested = Dataset.find(name, root, split="test")
+            train = _train_split(name, root, tested)
+            targets.append(Target.of(tested, train, limit=limit, skip_bad_rows=skip_bad_rows))
         except LoragenError as error:
             if len(names) == 1:
                 raise
             problems += error.problems
     found = [target.name for target in targets]
     twice = {name for name in found if found.count(name) > 1}
-    problems += [f"two datasets are called {name}: rename a file" for name in sorted(twice)]
+    problems += [f"{name}: two datasets have this name; rename a file" for name in sorted(twice)]
     if problems:
         raise UsageError(*problems)
     return targets
 
 
+def _train_split(name: str, root: Path, tested: Dataset) -> Dataset | None:
+    """The train split of a name that has both splits; a file is a single split."""
+    try:
+        train = Dataset.find(name, root, split="train")
+    except LoragenError:
+        return None
+    return train if isinstance(train.source, Path) and train.source != tested.source else None
+
+
 def check_oracles(targets: Sequence[Target]) -> None:
-    """Raises UsageError for datasets that have no labels but those they are tested on."""
-    without = [target.name for target in targets if target.train_source is None]
+    """Raises UsageError for datasets that have no other labels than those of the tested rows."""
+    without = [target.name for target in targets if target.train is None]
     if without:
         raise UsageError(
             *(
@@ -77,30 +112,3 @@ def check_oracles(targets: Sequence[Target]) -> None:
                 for name in without
             )
         )
-
-
-def _target(wanted: str, root: Path, limit: int | None, skip_bad_rows: bool) -> Target:
-    name, source = find_dataset(wanted, root, split="test")
-    rows = read_rows(source, skip_bad_rows)
-    train_source = _train_split(wanted, root, source)
-    train_rows = read_rows(train_source, skip_bad_rows) if train_source else []
-    return Target(
-        group=ALL,
-        name=name,
-        source=location(source),
-        rows=rows[:limit],
-        prompts=[row.prompt for row in train_rows or rows],
-        prompts_from="train split" if train_rows else "tested rows",
-        train_source=train_source,
-        train_rows=train_rows,
-        closed=closed_answers([*train_rows, *rows]),
-    )
-
-
-def _train_split(wanted: str, root: Path, tested: Source) -> Path | None:
-    """Beside the tested split of a name; a file has no other split."""
-    try:
-        _, source = find_dataset(wanted, root, split="train")
-    except LoragenError:
-        return None
-    return source if isinstance(source, Path) and source != tested else None

@@ -8,24 +8,26 @@ import torch
 def folder(tmp_path):
     """`folder([{...}, ...])` writes a lone checkpoint for each set of tensors."""
 
-    def write(collection, name="lone"):
-        return written(tmp_path / name, collection)
+    def write(adapters, name="lone"):
+        return written(tmp_path / name, adapters)
 
     return write
 
 
 @pytest.fixture
-def walk():
-    """`walk(5)`: so many adapters of two layers, each a small step from the one before."""
-    return walked
+def drifting():
+    """`drifting(5)`: so many adapters of two layers, each a small step from the previous one."""
+    return drifting_adapters
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """Two collections; nobody writes to them."""
+    """Two series of checkpoints, which no test changes."""
     home = tmp_path_factory.mktemp("two")
     names = ("first <b>&$x_1$", "second")
-    return [written(home / name, walked(3, seed=seed)) for seed, name in enumerate(names)]
+    return [
+        written(home / name, drifting_adapters(3, seed=seed)) for seed, name in enumerate(names)
+    ]
 
 
 @pytest.fixture
@@ -40,14 +42,14 @@ def flat():
     return vector
 
 
-def written(directory, collection):
+def written(directory, adapters):
     directory.mkdir()
-    for step, tensors in enumerate(collection, start=1):
+    for step, tensors in enumerate(adapters, start=1):
         torch.save(tensors, directory / f"checkpoint-step-{step:03d}.ckpt")
     return directory
 
 
-def walked(count, rank=2, seed=0, kinds=("q_proj", "up_proj")):
+def drifting_adapters(count, rank=2, seed=0, kinds=("q_proj", "up_proj")):
     generator = torch.Generator().manual_seed(seed)
     sizes = {
         f"base_model.model.layers.{layer}.{kind}.lora_{matrix}.weight": size

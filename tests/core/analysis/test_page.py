@@ -4,10 +4,10 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from loragen.core.analysis.page import number, page, write_page
-from loragen.core.analysis.series import analyze
+from loragen.core.analysis.page import format_number, page, write_page
+from loragen.core.analysis.series import analyze_checkpoints
 
-VOID = {"meta", "link", "br", "img"}
+EMPTY_ELEMENTS = {"meta", "link", "br", "img"}
 
 
 class Nesting(HTMLParser):
@@ -19,7 +19,7 @@ class Nesting(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.plots += tag == "svg"
-        if tag not in VOID:
+        if tag not in EMPTY_ELEMENTS:
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -40,9 +40,9 @@ def plots(text):
 
 @pytest.fixture(scope="module")
 def side_by_side(two, tmp_path_factory):
-    """The page of two collections, drawn once."""
+    """The page of two series, drawn once."""
     file = tmp_path_factory.mktemp("page") / "page.html"
-    write_page(file, analyze(two))
+    write_page(file, analyze_checkpoints(two))
     return file.read_text(encoding="utf-8")
 
 
@@ -60,39 +60,43 @@ def test_names_are_text_and_never_markup(side_by_side):
     assert "first &lt;b&gt;&amp;$x_1$" in side_by_side
 
 
-def test_a_single_file_has_its_heat_map_only(folder, walk):
-    analysis = analyze([folder(walk(1))])
+def test_a_single_file_has_its_heat_map_only(folder, drifting):
+    analysis = analyze_checkpoints([folder(drifting(1))])
     text = page(analysis)
     assert text == page(analysis)  # byte for byte
     assert plots(text) == 1
     assert "Side by side" not in text
 
 
-def test_damage_stands_at_the_top(folder, walk):
-    good, second, third = walk(3)
+def test_damage_stands_at_the_top(folder, drifting):
+    good, second, third = drifting(3)
     for key in good:
         if "layers.1" in key and "lora_B" in key:
             third[key] = third[key] * 1e-6
     first = next(iter(second))
     second[first] = torch.full_like(second[first], float("nan"))
-    text = page(analyze([folder([good, good, second, third])]))
+    text = page(analyze_checkpoints([folder([good, good, second, third])]))
     warnings = text[: text.index("<section")]
     for found in (
         f"checkpoint-step-003.ckpt: {first}",
         "layer 1",
-        "equal, bit for bit",
-        "scaling unknown",
+        "duplicates",
+        "unknown scaling",
     ):
         assert found in warnings
     assert plots(text) == 3
 
 
-def test_equal_checkpoints_and_other_names_are_drawn(folder, walk):
-    (tensors,) = walk(1)
-    assert "all checkpoints are equal" in page(analyze([folder([tensors, tensors])]))
+def test_equal_checkpoints_and_other_names_are_drawn(folder, drifting):
+    (tensors,) = drifting(1)
+    assert "all checkpoints are equal" in page(analyze_checkpoints([folder([tensors, tensors])]))
     odd = {key.replace("layers.", "块$"): tensor for key, tensor in tensors.items()}
-    assert "块$0.q_proj" in page(analyze([folder([odd], "odd")]))
+    assert "块$0.q_proj" in page(analyze_checkpoints([folder([odd], "odd")]))
 
 
-def test_numbers_that_are_none_are_a_dash():
-    assert [number(value) for value in (None, float("nan"), 0.123456)] == ["–", "–", "0.1235"]
+def test_missing_numbers_are_a_dash():
+    assert [format_number(value) for value in (None, float("nan"), 0.123456)] == [
+        "–",
+        "–",
+        "0.1235",
+    ]

@@ -7,8 +7,8 @@ from loragen.core.analysis.tokenized import bits_changed, largest_error, tokeniz
 from loragen.core.errors import UsageError
 
 
-def test_the_kinds_add_up_to_the_whole(folder, walk):
-    report = tokenized(folder(walk(2)), token_dim=4, max_tokens=10)
+def test_the_kinds_add_up_to_the_whole(folder, drifting):
+    report = tokenized(folder(drifting(2)), token_dim=4, max_tokens=10)
     assert report.file.endswith("checkpoint-step-002.ckpt")
     assert (report.tensors, report.values) == (8, 4 * (2 * 6 + 5 * 2))
     kind = {(kind.module, kind.matrix): kind for kind in report.kinds}["q_proj", "lora_B"]
@@ -20,8 +20,8 @@ def test_the_kinds_add_up_to_the_whole(folder, walk):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_the_round_trip_is_measured_bit_for_bit(folder, walk, dtype):
-    (tensors,) = walk(1)
+def test_the_round_trip_is_measured_bit_for_bit(folder, drifting, dtype):
+    (tensors,) = drifting(1)
     first, second, *_ = tensors
     tensors[first][0, 0], tensors[second][0, 0] = float("nan"), -0.0
     report = tokenized(folder([{k: t.to(dtype) for k, t in tensors.items()}]), 4, "auto")

@@ -1,4 +1,4 @@
-"""The tiny generator, its base and its two training datasets, as an evaluation sees them."""
+"""The tiny generator, its base and its two training datasets, set up for an evaluation."""
 
 import pytest
 
@@ -12,15 +12,15 @@ def targets(collection):
 
 
 @pytest.fixture
-def bench(experiment, base):
-    """`bench(draws=2)`: with the training runs, and nothing trained for the comparison."""
-    from loragen.core.evaluation.contestants import Bench, EvaluationOptions, training_sources
+def setup(experiment, base):
+    """`setup(draws=2)`: with the training runs, and nothing trained for the comparison."""
+    from loragen.core.evaluation.contest import training_sources
+    from loragen.core.evaluation.contestants import EvaluationOptions, EvaluationSetup
     from loragen.core.generator.model import Generator
 
     def make(**options):
         generator = Generator.load(experiment)
-        sources = training_sources(generator)
-        settings = EvaluationOptions(**{"draws": 2, "choices": False, **options})
-        return Bench(base, generator, sources, options=settings)
+        chosen = EvaluationOptions(**{"draws": 2, "choices": False, **options})
+        return EvaluationSetup(base, generator, training_sources(generator), options=chosen)
 
     return make

@@ -16,13 +16,13 @@ def test_a_name_is_tested_on_its_test_split_and_gives_prompts_of_the_other(root)
     (target,) = find_targets(["colors"], root, limit=3)
     assert (target.name, len(target.rows), len(target.prompts)) == ("colors", 3, 12)
     assert target.prompts_from == "train split"
-    assert target.train_source == root / "colors" / "train.jsonl"
+    assert target.train.source == root / "colors" / "train.jsonl"
 
 
 def test_a_file_has_no_other_split(root):
     (target,) = find_targets([str(root / "colors" / "test.jsonl")], root)
     assert (target.prompts_from, len(target.prompts)) == ("tested rows", 8)
-    with pytest.raises(UsageError, match="colors: no train split to train an oracle on"):
+    with pytest.raises(UsageError, match="colors: no train split"):
         check_oracles([target])
 
 
@@ -31,7 +31,7 @@ def test_the_answers_are_those_of_the_whole_dataset_however_few_rows_are_tested(
     assert target.closed == sorted(COLORS)
 
 
-def test_what_is_wrong_with_each_dataset_is_told_at_once(root):
+def test_the_problems_of_all_datasets_are_reported_at_once(root):
     with pytest.raises(UsageError) as caught:
         find_targets(["colour", "nothing.jsonl"], root)
     first, second = caught.value.problems
@@ -39,7 +39,7 @@ def test_what_is_wrong_with_each_dataset_is_told_at_once(root):
     assert second == "nothing.jsonl: no such file"
 
 
-def test_two_datasets_of_one_name_cannot_be_told_apart(root):
+def test_two_datasets_of_one_name_are_refused(root):
     other = write_lines(root / "other" / "colors.jsonl", rows_of(COLORS))
-    with pytest.raises(UsageError, match="two datasets are called colors"):
+    with pytest.raises(UsageError, match="colors: two datasets"):
         find_targets(["colors", str(other)], root)

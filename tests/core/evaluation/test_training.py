@@ -1,4 +1,4 @@
-"""The opponents that are trained: once, on what they should be, the best of them."""
+"""The adapters that are trained for the comparison: their data, their configuration, once."""
 
 import json
 import shutil
@@ -17,20 +17,14 @@ from loragen.core.evaluation.training import (
     train_oracles,
 )
 from loragen.core.progress import Silent
-from loragen.core.run.directory import (
-    LoraManifest,
-    checkpoint_files,
-    read_manifest,
-    run_directory_of,
-)
+from loragen.core.run.directory import Run, checkpoint_files
 from tests.conftest import ANIMALS, COLORS, rows_of, write_lines
 
 
-def test_the_multi_task_lora_has_all_rows_and_is_trained_once(bench, base, tmp_path):
-    sources = bench().sources
+def test_the_multi_task_lora_has_all_rows_and_is_trained_once(setup, base, tmp_path):
+    sources = setup().sources
     first = train_multi_task(sources, base, tmp_path, Silent())
-    manifest = read_manifest(run_directory_of(first.path), LoraManifest)
-    assert manifest.dataset.rows == 32
+    assert first.run.manifest.dataset.rows == 32
     answers = {row.response for row in read_rows(next((tmp_path / "multi-task").iterdir()))}
     assert answers == {*ANIMALS, *COLORS}
     assert first.steps <= 4 * 2 * 8
@@ -40,7 +34,7 @@ def test_the_multi_task_lora_has_all_rows_and_is_trained_once(bench, base, tmp_p
 
 
 def test_it_is_trained_at_the_highest_rate_until_it_gets_no_better(lora_config):
-    config = multi_task_config(lora_config(), steps=100)
+    config = multi_task_config(lora_config(), most_steps=100)
     assert config.schedule.name == "constant"
     assert config.schedule.options["learning_rate"] == 1e-2
     assert (config.training.max_steps, config.training.patience) == (100, 8)
@@ -53,42 +47,43 @@ def test_the_best_checkpoint_has_the_lowest_validation_loss(tmp_path):
     entries += [{"step": step, "val/loss": loss} for step, loss in ((2, 0.5), (4, 0.3), (6, 0.4))]
     text = "".join(json.dumps(entry) + "\n" for entry in entries)
     (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
-    assert best_checkpoint(tmp_path) == tmp_path / "checkpoints" / "checkpoint-step-004.ckpt"
+    run = Run(tmp_path, None)
+    assert best_checkpoint(run) == tmp_path / "checkpoints" / "checkpoint-step-004.ckpt"
 
 
 @pytest.mark.parametrize("changed", [False, True])
 def test_an_oracle_learns_the_train_split_and_other_data_train_another(
-    bench, base, tmp_path, changed
+    setup, base, tmp_path, changed
 ):
     root, cache = tmp_path / "data", tmp_path / "cache"
     for split in ("train", "test"):
         write_lines(root / "colors" / f"{split}.jsonl", rows_of(COLORS, 12))
     found = find_targets(["colors"], root)
-    first = train_oracles(found, bench().sources, base, cache, Silent())
-    manifest = read_manifest(first["all", "colors"].path, LoraManifest)
+    first = train_oracles(found, setup().sources, base, cache, Silent())
+    manifest = first["all", "colors"].run.manifest
     assert manifest.dataset.path == str(root / "colors" / "train.jsonl")
     assert manifest.steps == [8]
     if changed:
         write_lines(root / "colors" / "train.jsonl", rows_of(COLORS, 9))
-    again = train_oracles(found, bench().sources, base, cache, Silent())
+    again = train_oracles(found, setup().sources, base, cache, Silent())
     assert (again == first) is not changed
 
 
 def test_an_oracle_is_trained_on_the_base_in_the_dtype_of_lora_train_and_found_again(
-    bench, base, collection, tmp_path
+    setup, base, collection, tmp_path
 ):
     run = shutil.copytree(collection.runs["colors"], tmp_path / "run")
     text = (run / "config.yaml").read_text("utf-8")
     assert "base_dtype: auto" in text
     half = text.replace("base_dtype: auto", "base_dtype: bfloat16")
     (run / "config.yaml").write_text(half, encoding="utf-8")
-    sources = [replace(bench().sources[1], checkpoints=checkpoint_files(run))]
+    sources = [replace(setup().sources[1], checkpoints=checkpoint_files(run))]
     for split in ("train", "test"):
         file = write_lines(tmp_path / "data" / "colors" / f"{split}.jsonl", rows_of(COLORS, 12))
         file.write_text(file.read_text("utf-8") + "no row\n", encoding="utf-8")
     found = find_targets(["colors"], tmp_path / "data", skip_bad_rows=True)
     first = train_oracles(found, sources, base, tmp_path / "cache", Silent())
-    manifest = read_manifest(first["all", "colors"].path, LoraManifest)
+    manifest = first["all", "colors"].run.manifest
     assert (manifest.base_dtype, manifest.dataset.rows) == ("bfloat16", 12)
     assert base.model.dtype == torch.float32
     assert train_oracles(found, sources, base, tmp_path / "cache", Silent()) == first

@@ -1,3 +1,5 @@
+"""Series of checkpoints, one by one and compared."""
+
 import json
 import shutil
 
@@ -6,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from loragen.core.adapter.files import read_adapter, write_adapter
+from loragen.core.analysis import series as series_module
 from loragen.core.analysis.report import ModuleReport
-from loragen.core.analysis.series import analyze as analyze_paths
-from loragen.core.analysis.series import damage, dead
+from loragen.core.analysis.series import analyze_checkpoints, damage, dead
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import natural_key
 from loragen.core.run.checkpoints import read_tensors
@@ -19,8 +21,8 @@ B = "base_model.model.layers.0.q_proj.lora_B.weight"
 
 
 def analyze(path):
-    """The report of the one collection at a path."""
-    (report,) = analyze_paths([path]).collections
+    """The report of the one series at a path."""
+    (report,) = analyze_checkpoints([path]).collections
     return report
 
 
@@ -66,7 +68,7 @@ def test_a_run_is_described_as_its_dense_matrices_are(collection):
 
 
 def test_a_report_is_plain_data(collection):
-    document = analyze_paths(list(collection.runs.values())).as_dict()
+    document = analyze_checkpoints(list(collection.runs.values())).as_dict()
     assert json.loads(json.dumps(document)) == document
     assert document["collections"][0]["modules"][0]["rank"] == 2
 
@@ -76,7 +78,7 @@ def test_path_and_spectrum(collection):
     report = analyze(run)
     assert report.path_length == pytest.approx(sum(d.from_previous for d in report.drift))
     assert report.displacement == report.drift[-1].from_first
-    assert report.detour == pytest.approx(report.path_length / report.displacement)
+    assert report.path_ratio == pytest.approx(report.path_length / report.displacement)
     for module, delta in zip(report.modules, deltas_in_order(run), strict=True):
         values = torch.linalg.svdvals(delta)[:2]
         assert module.sigma_1 == pytest.approx(float(values[0]))
@@ -100,7 +102,7 @@ def reports(norms):
     ]
 
 
-def test_what_is_next_to_nothing_beside_the_others_is_dead():
+def test_modules_with_almost_no_update_are_dead():
     alive = {(layer, kind): 1.0 for layer in range(4) for kind in "qv"}
     assert dead(reports(alive)) == ([], [])
     assert dead(reports({**alive, (0, "q"): 1e-4})) == ([], ["layers.0.q"])
@@ -111,8 +113,8 @@ def test_what_is_next_to_nothing_beside_the_others_is_dead():
     assert dead(reports(dict.fromkeys(alive, 0.0)))[0] == [0, 1, 2, 3]  # B is zero before training
 
 
-def test_dead_modules_of_a_dead_layer_are_not_named_twice(folder, walk):
-    (tensors,) = walk(1)
+def test_dead_modules_of_a_dead_layer_are_not_named_twice(folder, drifting):
+    (tensors,) = drifting(1)
     for key in tensors:
         if "layers.1" in key or "layers.0.q_proj.lora_B" in key:
             tensors[key] *= 1e-6
@@ -131,7 +133,7 @@ def test_a_single_file_and_an_adapter_are_reported(collection, tmp_path):
     lone = analyze(shutil.copy(file, tmp_path / "lone.ckpt"))
     assert lone.scaling is None  # ΔW is then B A
     assert lone.modules[0].norm_delta == pytest.approx(one.modules[0].norm_delta / 2)
-    assert (one.sample, one.detour) == (None, None)
+    assert (one.sample, one.path_ratio) == (None, None)
 
 
 def test_rank_stabilised_scaling_is_understood(collection, tmp_path):
@@ -141,13 +143,13 @@ def test_rank_stabilised_scaling_is_understood(collection, tmp_path):
     assert analyze(tmp_path / "adapter").scaling == pytest.approx(4 / 2**0.5)
 
 
-def test_damage_is_found_and_named(folder):
+def test_damage_is_reported(folder):
     good = {A: torch.ones(2, 3), B: torch.ones(4, 2)}
     holed, infinite = good[A].clone(), good[B].clone()
     holed[0, 0], infinite[1, 1] = float("nan"), float("-inf")
-    collection = [good, {A: holed, B: good[B]}, {A: good[A], B: infinite}]
-    collection += [{A: good[A], B: torch.zeros(4, 2)}]
-    report = analyze(folder(collection))
+    adapters = [good, {A: holed, B: good[B]}, {A: good[A], B: infinite}]
+    adapters += [{A: good[A], B: torch.zeros(4, 2)}]
+    report = analyze(folder(adapters))
     assert report.not_finite == [f"checkpoint-step-002.ckpt: {A}", f"checkpoint-step-003.ckpt: {B}"]
     assert report.zero == [f"checkpoint-step-004.ckpt: {B}"]
     assert damage(good) == ([], [])
@@ -166,12 +168,12 @@ GOOD = {A: torch.ones(2, 3), B: torch.ones(4, 2)}
     ],
     ids=["shape", "one column", "module", "more modules"],
 )
-@pytest.mark.parametrize("place", [0, 1])
-def test_checkpoints_of_another_adapter_are_refused(folder, odd, place):
-    collection = [GOOD, GOOD]
-    collection.insert(place, odd)
-    with pytest.raises(DataError, match="other modules or shapes than the first checkpoint"):
-        analyze(folder(collection))
+@pytest.mark.parametrize("position", [0, 1])
+def test_checkpoints_of_another_adapter_are_refused(folder, odd, position):
+    adapters = [GOOD, GOOD]
+    adapters.insert(position, odd)
+    with pytest.raises(DataError, match=r"checkpoint-step-00\d.ckpt: other modules or shapes"):
+        analyze(folder(adapters))
 
 
 def test_every_container_is_reported_alike(tmp_path, folder):
@@ -184,3 +186,54 @@ def test_every_container_is_reported_alike(tmp_path, folder):
 def test_nothing_there_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="no checkpoints or adapters there"):
         analyze(tmp_path)
+
+
+def test_of_many_checkpoints_only_a_sample_is_compared(folder, drifting, monkeypatch):
+    monkeypatch.setattr(series_module, "MOST_CHECKPOINTS", 4)
+    sample = analyze(folder(drifting(7))).sample
+    assert sample.checkpoints == [f"checkpoint-step-00{step}.ckpt" for step in (1, 3, 5, 7)]
+
+
+def between(one, other):
+    return float(torch.nn.functional.cosine_similarity(one, other, dim=0))
+
+
+def test_series_are_compared_whatever_their_rank(folder, drifting, flat):
+    """ΔW has the same size whether its factors have two components or three."""
+    series = drifting(4), drifting(6, rank=3, seed=1)
+    paths = [folder(steps, name) for steps, name in zip(series, "ab", strict=True)]
+    (found,) = analyze_checkpoints(paths).comparisons
+    dense = [torch.stack([flat(tensors) for tensors in steps]) for steps in series]
+    assert found.collections == ["a", "b"]
+    assert found.cosine_last[0][1] == pytest.approx(between(dense[0][-1], dense[1][-1]))
+    assert found.cosine_mean[0][1] == pytest.approx(between(dense[0].mean(0), dense[1].mean(0)))
+    assert [len(files) for files in found.checkpoints] == [4, 6]
+    assert len(found.pca.coordinates) == 10
+
+
+def test_series_of_other_modules_are_not_compared(folder, drifting):
+    nan = {key: torch.full_like(t, float("nan")) for key, t in drifting(1)[0].items()}
+    series = {"a": drifting(2), "b": drifting(2, seed=1), "odd": drifting(2, kinds=("k_proj",))}
+    paths = [folder(steps, name) for name, steps in {**series, "broken": [nan]}.items()]
+    analysis = analyze_checkpoints(paths)
+    assert [found.collections for found in analysis.comparisons] == [["a", "b"]]
+    assert analysis.not_compared == [
+        "broken: no checkpoint is finite",
+        "odd: other modules or sizes than the others",
+    ]
+
+
+def test_duplicates_are_reported(folder, drifting):
+    first, second = drifting(2)
+    one, other = folder([first, second, first], "a"), folder([second], "b")
+    duplicates = [found.files for found in analyze_checkpoints([one, other]).twins]
+    assert duplicates == [
+        [str(one / f"checkpoint-step-00{step}.ckpt") for step in (1, 3)],
+        [str(one / "checkpoint-step-002.ckpt"), str(other / "checkpoint-step-001.ckpt")],
+    ]
+
+
+def test_equal_values_of_another_dtype_are_no_duplicates(folder, drifting):
+    (tensors,) = drifting(1)
+    wide = {key: tensor.double() for key, tensor in tensors.items()}
+    assert analyze_checkpoints([folder([tensors, wide])]).twins == []

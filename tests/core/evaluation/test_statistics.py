@@ -1,8 +1,14 @@
+"""The intervals of mean accuracies, and the novelty of generated adapters."""
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loragen.core.evaluation.statistics import interval
+from loragen.core.adapter.files import Adapter
+from loragen.core.analysis.checkpoints import read_checkpoint
+from loragen.core.evaluation.statistics import DeltaSet, interval, novelty
+from loragen.core.generator.model import Generator
 
 shares = st.floats(0, 1)
 MANY = 10**9  # rows: none of the chance is theirs
@@ -56,3 +62,43 @@ def test_the_mean_is_inside_and_all_within_0_and_1(scores):
 def test_neither_the_order_of_datasets_nor_of_draws_matters(scores):
     turned = [draws[::-1] for draws in reversed(scores)]
     assert interval(turned, [9] * len(scores)) == pytest.approx(interval(scores, [9] * len(scores)))
+
+
+def dense(adapter):
+    """ΔW of every module, as the definition says."""
+    scale = adapter.config["lora_alpha"] / adapter.config["r"]
+    return torch.cat(
+        [
+            (scale * adapter.tensors[key.replace("lora_A", "lora_B")] @ tensor).flatten()
+            for key, tensor in sorted(adapter.tensors.items())
+            if "lora_A" in key
+        ]
+    ).double()
+
+
+def test_distances_are_those_of_the_dense_matrices(setup):
+    made = setup()
+    checkpoints = [
+        read_checkpoint(source.checkpoints[-1], source.adapter_config) for source in made.sources
+    ]
+    adapters = [Adapter(one.config, one.tensors) for one in checkpoints]
+    found = DeltaSet(adapters).distances(checkpoints[1].deltas())
+    expected = float((dense(adapters[0]) - dense(adapters[1])).norm())
+    assert found == pytest.approx([expected, 0.0], rel=1e-4, abs=1e-6)
+
+
+def test_an_adapter_that_repeats_a_checkpoint_is_not_new(setup, targets, monkeypatch):
+    made = setup()
+    copied = made.sources[1].checkpoints[2]
+    read = read_checkpoint(copied, made.sources[1].adapter_config)
+    monkeypatch.setattr(Generator, "generate", lambda *_: Adapter(read.config, read.tensors))
+    one = novelty(made, targets).novelties[0]
+    assert one.nearest == f"{made.sources[1].name}/{copied.stem}"
+    assert one.to_nearest == pytest.approx(0, abs=1e-5)
+    assert one.to_mean > 0.01
+
+
+def test_the_spread_of_a_dataset_is_that_of_its_own_checkpoints(setup, targets):
+    spread = novelty(setup(), targets)
+    assert 0 < spread.within < min(one.to_mean + one.to_nearest for one in spread.novelties)
+    assert set(spread.as_dict()["groups"]) == {"all"}
