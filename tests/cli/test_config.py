@@ -105,10 +105,11 @@ class TestValidate:
         write("training:\n  batch_size: x\n  max_stps: 3\nschedule: {stage1_steps: -1}\n")
         before, found, after = fails(2, "config", "validate", "c.yaml", lines=3)
         assert before.startswith("c.yaml:2:3: training.batch_size: ")
-        assert found.startswith("c.yaml:3:3: training.max_stps: unknown key. Did you mean")
+        assert found.startswith("c.yaml:3:3: training.max_stps: unknown key")
+        assert "'max_steps'" in found
         assert after.startswith("c.yaml:4:12: schedule.stage1_steps: ")
 
-    def test_the_command_may_be_said(self, fails, loragen, write):
+    def test_the_command_may_be_given(self, fails, loragen, write):
         write("training: {max_steps: 3}")
         result = loragen("config", "validate", "c.yaml", "--command", "gen")
         assert result.stdout == "c.yaml: valid (gen train)\n"
@@ -117,7 +118,7 @@ class TestValidate:
             2, "config", "validate", "c.yaml", "--command", "lora"
         )
 
-    def test_variables_do_not_judge_a_file(self, loragen, write, monkeypatch):
+    def test_environment_variables_are_not_read(self, loragen, write, monkeypatch):
         monkeypatch.setenv("LORAGEN_SEED", "x")
         assert loragen("config", "validate", write("seed: 1")).exit_code == 0
 
@@ -125,7 +126,7 @@ class TestValidate:
         result = loragen("config", "validate", write(OLD))
         assert result.stdout == "c.yaml: valid (lora train)\n"
         (notice,) = result.stderr.splitlines()
-        assert notice.startswith("warning: c.yaml is in the traditional format")
+        assert notice.startswith("warning: c.yaml ")
         assert "`loragen config migrate c.yaml`" in notice
 
     def test_what_a_file_names_for_gen_has_to_be_there(self, fails, loragen, write):
@@ -139,27 +140,29 @@ class TestValidate:
             "encoder: {model: ./bert}\n"
             "behaviour: {base_model: /no/base}\n"
         )
-        assert fails(2, "config", "validate", "c.yaml", lines=7) == [
-            "c.yaml:2:4: sources.0.run: runs/a: no such run directory",
-            "c.yaml:3:24: sources.1.prompts: none.txt: no such prompt file",
-            "c.yaml:4:16: val_sources.0.checkpoints: no/where: no such directory of checkpoints",
-            "c.yaml:5:32: data.checkpoint_dir.1: runs/b: no such run directory",
-            "c.yaml:5:41: data.prompts: p: no such directory of prompts (`loragen data prepare`)",
-            "c.yaml:7:13: behaviour.base_model: base model /no/base: no such directory",
-            "c.yaml:6:11: encoder.model: ./bert: no such directory",
+        problems = fails(2, "config", "validate", "c.yaml", lines=7)
+        assert [problem.partition(": no such ")[0] for problem in problems] == [
+            "c.yaml:2:4: sources.0.run: runs/a",
+            "c.yaml:3:24: sources.1.prompts: none.txt",
+            "c.yaml:4:16: val_sources.0.checkpoints: no/where",
+            "c.yaml:5:32: data.checkpoint_dir.1: runs/b",
+            "c.yaml:5:41: data.prompts: p",
+            "c.yaml:7:13: behaviour.base_model: base model /no/base",
+            "c.yaml:6:11: encoder.model: ./bert",
         ]
 
     def test_what_a_file_names_for_lora_has_to_be_there(self, fails, loragen, write):
         (loragen.work / "mine.jsonl").touch()
         write("base_model: ./base\ncollection: [mine.jsonl, no.jsonl]\ndata: {validation: v.csv}\n")
-        assert fails(2, "config", "validate", "c.yaml", lines=3) == [
-            "c.yaml:1:1: base_model: base model ./base: no such directory",
-            "c.yaml:2:26: collection.1: no.jsonl: no such file",
-            "c.yaml:3:8: data.validation: v.csv: no such file",
+        problems = fails(2, "config", "validate", "c.yaml", lines=3)
+        assert [problem.partition(": no such ")[0] for problem in problems] == [
+            "c.yaml:1:1: base_model: base model ./base",
+            "c.yaml:2:26: collection.1: no.jsonl",
+            "c.yaml:3:8: data.validation: v.csv",
         ]
         write("data: {root: nowhere}")
         error = fails(2, "config", "validate", "c.yaml")
-        assert error == "c.yaml:1:8: data.root: nowhere: no such directory"
+        assert error.startswith("c.yaml:1:8: data.root: nowhere: ")
 
     def test_the_hub_is_not_asked(self, loragen, write):
         text = (
@@ -169,13 +172,12 @@ class TestValidate:
 
     def test_a_name_in_place_of_a_source(self, fails, write):
         write("val_sources: [colors]")
-        assert fails(2, "config", "validate", "c.yaml", "--command", "gen") == (
-            "c.yaml:1:15: val_sources.0: has to be a section with keys of its own: "
-            "run, checkpoints, prompts (got 'colors')"
-        )
+        error = fails(2, "config", "validate", "c.yaml", "--command", "gen")
+        assert error.startswith("c.yaml:1:15: val_sources.0: ")
+        assert "run, checkpoints, prompts" in error
 
     def test_a_missing_file(self, fails):
-        assert fails(2, "config", "validate", "no") == "no: no such configuration file"
+        assert fails(2, "config", "validate", "no").startswith("no: no such")
 
 
 class TestMigrate:
@@ -197,26 +199,24 @@ class TestMigrate:
         new = loragen.work / "new.yaml"
         assert load(LoraTrainConfig, new, environment={}).training.batch_size == 8
         new.write_text("mine", encoding="utf-8")
-        assert (
-            fails(2, *arguments) == "new.yaml exists already; choose another place or add --force"
-        )
+        assert fails(2, *arguments).startswith("new.yaml exists")
         assert loragen(*arguments, "--force").exit_code == 0
         assert "stage1_steps" in new.read_text(encoding="utf-8")
 
     def test_a_directory_is_never_replaced(self, loragen, fails, write):
         (loragen.work / "there").mkdir()
         error = fails(2, "config", "migrate", write(OLD), "--output", "there", "--force")
-        assert error.startswith("there is a directory")
+        assert "directory" in error
 
     def test_a_file_of_today_stays_as_it_is(self, loragen, write):
         result = loragen("config", "migrate", write("seed: 3  # mine\n"))
         assert result.stdout == "seed: 3  # mine\n"
-        assert result.stderr == "c.yaml is not in an old form: nothing to migrate\n"
+        assert "nothing to migrate" in result.stderr
 
-    def test_what_has_no_place_today_is_an_error(self, fails, write):
+    def test_what_cannot_be_translated_is_an_error(self, fails, write):
         write(OLD + "  optimizer: sgd\n")
         error = fails(2, "config", "migrate", "c.yaml", "--output", "new.yaml")
-        assert error.startswith("c.yaml:4:3: training.optimizer: sgd is not supported")
+        assert error.startswith("c.yaml:4:3: training.optimizer: ")
 
 
 @pytest.mark.parametrize("command", ["lora", "gen"])
@@ -236,14 +236,12 @@ def test_a_training_reads_an_old_file(loragen, write, dataset, base_dir):
     assert result.stderr.count("loragen config migrate") == 1
 
 
-def test_a_variable_that_no_command_knows_is_told_once(loragen, monkeypatch):
+def test_an_unknown_variable_is_warned_of_once(loragen, monkeypatch):
     monkeypatch.setenv("LORAGEN_TRAINNG__MAX_STEPS", "3")
     monkeypatch.setenv("LORAGEN_ENCODER__BATCH_SIZE", "3")  # of the other command
-    told = (
-        "warning: LORAGEN_TRAINNG__MAX_STEPS is ignored: no command has a setting 'trainng'. "
-        "Did you mean 'training'?\n"
-    )
-    assert loragen("config", "show", "lora").stderr == told
+    (warning,) = loragen("config", "show", "lora").stderr.splitlines()
+    assert warning.startswith("warning: LORAGEN_TRAINNG__MAX_STEPS ")
+    assert "'training'" in warning
     assert loragen("config", "show", "lora").stderr == ""  # it is one process
 
 

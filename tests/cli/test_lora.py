@@ -1,6 +1,9 @@
+"""`loragen lora`."""
+
 import json
 import re
 import shutil
+import stat
 import subprocess
 import sys
 
@@ -8,10 +11,14 @@ import pytest
 import torch
 import yaml
 
-from loragen.core.config import LoraTrainConfig
+from loragen.core.adapter.files import attach_adapter, read_adapter
+from loragen.core.base.load import load_training_base
+from loragen.core.config import LoraTrainConfig, load
 from loragen.core.errors import DataError
 from loragen.core.files import sha256
-from loragen.core.run.directory import LoraManifest, read_manifest
+from loragen.core.lora.train import train
+from loragen.core.progress import Silent
+from loragen.core.run.directory import LoraManifest, checkpoint_name, read_manifest, write_manifest
 
 QUICK = ("--set", "loggers={}", "--set", "trainer.accelerator=cpu", "--set", "data.max_length=64")
 
@@ -23,6 +30,43 @@ def base_flag(base_dir):
 
 def snapshot(directory):
     return {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def half(lora_config, dataset):
+    """`half({...})`: a run of which only the first checkpoint is left."""
+
+    def run(settings=None):
+        config = lora_config(settings)
+        base = load_training_base(config)
+        directory = train(config, "colors", dataset(), base, Silent()).directory
+        for step in (6, 7, 8):
+            (directory / "checkpoints" / f"checkpoint-step-00{step}.ckpt").unlink()
+        shutil.rmtree(directory / "adapter")
+        return directory
+
+    return run
+
+
+IDS = torch.tensor([[5, 9, 13, 2]])
+
+
+@pytest.fixture
+def checkpoint(run):
+    return run / "checkpoints" / checkpoint_name(8)
+
+
+@pytest.fixture
+def wanted(run, base):
+    """What the base says with the adapter."""
+    with torch.inference_mode():
+        return attach_adapter(base.model, read_adapter(run / "adapter"), "run")(IDS).logits
+
+
+def loaded(directory):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory).eval()
 
 
 class TestTrain:
@@ -97,9 +141,8 @@ class TestTrain:
     def test_an_unknown_key_is_refused_with_its_place(self, fails):
         (fails.loragen.work / "c.yaml").write_text("training:\n  batch_sise: 3\n", encoding="utf-8")
         error = fails(2, "lora", "train", "--config", "c.yaml", "--dataset", "x")
-        assert error.startswith(
-            "c.yaml:2:3: training.batch_sise: unknown key. Did you mean 'batch_size'?"
-        )
+        assert error.startswith("c.yaml:2:3: training.batch_sise: unknown key")
+        assert "'batch_size'" in error
 
     def test_all_errors_come_at_once(self, fails):
         text = "seed: x\nlora: {rank: 0}\nschedule: {name: cosin}\n"
@@ -109,7 +152,7 @@ class TestTrain:
         for start in (
             "c.yaml:1:1: seed: ",
             "c.yaml:2:8: lora.rank: ",
-            "c.yaml:3:12: schedule: unknown schedule 'cosin'. Did you mean 'cosine'?",
+            "c.yaml:3:12: schedule: unknown schedule 'cosin'",
             "--set: bogus: unknown key",
         ):
             assert any(error.startswith(start) for error in errors), start
@@ -117,23 +160,23 @@ class TestTrain:
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            ((), "which dataset? Give --dataset NAME|FILE"),
+            ((), "--dataset NAME|FILE"),
             (("--dataset", "none.jsonl"), "none.jsonl: no such file"),
-            (("--dataset", "arc"), "data_to_lora/cs is not a directory; see --data-root"),
-            (("--dataset", "x", "--all"), "--all is every dataset below --data-root"),
-            (("--all",), "--all: no datasets in data_to_lora/cs"),
+            (("--dataset", "arc"), "--data-root"),
+            (("--dataset", "x", "--all"), "--all"),
+            (("--all",), "--all: no datasets"),
             (("--dataset", "x", "--launcher", "slurm"), "--launcher: launcher.name: "),
-            (("--config", "none.yaml"), "none.yaml: no such configuration file"),
-            (("--dataset", "x", "--set", "seed"), "--set seed: expected key=value"),
+            (("--config", "none.yaml"), "none.yaml: no such"),
+            (("--dataset", "x", "--set", "seed"), "--set seed: "),
             (("--dataset", "x", "--batch-size", "0"), "--batch-size: training.batch_size: "),
         ],
     )
     def test_what_is_missing_is_a_usage_error(self, fails, arguments, message):
         assert message in fails(2, "lora", "train", *arguments)
 
-    def test_an_unknown_dataset_is_told_what_there_is(self, fails, collection):
+    def test_an_unknown_dataset_lists_the_known_ones(self, fails, collection):
         error = fails(2, "lora", "train", "--data-root", collection.data, "--dataset", "colours")
-        assert "unknown dataset 'colours'. Did you mean 'colors'?" in error
+        assert "Did you mean 'colors'?" in error
         assert "animals, colors" in error
 
     def test_bad_rows_are_left_out_on_request(self, loragen, dataset, base_flag):
@@ -156,8 +199,8 @@ class TestTrain:
     def test_all_bad_rows_are_reported(self, fails, dataset, base_flag):
         rows = [{"prompt": "p", "response": "r"}, *[{"prompt": "p"}] * 7]
         errors = fails(1, "lora", "train", "--dataset", dataset(rows), *base_flag, lines=6)
-        assert "colors.jsonl:2: 'response' is missing" in errors[0]
-        assert errors[-1].endswith("and 2 more bad rows (--skip-bad-rows leaves them out)")
+        assert "colors.jsonl:2: 'response'" in errors[0]
+        assert "2 more bad rows" in errors[-1]
 
     @pytest.fixture
     def bad(self, tmp_path):
@@ -168,22 +211,22 @@ class TestTrain:
     @pytest.mark.parametrize("arguments", [(), ("--dry-run",)])
     def test_a_malformed_row_of_a_single_dataset(self, fails, bad, base_flag, arguments):
         error = fails(1, "lora", "train", "--dataset", bad, *base_flag, *arguments, *QUICK)
-        assert error.startswith(f"{bad}:2: 'response' is missing")
+        assert error.startswith(f"{bad}:2: 'response'")
 
     def test_a_dry_run_reads_the_validation_file(self, fails, dataset, base_flag):
         given = ("lora", "train", "--dataset", dataset(), *base_flag, "--dry-run", *QUICK)
-        assert fails(1, *given, "--set", "data.validation=v.csv") == "v.csv: no such file"
+        assert fails(1, *given, "--set", "data.validation=v.csv").startswith("v.csv: no such file")
         result = fails.loragen(*given, "--set", f"data.validation={dataset(name='val.jsonl')}")
         assert result.exit_code == 0, result.output
         assert "data.validation: 12 rows in " in result.stderr
 
-    def test_a_dry_run_tells_of_all_bad_files_at_once(self, fails, dataset, bad, base_flag):
+    def test_a_dry_run_reports_all_bad_files_at_once(self, fails, dataset, bad, base_flag):
         worse = dataset([], "worse.jsonl")
         error = fails(
             1, "lora", "train", "--dataset", bad, "--dataset", dataset(), "--dataset", worse,
             *base_flag, "--dry-run", *QUICK, lines=2,
         )  # fmt: skip
-        assert error[1] == f"{worse}: no rows in it"
+        assert error[1].startswith(f"{worse}: no rows")
 
     def test_a_dataset_that_fails_does_not_stop_the_rest(self, loragen, dataset, bad, base_flag):
         arguments = ("--dataset", bad, "--dataset", dataset(), *base_flag, "--test-mode", *QUICK)
@@ -191,7 +234,7 @@ class TestTrain:
         assert result.exit_code == 1
         (run,) = (loragen.work / "runs").iterdir()
         assert result.stdout == f"runs/{run.name}\n"
-        assert f"error: bad: {bad}:2: 'response' is missing" in result.stderr
+        assert f"error: bad: {bad}:2: 'response'" in result.stderr
         assert re.search(rf"\[2/2\] colors: done in \d+ s: runs/{run.name}", result.stderr)
         again = loragen("lora", "train", *arguments, "--json")
         failed, skipped = json.loads(again.stdout)
@@ -202,20 +245,17 @@ class TestTrain:
         assert (skipped["outcome"], skipped["status"]) == ("skipped", "success")
         assert skipped["run"] == f"runs/{run.name}"
 
-    def test_what_is_done_is_told_at_once_and_trained_again_by_force(
-        self, loragen, dataset, base_flag
-    ):
+    def test_a_trained_dataset_is_skipped_unless_forced(self, loragen, dataset, base_flag):
         arguments = ("lora", "train", "--dataset", dataset(), *base_flag, "--test-mode", *QUICK)
         first = loragen(*arguments)
         again = loragen(*arguments)
         assert again.stdout == first.stdout
-        done = f"colors: done already in {first.stdout.strip()} (--force trains it again)\n"
-        assert again.stderr == done
+        assert again.stderr.startswith(f"colors: done already in {first.stdout.strip()} ")
         forced = loragen(*arguments, "--force")
         assert forced.exit_code == 0
         assert forced.stdout != first.stdout
 
-    def test_what_is_done_is_told_without_anything_heavy(self, loragen, dataset, base_flag):
+    def test_skipping_needs_no_torch(self, loragen, dataset, base_flag):
         arguments = ("lora", "train", "--dataset", dataset(), *base_flag, "--test-mode", *QUICK)
         first = loragen(*arguments)
         code = (
@@ -238,17 +278,17 @@ class TestTrain:
         names = [line.split("/")[1].split("_")[0] for line in result.stdout.splitlines()]
         assert names == ["animals", "colors"]
 
-    def test_a_finished_run_has_nothing_left_to_go_on_with(self, loragen, dataset, base_flag):
+    def test_a_finished_run_has_nothing_to_resume(self, loragen, dataset, base_flag):
         arguments = ("--dataset", dataset(), *base_flag, "--test-mode", *QUICK)
         run = loragen("lora", "train", *arguments).stdout.strip()
         before = snapshot(loragen.work / run)
         result = loragen("lora", "train", "--resume", run)
         assert result.exit_code == 0, result.output
         assert result.stdout == f"{run}\n"
-        assert result.stderr == f"{run}: finished at step 6, nothing is left to do\n"
+        assert result.stderr.startswith(f"{run}: finished at step 6")
         assert snapshot(loragen.work / run) == before
 
-    def test_a_dry_run_tells_the_size_and_the_command_lines(
+    def test_a_dry_run_prints_the_size_and_the_command_lines(
         self, loragen, dataset, base_flag, monkeypatch
     ):
         given = [
@@ -275,7 +315,7 @@ class TestTrain:
             error = fails(
                 2, "lora", "train", "--dataset", file, "--base-model", "./none", *dry, *QUICK
             )
-            assert error == "base model ./none: no such directory"
+            assert "./none: no such directory" in error
 
     @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
     def test_target_modules_that_are_not_there_leave_nothing(self, fails, dataset, base_flag, dry):
@@ -381,16 +421,16 @@ class TestEval:
             1, "lora", "eval", "--adapter", adapter, "--base-model", "demo",
             "--dataset", collection.file("colors"),
         )  # fmt: skip
-        assert error.startswith(f"{adapter}: does not fit this base model: ")
+        assert error.startswith(f"{adapter}: ")
 
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            ((), "give either --adapter DIR|CKPT or --no-adapter"),
-            (("--adapter", "x", "--no-adapter"), "give either --adapter DIR|CKPT or --no-adapter"),
-            (("--no-adapter",), "which base model? Give --base-model"),
-            (("--adapter", "none"), "none: no such adapter or checkpoint"),
-            (("--adapter", "."), ".: neither a run directory nor inside one"),
+            ((), "--no-adapter"),
+            (("--adapter", "x", "--no-adapter"), "--no-adapter"),
+            (("--no-adapter",), "--base-model"),
+            (("--adapter", "none"), "none: no such adapter"),
+            (("--adapter", "."), ".: "),
         ],
     )
     def test_what_is_missing_is_a_usage_error(self, fails, dataset, arguments, message):
@@ -401,3 +441,243 @@ class TestEval:
         before = snapshot(run)
         loragen("lora", "eval", "--adapter", run, "--dataset", collection.file("colors"))
         assert snapshot(run) == before
+
+
+class TestResume:
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {},
+            {"base_dtype": "bfloat16"},
+            {"trainer.precision": "bf16-true"},
+            {"trainer.precision": "64-true"},
+            {"trainer.precision": "bf16-mixed"},
+        ],
+        ids=str,
+    )
+    def test_a_run_resumes_with_nothing_but_its_path(self, loragen, half, settings):
+        run = half(settings)
+        result = loragen("lora", "train", "--resume", run)
+        assert result.exit_code == 0, result.output
+        assert result.stdout == f"{run}\n"
+        assert f"{run}: found checkpoint-step-005.ckpt; the next step is 6" in result.stderr
+        manifest = read_manifest(run, LoraManifest)
+        assert (manifest.status, manifest.resumed_from) == ("success", [5])
+        assert manifest.steps == [5, 6, 7, 8]
+        assert (run / "adapter").is_dir()
+        config = load(LoraTrainConfig, run / "config.yaml", environment={})
+        assert config.trainer.precision == settings.get("trainer.precision", "32-true")
+
+    def test_a_checkpoint_names_its_run(self, loragen, half):
+        run = half()
+        path = run / "checkpoints" / "checkpoint-step-005.ckpt"
+        result = loragen("lora", "train", "--resume-from-checkpoint", path, "--json")
+        (document,) = json.loads(result.stdout)
+        assert (document["run"], document["resumed_from"]) == (str(run), [5])
+
+    def test_every_difference_is_an_error_and_nothing_is_touched(self, fails, half, dataset):
+        run = half()
+        before = snapshot(run)
+        other = dataset([{"prompt": "q", "response": "red"}], "other.jsonl")
+        errors = fails(
+            2, "lora", "train", "--resume", run, "--dataset", other, "--batch-size", 2,
+            "--set", "seed=1", lines=3,
+        )  # fmt: skip
+        assert all(error.startswith(f"{run} ") for error in errors)
+        assert [error.split(": ", 1)[1].split(" is ")[0] for error in errors] == [
+            "seed", "training.batch_size", f"the data are other data: {other}",
+        ]  # fmt: skip
+        assert snapshot(run) == before
+
+    def test_data_that_are_gone_are_one_line(self, fails, half, tmp_path):
+        run = half()
+        (tmp_path / "colors.jsonl").unlink()
+        error = fails(2, "lora", "train", "--resume", run)
+        assert error.startswith(f"{tmp_path / 'colors.jsonl'}: ")
+
+    @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+    def test_a_run_that_was_converted_without_its_dataset_asks_for_it(self, fails, half, dry):
+        run = half()
+        manifest = read_manifest(run, LoraManifest)
+        manifest.dataset.path = ""
+        write_manifest(run, manifest)
+        error = fails(2, "lora", "train", "--resume", run, *dry)
+        assert error.startswith(f"{run}: ")
+        assert "--dataset" in error
+
+    @pytest.mark.parametrize("path", ["none", "."])
+    def test_what_is_no_run_is_a_usage_error(self, fails, path):
+        error = fails(2, "lora", "train", "--resume", path)
+        assert error.startswith(f"{path}: ")
+
+    def test_one_run_has_one_dataset(self, fails, half, dataset):
+        file = dataset(name="other.jsonl")
+        error = fails(
+            2, "lora", "train", "--resume", half(), "--dataset", file, "--dataset", dataset()
+        )
+        assert error.startswith("--resume ")
+
+    def test_a_run_of_test_mode_resumes(self, loragen, dataset, base_dir):
+        quick = ("--set", "loggers={}", "--set", "trainer.accelerator=cpu", "--test-mode")
+        result = loragen("lora", "train", "--dataset", dataset(), "--base-model", base_dir, *quick)
+        run = loragen.work / result.stdout.strip()
+        (run / "checkpoints" / "checkpoint-step-006.ckpt").unlink()
+        result = loragen("lora", "train", "--resume", run)
+        assert result.exit_code == 0, result.output
+        assert read_manifest(run, LoraManifest).steps == [4, 5, 6]
+
+
+class TestExport:
+    def test_plain_peft_loads_what_was_exported(self, loragen, checkpoint, collection, wanted):
+        from peft import PeftModel
+
+        result = loragen("lora", "export", checkpoint, "--output", "mine")
+        assert result.exit_code == 0, result.output
+        assert result.stdout == "mine\n"
+        model = PeftModel.from_pretrained(loaded(collection.base), "mine")
+        with torch.inference_mode():
+            assert torch.equal(model(IDS).logits, wanted)
+        card = (loragen.work / "mine" / "README.md").read_text(encoding="utf-8")
+        assert "rank 2, alpha 4" in card
+
+    def test_the_merged_model_computes_what_base_and_adapter_compute(self, loragen, run, wanted):
+        from transformers import AutoTokenizer
+
+        result = loragen("lora", "export", run, "--output", "mine", "--merge", "--json")
+        assert result.exit_code == 0, result.output
+        document = json.loads(result.stdout)
+        assert (document["output"], document["kind"]) == ("mine", "merged")
+        with torch.inference_mode():
+            assert (loaded("mine")(IDS).logits - wanted).abs().max() < 1e-4
+        assert AutoTokenizer.from_pretrained("mine")("red").input_ids
+        modes = {
+            stat.S_IMODE((loragen.work / "mine" / name).stat().st_mode)
+            for name in ("model.safetensors", "config.json")
+        }
+        assert len(modes) == 1
+
+    def test_the_merged_model_has_the_dtype_of_the_base(self, loragen, run, collection, tmp_path):
+        half = tmp_path / "half"
+        shutil.copytree(collection.base, half)
+        loaded(collection.base).to(torch.bfloat16).save_pretrained(half)
+        given = ("--merge", "--base-model", half)
+        assert loragen("lora", "export", run, "--output", "mine", *given).exit_code == 0
+        assert {p.dtype for p in loaded("mine").parameters()} == {torch.bfloat16}
+
+    @pytest.mark.parametrize("form", ["torch", "full", "safetensors", "plain"])
+    def test_a_file_that_no_run_knows(self, loragen, legacy_run, collection, run, form):
+        source = legacy_run(form, yaml=False)
+        file = sorted((source / "checkpoints").iterdir())[-1]
+        given = ("--alpha", "4", "--base-model", collection.base)
+        result = loragen("lora", "export", file, "--output", "mine", *given)
+        assert result.exit_code == 0, result.output
+        exported, ours = read_adapter(loragen.work / "mine"), read_adapter(run / "adapter")
+        assert exported.tensors.keys() == ours.tensors.keys()
+        assert all(exported.tensors[key].equal(ours.tensors[key]) for key in ours.tensors)
+        assert exported.config["r"] == 2
+
+    @pytest.mark.parametrize("form", ["peft", "peft-bin"])
+    def test_a_peft_directory_knows_itself(self, loragen, legacy_run, run, form):
+        directory = legacy_run(form, yaml=False) / "checkpoints" / "checkpoint-8"
+        assert loragen("lora", "export", directory, "--output", "mine").exit_code == 0
+        exported, ours = read_adapter(loragen.work / "mine"), read_adapter(run / "adapter")
+        assert all(exported.tensors[key].equal(ours.tensors[key]) for key in ours.tensors)
+
+    def test_the_shipped_base_is_named_so_that_peft_finds_it(self, loragen, legacy_run, tmp_path):
+        from peft import LoraConfig, get_peft_model
+
+        from loragen.core.base.names import resolve_base
+
+        model = get_peft_model(
+            loaded(resolve_base("demo")), LoraConfig(r=2, target_modules=["q_proj"])
+        )
+        weights = {k: v for k, v in model.state_dict().items() if "lora_" in k}
+        torch.save(weights, tmp_path / "lone.pt")
+        given = ("--alpha", "2", "--base-model", "demo")
+        result = loragen("lora", "export", tmp_path / "lone.pt", "--output", "mine", *given)
+        assert result.exit_code == 0, result.output
+        config = read_adapter(loragen.work / "mine").config
+        assert loaded(config["base_model_name_or_path"])
+        assert config["target_modules"] == ["q_proj"]
+        card = (loragen.work / "mine" / "README.md").read_text(encoding="utf-8")
+        assert "ships with loragen" in card
+
+    def test_what_is_not_recorded_has_to_be_given(self, fails, legacy_run):
+        file = legacy_run(yaml=False) / "checkpoints" / "step_008.pt"
+        alpha, base = fails(2, "lora", "export", file, "--output", "mine", lines=2)
+        assert "--alpha" in alpha
+        assert "--base-model" in base
+        error = fails(2, "lora", "export", file, "--output", "mine", "--alpha", "4")
+        assert "--base-model" in error
+
+    def test_a_file_beside_a_lone_checkpoint_is_of_something_else(
+        self, fails, legacy_run, collection
+    ):
+        file = legacy_run(yaml=False) / "checkpoints" / "step_008.pt"
+        (file.parent / "deploy.yaml").write_text("model_name: gpt-4\nlora_alpha: 99\n", "utf-8")
+        export = ("lora", "export", file, "--output", "mine", "--base-model", collection.base)
+        assert "--alpha" in fails(2, *export)
+
+    def test_a_folder_says_where_alpha_and_base_are_from(self, fails, legacy_run, collection):
+        folder = legacy_run(yaml=False) / "checkpoints" / "only"
+        folder.mkdir()
+        shutil.copy(folder.parent / "step_008.pt", folder)
+        file = folder / "train.yaml"
+        file.write_text(f"model_name: {collection.base}\nlora_alpha: lots\n", encoding="utf-8")
+        error = fails(2, "lora", "export", folder, "--output", "mine")
+        assert error.startswith(f"{file}:2:1: lora.alpha: ")
+        file.write_text(f"model_name: {collection.base}\nlora_alpha: 4\n", encoding="utf-8")
+        result = fails.loragen("lora", "export", folder, "--output", "mine")
+        assert f"lora.alpha 4 is from {file}:2:1\n" in result.stderr
+
+    def test_an_adapter_of_another_base(self, fails, run):
+        given = ("--output", "mine", "--merge", "--base-model", "demo")
+        assert "does not fit" in fails(1, "lora", "export", run, *given)
+
+    def test_nothing_is_replaced_but_an_earlier_output(self, fails, run, collection, tmp_path):
+        export = ("lora", "export", run, "--output", "mine")
+        assert fails.loragen(*export).exit_code == 0
+        assert "mine exists" in fails(2, *export)
+        assert fails.loragen(*export, "--force").exit_code == 0
+        assert "--force" in fails(2, *export, "--merge", "--force")
+        model = shutil.copytree(collection.base, tmp_path / "model")
+        error = fails(2, "lora", "export", run, "--output", model, "--merge", "--force")
+        assert "--force" in error
+
+    def test_alpha_zero_is_refused(self, fails, run):
+        error = fails(2, "lora", "export", run, "--output", "mine", "--alpha", "0")
+        assert error.startswith("--alpha: ")
+
+    def test_an_adapter_that_is_no_lora(self, fails, run, tmp_path):
+        adapter = shutil.copytree(run / "adapter", tmp_path / "ia3")
+        (adapter / "adapter_config.json").write_text('{"peft_type": "IA3"}', encoding="utf-8")
+        error = fails(1, "lora", "export", adapter, "--output", "mine")
+        assert "adapter_config.json: " in error
+        assert "IA3" in error
+
+    def test_one_layer_of_the_merged_model_at_a_time(self, run, base, monkeypatch):
+        """All ΔW at once would be a second model in memory."""
+        import weakref
+
+        from peft.tuners.lora import Linear
+
+        from loragen.core.adapter.export import merged_state
+
+        model = attach_adapter(base.model, read_adapter(run / "adapter"), "run")
+        alive = []
+        compute = Linear.get_delta_weight
+
+        def counted(layer, name):
+            assert sum(one() is not None for one in alive) <= 1
+            delta = compute(layer, name)
+            alive.append(weakref.ref(delta))
+            return delta
+
+        monkeypatch.setattr(Linear, "get_delta_weight", counted)
+        merged_state(model, torch.float32)
+        assert len(alive) == 14
+
+    def test_nothing_there(self, fails, tmp_path):
+        error = fails(2, "lora", "export", "none", "--output", "mine")
+        assert error.startswith("none: no such adapter")
+        assert "no adapter" in fails(2, "lora", "export", ".", "--output", "mine")
