@@ -8,16 +8,16 @@ Learn: collections and their prompts -> an experiment directory with a generator
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
 from loragen.core.base.load import dtype_name, quiet_libraries
-from loragen.core.config import GenTrainConfig, load
+from loragen.core.config import GenTrainConfig
 from loragen.core.config.schema import SourceSection
-from loragen.core.config.show import HARDWARE, differences, other_hardware
+from loragen.core.config.show import HARDWARE
 from loragen.core.data.documents import location, parsed_source
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import sha256_text, user_path
@@ -41,28 +41,19 @@ from loragen.core.progress import Progress
 from loragen.core.protocols import Encoder
 from loragen.core.run.checkpoints import AtomicCheckpointIO, load_plain
 from loragen.core.run.directory import (
-    CHECKPOINT_SUFFIX,
-    CHECKPOINTS,
-    CONFIG,
     GENERATOR_FILE,
     GeneratorManifest,
     SourceRecord,
     plugin_records,
-    read_manifest,
-    resumable_run,
 )
 from loragen.core.run.loop import Interruption, RunSession, StepSeeds, fit, make_trainer, outcome
 from loragen.core.run.resume import (
     ResumePoint,
-    newest,
     optimizer_state,
-    progress_of,
     restore_progress,
 )
 
 log = logging.getLogger(__name__)
-
-GeneratorPoint: TypeAlias = ResumePoint[GeneratorManifest, GenTrainConfig]
 
 FREE = (
     "experiments_dir",
@@ -79,27 +70,23 @@ FREE = (
 )
 
 
-def find_resume_point(path: Path) -> GeneratorPoint:
-    """The run at `path`, or that the checkpoint `path` is of; a run's newest checkpoint counts.
+class GeneratorPoint(ResumePoint[GeneratorManifest, GenTrainConfig]):
+    """A run of `gen train`, and the checkpoint from which it resumes."""
 
-    Raises UsageError where there is no run or the checkpoint cannot be gone on from.
-    """
-    directory = resumable_run(path, GeneratorManifest)
-    manifest = read_manifest(directory, GeneratorManifest)
-    config = load(GenTrainConfig, directory / CONFIG, environment={})
-    checkpoint = path if path.is_file() else newest(_by_age(directory))
-    step = progress_of(checkpoint)[1] if checkpoint else 0
-    return ResumePoint(directory, manifest, config, checkpoint, step)
+    kind, free = GeneratorManifest, FREE
+
+    def differences(self, config: GenTrainConfig) -> list[str]:
+        return super().differences(settled(self, config))
+
+
+def find_resume_point(path: Path) -> GeneratorPoint:
+    """Deprecated: `GeneratorPoint.find`."""
+    return GeneratorPoint.find(path)
 
 
 def nothing_left(point: GeneratorPoint, config: GenTrainConfig) -> bool:
-    """Whether this is the end of a run that ended well."""
-    manifest = point.manifest
-    return (
-        manifest.status == "success"
-        and point.step >= manifest.steps
-        and not _differences(point, config)
-    )
+    """Deprecated: `GeneratorPoint.is_finished`."""
+    return point.is_finished(config)
 
 
 def settled(point: GeneratorPoint, config: GenTrainConfig) -> GenTrainConfig:
@@ -109,25 +96,23 @@ def settled(point: GeneratorPoint, config: GenTrainConfig) -> GenTrainConfig:
 
 
 def check_settings(point: GeneratorPoint, config: GenTrainConfig) -> None:
-    """What can be said before the sources are read. Raises UsageError, as below."""
-    point.refuse(_differences(point, config))
+    """Deprecated: `GeneratorPoint.check_settings`."""
+    point.check_settings(config)
 
 
 def check_unchanged(
     point: GeneratorPoint, config: GenTrainConfig, manifest: GeneratorManifest
 ) -> None:
-    """Raises UsageError naming every difference between the run and what would go on with it."""
+    """Raises UsageError naming every difference between the run and what would resume it."""
     then = point.manifest
-    problems = _differences(point, config)
+    problems = []
     if then.encoder_fingerprint not in ("", manifest.encoder_fingerprint):
         problems.append(f"the encoder {config.encoder.name} has other weights")
     if then.base_fingerprint not in ("", manifest.base_fingerprint):
         problems.append("the base model has other weights")
     if then.source_records:
         problems += _other_sources(then.source_records, manifest.source_records)
-    point.refuse(problems)
-    if other_hardware(point.config, config):
-        log.warning("going on on other hardware: equal to an unbroken run up to rounding only")
+    point.check_unchanged(config, problems)
 
 
 def located(config: GenTrainConfig) -> GenTrainConfig:
@@ -143,10 +128,6 @@ def located(config: GenTrainConfig) -> GenTrainConfig:
     if config.data.prompts is not None:
         found.data.prompts = str(Path(config.data.prompts).absolute())
     return found
-
-
-def _differences(point: GeneratorPoint, config: GenTrainConfig) -> list[str]:
-    return differences(point.config, settled(point, config), FREE)
 
 
 def _located(source: SourceSection) -> SourceSection:
@@ -167,19 +148,6 @@ def restore_weights(module: nn.Module, document: dict[str, Any]) -> None:
         module.load_state_dict(document["state_dict"])
     except (RuntimeError, KeyError) as error:
         raise DataError("the checkpoint's tensors are not those of this generator") from error
-
-
-def void_later(point: GeneratorPoint) -> None:
-    """Removes the checkpoints of steps that will be done again."""
-    for file in _by_age(point.directory):
-        if file != point.checkpoint and progress_of(file)[1] > point.step:
-            file.unlink()
-
-
-def _by_age(directory: Path) -> list[Path]:
-    """The best and the last: an order of their steps, without opening them."""
-    files = (directory / CHECKPOINTS).glob(f"*{CHECKPOINT_SUFFIX}")
-    return sorted(files, key=lambda file: file.stat().st_mtime_ns)
 
 
 def _other_sources(then: list[SourceRecord], now: list[SourceRecord]) -> list[str]:
@@ -311,7 +279,7 @@ def _train(
         restore_progress(walk.trainer, checkpoint)
         del checkpoint  # several times the weights
     if resume and walk.trainer.is_global_zero:
-        void_later(resume)
+        resume.delete_later_checkpoints()
     log.info("%s", data.plan.phases)
     progress.start("generator", data.plan.total)
     with outcome(walk.session), walk.interruption.awaited():
@@ -353,7 +321,7 @@ def _walk(
         config,
         manifest,
         progress,
-        resume.continued() if resume else None,
+        resume,
     )
     interruption = Interruption()
     selection = select_by(any(data.val_texts), bool(data.unseen), data.tries_rows)

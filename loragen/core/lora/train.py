@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
@@ -30,7 +30,6 @@ from loragen.core.base.load import (
     load_training_base,
 )
 from loragen.core.config import LoraTrainConfig
-from loragen.core.config.show import other_hardware
 from loragen.core.data.documents import Source
 from loragen.core.data.tokenize import pad_id
 from loragen.core.errors import DataError, Interrupted, UsageError, listing
@@ -38,27 +37,22 @@ from loragen.core.files import written_atomically
 from loragen.core.lora.data import LoraDataModule, Rows, load_rows
 from loragen.core.lora.module import LoraModule, StepCheckpoints, StepMetrics
 from loragen.core.lora.provenance import Provenance
-from loragen.core.lora.settings import located, result_differences
+from loragen.core.lora.settings import FREE, located
 from loragen.core.plugins import create
 from loragen.core.progress import Progress
 from loragen.core.run.checkpoints import AtomicCheckpointIO
 from loragen.core.run.directory import (
-    LAST_CHECKPOINT,
     LoraManifest,
     LoraRun,
     checkpoint_files,
     checkpoint_step,
     plugin_records,
-    read_run,
-    resumable_run,
 )
 from loragen.core.run.loggers import METRICS, read_metrics
 from loragen.core.run.loop import Interruption, RunSession, StepSeeds, fit, make_trainer, outcome
 from loragen.core.run.resume import (
     ResumePoint,
-    newest,
     optimizer_state,
-    progress_of,
     restore_progress,
 )
 
@@ -133,34 +127,20 @@ def checkpoint_sizes(config: LoraTrainConfig, values: int) -> list[int]:
     ]
 
 
-LoraPoint: TypeAlias = ResumePoint[LoraManifest, LoraTrainConfig]
+class LoraPoint(ResumePoint[LoraManifest, LoraTrainConfig]):
+    """A run of `lora train`, and the checkpoint from which it resumes."""
+
+    kind, free = LoraManifest, FREE
 
 
 def find_resume_point(path: Path) -> LoraPoint:
-    """The run at `path`, or that the checkpoint `path` is of; a run's newest checkpoint counts.
-
-    Raises UsageError where there is no run or the checkpoint cannot be gone on from.
-    """
-    directory = resumable_run(path, LoraManifest)
-    run, config = read_run(directory)
-    checkpoint = path if path.is_file() else newest(_checkpoints(directory))
-    step = progress_of(checkpoint)[1] if checkpoint else 0
-    return ResumePoint(directory, run.manifest, config, checkpoint, step)
-
-
-def _checkpoints(directory: Path) -> list[Path]:
-    last = directory / LAST_CHECKPOINT
-    return [*checkpoint_files(directory), *([last] if last.is_file() else [])]
+    """Deprecated: `LoraPoint.find`."""
+    return LoraPoint.find(path)
 
 
 def nothing_left(point: LoraPoint, config: LoraTrainConfig) -> bool:
-    """Whether this is the end of a run that ended well, be it by early stopping."""
-    manifest = point.manifest
-    return (
-        manifest.status == "success"
-        and point.step >= max(manifest.steps, default=manifest.max_steps)
-        and not result_differences(point.config, config)
-    )
+    """Deprecated: `LoraPoint.is_finished`."""
+    return point.is_finished(config)
 
 
 def load_base_again(point: LoraPoint, config: LoraTrainConfig) -> LanguageModel:
@@ -170,16 +150,16 @@ def load_base_again(point: LoraPoint, config: LoraTrainConfig) -> LanguageModel:
 
 
 def check_settings(point: LoraPoint, config: LoraTrainConfig) -> None:
-    """What can be said without data and base in memory. Raises UsageError, as below."""
-    point.refuse(result_differences(point.config, config))
+    """Deprecated: `LoraPoint.check_settings`."""
+    point.check_settings(config)
 
 
 def check_unchanged(
     point: LoraPoint, config: LoraTrainConfig, rows: Rows, base: LanguageModel
 ) -> None:
-    """Raises UsageError naming every difference between the run and what would go on with it."""
+    """Raises UsageError naming every difference between the run and what would resume it."""
     then, now = point.manifest.dataset, rows.record
-    problems = result_differences(point.config, config)
+    problems = []
     if then.sha256 not in ("", now.sha256):
         problems.append(f"the data are other data: {now.path} is not the {then.path} of the run")
     elif then.tokens not in ("", now.tokens):
@@ -194,9 +174,7 @@ def check_unchanged(
     dtype = dtype_name(base.model.dtype)
     if point.manifest.base_dtype not in ("", dtype):
         problems.append(f"the base computes in {dtype}, the run's in {point.manifest.base_dtype}")
-    point.refuse(problems)
-    if other_hardware(point.config, config):
-        log.warning("going on on other hardware: equal to an unbroken run up to rounding only")
+    point.check_unchanged(config, problems)
 
 
 def restore_adapter(model: Any, document: Mapping[str, Any]) -> None:
@@ -206,16 +184,6 @@ def restore_adapter(model: Any, document: Mapping[str, Any]) -> None:
     if wanted != state.keys():
         raise DataError("the checkpoint's tensors are not those of the run's adapter")
     model.load_state_dict(state, strict=False)
-
-
-def void_later(point: LoraPoint) -> None:
-    """Removes the checkpoints of steps that will be done again: a second kill must not find them
-    without their metrics."""
-    for file in checkpoint_files(point.directory):
-        if checkpoint_step(file) > point.step:
-            file.unlink()
-    if point.checkpoint is None or point.checkpoint.name != LAST_CHECKPOINT.name:
-        (point.directory / LAST_CHECKPOINT).unlink(missing_ok=True)
 
 
 def logged_loss(point: LoraPoint) -> float | None:
@@ -269,7 +237,7 @@ def _trained(
         config,
         manifest,
         progress,
-        resume.continued() if resume else None,
+        resume,
     )
     interruption = Interruption()
     trainer = _trainer(config, base, session, rows, interruption)
@@ -280,7 +248,7 @@ def _trained(
         restore_adapter(model, checkpoint)
         restore_progress(trainer, checkpoint)
     if resume and trainer.is_global_zero:
-        void_later(resume)
+        resume.delete_later_checkpoints()
     progress.start(name, config.training.max_steps)
     with outcome(session), interruption.awaited():
         fit(trainer, _module(config, model, checkpoint), data)

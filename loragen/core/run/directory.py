@@ -57,6 +57,11 @@ class Manifest(BaseModel):
     plugins: list[PluginRecord]
     logger_run_ids: dict[str, str] = {}
 
+    @property
+    def last_step(self) -> int:
+        """The step at which a run ended that was successful."""
+        raise NotImplementedError
+
 
 class LoraManifest(Manifest):
     """A collection: the checkpoints of one dataset's adapter."""
@@ -77,6 +82,10 @@ class LoraManifest(Manifest):
     """The steps at which the run was gone on with."""
     converted_from: str | None = None
     """The traditional run that it was made of by `ckpt convert`."""
+
+    @property
+    def last_step(self) -> int:
+        return max(self.steps, default=self.max_steps)  # fewer after early stopping
 
 
 class SourceRecord(BaseModel):
@@ -118,7 +127,11 @@ class GeneratorManifest(Manifest):
     """Optimizer steps of the whole training, once it has ended."""
     metrics: dict[str, float] = {}
     resumed_from: list[int] = []
-    """The steps at which the run was gone on with."""
+    """The steps at which the run was resumed."""
+
+    @property
+    def last_step(self) -> int:
+        return self.steps
 
 
 ManifestT = TypeVar("ManifestT", bound=Manifest)
@@ -225,8 +238,12 @@ class Run(Generic[ManifestT, ConfigT]):
 
     @property
     def checkpoints(self) -> list[Path]:
-        """The step checkpoints there are now, in the order of steps, without last.ckpt."""
-        return checkpoint_files(self.directory)
+        """The checkpoints there are now, in the order of steps, without last.ckpt."""
+        if isinstance(self.manifest, LoraManifest):
+            return checkpoint_files(self.directory)
+        files = (self.directory / CHECKPOINTS).glob(f"*{CHECKPOINT_SUFFIX}")
+        kept = [file for file in files if file.name != LAST_CHECKPOINT.name]
+        return sorted(kept, key=lambda file: file.stat().st_mtime_ns)  # a name has no step
 
     @property
     def last_checkpoint(self) -> Path | None:

@@ -18,7 +18,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from types import FrameType
@@ -45,6 +45,7 @@ from loragen.core.run.directory import (
     write_manifest,
 )
 from loragen.core.run.loggers import RunLoggers
+from loragen.core.run.resume import ResumePoint
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -165,18 +166,6 @@ def step_schedule(optimizer: Optimizer, rate: Callable[[int], float], done: int 
 HARDWARE_EVERY = 10  # steps; reading the sensors costs about a millisecond
 
 
-@dataclass(frozen=True)
-class Continued:
-    """The run that a session goes on with, in place of a new one."""
-
-    directory: Path
-    step: int
-    """Optimizer steps done."""
-    logger_run_ids: Mapping[str, str]
-    seconds: float
-    """What it has taken so far."""
-
-
 class RunSession(Callback):
     """Opens in `setup`, closes with `close`. `directory` is known from `setup` on."""
 
@@ -190,19 +179,20 @@ class RunSession(Callback):
         config: Any,
         manifest: Manifest,
         progress: Progress,
-        continued: Continued | None = None,
+        resume: ResumePoint[Any, Any] | None = None,
     ) -> None:
         """`name` is what the events of `progress` carry."""
         self._name = name
         self._parent, self._prefix = parent, prefix
-        self._config, self._continued = config, continued
+        self._config, self._resume = config, resume
         self._loggers = (
-            RunLoggers(config.loggers, continued.logger_run_ids, continued.step)
-            if continued
+            RunLoggers(config.loggers, resume.manifest.logger_run_ids, resume.step)
+            if resume
             else RunLoggers(config.loggers)
         )
         self._trainer: Trainer | None = None
-        self._started = time.monotonic() - (continued.seconds if continued else 0.0)
+        before = (resume.manifest.seconds or 0.0) if resume else 0.0
+        self._started = time.monotonic() - before
         self.manifest = manifest
         self.progress = progress
 
@@ -216,15 +206,15 @@ class RunSession(Callback):
             write_text(self.directory / CONFIG, dump(self._config))
             write_manifest(self.directory, self.manifest)
             self._loggers.open(self._info())
-            before = self._continued.logger_run_ids if self._continued else {}
+            before = self._resume.manifest.logger_run_ids if self._resume else {}
             self.manifest.logger_run_ids = {**before, **self._loggers.run_ids}
             write_manifest(self.directory, self.manifest)
 
     def _made(self) -> str:
-        if self._continued is None:
+        if self._resume is None:
             return str(create_run_directory(self._parent, self._prefix))
-        remove_unfinished(self._continued.directory)
-        return str(self._continued.directory)
+        remove_unfinished(self._resume.directory)
+        return str(self._resume.directory)
 
     def _info(self) -> RunInfo:
         return RunInfo(

@@ -251,7 +251,7 @@ class TestResume:
         with pytest.raises(UsageError) as raised:
             train(config, Silent(), find_resume_point(run))
         assert raised.value.problems == (
-            f"{run} cannot go on: colors has other labelled rows, or they make other tokens",
+            f"{run} cannot resume: colors has other labelled rows, or they make other tokens",
         )
 
     def test_the_base_computes_in_what_it_did_before(self, gen_config, tmp_path, monkeypatch):

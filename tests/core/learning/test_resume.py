@@ -257,7 +257,7 @@ class TestRefusals:
             with pytest.raises(UsageError) as raised:
                 resume(run, settings)
             assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
-            start = f"{run} cannot go on: "
+            start = f"{run} cannot resume: "
             assert all(problem.startswith(start) for problem in raised.value.problems)
             return [problem.removeprefix(start) for problem in raised.value.problems]
 

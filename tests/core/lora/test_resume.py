@@ -299,7 +299,7 @@ class TestRefusals:
                 resume(run, settings, rows)
             assert raised.value.exit_code == 2
             assert snapshot(run) == before
-            start = f"{run} cannot go on: "
+            start = f"{run} cannot resume: "
             assert all(problem.startswith(start) for problem in raised.value.problems)
             return [problem.removeprefix(start) for problem in raised.value.problems]
 
@@ -407,14 +407,14 @@ class TestWhatThereIs:
         settings = {"checkpoints.optimizer": "none", "checkpoints.last_every": 3}
         run = stopped(8, settings)
         assert resume(run / "checkpoints" / "checkpoint-step-007.ckpt", settings) == [8]
-        assert "the checkpoint has no optimizer state: the optimizer starts afresh" in caplog.text
+        assert "no optimizer state" in caplog.text
 
     def test_a_checkpoint_of_bare_tensors_is_one_clear_error(self, stopped):
         run = stopped(7)
         for name in ("checkpoint-step-006.ckpt", "checkpoint-step-005.ckpt"):
             file = run / "checkpoints" / name
             torch.save({"state_dict": document(file)["state_dict"]}, file)
-        with pytest.raises(DataError, match="does not say its step") as raised:
+        with pytest.raises(DataError, match="global_step") as raised:
             find_resume_point(run)
         assert "\n" not in str(raised.value)
 
