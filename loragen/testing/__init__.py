@@ -1,4 +1,4 @@
-"""The promises of `loragen.core.protocols` as checks. A plugin's author calls them from pytest:
+"""Checks that a plugin keeps the contracts of `loragen.core.protocols`, for its author's tests:
 
     from loragen.testing import check_schedule
     from my_package.linear import Linear
@@ -6,8 +6,8 @@
     def test_contract():
         check_schedule(Linear, final_share=0.1)
 
-Keyword arguments are the options of the plugin's Config. A broken promise is an AssertionError that
-names it. The built-in plugins pass the same checks.
+Keyword arguments are options of the plugin's Config. A check raises an AssertionError that names
+what is wrong. The built-in plugins pass the same checks.
 """
 
 from loragen.testing.decoders import check_decoder, grid

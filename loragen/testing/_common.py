@@ -1,4 +1,4 @@
-"""What the checks of several kinds of plugin have in common. Imports torch only when called."""
+"""Helpers of several checks. Torch is imported only when a check is called."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from pydantic import BaseModel, ValidationError
 if TYPE_CHECKING:
     from torch import Tensor
 
-TOLERANCE = 1e-5  # padding changes the order of sums, and so the last digits
+TOLERANCE = 1e-5  # padding changes the order of sums, and with it the last digits
 
 
 def validated_options(cls: Any, options: dict[str, Any]) -> BaseModel:
-    """The options as a Config, which refuses unknown ones, documents its own, and is plain data."""
+    """Returns the options as a Config. Checks that the Config documents its fields, refuses unknown
+    ones, and survives a round trip through plain data."""
     model: type[BaseModel] = cls.Config
     name = f"{cls.__name__}.Config"
     for field, info in model.model_fields.items():
-        assert info.description, f"{name}.{field} has no description (what it means, and its unit)"
+        assert info.description, f"{name}.{field} has no description (its meaning and unit)"
     config = model.model_validate(options)
     again = model.model_validate(config.model_dump(mode="json"))
     assert again == config, f"{name} does not survive model_dump(mode='json'): {again!r}"
@@ -32,7 +33,7 @@ def validated_options(cls: Any, options: dict[str, Any]) -> BaseModel:
 
 
 def built(cls: Any, *arguments: Any) -> Any:
-    """An `nn.Module` of this class, in eval mode."""
+    """Returns an instance in eval mode; checks that it is an `nn.Module`."""
     import torch
 
     module = cls(*arguments)
@@ -41,12 +42,12 @@ def built(cls: Any, *arguments: Any) -> Any:
 
 
 def trainable(module: Any) -> dict[str, Tensor]:
-    """The parameters that require gradients, by name."""
+    """Returns the parameters that require gradients, by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def disturb(parameters: Iterable[Tensor]) -> None:
-    """As a little training would. What starts at zero would answer every check with zeros."""
+    """Changes parameters a little, as training would: zero-initialised ones would hide errors."""
     import torch
 
     with torch.no_grad():
@@ -55,7 +56,7 @@ def disturb(parameters: Iterable[Tensor]) -> None:
 
 
 def saved_and_loaded(module: Any) -> dict[str, Tensor]:
-    """Its state dict, as it comes back from a file."""
+    """Returns the module's state dict after a round trip through a file."""
     import torch
 
     file = io.BytesIO()
@@ -66,5 +67,5 @@ def saved_and_loaded(module: Any) -> dict[str, Tensor]:
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
-    """The largest difference; infinite where the shapes already differ."""
+    """Returns the largest absolute difference; infinity where the shapes differ."""
     return float((a - b).detach().abs().max()) if a.shape == b.shape else math.inf

@@ -1,4 +1,4 @@
-"""The promise of a logger. Imports Lightning only when called."""
+"""The contract of a logger. Lightning is imported only when the check is called."""
 
 from contextlib import chdir
 from pathlib import Path
@@ -9,16 +9,15 @@ from loragen.testing._common import validated_options
 
 
 def check_logger(cls: Any, tmp_path: Path, **options: Any) -> None:
-    """A logger opens a `lightning.pytorch` Logger for a run and closes it with any status.
+    """Checks that a logger opens a `lightning.pytorch` Logger, and closes it with any status.
 
-    It writes below the run directory only, nothing into the working directory; its `run_id` is text
-    or None, and stays after the close; a second run in the same process is a run of its own. The
-    same holds of one that goes on: in the directory of an earlier run, told its id and steps.
+    It writes below the run directory only, not into the working directory. Its `run_id` is a text
+    or None, does not change at close, and differs between runs of one process. The same holds for
+    a resumed run: in the directory of an earlier run, with its id and steps.
     """
-    work = tmp_path / "work"
-    work.mkdir()
+    (tmp_path / "work").mkdir()
     ids: list[str] = []
-    with chdir(work):
+    with chdir(tmp_path / "work"):
         for status in get_args(Status):
             run_id = _log_one_run(cls, options, tmp_path / status, status)
             ids += [run_id] if run_id else []
@@ -28,16 +27,17 @@ def check_logger(cls: Any, tmp_path: Path, **options: Any) -> None:
 
 
 def _log_one_run(
-    cls: Any, options: dict[str, Any], place: Path, status: Status, *resumed: Any
+    cls: Any, options: dict[str, Any], directory: Path, status: Status, *resumed: Any
 ) -> str | None:
-    """Its `run_id`. `resumed` is the id and the steps of the run that is continued."""
+    """Returns the `run_id`. `resumed` are the id and the steps of the run that is resumed."""
     from lightning.pytorch.loggers import Logger
 
-    place.mkdir(exist_ok=True)
-    before = _files(place.parent)
+    directory.mkdir(exist_ok=True)
+    before = _files(directory.parent)
     config = {"seed": 42, "data": {"dataset": "check"}}
     plugin: RunLogger = cls(validated_options(cls, options))
-    logger = plugin.open(run := RunInfo(place, place.name, "loragen-check", config, *resumed))
+    run = RunInfo(directory, directory.name, "loragen-check", config, *resumed)
+    logger = plugin.open(run)
     assert isinstance(logger, Logger), f"{cls.__name__}.open must give a lightning.pytorch Logger"
     for step in (run.resume_step + 1, run.resume_step + 2):
         logger.log_metrics({"train/loss": 1.0 / step, "lr": 1e-4}, step=step)
@@ -46,13 +46,13 @@ def _log_one_run(
     logger.finalize("success" if status == "success" else "failed")  # as in training, first
     plugin.close(status)
     assert plugin.run_id == run_id, f"{cls.__name__}.run_id changes at close"
-    changed = {p for p, what in _files(place.parent).items() if before.get(p) != what}
-    strays = sorted(str(p) for p in changed if not p.is_relative_to(place))
+    changed = {p for p, state in _files(directory.parent).items() if before.get(p) != state}
+    strays = sorted(str(p) for p in changed if not p.is_relative_to(directory))
     assert not strays, f"{cls.__name__} writes outside the run directory: {strays}"
     return run_id
 
 
 def _files(directory: Path) -> dict[Path, tuple[int, int]]:
-    """Every file, with what changes when it is written to."""
+    """Returns every file with its size and time, which change when it is written to."""
     files = (path for path in directory.rglob("*") if path.is_file())
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}

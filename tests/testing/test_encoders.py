@@ -21,11 +21,11 @@ class Encoder(nn.Module):
         return torch.tensor(values), torch.ones(len(texts), 1, dtype=torch.bool)
 
 
-def test_one_that_keeps_its_promises_passes():
+def test_a_correct_encoder_passes():
     check_encoder(Encoder)
 
 
-def beside_others(self, texts):
+def dependent(self, texts):
     embeddings, mask = Encoder.forward(self, texts)
     return embeddings + len(texts), mask
 
@@ -47,7 +47,7 @@ def changed(part, change):
 @pytest.mark.parametrize(
     "attributes, message",
     [
-        ({"forward": beside_others}, "differently beside others"),
+        ({"forward": dependent}, "beside other texts"),
         ({"forward": inference}, "inference tensors"),
         ({"forward": changed(0, lambda e: e[:, 0])}, "must give"),
         ({"forward": changed(0, torch.Tensor.long)}, "torch.int64 embeddings"),
@@ -60,6 +60,6 @@ def changed(part, change):
         ({"frozen": False}, "frozen is False, and 0 parameters require gradients"),
     ],
 )
-def test_a_broken_promise_is_named(attributes, message):
+def test_a_broken_contract_is_named(attributes, message):
     with pytest.raises(AssertionError, match=message):
         check_encoder(variant(Encoder, **attributes))

