@@ -41,9 +41,9 @@ def run_demo(
 
     prepared = prepare_demo(output, seed, world, force)
     with Workers() as workers:
-        from loragen.demo.run import run_demo  # takes seconds, during which the workers start
+        from loragen.demo.run import demo_results  # takes seconds, during which the workers start
 
-        results = run_demo(prepared, workers, terminal_progress())
+        results = demo_results(prepared, workers, terminal_progress())
     if json:
         render.answer_json(results)
         return

@@ -58,7 +58,7 @@ NOVELTY_CHECKPOINTS = 5
 """Evenly spaced checkpoints of each dataset that novelty reads: all 50 would take 10 s."""
 
 
-def run_demo(demo: Demo, workers: Workers, progress: Progress) -> dict[str, Any]:
+def demo_results(demo: Demo, workers: Workers, progress: Progress) -> dict[str, Any]:
     """Runs the demo; returns the content of results.json."""
     torch.set_num_threads(1)  # the workers have the other cores
     targets = choose_targets(demo)

@@ -12,7 +12,7 @@ from loragen.core.data.dataset import Dataset
 from loragen.core.evaluation.contestants import NAMES
 from loragen.core.progress import Silent
 from loragen.demo import run, world
-from loragen.demo.run import SPLITS, choose_targets, demo_target, run_demo
+from loragen.demo.run import SPLITS, choose_targets, demo_results, demo_target
 from loragen.demo.workers import Workers
 from loragen.demo.world import VALUES, WORLD_FILE, Pair, prepare_demo
 
@@ -56,7 +56,7 @@ def test_the_whole_demo_with_the_users_own_world(few_steps, tmp_path, caplog):
     file.write_text(yaml.safe_dump(document), encoding="utf-8")
     out = tmp_path / "out"
     with caplog.at_level("INFO", logger="loragen"), Workers() as workers:
-        results = run_demo(prepare_demo(out, 3, file, force=False), workers, Silent())
+        results = demo_results(prepare_demo(out, 3, file, force=False), workers, Silent())
 
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
     assert results["held_out"] == [["color", "word"], ["size", "list"]]
