@@ -43,16 +43,17 @@ def data_preview(
     rows that lora train would refuse.
     """
     from loragen.core.config import LoraTrainConfig
-    from loragen.core.data.rows import find_dataset, read
+    from loragen.core.data.dataset import Dataset
 
     defaults = LoraTrainConfig()
-    reading = read(find_dataset(source, Path(data_root or "."))[1])
+    dataset = Dataset.find(source, Path(data_root or "."))
+    dataset.check(skip_bad_rows=True)  # before seconds of imports
 
     from loragen.core.base.load import load_tokenizer
     from loragen.core.data.tokenize import preview
 
     tokenizer = load_tokenizer(base_model or defaults.base_model)
-    found = preview(tokenizer, reading, max_length or defaults.data.max_length, limit)
+    found = preview(tokenizer, dataset, max_length or defaults.data.max_length, limit)
     if json:
         render.answer_json(found.as_dict())
     else:
@@ -98,12 +99,12 @@ def data_prepare(
     read. No row is in two texts, a repeated prompt counts once, and a rest that is too small for a
     text is left out.
     """
-    from loragen.core.data.prepare import Grouping, prepare
-    from loragen.core.data.rows import find_dataset
+    from loragen.core.data.dataset import Dataset
+    from loragen.core.data.prompts import Grouping, prepare
 
-    found = [find_dataset(one, Path(data_root or ".")) for one in source]
+    datasets = [Dataset.find(one, Path(data_root or ".")) for one in source]
     grouping = Grouping(samples_per_prompt=samples_per_prompt, test_ratio=test_ratio, seed=seed)
-    record = prepare(found, output, grouping, skip_bad_rows, force)
+    record = prepare(datasets, output, grouping, skip_bad_rows, force)
     if json:
         render.answer_json({"output_dir": str(output), **record.model_dump()})
     else:

@@ -165,14 +165,14 @@ def lora_eval(
     Reports the exact match of the greedy answer; and choice accuracy by log-likelihood if rows have
     choices or the dataset has a closed set of answers.
     """
-    from loragen.core.data.rows import find_dataset, read_rows
+    from loragen.core.data.dataset import Dataset
 
     if (adapter is None) == (not no_adapter):
         raise UsageError("give either --adapter DIR|CKPT or --no-adapter")
     if adapter and not adapter.exists():
         raise UsageError(f"{adapter}: no such adapter or checkpoint")
-    name, file = find_dataset(dataset, Path(data_root or "."), split="test")
-    rows = read_rows(file, skip_bad_rows)[:limit]
+    tested = Dataset.find(dataset, Path(data_root or "."), split="test")
+    rows = tested.rows(skip_bad_rows)[:limit]
 
     from loragen.core.adapter.files import attach_adapter
     from loragen.core.base.load import best_device, load_base
@@ -188,8 +188,8 @@ def lora_eval(
     model = attach_adapter(base.model, read, str(adapter)) if read else base.model
     scores = evaluate(model, base.tokenizer, rows, batch_size)
     document = {
-        "dataset": name,
-        "file": str(file),
+        "dataset": tested.name,
+        "file": str(tested),
         "base_model": base_name,
         "adapter": str(adapter) if adapter else None,
         **scores.as_dict(),

@@ -1,11 +1,295 @@
-"""Prompts without labels: read from any file, and joined into the texts a generator sees."""
+"""Prompts as the texts that a generator reads: joined in groups, held out, and prepared on disk.
 
-from collections.abc import Sequence
+`data prepare` writes a directory of `train_prompts.jsonl`, `val_prompts.jsonl` and `prepared.json`,
+which says how and of what they were made; several datasets may share it.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
-from loragen.core.data.dataset import Dataset
-from loragen.core.data.documents import Source
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from loragen.core.data.dataset import Dataset, Prompt
+from loragen.core.data.documents import Source, read_documents
+from loragen.core.errors import DataError, UsageError, did_you_mean, listing
+from loragen.core.files import write_json, write_text
+
+FORMAT_VERSION = 1
+TRAIN, VAL, RECORD = "train_prompts.jsonl", "val_prompts.jsonl", "prepared.json"
+
+
+def joined_text(prompts: Sequence[str]) -> str:
+    """Returns several prompts as one text."""
+    return "\n\n".join(prompts)
+
+
+def joined_texts(prompts: Sequence[str], samples_per_prompt: int) -> list[str]:
+    """Joins prompts in their order, `samples_per_prompt` to a text; the last may have fewer."""
+    starts = range(0, len(prompts), samples_per_prompt)
+    return [joined_text(prompts[start : start + samples_per_prompt]) for start in starts]
+
+
+def random_groups(
+    prompts: Sequence[str], samples_per_prompt: int, seed: int
+) -> list[tuple[str, ...]]:
+    """Returns random groups that share no prompt, each of `samples_per_prompt`. A rest that is too
+    small for a group is left out, unless there is nothing else."""
+    shuffled = list(prompts)
+    Random(f"groups:{seed}").shuffle(shuffled)
+    rest = [tuple(shuffled)] if shuffled else []
+    return whole_groups(shuffled, samples_per_prompt) or rest
+
+
+def whole_groups(prompts: Sequence[Any], size: int) -> list[tuple[Any, ...]]:
+    """Cuts prompts in their order into groups; a rest too small for a group is left out."""
+    ends = range(size, len(prompts) + 1, size)
+    return [tuple(prompts[end - size : end]) for end in ends]
+
+
+def text_key(prompt: str) -> str:
+    """Returns what prompts that differ in white space alone have in common."""
+    return " ".join(prompt.split())
+
+
+class PreparedText(BaseModel):
+    """A line of the prepared files: some prompts, and the one text that a generator reads."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str
+    """`prompts`, joined."""
+    prompts: list[str] = Field(min_length=1)
+    dataset: str
+    lines: list[int]
+    """The lines of `prompts` in the dataset's file, counted from 1."""
+
+
+class PreparedDataset(BaseModel):
+    """What became of the prompts of one dataset."""
+
+    dataset: str
+    path: str
+    sha256: str
+    bad_rows: int
+    prompts: int
+    repeated: int
+    """Prompts left out because an earlier one has the same text."""
+    left_over: int
+    """Prompts left out because they are too few for a text."""
+    train: int
+    """Texts to train on."""
+    val: int
+    """Texts held out."""
+
+
+class Grouping(BaseModel):
+    """How prompts are joined and split."""
+
+    samples_per_prompt: int = Field(4, ge=1)
+    test_ratio: float = Field(0.1, ge=0, lt=1)
+    seed: int = 42
+
+
+class PreparedRecord(Grouping):
+    """The content of prepared.json."""
+
+    format_version: int = FORMAT_VERSION
+    kind: Literal["prompts"] = "prompts"
+    datasets: list[PreparedDataset]
+
+
+@dataclass(frozen=True)
+class PromptSplit:
+    """Groups of prompts with their lines, and the number of prompts in none."""
+
+    train: list[tuple[Prompt, ...]]
+    val: list[tuple[Prompt, ...]]
+    repeated: int
+    left_over: int
+
+
+@dataclass(frozen=True)
+class PromptGroups:
+    """Groups of prompts, each joined to one text: `train` to train on, `val` held out."""
+
+    train: list[tuple[str, ...]]
+    val: list[tuple[str, ...]]
+
+
+def prepare(
+    datasets: Sequence[Dataset],
+    directory: Path,
+    grouping: Grouping,
+    skip_bad_rows: bool = False,
+    force: bool = False,
+) -> PreparedRecord:
+    """Writes the directory's three files. The same datasets and grouping give the same bytes.
+
+    Raises UsageError for files that exist already (without `force`), missing datasets, or two of
+    one name; DataError for bad rows (unless skipped) or too few prompts.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory} is a file; --output is a directory")
+    existing = [name for name in (RECORD, TRAIN, VAL) if (directory / name).exists()]
+    if existing and not force:  # other files in the directory do not matter
+        raise UsageError(
+            f"{directory} has {listing(existing)} already; choose another directory or add --force"
+        )
+    names = [dataset.name for dataset in datasets]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"two datasets are called {name}; rename one of the files")
+    sides: dict[str, str] = {}
+    texts: dict[str, list[PreparedText]] = {TRAIN: [], VAL: []}
+    record = PreparedRecord(**grouping.model_dump(), datasets=[])
+    for dataset in datasets:
+        prompts, bad_rows = dataset.numbered_prompts(skip_bad_rows)
+        split = split_prompts(prompts, dataset.name, grouping, sides)
+        if not prompts:
+            raise DataError(f"{dataset}: no prompts in it")
+        if not split.train:
+            raise DataError(
+                f"{dataset}: {len(prompts) - split.repeated} different prompts are too few for a "
+                f"text of {grouping.samples_per_prompt} to train on; lower --samples-per-prompt"
+            )
+        for file, groups in ((TRAIN, split.train), (VAL, split.val)):
+            texts[file] += [_prepared_text(dataset.name, group) for group in groups]
+        record.datasets.append(
+            PreparedDataset(
+                dataset=dataset.name,
+                path=dataset.location,
+                sha256=dataset.sha256,
+                bad_rows=bad_rows,
+                prompts=len(prompts),
+                repeated=split.repeated,
+                left_over=split.left_over,
+                train=len(split.train),
+                val=len(split.val),
+            )
+        )
+    (directory / RECORD).unlink(missing_ok=True)  # written last: with it, the directory is whole
+    for file, lines in texts.items():
+        rows = (json.dumps(line.model_dump(), ensure_ascii=False) for line in lines)
+        write_text(directory / file, "".join(f"{row}\n" for row in rows))
+    write_json(directory / RECORD, record.model_dump())
+    return record
+
+
+def split_prompts(
+    prompts: Sequence[Prompt], name: str, grouping: Grouping, sides: dict[str, str]
+) -> PromptSplit:
+    """Returns random groups that share no prompt.
+
+    A prompt whose text an earlier one has (white space aside) is left out: without its label it
+    adds nothing, and on the other side of the split it would be seen in training. `sides`
+    remembers the side of each text, so that a text of several datasets is on the same side in all.
+    """
+    distinct = list({text_key(prompt.text): prompt for prompt in reversed(prompts)}.values())
+    random = Random(f"prepare:{grouping.seed}:{name}")
+    random.shuffle(distinct)
+    size = grouping.samples_per_prompt
+    texts, held_out = len(distinct) // size, 0
+    if grouping.test_ratio and texts > 1:  # at least one text, and one is left to train on
+        held_out = min(texts - 1, max(1, round(texts * grouping.test_ratio))) * size
+    by_side = defaultdict(list)
+    for prompt in distinct:
+        by_side[sides.get(text_key(prompt.text), "")].append(prompt)
+    free = by_side[""]
+    missing = max(0, held_out - len(by_side[VAL]))
+    by_side[VAL] += free[:missing]
+    by_side[TRAIN] += free[missing:]
+    groups = {}
+    for side in (TRAIN, VAL):
+        sides |= {text_key(prompt.text): side for prompt in by_side[side]}
+        random.shuffle(by_side[side])  # shared prompts are not all in the first texts
+        groups[side] = whole_groups(by_side[side], size)
+    grouped = size * (len(groups[TRAIN]) + len(groups[VAL]))
+    repeated = len(prompts) - len(distinct)
+    return PromptSplit(groups[TRAIN], groups[VAL], repeated, len(distinct) - grouped)
+
+
+def _prepared_text(dataset: str, group: Sequence[Prompt]) -> PreparedText:
+    prompts = [prompt.text for prompt in group]
+    lines = [prompt.line for prompt in group]
+    return PreparedText(prompt=joined_text(prompts), prompts=prompts, dataset=dataset, lines=lines)
+
+
+@dataclass(frozen=True)
+class PreparedPrompts:
+    """A directory of prepared prompts, read."""
+
+    directory: Path
+    record: PreparedRecord
+    groups: Mapping[str, PromptGroups]
+
+    def groups_of(self, dataset: str) -> PromptGroups:
+        """The groups of one dataset. Raises UsageError naming the datasets there are where it has
+        none to train on."""
+        found = self.groups.get(dataset)
+        if found is None or not found.train:
+            known = sorted(self.groups)
+            raise UsageError(
+                f"{self.directory}: no prompts of the dataset '{dataset}' in it."
+                f"{did_you_mean(dataset, known)} It has: {listing(known)}; prepare all datasets "
+                "together: `loragen data prepare --source FILE --source FILE ...`"
+            )
+        return found
+
+    def of(self, dataset: str) -> PromptGroups:
+        """Deprecated: `groups_of`."""
+        return self.groups_of(dataset)
+
+
+def check_prepared(directory: Path) -> None:
+    """Raises UsageError where the directory has no prepared prompts."""
+    if not directory.is_dir():
+        raise UsageError(f"{directory}: no such directory of prompts (`loragen data prepare`)")
+    if not (directory / RECORD).is_file():
+        raise UsageError(f"{directory}: no {RECORD} in it; `loragen data prepare` makes one")
+
+
+def read_prepared(directory: Path) -> PreparedPrompts:
+    """Reads what `prepare` has written.
+
+    Raises UsageError where there is none, DataError (with file:line) for a damaged file.
+    """
+    check_prepared(directory)
+    file = directory / RECORD
+    try:
+        record = PreparedRecord.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        reason = "; ".join(str(error).splitlines()[:2])
+        raise DataError(f"{file}: not the record of prepared prompts: {reason}") from None
+    if record.format_version > FORMAT_VERSION:
+        raise DataError(
+            f"{file}: format {record.format_version} is newer than this loragen reads "
+            f"({FORMAT_VERSION}); upgrade loragen"
+        )
+    groups: dict[str, PromptGroups] = defaultdict(lambda: PromptGroups([], []))
+    for name in (TRAIN, VAL):
+        file = directory / name
+        for line, value, problem in read_documents(file):
+            try:
+                if problem:
+                    raise DataError(f"{file}:{line}: {problem}")
+                text = PreparedText.model_validate(value)
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"]
+                raise DataError(
+                    f"{file}:{line}: not a line of `loragen data prepare`: {reason}"
+                ) from None
+            found = groups[text.dataset]
+            (found.train if name == TRAIN else found.val).append(tuple(text.prompts))
+    return PreparedPrompts(directory, record, dict(groups))
+
+
+# Deprecated: the names of before, until their users have moved.
+joined, text_of, same_text = joined_texts, joined_text, text_key
 
 
 def read_prompts(source: Source) -> list[str]:
@@ -16,36 +300,3 @@ def read_prompts(source: Source) -> list[str]:
 def prompts_of_rows(source: Source, skip_bad_rows: bool = False) -> list[str]:
     """Deprecated: `Dataset.prompts`."""
     return Dataset(source).prompts(skip_bad_rows, of_rows=True)
-
-
-def same_text(prompt: str) -> str:
-    """What two prompts have in common that say the same: white space is no difference."""
-    return " ".join(prompt.split())
-
-
-def text_of(prompts: Sequence[str]) -> str:
-    """Several prompts as one text."""
-    return "\n\n".join(prompts)
-
-
-def joined(prompts: Sequence[str], samples_per_prompt: int) -> list[str]:
-    """Prompts in their order, `samples_per_prompt` to a text; the last text may have fewer."""
-    starts = range(0, len(prompts), samples_per_prompt)
-    return [text_of(prompts[start : start + samples_per_prompt]) for start in starts]
-
-
-def random_groups(
-    prompts: Sequence[str], samples_per_prompt: int, seed: int
-) -> list[tuple[str, ...]]:
-    """Non-overlapping, as training sees them: no prompt is in two groups, and every group has
-    `samples_per_prompt` (a rest too small for a group is left out, unless it is all)."""
-    shuffled = list(prompts)
-    Random(f"groups:{seed}").shuffle(shuffled)
-    rest = [tuple(shuffled)] if shuffled else []
-    return whole_groups(shuffled, samples_per_prompt) or rest
-
-
-def whole_groups(prompts: Sequence[Any], size: int) -> list[tuple[Any, ...]]:
-    """Cut in their order; a rest too small for a group is left out."""
-    ends = range(size, len(prompts) + 1, size)
-    return [tuple(prompts[end - size : end]) for end in ends]

@@ -1,6 +1,6 @@
-"""Rows -> token ids with a loss mask, through the tokenizer's chat template where it has one.
+"""Rows as token ids and loss mask, through the tokenizer's chat template where it has one.
 
-What training would make of a dataset: its lengths in tokens, what is learned, what is cut.
+`preview` summarises a dataset in tokens: its lengths, what training learns, what is cut.
 """
 
 import hashlib
@@ -12,16 +12,18 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 
+from loragen.core.data.dataset import BadRow, Dataset, Row, refuse_bad
 from loragen.core.data.formats import Turn
-from loragen.core.data.rows import BadRow, Reading, Row, refuse_bad
 from loragen.core.errors import DataError
 
 
 class Example(NamedTuple):
-    """One row in tokens: `ids` ends with the answer and the end token, `answer` of them."""
+    """One row in tokens. The loss mask covers the last `answer` of its `ids`."""
 
     ids: list[int]
+    """The prompt, the answer and the end token."""
     answer: int
+    """The number of tokens of the answer, with the end token."""
 
 
 class TokenizedRow(NamedTuple):
@@ -42,7 +44,7 @@ class TokenizedRow(NamedTuple):
 def prompt_ids(
     tokenizer: Any, prompt: str, system: str | None = None, history: Sequence[Turn] = ()
 ) -> list[int]:
-    """The tokens after which the answer begins; `history` are the turns before the prompt."""
+    """Returns the tokens before the answer; `history` are the turns before the prompt."""
     if tokenizer.chat_template:
         messages = [{"role": "system", "content": system}] if system else []
         for turn in history:
@@ -56,13 +58,14 @@ def prompt_ids(
 
 
 def answer_ids(tokenizer: Any, response: str) -> list[int]:
-    """The answer's tokens and the end token, which is learned too: it says when to stop."""
+    """Returns the answer's tokens and the end token, which is trained too: it says when to stop."""
     ids = list(tokenizer(response, add_special_tokens=False)["input_ids"])
     return [*ids, tokenizer.eos_token_id]
 
 
 def tokenize_row(tokenizer: Any, row: Row, max_length: int) -> TokenizedRow:
-    """A row that is too long loses the start of its prompt, never any of its answer.
+    """Returns a row in tokens. One that is too long loses the start of its prompt, never any of its
+    answer.
 
     Raises DataError where the answer alone does not fit.
     """
@@ -153,20 +156,20 @@ def examples_hash(examples: Iterable[Example]) -> str:
 
 
 def shared_prefix(sequences: Sequence[list[int]]) -> int:
-    """With how many equal tokens all sequences begin."""
-    first, last = min(sequences), max(sequences)  # in the order of words, the least alike
+    """Returns the number of tokens with which all sequences begin."""
+    first, last = min(sequences), max(sequences)  # in lexicographic order, the least alike
     pairs = enumerate(zip(first, last, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(last)))
+    return next((index for index, (a, b) in pairs if a != b), min(len(first), len(last)))
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The padding id; the end token's where the tokenizer has none (padding is masked anyway)."""
+    """Returns the padding id, or the end token's where there is none: padding is masked."""
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens per row. A percentile is a length that occurs."""
+    """Percentiles of tokens per row; each is a length that occurs."""
 
     p5: int
     p50: int
@@ -183,14 +186,16 @@ class PreviewedRow:
     """The start of the prompt that does not fit."""
     prompt: str
     answer: str
-    """What is learned, with the end token."""
+    """The part that has a loss, with the end token."""
 
 
 @dataclass(frozen=True)
 class Preview:
+    """A dataset as training would see it."""
+
     source: str
     formats: dict[str, int]
-    """Rows per format recognised."""
+    """The number of rows of each format."""
     rows: int
     bad_rows: list[BadRow]
     max_length: int
@@ -200,9 +205,9 @@ class Preview:
     rows_cut: int
     """Rows longer than `max_length`."""
     tokens_cut: int
-    """Of their prompts, all together."""
+    """The tokens that these rows lose, all together."""
     shared_prefix: int
-    """Tokens with which every prompt begins, once it is cut."""
+    """The number of tokens with which every prompt begins, once it is cut."""
     samples: list[PreviewedRow]
 
     def as_dict(self) -> dict[str, Any]:
@@ -210,14 +215,15 @@ class Preview:
         return {**asdict(self), "bad_rows": bad}
 
 
-def preview(tokenizer: Any, reading: Reading, max_length: int, samples: int) -> Preview:
-    """The good rows in tokens; a row whose answer does not fit is a bad one.
+def preview(tokenizer: Any, dataset: Dataset, max_length: int, samples: int) -> Preview:
+    """Tokenises the good rows; a row whose answer does not fit is a bad one. Shows the first
+    `samples`.
 
     Raises DataError where no row is good.
     """
     fitting: list[tuple[int, TokenizedRow]] = []  # with their lines
-    bad = list(reading.bad)
-    for row in reading.rows:
+    bad = list(dataset.bad_rows)
+    for row in dataset.good_rows:
         try:
             fitting.append((row.line, tokenize_row(tokenizer, row, max_length)))
         except DataError as error:
@@ -225,10 +231,10 @@ def preview(tokenizer: Any, reading: Reading, max_length: int, samples: int) -> 
     bad.sort()
     parts = [part for _, part in fitting]
     if not fitting:
-        refuse_bad(reading.source, bad, good=0)
+        refuse_bad(dataset.source, bad, good=0)
     return Preview(
-        source=str(reading.source),
-        formats=reading.formats,
+        source=str(dataset),
+        formats=dataset.formats,
         rows=len(fitting),
         bad_rows=bad,
         max_length=max_length,
@@ -237,16 +243,13 @@ def preview(tokenizer: Any, reading: Reading, max_length: int, samples: int) -> 
         rows_cut=sum(bool(item.cut) for item in parts),
         tokens_cut=sum(len(item.cut) for item in parts),
         shared_prefix=shared_prefix([item.prompt for item in parts]),
-        samples=[_sample(tokenizer, line, item) for line, item in fitting[:samples]],
+        samples=[
+            PreviewedRow(line, *(tokenizer.decode(ids, skip_special_tokens=False) for ids in item))
+            for line, item in fitting[:samples]
+        ],
     )
 
 
 def _lengths(counts: Sequence[int]) -> Lengths:
     p5, p50, p95 = np.percentile(counts, (5, 50, 95), method="inverted_cdf")
     return Lengths(int(p5), int(p50), int(p95), max(counts))
-
-
-def _sample(tokenizer: Any, line: int, parts: TokenizedRow) -> PreviewedRow:
-    return PreviewedRow(
-        line, *(tokenizer.decode(part, skip_special_tokens=False) for part in parts)
-    )

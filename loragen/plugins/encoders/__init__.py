@@ -1,4 +1,4 @@
-"""The built-in encoders."""
+"""The text encoders that ship with loragen."""
 
 from loragen import hookimpl
 

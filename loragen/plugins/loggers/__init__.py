@@ -1,4 +1,4 @@
-"""The built-in loggers."""
+"""The loggers that ship with loragen."""
 
 from loragen import hookimpl
 

@@ -1,4 +1,4 @@
-"""The built-in schedules."""
+"""The schedules that ship with loragen."""
 
 from loragen import hookimpl
 

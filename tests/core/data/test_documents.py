@@ -8,15 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loragen.core.data.dataset import Dataset, Row
 from loragen.core.data.documents import (
     HubDataset,
-    content_hash,
     location,
     parsed_source,
     read_documents,
 )
 from loragen.core.data.formats import Turn
-from loragen.core.data.rows import Row, find_dataset, read_rows
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import SECONDS_TO_ANSWER, silence
 
@@ -40,7 +39,7 @@ def reread(file, fields, form, suffix):
     if form in NO_CHOICES:
         wanted = [row.model_copy(update={"choices": None}) for row in wanted]
     FILES[suffix](file, [FORMATS[form](row) for row in wanted])
-    read = read_rows(file)
+    read = Dataset(file).rows()
     if suffix == ".csv":  # whose lines are those of the file; see below
         read = [row.model_copy(update={"line": n}) for n, row in enumerate(read, start=1)]
     return read, wanted
@@ -69,7 +68,7 @@ def test_choices_are_read_back_from_every_file(tmp_path, suffix):
     choices = {"text": ["red", 'blue\n"green"'], "label": ["A", "B"]}
     document = {"question": "Which?", "choices": choices, "answerKey": "B", "system": None}
     FILES[suffix](tmp_path / f"d{suffix}", [document, document])
-    first, second = read_rows(tmp_path / f"d{suffix}")
+    first, second = Dataset(tmp_path / f"d{suffix}").rows()
     assert first.prompt == second.prompt == 'Which?\nA: red\nB: blue\n"green"'
     assert first.response == "[B]"
     assert first.choices == ["[A]", "[B]"]
@@ -80,10 +79,10 @@ def test_an_index_means_the_same_in_every_file(tmp_path):
     row = {"question": "Which?", "choices": ["red", "green", "blue"], "answer": 1}
     for suffix in (".jsonl", ".json"):
         FILES[suffix](tmp_path / f"d{suffix}", [row])
-        assert read_rows(tmp_path / f"d{suffix}")[0].response == "[B]"
+        assert Dataset(tmp_path / f"d{suffix}").rows()[0].response == "[B]"
     FILES[".csv"](tmp_path / "d.csv", [row])
     with pytest.raises(DataError, match=r"d\.csv:2: 'answer': '1' may count from 0 or from 1"):
-        read_rows(tmp_path / "d.csv")
+        Dataset(tmp_path / "d.csv").rows()
 
 
 def lines(file, content):
@@ -130,13 +129,13 @@ def test_json_that_python_cannot_hold_is_a_bad_row(tmp_path, content, reason):
     file = tmp_path / "d.jsonl"
     file.write_text(f"{READ}\n{content}\n", encoding="utf-8")
     with pytest.raises(DataError) as error:
-        read_rows(file)
+        Dataset(file).rows()
     assert str(error.value) == f"{file}:2: {reason} (--skip-bad-rows leaves it out)"
-    assert len(read_rows(file, skip_bad_rows=True)) == 1
+    assert len(Dataset(file).rows(skip_bad_rows=True)) == 1
     file = tmp_path / "d.json"
     file.write_text(f"[{READ}, {content}]", encoding="utf-8")
     with pytest.raises(DataError) as error:
-        read_rows(file)
+        Dataset(file).rows()
     assert str(error.value) == f"{file}: {reason}"
 
 
@@ -224,17 +223,17 @@ def hub_dataset(tmp_path, monkeypatch):
 
 
 def test_a_hub_dataset_is_read_by_split(hub_dataset, tmp_path):
-    name, source = find_dataset("hub:owner/colors", tmp_path / "none")
-    assert name == "colors"
-    assert read_rows(source) == [Row(prompt="train?", response="red", line=1)]
-    _, test = find_dataset("hub:owner/colors", tmp_path / "none", split="test")
-    assert [row.response for row in read_rows(test)] == ["blue"]
-    assert content_hash(source) == content_hash(source) != content_hash(test)
+    dataset = Dataset.find("hub:owner/colors", tmp_path / "none")
+    assert dataset.name == "colors"
+    assert dataset.rows() == [Row(prompt="train?", response="red", line=1)]
+    test = Dataset.find("hub:owner/colors", tmp_path / "none", split="test")
+    assert [row.response for row in test.rows()] == ["blue"]
+    assert dataset.sha256 == Dataset(dataset.source).sha256 != test.sha256
 
 
 def test_a_split_that_is_not_there_names_those_that_are(hub_dataset):
     with pytest.raises(UsageError, match=r"hub dataset owner/colors: .*none.*train.*test") as error:
-        read_rows(parsed_source("hub:owner/colors@none"))
+        Dataset(parsed_source("hub:owner/colors@none")).rows()
     assert "\n" not in str(error.value)
 
 
@@ -242,7 +241,7 @@ def test_offline_is_one_line(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"hub dataset no-one/none: .*[Oo]ffline") as error:
-        read_rows(parsed_source("hub:no-one/none"))
+        Dataset(parsed_source("hub:no-one/none")).rows()
     assert "\n" not in str(error.value)
 
 
@@ -257,7 +256,7 @@ def test_a_hub_that_does_not_answer_is_told_fast(tmp_path, monkeypatch):
     silence.cache_clear()
     started = time.perf_counter()
     with pytest.raises(UsageError, match=r"does not answer .*HF_ENDPOINT names a mirror") as error:
-        read_rows(parsed_source("hub:no-one/none"))
+        Dataset(parsed_source("hub:no-one/none")).rows()
     assert time.perf_counter() - started < SECONDS_TO_ANSWER
     silence.cache_clear()
     assert "\n" not in str(error.value)
@@ -266,8 +265,8 @@ def test_a_hub_that_does_not_answer_is_told_fast(tmp_path, monkeypatch):
 def test_reading_a_file_imports_nothing_big(tmp_path):
     (tmp_path / "d.csv").write_text("prompt,response\na,b\n", encoding="utf-8")
     code = (
-        "import sys, pathlib\nfrom loragen.core.data.rows import read_rows\n"
-        f"read_rows(pathlib.Path({str(tmp_path / 'd.csv')!r}))\n"
+        "import sys, pathlib\nfrom loragen.core.data.dataset import Dataset\n"
+        f"Dataset(pathlib.Path({str(tmp_path / 'd.csv')!r})).rows()\n"
         "print([n for n in ('torch', 'datasets', 'pyarrow', 'numpy') if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
