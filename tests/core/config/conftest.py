@@ -3,7 +3,6 @@
 import pytest
 
 from loragen.core.config import LoraTrainConfig, load
-from loragen.core.errors import UsageError
 
 
 @pytest.fixture
@@ -15,17 +14,5 @@ def configure(tmp_path, monkeypatch):
     def read(text="", model=LoraTrainConfig, environment=None, **layers):
         file.write_text(text, encoding="utf-8")
         return load(model, file.relative_to(tmp_path), environment=environment or {}, **layers)
-
-    return read
-
-
-@pytest.fixture
-def problems_of(configure):
-    """`problems_of(text, ...)`: every line of the error that it must be."""
-
-    def read(text, **options):
-        with pytest.raises(UsageError) as error:
-            configure(text, **options)
-        return list(error.value.problems)
 
     return read
