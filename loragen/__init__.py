@@ -1,7 +1,7 @@
 """loragen: prompts in, LoRA adapters out.
 
-What stands here is what a plugin author needs, and `Generator`, which is imported when it is first
-asked for; nothing of the rest is heavy.
+It exports what a plugin needs, and `Generator`, which is imported at its first use, so that
+`import loragen` does not import torch.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ __all__ = ["Generator", "LoragenError", "__version__", "hookimpl"]
 
 
 def __getattr__(name: str) -> Any:
-    """`Generator`, with torch behind it, on first use."""
+    """Imports `Generator`, and with it torch, at its first use."""
     if name == "Generator":
         from loragen.core.generator.model import Generator
 

@@ -1,7 +1,8 @@
 """`loragen ckpt`: analyse checkpoints, trace what they were trained on, convert old ones."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,7 +13,7 @@ from loragen.cli.options import Alpha, BaseModelName, DataRoot, Force, Json, ref
 from loragen.core.errors import EXIT_FAILED, DataError, LoragenError, UsageError
 
 if TYPE_CHECKING:
-    from loragen.core.analysis.report import Analysis, Comparison, ModuleReport, SeriesReport
+    from loragen.core.analysis.report import Analysis, Comparison, SeriesReport
     from loragen.core.analysis.tokenized import Tokenized
 
 app = typer.Typer(no_args_is_help=True, help="Look into checkpoints, and convert old ones.")
@@ -22,7 +23,7 @@ MAX_IN_FULL = 3
 """Series that are shown module by module; of more only --all shows the modules."""
 MAX_MATRIX = 8
 """Series that a matrix of cosines has room for."""
-RANKS = ("stable rank", "effective rank")
+RANKS = {"stable rank": "stable_rank", "effective rank": "effective_rank"}
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -258,7 +259,16 @@ def _print_analysis(analysis: "Analysis", most: int | None) -> None:
     for report in analysis.collections:
         _print_collection(report, most, in_full)
     if len(analysis.collections) > 1:
-        _print_side_by_side(analysis.collections, most)
+        columns = {
+            "series": "name",
+            "checkpoints": "checkpoints",
+            "mean ‖ΔW‖": "mean_norm",
+            "displacement": "displacement",
+            "path": "path_length",
+            "path / displacement": "path_ratio",
+            **RANKS,
+        }
+        _print_table(columns, analysis.collections, most)
     for comparison in analysis.comparisons:
         _print_cosines(comparison, most)
     for line in analysis.not_compared:
@@ -279,17 +289,27 @@ def _print_collection(report: "SeriesReport", most: int | None, in_full: bool) -
     if in_full:
         render.answer("")
         _print_table(
-            ("module (last checkpoint)", "rank", "‖A‖", "‖B‖", "‖ΔW‖", "σ₁", *RANKS),
-            [
-                (m.module, m.rank, m.norm_a, m.norm_b, m.norm_delta, m.sigma_1, *_ranks(m))
-                for m in report.modules
-            ],
+            {
+                "module (last checkpoint)": "module",
+                "rank": "rank",
+                "‖A‖": "norm_a",
+                "‖B‖": "norm_b",
+                "‖ΔW‖": "norm_delta",
+                "σ₁": "sigma_1",
+                **RANKS,
+            },
+            report.modules,
             most,
         )
         if len(report.drift) > 1:
             _print_table(
-                ("checkpoint", "‖ΔW‖", "from first", "from previous"),
-                [(d.checkpoint, d.norm_delta, d.from_first, d.from_previous) for d in report.drift],
+                {
+                    "checkpoint": "checkpoint",
+                    "‖ΔW‖": "norm_delta",
+                    "from first": "from_first",
+                    "from previous": "from_previous",
+                },
+                report.drift,
                 most,
             )
             render.answer(_path(report) + "\n")
@@ -316,31 +336,6 @@ def _path(report: "SeriesReport") -> str:
     return text
 
 
-def _print_side_by_side(reports: "Sequence[SeriesReport]", most: int | None) -> None:
-    path = ("displacement", "path", "path / displacement")
-    _print_table(
-        ("series", "checkpoints", "mean ‖ΔW‖", *path, *RANKS),
-        [
-            (
-                r.name,
-                r.checkpoints,
-                r.mean_norm,
-                r.displacement,
-                r.path_length,
-                r.path_ratio,
-                *_ranks(r),
-            )
-            for r in reports
-        ],
-        most,
-    )
-
-
-def _ranks(report: "ModuleReport | SeriesReport") -> tuple[float, float]:
-    """The columns `RANKS`."""
-    return report.stable_rank, report.effective_rank
-
-
 def _print_cosines(comparison: "Comparison", most: int | None) -> None:
     names = comparison.collections
     if most is not None and len(names) > MAX_MATRIX:
@@ -363,8 +358,12 @@ def _print_list(title: str, found: Sequence[str], most: int | None) -> None:
     render.answer(f"{title}: " + ("none" if not found else "\n  " + "\n  ".join(shown) + more))
 
 
-def _print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]], most: int | None) -> None:
-    """All rows, or the first and last few and a line with the count of those between."""
+def _print_table(columns: Mapping[str, str], items: Sequence[object], most: int | None) -> None:
+    """A row per item, or the first and last few and a line with the count of those between.
+
+    `columns`: header -> attribute.
+    """
+    header, rows = list(columns), [attrgetter(*columns.values())(item) for item in items]
     if most is None or len(rows) <= most:
         render.answer(render.columns(header, rows) + "\n")
         return

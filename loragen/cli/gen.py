@@ -1,7 +1,7 @@
 """`loragen gen`: train a generator, generate adapters with it, evaluate them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from time import perf_counter
@@ -25,7 +25,6 @@ from loragen.cli.options import (
 from loragen.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from loragen.core.generator.generated import Origin
     from loragen.core.generator.network import DecoderSummary
     from loragen.core.learning.plan import Plan
 
@@ -138,16 +137,6 @@ def gen_train(
         render.answer(str(directory))
 
 
-@dataclass(frozen=True)
-class _Written:
-    """A generated adapter on the disk, and the seconds from its prompts to its files."""
-
-    path: Path
-    values: int
-    origin: "Origin"
-    seconds: float
-
-
 @app.command("infer")
 def gen_infer(
     model: GeneratorPath,
@@ -234,7 +223,7 @@ def gen_infer(
     generator = Generator.load(file)
     merger = Merger(base_model or generator.base_model) if merge else None
     _ = generator.text_encoder  # the time to load it does not count
-    results = []
+    documents: list[dict[str, Any]] = []
     for one, path in zip(wanted, paths, strict=True):
         started = perf_counter()
         adapter = generator.generate(one.prompts, draws, prompts_per_draw, seed)
@@ -242,29 +231,32 @@ def gen_infer(
             merger.save(adapter, path, force)
         else:
             adapter.save(path, force)
-        seconds = round(perf_counter() - started, 4)
-        results.append(_Written(path, generator.layout.values, adapter.origin, seconds))
+        documents.append(
+            {
+                "adapter": str(path),
+                "values": generator.layout.values,
+                "seconds": round(perf_counter() - started, 4),  # from prompts to files
+                **asdict(adapter.origin),
+                "warning": adapter.origin.warning(),
+            }
+        )
         if not json:
             render.answer(str(path))
-    _print_warnings(results)
+    far = [document for document in documents if document["warning"]]
+    for document in far[:MAX_WARNINGS]:
+        which = f"{document['adapter']}: " if len(documents) > 1 else ""
+        render.note(f"warning: {which}{document['warning']}")
+    if len(far) > MAX_WARNINGS:
+        render.note(f"warning: and {len(far) - MAX_WARNINGS} more adapters of such prompts")
     if json:
-        documents = [
-            {
-                "adapter": str(result.path),
-                "values": result.values,
-                "seconds": result.seconds,
-                **asdict(result.origin),
-                "warning": result.origin.warning(),
-            }
-            for result in results
-        ]
         render.answer_json({"adapters": documents} if per else documents[0])
         return
-    count, seconds = sum(r.origin.prompts for r in results), sum(r.seconds for r in results)
-    adapters = "" if len(results) == 1 else f"{len(results)} adapters of "
-    plural = "" if count == 1 else "s"
+    count = sum(document["prompts"] for document in documents)
+    seconds = sum(document["seconds"] for document in documents)
+    adapters = "" if len(documents) == 1 else f"{len(documents)} adapters of "
     render.note(
-        f"{adapters}{results[0].values:,} values from {count} prompt{plural} in {seconds:.3f} s"
+        f"{adapters}{generator.layout.values:,} values from {count} "
+        f"prompt{'' if count == 1 else 's'} in {seconds:.3f} s"
     )
 
 
@@ -435,11 +427,3 @@ def _output_paths(
     for path in paths:
         check_output(path, force, MERGED_MARKER if merge else CONFIG_FILE)
     return paths
-
-
-def _print_warnings(results: Sequence[_Written]) -> None:
-    warnings = [(one.path, warning) for one in results if (warning := one.origin.warning())]
-    for path, warning in warnings[:MAX_WARNINGS]:
-        render.note(f"warning: {path}: {warning}" if len(results) > 1 else f"warning: {warning}")
-    if len(warnings) > MAX_WARNINGS:
-        render.note(f"warning: and {len(warnings) - MAX_WARNINGS} more adapters of such prompts")

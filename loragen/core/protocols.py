@@ -1,7 +1,8 @@
-"""What a plugin promises. A plugin imports this module and `loragen`, nothing else of the core.
+"""The contracts of plugins. A plugin imports this module and `loragen`, nothing else of the core.
 
-Every class carries a nested pydantic ``Config`` (``extra="forbid"``, each field documented with its
-unit). Core validates the user's section with it and passes the object to the constructor.
+Every class has a nested pydantic ``Config`` (``extra="forbid"``, each field documented with its
+unit). The core validates the user's options with it and passes it to the constructor.
+`loragen.testing` checks the contracts.
 """
 
 from __future__ import annotations
@@ -22,47 +23,47 @@ Status = Literal["success", "failed", "interrupted"]
 
 
 class Rate(NamedTuple):
-    """What a schedule says of one optimizer step."""
+    """The learning rate of one optimizer step."""
 
     learning_rate: float
     stage: int
-    """Counted from 1."""
+    """The stage of the schedule, counted from 1."""
 
 
 class Schedule(Protocol):
-    """A pure function of the step: no state, so that a resumed run follows the same rates."""
+    """A pure function of the step, without state: a resumed run has the same rates."""
 
     Config: ClassVar[type[BaseModel]]
 
     def __init__(self, config: Any) -> None: ...
 
     def __call__(self, step: int, total_steps: int) -> Rate:
-        """The rate of optimizer step `step`, counted from 1 to `total_steps`."""
+        """Returns the rate of optimizer step `step`, counted from 1 to `total_steps`."""
         ...
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a logger is told of the run it opens."""
+    """The run that a logger opens."""
 
     directory: Path
-    """The run directory; a logger writes only below it."""
+    """The run directory. A logger writes below it only."""
     name: str
     project: str
     config: Mapping[str, Any]
     """The resolved configuration, plain data."""
     resume_id: str | None = None
-    """The `run_id` of the run that is continued, if any."""
+    """The `run_id` of the run that is resumed, if any."""
     resume_step: int = 0
-    """Steps already done by the run that is continued; what it logged beyond them is void."""
+    """Steps of the run that is resumed; what it logged after them is to be dropped."""
 
 
 class RunLogger(Protocol):
     """Opens a Lightning logger for a run, and closes it with the run's status.
 
-    On rank 0 only. Lightning's `finalize` is called first, then `close`. A UsageError of the
-    constructor or of `open` is the user's mistake and stops the command; any other exception leaves
-    the logger out of a training that goes on.
+    It is used in the main process only. Lightning's `finalize` is called first, then `close`. A
+    UsageError of the constructor or of `open` stops the command; after any other exception the
+    training continues without the logger.
     """
 
     Config: ClassVar[type[BaseModel]]
@@ -73,7 +74,7 @@ class RunLogger(Protocol):
 
     @property
     def run_id(self) -> str | None:
-        """What identifies the run to the service; kept in the manifest."""
+        """The id of the run at its service, if it has one; stored in the manifest."""
         ...
 
     def close(self, status: Status) -> None: ...
@@ -83,12 +84,12 @@ class Encoder(Protocol):
     """An ``nn.Module`` from texts to embeddings.
 
     ``encoder(texts)`` returns embeddings ``[prompts, positions, dim]`` and a boolean mask
-    ``[prompts, positions]`` that is True where a position holds something. A sentence encoder has
-    one position. The embedding of a text does not depend on the texts beside it.
+    ``[prompts, positions]`` that is False on padding. A sentence encoder has one position. The
+    embedding of a text does not depend on the other texts.
 
-    One that is not `frozen` is trained with the decoder: gradients flow through it into its
-    parameters with ``requires_grad``, its ``state_dict`` holds all that training changes, and its
-    embeddings are computed afresh at every step instead of once.
+    An encoder that is not `frozen` is trained with the decoder: gradients reach its parameters with
+    ``requires_grad``, its ``state_dict`` holds all that training changes, and its embeddings are
+    computed at every step instead of once.
     """
 
     Config: ClassVar[type[BaseModel]]
@@ -105,18 +106,18 @@ class Encoder(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the same text would be embedded differently: the weights' hash."""
+        """A hash of the weights: it changes when the same text is embedded differently."""
         ...
 
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """The adapter as a decoder sees it: `tokens` rows of `token_dim` values, and where each
-    token comes from, so that a decoder may share weights over layers or work in chunks.
+    """An adapter as a decoder generates it: `tokens` rows of `token_dim` values, and the origin of
+    each token, so that a decoder can share weights over layers or work in chunks.
 
     `layer`, `module`, `matrix` and `position` are int64 arrays of shape ``[tokens]``, each counted
     from 0 without gaps: the transformer layer, the kind of module (q_proj, ...), the kind of
-    matrix (lora_A, lora_B), and the token's place inside its matrix.
+    matrix (lora_A, lora_B), and the token's position in its matrix.
     """
 
     tokens: int
@@ -142,8 +143,8 @@ class Decoder(Protocol):
 
 
 class Samples(Protocol):
-    """Example adapters as a decoder is to generate them, ``[samples, tokens, token_dim]`` float32,
-    read from disk where they are asked for: ``samples[first:last]`` are those tokens of all."""
+    """Example adapters as a decoder generates them, ``[samples, tokens, token_dim]`` float32, read
+    from disk when indexed: ``samples[first:last]`` are those tokens of all samples."""
 
     @property
     def shape(self) -> tuple[int, int, int]: ...

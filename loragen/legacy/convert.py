@@ -21,8 +21,8 @@ from torch import Tensor
 
 from loragen.core.adapter.files import Adapter, peft_config, plain_config, write_adapter
 from loragen.core.config import LoraTrainConfig, Override, dump, load
-from loragen.core.data.documents import SUFFIXES, content_hash, location
-from loragen.core.data.rows import find_dataset, read
+from loragen.core.data.dataset import Dataset
+from loragen.core.data.documents import SUFFIXES
 from loragen.core.errors import DataError, LoragenError, UsageError, listing, one_line
 from loragen.core.files import natural_key, write_text, written_atomically
 from loragen.core.plugins import create
@@ -160,19 +160,23 @@ def _dataset_record(
     wanted = options.dataset or run.dataset_name or recorded
     if not wanted:
         raise UsageError(f"{run.source}: the dataset is not recorded; give --dataset NAME|FILE")
-    path, file = Path(str(wanted)), None
+    path, dataset = Path(str(wanted)), None
     is_file_name = path.suffix.lower() in SUFFIXES
     try:
-        name, file = find_dataset(str(wanted), options.data_root)
-        rows, digest = len(read(file).rows), content_hash(file)
+        dataset = Dataset.find(str(wanted), options.data_root)
+        return DatasetRecord(
+            name=dataset.name,
+            path=dataset.location,
+            sha256=dataset.sha256,
+            rows=len(dataset.good_rows),
+        )
     except LoragenError as error:
-        if options.dataset and (file or is_file_name):
+        if options.dataset and (dataset or is_file_name):
             raise
-        if file:
+        if dataset:
             log.warning("dataset %s: %s", wanted, one_line(error))
-        name = path.stem if is_file_name else path.name  # data/gsm8k.v2.jsonl -> gsm8k.v2
-        return DatasetRecord(name=name, path="", sha256="", rows=0)
-    return DatasetRecord(name=name, path=location(file), sha256=digest, rows=rows)
+    name = path.stem if is_file_name else path.name  # data/gsm8k.v2.jsonl -> gsm8k.v2
+    return DatasetRecord(name=name, path="", sha256="", rows=0)
 
 
 def _train_config(

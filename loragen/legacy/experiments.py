@@ -24,7 +24,7 @@ from loragen.legacy.translate import translate
 
 log = logging.getLogger(__name__)
 
-MODELS = "models"
+MODELS_FOLDER = "models"
 SUFFIXES = {".bin", ".ckpt", ".pt", ".pth", ".safetensors"}
 NOT_WEIGHTS = re.compile(
     r"(optimizer|scheduler|scaler|rng_state|random_states|training_args)[._-]", re.IGNORECASE
@@ -94,14 +94,17 @@ def find_runs(source: Path) -> list[LegacyRun]:
         raise UsageError(f"{source}: no such file or directory")
     if source.is_file():
         return [LegacyRun(source.parent, [source], single_file=True)]
-    is_subfolder = source.name in {CHECKPOINTS, MODELS}  # the other one may hold the base model
+    is_subfolder = source.name in {
+        CHECKPOINTS,
+        MODELS_FOLDER,
+    }  # the other one may hold the base model
     if source.is_symlink() and not is_subfolder:
         source = source.resolve()  # so that a run is converted once, under one name
     runs = list(_runs(source.parent, [source]) if is_subfolder else _runs(source))
     if not runs:
         raise UsageError(
             f"{source}: no checkpoints to convert; expected {', '.join(sorted(SUFFIXES))} in "
-            f"{CHECKPOINTS}/, {MODELS}/ or in the folder itself"
+            f"{CHECKPOINTS}/, {MODELS_FOLDER}/ or in the folder itself"
         )
     return runs
 
@@ -111,7 +114,7 @@ def _runs(directory: Path, subfolders: list[Path] | None = None) -> Iterator[Leg
     if (directory / MANIFEST).is_file():
         log.warning("%s: skipped; a run directory of loragen needs no conversion", directory)
         return
-    folders = subfolders or [directory / CHECKPOINTS, directory / MODELS]
+    folders = subfolders or [directory / CHECKPOINTS, directory / MODELS_FOLDER]
     if found := [path for folder in folders for path in _checkpoints(folder)]:
         yield LegacyRun(directory, found, has_subfolders=True)
         return
@@ -211,7 +214,7 @@ def step_in_name(checkpoint: Path, explicit: bool = False) -> int | None:
 
 def is_final_model(checkpoint: Path) -> bool:
     """Whether the name is that of a training's result, rather than of one of its steps."""
-    return checkpoint.parent.name == MODELS or bool(FINAL.search(checkpoint.name))
+    return checkpoint.parent.name == MODELS_FOLDER or bool(FINAL.search(checkpoint.name))
 
 
 # Current key -> what other training loops call it (dotted, lower case). For settings that were

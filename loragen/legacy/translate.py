@@ -130,8 +130,8 @@ def read_legacy_config(file: Path, model: type[BaseModel]) -> Layers | None:
     own = [_num_distinctive(tree, fmt) for fmt in FORMATS if fmt.command == command]
     if _num_distinctive(tree, other) > max(1, *own):  # a single key may be a mistake
         raise ConfigError(
-            f"{file}: a file in the {other.name} format; it configures "
-            f"`loragen {other.command} train`"
+            f"{file}: this is a file in the {other.name} format; it configures "
+            f"`loragen {other.command} train`, not `loragen {command} train`"
         )
     translation = translate(tree, origins, command)
     if translation is None:

@@ -150,13 +150,6 @@ class TestScan:
         (problem,) = scan.problems
         assert problem.startswith(f"{tmp_path / 'run' / 'step_0.pt'}: step 0")
 
-    @pytest.mark.parametrize("name", ["lora.pt", "final.pt"])
-    def test_a_checkpoint_without_a_step(self, tmp_path, name):
-        run = self.write(tmp_path / "run", [name])
-        with pytest.raises(DataError, match=f"{name}: no step"):
-            scan_checkpoints(run, None)
-
-    def test_a_lone_final_model_is_that_of_the_last_step(self, tmp_path):
-        scan = scan_checkpoints(self.write(tmp_path / "run", ["final.pt"]), max_steps=125)
-        assert [one.step for one in scan.usable] == [125]
-        assert scan.final_models == []
+    def test_a_checkpoint_without_a_step(self, tmp_path):
+        with pytest.raises(DataError, match=r"lora\.pt: no step"):
+            scan_checkpoints(self.write(tmp_path / "run", ["lora.pt"]), None)

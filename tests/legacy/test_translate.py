@@ -41,7 +41,7 @@ training:
   stage1_steps: 75
   learning_rate_stage1: 2.0e-4
   learning_rate_stage2: 2.0e-5
-logging: {swanlab: {project: ours}}
+logging: {swanlab: {project: mine}}
 """
 # The blocks of the original generator's README, as they stand there.
 GENERATOR = """\
@@ -128,7 +128,7 @@ class TestTranslation:
         assert (config.training.batch_size, config.checkpoints.first_step) == (16, 76)
         assert config.schedule.options["learning_rate_stage1"] == 2e-4
         assert list(config.loggers) == ["tensorboard", "swanlab"]  # the scripts had both
-        assert config.loggers["swanlab"]["project"] == "ours"
+        assert config.loggers["swanlab"]["project"] == "mine"
 
     def test_the_generator_format(self, configure, warnings):
         config = configure(GENERATOR, model=GenTrainConfig)

@@ -3,12 +3,16 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import psutil
 import pytest
 
 from loragen.core.errors import UsageError
@@ -20,6 +24,18 @@ from loragen.testing import check_logger
 
 SECONDS = 4.0
 """The deadline of these tests in place of ten or sixty seconds; `import swanlab` takes one."""
+
+
+KILLED = """
+import os, sys, pathlib, psutil
+from loragen.core.plugins import create
+from loragen.core.protocols import RunInfo
+
+plugin = create("logger", "swanlab", {})
+plugin.open(RunInfo(pathlib.Path(sys.argv[1]), "killed", "loragen", {}))
+print(psutil.Process().children()[0].pid, flush=True)
+os._exit(1)
+"""
 
 
 @pytest.fixture
@@ -228,6 +244,14 @@ class TestSwanLab:
         assert "tiny" in json.dumps(sent["POST /api/project/us/proj/experiment"]["labels"])
         assert "train/loss" in json.dumps([b for path, b in service.seen if "metrics" in path])
         assert sent["PUT /api/project/us/proj/runs/e1/state"]["state"] == state
+
+    def test_the_run_of_a_killed_training_has_crashed(self, run):
+        command = [sys.executable, "-c", KILLED, str(run.directory)]
+        pid = int(subprocess.run(command, capture_output=True, text=True).stdout)
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(pid).wait(60)
+        (file,) = Path(run.directory, "swanlab_logs").glob("*/*.swanlab")
+        assert b"the training process has ended" in file.read_bytes()
 
     def test_a_resumed_run_keeps_its_id(self, run, service):
         resumed = replace(run, resume_id="run12345", resume_step=1)

@@ -1,4 +1,4 @@
-"""The text encoders that ship with loragen."""
+"""The built-in encoders."""
 
 from loragen import hookimpl
 

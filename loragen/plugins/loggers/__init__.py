@@ -1,4 +1,4 @@
-"""The loggers that ship with loragen."""
+"""The built-in loggers."""
 
 from loragen import hookimpl
 

@@ -149,14 +149,17 @@ def record_run() -> None:
         return
     url = run.url if run.mode == "online" else None
     print(ANSWER + json.dumps({"id": run.id, "dir": str(run.dir), "url": url}), flush=True)
-    end = {"state": "crashed", "error": "the training process has ended"}
     for line in sys.stdin:
         message = json.loads(line)
         if "state" in message:
-            end = message
-            break
+            run.finish(**message)
+            return
         run.log(message["metrics"], step=message["step"])
-    run.finish(**end)
+    # The parent has ended. SwanLab prints when it finishes, and nobody reads that any more.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    run.finish(state="crashed", error="the training process has ended")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The schedules that ship with loragen."""
+"""The built-in schedules."""
 
 from loragen import hookimpl
 
