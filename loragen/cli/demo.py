@@ -36,11 +36,11 @@ def run_demo(
     """
     from loragen.cli.gen import print_results
     from loragen.cli.progress import terminal_progress
-    from loragen.demo.workers import Workers
+    from loragen.demo.workers import worker_pool
     from loragen.demo.world import prepare_demo
 
     prepared = prepare_demo(output, seed, world, force)
-    with Workers() as workers:
+    with worker_pool() as workers:
         from loragen.demo.run import demo_results  # takes seconds, during which the workers start
 
         results = demo_results(prepared, workers, terminal_progress())

@@ -8,7 +8,7 @@ contest run in worker processes (`workers.py`).
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, as_completed
+from concurrent.futures import Executor, Future, as_completed
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -37,7 +37,7 @@ from loragen.core.learning.train import read_ahead
 from loragen.core.learning.train import train as train_generator
 from loragen.core.progress import Progress
 from loragen.core.run.directory import LoraRun, generator_file
-from loragen.demo.workers import Job, Workers, base
+from loragen.demo.workers import base, train_in_worker
 from loragen.demo.world import Demo, Pair, Wording
 
 log = logging.getLogger(__name__)
@@ -58,27 +58,44 @@ NOVELTY_CHECKPOINTS = 5
 """Evenly spaced checkpoints of each dataset that novelty reads: all 50 would take 10 s."""
 
 
-def demo_results(demo: Demo, workers: Workers, progress: Progress) -> dict[str, Any]:
-    """Runs the demo; returns the content of results.json."""
+def demo_results(demo: Demo, pool: Executor, progress: Progress) -> dict[str, Any]:
+    """Runs the demo with the workers of `worker_pool`; returns the content of results.json."""
     torch.set_num_threads(1)  # the workers have the other cores
+
+    # Start all trainings; the longest goes first.
     targets = choose_targets(demo)
-    collection = collection_jobs(demo)
-    multi_task = workers.train([multi_task_job(demo, collection)])  # the longest starts first
-    adapters = workers.train(collection)
-    oracles = workers.train(oracle_jobs(demo, targets))
+    datasets = [
+        Dataset(demo.data_file(pair, "train", "train"), pair.name)
+        for pair in demo.world.training_pairs(demo.seed)
+    ]
+    texts = [Path(str(dataset.source)).read_text(encoding="utf-8") for dataset in datasets]
+    all_rows = demo.out / "data" / "multi-task" / "train.jsonl"
+    write_text(all_rows, "".join(texts))
+    config = joint_config(demo.out / "multi_task", demo.seed)
+    multi_task = pool.submit(train_in_worker, config, Dataset(all_rows, "multi-task"))
+    config = adapter_config(demo.out / "runs", demo.seed)
+    adapters = [pool.submit(train_in_worker, config, dataset) for dataset in datasets]
+    config = oracle_config(demo.out / "oracles", demo.seed)
+    oracles = [pool.submit(train_in_worker, config, one.train) for one in targets if one.train]
 
-    def embed_prompts(runs: Sequence[LoraRun]) -> None:
-        read_ahead(_generator_config(demo, runs))
+    # Embed prompts while adapters are trained, train the generator while oracles are.
+    def generator_config_of(runs: Sequence[LoraRun]) -> GenTrainConfig:
+        with_prompts = runs_with_prompts(
+            demo, {run.manifest.dataset.name: run.directory for run in runs}
+        )
+        cache = demo.out / "cache"
+        return generator_config(demo.out / "experiments", cache, with_prompts, demo.seed)
 
-    collected = _finished("collect", adapters, meanwhile=embed_prompts)
-    # The workers train the oracles meanwhile.
-    trained = train_generator(_generator_config(demo, collected), progress)
+    collected = _finished("collect", adapters, lambda runs: read_ahead(generator_config_of(runs)))
+    experiment = train_generator(generator_config_of(collected), progress)
     oracle_runs = _finished("oracles", oracles)
-    (multi_task_run,) = _finished("multi-task", multi_task)
+    (multi_task_run,) = _finished("multi-task", [multi_task])
     joint = TrainedAdapter(multi_task_run, best_checkpoint(multi_task_run))
     log.info("multi-task: stopped after %d steps, %.0f s", joint.steps, joint.seconds)
+
+    # Hold the contest, in the workers again.
     shared = DemoSetup(
-        generator_file(trained.directory),
+        generator_file(experiment.directory),
         joint,
         {
             target.key: TrainedAdapter(run, run.checkpoints[-1])
@@ -88,17 +105,17 @@ def demo_results(demo: Demo, workers: Workers, progress: Progress) -> dict[str, 
     )
 
     def submit(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        return workers.submit(_call, shared, function, *arguments)
+        return pool.submit(_call, shared, function, *arguments)
 
     results = hold_contest(shared.setup(), CONTESTANTS, targets, submit)
     results["novelty"]["checkpoints_of_each"] = NOVELTY_CHECKPOINTS
-    results["seconds"]["trained"] = "trained side by side, one thread each"
     results |= {
         "seed": demo.seed,
         "held_out": [list(pair) for pair in demo.world.held_out_pairs(demo.seed)],
         "multi_task": {"steps": joint.steps, "patience": MULTI_TASK_PATIENCE},
     }
     seconds = results["seconds"]
+    seconds["trained"] = "trained side by side, one thread each"
     seconds["total"] = round(time.perf_counter() - demo.started, 1)
     title = (
         f"Accuracy on unseen creatures (seed {demo.seed}): an adapter trained in "
@@ -124,35 +141,10 @@ def demo_target(demo: Demo, split: str, pair: Pair) -> Target:
     return Target.of(dataset, Dataset(train, pair.name), group=split, prompts_from="tested rows")
 
 
-def collection_jobs(demo: Demo) -> list[Job]:
-    """One adapter per training pair."""
-    config = adapter_config(demo.out / "runs", demo.seed)
-    pairs = demo.world.training_pairs(demo.seed)
-    return [Job(pair.name, demo.data_file(pair, "train", "train"), config) for pair in pairs]
-
-
-def oracle_jobs(demo: Demo, targets: Sequence[Target]) -> list[Job]:
-    """One adapter per target, on the target's own labels, in the target's wordings."""
-    config = oracle_config(demo.out / "oracles", demo.seed)
-    return [
-        Job(target.name, target.train.source, config)
-        for target in targets
-        if target.train and isinstance(target.train.source, Path)
-    ]
-
-
-def multi_task_job(demo: Demo, collection: Sequence[Job]) -> Job:
-    """One LoRA on the rows of all training pairs together."""
-    file = demo.out / "data" / "multi-task" / "train.jsonl"
-    write_text(file, "".join(job.file.read_text(encoding="utf-8") for job in collection))
-    config = joint_config(demo.out / "multi_task", demo.seed)
-    return Job("multi-task", file, config)
-
-
 def _finished(
     title: str,
     futures: Sequence[Future[LoraRun]],
-    meanwhile: Callable[[Sequence[LoraRun]], None] | None = None,
+    meanwhile: Callable[[Sequence[LoraRun]], object] | None = None,
 ) -> list[LoraRun]:
     """The runs in the order of their jobs. After every eighth, logs a line and, while others are
     running, calls `meanwhile` with those that have finished."""
@@ -283,12 +275,6 @@ def generator_config(
             "trainer": {"accelerator": "cpu"},
         },
     )
-
-
-def _generator_config(demo: Demo, runs: Sequence[LoraRun]) -> GenTrainConfig:
-    directories = {run.manifest.dataset.name: run.directory for run in runs}
-    with_prompts = runs_with_prompts(demo, directories)
-    return generator_config(demo.out / "experiments", demo.out / "cache", with_prompts, demo.seed)
 
 
 def runs_with_prompts(demo: Demo, runs: Mapping[str, Path]) -> list[tuple[Path, Path]]:

@@ -7,20 +7,19 @@ for the same cores lose more than that.
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.synchronize import Event
-from pathlib import Path
 from threading import Thread
-from types import TracebackType
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING
 
 from loragen.core.config import LoraTrainConfig
+from loragen.core.data.dataset import Dataset
 
 if TYPE_CHECKING:
     from loragen.core.base.load import LanguageModel
@@ -35,58 +34,24 @@ PRELOADED = [
 ]
 """The modules that workers need. Importing them, with torch and Lightning, takes seconds."""
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
 
-
-@dataclass(frozen=True)
-class Job:
-    """One adapter to be trained as by `lora train`."""
-
-    name: str
-    """Of the dataset."""
-    file: Path
-    config: LoraTrainConfig
-
-
-class Workers:
-    """A pool of processes, each with the base model loaded. Their modules are imported while this
-    process does something else."""
-
-    def __init__(self) -> None:
-        context, count = _context(), min(MOST_WORKERS, os.cpu_count() or 1)
-        self._cancelled = context.Event()
-        self._pool = ProcessPoolExecutor(
-            count, mp_context=context, initializer=_start, initargs=(self._cancelled,)
-        )
-        if context.get_start_method() == "spawn":  # a process starts when it gets its first job
-            for _ in range(count):
-                self._pool.submit(int)
-
-    def __enter__(self) -> "Workers":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is not None:  # jobs in the workers' queue cannot be cancelled by the pool
-            self._cancelled.set()
-        self._pool.shutdown(cancel_futures=True)
-
-    def train(self, jobs: Iterable[Job]) -> list[Future["LoraRun"]]:
-        return [self.submit(run_job, job) for job in jobs]
-
-    def submit(
-        self,
-        function: Callable[Arguments, Result],
-        *args: Arguments.args,
-        **kwargs: Arguments.kwargs,
-    ) -> Future[Result]:
-        """Runs a module's function in a worker; it, its arguments and its result are pickled."""
-        return self._pool.submit(function, *args, **kwargs)
+@contextmanager
+def worker_pool() -> Iterator[ProcessPoolExecutor]:
+    """A pool of processes, each with the base model loaded. They import what they need while this
+    process does something else, and end with it."""
+    context, count = _context(), min(MOST_WORKERS, os.cpu_count() or 1)
+    cancelled = context.Event()
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(cancelled,))
+    if context.get_start_method() == "spawn":  # a process starts when it gets its first job
+        for _ in range(count):
+            pool.submit(int)
+    try:
+        yield pool
+    except BaseException:
+        cancelled.set()  # jobs in the workers' queue cannot be cancelled by the pool
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 _cancelled: Event | None = None
@@ -139,12 +104,12 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def run_job(job: Job) -> "LoraRun":
-    """Trains an adapter. Raises Interrupted where the demo has been cancelled."""
+def train_in_worker(config: LoraTrainConfig, dataset: Dataset) -> "LoraRun":
+    """Trains an adapter as `lora train` does. Raises Interrupted where the demo was cancelled."""
     from loragen.core.errors import Interrupted
     from loragen.core.lora.train import train
     from loragen.core.progress import Silent
 
     if _cancelled and _cancelled.is_set():
         raise Interrupted("interrupted")
-    return train(job.config, job.name, job.file, base(), Silent())
+    return train(config, dataset.name, dataset.source, base(), Silent())

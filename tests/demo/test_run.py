@@ -13,7 +13,7 @@ from loragen.core.evaluation.contestants import NAMES
 from loragen.core.progress import Silent
 from loragen.demo import run, world
 from loragen.demo.run import SPLITS, choose_targets, demo_results, demo_target
-from loragen.demo.workers import Workers
+from loragen.demo.workers import worker_pool
 from loragen.demo.world import VALUES, WORLD_FILE, Pair, prepare_demo
 
 STEPS = 2
@@ -55,7 +55,7 @@ def test_the_whole_demo_with_the_users_own_world(few_steps, tmp_path, caplog):
     file = tmp_path / "my-world.yaml"
     file.write_text(yaml.safe_dump(document), encoding="utf-8")
     out = tmp_path / "out"
-    with caplog.at_level("INFO", logger="loragen"), Workers() as workers:
+    with caplog.at_level("INFO", logger="loragen"), worker_pool() as workers:
         results = demo_results(prepare_demo(out, 3, file, force=False), workers, Silent())
 
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results

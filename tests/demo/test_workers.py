@@ -10,7 +10,7 @@ import pytest
 
 from loragen.core.errors import Interrupted
 from loragen.demo import workers
-from loragen.demo.workers import Workers, run_job
+from loragen.demo.workers import train_in_worker, worker_pool
 
 WAITING = """\
 import os, sys, time
@@ -18,7 +18,7 @@ from loragen.demo import workers
 
 workers.PRELOADED.clear()
 if __name__ == "__main__":
-    with workers.Workers() as pool:
+    with workers.worker_pool() as pool:
         print(pool.submit(os.getpid).result(), flush=True)
         time.sleep(100)
 """
@@ -29,7 +29,7 @@ def test_workers_start_and_return_results(monkeypatch, spawn):
     if spawn:
         monkeypatch.setattr(workers, "_context", lambda: get_context("spawn"))
         monkeypatch.setattr(workers, "MOST_WORKERS", 1)
-    with Workers() as pool:
+    with worker_pool() as pool:
         assert pool.submit(divmod, 7, 2).result() == (3, 1)
 
 
@@ -38,7 +38,7 @@ def test_queued_jobs_of_a_cancelled_demo_do_not_start(monkeypatch):
     cancelled.set()
     monkeypatch.setattr(workers, "_cancelled", cancelled)
     with pytest.raises(Interrupted):
-        run_job(None)
+        train_in_worker(None, None)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX does")

@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from loragen.core.data.dataset import Row
 from loragen.core.data.formats import Turn
@@ -40,6 +40,17 @@ UNLIMITED = 2**31
 """The context length of a model whose configuration states none."""
 
 
+class Entry(NamedTuple):
+    """One adapter to be scored."""
+
+    adapter: "Adapter | None"
+    """None: the base model alone."""
+    seconds: float | None = None
+    """The time needed to obtain the adapter for this dataset; None: there is nothing to obtain."""
+    rows: Sequence[Row] | None = None
+    """The tested rows with another prompt; None: as they are."""
+
+
 class TrainedAdapter(NamedTuple):
     """A LoRA trained for the comparison: a checkpoint of a run."""
 
@@ -55,6 +66,10 @@ class TrainedAdapter(NamedTuple):
     def steps(self) -> int:
         """The steps until the training ended."""
         return self.run.manifest.steps[-1]
+
+    def entry(self) -> Entry:
+        config = self.run.manifest.adapter_config
+        return Entry(_read_adapter(self.checkpoint, config), self.seconds)
 
 
 @dataclass(frozen=True)
@@ -128,17 +143,6 @@ class EvaluationSetup:
         )
 
 
-class Entry(NamedTuple):
-    """One adapter to be scored."""
-
-    adapter: "Adapter | None"
-    """None: the base model alone."""
-    seconds: float | None = None
-    """The time needed to obtain the adapter for this dataset; None: there is nothing to obtain."""
-    rows: Sequence[Row] | None = None
-    """The tested rows with another prompt; None: as they are."""
-
-
 class Contestant:
     """One column of the table."""
 
@@ -195,17 +199,11 @@ class NearestAdapter(Contestant):
     name, title, needs_sources = "nearest_adapter", "nearest", True
 
     def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
-        from loragen.core.adapter.files import Adapter, read_adapter
-        from loragen.core.run.checkpoints import read_tensors
-
-        def nearest() -> Adapter:
+        def nearest() -> "Adapter":
             sources = self.setup.sources
             similarity = self.setup.similarities(target.prompts, (s.prompts for s in sources))
             source = sources[int(similarity.argmax())]
-            last = source.checkpoints[-1]
-            if last.is_dir():
-                return read_adapter(last)
-            return Adapter(source.adapter_config, read_tensors(last))
+            return _read_adapter(source.checkpoints[-1], source.adapter_config)
 
         yield _timed(nearest)
 
@@ -220,7 +218,7 @@ class MultiTask(Contestant):
     def entry(self) -> Entry:
         """The same adapter for every dataset, read once."""
         assert self.setup.multi_task is not None
-        return _read(self.setup.multi_task)
+        return self.setup.multi_task.entry()
 
     def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
         yield self.entry
@@ -284,8 +282,6 @@ class GeneratedAdapters(Contestant):
     name, title = "generated", "generated"
 
     def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
-        from loragen.core.adapter.files import read_adapter
-
         generator, options = self.setup.generator, self.setup.options
         _ = generator.text_encoder  # the time to load it does not count
         for number, prompts in enumerate(draws_of(target, generator, options)):
@@ -295,7 +291,7 @@ class GeneratedAdapters(Contestant):
                 started = time.perf_counter()
                 generator.generate(prompts).save(directory)
                 seconds = round(time.perf_counter() - started, 4)
-                yield Entry(read_adapter(directory), seconds)
+                yield Entry(_read_adapter(directory), seconds)
 
 
 class Oracle(Contestant):
@@ -305,7 +301,7 @@ class Oracle(Contestant):
     trains = needs_sources = True
 
     def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
-        yield _read(self.setup.oracles[target.key])
+        yield self.setup.oracles[target.key].entry()
 
 
 CONTESTANTS: tuple[type[Contestant], ...] = (
@@ -350,9 +346,9 @@ def _timed(obtain: Callable[[], "Adapter"]) -> Entry:
     return Entry(adapter, time.perf_counter() - started)
 
 
-def _read(trained: TrainedAdapter) -> Entry:
-    from loragen.core.adapter.files import Adapter
+def _read_adapter(path: Path, config: Mapping[str, Any] | None = None) -> "Adapter":
+    """Reads a PEFT directory, or a checkpoint of a run whose adapters have the configuration."""
+    from loragen.core.adapter.files import Adapter, read_adapter
     from loragen.core.run.checkpoints import read_tensors
 
-    config, tensors = trained.run.manifest.adapter_config, read_tensors(trained.checkpoint)
-    return Entry(Adapter(config, tensors), trained.seconds)
+    return read_adapter(path) if path.is_dir() else Adapter(dict(config or {}), read_tensors(path))

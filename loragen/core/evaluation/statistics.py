@@ -32,11 +32,6 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    @property
-    def half(self) -> float:
-        """Half the width, before the interval is cut off at 0 and 1."""
-        return max(self.high - self.mean, self.mean - self.low)
-
 
 def interval(scores: Sequence[Sequence[float]], rows: Sequence[int]) -> Interval:
     """The 95 % interval of the mean over datasets of the mean over draws.
@@ -54,23 +49,22 @@ def interval(scores: Sequence[Sequence[float]], rows: Sequence[int]) -> Interval
 
     With a single draw of a single dataset nothing is known, and the interval is [0, 1].
     """
+
+    def quantile(freedom: int) -> float:
+        return float(student.ppf((1 + CONFIDENCE) / 2, freedom))
+
     means = [fmean(draws) for draws in scores]
     halves: list[float] = []
     if freedom := sum(len(draws) - 1 for draws in scores):
         squares = [variance(draws) / len(draws) for draws in scores if len(draws) > 1]
-        drawn = _quantile(freedom) * (sqrt(sum(squares)) / len(scores))
+        drawn = quantile(freedom) * (sqrt(sum(squares)) / len(scores))
         likely = [(mean * n + 1) / (n + 2) for mean, n in zip(means, rows, strict=True)]
         binomial = [p * (1 - p) / (n + 2) for p, n in zip(likely, rows, strict=True)]
         halves.append(hypot(drawn, Z * sqrt(sum(binomial)) / len(scores)))
     if len(means) > 1:
-        halves.append(_quantile(len(means) - 1) * sqrt(variance(means) / len(means)))
+        halves.append(quantile(len(means) - 1) * sqrt(variance(means) / len(means)))
     mean, half = fmean(means), max(halves, default=1.0)
     return Interval(mean, max(0.0, mean - half), min(1.0, mean + half))
-
-
-def _quantile(freedom: int) -> float:
-    """Of Student's t, for a two-sided interval."""
-    return float(student.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
 Deltas = dict[str, Factors]
