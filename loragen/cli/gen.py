@@ -178,12 +178,12 @@ def gen_infer(
     ] = False,
     base_model: BaseModelName = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Read the first so many prompts only.")
+        int | None, typer.Option("--limit", min=1, help="Read only the first N prompts.")
     ] = None,
     draws: Annotated[
         int,
         typer.Option(
-            "--draws", min=1, help="Average the adapters of so many random draws of prompts."
+            "--draws", min=1, help="Average the adapters of N random draws of prompts."
         ),
     ] = 1,
     prompts_per_draw: Annotated[
@@ -292,7 +292,7 @@ def gen_eval(
         int, typer.Option("--shots", min=1, help="Labelled rows of the few_shot column.")
     ] = 4,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Evaluate the first rows of each only.")
+        int | None, typer.Option("--limit", min=1, help="Evaluate only the first N rows of each dataset.")
     ] = None,
     seed: Annotated[
         int, typer.Option("--seed", min=0, help="Seed of the draws of prompts and of shots.")

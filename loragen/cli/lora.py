@@ -155,7 +155,7 @@ def lora_eval(
     data_root: DataRoot = "data_to_lora/cs",
     skip_bad_rows: SkipBadRows = False,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Evaluate the first rows only.")
+        int | None, typer.Option("--limit", min=1, help="Evaluate only the first N rows.")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
     json: Json = False,

@@ -85,7 +85,7 @@ def merge_layers(
     environment: Mapping[str, str] | None = None,
 ) -> Layers:
     """Raises UsageError for what cannot be read at all: a missing file, `--set nonsense`."""
-    merged = read_layer(file, model) if isinstance(file, Path) else file or Layers({}, {})
+    merged = _from_file(file, model) if isinstance(file, Path) else file or Layers({}, {})
     for layer in (
         list(_from_environment(os.environ if environment is None else environment, model)),
         [_from_setting(text) for text in settings],
@@ -124,7 +124,7 @@ def validate_layers(
 # ---- the layers
 
 
-def read_layer(file: Path, model: type[BaseModel]) -> Layers:
+def _from_file(file: Path, model: type[BaseModel]) -> Layers:
     """The values of a YAML file with their positions.
 
     Raises UsageError for a missing file, ConfigError for what is not YAML and for the file of
@@ -310,7 +310,7 @@ def problems_of(
             reason = f"{detail['msg'][0].lower()}{detail['msg'][1:]}"
             if kind == "model_type":
                 known = _known_keys(model, detail["loc"])
-                reason = f"has to be a section with keys of its own: {listing(known, 20)}"
+                reason = f"input should be a section with the keys {listing(known, 20)}"
         reasons.setdefault(keys, []).append(reason)
     return [
         problem_at(keys, origins, " or ".join(dict.fromkeys(of)) + given.get(keys, ""))
