@@ -182,9 +182,7 @@ def gen_infer(
     ] = None,
     draws: Annotated[
         int,
-        typer.Option(
-            "--draws", min=1, help="Average the adapters of N random draws of prompts."
-        ),
+        typer.Option("--draws", min=1, help="Average the adapters of N random draws of prompts."),
     ] = 1,
     prompts_per_draw: Annotated[
         int | None,
@@ -292,7 +290,7 @@ def gen_eval(
         int, typer.Option("--shots", min=1, help="Labelled rows of the few_shot column.")
     ] = 4,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Evaluate only the first N rows of each dataset.")
+        int | None, typer.Option("--limit", min=1, help="Evaluate only the first N rows of each.")
     ] = None,
     seed: Annotated[
         int, typer.Option("--seed", min=0, help="Seed of the draws of prompts and of shots.")
