@@ -12,7 +12,7 @@ def check_schedule(cls: Any, **options: Any) -> None:
 
     It returns the same rate when called again and from a new instance, so that a resumed run has
     the same rates. For runs of 1 to 1,000 steps, every learning rate is positive and finite, and
-    stages are counted from 1 and never decrease. A rate is made of plain numbers and can be pickled
+    stages are counted from 1 and never decrease. A rate holds plain numbers and can be pickled
     into a checkpoint.
     """
     config = validated_options(cls, options)

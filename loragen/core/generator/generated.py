@@ -41,7 +41,7 @@ class Origin:
     draws: int = 1
     prompts_per_draw: int = 0
     seed: int | None = None
-    """Of the draws; None where one condition was made of all prompts."""
+    """Of the draws; None where all prompts formed one condition."""
     plugins: list[dict[str, str]] = field(default_factory=list)
     """`kind`, `name`, `distribution` and `version` of the encoder and the decoder."""
     datasets: list[str] = field(default_factory=list)

@@ -103,7 +103,7 @@ class Generator:
     ) -> GeneratedAdapter:
         """Returns the adapter for these prompts, each tensor in the dtype of the training adapters.
 
-        By default one condition is made of all prompts. Otherwise the result is the mean over
+        By default all prompts form one condition. Otherwise the result is the mean over
         `draws` random subsets of `prompts_per_draw` prompts. It is the mean of A and of B, token by
         token: the mean of the products ΔW = BA would have up to `draws` times the rank. Since one
         decoder writes all of them in a shared basis, the two means are close while the draws agree.
@@ -159,7 +159,7 @@ class Generator:
 
     @property
     def usual_prompts(self) -> int:
-        """The number of prompts that made a condition in training."""
+        """The number of prompts of a condition in training."""
         return self.prompts_per_condition * self.samples_per_prompt
 
     @property

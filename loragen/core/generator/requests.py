@@ -1,4 +1,4 @@
-"""What `gen infer` is asked for: which adapters, from which prompts, written where.
+"""The requests of `gen infer`: which adapters, from which prompts, written where.
 
 Light: mistakes are reported before torch or a generator is loaded.
 """

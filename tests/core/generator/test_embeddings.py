@@ -58,11 +58,11 @@ DIM = 32
 
 
 def texts(centre, count, seed, spread=0.5):
-    """``[count, 1, DIM]`` around a place on one axis, and a mask."""
+    """``[count, 1, DIM]`` around a point on one axis, and a mask."""
     noise = np.random.default_rng(seed).standard_normal((count, 1, DIM))
-    place = np.zeros(DIM)
-    place[centre] = 1.0
-    return (place + spread * noise / DIM**0.5).astype(np.float32), np.ones((count, 1), bool)
+    point = np.zeros(DIM)
+    point[centre] = 1.0
+    return (point + spread * noise / DIM**0.5).astype(np.float32), np.ones((count, 1), bool)
 
 
 def fitted(*centres, count=50):

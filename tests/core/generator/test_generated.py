@@ -38,16 +38,16 @@ def test_a_repr_is_a_line_without_tensors(generator, adapter):
 
 
 def test_generator_is_the_public_api(experiment, tmp_path):
-    made = loragen.Generator.load(experiment).generate(PROMPTS).save(tmp_path / "adapter")
-    assert read_adapter(made).config["r"] == 2
+    path = loragen.Generator.load(experiment).generate(PROMPTS).save(tmp_path / "adapter")
+    assert read_adapter(path).config["r"] == 2
 
 
 @pytest.mark.parametrize("name", ["adapter", "v1.2", "a.safetensors", "a.pt"])
 def test_every_form_holds_the_same_tensors(adapter, tmp_path, name):
-    made = adapter.save(str(tmp_path / name))
-    assert equal(read_tensors(made), adapter.tensors)
+    path = adapter.save(str(tmp_path / name))
+    assert equal(read_tensors(path), adapter.tensors)
     (tmp_path / "other").touch()
-    weights = made / "adapter_model.safetensors" if made.is_dir() else made
+    weights = path / "adapter_model.safetensors" if path.is_dir() else path
     if os.name != "nt":
         assert weights.stat().st_mode == (tmp_path / "other").stat().st_mode
 
@@ -66,10 +66,10 @@ def test_files_say_where_they_come_from(adapter, tmp_path, experiment):
 
 @pytest.mark.parametrize("name", ["adapter", "a.safetensors", "a.pt"])
 def test_nothing_is_overwritten_unless_asked(adapter, tmp_path, name):
-    made = adapter.save(tmp_path / name)
+    path = adapter.save(tmp_path / name)
     with pytest.raises(UsageError, match="exists already"):
-        adapter.save(made)
-    assert adapter.save(made, overwrite=True) == made
+        adapter.save(path)
+    assert adapter.save(path, overwrite=True) == path
 
 
 def test_other_endings_of_weights_are_refused(adapter, tmp_path):

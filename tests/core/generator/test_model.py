@@ -49,18 +49,18 @@ def test_the_adapter_has_the_shapes_and_the_configuration_of_the_collection(gene
     from loragen.core.adapter.files import read_adapter
 
     trained = read_adapter(collection.runs["colors"] / "adapter")
-    made = generator.generate(PROMPTS)
-    assert made.config == trained.config
+    adapter = generator.generate(PROMPTS)
+    assert adapter.config == trained.config
     shapes = {key: (t.shape, t.dtype) for key, t in trained.tensors.items()}
-    assert {key: (t.shape, t.dtype) for key, t in made.tensors.items()} == shapes
-    assert all(t.isfinite().all() for t in made.tensors.values())
+    assert {key: (t.shape, t.dtype) for key, t in adapter.tensors.items()} == shapes
+    assert all(t.isfinite().all() for t in adapter.tensors.values())
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 40])
 def test_any_number_of_prompts_is_accepted(generator, count):
     prompts = [f"prompt {i}" for i in range(count)]
-    made = generator.generate(prompts)
-    assert len(made.tensors) == 28
+    adapter = generator.generate(prompts)
+    assert len(adapter.tensors) == 28
 
 
 def test_the_adapter_depends_on_the_prompts(generator):
@@ -97,9 +97,9 @@ def test_a_newer_format_is_refused(file, tmp_path):
 def test_a_file_without_familiarity_still_generates(generator, file, tmp_path):
     document = {**torch.load(file, weights_only=True), "familiarity": None}
     torch.save(document, tmp_path / "one-text.pt")
-    made = Generator.load(tmp_path / "one-text.pt").generate(PROMPTS)
-    assert equal(made.tensors, generator.generate(PROMPTS).tensors)
-    assert made.origin.distance is made.origin.warning() is None
+    adapter = Generator.load(tmp_path / "one-text.pt").generate(PROMPTS)
+    assert equal(adapter.tensors, generator.generate(PROMPTS).tensors)
+    assert adapter.origin.distance is adapter.origin.warning() is None
 
 
 def test_a_file_of_the_first_format_is_refused(file, tmp_path):

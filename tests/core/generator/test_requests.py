@@ -31,13 +31,13 @@ def test_all_prompts_make_one_adapter(text):
 
 
 def test_an_adapter_for_each_line(text):
-    made = requests(["zero"], [text], "line", 2)
-    assert made == [Request("prompt-001", ["zero"]), Request("prompt-002", ["one"])]
+    result = requests(["zero"], [text], "line", 2)
+    assert result == [Request("prompt-001", ["zero"]), Request("prompt-002", ["one"])]
 
 
 def test_an_adapter_for_each_value_of_a_field(dataset):
-    made = requests((), [dataset(ROWS)], "dataset", None)
-    assert made == [Request("colors", ["red?", "blue?"]), Request("animals-wild", ["cat?"])]
+    result = requests((), [dataset(ROWS)], "dataset", None)
+    assert result == [Request("colors", ["red?", "blue?"]), Request("animals-wild", ["cat?"])]
 
 
 def test_a_prepared_line_has_several_prompts(dataset):
