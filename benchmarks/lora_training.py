@@ -153,7 +153,8 @@ def _config(job: dict[str, Any], settings: dict[str, Any]) -> Any:
 
 def _loragen(job: dict[str, Any], settings: dict[str, Any]) -> Measured:
     from loragen.core.base.load import load_training_base
-    from loragen.core.lora.train import train
+    from loragen.core.data.dataset import Dataset
+    from loragen.core.lora.train import train_adapter
     from loragen.core.progress import Silent, Step
 
     times, losses = [], []
@@ -164,7 +165,8 @@ def _loragen(job: dict[str, Any], settings: dict[str, Any]) -> Measured:
             losses.append(step.loss)
 
     config = _config(job, settings)
-    run = train(config, "rows", Path(job["data"]), load_training_base(config), Watch())
+    dataset = Dataset(Path(job["data"]), "rows")
+    run = train_adapter(config, dataset, load_training_base(config), Watch())
     file = max((run.directory / "checkpoints").iterdir())
     return Measured(
         _differences(times),
@@ -188,13 +190,15 @@ def _trainer(job: dict[str, Any]) -> Measured:
 
     from loragen.core.base.load import load_base
     from loragen.core.data.batches import batch_indices
+    from loragen.core.data.dataset import Dataset
     from loragen.core.lora.data import load_rows
     from loragen.core.lora.train import new_adapter
     from loragen.core.plugins import create
 
     config = _config(job, {})
     base = load_base(job["model"], torch.float32)
-    rows = load_rows(config, "rows", Path(job["data"]), base.tokenizer).training
+    dataset = Dataset(Path(job["data"]), "rows")
+    rows = load_rows(config, dataset, base.tokenizer).training
     order = [
         index
         for step in range(job["steps"])

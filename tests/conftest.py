@@ -15,6 +15,7 @@ import hypothesis
 import pytest
 
 from loragen.core import plugins
+from loragen.core.data.dataset import Dataset
 
 hypothesis.settings.register_profile("ours", deadline=None)  # the machine may be busy
 hypothesis.settings.load_profile("ours")
@@ -256,11 +257,13 @@ def lora_config(base_dir, tmp_path):
 @pytest.fixture
 def train_lora(lora_config, base, dataset):
     """`train_lora({...})` trains on the colours and gives the run; `file` names other rows."""
-    from loragen.core.lora.train import train
+    from loragen.core.lora.train import train_adapter
     from loragen.core.progress import Silent
 
     def run(settings=None, file=None, name="colors"):
-        return train(lora_config(settings), name, file or dataset(), base, Silent())
+        return train_adapter(
+            lora_config(settings), Dataset(file or dataset(), name), base, Silent()
+        )
 
     return run
 
@@ -283,7 +286,7 @@ class Collection:
 def collection(base_dir, tmp_path_factory):
     from loragen.core.base.load import load_base
     from loragen.core.config import LoraTrainConfig
-    from loragen.core.lora.train import train
+    from loragen.core.lora.train import train_adapter
     from loragen.core.progress import Silent
 
     home = tmp_path_factory.mktemp("collection")
@@ -293,7 +296,7 @@ def collection(base_dir, tmp_path_factory):
     made = Collection(base_dir, home / "data", {})
     for name, words in zip(made.names, (ANIMALS, COLORS), strict=True):
         file = write_lines(made.file(name), rows_of(words, count=16))
-        made.runs[name] = train(config, name, file, base, Silent()).directory
+        made.runs[name] = train_adapter(config, Dataset(file, name), base, Silent()).directory
     return made
 
 

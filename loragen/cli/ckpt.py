@@ -140,17 +140,19 @@ def ckpt_lines(
     Computed from the run's seed: needs the dataset as it was, but no --track-batches.
     """
     from loragen.core.lora.provenance import row_hash, traced_run
+    from loragen.core.run.directory import LoraManifest, Run
 
     if not path.exists():
         raise UsageError(f"{path}: no such run or checkpoint; for a step without a file: --step N")
-    run = traced_run(path)
+    run = Run.open(path, LoraManifest)
+    traced = traced_run(run)
     step = step or _step_of(path)
-    if step > run.done_steps:
-        raise UsageError(f"{run.directory} has no step {step}: it has done {run.done_steps}")
-    rate = run.rate(step)
+    if step > traced.done_steps:
+        raise UsageError(f"{run.directory} has no step {step}: it has done {traced.done_steps}")
+    rate = traced.rate(step)
     rows = [
         {"line": row.line, "hash": row_hash(row), "prompt": render.shortened(row.prompt)}
-        for row in run.provenance.rows_of(step)
+        for row in traced.provenance.rows_of(step)
     ]
     document = {
         "run": str(run.directory),

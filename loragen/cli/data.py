@@ -128,20 +128,22 @@ def data_uses(
     Computed from the run's seed: it needs no --track-batches. FILE may be a copy of the run's data
     anywhere.
     """
+    from loragen.core.data.dataset import Dataset
     from loragen.core.lora.provenance import row_hash, traced_run
-    from loragen.core.run.directory import checkpoint_files, checkpoint_step
+    from loragen.core.run.directory import LoraManifest, Run, checkpoint_step
 
     file, line = parse_position(position)
-    traced = traced_run(run, file)
+    opened = Run.open(run, LoraManifest)
+    traced = traced_run(opened, Dataset(file))
     row = traced.row_at(line)
     if row is None:
-        raise UsageError(f"{file}:{line}: no row; the file has {traced.manifest.dataset.rows} rows")
+        raise UsageError(f"{file}:{line}: no row; the file has {opened.manifest.dataset.rows} rows")
     steps = traced.steps_of(row.line)
-    files = {checkpoint_step(file): file.name for file in checkpoint_files(traced.directory)}
+    files = {checkpoint_step(file): file.name for file in opened.checkpoints}
     document = {
         "file": str(file),
         "line": line,
-        "run": str(traced.directory),
+        "run": str(opened.directory),
         "hash": row_hash(row),
         "prompt": render.shortened(row.prompt),
         "held_out": row in traced.held_out,

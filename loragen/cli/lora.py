@@ -22,18 +22,9 @@ from loragen.cli.options import (
     with_old_files,
 )
 from loragen.core.config import LoraTrainConfig, Override, dump, load
-from loragen.core.data.documents import parsed_source
-from loragen.core.data.rows import check_rows
 from loragen.core.errors import DataError, Interrupted, LoragenError, UsageError
 from loragen.core.lora.collect import collect
-from loragen.core.lora.tasks import (
-    Task,
-    TaskOutcome,
-    config_of,
-    finished_run,
-    tasks,
-    unfinished_run,
-)
+from loragen.core.lora.tasks import Task, TaskOutcome, earlier_runs, find_tasks
 from loragen.core.run.directory import CONFIG, TEST_MODE_STEPS, LoraManifest, LoraRun, Run
 
 app = typer.Typer(no_args_is_help=True, help="Train LoRA adapters, evaluate one, export it.")
@@ -125,7 +116,7 @@ def lora_train(
         if not run.manifest.dataset.path:  # a converted run
             raise UsageError(f"{run.directory}: its dataset is not recorded; give --dataset FILE")
         wanted = [run.manifest.dataset.path]
-    chosen = tasks(resolved, wanted, every)
+    chosen = find_tasks(resolved, wanted, every)
     if dry_run:
         _dry_run(resolved, chosen, resume, json)
     elif resume:
@@ -176,7 +167,7 @@ def lora_eval(
 
     from loragen.core.adapter.files import attach_adapter
     from loragen.core.base.load import best_device, load_base
-    from loragen.core.lora.evaluate import evaluate
+    from loragen.core.lora.evaluate import evaluate_model
     from loragen.core.run.checkpoints import read_checkpointed_adapter
 
     read = read_checkpointed_adapter(adapter) if adapter else None
@@ -186,7 +177,7 @@ def lora_eval(
     base = load_base(base_name)
     base.model.to(best_device())
     model = attach_adapter(base.model, read, str(adapter)) if read else base.model
-    scores = evaluate(model, base.tokenizer, rows, batch_size)
+    scores = evaluate_model(model, base.tokenizer, rows, batch_size, closed=tested.closed_answers)
     document = {
         "dataset": tested.name,
         "file": str(tested),
@@ -266,27 +257,27 @@ def _dry_run(
     once; UsageError if the adapter does not fit the base.
     """
     if resume:
-        from loragen.core.lora.train import check_settings, find_resume_point
+        from loragen.core.lora.train import LoraPoint
 
-        check_settings(find_resume_point(resume), config)
+        LoraPoint.find(resume).check_settings(config)
     problems: list[str] = []
-    files = [(task.name, task.source) for task in tasks]
-    if config.data.validation:
-        files.append(("data.validation", parsed_source(config.data.validation)))
-    for name, source in files:
+    files = [(task.name, task.dataset) for task in tasks]
+    if tasks[0].validation:
+        files.append(("data.validation", tasks[0].validation))
+    for name, dataset in files:
         try:
-            rows = check_rows(source, config.data.skip_bad_rows)
-            render.note(f"{name}: {rows} rows in {source}")
+            rows = dataset.check(config.data.skip_bad_rows)
+            render.note(f"{name}: {rows} rows in {dataset}")
         except LoragenError as error:
             problems += error.problems
     if problems:
         raise DataError(*problems)
     for task in tasks:
-        done, begun = finished_run(config, task), unfinished_run(config, task)
-        if done:
-            render.note(f"{task.name}: done already in {done.directory}")
-        elif begun:
-            render.note(f"{task.name}: an unfinished run is in {begun.directory}")
+        finished, unfinished = earlier_runs(config, task)
+        if finished:
+            render.note(f"{task.name}: done already in {finished.directory}")
+        elif unfinished:
+            render.note(f"{task.name}: an unfinished run is in {unfinished.directory}")
 
     from loragen.core.lora.train import checkpoint_sizes, count_values
 
@@ -299,9 +290,9 @@ def _dry_run(
     for line in _launch_commands(config, sys.argv[1:]):
         render.note(line)
     if not resume and len(tasks) == 1:
-        config = config_of(config, tasks[0])
+        config = tasks[0].config(config)
     elif not resume:
-        config.collection = [task.wanted for task in tasks]
+        config.collection = [task.argument for task in tasks]
     if json:
         render.answer_json(config.model_dump(mode="json"))
     else:
@@ -341,19 +332,21 @@ def _launch_commands(config: LoraTrainConfig, arguments: Sequence[str]) -> list[
 
 def _resume(config: LoraTrainConfig, task: Task, path: Path) -> TaskOutcome:
     from loragen.cli.progress import terminal_progress
-    from loragen.core.lora.train import find_resume_point, load_base_again, nothing_left, train
+    from loragen.core.data.dataset import Dataset
+    from loragen.core.lora.train import LoraPoint, load_resumed_base, train_adapter
 
-    point = find_resume_point(path)
-    if nothing_left(point, config):
+    point = LoraPoint.find(path)
+    if point.is_finished(config):
         render.note(f"{point.directory}: finished at step {point.step}, nothing is left to do")
         return TaskOutcome(task, "skipped", LoraRun(point.directory, point.manifest))
     found = point.checkpoint.name if point.checkpoint else "no checkpoint"
     done = point.step == config.training.max_steps
     then = "all steps are done" if done else f"the next step is {point.step + 1}"
     render.note(f"{point.directory}: found {found}; {then}")
-    base = load_base_again(point, config)
-    name = point.manifest.dataset.name
-    run = train(config, name, task.source, base, terminal_progress(), point)
+    base = load_resumed_base(point, config)
+    dataset = Dataset(task.dataset.source, point.manifest.dataset.name)
+    progress = terminal_progress()
+    run = train_adapter(config, dataset, base, progress, point, task.validation)
     return TaskOutcome(task, "trained", run)
 
 
@@ -395,7 +388,7 @@ def _document(outcome: TaskOutcome) -> dict[str, Any]:
     return {
         "run": None,
         "status": outcome.status,
-        "dataset": {"name": task.name, "path": str(task.source)},
+        "dataset": {"name": task.name, "path": str(task.dataset)},
         "outcome": outcome.status,
         "reason": outcome.reason,
     }

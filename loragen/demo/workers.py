@@ -107,9 +107,9 @@ def _end_with_parent() -> None:
 def train_in_worker(config: LoraTrainConfig, dataset: Dataset) -> "LoraRun":
     """Trains an adapter as `lora train` does. Raises Interrupted where the demo was cancelled."""
     from loragen.core.errors import Interrupted
-    from loragen.core.lora.train import train
+    from loragen.core.lora.train import train_adapter
     from loragen.core.progress import Silent
 
     if _cancelled and _cancelled.is_set():
         raise Interrupted("interrupted")
-    return train(config, dataset.name, dataset.source, base(), Silent())
+    return train_adapter(config, dataset, base(), Silent())

@@ -13,7 +13,8 @@ import torch
 from loragen.core.adapter.files import read_adapter
 from loragen.core.base.load import load_training_base
 from loragen.core.config import dump
-from loragen.core.lora.train import train
+from loragen.core.data.dataset import Dataset
+from loragen.core.lora.train import train_adapter
 from loragen.core.progress import Silent
 from loragen.core.run.directory import LoraManifest, read_manifest
 from tests.processes import Command
@@ -66,7 +67,7 @@ def whole(rows, lora_config):
     def run(settings=None):
         config = lora_config({**SLOW, **(settings or {})})
         base = load_training_base(config)
-        return adapter(train(config, "colors", rows, base, Silent()).directory)
+        return adapter(train_adapter(config, Dataset(rows, "colors"), base, Silent()).directory)
 
     return run
 

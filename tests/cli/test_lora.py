@@ -14,9 +14,10 @@ import yaml
 from loragen.core.adapter.files import attach_adapter, read_adapter
 from loragen.core.base.load import load_training_base
 from loragen.core.config import LoraTrainConfig, load
+from loragen.core.data.dataset import Dataset
 from loragen.core.errors import DataError
 from loragen.core.files import sha256
-from loragen.core.lora.train import train
+from loragen.core.lora.train import train_adapter
 from loragen.core.progress import Silent
 from loragen.core.run.directory import LoraManifest, checkpoint_name, read_manifest, write_manifest
 
@@ -39,7 +40,7 @@ def half(lora_config, dataset):
     def run(settings=None):
         config = lora_config(settings)
         base = load_training_base(config)
-        directory = train(config, "colors", dataset(), base, Silent()).directory
+        directory = train_adapter(config, Dataset(dataset(), "colors"), base, Silent()).directory
         for step in (6, 7, 8):
             (directory / "checkpoints" / f"checkpoint-step-00{step}.ckpt").unlink()
         shutil.rmtree(directory / "adapter")
@@ -383,12 +384,12 @@ class TestEval:
         """`meta` stands for a GPU."""
         devices = []
 
-        def score(model, *_):
+        def score(model, *_, **__):
             devices.append(model.device)
             raise DataError("enough is known")
 
         monkeypatch.setattr("loragen.core.base.load.best_device", lambda: torch.device("meta"))
-        monkeypatch.setattr("loragen.core.lora.evaluate.evaluate", score)
+        monkeypatch.setattr("loragen.core.lora.evaluate.evaluate_model", score)
         loragen(
             "lora", "eval", "--no-adapter", "--base-model", collection.base,
             "--dataset", collection.file("colors"),

@@ -33,7 +33,7 @@ from loragen.core.evaluation.targets import Target
 from loragen.core.evaluation.training import train_multi_task, train_oracles
 from loragen.core.generator.model import Generator
 from loragen.core.learning.sources import PromptDirectories, TrainingSource, read_source
-from loragen.core.lora.evaluate import Scores, evaluate
+from loragen.core.lora.evaluate import Scores, evaluate_model
 from loragen.core.progress import Progress
 from loragen.core.run.directory import LoraManifest, SourceRecord, read_manifest, run_directory_of
 
@@ -219,7 +219,7 @@ def _score(model: Any, setup: EvaluationSetup, target: Target, entry: Entry) -> 
         else:
             adapter = rescaled(entry.adapter, setup.generator.adapter_config)
             swap_adapter(model, adapter, f"an adapter for {target.name}")
-        return evaluate(
+        return evaluate_model(
             model,
             setup.base.tokenizer,
             target.rows if entry.rows is None else entry.rows,

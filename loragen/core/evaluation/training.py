@@ -18,8 +18,8 @@ from loragen.core.evaluation.contestants import TrainedAdapter
 from loragen.core.evaluation.targets import Target
 from loragen.core.files import sha256_text, write_text
 from loragen.core.learning.sources import TrainingSource
-from loragen.core.lora.tasks import Task, finished_run
-from loragen.core.lora.train import train
+from loragen.core.lora.tasks import Task, earlier_runs
+from loragen.core.lora.train import train_adapter
 from loragen.core.plugins import create
 from loragen.core.progress import Progress
 from loragen.core.run.directory import CHECKPOINTS, LoraManifest, LoraRun, Run, checkpoint_name
@@ -136,11 +136,12 @@ class _TrainingBase:
 def _train_once(
     config: LoraTrainConfig, name: str, dataset: Dataset, base: _TrainingBase, progress: Progress
 ) -> LoraRun:
-    known = finished_run(config, Task(name, name, dataset.source))
+    dataset = Dataset(dataset.source, name)
+    known = earlier_runs(config, Task(dataset, name)).finished
     if known and known.manifest.base_fingerprint == base.fingerprint:
         log.info("%s: already trained, %s", name, known.directory)
         return known
     try:
-        return train(config, name, dataset.source, base.model, progress)
+        return train_adapter(config, dataset, base.model, progress)
     finally:
         progress.stop()

@@ -30,6 +30,7 @@ from loragen.core.run.directory import (
     TEST_MODE_STEPS,
     LoraManifest,
     LoraRun,
+    Run,
     read_manifest,
     run_directory_of,
 )
@@ -415,7 +416,7 @@ def _from_run(
         manifest.adapter_config,
         manifest.base_model,
         groups,
-        traced_run(run).provenance if tracked else None,
+        traced_run(Run.open(run, LoraManifest)).provenance if tracked else None,
         rows=manifest.dataset.path or None,
         origin=located(config, prepared.data),
     )

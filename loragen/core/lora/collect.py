@@ -1,94 +1,349 @@
-"""Many datasets, one adapter each: what is done already is skipped, what fails stops nothing."""
+"""`lora train`: one adapter for each of many datasets. Light until something trains.
+
+Where one device trains all datasets, they train in this process, one after the other, on one base
+model. Otherwise every dataset trains in a worker process (`loragen.core.lora.worker`), which is
+started here or by Ray. A dataset that fails stops no other.
+"""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import inf
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Protocol
 
 from loragen.core.config import LoraTrainConfig
-from loragen.core.data.rows import check_rows
-from loragen.core.errors import UsageError
-from loragen.core.lora.tasks import (
-    Task,
-    TaskOutcome,
-    failed,
-    finished_run,
-    unfinished_run,
-)
+from loragen.core.errors import Interrupted, LoragenError, UsageError
+from loragen.core.lora.tasks import Task, TaskOutcome, earlier_runs
+from loragen.core.lora.worker import JobResult, StatusFile, TrainingJob
 from loragen.core.progress import Progress
+from loragen.core.run.directory import LoraManifest, Run
 
 log = logging.getLogger(__name__)
 
+POLL_SECONDS = 0.2
+KILL_AFTER_SECONDS = 30
+"""Between the second Ctrl+C, which terminates a worker, and its end by force."""
+
 
 def collect(
-    config: LoraTrainConfig,
-    tasks: Sequence[Task],
-    progress: Progress,
-    force: bool = False,
+    config: LoraTrainConfig, tasks: Sequence[Task], progress: Progress, force: bool = False
 ) -> list[TaskOutcome]:
-    """A run per dataset, as `config.launcher` says; the outcomes in the order of the tasks.
+    """Trains an adapter for each task; returns the outcomes in the order of the tasks.
 
-    Every file is read before the first dataset trains. Raises what went wrong only where there is
-    a single dataset, or where none can train: the base does not load, the cluster is not there.
+    A task with a finished run is skipped, unless `force`. Every file is read before the first
+    dataset trains. Raises an error only where there is a single task, or where no task can train:
+    the base model does not load, there is no cluster.
     """
+    if Path(config.runs_dir).exists() and not Path(config.runs_dir).is_dir():
+        raise UsageError(f"runs_dir {config.runs_dir}: is a file; give a directory")
     outcomes: dict[Task, TaskOutcome] = {}
 
-    def settle(settled: Iterable[TaskOutcome]) -> None:
-        for outcome in settled:
-            outcomes[outcome.task] = outcome
-            if len(tasks) == 1 and outcome.error:
-                raise outcome.error
-            outcome.show(progress)
+    def record(outcome: TaskOutcome) -> None:
+        outcomes[outcome.task] = outcome
+        if len(tasks) == 1 and outcome.error:
+            raise outcome.error
+        outcome.show(progress)
 
-    if Path(config.runs_dir).exists() and not Path(config.runs_dir).is_dir():
-        raise UsageError(f"runs_dir {config.runs_dir} is a file")
     progress.begin([task.name for task in tasks])
     try:
-        settle(_settled(config, tasks, force))
-        left = [task for task in tasks if task not in outcomes]
-        if not force:
-            _tell_of_unfinished(config, left)
-        if left:
-            settle(_launch(config, left, progress))
+        for task in tasks:
+            if outcome := _without_training(config, task, force):
+                record(outcome)
+        remaining = [task for task in tasks if task not in outcomes]
+        if remaining:
+            for outcome in _train(config, remaining, len(tasks) > 1, progress):
+                record(outcome)
     finally:
         progress.stop()
     return [outcomes[task] for task in tasks]
 
 
-def _settled(config: LoraTrainConfig, tasks: Sequence[Task], force: bool) -> Iterator[TaskOutcome]:
-    """The tasks of which nothing is to be trained: done already, or their file is bad."""
-    for task in tasks:
-        try:
-            run = None if force else finished_run(config, task)
-            if run is None:
-                check_rows(task.source, config.data.skip_bad_rows)
-        except Exception as error:  # noqa: BLE001  # a file may not be readable, a hub not there
-            yield failed(task, error)
-            continue
-        if run:
-            reason = f"done already in {run.directory} (--force trains it again)"
-            yield TaskOutcome(task, "skipped", run, reason)
+def _without_training(config: LoraTrainConfig, task: Task, force: bool) -> TaskOutcome | None:
+    """Returns the outcome of a task whose run is finished or whose file is bad."""
+    try:
+        if not force:
+            finished, unfinished = earlier_runs(config, task)
+            if finished:
+                reason = f"done already in {finished.directory} (--force trains it again)"
+                return TaskOutcome(task, "skipped", finished, reason)
+        task.dataset.check(config.data.skip_bad_rows)
+    except Exception as error:  # noqa: BLE001  # of this dataset alone: no permission, no hub
+        return TaskOutcome.failed(task, error)
+    if not force and unfinished:
+        log.info(
+            "%s: there is an unfinished run; unless it is running now: --resume %s",
+            task.name,
+            unfinished.directory,
+        )
+    return None
 
 
-def _tell_of_unfinished(config: LoraTrainConfig, tasks: Iterable[Task]) -> None:
-    for task in tasks:
-        run = unfinished_run(config, task)
-        if run:
-            log.info(
-                "%s: an unfinished run is there; unless it is running: --resume %s",
-                task.name,
-                run.directory,
-            )
-
-
-def _launch(
-    config: LoraTrainConfig, tasks: Sequence[Task], progress: Progress
+def _train(
+    config: LoraTrainConfig, tasks: Sequence[Task], several: bool, progress: Progress
 ) -> Iterator[TaskOutcome]:
     if config.launcher.name == "ray":
-        from loragen.core.lora.launch import train_on_ray
+        from loragen.core.lora.ray_launcher import ray_cluster
 
-        return train_on_ray(config, tasks, progress)
-    from loragen.core.lora.launch import train_here, train_in_processes, wants_processes
+        with ray_cluster(config) as launcher:
+            yield from _train_in_workers(config, tasks, progress, launcher)
+    elif several and _needs_workers(config):
+        yield from _train_in_workers(config, tasks, progress, LocalLauncher(config))
+    else:
+        yield from _train_in_this_process(config, tasks, progress)
 
-    if len(tasks) > 1 and wants_processes(config):
-        return train_in_processes(config, tasks, progress)
-    return train_here(config, tasks, progress)
+
+def _needs_workers(config: LoraTrainConfig) -> bool:
+    """Whether Lightning would start the processes of further devices itself.
+
+    It does so by running the command again, once for all datasets: after a dataset that failed,
+    those processes would wait for ever. In a worker they end with the dataset.
+    """
+    if _launched_externally():
+        return False
+    devices = config.trainer.devices
+    if devices in ("auto", "-1", -1):
+        import torch
+
+        return torch.cuda.device_count() > 1
+    return devices not in (1, "1") or config.trainer.num_nodes > 1
+
+
+def _launched_externally() -> bool:
+    """Whether torchrun or Slurm has started this process, once for each device."""
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+    return "LOCAL_RANK" in os.environ or bool(SLURMEnvironment.detect())
+
+
+def _train_in_this_process(
+    config: LoraTrainConfig, tasks: Sequence[Task], progress: Progress
+) -> Iterator[TaskOutcome]:
+    """Trains on one base model. Raises LoragenError where that does not load."""
+    from loragen.core.base.load import load_training_base
+    from loragen.core.lora.train import train_adapter
+
+    base = load_training_base(config)
+    for index, task in enumerate(tasks):
+        try:
+            run = train_adapter(
+                task.config(config), task.dataset, base, progress, None, task.validation
+            )
+        except (KeyboardInterrupt, Interrupted) as error:
+            yield TaskOutcome(task, "interrupted", None, str(error) or "interrupted", error)
+            yield from (TaskOutcome.interrupted(rest) for rest in tasks[index + 1 :])
+            return
+        except Exception as error:
+            if _launched_externally() and not isinstance(error, LoragenError):
+                raise  # perhaps on this device alone: torchrun has to stop the others
+            yield TaskOutcome.failed(task, error)
+        else:
+            yield TaskOutcome(task, "trained", run)
+        task.dataset.release()
+
+
+# ---------------------------------------------------------------------------- worker processes
+
+
+class Worker(Protocol):
+    """A process that runs a training job."""
+
+    def is_running(self) -> bool: ...
+
+    def interrupt(self) -> None:
+        """Asks it to save its step and to end."""
+
+    def kill(self) -> None:
+        """Ends it."""
+
+    def exit_reason(self) -> str:
+        """Why it has ended, where it has reported no result."""
+
+
+class Launcher(Protocol):
+    """What starts workers: subprocesses of this process, or tasks of a Ray cluster."""
+
+    folder: Path | None
+    """A directory that the workers see, for their status files; None: any temporary one."""
+    max_concurrent: int
+    max_retries: int
+    grace_seconds: float
+    """How long a worker may take to save its step, once it is interrupted."""
+
+    def start(self, task: Task, resume: Path | None, status: StatusFile) -> Worker: ...
+
+
+@dataclass
+class _Attempt:
+    """The current worker of a task, and what it has reported."""
+
+    task: Task
+    worker: Worker
+    status: StatusFile
+    failures: int = 0
+    started: bool = False
+    directory: Path | None = None
+    result: JobResult | None = None
+
+    def forward_reports(self, progress: Progress, steps: int) -> None:
+        for report in self.status.new_reports():
+            if not self.started:
+                self.started = True
+                progress.start(self.task.name, steps)
+            if report.step:
+                progress.step(report.step)
+            if report.warning:
+                log.warning("%s: %s", self.task.name, report.warning)
+            self.directory = report.directory or self.directory
+            self.result = report.result or self.result
+
+    def outcome(self, config: LoraTrainConfig, interrupted: bool) -> TaskOutcome:
+        """The outcome once the worker has ended."""
+        result = self.result
+        if result is None and interrupted:
+            reason = "interrupted before its training began" if self.started else "not started"
+            return TaskOutcome.interrupted(self.task, reason)
+        result = result or JobResult(status="failed", reason=self.worker.exit_reason())
+        if result.status == "interrupted":
+            return TaskOutcome.interrupted(self.task, result.reason)
+        if result.status == "failed" or self.directory is None:
+            error = LoragenError(result.reason)
+            if result.traceback:
+                error.add_note(result.traceback)  # for --debug
+            return TaskOutcome(self.task, "failed", None, result.reason, error)
+        directory = Path(config.runs_dir) / self.directory.name  # as the user wrote runs_dir
+        return TaskOutcome(self.task, "trained", Run.open(directory, LoraManifest))
+
+
+def _train_in_workers(
+    config: LoraTrainConfig, tasks: Sequence[Task], progress: Progress, launcher: Launcher
+) -> Iterator[TaskOutcome]:
+    """Trains every task in a worker, as many at a time as the launcher allows.
+
+    A worker that dies, or fails through no fault of the user, is started again up to
+    `max_retries` times and resumes the run that it has reported. A first Ctrl+C interrupts the
+    workers, a second one (KeyboardInterrupt) kills them.
+    """
+    from loragen.core.run.loop import Interruption
+
+    for task in tasks:
+        task.dataset.release()  # the workers read it
+    waiting, running = list(tasks), list[_Attempt]()
+    interruption, kill_at = Interruption(), inf
+    with (
+        interruption.awaited(),
+        TemporaryDirectory(prefix=".loragen-", dir=launcher.folder) as folder,
+    ):
+        try:
+            while running or (waiting and not interruption.requested):
+                while (
+                    waiting
+                    and len(running) < launcher.max_concurrent
+                    and not interruption.requested
+                ):
+                    task = waiting.pop(0)
+                    status = StatusFile(Path(folder) / f"{len(waiting)}.jsonl")
+                    running.append(_Attempt(task, launcher.start(task, None, status), status))
+                if interruption.requested and kill_at == inf:
+                    kill_at = time.monotonic() + launcher.grace_seconds
+                    for attempt in running:
+                        attempt.worker.interrupt()
+                time.sleep(POLL_SECONDS)
+                for attempt in list(running):
+                    ended = not attempt.worker.is_running()  # asked first: all reports are there
+                    attempt.forward_reports(progress, config.training.max_steps)
+                    if not ended and time.monotonic() < kill_at:
+                        continue
+                    if ended and not interruption.requested and _retry(attempt, launcher):
+                        continue
+                    running.remove(attempt)
+                    if ended:
+                        yield attempt.outcome(config, interruption.requested)
+                    else:
+                        attempt.worker.kill()
+                        reason = f"did not stop within {launcher.grace_seconds:g} s, killed"
+                        yield TaskOutcome.interrupted(attempt.task, reason)
+            yield from (TaskOutcome.interrupted(task) for task in waiting)
+        finally:
+            for attempt in running:
+                attempt.worker.kill()
+
+
+def _retry(attempt: _Attempt, launcher: Launcher) -> bool:
+    """Starts the worker again where it has failed through no fault of the user."""
+    result = attempt.result
+    if (result and not result.traceback) or attempt.failures == launcher.max_retries:
+        return False
+    attempt.failures += 1
+    log.warning(
+        "%s: %s; %s (retry %d of %d)",
+        attempt.task.name,
+        result.reason if result else attempt.worker.exit_reason(),
+        f"resuming {attempt.directory}" if attempt.directory else "starting again",
+        attempt.failures,
+        launcher.max_retries,
+    )
+    attempt.result = None
+    attempt.status = StatusFile(attempt.status.path.with_suffix(f".{attempt.failures}.jsonl"))
+    attempt.worker = launcher.start(attempt.task, attempt.directory, attempt.status)
+    return True
+
+
+class LocalLauncher:
+    """Starts one subprocess at a time, from which Lightning starts those of further devices."""
+
+    folder: Path | None = None
+    max_concurrent, max_retries = 1, 0
+    grace_seconds = inf
+
+    def __init__(self, config: LoraTrainConfig) -> None:
+        self._config = config
+
+    def start(self, task: Task, resume: Path | None, status: StatusFile) -> "LocalWorker":
+        job = TrainingJob(
+            config=task.config(self._config),
+            name=task.name,
+            location=task.dataset.location,
+            resume=resume,
+        )
+        return LocalWorker(job, status)
+
+
+class LocalWorker:
+    """A subprocess that runs a training job."""
+
+    def __init__(self, job: TrainingJob, status: StatusFile) -> None:
+        job_file = status.path.with_suffix(".json")
+        job_file.write_text(job.model_dump_json(), encoding="utf-8")
+        module = "loragen.core.lora.worker"
+        command = [sys.executable, "-m", module, str(job_file), str(status.path)]
+        # In a session of its own, so that a Ctrl+C of the terminal reaches it through us alone.
+        self._process = subprocess.Popen(command, start_new_session=True)
+
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def interrupt(self) -> None:
+        if sys.platform != "win32":  # there the console has sent it the Ctrl+C
+            self._process.terminate()
+
+    def kill(self) -> None:
+        """A last SIGTERM gives it the time to record that it was interrupted."""
+        if self.is_running():
+            self._process.terminate()
+            try:
+                self._process.wait(KILL_AFTER_SECONDS)
+            except subprocess.TimeoutExpired:
+                if sys.platform == "win32":
+                    self._process.kill()
+                else:  # with the processes of its further devices
+                    os.killpg(self._process.pid, signal.SIGKILL)
+
+    def exit_reason(self) -> str:
+        return f"its process ended with exit code {self._process.returncode}"

@@ -1,4 +1,4 @@
-"""A dataset's rows, tokenised, as micro-batches that depend on (seed, step, rank, part) alone."""
+"""The batches of LoRA training: micro-batches that depend on (seed, step) alone."""
 
 import logging
 import signal
@@ -8,218 +8,210 @@ from functools import cached_property
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
 from loragen.core.config import LoraTrainConfig
 from loragen.core.data.batches import batch_indices, held_out, micro_batch
-from loragen.core.data.documents import Source, content_hash, location, parsed_source
-from loragen.core.data.rows import BadRow, Row, read_rows, refuse_bad, warn_of_bad
-from loragen.core.data.tokenize import Example, examples_hash, tokenize_row
+from loragen.core.data.dataset import Dataset, refuse_bad, warn_of_bad
+from loragen.core.data.tokenize import Example, TokenizedRows, examples_hash
 from loragen.core.errors import DataError, UsageError
-from loragen.core.lora.packing import Batch, Cost, answers_of, packed, packing_cost, padded
-from loragen.core.lora.settings import validation_hash
+from loragen.core.lora.packing import Batch, Cost, num_answers, packed, packing_cost, padded
 from loragen.core.run.directory import DatasetRecord
 
 log = logging.getLogger(__name__)
 
+DRAWN = "drawn:"
+"""Begins a hash of the tokens of the rows that a run draws; older manifests hash all rows."""
+
 
 @dataclass(frozen=True)
-class Rows:
-    """A dataset ready to train on."""
+class TrainingRows:
+    """The rows of a run, tokenised when they are first used."""
 
-    training: Sequence[Example]
-    validation: Sequence[Example]
-    training_rows: Sequence[Row]
-    """The rows that `training` was made of."""
+    training: TokenizedRows
+    validation: TokenizedRows
+    drawn: Sequence[Example]
+    """The training rows that the steps of the whole run draw, in the order of the file."""
     record: DatasetRecord
+    """For the manifest."""
 
 
-def load_rows(config: LoraTrainConfig, name: str, source: Source, tokenizer: Any) -> Rows:
-    """The tokenised rows of a source, with the held-out ones apart.
+def load_rows(
+    config: LoraTrainConfig, dataset: Dataset, tokenizer: Any, validation: Dataset | None = None
+) -> TrainingRows:
+    """Reads a dataset, splits off the validation rows and tokenises the rows that a run draws.
 
-    Raises UsageError for what is missing, DataError for bad rows (unless they are to be skipped)
-    or where none are left to train on.
+    `validation` is `config.data.validation`, where that is open already. Raises UsageError for a
+    missing file, DataError for bad rows (unless they are to be skipped) or no rows to train on.
     """
-    rows, examples, too_long = _tokenised(source, config, tokenizer)
-    training, held = held_out(len(rows), config.data.val_ratio, config.seed)
-    if not training:
-        raise DataError(f"{source}: data.val_ratio leaves no rows to train on ({len(rows)} in all)")
-    validation = [examples[index] for index in held]
-    if config.data.validation:
-        _, validation, _ = _tokenised(parsed_source(config.data.validation), config, tokenizer)
+    if config.data.validation and validation is None:
+        validation = Dataset.at(config.data.validation)
+    rows = _fitting_rows(config, dataset, tokenizer)
+    training_indices, held_out_indices = held_out(len(rows), config.data.val_ratio, config.seed)
+    if not training_indices:
+        raise DataError(
+            f"{dataset}: data.val_ratio leaves no rows to train on ({len(rows)} in all)"
+        )
+    training = rows.subset(training_indices)
+    held = rows.subset(held_out_indices)
+    # The steps draw from a stream of shuffled epochs: its first rows, or all of them.
+    num_drawn = min(len(training), config.training.max_steps * config.training.batch_size)
+    indices = sorted(batch_indices(len(training), num_drawn, config.seed, step=0))
+    drawn = [training[index] for index in indices]
     record = DatasetRecord(
-        name=name,
-        path=location(source),
-        sha256=content_hash(source),
+        name=dataset.name,
+        path=dataset.location,
+        sha256=dataset.sha256,
         rows=len(rows),
-        tokens=examples_hash(examples),
-        too_long=too_long,
-        validation=validation_hash(config),
+        tokens=DRAWN + examples_hash([*drawn, *held]),
+        too_long=[row.line for row in rows.too_long],
+        validation=validation.sha256 if validation else "",
     )
-    return Rows(
-        [examples[index] for index in training],
-        validation,
-        [rows[index] for index in training],
-        record,
-    )
+    _warn_of_cut(config, dataset, rows, len(drawn) + len(held))
+    if validation:
+        held = _fitting_rows(config, validation, tokenizer)
+        _warn_of_cut(config, validation, held, len(list(held)))
+    return TrainingRows(training, held, drawn, record)
 
 
-def fitting(
-    tokenizer: Any, rows: Sequence[Row], max_length: int
-) -> tuple[list[Row], list[Example], list[BadRow], int]:
-    """The rows whose answer fits, their tokens, the others, and how many prompts had to be cut."""
-    kept, examples, too_long, cut = [], [], [], 0
-    for row in rows:
-        try:
-            parts = tokenize_row(tokenizer, row, max_length)
-        except DataError as error:
-            too_long.append(BadRow(row.line, str(error)))
-            continue
-        kept.append(row)
-        examples.append(parts.example)
-        cut += bool(parts.cut)
-    return kept, examples, too_long, cut
+def _fitting_rows(config: LoraTrainConfig, dataset: Dataset, tokenizer: Any) -> TokenizedRows:
+    """Returns the rows whose answer fits into data.max_length; reports the others as bad."""
+    skip = config.data.skip_bad_rows
+    rows = TokenizedRows(dataset.rows(skip), tokenizer, config.data.max_length)
+    refuse_bad(dataset.source, rows.too_long, len(rows), skip)
+    warn_of_bad(dataset.source, rows.too_long, len(rows))
+    return rows
+
+
+def _warn_of_cut(
+    config: LoraTrainConfig, dataset: Dataset, rows: TokenizedRows, num_tokenized: int
+) -> None:
+    if rows.num_cut:
+        log.warning(
+            "%s: %d of %d rows are longer than data.max_length %d and lose the start of their "
+            "prompt; see `loragen data preview`",
+            dataset,
+            rows.num_cut,
+            num_tokenized,
+            config.data.max_length,
+        )
 
 
 @dataclass(frozen=True)
-class Batching:
-    """How examples become batches."""
+class Collate:
+    """Makes a batch of examples: packed where the base model allows it, else padded."""
 
-    batch_size: int
-    """Rows of a whole optimizer step."""
-    seed: int
     pad_id: int
     cost: Cost | None
-    """Of a packed batch; None for a base model that cannot be packed."""
-    parts: int = 1
-    rank: int = 0
-    ranks: int = 1
+    """Of a packed batch; None for a base model whose batches are padded."""
 
-    def batch(self, examples: Sequence[Example], step_answers: int | None = None) -> Batch:
+    def __call__(self, examples: Sequence[Example], step_answers: int | None = None) -> Batch:
+        """`step_answers` as in `Batch`; by default the answer tokens of `examples`."""
         if self.cost is None:
             return padded(examples, self.pad_id, step_answers)
         return packed(examples, self.pad_id, self.cost, step_answers)
 
 
-class MicroBatches(Dataset[Batch]):
-    """Item k is accumulation round ``k % parts`` of step ``k // parts``, for one device."""
+@dataclass(frozen=True)
+class MicroBatches(TorchDataset[Batch]):
+    """The micro-batches of one process: item ``k`` is accumulation round ``k % num_accumulation``
+    of step ``k // num_accumulation``."""
 
-    def __init__(self, examples: Sequence[Example], batching: Batching) -> None:
-        self.examples, self.batching = examples, batching
+    rows: Sequence[Example]
+    collate: Collate
+    batch_size: int
+    """Rows of a whole optimizer step, over all processes and accumulation rounds."""
+    seed: int
+    num_accumulation: int = 1
+    process_index: int = 0
+    num_processes: int = 1
 
     def __getitem__(self, k: int) -> Batch:
-        how = self.batching
-        step, part = divmod(k, how.parts)
-        batch = batch_indices(len(self.examples), how.batch_size, how.seed, step)
-        answers = answers_of([self.examples[index] for index in batch])
-        mine = micro_batch(batch, how.rank, how.ranks, part, how.parts)
-        return how.batch([self.examples[index] for index in mine], answers)
+        step, accumulation = divmod(k, self.num_accumulation)
+        batch = batch_indices(len(self.rows), self.batch_size, self.seed, step)
+        answers = num_answers([self.rows[index] for index in batch])
+        mine = micro_batch(
+            batch, self.process_index, self.num_processes, accumulation, self.num_accumulation
+        )
+        return self.collate([self.rows[index] for index in mine], answers)
 
 
 class LoraDataModule(LightningDataModule):
-    """Training batches from the step the trainer stands at, and the held-out rows."""
+    """Training batches from the trainer's current step on, and the validation rows."""
 
-    def __init__(
-        self,
-        rows: Rows,
-        *,
-        batch_size: int,
-        max_steps: int,
-        seed: int,
-        pad_id: int,
-        packing: bool = True,
-        workers: int = 0,
-        limit: float | None = None,
-    ) -> None:
-        """`limit`: train on so many micro-batches of the whole run (int), or that share (float)."""
+    def __init__(self, rows: TrainingRows, config: LoraTrainConfig, pad_id: int) -> None:
         super().__init__()
-        self.rows, self.batch_size, self.max_steps = rows, batch_size, max_steps
-        self.seed, self.pad_id, self.packing, self.workers = seed, pad_id, packing, workers
-        self.limit = limit
+        self.rows, self.config, self.pad_id = rows, config, pad_id
 
-    def check_shared(self, ranks: int, parts: int) -> None:
-        """Before the training begins: with `devices: auto` nobody has known how many there are.
+    def check_divisible(self, num_processes: int, num_accumulation: int) -> None:
+        """Checks, before training, that processes and accumulation rounds share a step equally;
+        with `devices: auto` their number is not known earlier.
 
-        Raises UsageError where `ranks` devices and `parts` accumulation rounds cannot share a
-        step equally, or `limit` leaves no whole step.
+        Raises UsageError where they do not, or where limit_train_batches leaves no whole step.
         """
-        if self.batch_size % (parts * ranks):
+        size, limit = self.config.training.batch_size, self.config.trainer.limit_train_batches
+        if size % (num_accumulation * num_processes):
             raise UsageError(
-                f"training.batch_size {self.batch_size} must be a multiple of {ranks} devices x "
-                f"{parts} accumulate_grad_batches: it counts the rows of a whole step"
+                f"training.batch_size {size} must be a multiple of {num_processes} devices x "
+                f"{num_accumulation} accumulate_grad_batches: it counts the rows of a whole step"
             )
-        if not self._last_step(parts):
-            raise UsageError(f"trainer.limit_train_batches {self.limit} leaves no whole step")
+        if not self._last_step(num_accumulation):
+            raise UsageError(f"trainer.limit_train_batches {limit} leaves no whole step")
 
     @cached_property
-    def batching(self) -> Batching:
-        """Known once the model is on its device, where it is asked whether it can be packed."""
-        assert self.trainer is not None
-        parts, ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size
-        return Batching(
-            self.batch_size,
-            self.seed,
-            self.pad_id,
-            self._cost(self.batch_size // (parts * ranks)) if self.packing else None,
-            parts=parts,
-            rank=self.trainer.global_rank,
-            ranks=ranks,
-        )
-
-    def _cost(self, rows: int) -> Cost | None:
-        assert self.trainer is not None
-        model = self.trainer.lightning_module.model
-        return packing_cost(model, self.rows.training, self.pad_id, rows)
+    def collate(self) -> Collate:
+        """Determined once the model is on its device: whether it can be packed is tried out."""
+        if not self.config.training.packing:
+            return Collate(self.pad_id, None)
+        trainer = self.trainer
+        assert trainer is not None
+        rounds = trainer.accumulate_grad_batches * trainer.world_size
+        rows = self.config.training.batch_size // rounds
+        model = trainer.lightning_module.model
+        return Collate(self.pad_id, packing_cost(model, self.rows.drawn, self.pad_id, rows))
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        assert self.trainer is not None
-        parts = self.batching.parts
-        remaining = range(self.trainer.global_step * parts, self._last_step(parts) * parts)
+        trainer = self.trainer
+        assert trainer is not None
+        accumulation = trainer.accumulate_grad_batches
+        remaining = range(
+            trainer.global_step * accumulation, self._last_step(accumulation) * accumulation
+        )
+        batches = MicroBatches(
+            self.rows.training,
+            self.collate,
+            self.config.training.batch_size,
+            self.config.seed,
+            accumulation,
+            trainer.global_rank,
+            trainer.world_size,
+        )
         return DataLoader(
-            MicroBatches(self.rows.training, self.batching),
+            batches,
             batch_size=None,
             sampler=remaining,
-            num_workers=self.workers,
-            worker_init_fn=leave_interrupts_to_us,
+            num_workers=self.config.data.workers,
+            worker_init_fn=ignore_interrupts,
         )
 
-    def _last_step(self, parts: int) -> int:
-        """Where `limit` ends the run: after whole steps."""
-        if self.limit is None:
-            return self.max_steps
-        share = isinstance(self.limit, float)
-        batches = int(self.limit * self.max_steps * parts) if share else int(self.limit)
-        return min(self.max_steps, batches // parts)
+    def _last_step(self, num_accumulation: int) -> int:
+        """The step at which limit_train_batches ends the run: a number of micro-batches of the
+        whole run (int), or a share of them (float)."""
+        limit, max_steps = self.config.trainer.limit_train_batches, self.config.training.max_steps
+        if limit is None:
+            return max_steps
+        share = isinstance(limit, float)
+        batches = int(limit * max_steps * num_accumulation) if share else int(limit)
+        return min(max_steps, batches // num_accumulation)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Every rank sees all held-out rows, so that every rank takes the same decisions."""
-        rows = self.rows.validation
-        starts = range(0, len(rows), self.batch_size)
-        batches = [self.batching.batch(rows[at : at + self.batch_size]) for at in starts]
+        """Every process sees all validation rows, so that all take the same decisions."""
+        rows, size = self.rows.validation, self.config.training.batch_size
+        batches = [self.collate(rows[at : at + size]) for at in range(0, len(rows), size)]
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is map-style
 
 
-def leave_interrupts_to_us(worker: int) -> None:  # noqa: ARG001  # the loader's signature
-    """Ctrl+C reaches every process of a terminal; a step that is to be finished needs its batch."""
+def ignore_interrupts(worker: int) -> None:  # noqa: ARG001  # the loader's signature
+    """Ctrl+C reaches every process of a terminal; the step that is to be saved needs its batch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _tokenised(
-    source: Source, config: LoraTrainConfig, tokenizer: Any
-) -> tuple[list[Row], list[Example], list[int]]:
-    """The rows, their tokens, and the lines of skipped rows whose answer was too long."""
-    skip = config.data.skip_bad_rows
-    found = read_rows(source, skip)
-    rows, examples, too_long, cut = fitting(tokenizer, found, config.data.max_length)
-    refuse_bad(source, too_long, len(rows), skip)
-    warn_of_bad(source, too_long, len(rows))
-    if cut:
-        log.warning(
-            "%s: %d of %d rows are longer than data.max_length %d and lose the start of their "
-            "prompt; `loragen data preview` shows it",
-            source,
-            cut,
-            len(rows),
-            config.data.max_length,
-        )
-    return rows, examples, [row.line for row in too_long]

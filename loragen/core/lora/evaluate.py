@@ -1,4 +1,4 @@
-"""How good is an adapter on labelled rows: exact match of what it writes, and choice accuracy."""
+"""Accuracy of a causal language model on labelled rows: exact match and choice accuracy."""
 
 import time
 from collections.abc import Sequence
@@ -8,31 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loragen.core.data.rows import Row, allowed_answers, closed_answers
+from loragen.core.data.dataset import Row, allowed_answers, closed_answers
 from loragen.core.data.tokenize import Example, answer_ids, pad_id, prompt_ids
 from loragen.core.lora.packing import answer_losses, padded
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Accuracies are shares from 0 to 1."""
+    """The scores of a model on labelled rows. Accuracies are shares from 0 to 1."""
 
     rows: int
     exact_match: float
-    """The greedy answer, stripped, is the response, stripped."""
+    """Share of rows whose greedy answer equals the response, both stripped."""
     choice_accuracy: float | None
-    """The response is the likeliest of the row's choices; None where there are none."""
+    """Share of rows whose response is the most likely of its choices; None without choices."""
     format_validity: float | None
-    """Share of answers that are one of those allowed, right or not; None where any text is."""
+    """Share of answers that are one of the allowed ones, right or not; None where every text is."""
     choices: int | None
-    """How many answers the closed set has; None where every row brings its own."""
+    """The size of the closed answer set; None where there is none."""
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def evaluate(
+def evaluate_model(
     model: Any,
     tokenizer: Any,
     rows: Sequence[Row],
@@ -40,10 +40,11 @@ def evaluate(
     choices: bool = True,
     closed: list[str] | None = None,
 ) -> Scores:
-    """Scores a causal language model, adapter or not, on labelled rows.
+    """Scores a causal language model, with or without an adapter, on labelled rows.
 
-    `closed` are the answers of the whole dataset, where `rows` are only some of its rows;
-    `choices=False` leaves out the choice accuracy, which costs a forward pass per choice.
+    `closed` is `Dataset.closed_answers` of the whole dataset, where `rows` are only some of its
+    rows; by default it is derived from `rows`. `choices=False` leaves out the choice accuracy,
+    which costs a forward pass per choice.
     """
     started = time.perf_counter()
     answers = [text.strip() for text in generate(model, tokenizer, rows, batch_size)]
@@ -62,19 +63,24 @@ def evaluate(
 
 @torch.inference_mode()
 def generate(model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int) -> list[str]:
-    """The greedy answers. Each may be as long as the longest response, no longer."""
-    room = max(len(answer_ids(tokenizer, row.response)) for row in rows)
+    """Returns the greedy answers, each at most as long as the longest response."""
+    max_new_tokens = max(len(answer_ids(tokenizer, row.response)) for row in rows)
     padding = pad_id(tokenizer)
     prompts = [prompt_ids(tokenizer, row.prompt, row.system, row.history) for row in rows]
     order = sorted(range(len(rows)), key=lambda row: len(prompts[row]))  # little padding
     texts = [""] * len(rows)
     for first in range(0, len(rows), batch_size):
         batch = order[first : first + batch_size]
-        ids, attention = _padded_left([prompts[row] for row in batch], padding, model.device)
-        written = model.generate(
-            input_ids=ids,
-            attention_mask=attention,
-            max_new_tokens=room,
+        length = max(len(prompts[row]) for row in batch)
+        ids = torch.full((len(batch), length), padding)  # padded on the left
+        attention = torch.zeros_like(ids)
+        for index, row in enumerate(batch):
+            ids[index, length - len(prompts[row]) :] = torch.tensor(prompts[row])
+            attention[index, length - len(prompts[row]) :] = 1
+        generated = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=attention.to(model.device),
+            max_new_tokens=max_new_tokens,
             do_sample=False,
             temperature=None,
             top_p=None,
@@ -82,7 +88,7 @@ def generate(model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int) -
             pad_token_id=padding,
             eos_token_id=tokenizer.eos_token_id,
         )
-        answers = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+        answers = tokenizer.batch_decode(generated[:, length:], skip_special_tokens=True)
         for row, answer in zip(batch, answers, strict=True):
             texts[row] = answer
     return texts
@@ -91,8 +97,8 @@ def generate(model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int) -
 def format_validity(
     answers: Sequence[str], rows: Sequence[Row], closed: list[str] | None
 ) -> float | None:
-    """Share of `answers` that are one of their row's choices, or of the closed set, white space
-    around them aside; None where some row has neither."""
+    """Returns the share of `answers` that are one of their row's choices, or of the closed set,
+    apart from surrounding white space; None where some row has neither."""
     allowed = allowed_answers(rows, closed)
     if allowed is None:
         return None
@@ -106,10 +112,8 @@ def format_validity(
 def choice_accuracy(
     model: Any, tokenizer: Any, rows: Sequence[Row], closed: list[str] | None, batch_size: int = 32
 ) -> float | None:
-    """Share of rows whose response has the highest log-likelihood among their choices.
-
-    A row's own choices come first, then the closed set; None where some row has neither.
-    """
+    """Returns the share of rows whose response has the highest log-likelihood of its choices: the
+    row's own, else the closed set. None where some row has neither."""
     options = allowed_answers(rows, closed)
     if options is None:
         return None
@@ -131,29 +135,14 @@ def choice_accuracy(
 def log_likelihoods(
     model: Any, examples: Sequence[Example], padding: int, batch_size: int
 ) -> Tensor:
-    """The log-likelihood (nats) of each example's answer given its prompt, ``[examples]``."""
+    """Returns the log-likelihood (nats) of each example's answer, given its prompt,
+    ``[examples]``."""
     sums = []
     for first in range(0, len(examples), batch_size):
-        batch = padded(examples[first : first + batch_size], padding).to(model.device)
-        owner = torch.cat(
-            [
-                torch.full((item.answer,), index)
-                for index, item in enumerate(examples[first : first + batch_size])
-            ]
-        )
-        rows = torch.zeros(len(batch.ids)).index_add_(
-            0, owner, answer_losses(model, batch).float().cpu()
-        )
-        sums.append(-rows)
+        several = examples[first : first + batch_size]
+        batch = padded(several, padding).to(model.device)
+        lengths = torch.tensor([item.answer for item in several])
+        owner = torch.repeat_interleave(torch.arange(len(several)), lengths)  # (answers,)
+        losses = answer_losses(model, batch).float().cpu()
+        sums.append(-torch.zeros(len(several)).index_add_(0, owner, losses))
     return torch.cat(sums)
-
-
-def _padded_left(prompts: list[list[int]], padding: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask ``[rows, length]``, so that all prompts end at one place."""
-    length = max(map(len, prompts))
-    ids = torch.full((len(prompts), length), padding)
-    attention = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        attention[row, length - len(prompt) :] = 1
-    return ids.to(device), attention.to(device)

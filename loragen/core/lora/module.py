@@ -1,7 +1,4 @@
-"""LoRA training as a LightningModule: the loss, the optimizer, and what a checkpoint keeps.
-
-What happens around the steps of LoRA training: metrics, checkpoints, the end of it.
-"""
+"""LoRA training as a LightningModule, and the callbacks that log its steps and save checkpoints."""
 
 import time
 from pathlib import Path
@@ -29,7 +26,7 @@ from loragen.core.run.loop import (
 
 
 class LoraModule(LightningModule):
-    """`model` is a PeftModel of which only the adapter trains.
+    """Trains the adapter of a `PeftModel`.
 
     A checkpoint holds the adapter's tensors and what resuming needs, never the base.
     """
@@ -45,28 +42,30 @@ class LoraModule(LightningModule):
         optimizer_state: dict[str, Any] | None = None,
         first_step: int = 0,
     ) -> None:
-        """`first_step` steps are done already and have left `optimizer_state`."""
+        """A resumed run has done `first_step` steps, which left `optimizer_state`."""
         super().__init__()
         self.model = model
         self.schedule, self.max_steps, self.weight_decay = schedule, max_steps, weight_decay
         self.fused, self.first_step = fused, first_step
         self.saves_optimizer = True
-        """Whether the next checkpoint carries the optimizer's state, which resuming needs."""
+        """Whether the next checkpoint holds the optimizer's state, which resuming needs."""
         self.step_loss: Tensor | float = 0.0
-        """Mean loss per answer token over this device's part of the current step."""
+        """This process's share of the mean loss per answer token of the current step."""
         self._optimizer_state = optimizer_state
-        self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The share of the step's mean loss that these rows make up.
+        """Returns the share of these rows in the mean loss of the step.
 
-        Normalised by the answer tokens of the *whole* step. Lightning then averages over devices
-        and accumulation rounds, which the factor takes back: any split gives the same gradient.
+        The loss is normalised by the answer tokens of the *whole* step. Lightning then averages
+        over processes and accumulation rounds, which the factor undoes: however a step is split,
+        its gradient is the same.
         """
         share = answer_losses(self.model, batch).sum() / batch.step_answers
-        parts = self.trainer.accumulate_grad_batches
-        self.step_loss = (0.0 if batch_idx % parts == 0 else self.step_loss) + share.detach()
-        return share * parts * self.trainer.world_size
+        num_accumulation = self.trainer.accumulate_grad_batches
+        before = 0.0 if batch_idx % num_accumulation == 0 else self.step_loss
+        self.step_loss = before + share.detach()
+        return share * num_accumulation * self.trainer.world_size
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         logits, tokens = answer_logits(self.model, batch)
@@ -78,24 +77,22 @@ class LoraModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(
-            self._trained.values(), lr=1.0, weight_decay=self.weight_decay, fused=self.fused
+            self._trainable.values(), lr=1.0, weight_decay=self.weight_decay, fused=self.fused
         )
         if self._optimizer_state:
             optimizer.load_state_dict(self._optimizer_state)
-        schedule = step_schedule(optimizer, self._rate, self.first_step)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
 
-    def _rate(self, step: int) -> float:
-        """LambdaLR also asks for the step after the last."""
-        return self.schedule(min(step, self.max_steps), self.max_steps).learning_rate
+        def learning_rate(step: int) -> float:
+            last = min(step, self.max_steps)  # LambdaLR also asks for the step after the last
+            return self.schedule(last, self.max_steps).learning_rate
+
+        schedule = step_schedule(optimizer, learning_rate, self.first_step)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]  # ours
-        """The adapter's tensors alone. (Walking through a whole model to leave most of it out
-        would cost more than writing the file.)"""
-        return {f"model.{name}": p.detach() for name, p in self._trained.items()}
+        """The adapter's tensors alone. (Collecting the whole model's state and leaving most of it
+        out would take longer than writing the file.)"""
+        return {f"model.{name}": p.detach() for name, p in self._trainable.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if not self.saves_optimizer:
@@ -103,10 +100,12 @@ class LoraModule(LightningModule):
 
 
 class StepMetrics(StepCallback):
-    """Logs, reports and, where wanted, tracks every optimizer step."""
+    """Logs and reports every optimizer step and, with `track_batches`, writes tracking/."""
 
-    def __init__(self, session: RunSession, provenance: Provenance | None) -> None:
-        self.session, self.provenance = session, provenance
+    def __init__(
+        self, session: RunSession, manifest: LoraManifest, provenance: Provenance | None
+    ) -> None:
+        self.session, self.manifest, self.provenance = session, manifest, provenance
         self._began = 0.0
         self._tracked: StepLog | None = None
 
@@ -114,7 +113,7 @@ class StepMetrics(StepCallback):
         super().on_train_start(trainer, pl_module)
         self._began = time.perf_counter()
         if self.provenance and trainer.is_global_zero:
-            file = tracking_file(self.session.directory, _manifest(self.session).dataset.name)
+            file = tracking_file(self.session.directory, self.manifest.dataset.name)
             self._tracked = StepLog(file, trainer.global_step)
 
     def on_step(self, trainer: Trainer, pl_module: Any, batch: Batch) -> None:
@@ -134,7 +133,7 @@ class StepMetrics(StepCallback):
             Step(step, pl_module.max_steps, rate.stage, loss, speed, "answer tokens/s")
         )
         check_loss("train/loss", loss, step, self.session.directory)
-        _manifest(self.session).final_loss = loss
+        self.manifest.final_loss = loss
         if self.provenance and self._tracked:
             self._tracked.append(tracked_step(self.provenance, step, rate, loss))
 
@@ -144,65 +143,68 @@ class StepMetrics(StepCallback):
         check_loss("val/loss", found["val/loss"], trainer.global_step, self.session.directory)
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Also where nothing was left to train."""
+        """Also called where no step was left to train."""
         if trainer.is_global_zero:
             self._write_mappings(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """However the run ends, what there is can be traced. (No teardown follows an error.)"""
+        """Lightning calls no `teardown` after an error."""
         if self._tracked:
             self._write_mappings(pl_module)
 
     def _write_mappings(self, pl_module: Any) -> None:
         if self.provenance:
-            manifest = _manifest(self.session)
-            rates = {s: pl_module.schedule(s, pl_module.max_steps) for s in manifest.steps}
-            write_mappings(self.session.directory, manifest.dataset.name, self.provenance, rates)
+            steps = self.manifest.steps
+            rates = {step: pl_module.schedule(step, pl_module.max_steps) for step in steps}
+            name = self.manifest.dataset.name
+            write_mappings(self.session.directory, name, self.provenance, rates)
 
 
 class StepCheckpoints(StepCallback):
-    """Keeps steps `first`, `first + every`, ... and the last one; renews last.ckpt in between, for
-    as long as there is no newer checkpoint that a killed run could go on from.
+    """Saves a checkpoint of step `first_step`, of every `every` steps after it, and of the last.
 
-    A step that validates is saved after it, when early stopping has counted what it saw.
+    last.ckpt is renewed in between, as long as there is no newer checkpoint from which a killed run
+    could resume. A step with a validation is saved after it, so that the checkpoint holds the state
+    of early stopping.
     """
 
     def __init__(
         self,
         session: RunSession,
+        manifest: LoraManifest,
         settings: CheckpointsSection,
         val_every: int | None,
         interruption: Interruption,
     ) -> None:
-        self.session, self.settings = session, settings
+        self.session, self.manifest, self.settings = session, manifest, settings
         self.val_every, self.interruption = val_every, interruption
-
-    def on_step(self, trainer: Trainer, pl_module: Any, batch: Batch) -> None:
-        if not self.val_every or trainer.global_step % self.val_every:
-            self._after(trainer, pl_module)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self._after(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
         self.interruption.listen()
 
+    def on_step(self, trainer: Trainer, pl_module: Any, batch: Batch) -> None:
+        if not self.val_every or trainer.global_step % self.val_every:
+            self._after_step(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._after_step(trainer, pl_module)
+
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """A run that stopped early has its last step all the same, and needs no last.ckpt. So has
-        one that was killed after its last step, and has nothing left to train."""
+        """Keeps the last step of a run that stopped early, or that was killed after it, and removes
+        last.ckpt."""
         self._keep(trainer, pl_module, self.settings.optimizer != "none")
         if trainer.is_global_zero:
             self._last.unlink(missing_ok=True)
 
-    def _after(self, trainer: Trainer, pl_module: Any) -> None:
+    def _after_step(self, trainer: Trainer, pl_module: Any) -> None:
         step, settings = trainer.global_step, self.settings
         final = step == trainer.max_steps or trainer.should_stop
         resumable = settings.carries_optimizer(final)
         if settings.keeps(step, final):
             self._keep(trainer, pl_module, resumable)
         stops = self.interruption.requested_on_any(trainer)
-        covered = resumable and step in _manifest(self.session).steps
+        covered = resumable and step in self.manifest.steps
         if (stops or step % settings.last_every == 0) and not covered:
             self._save(trainer, pl_module, self._last, with_optimizer=True)
         if stops:
@@ -215,7 +217,7 @@ class StepCheckpoints(StepCallback):
         return self.session.directory / LAST_CHECKPOINT
 
     def _keep(self, trainer: Trainer, pl_module: Any, with_optimizer: bool) -> None:
-        step, steps = trainer.global_step, _manifest(self.session).steps
+        step, steps = trainer.global_step, self.manifest.steps
         if step in steps:
             return
         file = self.session.directory / CHECKPOINTS / checkpoint_name(step)
@@ -227,9 +229,4 @@ class StepCheckpoints(StepCallback):
     def _save(self, trainer: Trainer, pl_module: Any, file: Path, with_optimizer: bool) -> None:
         check_weights(pl_module.state_dict(), trainer.global_step, self.session.directory)
         pl_module.saves_optimizer = with_optimizer
-        trainer.save_checkpoint(file, weights_only=False)  # on all ranks: it has a barrier
-
-
-def _manifest(session: RunSession) -> LoraManifest:
-    assert isinstance(session.manifest, LoraManifest)
-    return session.manifest
+        trainer.save_checkpoint(file, weights_only=False)  # in all processes: it has a barrier

@@ -1,42 +1,106 @@
-"""The datasets to train on, what became of each, and the earlier runs of each. Light."""
+"""The datasets of a `lora train` command, their outcomes, and their earlier runs. Light."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 from traceback import clear_frames
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from loragen.core.config import LoraTrainConfig
 from loragen.core.config.schema import LauncherSection
-from loragen.core.data.documents import Source, content_hash, location
-from loragen.core.data.rows import dataset_names, find_dataset
+from loragen.core.data.dataset import Dataset, dataset_names
 from loragen.core.errors import Interrupted, LoragenError, UsageError, one_line
-from loragen.core.lora.settings import result_differences, same_base, same_dtype, validation_hash
+from loragen.core.lora.settings import result_differences, same_base, same_dtype
 from loragen.core.progress import Progress
-from loragen.core.run.directory import MANIFEST, LoraRun, read_run
+from loragen.core.run.directory import MANIFEST, LoraManifest, LoraRun, Run
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """One dataset to train an adapter on."""
 
-    wanted: str
-    """As the user named it."""
-    name: str
-    source: Source
+    dataset: Dataset
+    argument: str
+    """The dataset as the user named it."""
+    validation: Dataset | None = None
+    """`data.validation`, opened once for all tasks of a command."""
+
+    @property
+    def name(self) -> str:
+        return self.dataset.name
+
+    def config(self, config: LoraTrainConfig) -> LoraTrainConfig:
+        """Returns the configuration that trains this dataset alone, as its run records it."""
+        own = config.model_copy(deep=True)
+        own.data.dataset = self.argument
+        own.collection, own.launcher = [], LauncherSection()
+        return own
+
+
+def find_tasks(config: LoraTrainConfig, named: Sequence[str], every: bool) -> list[Task]:
+    """Finds the datasets: those named, `every` one below data.root, or those of the configuration.
+
+    Raises UsageError where there are none, for names that are not found (all at once) and for a
+    dataset that is named twice.
+    """
+    root = Path(config.data.root)
+    if every and named:
+        raise UsageError("--all is every dataset below --data-root: leave out --dataset")
+    arguments = dataset_names(root) if every else list(named) or config.collection
+    if every and not arguments:
+        raise UsageError(f"--all: no datasets in {root}; see --data-root")
+    if not arguments and config.data.dataset:
+        arguments = [config.data.dataset]
+    if not arguments:
+        raise UsageError(
+            "no dataset: give --dataset NAME|FILE or --all, or data.dataset in the YAML"
+        )
+    validation = Dataset.at(config.data.validation) if config.data.validation else None
+    tasks: list[Task] = []
+    files: set[str] = set()
+    problems: list[str] = []
+    for argument in arguments:
+        try:
+            dataset = Dataset.find(argument, root)
+        except UsageError as error:
+            problems += error.problems
+            continue
+        tasks.append(Task(dataset, argument, validation))
+        source = dataset.source
+        file = str(source.resolve()) if isinstance(source, Path) else dataset.location
+        if file in files:
+            problems.append(f"dataset {argument}: named twice; name it once")
+        files.add(file)
+    if problems:
+        raise UsageError(*dict.fromkeys(problems))
+    return tasks
 
 
 @dataclass(frozen=True)
 class TaskOutcome:
-    """What became of a task."""
+    """The result of a task."""
 
     task: Task
     status: Literal["trained", "skipped", "failed", "interrupted"]
     run: LoraRun | None = None
     reason: str = ""
-    """In one line, where it was not trained."""
+    """Why it was not trained, in one line."""
     error: BaseException | None = None
+
+    @classmethod
+    def failed(cls, task: Task, error: BaseException) -> "TaskOutcome":
+        """Frees what the frames of the error hold: batches and graphs whose memory the next dataset
+        needs."""
+        link: BaseException | None = error
+        while link:
+            clear_frames(link.__traceback__)
+            link = link.__cause__ or link.__context__
+        return cls(task, "failed", reason=one_line(error), error=error)
+
+    @classmethod
+    def interrupted(cls, task: Task, reason: str = "not started") -> "TaskOutcome":
+        return cls(task, "interrupted", reason=reason, error=Interrupted(reason))
 
     def show(self, progress: Progress) -> None:
         if self.status == "trained" and self.run:
@@ -48,114 +112,41 @@ class TaskOutcome:
             progress.outcome(self.task.name, self.status, line)
 
 
-def tasks(config: LoraTrainConfig, wanted: Sequence[str], every: bool) -> list[Task]:
-    """The datasets named, all below data.root, or those of the configuration.
+class EarlierRuns(NamedTuple):
+    """The newest runs below runs_dir that train what a task would train."""
 
-    Raises UsageError for none, for names that are not there (all at once) and for one named twice.
+    finished: LoraRun | None = None
+    unfinished: LoraRun | None = None
+    """It may also be running at this moment."""
+
+
+def earlier_runs(config: LoraTrainConfig, task: Task) -> EarlierRuns:
+    """Finds the earlier runs of a task. Every manifest is read once.
+
+    Two runs are the same where the bytes of the dataset, the name of the base model and every
+    setting that decides the result are. Nothing heavy is loaded, so the base's weights are not
+    compared.
     """
-    named = _named(config, wanted, every)
-    found: list[Task] = []
-    problems: list[str] = []
-    for name in named:
-        try:
-            found.append(Task(name, *find_dataset(name, Path(config.data.root))))
-        except UsageError as error:
-            problems += error.problems
-    if problems:
-        raise UsageError(*problems)
-    places = [_place(task.source) for task in found]
-    twice = [task.wanted for i, task in enumerate(found) if places[i] in places[:i]]
-    if twice:
-        raise UsageError(*(f"dataset {name} is named twice" for name in dict.fromkeys(twice)))
-    return found
-
-
-def finished_run(config: LoraTrainConfig, task: Task) -> LoraRun | None:
-    """The newest run below runs_dir that has trained what the task would train.
-
-    Compared are the bytes of the dataset, the name of the base model and every setting that decides
-    the result; nothing heavy is loaded, and so the weights of the base are not.
-    """
-    same = (run for run in _same_runs(config, task) if run.manifest.status == "success")
-    return next(same, None)
-
-
-def unfinished_run(config: LoraTrainConfig, task: Task) -> LoraRun | None:
-    """The newest of the same that has not come to its end; it may be running just now."""
-    same = (run for run in _same_runs(config, task) if run.manifest.status != "success")
-    return next(same, None)
-
-
-def run_directories(config: LoraTrainConfig, task: Task) -> list[Path]:
-    """Of a dataset of the task's name, the newest first."""
+    validation = task.validation
+    if config.data.validation and validation is None:
+        validation = Dataset.at(config.data.validation)
     pattern = f"{escape(task.name)}_lora_*/{MANIFEST}"
-    return sorted((file.parent for file in Path(config.runs_dir).glob(pattern)), reverse=True)
-
-
-def config_of(config: LoraTrainConfig, task: Task) -> LoraTrainConfig:
-    """The configuration of one dataset's run: what would train it again, alone."""
-    own = config.model_copy(deep=True)
-    own.data.dataset = task.wanted
-    own.collection, own.launcher = [], LauncherSection()
-    return own
-
-
-def failed(task: Task, error: BaseException) -> TaskOutcome:
-    """Lets go of what the error's frames hold: batches and graphs that the next dataset needs."""
-    link: BaseException | None = error
-    while link:
-        clear_frames(link.__traceback__)
-        link = link.__cause__ or link.__context__
-    return TaskOutcome(task, "failed", reason=one_line(error), error=error)
-
-
-def interrupted(task: Task, reason: str) -> TaskOutcome:
-    return TaskOutcome(task, "interrupted", reason=reason, error=Interrupted(reason))
-
-
-def not_started(tasks: Iterable[Task]) -> list[TaskOutcome]:
-    """The rest of a collection that was interrupted."""
-    return [interrupted(task, "not started") for task in tasks]
-
-
-def _place(source: Source) -> str:
-    """The same for one file, however it is named."""
-    return str(source.resolve()) if isinstance(source, Path) else location(source)
-
-
-def _named(config: LoraTrainConfig, wanted: Sequence[str], every: bool) -> list[str]:
-    if every and wanted:
-        raise UsageError("--all is every dataset below --data-root: leave out --dataset")
-    if every:
-        names = dataset_names(Path(config.data.root))
-        if not names:
-            raise UsageError(f"--all: no datasets in {config.data.root}; see --data-root")
-        return names
-    named = list(wanted) or config.collection
-    if not named and config.data.dataset:
-        named = [config.data.dataset]
-    if not named:
-        raise UsageError(
-            "which dataset? Give --dataset NAME|FILE or --all, or data.dataset in the YAML"
-        )
-    return named
-
-
-def _same_runs(config: LoraTrainConfig, task: Task) -> Iterator[LoraRun]:
-    """The runs below runs_dir that would come out the same, the newest first."""
-    directories = run_directories(config, task)
-    digest = content_hash(task.source) if directories else ""
-    for directory in directories:
+    finished, unfinished = None, None
+    for file in sorted(Path(config.runs_dir).glob(pattern), reverse=True):
         try:
-            run, then = read_run(directory)
-        except LoragenError:  # of another loragen, or damaged: no reason not to train
+            run = Run.open(file.parent, LoraManifest)
+            manifest, then = run.manifest, run.config
+            same = (
+                manifest.dataset.sha256 == task.dataset.sha256
+                and manifest.dataset.validation == (validation.sha256 if validation else "")
+                and same_base(manifest.base_model, config.base_model)
+                and same_dtype(then, manifest.base_dtype, config)
+                and not result_differences(then, config)
+            )
+        except LoragenError:  # damaged, or of another version of loragen: the dataset trains anew
             continue
-        manifest = run.manifest
-        if (
-            manifest.dataset.sha256 == digest
-            and same_base(manifest.base_model, config.base_model)
-            and same_dtype(then, manifest.base_dtype, config)
-            and manifest.dataset.validation == validation_hash(config)
-            and not result_differences(then, config)
-        ):
-            yield run
+        if same and manifest.status == "success":
+            finished = finished or run
+        elif same:
+            unfinished = unfinished or run
+    return EarlierRuns(finished, unfinished)

@@ -1,165 +1,140 @@
-"""One dataset of a collection in a process of its own: `python -m ... JOB.json RESULT.json`.
+"""A process that trains one dataset: `python -m loragen.core.lora.worker JOB.json STATUS.jsonl`.
 
-A run of another process, followed by the files in its directory.
+The parent writes the job. The worker appends to the status file whatever happens, one JSON object a
+line, which the parent reads as the file grows.
 """
 
 import logging
 import os
 import sys
 import traceback
-from math import nan
+from collections.abc import Iterator
 from pathlib import Path
+from textwrap import shorten
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from loragen.core.config import LoraTrainConfig
-from loragen.core.data.documents import location, parsed_source
+from loragen.core.data.dataset import Dataset
+from loragen.core.data.documents import parsed_source
 from loragen.core.errors import Interrupted, LoragenError, one_line
-from loragen.core.files import write_text
-from loragen.core.lora.tasks import Task, TaskOutcome, run_directories
 from loragen.core.progress import Silent, Step
-from loragen.core.run.directory import LoraManifest, LoraRun, read_manifest
-from loragen.core.run.loggers import METRICS, metrics_after
-
-log = logging.getLogger(__name__)
 
 
 class TrainingJob(BaseModel):
-    """What the process is told."""
+    """What a worker trains."""
 
     config: LoraTrainConfig
     name: str
-    source: str
-    """As `data.documents.location` writes it."""
+    location: str
+    """Of the dataset: an absolute path or a hub id."""
     resume: Path | None = None
-    """The run to go on with."""
+    """The run directory to resume."""
 
 
-class TrainingResult(BaseModel):
-    """What it tells."""
+class JobResult(BaseModel):
+    """How a job has ended."""
 
     status: Literal["trained", "failed", "interrupted"]
-    directory: Path | None = None
     reason: str = ""
     traceback: str = ""
-    """Of an error that is not the user's."""
-    warnings: list[str] = []
+    """Of an error that is not the user's: another attempt may succeed."""
 
 
-def train_job(job: TrainingJob) -> TrainingResult:
-    """Trains. What the user can mend, and an interruption, is told; any other error is raised."""
-    warnings = _Warnings()
-    logging.getLogger("loragen").addHandler(warnings)
-    try:
-        directory = _train(job)
-    except Interrupted as error:
-        return TrainingResult(status="interrupted", reason=one_line(error), warnings=warnings.lines)
-    except LoragenError as error:
-        return TrainingResult(status="failed", reason=one_line(error), warnings=warnings.lines)
-    finally:
-        logging.getLogger("loragen").removeHandler(warnings)
-    return TrainingResult(status="trained", directory=directory, warnings=warnings.lines)
+class WorkerReport(BaseModel):
+    """One line of the status file, with one field set. The first line, without any, says that the
+    worker has started."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")  # a loss may be NaN
+
+    directory: Path | None = None
+    """The run directory, as soon as it has its manifest."""
+    step: Step | None = None
+    warning: str = ""
+    result: JobResult | None = None
 
 
-def outcome_of(task: Task, result: TrainingResult) -> TaskOutcome:
-    """The result as a collection tells it; its warnings are logged here."""
-    for line in result.warnings:
-        log.warning("%s: %s", task.name, line)
-    if result.status == "interrupted":
-        return TaskOutcome(task, "interrupted", None, result.reason, Interrupted(result.reason))
-    if result.status == "failed" or result.directory is None:
-        error = LoragenError(result.reason)
-        if result.traceback:
-            error.add_note(result.traceback)  # `--debug` shows it
-        return TaskOutcome(task, "failed", None, result.reason, error)
-    return TaskOutcome(
-        task,
-        "trained",
-        LoraRun(result.directory, read_manifest(result.directory, LoraManifest)),
-    )
+class StatusFile:
+    """The worker's end appends reports, the parent's end reads them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._position = 0
+
+    def append(self, report: WorkerReport) -> None:
+        """Opens and closes the file, so that the line is visible on a shared file system, too."""
+        with self.path.open("ab") as file:
+            file.write(report.model_dump_json(exclude_none=True).encode() + b"\n")
+
+    def new_reports(self) -> Iterator[WorkerReport]:
+        """Yields the complete lines since the last call."""
+        if not self.path.is_file():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._position)
+            for line in file:
+                if not line.endswith(b"\n"):  # being written
+                    return
+                self._position += len(line)
+                yield WorkerReport.model_validate_json(line)
 
 
-def _train(job: TrainingJob) -> Path:
-    from loragen.core.base.load import load_training_base
-    from loragen.core.lora.train import find_resume_point, load_base_again, train
+class _Reporter(Silent, logging.Handler):
+    """Reports the steps of the training and the warnings of this process."""
 
-    point = find_resume_point(job.resume) if job.resume else None
-    base = load_base_again(point, job.config) if point else load_training_base(job.config)
-    return train(job.config, job.name, parsed_source(job.source), base, Silent(), point).directory
+    def __init__(self, status: StatusFile) -> None:
+        logging.Handler.__init__(self, logging.WARNING)
+        self._status = status
 
-
-class _Warnings(logging.Handler):
-    """Keeps what this process would have told a terminal."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lines: list[str] = []
+    def step(self, step: Step) -> None:
+        self._status.append(WorkerReport(step=step))
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
+        self._status.append(WorkerReport(warning=record.getMessage()))
 
 
-def main(job_file: str, result_file: str) -> None:
-    """Lightning runs this again for the other devices, whose results are the same."""
-    job = TrainingJob.model_validate_json(Path(job_file).read_text(encoding="utf-8"))
+def run_job(job: TrainingJob, status_file: Path) -> None:
+    """Trains, and reports to `status_file`. Nothing is raised: the last report has the result."""
+    status = StatusFile(status_file)
+    status.append(WorkerReport())
+    reporter, logger = _Reporter(status), logging.getLogger("loragen")
+    logger.addHandler(reporter)
     try:
-        result = train_job(job)
+        from loragen.core.base.load import load_training_base
+        from loragen.core.lora.train import LoraPoint, load_resumed_base, train_adapter
+
+        point = LoraPoint.find(job.resume) if job.resume else None
+        base = load_resumed_base(point, job.config) if point else load_training_base(job.config)
+        train_adapter(
+            job.config,
+            Dataset(parsed_source(job.location), job.name),
+            base,
+            reporter,
+            point,
+            on_start=lambda directory: status.append(WorkerReport(directory=directory)),
+        )
+        result = JobResult(status="trained")
     except KeyboardInterrupt:
-        result = TrainingResult(status="interrupted", reason="interrupted")
-    except Exception as error:  # noqa: BLE001  # told in one line by whoever has started us
+        result = JobResult(status="interrupted", reason="interrupted")
+    except Interrupted as error:
+        result = JobResult(status="interrupted", reason=one_line(error))
+    except LoragenError as error:
+        result = JobResult(status="failed", reason=one_line(error))
+    except Exception as error:  # noqa: BLE001  # the parent reports it in one line
         trace = "".join(traceback.format_exception(error))
-        result = TrainingResult(status="failed", reason=one_line(error), traceback=trace)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        write_text(Path(result_file), result.model_dump_json())
+        reason = shorten(one_line(error), 300)
+        result = JobResult(status="failed", reason=reason, traceback=trace)
+    finally:
+        logger.removeHandler(reporter)
+    status.append(WorkerReport(result=result))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
-
-
-class RunWatch:
-    """Made before the process starts, to tell its run from those that are there."""
-
-    def __init__(self, config: LoraTrainConfig, task: Task) -> None:
-        self._config, self._task = config, task
-        self._known = set(run_directories(config, task))
-        self._directory: Path | None = None
-        self._step = 0
-
-    @property
-    def directory(self) -> Path | None:
-        """The run, once it is there."""
-        if self._directory is None:
-            found = (d for d in run_directories(self._config, self._task) if d not in self._known)
-            self._directory = next(filter(self._is_ours, found), None)
-        return self._directory
-
-    def news(self) -> list[Step]:
-        """The steps since the last call."""
-        if self.directory is None:
-            return []
-        entries = metrics_after(self.directory / METRICS, self._step)
-        total = self._config.training.max_steps
-        steps = [
-            Step(
-                int(entry["step"]),
-                total,
-                int(entry["train/stage"]),
-                entry["train/loss"],
-                entry.get("train/tokens_per_second", nan),
-                "answer tokens/s",
-                name=self._task.name,
-            )
-            for entry in entries
-            if "train/loss" in entry
-        ]
-        self._step = max([self._step, *(step.step for step in steps)])
-        return steps
-
-    def _is_ours(self, directory: Path) -> bool:
-        try:
-            manifest = read_manifest(directory, LoraManifest)
-        except LoragenError:  # being written
-            return False
-        return manifest.dataset.path == location(self._task.source)
+    job_file, report_file = map(Path, sys.argv[1:])
+    # Lightning runs this command again for each further device; the first process reports.
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    run_job(
+        TrainingJob.model_validate_json(job_file.read_text(encoding="utf-8")),
+        report_file if first else Path(os.devnull),
+    )

@@ -6,8 +6,9 @@ import torch
 
 from loragen.core.base import load as precision
 from loragen.core.base.load import base_dtype, dtype_name, fast_bfloat16, load_training_base
+from loragen.core.data.dataset import Dataset
 from loragen.core.errors import ConfigError, UsageError
-from loragen.core.lora.train import train
+from loragen.core.lora.train import train_adapter
 from loragen.core.progress import Silent
 from loragen.core.run.checkpoints import read_tensors
 from loragen.core.run.directory import checkpoint_files
@@ -139,7 +140,7 @@ class TestAdapters:
         config = lora_config({**settings, "training.max_steps": 2, "checkpoints.first_step": 2})
         loaded = load_training_base(config)
         assert {p.dtype for p in loaded.model.parameters()} == {base}
-        run = train(config, "colors", dataset(), loaded, Silent())
+        run = train_adapter(config, Dataset(dataset(), "colors"), loaded, Silent())
         (file,) = checkpoint_files(run.directory)
         assert {t.dtype for t in read_tensors(file).values()} == {adapter}
         assert run.manifest.base_dtype == dtype_name(base)

@@ -27,7 +27,7 @@ from loragen.core.evaluation.contestants import (
     choose,
 )
 from loragen.core.evaluation.report import markdown, remarks, table_rows, tables, write_results
-from loragen.core.lora.evaluate import Scores, evaluate
+from loragen.core.lora.evaluate import Scores, evaluate_model
 from loragen.core.progress import Silent
 from loragen.core.run.checkpoints import read_checkpointed_adapter
 from loragen.core.run.directory import LoraManifest, Run
@@ -83,11 +83,11 @@ def test_a_score_is_the_one_that_lora_eval_would_give(setup, base, targets, coll
     made = replace(setup(), oracles=oracles)
     (outcome, _) = score_contestants(made, choose(["base", "oracle"]), targets, targets)
     rows = targets[0].rows
-    alone = evaluate(base.model, base.tokenizer, rows, choices=False)
+    alone = evaluate_model(base.model, base.tokenizer, rows, choices=False)
     assert outcome.cells["base"].scores[0].exact_match == alone.exact_match
     adapter = read_checkpointed_adapter(collection.runs[targets[0].name])
     model = attach_adapter(base.model, adapter, "it")
-    with_it = evaluate(model, base.tokenizer, rows, choices=False)
+    with_it = evaluate_model(model, base.tokenizer, rows, choices=False)
     assert outcome.cells["oracle"].scores[0].exact_match == with_it.exact_match
 
 

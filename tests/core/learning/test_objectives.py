@@ -11,7 +11,7 @@ from loragen.core.data.rows import Row
 from loragen.core.data.tokenize import Example, pad_id, tokenize_row
 from loragen.core.generator.network import Normalization, importance
 from loragen.core.learning.objectives.behaviour import Behaviour, Reconstruction
-from loragen.core.lora.evaluate import evaluate
+from loragen.core.lora.evaluate import evaluate_model
 from loragen.core.lora.packing import answer_losses, padded
 
 LAYOUT = Layout.of(
@@ -221,7 +221,7 @@ class TestBehaviour:
             optimizer.step()
         loss, accuracy = behaviour.accuracy(written, batch)
         model = adapted(base, layout, fitted, config, written[0])
-        wanted = evaluate(model, base.tokenizer, asked, choices=False).exact_match
+        wanted = evaluate_model(model, base.tokenizer, asked, choices=False).exact_match
         model.unload()
         assert accuracy.item() == pytest.approx(wanted)
         assert 0 < wanted < 1

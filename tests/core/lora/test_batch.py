@@ -9,13 +9,13 @@ from loragen.core.lora.packing import (
     PADDING,
     PREFIX,
     Cost,
-    answers_of,
-    balanced,
+    balanced_bins,
     block_mask,
     cheapest_bins,
-    common_tokens,
+    num_answers,
     packed,
     padded,
+    shared_prefix_length,
 )
 
 PAD = 99
@@ -60,7 +60,7 @@ def wanted_of(examples):
 def test_every_row_can_be_had_back(rows, cost):
     for batch in (padded(rows, PAD), packed(rows, PAD, cost)):
         assert rows_of(batch) == wanted_of(rows)
-        assert int((batch.targets != IGNORED).sum()) == answers_of(rows) == batch.step_answers
+        assert int((batch.targets != IGNORED).sum()) == num_answers(rows) == batch.step_answers
     assert packed(rows, PAD, cost).packed
     assert not padded(rows, PAD).packed
 
@@ -99,7 +99,7 @@ def test_a_token_sees_what_it_would_see_alone(rows, cost):
 
 @given(examples())
 def test_the_prefix_is_the_longest_that_leaves_every_row_its_last_prompt_token(rows):
-    shared = common_tokens(rows)
+    shared = shared_prefix_length(rows)
     prompts = [len(item.ids) - item.answer for item in rows]
     assert 0 <= shared < min(prompts)
     heads = {tuple(item.ids[:shared]) for item in rows}
@@ -125,7 +125,7 @@ def test_a_single_row():
 
 
 @pytest.mark.parametrize("pad", [padded, lambda *a: packed(a[0], a[1], Cost(1.0, 1.0), *a[2:])])
-def test_the_answers_of_the_step_are_those_given(pad):
+def test_the_num_answers_the_step_are_those_given(pad):
     rows = [Example([1, 2, 3], 1), Example([1, 5, 6, 7], 2)]
     assert pad(rows, PAD).step_answers == 3
     assert pad(rows, PAD, 12).step_answers == 12
@@ -140,7 +140,7 @@ def test_moving_keeps_everything():
 
 @given(LENGTHS, st.integers(1, 20))
 def test_balanced_groups_have_everything_once_and_nearly_equal_sums(lengths, bins):
-    groups = balanced(lengths, bins)
+    groups = balanced_bins(lengths, bins)
     assert len(groups) == bins
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     sums = [sum(lengths[i] for i in group) for group in groups]

@@ -5,8 +5,9 @@ import signal
 import pytest
 import torch
 
+from loragen.core.data.dataset import Dataset
 from loragen.core.errors import Interrupted
-from loragen.core.lora.train import train
+from loragen.core.lora.train import train_adapter
 from loragen.core.progress import Silent
 from loragen.core.run.checkpoints import find_checkpoints
 from loragen.core.run.directory import LoraManifest, checkpoint_files, read_manifest
@@ -36,7 +37,7 @@ def watch(lora_config, base, dataset, tmp_path):
     def run(settings=None, at=0, signals=()):
         watching = Watching(tmp_path / "runs", at, signals)
         try:
-            train(lora_config(settings), "colors", dataset(), base, watching)
+            train_adapter(lora_config(settings), Dataset(dataset(), "colors"), base, watching)
         finally:
             (watching.run,) = (tmp_path / "runs").iterdir()
             names = (path.name for path in (watching.run / "checkpoints").iterdir())
@@ -137,8 +138,8 @@ def test_a_signal_after_the_last_step_is_not_forgotten(watch, monkeypatch):
     """A collection has to stop, though this run is finished."""
     from loragen.core.lora import train as training
 
-    monkeypatch.setattr(training, "_save_results", lambda *_: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(Interrupted, match="was finished all the same"):
+    monkeypatch.setattr(training, "write_adapter", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Interrupted, match="is finished"):
         watch()
     (run,) = watch.runs.iterdir()
     assert read_manifest(run, LoraManifest).status == "success"

@@ -11,13 +11,19 @@ import torch
 from typer.testing import CliRunner
 
 from loragen.cli.main import app
+from loragen.core.base.load import load_training_base
 from loragen.core.config import LoraTrainConfig, load
+from loragen.core.data.dataset import Dataset
 from loragen.core.errors import DataError, Interrupted, UsageError
-from loragen.core.lora import launch as local_launcher
-from loragen.core.lora import train as attach
 from loragen.core.lora.collect import collect
-from loragen.core.lora.tasks import Task, finished_run, tasks, unfinished_run
-from loragen.core.lora.train import find_resume_point, load_base_again, train
+from loragen.core.lora.tasks import Task, earlier_runs, find_tasks
+from loragen.core.lora.train import (
+    LoraPoint,
+    checkpoint_sizes,
+    count_values,
+    load_resumed_base,
+    train_adapter,
+)
 from loragen.core.progress import Silent
 from loragen.core.run.directory import LoraManifest, checkpoint_files, read_manifest, write_manifest
 
@@ -54,47 +60,47 @@ def named(dataset):
         for name in names:
             rows = [{"prompt": f"{name} {i}", "response": "red"} for i in range(8)]
             file = dataset(rows, f"{name}.jsonl")
-            found.append(Task(str(file), name, file))
+            found.append(Task(Dataset(file, name), str(file)))
         return found
 
     return make
 
 
 def bad(task):
-    task.source.write_text('{"prompt": "p"}\n', encoding="utf-8")
+    task.dataset.source.write_text('{"prompt": "p"}\n', encoding="utf-8")
 
 
 class TestTasks:
     def test_every_dataset_below_the_root(self, lora_config, collection):
         config = lora_config({"data.root": str(collection.data)})
-        found = tasks(config, [], every=True)
+        found = find_tasks(config, [], every=True)
         assert [task.name for task in found] == ["animals", "colors"]
         files = [collection.file(name) for name in collection.names]
-        assert [task.source for task in found] == files
+        assert [task.dataset.source for task in found] == files
 
     def test_the_configuration_names_a_collection(self, lora_config, collection):
         file = str(collection.file("animals"))
         config = lora_config({"data.root": str(collection.data), "collection": ["colors", file]})
-        assert [task.wanted for task in tasks(config, [], every=False)] == ["colors", file]
-        assert [task.name for task in tasks(config, ["animals"], every=False)] == ["animals"]
+        assert [task.argument for task in find_tasks(config, [], every=False)] == ["colors", file]
+        assert [task.name for task in find_tasks(config, ["animals"], every=False)] == ["animals"]
 
     def test_one_named_twice_is_refused_however_it_is_spelt(self, lora_config, collection):
         config = lora_config({"data.root": str(collection.data)})
         file = str(collection.file("colors"))
-        with pytest.raises(UsageError, match="is named twice"):
-            tasks(config, ["colors", "animals", file], every=False)
+        with pytest.raises(UsageError, match="twice"):
+            find_tasks(config, ["colors", "animals", file], every=False)
 
     def test_all_names_that_are_not_there_come_at_once(self, lora_config, collection):
         config = lora_config({"data.root": str(collection.data)})
         with pytest.raises(UsageError) as error:
-            tasks(config, ["color", "animals", "x.jsonl"], every=False)
+            find_tasks(config, ["color", "animals", "x.jsonl"], every=False)
         assert len(error.value.problems) == 2
 
-    @pytest.mark.parametrize("root, part", [("none", "no datasets in"), (".", "leave out")])
+    @pytest.mark.parametrize("root, part", [("none", "none"), (".", "--all")])
     def test_all_of_nothing_and_all_beside_some(self, lora_config, root, part):
         config = lora_config({"data.root": root})
         with pytest.raises(UsageError, match=part):
-            tasks(config, ["x"] if root == "." else [], every=True)
+            find_tasks(config, ["x"] if root == "." else [], every=True)
 
 
 class TestWhatIsDone:
@@ -104,11 +110,11 @@ class TestWhatIsDone:
 
     @pytest.fixture
     def colors(self, collection):
-        return Task("colors", "colors", collection.file("colors"))
+        return Task(Dataset(collection.file("colors"), "colors"), "colors")
 
     def test_a_finished_run_is_found(self, config, colors, collection):
-        assert finished_run(config, colors).directory == collection.runs["colors"]
-        assert unfinished_run(config, colors) is None
+        assert earlier_runs(config, colors).finished.directory == collection.runs["colors"]
+        assert earlier_runs(config, colors).unfinished is None
 
     @pytest.mark.parametrize(
         "settings, same",
@@ -129,7 +135,7 @@ class TestWhatIsDone:
         self, lora_config, config, colors, collection, settings, same
     ):
         home = {"runs_dir": str(collection.runs["colors"].parent)}
-        found = finished_run(lora_config({**home, **settings}), colors)
+        found = earlier_runs(lora_config({**home, **settings}), colors).finished
         assert (found is not None) == same
 
     def test_a_dtype_that_was_asked_for_is_not_auto(self, lora_config, named):
@@ -137,47 +143,46 @@ class TestWhatIsDone:
         asked = lora_config({**QUICK, "base_dtype": "bfloat16"})
         (outcome,) = collect(asked, [task], Recorded())
         assert outcome.run.manifest.base_dtype == "bfloat16"
-        assert finished_run(asked, task)
-        assert finished_run(lora_config(QUICK), task) is None
+        assert earlier_runs(asked, task).finished
+        assert earlier_runs(lora_config(QUICK), task).finished is None
 
     def test_other_bytes_are_another_dataset(self, config, collection, tmp_path):
         file = tmp_path / "colors.jsonl"
         file.write_bytes(collection.file("colors").read_bytes())
-        assert finished_run(config, Task("x", "colors", file))
+        assert earlier_runs(config, Task(Dataset(file, "colors"), "x")).finished
         file.write_bytes(file.read_bytes() + b"\n")
-        assert finished_run(config, Task("x", "colors", file)) is None
+        assert earlier_runs(config, Task(Dataset(file, "colors"), "x")).finished is None
 
     def test_a_base_directory_may_be_named_in_several_ways(self, config, colors, monkeypatch):
         base = Path(config.base_model)
         monkeypatch.chdir(base.parent)
         config.base_model = f"./{base.name}"
-        assert finished_run(config, colors)
+        assert earlier_runs(config, colors).finished
 
     def test_a_damaged_manifest_is_no_reason_not_to_train(self, lora_config, named):
         (task,) = named("one")
         config = lora_config(QUICK)
         (first,) = collect(config, [task], Recorded())
         (first.run.directory / "manifest.json").write_text("{", encoding="utf-8")
-        assert finished_run(config, task) is None
+        assert earlier_runs(config, task).finished is None
 
 
 class TestCollect:
     def test_a_bad_file_and_a_failing_run_stop_nothing(self, lora_config, named, monkeypatch):
         found = named("one", "two", "three", "four")
         bad(found[1])
-        real = local_launcher.train
 
-        def fails_on_three(config, name, *rest):
-            if name == "three":
+        def fails_on_three(config, dataset, *rest):
+            if dataset.name == "three":
                 raise RuntimeError("out of\nmemory")
-            return real(config, name, *rest)
+            return train_adapter(config, dataset, *rest)
 
-        monkeypatch.setattr(local_launcher, "train", fails_on_three)
+        monkeypatch.setattr("loragen.core.lora.train.train_adapter", fails_on_three)
         told = Recorded()
         outcomes = collect(lora_config(QUICK), found, told)
         assert [one.status for one in outcomes] == ["trained", "failed", "failed", "trained"]
         assert [one.task for one in outcomes] == found
-        assert outcomes[1].reason.startswith(f"{found[1].source}:1: 'response' is missing")
+        assert outcomes[1].reason.startswith(f"{found[1].dataset}:1: 'response' is missing")
         assert outcomes[2].reason == "RuntimeError: out of memory"
         assert told.outcomes == ["two", "one", "three", "four"]  # files first
         assert told.stopped
@@ -186,9 +191,9 @@ class TestCollect:
         self, lora_config, named, monkeypatch
     ):
         loads = []
-        real = local_launcher.load_training_base
         monkeypatch.setattr(
-            local_launcher, "load_training_base", lambda config: loads.append(1) or real(config)
+            "loragen.core.base.load.load_training_base",
+            lambda config: loads.append(1) or load_training_base(config),
         )
         config, found = lora_config(QUICK), named("one", "two")
         first = collect(config, found, Recorded())
@@ -227,16 +232,17 @@ class TestCollect:
         with pytest.raises(Interrupted):
             collect(lora_config(QUICK), [task], Recorded(stop=("one", 1)))
         bad(task)
+        again = Task(Dataset(task.dataset.source), task.argument)
         with pytest.raises(DataError):
-            collect(lora_config(QUICK), [task], Recorded())
+            collect(lora_config(QUICK), [again], Recorded())
 
     def test_a_run_of_a_collection_is_configured_as_if_alone(self, lora_config, named):
         found = named("one", "two")
-        wanted = [task.wanted for task in found]
+        wanted = [task.argument for task in found]
         config = lora_config({**QUICK, "collection": wanted})
         for outcome in collect(config, found, Recorded()):
             own = load(LoraTrainConfig, outcome.run.directory / "config.yaml", environment={})
-            assert own.data.dataset == outcome.task.wanted
+            assert own.data.dataset == outcome.task.argument
             assert own.collection == []
 
     def test_an_unfinished_run_is_named_once(self, lora_config, named, caplog):
@@ -260,11 +266,11 @@ def test_several_devices_get_a_process_per_dataset(
     monkeypatch.chdir(tmp_path)
     settings = {**QUICK, "trainer.devices": 2, "training.packing": False}
     (tmp_path / "c.json").write_text(lora_config(settings).model_dump_json(), encoding="utf-8")
-    datasets = [part for task in named("one", "two") for part in ("--dataset", str(task.source))]
+    datasets = [part for task in named("one", "two") for part in ("--dataset", str(task.dataset))]
     before = dict(os.environ)
     command = ["lora", "train", "--config", "c.json", "--json", *datasets]
     result = CliRunner().invoke(app, command)
-    assert result.exit_code == 0, capfd.readouterr().err
+    assert result.exit_code == 0, result.stderr + capfd.readouterr().err
     assert dict(os.environ) == before
     assert capfd.readouterr().out == ""  # the processes say nothing there
     documents = json.loads(result.stdout)
@@ -276,11 +282,11 @@ def test_several_devices_get_a_process_per_dataset(
 def test_the_values_of_an_adapter_are_known_without_weights(lora_config, collection):
     run = collection.runs["colors"]
     config = load(LoraTrainConfig, run / "config.yaml", environment={})
-    values = attach.count_values(config)
+    values = count_values(config)
     files = checkpoint_files(run)
     document = torch.load(files[-1], weights_only=True)
     assert values == sum(tensor.numel() for tensor in document["state_dict"].values())
-    sizes = attach.checkpoint_sizes(config, values)
+    sizes = checkpoint_sizes(config, values)
     assert len(sizes) == len(files)
     assert sizes[-1] < files[-1].stat().st_size < sizes[-1] * 1.5 + 50_000
 
@@ -291,12 +297,12 @@ def test_a_resumed_run_keeps_its_settings_and_is_found_again(lora_config, named)
     config = lora_config({**QUICK, "trainer.precision": "bf16-true"})
     with pytest.raises(Interrupted):
         collect(config, [task], Recorded(stop=("one", 1)))
-    begun = unfinished_run(config, task)
-    point = find_resume_point(begun.directory)
-    base = load_base_again(point, point.config)
-    run = train(point.config, task.name, task.source, base, Silent(), point)
+    begun = earlier_runs(config, task).unfinished
+    point = LoraPoint.find(begun.directory)
+    base = load_resumed_base(point, point.config)
+    run = train_adapter(point.config, task.dataset, base, Silent(), point)
     assert read_manifest(run.directory, LoraManifest).base_dtype == "bfloat16"
-    assert finished_run(config, task).directory == run.directory
+    assert earlier_runs(config, task).finished.directory == run.directory
 
 
 def test_what_a_failed_dataset_held_is_let_go(lora_config, named):
@@ -320,7 +326,7 @@ def test_skipping_bad_rows_trains_nothing_again_that_had_none(lora_config, named
     """It is what the error of another dataset has advised."""
     (task,) = named("one")
     collect(lora_config(QUICK), [task], Recorded())
-    assert finished_run(lora_config({**QUICK, "data.skip_bad_rows": True}), task)
+    assert earlier_runs(lora_config({**QUICK, "data.skip_bad_rows": True}), task).finished
 
 
 def test_other_validation_rows_are_another_run(lora_config, named, dataset):
@@ -328,21 +334,20 @@ def test_other_validation_rows_are_another_run(lora_config, named, dataset):
     held_out = dataset(name="held_out.jsonl")
     config = lora_config({**QUICK, "data.validation": str(held_out)})
     collect(config, [task], Recorded())
-    assert finished_run(config, task)
+    assert earlier_runs(config, task).finished
     dataset([{"prompt": "another", "response": "blue"}], "held_out.jsonl")
-    assert finished_run(config, task) is None
+    assert earlier_runs(config, task).finished is None
 
 
 def test_what_cannot_even_be_looked_at_stops_nothing(lora_config, named, monkeypatch):
-    from loragen.core.lora import collect as module
-
     found = named("one", "two")
 
     def look(config, task):
         if task.name == "one":
             raise PermissionError("not yours")
+        return earlier_runs(config, task)
 
-    monkeypatch.setattr(module, "finished_run", look)
+    monkeypatch.setattr("loragen.core.lora.collect.earlier_runs", look)
     outcomes = collect(lora_config(QUICK), found, Recorded())
     assert [(one.status, one.reason) for one in outcomes] == [
         ("failed", "PermissionError: not yours"),

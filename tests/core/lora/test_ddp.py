@@ -9,7 +9,8 @@ import torch
 
 from loragen.core.base.load import load_training_base
 from loragen.core.config import LoraTrainConfig, load
-from loragen.core.lora.train import train
+from loragen.core.data.dataset import Dataset
+from loragen.core.lora.train import train_adapter
 from loragen.core.progress import Silent
 from loragen.core.run.checkpoints import read_tensors
 from loragen.core.run.directory import LoraManifest, checkpoint_files, read_manifest
@@ -64,7 +65,7 @@ def test_two_processes_train_what_one_does(work, two):
     settings = [f"runs_dir={work / 'one'}"]
     config = load(LoraTrainConfig, work / "c.yaml", settings, environment={})
     base = load_training_base(config)
-    alone = train(config, "colors", work / "colors.jsonl", base, Silent())
+    alone = train_adapter(config, Dataset(work / "colors.jsonl", "colors"), base, Silent())
     ours, theirs = checkpoint_files(alone.directory), checkpoint_files(run)
     assert [file.name for file in ours] == [file.name for file in theirs]
     for one, other in zip(ours, theirs, strict=True):

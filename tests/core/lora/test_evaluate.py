@@ -6,7 +6,7 @@ from torch import nn
 
 from loragen.core.data.rows import Row
 from loragen.core.data.tokenize import answer_ids, pad_id, prompt_ids, tokenize_row
-from loragen.core.lora.evaluate import choice_accuracy, evaluate, generate, log_likelihoods
+from loragen.core.lora.evaluate import choice_accuracy, evaluate_model, generate, log_likelihoods
 from loragen.core.lora.packing import answer_losses, padded
 
 
@@ -64,7 +64,7 @@ def oracle(tokenizer):
 def test_exact_match_is_the_share_of_rows_answered_as_labelled(tokenizer, oracle):
     rows = [row("a", "red"), row("bb", "green cat"), row("ccc", " blue "), row("d", "dog")]
     model = oracle({"a": "red", "bb": "green cat", "ccc": "blue", "d": "dogs"})
-    scores = evaluate(model, tokenizer, rows, batch_size=3)
+    scores = evaluate_model(model, tokenizer, rows, batch_size=3)
     assert scores.exact_match == 0.75
     assert (scores.rows, scores.choice_accuracy, scores.choices) == (4, None, None)
     assert scores.as_dict()["exact_match"] == 0.75
@@ -91,7 +91,7 @@ def test_a_trained_adapter_is_measured_on_its_own_rows(train_lora, base, dataset
 
     file = dataset([{"prompt": f"q {i}", "response": "blue"} for i in range(4)])
     rows = read_rows(file)
-    assert evaluate(base.model, base.tokenizer, rows).exact_match == 0.0
+    assert evaluate_model(base.model, base.tokenizer, rows).exact_match == 0.0
     run = train_lora(
         {
             "training.max_steps": 60,
@@ -102,7 +102,7 @@ def test_a_trained_adapter_is_measured_on_its_own_rows(train_lora, base, dataset
         file=file,
     )
     model = attach_adapter(base.model, read_adapter(run.directory / "adapter"), "x")
-    assert evaluate(model, base.tokenizer, rows).exact_match == 1.0
+    assert evaluate_model(model, base.tokenizer, rows).exact_match == 1.0
 
 
 def test_choice_accuracy_takes_the_likeliest_of_the_rows_own_choices(tokenizer, oracle):
@@ -114,7 +114,7 @@ def test_choice_accuracy_takes_the_likeliest_of_the_rows_own_choices(tokenizer, 
     ]
     model = oracle({"a": "red", "b": "blue", "c": "cat"})
     assert choice_accuracy(model, tokenizer, rows, None, 2) == pytest.approx(2 / 3)
-    scores = evaluate(model, tokenizer, rows)
+    scores = evaluate_model(model, tokenizer, rows)
     assert scores.choice_accuracy == pytest.approx(2 / 3)
     assert scores.choices is None
 
@@ -122,7 +122,7 @@ def test_choice_accuracy_takes_the_likeliest_of_the_rows_own_choices(tokenizer, 
 def test_choice_accuracy_falls_back_to_the_closed_set_of_answers(tokenizer, oracle):
     rows = [row(f"p{i}", answer) for i, answer in enumerate(["cat", "dog", "cat", "dog"])]
     model = oracle({"p0": "cat", "p1": "dog", "p2": "dog", "p3": "cat"})
-    scores = evaluate(model, tokenizer, rows)
+    scores = evaluate_model(model, tokenizer, rows)
     assert (scores.choice_accuracy, scores.choices) == (0.5, 2)
     assert scores.exact_match == 0.5
 
@@ -132,16 +132,16 @@ def test_an_answer_is_valid_that_is_allowed_right_or_not(tokenizer, oracle):
         row(prompt, response) for prompt, response in zip("abcd", ["cat", "dog"] * 2, strict=True)
     ]
     model = oracle({"a": "dog", "b": "dog", "c": " cat", "d": "fox"})
-    assert evaluate(model, tokenizer, rows).format_validity == 0.75
+    assert evaluate_model(model, tokenizer, rows).format_validity == 0.75
     chosen = [row("a", "fox", choices=["fox", "cat"]), row("d", "fox", choices=["fox", "cat"])]
-    assert evaluate(model, tokenizer, chosen).format_validity == 0.5
-    assert evaluate(model, tokenizer, rows[:1]).format_validity is None
-    assert evaluate(model, tokenizer, rows[3:], closed=["cat", "dog"]).format_validity == 0.0
+    assert evaluate_model(model, tokenizer, chosen).format_validity == 0.5
+    assert evaluate_model(model, tokenizer, rows[:1]).format_validity is None
+    assert evaluate_model(model, tokenizer, rows[3:], closed=["cat", "dog"]).format_validity == 0.0
 
 
 def test_without_choices_there_is_no_choice_accuracy(tokenizer, oracle):
     rows = [row("a", "cat"), row("b", "dog")] * 2
-    scores = evaluate(oracle({}), tokenizer, rows, choices=False)
+    scores = evaluate_model(oracle({}), tokenizer, rows, choices=False)
     assert (scores.choice_accuracy, scores.choices) == (None, 2)
 
 

@@ -7,9 +7,10 @@ import torch
 import transformers
 
 from loragen.core.base.load import load_training_base
+from loragen.core.data.dataset import Dataset
 from loragen.core.data.tokenize import Example
 from loragen.core.lora.packing import Cost, answer_losses, model_cost, packed, packing_cost, padded
-from loragen.core.lora.train import train
+from loragen.core.lora.train import train_adapter
 from loragen.core.progress import Silent
 
 VOCABULARY = 97
@@ -184,7 +185,7 @@ def test_training_runs_either_way(kind, tokenizer, tmp_path, lora_config, datase
             "lora.target_modules": targets,
         }
     )
-    run = train(config, "colors", dataset(), load_training_base(config), Silent())
+    run = train_adapter(config, Dataset(dataset(), "colors"), load_training_base(config), Silent())
     assert run.manifest.status == "success"
     notices = [m for m in caplog.messages if m.startswith("rows are padded, not packed")]
     assert len(notices) == (kind == "mamba")
@@ -197,7 +198,7 @@ def test_packed_and_padded_training_are_equal(lora_config, base_dir, dataset):
     for packing in (True, False):
         config = lora_config({"training.packing": packing, "trainer.precision": "64-true"})
         base = load_training_base(config)
-        run = train(config, "colors", dataset(), base, Silent())
+        run = train_adapter(config, Dataset(dataset(), "colors"), base, Silent())
         adapters.append(read_adapter(run.directory / "adapter").tensors)
     one, other = adapters
     assert max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-4

@@ -1,18 +1,20 @@
-"""Two workers on a Ray of this machine, one of which kills itself, once."""
+"""Two workers on a Ray cluster of this machine, one of which kills itself, once."""
 
 import os
 import signal
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from loragen.core.config import LoraTrainConfig, load
+from loragen.core.data.dataset import Dataset
 from loragen.core.errors import UsageError
-from loragen.core.lora import launch as ray_launcher
+from loragen.core.lora import ray_launcher
 from loragen.core.lora.collect import collect
-from loragen.core.lora.tasks import Task, finished_run
-from loragen.core.lora.worker import TrainingJob, train_job
+from loragen.core.lora.tasks import Task, earlier_runs
+from loragen.core.lora.worker import run_job
 from loragen.core.run.directory import LoraManifest, read_manifest
 
 from .test_collect import Recorded
@@ -25,40 +27,43 @@ SETTINGS = {
 }
 
 
-def dies_once(marker):
-    """What a worker runs in place of `train_job`: the first to come this far is killed."""
+@pytest.fixture
+def tasks(dataset):
+    rows = [{"prompt": f"q {i}", "response": "red"} for i in range(8)]
+    files = [dataset(rows, f"{name}.jsonl") for name in ("one", "two")]
+    return [Task(Dataset(file), str(file)) for file in files]
 
-    def job(job):
-        from loragen.core.lora import module as callbacks
-        from loragen.core.lora.worker import train_job
 
-        real = callbacks.StepCheckpoints._after
+def dying_once(marker):
+    """What a worker runs in place of `run_job`: dataset two is killed after its fourth step."""
 
-        def after(self, trainer, module):
-            real(self, trainer, module)
+    def job(job, status_file):
+        from loragen.core.lora.module import StepCheckpoints
+
+        on_step = StepCheckpoints.on_step
+
+        def on_step_then_die(self, trainer, module, batch):
+            on_step(self, trainer, module, batch)
             if job.name == "two" and trainer.global_step == 4 and not Path(marker).exists():
                 Path(marker).touch()
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        callbacks.StepCheckpoints._after = after
-        return train_job(job)
+        StepCheckpoints.on_step = on_step_then_die
+        run_job(job, status_file)
 
     return job
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
-def test_a_worker_that_dies_is_tried_again_from_its_checkpoint(
-    lora_config, dataset, tmp_path, monkeypatch, caplog
+def test_a_worker_that_dies_is_started_again_from_its_checkpoint(
+    lora_config, tasks, tmp_path, monkeypatch, caplog
 ):
     pytest.importorskip("ray")
-    rows = [{"prompt": f"q {i}", "response": "red"} for i in range(8)]
-    files = [dataset(rows, f"{name}.jsonl") for name in ("one", "two")]
-    found = [Task(str(file), file.stem, file) for file in files]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ray_launcher, "train_job", dies_once(str(tmp_path / "died")))
+    monkeypatch.setattr(ray_launcher, "run_job", dying_once(str(tmp_path / "died")))
     config = lora_config({**SETTINGS, "runs_dir": "runs"})
-    told = Recorded()
-    outcomes = collect(config, found, told)
+    recorded = Recorded()
+    outcomes = collect(config, tasks, recorded)
 
     assert [one.status for one in outcomes] == ["trained", "trained"], outcomes
     one, two = (outcome.run for outcome in outcomes)
@@ -66,38 +71,35 @@ def test_a_worker_that_dies_is_tried_again_from_its_checkpoint(
     assert two.manifest.steps == [3, 4, 5, 6]
     assert two.manifest.resumed_from == [4]
     assert one.manifest.resumed_from == []
+    assert len(list(Path("runs").iterdir())) == 2
     retries = [line for line in caplog.messages if "retry" in line]
     assert len(retries) == 1
-    assert retries[0].startswith("two: its worker died")
+    assert retries[0].startswith("two: ")
     assert two.directory.name in retries[0]
-    assert ("one", 6) in told.steps
-    assert ("two", 6) in told.steps
+    assert ("one", 6) in recorded.steps
+    assert ("two", 6) in recorded.steps
 
     own = load(LoraTrainConfig, one.directory / "config.yaml", environment={})
     assert Path(own.data.dataset).is_absolute()
     assert read_manifest(one.directory, LoraManifest).status == "success"
     config.launcher.name = "local"
-    assert finished_run(config, found[0]).directory == one.directory
+    assert earlier_runs(config, tasks[0]).finished.directory == one.directory
 
 
-def test_what_the_user_can_mend_is_told_and_not_raised(lora_config, dataset):
-    """A worker that raises is tried again; one that tells is not."""
-    job = TrainingJob(
-        config=lora_config({"data.val_ratio": 0.99}), name="colors", source=str(dataset())
-    )
-    result = train_job(job)
-    assert result.status == "failed"
-    assert "data.val_ratio leaves no rows" in result.reason
-
-
-def test_without_ray_there_is_one_line(lora_config, dataset, monkeypatch):
+def test_without_ray_there_is_one_line(lora_config, tasks, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    file = dataset()
     with pytest.raises(UsageError, match=r"pip install 'loragen\[ray\]'"):
-        collect(lora_config(SETTINGS), [Task(str(file), "colors", file)], Recorded())
+        collect(lora_config(SETTINGS), tasks, Recorded())
 
 
-def test_a_dataset_that_no_machine_can_hold_is_refused(lora_config):
+def test_a_dataset_that_no_machine_can_hold_is_refused(lora_config, tasks, monkeypatch, tmp_path):
+    ray = ModuleType("ray")
+    ray.init = lambda **_: None
+    ray.cluster_resources = lambda: {"CPU": 2}
+    ray.shutdown = lambda: None
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.exceptions", ModuleType("ray.exceptions"))
     config = lora_config({**SETTINGS, "launcher.num_gpus": 0.5})
-    with pytest.raises(UsageError, match=r"num_gpus: a dataset asks for 0\.5, the cluster has 0"):
-        ray_launcher._check_room(config, {"CPU": 2})
+    with pytest.raises(UsageError, match=r"launcher\.num_gpus"):
+        collect(config, tasks, Recorded())
+    assert not (tmp_path / "runs").exists()

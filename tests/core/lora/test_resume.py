@@ -9,9 +9,10 @@ import torch
 from loragen.core.adapter.files import read_adapter
 from loragen.core.base.load import load_training_base
 from loragen.core.config import LoraTrainConfig
+from loragen.core.data.dataset import Dataset
 from loragen.core.errors import DataError, UsageError
 from loragen.core.lora.module import StepMetrics
-from loragen.core.lora.train import find_resume_point, train
+from loragen.core.lora.train import LoraPoint, train_adapter
 from loragen.core.progress import Silent
 from loragen.core.run.directory import MANIFEST, LoraManifest, checkpoint_files, read_manifest
 from tests.conftest import TINY_LORA, configured, write_lines
@@ -85,7 +86,7 @@ def resume(lora_config, file):
     """`resume(path, settings)` goes on with the run and gives the steps that it did."""
 
     def run(path, settings=None, rows=None, at=0):
-        progress, point = StopAt(at), find_resume_point(path)
+        progress, point = StopAt(at), LoraPoint.find(path)
         fit(lora_config(settings), rows or file, progress, point)
         return progress.steps
 
@@ -94,7 +95,9 @@ def resume(lora_config, file):
 
 def fit(config, file, progress=None, point=None):
     """On a base of its own, as another process would."""
-    return train(config, "colors", file, load_training_base(config), progress or Silent(), point)
+    return train_adapter(
+        config, Dataset(file, "colors"), load_training_base(config), progress or Silent(), point
+    )
 
 
 def document(file):
@@ -219,7 +222,7 @@ class TestExact:
         }
         whole = unbroken(settings)
         with monkeypatch.context() as patch, pytest.raises(Kill):
-            patch.setattr("loragen.core.lora.train._save_results", raises(Kill))
+            patch.setattr("loragen.core.lora.train.write_adapter", raises(Kill))
             fit(lora_config(settings), file)
         (run,) = (tmp_path / "runs").iterdir()
         assert resume(run, settings) == []
@@ -324,9 +327,10 @@ class TestRefusals:
     def test_other_data(self, refused, dataset, run):
         other = dataset(name="other.jsonl")
         then = read_manifest(run, LoraManifest).dataset.path
-        assert refused(rows=other) == [
-            f"the data are other data: {other} is not the {then} of the run"
-        ]
+        (problem,) = refused(rows=other)
+        assert problem.startswith("the data differ")
+        assert str(other) in problem
+        assert then in problem
 
     def changed(self, base_dir, tmp_path):
         return shutil.copytree(base_dir, tmp_path / "changed")
@@ -335,23 +339,21 @@ class TestRefusals:
         changed = self.changed(base_dir, tmp_path)
         template = changed / "chat_template.jinja"
         template.write_text(template.read_text().replace("<|user|>", "") + "!", encoding="utf-8")
-        assert refused({"base_model": str(changed)}) == [
-            "the rows make other tokens: another tokenizer or chat template"
-        ]
+        (problem,) = refused({"base_model": str(changed)})
+        assert "tokens" in problem
 
     def test_other_weights(self, refused, base, base_dir, tmp_path):
         changed = self.changed(base_dir, tmp_path)
         with torch.no_grad():
             base.model.get_input_embeddings().weight.add_(0.01)
         base.model.save_pretrained(changed)
-        assert refused({"base_model": str(changed)}) == [
-            f"the base model has other weights: {changed}, the run was on {base_dir}"
-        ]
+        (problem,) = refused({"base_model": str(changed)})
+        assert "weights" in problem
+        assert str(changed) in problem
 
     def test_another_dtype(self, refused):
-        assert refused({"base_dtype": "bfloat16"}) == [
-            "the base computes in bfloat16, the run's in float32"
-        ]
+        (problem,) = refused({"base_dtype": "bfloat16"})
+        assert "bfloat16" in problem
 
     def test_all_of_it_at_once(self, refused, dataset):
         problems = refused(
@@ -382,26 +384,26 @@ class TestRefusals:
 class TestWhatThereIs:
     def test_nothing(self, tmp_path):
         with pytest.raises(UsageError, match="no such run or checkpoint"):
-            find_resume_point(tmp_path / "none")
+            LoraPoint.find(tmp_path / "none")
 
     def test_no_run(self, tmp_path):
         with pytest.raises(UsageError, match="neither a run directory nor inside one"):
-            find_resume_point(tmp_path)
+            LoraPoint.find(tmp_path)
 
     def test_no_lora_run(self, experiment):
         with pytest.raises(DataError, match="is a run of gen train, not of lora train"):
-            find_resume_point(experiment)
+            LoraPoint.find(experiment)
 
     def test_a_file_that_is_no_checkpoint(self, collection):
         with pytest.raises(DataError, match="not a checkpoint"):
-            find_resume_point(collection.runs["colors"] / MANIFEST)
+            LoraPoint.find(collection.runs["colors"] / MANIFEST)
 
     def test_the_newest_with_an_optimizer_counts(self, stopped):
         settings = {"checkpoints.optimizer": "none", "checkpoints.last_every": 3}
         run = stopped(8, settings)
-        assert find_resume_point(run).step == 6
-        assert find_resume_point(run).checkpoint == run / LAST
-        assert find_resume_point(run / "checkpoints" / "checkpoint-step-007.ckpt").step == 7
+        assert LoraPoint.find(run).step == 6
+        assert LoraPoint.find(run).checkpoint == run / LAST
+        assert LoraPoint.find(run / "checkpoints" / "checkpoint-step-007.ckpt").step == 7
 
     def test_without_an_optimizer_there_is_a_warning(self, stopped, resume, caplog):
         settings = {"checkpoints.optimizer": "none", "checkpoints.last_every": 3}
@@ -415,7 +417,7 @@ class TestWhatThereIs:
             file = run / "checkpoints" / name
             torch.save({"state_dict": document(file)["state_dict"]}, file)
         with pytest.raises(DataError, match="global_step") as raised:
-            find_resume_point(run)
+            LoraPoint.find(run)
         assert "\n" not in str(raised.value)
 
     def test_a_checkpoint_of_another_adapter_is_refused(self, stopped, resume):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from loragen.core.adapter.files import file_keys, read_adapter
 from loragen.core.base.load import load_training_base
 from loragen.core.config import LoraTrainConfig, load
+from loragen.core.data.dataset import Dataset
 from loragen.core.errors import DataError, LoragenError, UsageError
 from loragen.core.files import sha256
 from loragen.core.lora import train as training
@@ -130,7 +131,7 @@ class TestARun:
         base.tokenizer.save_pretrained(tmp_path / "half")
         config = lora_config({"base_model": str(tmp_path / "half")})
         half = load_training_base(config)
-        run = training.train(config, "colors", dataset(), half, Silent())
+        run = training.train_adapter(config, Dataset(dataset(), "colors"), half, Silent())
         stored = load_file(run.directory / "final_model" / "model.safetensors")
         assert {t.dtype for t in stored.values()} == {torch.bfloat16}
         config_file = run.directory / "final_model" / "config.json"
@@ -140,7 +141,7 @@ class TestARun:
     def test_training_learns(self, lora_config, base, dataset):
         watching = Watching()
         config = lora_config({"training.max_steps": 40, "schedule.stage1_steps": 30})
-        run = training.train(config, "colors", dataset(), base, watching)
+        run = training.train_adapter(config, Dataset(dataset(), "colors"), base, watching)
         assert watching.steps[-1].loss < 0.5 * watching.steps[0].loss
         assert run.manifest.final_loss == watching.steps[-1].loss
 
@@ -152,7 +153,7 @@ class TestSteps:
         config = lora_config(
             {"training.max_steps": 6, "schedule.stage1_steps": 3, "checkpoints.first_step": 2}
         )
-        run = training.train(config, "colors", dataset(), base, watching)
+        run = training.train_adapter(config, Dataset(dataset(), "colors"), base, watching)
         assert [(s.step, s.stage) for s in watching.steps] == [
             (1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2),
         ]  # fmt: skip
@@ -224,7 +225,7 @@ class TestSameness:
 
     def test_the_base_is_handed_back_as_it_was(self, lora_config, base, dataset):
         before, kind, rng = state(base.model), type(base.model), torch.get_rng_state()
-        training.train(lora_config(), "colors", dataset(), base, Silent())
+        training.train_adapter(lora_config(), Dataset(dataset(), "colors"), base, Silent())
         assert type(base.model) is kind
         assert equal(state(base.model), before)
         assert not any(p.requires_grad for p in base.model.parameters())
@@ -247,7 +248,7 @@ class TestSameness:
             )
             watching = Watching()
             base = load_training_base(config)
-            run = training.train(config, "colors", file, base, watching)
+            run = training.train_adapter(config, Dataset(file, "colors"), base, watching)
             results.append((last_tensors(run), watching.steps))
         (one, steps), (other, others) = results
         assert {t.dtype for t in one.values()} == {torch.float64}
@@ -280,7 +281,7 @@ class TestValidation:
                 "checkpoints.first_step": 1000,
             }
         )
-        run = training.train(config, "colors", file, base, watching)
+        run = training.train_adapter(config, Dataset(file, "colors"), base, watching)
         last = watching.steps[-1].step
         assert last < 60
         assert last % 2 == 0
@@ -291,7 +292,7 @@ class TestValidation:
 
     def test_held_out_rows_are_never_trained_on(self, base, lora_config, dataset):
         config = lora_config({"data.val_ratio": 0.25})
-        rows = load_rows(config, "colors", dataset(), base.tokenizer)
+        rows = load_rows(config, Dataset(dataset(), "colors"), base.tokenizer)
         assert (len(rows.training), len(rows.validation), rows.record.rows) == (9, 3, 12)
 
     def test_validation_reaches_the_log(self, train_lora):
@@ -323,7 +324,9 @@ class TestFailure:
     ):
         before = state(base.model)
         with pytest.raises(type(error)):
-            training.train(lora_config(), "colors", dataset(), base, Watching(6, error))
+            training.train_adapter(
+                lora_config(), Dataset(dataset(), "colors"), base, Watching(6, error)
+            )
         (run,) = (tmp_path / "runs").iterdir()
         manifest = read_manifest(run, LoraManifest)
         assert manifest.status == status
@@ -379,8 +382,8 @@ class TestFailure:
     def test_the_next_dataset_trains_after_one_that_failed(self, lora_config, base, dataset):
         with pytest.raises(RuntimeError):
             error = RuntimeError("once")
-            training.train(lora_config(), "a", dataset(), base, Watching(1, error))
-        run = training.train(lora_config(), "colors", dataset(), base, Silent())
+            training.train_adapter(lora_config(), Dataset(dataset(), "a"), base, Watching(1, error))
+        run = training.train_adapter(lora_config(), Dataset(dataset(), "colors"), base, Silent())
         assert run.manifest.status == "success"
 
     @pytest.mark.parametrize(

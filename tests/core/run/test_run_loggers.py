@@ -2,8 +2,9 @@ import logging
 
 import pytest
 
+from loragen.core.data.dataset import Dataset
 from loragen.core.errors import PluginError, UsageError
-from loragen.core.lora.train import train
+from loragen.core.lora.train import train_adapter
 from loragen.core.progress import Silent
 from loragen.core.protocols import RunInfo
 from loragen.core.run.directory import LoraManifest, read_manifest
@@ -215,7 +216,12 @@ class Stopping(Silent):
 )
 def test_they_hear_how_training_ended(called, lora_config, base, dataset, error, status, end):
     with pytest.raises(type(error)):
-        train(lora_config({"loggers": {"fake": {}}}), "colors", dataset(), base, Stopping(error))
+        train_adapter(
+            lora_config({"loggers": {"fake": {}}}),
+            Dataset(dataset(), "colors"),
+            base,
+            Stopping(error),
+        )
     assert called[-2:] == [("finalize", end), ("close", status)]
 
 
