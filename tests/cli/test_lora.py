@@ -486,7 +486,7 @@ class TestResume:
         )  # fmt: skip
         assert all(error.startswith(f"{run} ") for error in errors)
         assert [error.split(": ", 1)[1].split(" is ")[0] for error in errors] == [
-            "seed", "training.batch_size", f"the data are other data: {other}",
+            "seed", "training.batch_size", f"the data differ: {other}",
         ]  # fmt: skip
         assert snapshot(run) == before
 
