@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
@@ -126,8 +127,9 @@ class SwanLabProcess:
 
     def _kill(self) -> None:
         self._process.kill()
-        self._process.wait()
         self._reader.join(timeout=1)
+        with suppress(OSError), self._process:  # closes the pipes and waits
+            pass
 
 
 def record_run() -> None:
