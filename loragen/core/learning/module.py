@@ -366,7 +366,7 @@ class GeneratorCheckpoints(StepCallback):
         phase, within = self.plan.phases.at(trainer.global_step)
         best, best_within = self.plan.phases.at(self._best["step"])
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val")}
-        self.session.report_validation(
+        self.session.report(
             Validation(
                 phase.objective, (within, phase.steps), metrics, (best.objective, best_within)
             )

@@ -1,4 +1,4 @@
-"""Checkpoint files: the adapter's tensors out of whatever holds them. Nothing runs code."""
+"""Checkpoint files: written atomically, and read without running code from them."""
 
 import pickle
 import zipfile
@@ -23,7 +23,7 @@ from loragen.core.run.directory import (
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's own format, under a temporary name until it is whole."""
+    """Lightning's own format, written under a temporary name until it is complete."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
@@ -33,7 +33,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The adapter tensors of a .ckpt, .pt, .safetensors or a PEFT directory, on the CPU.
+    """Returns the adapter tensors of a .ckpt, .pt, .safetensors or a PEFT directory, on the CPU.
 
     Raises UsageError for a missing path; DataError for a file that does not load or holds no
     LoRA tensors.
@@ -53,8 +53,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_checkpointed_adapter(path: Path) -> Adapter:
-    """An adapter from a PEFT directory, or from a checkpoint whose run knows its configuration;
-    of a run that has not finished, or of its checkpoints/, the last checkpoint."""
+    """Returns the adapter of a PEFT directory, of a run, or of one of its checkpoints; a run that
+    has not finished has its last checkpoint.
+
+    Raises UsageError where there is none, otherwise as `read_tensors`.
+    """
     if path.is_dir() and (path / WEIGHTS_FILE).is_file():
         return read_adapter(path)
     if path.is_dir() and (path / "adapter" / WEIGHTS_FILE).is_file():
@@ -67,7 +70,8 @@ def read_checkpointed_adapter(path: Path) -> Adapter:
 
 
 def find_checkpoints(path: Path) -> list[Path]:
-    """The checkpoints at `path`: a run, its checkpoints/, a folder of PEFT adapters, or one.
+    """Returns the checkpoints at `path`: of a run, its checkpoints/, a folder of PEFT adapters, or
+    the one file or adapter.
 
     Raises UsageError where there are none.
     """
@@ -82,7 +86,7 @@ def find_checkpoints(path: Path) -> list[Path]:
 
 
 def load_plain(path: Path) -> dict[str, Any]:
-    """A dictionary that `torch.save` wrote, memory-mapped; runs no code.
+    """Returns a dictionary that `torch.save` has written, memory-mapped; runs no code.
 
     Raises DataError for anything else.
     """
@@ -103,11 +107,11 @@ def load_plain(path: Path) -> dict[str, Any]:
 
 
 def is_known(path: Path) -> bool:
-    """Whether `read_checkpointed_adapter` reads it; also where nothing is there, which it tells."""
-    if not path.exists() or any(
-        (path / p).is_file() for p in (WEIGHTS_FILE, f"adapter/{WEIGHTS_FILE}")
-    ):
-        return True  # what is missing is told where it is read
+    """Whether `path` is an adapter, a run or a checkpoint of one; also where nothing is there, so
+    that `read_checkpointed_adapter` says what is missing."""
+    adapters = (WEIGHTS_FILE, f"adapter/{WEIGHTS_FILE}")
+    if not path.exists() or any((path / name).is_file() for name in adapters):
+        return True
     with suppress(UsageError):
         run_directory_of(path)
         return True

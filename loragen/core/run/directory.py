@@ -1,7 +1,4 @@
-"""What a run says of itself in its manifest, which the next step reads.
-
-Run directories: their names, and what is in them.
-"""
+"""Run directories: their names, their files, and the manifest that describes what is in them."""
 
 import json
 from collections.abc import Mapping
@@ -21,24 +18,39 @@ from loragen.core.plugins import describe
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+CHECKPOINT_SUFFIX = ".ckpt"
+LAST_CHECKPOINT = Path("checkpoints/last.ckpt")
+"""The checkpoint from which a killed run resumes; it is not one of the collected ones."""
+BEST_CHECKPOINT = f"epoch=*{CHECKPOINT_SUFFIX}"
+"""Glob for a generator's best checkpoint; at most one exists (two during replacement)."""
+GENERATOR_FILE = Path("results/final_model/generator_model.pt")
+TEST_MODE_STEPS = (4, 5, 6)
+"""The checkpoints of `lora train --test-mode`, which has three steps in each of two stages."""
+COMMANDS = {"lora": "lora train", "generator": "gen train"}
+"""The command that makes the runs of a manifest's kind."""
 
 
 class DatasetRecord(BaseModel):
+    """The dataset that a run was trained on."""
+
     name: str
     path: str
-    """Empty, as are `sha256` and `rows`, where a converted run's dataset was not found."""
+    """Absolute path or hub id; empty, as are `sha256` and `rows`, if a converted run's dataset was
+    not found."""
     sha256: str
     rows: int
     tokens: str = ""
-    """The hash of the rows in tokens: tells of another tokenizer or chat template."""
+    """The hash of the tokenised rows, which another tokenizer or chat template changes."""
     too_long: list[int] = []
-    """Lines left out since the answer alone had more tokens than `data.max_length`."""
+    """Lines left out because the answer alone had more tokens than `data.max_length`."""
     validation: str = ""
-    """The hash of the validation file, where there is one."""
+    """The hash of the validation file, if there is one."""
 
 
 class PluginRecord(BaseModel):
-    """Which code took part, so that a result can be traced to it."""
+    """A plugin that took part, so that a result can be traced to its code."""
 
     kind: str
     name: str
@@ -46,8 +58,29 @@ class PluginRecord(BaseModel):
     version: str
 
 
+class SourceRecord(BaseModel):
+    """One dataset that a generator was trained or validated on: hashes, which a resumed run
+    compares, and locations, from which an evaluation reads it again."""
+
+    name: str
+    checkpoints: str
+    """The hash of the checkpoints' content as tokens of the layout, in their order."""
+    prompts: str
+    """The hash of the prompt texts, in their order."""
+    labels: str = ""
+    """The hash of the tokenised labelled rows; empty if none were read."""
+    held_out: bool = False
+    """Whether it is a dataset of `val_sources`."""
+    place: str = ""
+    """The absolute directory of its checkpoints; empty if an older loragen has trained."""
+    prompts_from: str | None = None
+    """The location of its prompts; None: the run's own dataset."""
+    count: int = 0
+    """The number of checkpoints trained on: the last of those in the directory."""
+
+
 class Manifest(BaseModel):
-    """What every run says of itself."""
+    """What every run records about itself."""
 
     format_version: int = FORMAT_VERSION
     kind: str
@@ -56,20 +89,22 @@ class Manifest(BaseModel):
     seconds: float | None = None
     plugins: list[PluginRecord]
     logger_run_ids: dict[str, str] = {}
+    resumed_from: list[int] = []
+    """The steps at which the run was resumed."""
 
     @property
     def last_step(self) -> int:
-        """The step at which a run ended that was successful."""
+        """The step at which a run that was successful has ended."""
         raise NotImplementedError
 
 
 class LoraManifest(Manifest):
-    """A collection: the checkpoints of one dataset's adapter."""
+    """The manifest of `lora train`: the checkpoints of one dataset's adapter."""
 
     kind: Literal["lora"] = "lora"
     base_model: str
     base_dtype: BaseDtype = ""
-    """What the frozen base computed in."""
+    """The dtype in which the frozen base computed."""
     base_fingerprint: str = ""
     dataset: DatasetRecord
     adapter_config: dict[str, Any]
@@ -78,126 +113,85 @@ class LoraManifest(Manifest):
     steps: list[int] = []
     """The steps that have a checkpoint."""
     final_loss: float | None = None
-    resumed_from: list[int] = []
-    """The steps at which the run was gone on with."""
     converted_from: str | None = None
-    """The traditional run that it was made of by `ckpt convert`."""
+    """The run of the original scripts from which `ckpt convert` has made this one."""
 
     @property
     def last_step(self) -> int:
-        return max(self.steps, default=self.max_steps)  # fewer after early stopping
-
-
-class SourceRecord(BaseModel):
-    """What a generator was trained on, or validated on: hashes, since a resumed run needs the same,
-    and where it lay, since an evaluation reads it again."""
-
-    name: str
-    checkpoints: str
-    """Of their content, in their order, cut into the tokens of the layout."""
-    prompts: str
-    """Of the prompt texts, in their order."""
-    labels: str = ""
-    """Of the labelled rows in tokens; empty where none were read."""
-    held_out: bool = False
-    """A dataset of `val_sources`."""
-    place: str = ""
-    """The directory of its checkpoints, absolute; empty where an older loragen has trained."""
-    prompts_from: str | None = None
-    """What was named for its prompts, to be found from anywhere; None: the run's own dataset."""
-    count: int = 0
-    """Checkpoints learned from: the last of those there."""
+        return max(self.steps, default=self.max_steps)  # early stopping ends before max_steps
 
 
 class GeneratorManifest(Manifest):
-    """A generator and the runs it was trained on."""
+    """The manifest of `gen train`: a generator and the runs it was trained on."""
 
     kind: Literal["generator"] = "generator"
     base_model: str
     sources: list[str]
     val_sources: list[str]
     base_fingerprint: str = ""
-    """Of the base that was trained through; empty where none was."""
+    """The fingerprint of the base that behaviour training computed through; empty if none."""
     base_dtype: BaseDtype = ""
-    """What that base computed in."""
+    """The dtype of that base."""
     source_records: list[SourceRecord] = []
     encoder_fingerprint: str = ""
-    """Of the encoder's weights, before any training of them."""
+    """The fingerprint of the encoder's weights, before any training of them."""
     steps: int = 0
-    """Optimizer steps of the whole training, once it has ended."""
+    """The optimizer steps of the whole training, once it has ended."""
     metrics: dict[str, float] = {}
-    resumed_from: list[int] = []
-    """The steps at which the run was resumed."""
 
     @property
     def last_step(self) -> int:
         return self.steps
 
 
+class OtherRunError(DataError):
+    """The run is one of another command."""
+
+
 ManifestT = TypeVar("ManifestT", bound=Manifest)
 ConfigT = TypeVar("ConfigT", LoraTrainConfig, GenTrainConfig)
-KINDS = {"lora": "lora train", "generator": "gen train"}
-"""A manifest's kind -> the command that makes such runs."""
+
+
+def plugin_records(chosen: Mapping[str, list[str]]) -> list[PluginRecord]:
+    """Returns the plugins of `{kind: names}`, with the distribution and version of each."""
+    plugins = [(kind, name, describe(kind, name)) for kind in chosen for name in chosen[kind]]
+    return [
+        PluginRecord(kind=kind, name=name, distribution=found.distribution, version=found.version)
+        for kind, name, found in plugins
+    ]
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Writes manifest.json."""
     write_json(directory / MANIFEST, manifest.model_dump(mode="json"))
 
 
 def read_manifest(directory: Path, kind: type[ManifestT]) -> ManifestT:
-    """Raises UsageError where there is no such run, DataError where its manifest is not ours."""
-    file = directory / MANIFEST
+    """Reads manifest.json.
+
+    Raises UsageError where there is no run, DataError where it is one of another kind, or its
+    manifest is damaged or from a newer loragen.
+    """
+    file, wanted = directory / MANIFEST, str(kind.model_fields["kind"].default)
     if not file.is_file():
         raise UsageError(f"{directory}: not a run directory (it has no {MANIFEST})")
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
         found = document.get("kind") if isinstance(document, dict) else None
-        if found in KINDS and found != _kind_name(kind):
-            raise DataError(f"{directory} is a run of {KINDS[found]}, not of {_made_by(kind)}")
+        if found in COMMANDS and found != wanted:
+            raise OtherRunError(
+                f"{directory} is a run of {COMMANDS[found]}, not of {COMMANDS[wanted]}"
+            )
         manifest = kind.model_validate(document)
     except (ValueError, ValidationError) as error:
         reason = "; ".join(str(error).splitlines()[:2])
-        raise DataError(f"{file}: not the manifest of a {_kind_name(kind)} run: {reason}") from None
+        raise DataError(f"{file}: not the manifest of a {wanted} run: {reason}") from None
     if manifest.format_version > FORMAT_VERSION:
         raise DataError(
             f"{file}: format {manifest.format_version} is newer than this loragen reads "
             f"({FORMAT_VERSION}); upgrade loragen"
         )
     return manifest
-
-
-def plugin_records(chosen: Mapping[str, list[str]]) -> list[PluginRecord]:
-    """`{kind: names}` with the distribution and version each came from."""
-    records = []
-    for kind, chosen_names in chosen.items():
-        for name in chosen_names:
-            plugin = describe(kind, name)
-            records.append(
-                PluginRecord(
-                    kind=kind, name=name, distribution=plugin.distribution, version=plugin.version
-                )
-            )
-    return records
-
-
-def _made_by(kind: type[Manifest]) -> str:
-    return KINDS[_kind_name(kind)]
-
-
-def _kind_name(kind: type[Manifest]) -> str:
-    return str(kind.model_fields["kind"].default)
-
-
-CONFIG = "config.yaml"
-CHECKPOINTS = "checkpoints"
-CHECKPOINT_SUFFIX = ".ckpt"
-TEST_MODE_STEPS = (4, 5, 6)
-"""The checkpoints of `lora train --test-mode`: three steps of each stage, those of the second."""
-LAST_CHECKPOINT = Path("checkpoints/last.ckpt")
-"""What a killed run goes on from; no part of the collection."""
-BEST_CHECKPOINT = f"epoch=*{CHECKPOINT_SUFFIX}"
-"""Of a generator's training: the best step so far, one file but for a moment."""
-GENERATOR_FILE = Path("results/final_model/generator_model.pt")
 
 
 @dataclass
@@ -220,8 +214,7 @@ class Run(Generic[ManifestT, ConfigT]):
     def open(cls, path: Path, kind: type[LoraManifest] | type[GeneratorManifest]) -> Any:
         """Opens the run at `path`, which may also be its checkpoints/ or a file in there.
 
-        Raises UsageError where there is none, DataError where it is a run of another kind or its
-        manifest is damaged.
+        Raises UsageError where there is none, otherwise as `read_manifest`.
         """
         if not path.exists():
             raise UsageError(f"{path}: no such run or checkpoint")
@@ -243,26 +236,24 @@ class Run(Generic[ManifestT, ConfigT]):
             return checkpoint_files(self.directory)
         files = (self.directory / CHECKPOINTS).glob(f"*{CHECKPOINT_SUFFIX}")
         kept = [file for file in files if file.name != LAST_CHECKPOINT.name]
-        return sorted(kept, key=lambda file: file.stat().st_mtime_ns)  # a name has no step
+        return sorted(kept, key=lambda file: file.stat().st_mtime_ns)  # their names have no step
 
     @property
     def last_checkpoint(self) -> Path | None:
-        """last.ckpt, from which a killed run resumes, where there is one."""
+        """last.ckpt, from which a killed run resumes, if there is one."""
         file = self.directory / LAST_CHECKPOINT
         return file if file.is_file() else None
 
 
 LoraRun: TypeAlias = Run[LoraManifest, LoraTrainConfig]
-"""`lora train`: the checkpoints of one dataset's adapter."""
 GeneratorRun: TypeAlias = Run[GeneratorManifest, GenTrainConfig]
-"""`gen train`: a generator."""
 
 
 def create_run_directory(parent: Path, prefix: str, started: datetime | None = None) -> Path:
-    """`<parent>/<prefix>_<YYYYmmdd_HHMMSS>`, made here and by nobody else; `started` is now.
+    """Makes `<parent>/<prefix>_<YYYYmmdd_HHMMSS>`, which no other process has; `started` is now.
 
-    Two runs of one second: the later takes `_2`, `_3`, ... Raises UsageError where it
-    cannot be made.
+    Of two runs of one second, the later one is called `_2`, `_3`, ... Raises UsageError where the
+    directory cannot be made.
     """
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -282,19 +273,11 @@ def create_run_directory(parent: Path, prefix: str, started: datetime | None = N
             return directory
 
 
-def read_run(directory: Path) -> tuple[LoraRun, LoraTrainConfig]:
-    """Deprecated: `Run.open`."""
-    run = Run.open(directory, LoraManifest)
-    return run, run.config
-
-
-def resumable_run(path: Path, kind: type[Manifest]) -> Path:
-    """Deprecated: `Run.open`."""
-    return Run.open(path, kind).directory  # type: ignore[arg-type]  # to go
-
-
 def run_directory_of(path: Path) -> Path:
-    """The run that `path` belongs to: the run itself, its checkpoints/, or a file in there."""
+    """Returns the run that `path` is, or whose checkpoints/ or checkpoint it is.
+
+    Raises UsageError where there is none.
+    """
     for candidate in (path, *list(path.absolute().parents)[:2]):
         if (candidate / MANIFEST).is_file():
             return candidate
@@ -302,25 +285,26 @@ def run_directory_of(path: Path) -> Path:
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
-    """The step checkpoints of a run (or of its checkpoints/ folder), in the order of steps."""
+    """Returns the step checkpoints of a run, or of its checkpoints/, in the order of steps."""
     folder = directory / CHECKPOINTS if (directory / CHECKPOINTS).is_dir() else directory
     found = (f for f in folder.glob(f"*{CHECKPOINT_SUFFIX}") if f.name != LAST_CHECKPOINT.name)
     return sorted(found, key=lambda file: (checkpoint_step(file), file.name))
 
 
 def checkpoint_name(step: int) -> str:
+    """Returns the file name of a step's checkpoint, `checkpoint-step-076.ckpt`."""
     return f"checkpoint-step-{step:03d}{CHECKPOINT_SUFFIX}"
 
 
 def checkpoint_step(file: Path) -> int:
-    """The step that a checkpoint's name tells; 0 where it tells none."""
+    """Returns the step in a checkpoint's name; 0 where there is none."""
     digits = "".join(filter(str.isdigit, file.stem.rpartition("step-")[2] or file.stem))
     return int(digits) if digits else 0
 
 
 def generator_file(path: Path) -> Path:
-    """The generator_model.pt of an experiment directory, or the file itself; of an experiment that
-    has none yet, its best checkpoint, or its last where nothing was validated.
+    """Returns the generator_model.pt of an experiment directory, or the file itself. An experiment
+    that has none yet has its best checkpoint, or its last where nothing was validated.
 
     Raises UsageError where there is none.
     """
@@ -329,34 +313,37 @@ def generator_file(path: Path) -> Path:
         return file
     if not (path / MANIFEST).is_file():
         raise UsageError(f"{path}: no generator there (looked for {file})")
-    kind = json.loads((path / MANIFEST).read_text(encoding="utf-8")).get("kind")
-    if kind != "generator":
+    try:
+        manifest = read_manifest(path, GeneratorManifest)
+    except OtherRunError:
         raise UsageError(
-            f"{path}: the run of an adapter, not of a generator: `gen train --checkpoint-dir` it"
-        )
+            f"{path}: the run of an adapter, not of a generator; `gen train --checkpoint-dir` it"
+        ) from None
     best = sorted((path / CHECKPOINTS).glob(BEST_CHECKPOINT), key=lambda f: f.stat().st_mtime_ns)
     found = [*best[-1:], path / LAST_CHECKPOINT]
-    if not found[0].is_file():
-        raise UsageError(_why_no_generator(path))
-    return found[0]
-
-
-def _why_no_generator(run: Path) -> str:
-    told = {
+    if found[0].is_file():
+        return found[0]
+    reason = {
         "running": "is still in training, or was killed",
         "interrupted": "was interrupted",
         "failed": "has failed",
         "success": "has lost its generator",
-    }[read_manifest(run, GeneratorManifest).status]
-    return (
-        f"{run}: no generator there, and no checkpoint: the experiment {told}; train it to the "
-        f"end, `loragen gen train --resume {run}`, or name another"
+    }[manifest.status]
+    raise UsageError(
+        f"{path}: no generator there, and no checkpoint: the experiment {reason}; train it to the "
+        f"end, `loragen gen train --resume {path}`, or name another"
     )
 
 
 def experiment_name(file: Path) -> str:
-    """What a generator's file is called by: its experiment's name, else its own."""
+    """Returns the name of the experiment to which a generator's file belongs, else the file's."""
     for home in file.absolute().parents[:3]:
         if file.absolute() in (home / GENERATOR_FILE, home / CHECKPOINTS / file.name):
             return home.name
     return file.stem
+
+
+def read_run(directory: Path) -> tuple[LoraRun, LoraTrainConfig]:
+    """Deprecated: `Run.open`."""
+    run = Run.open(directory, LoraManifest)
+    return run, run.config

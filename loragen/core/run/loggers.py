@@ -1,16 +1,14 @@
-"""The local log that every run keeps: one JSON object a line, whatever becomes of the loggers.
+"""The loggers of one run, and metrics.jsonl, the log that every run keeps whatever becomes of them.
 
-The loggers of one run. One that fails is left out with a warning; training goes on.
-
-Lightning's Trainer is given none of them: nothing in there needs one, and whatever it calls on its
-loggers could stop training.
+Lightning's Trainer is given none of them: its training needs no logger, and whatever it calls on
+one could stop training.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from math import isfinite, nan
@@ -29,21 +27,25 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+NO_IDS: Mapping[str, str] = MappingProxyType({})
 
 
 class StepLog:
-    """Appends to `file`, one JSON object with a `step` a line.
+    """A file to which one JSON object with a `step` is appended a line.
 
-    A run that goes on after `resume_step` drops what was written of later steps.
+    A run that resumes after `resume_step` drops the lines of later steps.
     """
 
     def __init__(self, file: Path, resume_step: int = 0) -> None:
         self.file = file
         if file.exists():
-            _cut_back(file, resume_step)
+            entries = _entries(file.read_bytes())
+            kept = [line + b"\n" for line, entry in entries if entry["step"] <= resume_step]
+            with written_atomically(file) as temporary:
+                temporary.write_bytes(b"".join(kept))
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """One line, on the disk once this returns. Raises OSError."""
+        """Writes one line, which outlives the process from here on. Raises OSError."""
         self.file.parent.mkdir(exist_ok=True)
         with self.file.open("ab") as file:  # nothing stays open: a kill loses nothing
             file.write((json.dumps(entry) + "\n").encode())
@@ -53,45 +55,38 @@ class MetricsLog(StepLog):
     """The log of `train/loss` and its like."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """What is not finite becomes null: JSON has no word for it."""
+        """A value that is not finite becomes null, because JSON cannot write it."""
         values = {name: value if isfinite(value) else None for name, value in metrics.items()}
         self.append({"step": step, **values})
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
-    """The entries in the order they were logged, each with its `step`; null is nan again.
+    """Returns the entries in the order they were logged, each with its `step`; null is nan again.
 
-    The torn last line of a run that was killed, or is still going on, is left out.
+    The incomplete last line of a run that was killed, or is being written, is left out.
     """
-    return [
-        {name: nan if value is None else value for name, value in entry.items()}
-        for _, entry in _entries(file.read_bytes())
-    ]
+    return _numbers(entry for _, entry in _entries(file.read_bytes()))
 
 
 def metrics_after(file: Path, step: int, tail: int = 65536) -> list[dict[str, float]]:
-    """The entries of later steps, out of the last `tail` bytes; none where there is no file."""
+    """Returns the entries of later steps in the last `tail` bytes; none where there is no file."""
     if not file.is_file():
         return []
     with file.open("rb") as opened:
         opened.seek(max(0, file.stat().st_size - tail))
         content = opened.read()
+    return _numbers(entry for _, entry in _entries(content) if entry["step"] > step)
+
+
+def _numbers(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
     return [
         {name: nan if value is None else value for name, value in entry.items()}
-        for _, entry in _entries(content)
-        if entry["step"] > step
+        for entry in entries
     ]
 
 
-def _cut_back(file: Path, step: int) -> None:
-    entries = _entries(file.read_bytes())
-    kept = [line + b"\n" for line, entry in entries if entry["step"] <= step]
-    with written_atomically(file) as temporary:
-        temporary.write_bytes(b"".join(kept))
-
-
 def _entries(content: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each line that is an entry, and what it says."""
+    """Yields each line that is an entry, with the entry."""
     for line in content.split(b"\n"):
         try:
             entry = json.loads(line)
@@ -101,15 +96,12 @@ def _entries(content: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
             yield line, entry
 
 
-NO_IDS: Mapping[str, str] = MappingProxyType({})
-
-
 class RunLoggers:
-    """What the configuration's `loggers` section names, and the local log. For rank 0 only.
+    """The loggers of the configuration's `loggers` section, and metrics.jsonl. For process 0 only.
 
-    `resume_ids` and `resume_step` tell of the run that is continued: its `run_ids`, and the steps
-    it has done. A UsageError of a logger is the user's mistake and raised, by the constructor or
-    `open`; any other exception costs one warning, and that logger is not called again.
+    `resume_ids` and `resume_step` are the `run_ids` and the steps of a run that resumes. A
+    UsageError of a logger is the user's mistake and is raised, by the constructor or `open`; any
+    other exception costs one warning, and that logger is not called again.
     """
 
     def __init__(
@@ -119,43 +111,44 @@ class RunLoggers:
         resume_step: int = 0,
     ) -> None:
         self.run_ids: dict[str, str] = {}
-        """Of the loggers that have one, from `open` on."""
+        """The ids of the loggers that have one, from `open` on."""
         self._resume_ids, self._resume_step = resume_ids, resume_step
         self._plugins: dict[str, RunLogger] = {}
         self._open: dict[str, Logger | MetricsLog] = {}
         for name, options in loggers.items():
-            with self._left_out(name, unless=UsageError):
+            with self._guarded(name, unless=UsageError):
                 self._plugins[name] = create("logger", name, options)
 
     def open(self, run: RunInfo) -> None:
+        """Opens the loggers for a run. Raises UsageError of a logger."""
         run = replace(run, resume_step=self._resume_step)
-        with self._left_out(METRICS):
+        with self._guarded(METRICS):
             self._open[METRICS] = MetricsLog(run.directory / METRICS, self._resume_step)
         for name, plugin in self._plugins.items():
-            with self._left_out(name, unless=UsageError):
+            with self._guarded(name, unless=UsageError):
                 self._open[name] = plugin.open(replace(run, resume_id=self._resume_ids.get(name)))
                 if plugin.run_id is not None:
                     self.run_ids[name] = str(plugin.run_id)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """To each at the true step, counted from 1."""
+        """Logs to each at the true step, counted from 1."""
         for name, logger in list(self._open.items()):
-            with self._left_out(name):
+            with self._guarded(name):
                 logger.log_metrics(dict(metrics), step=step)
 
     def close(self, status: Status) -> None:
-        """First Lightning's own end of a logger, then the plugin's, which knows the status."""
+        """Closes each: first Lightning's logger, then the plugin, which gets the status."""
         for name, plugin in self._plugins.items():
             logger = self._open.get(name)
             if logger is not None and not isinstance(logger, MetricsLog):
-                with self._left_out(name):
+                with self._guarded(name):
                     logger.finalize("success" if status == "success" else "failed")
                     plugin.close(status)
         self._open.clear()
 
     @contextmanager
-    def _left_out(self, name: str, unless: type[Exception] | tuple[()] = ()) -> Iterator[None]:
-        """Leaves the logger out where the block fails."""
+    def _guarded(self, name: str, unless: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+        """Drops the logger, with a warning, where the block fails."""
         try:
             yield
         except unless:
@@ -168,7 +161,7 @@ class RunLoggers:
 
 
 def _reason(error: BaseException) -> str:
-    """In one line, with what has caused it: some libraries guess in the message they raise."""
+    """Returns an error in one line, with its cause: some libraries raise a guess at it."""
     text = str(error) if isinstance(error, LoragenError) else f"{type(error).__name__}: {error}"
     cause = error.__cause__
     if cause is not None and str(cause) not in text:

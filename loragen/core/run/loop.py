@@ -1,14 +1,6 @@
-"""Ctrl+C, and a scheduler's SIGTERM, without losing a step.
+"""What surrounds every training step: the run's session, seeds, interruption and divergence.
 
-A training that has diverged stops at once, with one line that says what to try.
-
-One walk through optimizer steps, as every training takes it: seeds, rates, what happens once a
-step. All of it is a function of (seed, step), so that a run can go on from any step.
-
-One training run: its directory, its loggers, its manifest, from the first step to the status.
-
-A Lightning callback, because the directory's name has to reach every rank: rank 0 makes it, the
-others are told.
+All of it is a function of (seed, step), so that a run can resume from any step.
 """
 
 import os
@@ -32,6 +24,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from loragen.core.base.load import quiet_libraries
 from loragen.core.config import dump
 from loragen.core.errors import Interrupted, LoragenError, UsageError
 from loragen.core.files import remove_unfinished, write_text
@@ -48,96 +41,181 @@ from loragen.core.run.loggers import RunLoggers
 from loragen.core.run.resume import ResumePoint
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+HARDWARE_EVERY = 10
+"""Steps between two readings of the sensors, each of which costs about a millisecond."""
 
 
-class Interruption:
-    """Remembers a first signal until the step is finished; a second one is not waited for."""
+def make_trainer(options: Mapping[str, Any], **ours: Any) -> Trainer:
+    """Returns a Lightning trainer that writes, prints and samples nothing on its own.
 
-    def __init__(self) -> None:
-        self.requested = False
-
-    @contextmanager
-    def awaited(self) -> Iterator[None]:
-        """Within the block. Signals reach the main thread alone; elsewhere nothing changes."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        self.listen()
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def listen(self) -> None:
-        """Once more when training begins: Lightning's own answer to SIGTERM, set in between, ends
-        it between two accumulation rounds or validation batches."""
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                signal.signal(number, self._remember)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:  # the signal module's
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def requested_on_any(self, trainer: Any) -> bool:
-        """The ranks decide together: one that stopped alone would leave the others waiting."""
-        if trainer.world_size == 1:
-            return self.requested
-        return bool(trainer.strategy.reduce_boolean_decision(self.requested, all=False))
-
-    def error_after(self, step: int, steps: int, command: str) -> Interrupted:
-        """`command` goes on with the run: `lora train --resume RUN`."""
-        return Interrupted(
-            f"interrupted after step {step} of {steps}, which is saved; to go on: loragen {command}"
-        )
-
-
-def check_loss(name: str, value: float, step: int, run: Path) -> None:
-    """Raises LoragenError where a loss is no finite number."""
-    if not isfinite(value):
-        raise _diverged(f"{name} is {value}", step, run)
-
-
-def check_weights(weights: Mapping[str, Tensor], step: int, run: Path) -> None:
-    """Before they are saved: a bad checkpoint never takes the place of a good one.
-
-    Raises LoragenError naming the first weight that is not finite.
+    Raises UsageError where this machine cannot do what the options ask for.
     """
-    for name, weight in weights.items():
-        if not weight.isfinite().all():
-            raise _diverged(f"{name} is not finite", step, run)
+    quiet_libraries()
+    defaults = {
+        "max_epochs": -1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+    }
+    given = {key: value for key, value in options.items() if value is not None}
+    try:
+        return Trainer(**{**defaults, **given, **ours})
+    except (MisconfigurationException, ImportError, ValueError, RuntimeError) as error:
+        raise UsageError(f"trainer: {str(error).strip().splitlines()[0]}") from error
 
 
-def _diverged(what: str, step: int, run: Path) -> LoragenError:
-    return LoragenError(
-        f"{run}: the training has diverged: {what} at step {step}; try a lower learning rate or "
-        "trainer.gradient_clip_val=1.0 (what was saved before it is kept)"
-    )
+def fit(trainer: Trainer, module: LightningModule, data: Any) -> None:
+    """Runs `trainer.fit` and leaves the libraries' random state as it was.
+
+    Lightning answers Ctrl+C with `exit(1)`; the caller gets the KeyboardInterrupt back.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            trainer.fit(module, datamodule=data)
+    except MisconfigurationException as error:
+        raise UsageError(f"trainer: {str(error).strip().splitlines()[0]}") from error
+    except SystemExit:
+        raise KeyboardInterrupt from None
+
+
+class RunSession(Callback):
+    """One training run: its directory, loggers and manifest, from the first step to the status.
+
+    It opens in `setup`, from which on `directory` is known, and closes with `close`. It is a
+    Lightning callback because process 0 makes the directory and every process needs its name.
+    """
+
+    directory: Path
+
+    def __init__(
+        self,
+        parent: Path,
+        prefix: str,
+        name: str,
+        config: Any,
+        manifest: Manifest,
+        progress: Progress,
+        resume: ResumePoint[Any, Any] | None = None,
+    ) -> None:
+        """`name` is what the events of `progress` carry."""
+        self._parent, self._prefix, self._name = parent, prefix, name
+        self._config, self._resume = config, resume
+        self._loggers = (
+            RunLoggers(config.loggers, resume.manifest.logger_run_ids, resume.step)
+            if resume
+            else RunLoggers(config.loggers)
+        )
+        self._trainer: Trainer | None = None
+        before = (resume.manifest.seconds or 0.0) if resume else 0.0
+        self._started = time.monotonic() - before
+        self.manifest = manifest
+        self.progress = progress
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._trainer = trainer
+        name = ""
+        if trainer.is_global_zero and self._resume:
+            remove_unfinished(self._resume.directory)
+            name = str(self._resume.directory)
+        elif trainer.is_global_zero:
+            name = str(create_run_directory(self._parent, self._prefix))
+        self.directory = Path(trainer.strategy.broadcast(name))
+        (self.directory / CHECKPOINTS).mkdir(exist_ok=True)
+        if trainer.is_global_zero:
+            # First the files by which a run that is killed can be resumed: a logger may take
+            # seconds to open.
+            write_text(self.directory / CONFIG, dump(self._config))
+            write_manifest(self.directory, self.manifest)
+            self._loggers.open(
+                RunInfo(
+                    directory=self.directory,
+                    name=self.directory.name,
+                    project=f"loragen-{self.manifest.kind}",
+                    config=self._config.model_dump(mode="json"),
+                )
+            )
+            before = self._resume.manifest.logger_run_ids if self._resume else {}
+            self.manifest.logger_run_ids = {**before, **self._loggers.run_ids}
+            write_manifest(self.directory, self.manifest)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Logs to every logger at the true step, counted from 1."""
+        assert self._trainer is not None
+        if self._trainer.is_global_zero:
+            extra = hardware_usage() if step % HARDWARE_EVERY == 1 else {}
+            self._loggers.log_metrics({**metrics, **extra}, step)
+
+    def report(self, event: Step | Validation) -> None:
+        """Shows a step or a validation in the progress, under the session's name."""
+        assert self._trainer is not None
+        if not self._trainer.is_global_zero:
+            return
+        if isinstance(event, Step):
+            self.progress.step(replace(event, name=self._name))
+        else:
+            self.progress.validated(replace(event, name=self._name))
+
+    def close(self, status: Status) -> None:
+        """Closes the loggers and writes the final manifest, unless the session never opened."""
+        self.progress.end(self._name)
+        if self._trainer is None or not hasattr(self, "directory"):
+            return
+        self._loggers.close(status)
+        self.manifest.status = status
+        self.manifest.seconds = round(time.monotonic() - self._started, 2)
+        if self._trainer.is_global_zero:
+            write_manifest(self.directory, self.manifest)
+
+
+@contextmanager
+def outcome(session: RunSession) -> Iterator[None]:
+    """Closes the session with the status of the block, which trains and writes the results."""
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted):
+        session.close("interrupted")
+        raise
+    except BaseException:
+        session.close("failed")
+        raise
+    session.close("success")
+
+
+def hardware_usage() -> dict[str, float]:
+    """Returns `hardware/*`: CPU use (%), memory (GiB), and of the current GPU, if there is one, use
+    (%) and memory (GiB)."""
+    process = psutil.Process(os.getpid())
+    usage = {
+        "hardware/cpu_percent": psutil.cpu_percent(),
+        "hardware/memory_gib": process.memory_info().rss / 2**30,
+        "hardware/memory_percent": psutil.virtual_memory().percent,
+    }
+    if torch.cuda.is_available():
+        usage["hardware/gpu_memory_gib"] = torch.cuda.memory_reserved() / 2**30
+        with suppress(Exception):  # the sensor library is optional, and a MIG slice has no sensor
+            usage["hardware/gpu_percent"] = float(torch.cuda.utilization())
+    return usage
 
 
 class StepSeeds(Callback):
-    """Dropout and noise as a pure function of (seed, micro-batch, rank), like the batches."""
+    """Makes dropout and noise a pure function of (seed, micro-batch, process), like the batches."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def on_train_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        parts = trainer.accumulate_grad_batches
-        k = trainer.global_step * parts + batch_idx % parts
+        rounds = trainer.accumulate_grad_batches
+        k = trainer.global_step * rounds + batch_idx % rounds
         torch.manual_seed((self.seed * 1_000_003 + k) * 4099 + trainer.global_rank)
 
 
 class StepCallback(Callback, ABC):
-    """Calls `on_step` once per optimizer step: with accumulation, several batches end at one."""
+    """Calls `on_step` once per optimizer step: with accumulation, several batches make a step."""
 
     _done = 0
 
@@ -156,166 +234,78 @@ class StepCallback(Callback, ABC):
 
 
 def step_schedule(optimizer: Optimizer, rate: Callable[[int], float], done: int = 0) -> LambdaLR:
-    """`rate(step)`, counted from 1, as the learning rate of an optimizer that has `done` steps
-    behind it; a parameter group's own `factor` multiplies it."""
+    """Returns the schedule of `rate(step)`, counted from 1, for an optimizer that has done `done`
+    steps; a parameter group's own `factor` multiplies it."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = group.get("factor", 1.0)
     return LambdaLR(optimizer, lambda steps: rate(steps + 1), last_epoch=done - 1)
 
 
-HARDWARE_EVERY = 10  # steps; reading the sensors costs about a millisecond
+class Interruption:
+    """Remembers Ctrl+C, or a scheduler's SIGTERM, until the step is finished and saved. A second
+    signal raises KeyboardInterrupt at once."""
 
+    def __init__(self) -> None:
+        self.requested = False
 
-class RunSession(Callback):
-    """Opens in `setup`, closes with `close`. `directory` is known from `setup` on."""
-
-    directory: Path
-
-    def __init__(
-        self,
-        parent: Path,
-        prefix: str,
-        name: str,
-        config: Any,
-        manifest: Manifest,
-        progress: Progress,
-        resume: ResumePoint[Any, Any] | None = None,
-    ) -> None:
-        """`name` is what the events of `progress` carry."""
-        self._name = name
-        self._parent, self._prefix = parent, prefix
-        self._config, self._resume = config, resume
-        self._loggers = (
-            RunLoggers(config.loggers, resume.manifest.logger_run_ids, resume.step)
-            if resume
-            else RunLoggers(config.loggers)
-        )
-        self._trainer: Trainer | None = None
-        before = (resume.manifest.seconds or 0.0) if resume else 0.0
-        self._started = time.monotonic() - before
-        self.manifest = manifest
-        self.progress = progress
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._trainer = trainer
-        made = self._made() if trainer.is_global_zero else ""
-        self.directory = Path(trainer.strategy.broadcast(made))
-        (self.directory / CHECKPOINTS).mkdir(exist_ok=True)
-        if trainer.is_global_zero:
-            # First what a run killed from here on is known by: a logger may take seconds to open.
-            write_text(self.directory / CONFIG, dump(self._config))
-            write_manifest(self.directory, self.manifest)
-            self._loggers.open(self._info())
-            before = self._resume.manifest.logger_run_ids if self._resume else {}
-            self.manifest.logger_run_ids = {**before, **self._loggers.run_ids}
-            write_manifest(self.directory, self.manifest)
-
-    def _made(self) -> str:
-        if self._resume is None:
-            return str(create_run_directory(self._parent, self._prefix))
-        remove_unfinished(self._resume.directory)
-        return str(self._resume.directory)
-
-    def _info(self) -> RunInfo:
-        return RunInfo(
-            directory=self.directory,
-            name=self.directory.name,
-            project=f"loragen-{self.manifest.model_dump()['kind']}",
-            config=self._config.model_dump(mode="json"),
-        )
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """To every logger at the true step, counted from 1."""
-        assert self._trainer is not None
-        if self._trainer.is_global_zero:
-            extra = hardware_usage() if step % HARDWARE_EVERY == 1 else {}
-            self._loggers.log_metrics({**metrics, **extra}, step)
-
-    def report(self, step: Step) -> None:
-        assert self._trainer is not None
-        if self._trainer.is_global_zero:
-            self.progress.step(replace(step, name=self._name))
-
-    def report_validation(self, validation: Validation) -> None:
-        assert self._trainer is not None
-        if self._trainer.is_global_zero:
-            self.progress.validated(replace(validation, name=self._name))
-
-    def close(self, status: Status) -> None:
-        """Closes the loggers and writes the final manifest; nothing to do if never opened."""
-        self.progress.end(self._name)
-        if self._trainer is None or not hasattr(self, "directory"):
+    @contextmanager
+    def awaited(self) -> Iterator[None]:
+        """Handles the signals within the block. They reach the main thread alone; in any other
+        nothing changes."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
             return
-        self._loggers.close(status)
-        self.manifest.status = status
-        self.manifest.seconds = round(time.monotonic() - self._started, 2)
-        if self._trainer.is_global_zero:
-            write_manifest(self.directory, self.manifest)
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        self.listen()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def listen(self) -> None:
+        """Installs the handlers; called again when training begins, because Lightning's own handler
+        of SIGTERM, set in between, ends it between two accumulation rounds."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:  # the signal module's
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def requested_on_any(self, trainer: Any) -> bool:
+        """Whether any process was interrupted. They decide together: one that stopped alone would
+        leave the others waiting."""
+        if trainer.world_size == 1:
+            return self.requested
+        return bool(trainer.strategy.reduce_boolean_decision(self.requested, all=False))
+
+    def error_after(self, step: int, steps: int, command: str) -> Interrupted:
+        """Returns the error that names the `command` which resumes: `lora train --resume RUN`."""
+        return Interrupted(
+            f"interrupted after step {step} of {steps}, which is saved; to resume: "
+            f"loragen {command}"
+        )
 
 
-@contextmanager
-def outcome(session: RunSession) -> Iterator[None]:
-    """Closes the session with how the block, training and writing the results, has ended."""
-    try:
-        yield
-    except (KeyboardInterrupt, Interrupted):
-        session.close("interrupted")
-        raise
-    except BaseException:
-        session.close("failed")
-        raise
-    session.close("success")
+def check_loss(name: str, value: float, step: int, run: Path) -> None:
+    """Raises LoragenError where a loss is not finite."""
+    if not isfinite(value):
+        raise _diverged(f"{name} is {value}", step, run)
 
 
-def fit(trainer: Trainer, module: LightningModule, data: Any) -> None:
-    """`trainer.fit`, which leaves the libraries' random state as it was.
-
-    Lightning answers Ctrl+C with `exit(1)`; the caller gets the KeyboardInterrupt back.
-    """
-    try:
-        with torch.random.fork_rng(devices=[]):
-            trainer.fit(module, datamodule=data)
-    except MisconfigurationException as error:
-        raise UsageError(f"trainer: {str(error).strip().splitlines()[0]}") from error
-    except SystemExit:
-        raise KeyboardInterrupt from None
+def check_weights(weights: Mapping[str, Tensor], step: int, run: Path) -> None:
+    """Raises LoragenError naming the first weight that is not finite. Called before they are saved:
+    a bad checkpoint never replaces a good one."""
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise _diverged(f"{name} is not finite", step, run)
 
 
-def make_trainer(options: Mapping[str, Any], **ours: Any) -> Trainer:
-    """A Lightning trainer that writes, prints and samples nothing on its own.
-
-    Raises UsageError where it cannot have what the options ask of this machine.
-    """
-    from loragen.core.base.load import quiet_libraries
-
-    quiet_libraries()
-    defaults = {
-        "max_epochs": -1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "use_distributed_sampler": False,
-    }
-    given = {key: value for key, value in options.items() if value is not None}
-    try:
-        return Trainer(**{**defaults, **given, **ours})
-    except (MisconfigurationException, ImportError, ValueError, RuntimeError) as error:
-        raise UsageError(f"trainer: {str(error).strip().splitlines()[0]}") from error
-
-
-def hardware_usage() -> dict[str, float]:
-    """`hardware/*`: CPU use (%), memory (GiB), and of the current GPU, where there is one, use (%)
-    and memory (GiB)."""
-    process = psutil.Process(os.getpid())
-    usage = {
-        "hardware/cpu_percent": psutil.cpu_percent(),
-        "hardware/memory_gib": process.memory_info().rss / 2**30,
-        "hardware/memory_percent": psutil.virtual_memory().percent,
-    }
-    if torch.cuda.is_available():
-        usage["hardware/gpu_memory_gib"] = torch.cuda.memory_reserved() / 2**30
-        with suppress(Exception):  # the sensor library is optional, and a MIG slice has no sensor
-            usage["hardware/gpu_percent"] = float(torch.cuda.utilization())
-    return usage
+def _diverged(what: str, step: int, run: Path) -> LoragenError:
+    return LoragenError(
+        f"{run}: the training has diverged: {what} at step {step}; try a lower learning rate or "
+        "trainer.gradient_clip_val=1.0 (earlier checkpoints are kept)"
+    )

@@ -215,7 +215,7 @@ class TestExact:
             train(gen_config(), Interrupting())
         (run,) = (tmp_path / "experiments").iterdir()
         assert str(raised.value) == (
-            "interrupted after step 3 of 8, which is saved; to go on: "
+            "interrupted after step 3 of 8, which is saved; to resume: "
             f"loragen gen train --resume {run}"
         )
         assert raised.value.exit_code == 130

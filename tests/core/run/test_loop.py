@@ -79,6 +79,6 @@ def test_it_says_how_to_go_on(tmp_path):
     assert isinstance(error, Interrupted)
     assert error.exit_code == EXIT_INTERRUPTED == 130
     assert str(error) == (
-        "interrupted after step 7 of 125, which is saved; to go on: "
+        "interrupted after step 7 of 125, which is saved; to resume: "
         f"loragen lora train --resume {tmp_path}"
     )
