@@ -97,20 +97,14 @@ def gen_train(
     )
 
     from loragen.core.learning.plan import plan
-    from loragen.core.learning.train import (
-        check_settings,
-        find_resume_point,
-        nothing_left,
-        settled,
-        train,
-    )
+    from loragen.core.learning.train import GeneratorPoint, train
 
-    point = find_resume_point(resume) if resume else None
+    point = GeneratorPoint.find(resume) if resume else None
     if point:
-        resolved = settled(point, resolved)
+        resolved = point.resumed(resolved)
     if dry_run:
         if point:
-            check_settings(point, resolved)
+            point.check_settings(resolved)
         work = plan(resolved)
         render.note(work.summary())
         decoder = _decoder_summary(work)
@@ -120,7 +114,7 @@ def gen_train(
             render.note(decoder_text(decoder))
             render.answer(dump(work.config).rstrip())
         return
-    if point and nothing_left(point, resolved):
+    if point and point.is_finished(resolved):
         render.note(f"{point.directory}: finished at step {point.step}, nothing is left to do")
         directory, manifest = point.directory, point.manifest
     else:
@@ -394,7 +388,7 @@ def _decoder_summary(work: "Plan") -> "DecoderSummary":
     first = joined(work.sources[0].prompts, data.samples_per_prompt)[:1]
     positions, dim = create("encoder", encoder.name, encoder.options)(first)[0].shape[1:]
     condition = (data.prompts_per_condition, positions, dim)
-    transfers = work.config.training.objective == "transfer"
+    transfers = "transfer" in work.config.training.phases
     return summarize_decoder(decoder.name, decoder.options, work.layout, condition, transfers)
 
 

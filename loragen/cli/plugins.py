@@ -27,7 +27,7 @@ def plugins_list(json: Json = False) -> None:
 
 @app.command("show")
 def plugins_show(
-    kind: Annotated[str, typer.Argument(help="logger, encoder, decoder or schedule.")],
+    kind: Annotated[str, typer.Argument(help="logger, encoder, decoder, schedule or objective.")],
     name: Annotated[str, typer.Argument(help="A name from `loragen plugins list`.")],
     json: Json = False,
 ) -> None:

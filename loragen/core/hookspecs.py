@@ -1,4 +1,4 @@
-"""The whole contract between loragen and a plugin: four hooks that return names.
+"""The whole contract between loragen and a plugin: five hooks that return names.
 
 Each maps a name to the ``"module:Class"`` that keeps the promise of `loragen.core.protocols`.
 The class is imported only when a user chooses that name, so the module with the hook functions
@@ -30,3 +30,8 @@ def loragen_decoders() -> Mapping[str, str]:  # type: ignore[empty-body]  # a sp
 @hookspec
 def loragen_schedules() -> Mapping[str, str]:  # type: ignore[empty-body]  # a spec has no body
     """Name -> ``"module:Class"`` of learning-rate schedules."""
+
+
+@hookspec
+def loragen_objectives() -> Mapping[str, str]:  # type: ignore[empty-body]  # a spec has no body
+    """Name -> ``"module:Class"`` of training objectives of a generator."""

@@ -14,7 +14,7 @@ from loragen.core import hookspecs
 from loragen.core.errors import PluginError, did_you_mean, listing
 
 GROUP = "loragen"
-KINDS = ("logger", "encoder", "decoder", "schedule")
+KINDS = ("logger", "encoder", "decoder", "schedule", "objective")
 
 log = logging.getLogger(__name__)
 

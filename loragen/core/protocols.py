@@ -204,3 +204,94 @@ class DescribesChoices(Protocol):
     def choices(self) -> list[str]:
         """Returns a sentence for each choice and its reason, for `gen train --dry-run`."""
         ...
+
+
+class Metric(NamedTuple):
+    """The validation metric by which a training keeps a step; lower is better."""
+
+    name: str
+    """A key of `Objective.validate`."""
+    description: str
+    """What it measures on held-out data: "the reconstruction error"."""
+    tolerance: float = 0.0
+    """A later step that is worse by no more than this is kept too, as it has trained longer."""
+
+
+class Automatic(NamedTuple):
+    """How `training.objective: auto` uses an objective; the first one that can be trained wins."""
+
+    order: int
+    """Lower ones come first: transfer 10, behaviour 20, reconstruction 30."""
+    phases: str
+    """The value that `auto` stands for then: `reconstruction-then-behaviour`."""
+    reason: str
+    """Why it can be trained, for `gen train --dry-run`."""
+
+
+class Objective(Protocol):
+    """What a generator is trained for, in one phase of `gen train`.
+
+    Derive from this class: what has a body here is optional. `training.objective` names one
+    objective, or several in a row, `A-then-B`. Its options are `training.objective_options.<name>`.
+
+    `network` is an `nn.Module`; ``network(condition, mask)`` maps ``[batch, prompts, positions,
+    dim]`` and a mask to normalised adapters ``[batch, tokens, token_dim]``. A batch is a named
+    tuple with `condition`, `mask` and `tokens`, the collected adapters ``[batch, tokens,
+    token_dim]``, not normalised; `TrainingData.pairs` makes such batches.
+    """
+
+    Config: ClassVar[type[BaseModel]]
+    needs_base: ClassVar[bool] = False
+    """Whether it needs the base model, `data.base`, and labelled rows of every dataset."""
+    automatic: ClassVar[Automatic | None] = None
+    """None: it is trained only where it is named."""
+    gradient_clip_val: ClassVar[float | None] = None
+    """The largest gradient norm where `trainer.gradient_clip_val` is null."""
+
+    steps: int
+    """Optimizer steps of the phase."""
+    learning_rate: float
+    """For schedules that have a `learning_rate` and were given none."""
+    batch_size: int
+    """Pairs of a micro-batch, of all processes."""
+    metric: Metric
+    """Selects the step to keep, where this is the last phase."""
+
+    @classmethod
+    def obstacle(cls, config: Any, sources: Sequence[Any]) -> str | None:  # noqa: ARG003
+        """Returns why it cannot be trained with this `GenTrainConfig` on these sources, or None.
+
+        Called before anything heavy is loaded. For `auto`, ``config.training.objective`` is "auto".
+        """
+        return None
+
+    def __init__(self, options: Any, data: Any) -> None:
+        """`data` is the `TrainingData` of `loragen.core.learning.data`."""
+
+    def batches(self, process_index: int, num_processes: int) -> Any:
+        """Returns a `torch.utils.data.Dataset` whose item k is this process's share of micro-batch
+        k of the phase: a pure function of the seed, k and the process.
+
+        Raises UsageError where the processes cannot share a micro-batch equally.
+        """
+        ...
+
+    def loss(self, network: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss to minimise and detached metrics, `loss` among them."""
+        ...
+
+    def validate(self, network: Any, batch: Any) -> dict[str, Tensor]:
+        """Returns the metrics of one held-out pair of a dataset, `metric.name` among them.
+
+        The last phase's objective validates throughout the training.
+        """
+        ...
+
+    def prepare(self, network: Any) -> None:
+        """May freeze parameters of the network, for the whole training."""
+
+    def finalize(self, network: Any) -> None:
+        """May change the network before it is validated or saved; training continues with it."""
+
+    def to(self, device: Any) -> None:
+        """Moves tensors that the objective holds to the device of the training."""

@@ -33,7 +33,7 @@ from loragen.core.evaluation.training import best_checkpoint
 from loragen.core.files import write_text
 from loragen.core.generator.model import Generator
 from loragen.core.learning.sources import TrainingSource
-from loragen.core.learning.train import read_ahead
+from loragen.core.learning.train import embed_prompts_ahead
 from loragen.core.learning.train import train as train_generator
 from loragen.core.progress import Progress
 from loragen.core.run.directory import LoraRun, generator_file
@@ -86,7 +86,9 @@ def demo_results(demo: Demo, pool: Executor, progress: Progress) -> dict[str, An
         cache = demo.out / "cache"
         return generator_config(demo.out / "experiments", cache, with_prompts, demo.seed)
 
-    collected = _finished("collect", adapters, lambda runs: read_ahead(generator_config_of(runs)))
+    collected = _finished(
+        "collect", adapters, lambda runs: embed_prompts_ahead(generator_config_of(runs))
+    )
     experiment = train_generator(generator_config_of(collected), progress)
     oracle_runs = _finished("oracles", oracles)
     (multi_task_run,) = _finished("multi-task", [multi_task])

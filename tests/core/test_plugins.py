@@ -20,6 +20,7 @@ BUILT_IN = {
     "encoder": ["sbert"],
     "decoder": ["hyperconv"],
     "schedule": ["constant", "cosine", "linear", "two-stage"],
+    "objective": ["behaviour", "reconstruction", "transfer"],
 }
 
 
@@ -42,6 +43,7 @@ def test_the_hooks_are_frozen():
         "loragen_encoders": [],
         "loragen_decoders": [],
         "loragen_schedules": [],
+        "loragen_objectives": [],
     }
 
 

@@ -16,7 +16,13 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from loragen.core.config.schema import MODELS, PluginSection, command_of
+from loragen.core.config.schema import (
+    MODELS,
+    GenTrainConfig,
+    PluginSection,
+    command_of,
+    phases_in,
+)
 from loragen.core.config.yaml_file import Loc, dotted, paths, read_yaml
 from loragen.core.errors import ConfigError, PluginError, UsageError, did_you_mean, listing
 from loragen.core.plugins import describe, find
@@ -282,6 +288,17 @@ def _check_plugins(model: type[BaseModel], layers: Layers, complete: bool) -> li
             name: check("logger", str(name), options, ("loggers", name))
             for name, options in loggers.items()
         }
+    training = layers.tree.get("training")
+    if model is GenTrainConfig and isinstance(training, dict):
+        objective, options_of = training.get("objective"), training.get("objective_options")
+        for name in phases_in(objective) if isinstance(objective, str) else ():
+            if name != "auto":
+                check("objective", name, {}, ("training", "objective"))
+        if isinstance(options_of, dict):
+            training["objective_options"] = {
+                name: check("objective", name, options, ("training", "objective_options", name))
+                for name, options in options_of.items()
+            }
     return problems
 
 

@@ -296,20 +296,21 @@ class GenDataSection(Section):
     )
 
 
-Training = Literal[
-    "auto", "reconstruction", "behaviour", "reconstruction-then-behaviour", "transfer"
-]
-TRANSFER_NORM = 1.0
-"""Of a gradient of transfer. A dataset whose like is not among the others gives a large one that
-would drown the rest: without the limit what was measured is worse (docs/generating.md)."""
+def phases_in(objective: str) -> list[str]:
+    """Returns the names of the objectives in `A-then-B`, in their order."""
+    return objective.split("-then-")
 
 
 class GenTrainingSection(Section):
-    objective: Training = Field(
+    objective: str = Field(
         "auto",
-        description="Collected weights; the base's loss; one after the other; or transfer: the "
-        "base's loss with each adapter written from the other datasets alone. auto: what "
-        "base, labels and the number of datasets allow.",
+        description="reconstruction: collected weights; behaviour: the base's loss; transfer: the "
+        "base's loss with each adapter predicted from the other datasets alone; another installed "
+        "one; A-then-B: one after the other; auto: what base, labels and the number of datasets "
+        "allow.",
+    )
+    objective_options: dict[str, dict[str, Any]] = Field(
+        {}, description="Options of an objective of another package: its name -> its options."
     )
     max_epochs: int = Field(100, ge=1, description="An epoch shows every checkpoint once.")
     max_steps: int | None = Field(
@@ -365,6 +366,11 @@ class GenTrainingSection(Section):
         "objective loads the base; 0: none.",
     )
 
+    @property
+    def phases(self) -> list[str]:
+        """The names of the objectives, in their order."""
+        return phases_in(self.objective)
+
 
 class BehaviourSection(Section):
     """The phase that trains through the base model."""
@@ -387,15 +393,6 @@ class BehaviourSection(Section):
     reconstruction_weight: float = Field(
         0.1, ge=0, description="Weight of the reconstruction loss beside the base's."
     )
-
-    @property
-    def rate(self) -> float:
-        """For a phase of behaviour."""
-        return self.learning_rate or 1e-4
-
-    @property
-    def transfer_rate(self) -> float:
-        return self.learning_rate or 5e-4
 
 
 class GenTrainConfig(Section):
@@ -421,24 +418,16 @@ class GenTrainConfig(Section):
     loggers: Loggers = Field({"tensorboard": {}, "swanlab": {}})
     trainer: TrainerSection = TrainerSection()
 
-    def with_objective(self, objective: Training) -> "GenTrainConfig":
-        """A copy that is trained for this, with what depends on it."""
-        found = self.model_copy(deep=True)
-        found.training.objective = objective
-        if objective == "transfer" and found.trainer.gradient_clip_val is None:
-            found.trainer.gradient_clip_val = TRANSFER_NORM
-        return found
-
     @model_validator(mode="after")
     def _shared_equally(self) -> "GenTrainConfig":
         """As far as it is known now: with `devices: auto` the training asks again, and what an
         objective `auto` comes to counts then."""
         devices = self.trainer.devices if isinstance(self.trainer.devices, int) else 1
         ranks = max(1, devices) * self.trainer.num_nodes
-        objective, sizes = self.training.objective, {}
-        if objective.startswith("reconstruction"):
+        phases, sizes = self.training.phases, {}
+        if "reconstruction" in phases:
             sizes["data"] = self.data.batch_size
-        if objective not in ("auto", "reconstruction"):
+        if "behaviour" in phases or "transfer" in phases:
             sizes["behaviour"] = self.behaviour.batch_size
         for section, size in sizes.items():
             if size % ranks:

@@ -1,9 +1,6 @@
-"""Collections as arrays on disk: checkpoints in tokens, prompts embedded, from a cache that may be
-deleted at any time.
+"""The sources of a training as arrays on disk: tokenised checkpoints and embedded prompts.
 
-Example adapters for a decoder to start from, read from the collections where asked for.
-
-Texts -> conditions, where the encoder is trained along and nothing is embedded before.
+They come from a cache that may be deleted at any time; its keys are hashes of the contents.
 """
 
 import tempfile
@@ -12,29 +9,33 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from loragen.core.adapter.algebra import TargetForm, in_form
+from loragen.core.adapter.algebra import in_form
 from loragen.core.adapter.layout import Layout
-from loragen.core.config.schema import GenDataSection, GenTrainConfig
+from loragen.core.config.schema import GenTrainConfig
 from loragen.core.errors import DataError
 from loragen.core.files import sha256, sha256_text, written_atomically
 from loragen.core.generator.embeddings import write_embeddings
 from loragen.core.generator.network import Normalization
 from loragen.core.learning.sources import TrainingSource
-from loragen.core.learning.texts import texts_of
+from loragen.core.learning.texts import LabelledRows, groups_of, has_rows, labelled_rows, texts_of
 from loragen.core.protocols import Encoder
 from loragen.core.run.checkpoints import read_tensors
 from loragen.core.run.directory import SourceRecord
 
+FEWEST_SAMPLES = 64
+MOST_AVERAGED = 4  # checkpoints that make a sample: enough to average out the noise of one
+
 
 @dataclass(frozen=True)
 class SourceArrays:
-    """A source as arrays on disk, memory-mapped: nothing of it grows the process."""
+    """A source as arrays on disk, memory-mapped, so that memory does not grow with it."""
 
     name: str
     tokens: np.ndarray
@@ -43,87 +44,112 @@ class SourceArrays:
     """``[texts, positions, dim]`` float32"""
     mask: np.ndarray
     """``[texts, positions]`` bool"""
-    held_out: Sequence[int] | None = None
-    """Indices of the texts that validate; None where nobody has said."""
+    train_texts: Sequence[int]
+    """Indices of the texts to learn from."""
+    val_texts: Sequence[int] = ()
+    """Indices of the texts that validate."""
     tracked: Sequence[Sequence[int]] | None = None
     """For each checkpoint the indices of its own texts; None where any text goes with any."""
     texts: Sequence[str] = ()
-    """What an encoder that trains along reads at every step; `embeddings` and `mask` then have no
-    positions. Empty where the embeddings are there."""
+    """What an encoder that trains reads at every step; `embeddings` and `mask` then have no
+    positions. Empty where the embeddings are computed beforehand."""
+    rows: LabelledRows | None = None
+    """Labelled rows in tokens, where an objective needs the base model."""
     dataset: str = ""
     """A hash that the sources of one dataset share."""
     record: SourceRecord | None = None
-    """What it held, for the manifest."""
+    """Its entry in the manifest."""
+
+    def texts_of(self, checkpoint: int) -> Sequence[int]:
+        """Returns the indices of the texts that a checkpoint may be paired with."""
+        return self.train_texts if self.tracked is None else self.tracked[checkpoint]
 
 
 @contextmanager
-def prepared(
+def source_arrays(
     sources: Sequence[TrainingSource],
+    held_out: Sequence[TrainingSource],
     layout: Layout,
     encoder: Encoder,
-    encoder_key: str,
     config: GenTrainConfig,
+    tokenizer: Any = None,
 ) -> Iterator[list[SourceArrays]]:
-    """Tokenised checkpoints and embedded prompts, from the cache where they are there already."""
-    with _cache(config.data) as cache:
-        ready = []
-        for source in sources:
-            of = texts_of(source, config)
-            embeddings, mask = _embedded(cache, encoder, encoder_key, of.texts)
-            key = _tokens_key(layout, source, config.layout.target_form)
-            tokens = _tokenized(cache, key, layout, source, config.layout.target_form)
-            ready.append(
+    """Yields the arrays of the sources, then of the held-out ones, from the cache where possible.
+
+    With a `tokenizer`, which is the base's, they have labelled rows. Raises UsageError where those
+    of a source are missing, DataError for a checkpoint that does not fit the layout.
+    """
+    rows: list[LabelledRows | None] = [None] * (len(sources) + len(held_out))
+    if tokenizer is not None:
+        length, seed = config.behaviour.max_length, config.seed
+        for i, source in enumerate(sources):
+            val = [prompt for group in groups_of(source, config).val for prompt in group]
+            rows[i] = labelled_rows(source, val, tokenizer, length, seed)
+        for i, source in enumerate(held_out, start=len(sources)):
+            if has_rows(source):
+                every = labelled_rows(source, [], tokenizer, length, seed)
+                rows[i] = LabelledRows([], held_out=every.training)
+    with _cache(config) as cache:
+        arrays = []
+        for i, source in enumerate([*sources, *held_out]):
+            texts, own = texts_of(source, config), rows[i]
+            embeddings, mask = _embedded(cache, encoder, config, texts.texts)
+            key, tokens = _tokenized(cache, layout, source, config)
+            record = SourceRecord(
+                name=source.name,
+                checkpoints=key,
+                prompts=texts.sha256,
+                labels=own.sha256 if own else "",
+                held_out=i >= len(sources),
+            )
+            if source.origin:
+                record.place = str(source.origin.checkpoints)
+                record.prompts_from = source.origin.prompts
+                record.count = len(source.checkpoints)
+            arrays.append(
                 SourceArrays(
                     source.name,
                     tokens,
                     embeddings,
                     mask,
-                    of.held_out,
-                    of.tracked,
-                    () if encoder.frozen else of.texts,
-                    source.dataset,
-                    _record(source, key, of.sha256),
+                    train_texts=sorted({*range(len(texts.texts))} - {*texts.held_out}),
+                    val_texts=texts.held_out,
+                    tracked=texts.tracked,
+                    texts=() if encoder.frozen else texts.texts,
+                    rows=own,
+                    dataset=source.dataset,
+                    record=record,
                 )
             )
-        yield ready
+        yield arrays
 
 
 def embed_ahead(
-    sources: Sequence[TrainingSource], encoder: Encoder, encoder_key: str, config: GenTrainConfig
+    sources: Sequence[TrainingSource], encoder: Encoder, config: GenTrainConfig
 ) -> None:
-    """Puts the embeddings of the sources' prompts into the cache, where `prepared` finds them."""
+    """Embeds the sources' prompts into the cache, where `source_arrays` finds them."""
     if config.data.cache_tokenized:
         for source in sources:
             texts = texts_of(source, config).texts
-            _embedded(Path(config.data.cache_dir), encoder, encoder_key, texts)
-
-
-def _record(source: TrainingSource, checkpoints: str, prompts: str) -> SourceRecord:
-    record = SourceRecord(name=source.name, checkpoints=checkpoints, prompts=prompts)
-    if source.origin:
-        record.place = str(source.origin.checkpoints)
-        record.prompts_from = source.origin.prompts
-        record.count = len(source.checkpoints)
-    return record
+            _embedded(Path(config.data.cache_dir), encoder, config, texts)
 
 
 @contextmanager
-def _cache(data: GenDataSection) -> Iterator[Path]:
-    if data.cache_tokenized:
-        yield Path(data.cache_dir)
+def _cache(config: GenTrainConfig) -> Iterator[Path]:
+    if config.data.cache_tokenized:
+        yield Path(config.data.cache_dir)
         return
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         yield Path(directory)
 
 
-def _tokens_key(layout: Layout, source: TrainingSource, form: TargetForm) -> str:
-    hashes = [sha256(_weights(file)) for file in source.checkpoints]
-    return sha256_text(repr(layout.state()), form, *hashes)[:32]
-
-
 def _tokenized(
-    cache: Path, key: str, layout: Layout, source: TrainingSource, form: TargetForm
-) -> np.ndarray:
+    cache: Path, layout: Layout, source: TrainingSource, config: GenTrainConfig
+) -> tuple[str, np.ndarray]:
+    """Returns a hash of the checkpoints in this layout and form, and their tokens."""
+    weights = (f / "adapter_model.safetensors" if f.is_dir() else f for f in source.checkpoints)
+    form = config.layout.target_form
+    key = sha256_text(repr(layout.state()), form, *map(sha256, weights))[:32]
     file = cache / "tokens" / f"{key}.npy"
     if not file.is_file():
         shape = (len(source.checkpoints), layout.tokens, layout.token_dim)
@@ -140,50 +166,43 @@ def _tokenized(
             array.flush()
             del array
     tokens: np.ndarray = np.load(file, mmap_mode="r")
-    return tokens
-
-
-def _weights(checkpoint: Path) -> Path:
-    return checkpoint / "adapter_model.safetensors" if checkpoint.is_dir() else checkpoint
+    return key, tokens
 
 
 def _embedded(
-    cache: Path, encoder: Encoder, key: str, texts: Sequence[str]
+    cache: Path, encoder: Encoder, config: GenTrainConfig, texts: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Without positions where the encoder trains along, and reads the texts at every step."""
+    """Returns embeddings and mask; without positions where the encoder trains."""
     if not encoder.frozen:
         return np.zeros((len(texts), 0, encoder.dim), np.float32), np.zeros((len(texts), 0), bool)
-    stem = cache / "embeddings" / sha256_text(key, *texts)[:32]
+    described = config.encoder.name, repr(config.encoder.options), encoder.fingerprint
+    stem = cache / "embeddings" / sha256_text(sha256_text(*described), *texts)[:32]
     files = [stem.with_suffix(".npy"), stem.with_suffix(".mask.npy")]
     if not all(file.is_file() for file in files):
         write_embeddings(encoder, texts, *files)
     return np.load(files[0], mmap_mode="r"), np.load(files[1], mmap_mode="r")
 
 
-FEWEST_SAMPLES = 64
-MOST_AVERAGED = 4  # checkpoints that make a sample: enough to see past the noise of one
-
-
-class CollectionSamples:
-    """Normalised adapters ``[samples, tokens, token_dim]``, equally many of every dataset.
+class AdapterSamples:
+    """Normalised example adapters ``[samples, tokens, token_dim]``, equally many of every dataset.
 
     One of each where there are many datasets, more where there are few; a sample is the mean of a
-    few checkpoints, evenly spaced. `samples[first:last]` reads those tokens alone.
+    few checkpoints, evenly spaced. `samples[first:last]` reads only those tokens from disk.
     """
 
     def __init__(self, collections: Sequence[np.ndarray], normalization: Normalization) -> None:
-        """Of collections ``[checkpoints, tokens, token_dim]``, memory-mapped."""
+        """`collections` are the datasets' checkpoints ``[checkpoints, tokens, token_dim]``."""
         self.normalization = normalization
         each = ceil(FEWEST_SAMPLES / len(collections))
-        self._groups = [
-            (collection, group)
-            for collection in collections
-            for group in np.array_split(np.arange(len(collection)), min(each, len(collection)))
-        ]
-
-        counts = [min(each, len(collection)) for collection in collections]
-        self.datasets = [i for i, count in enumerate(counts) for _ in range(count)]
-        """Of every sample, the dataset that it is of."""
+        self._groups: list[tuple[np.ndarray, np.ndarray]] = []
+        self.datasets: list[int] = []
+        """The index of each sample's dataset."""
+        for index, collection in enumerate(collections):
+            count = min(each, len(collection))
+            self.datasets += [index] * count
+            for group in np.array_split(np.arange(len(collection)), count):
+                spaced = np.linspace(len(group) - 1, 0, min(MOST_AVERAGED, len(group))).round()
+                self._groups.append((collection, group[spaced.astype(np.int64)]))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -192,24 +211,19 @@ class CollectionSamples:
 
     def __getitem__(self, tokens: slice) -> Tensor:
         found = [
-            np.mean([collection[c, tokens] for c in _spaced(group)], axis=0)
+            np.mean([collection[c, tokens] for c in group], axis=0)
             for collection, group in self._groups
         ]
         mean, scale = self.normalization.mean[tokens], self.normalization.scale[tokens]
         return (torch.from_numpy(np.stack(found)) - mean) / scale
 
 
-def _spaced(group: np.ndarray) -> np.ndarray:
-    """At most `MOST_AVERAGED` of the checkpoints, the last one among them."""
-    places = np.linspace(len(group) - 1, 0, min(MOST_AVERAGED, len(group))).round()
-    picked: np.ndarray = group[places.astype(np.int64)]
-    return picked
-
-
 def conditions(encoder: Encoder, texts: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
-    """The texts of each condition -> ``[batch, prompts, positions, dim]`` and the mask
-    ``[batch, prompts, positions]``, with gradients; a text that several conditions share is
-    encoded once."""
+    """Encodes the texts of each condition, with gradients, for an encoder that trains.
+
+    Returns ``[batch, prompts, positions, dim]`` and the mask ``[batch, prompts, positions]``; a
+    text that several conditions share is encoded once.
+    """
     index = {text: i for i, text in enumerate(dict.fromkeys(t for row in texts for t in row))}
     embeddings, mask = encoder(list(index))  # (texts, positions, dim), (texts, positions)
     chosen = [[index[text] for text in row] for row in texts]
@@ -222,9 +236,11 @@ def conditions(encoder: Encoder, texts: Sequence[Sequence[str]]) -> tuple[Tensor
 def embedded(
     encoder: Encoder, sources: Sequence[SourceArrays]
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(name, embeddings ``[texts, positions, dim]``, mask ``[texts, positions]``) of each source,
-    memory-mapped: those it has, or what a trained encoder makes of its texts now, which is there
-    until the next is asked for."""
+    """Yields name, embeddings ``[texts, positions, dim]`` and mask ``[texts, positions]`` of each
+    source, memory-mapped.
+
+    A trained encoder embeds its texts now, into files that last until the next one is asked for.
+    """
     for source in sources:
         if not source.texts:
             yield source.name, source.embeddings, source.mask

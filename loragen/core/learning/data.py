@@ -1,241 +1,291 @@
-"""The behaviour phase made ready: the base, and the labelled rows of every dataset.
+"""Pairs to learn from: prompts of a dataset, with a checkpoint of that dataset.
 
-What a generator trains and validates on, from the first step to the last.
+Which pairs make up a step is a pure function of (seed, step). An optimizer step has `accumulation`
+micro-batches, and each process works on its share of a micro-batch.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from math import ceil
+from random import Random
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from loragen.core.base.load import LanguageModel, load_training_base
-from loragen.core.base.names import BaseDtype
-from loragen.core.config import GenTrainConfig, LoraTrainConfig
+from loragen.core.adapter.layout import Layout
+from loragen.core.base.load import LanguageModel
+from loragen.core.config import GenTrainConfig
+from loragen.core.data.batches import batch_indices
 from loragen.core.data.tokenize import pad_id
 from loragen.core.errors import UsageError
+from loragen.core.generator.network import Normalization, importance
 from loragen.core.learning.arrays import SourceArrays
-from loragen.core.learning.batches import (
-    BehaviourBatches,
-    PairBatch,
-    PairBatches,
-    PhasedBatches,
-    TransferBatches,
-    draw_texts,
-    pair_of,
-    stacked,
-    validation_rows,
-)
-from loragen.core.learning.plan import Objective, Plan, StepPlan, step_plan
-from loragen.core.learning.sources import TrainingSource
-from loragen.core.learning.texts import (
-    LabelledRows,
-    groups_of,
-    has_rows,
-    held_out_texts,
-    labelled_rows,
-)
+from loragen.core.learning.plan import Phases
+from loragen.core.lora.packing import Batch, padded
 
 
-@dataclass(frozen=True)
-class Rehearsal:
-    """What generated adapters are tried on."""
+class Others(NamedTuple):
+    """Conditions of other datasets than those of a batch's adapters."""
 
-    base: LanguageModel
-    rows: list[LabelledRows]
-    """Of every dataset that is learned from."""
-    unseen: list[LabelledRows | None]
-    """Of every dataset that is held out whole; None where its labels are not known."""
-
-    @property
-    def pad_id(self) -> int:
-        return pad_id(self.base.tokenizer)
+    condition: Tensor
+    """``[others, prompts, positions, dim]``"""
+    mask: Tensor
+    """``[others, prompts, positions]`` bool"""
+    datasets: Tensor
+    """``[others]`` int64: indices of the sources."""
 
 
-def rehearsal(work: Plan, base_dtype: BaseDtype = "") -> Rehearsal | None:
-    """The base, and the rows in tokens. None where the objective does not need them.
+class PairBatch(NamedTuple):
+    """Conditions and the adapters that go with them."""
 
-    The base is in the dtype that `lora train` would choose for it; a run that goes on names the
-    one that it had, since other hardware might choose otherwise. Raises UsageError where rows are
-    missing.
+    condition: Tensor
+    """``[batch, prompts, positions, dim]``"""
+    mask: Tensor
+    """``[batch, prompts, positions]`` bool"""
+    tokens: Tensor
+    """``[batch, tokens, token_dim]``: adapters, not normalised."""
+    rows: Batch | None = None
+    """Labelled rows for the base model: equally many of every adapter's dataset, in order."""
+    texts: list[list[str]] | None = None
+    """The prompt texts of every condition, where the encoder trains; `condition` is empty then."""
+    others: Others | None = None
+    """Other datasets, where the adapters are predicted from these alone."""
+
+
+class Split(NamedTuple):
+    """How an optimizer step is divided: into micro-batches, and these over processes."""
+
+    accumulation: int = 1
+    process_index: int = 0
+    num_processes: int = 1
+
+
+class MicroBatches(Dataset[PairBatch]):
+    """Item k is a process's share of micro-batch k; a subclass makes the pairs.
+
+    Micro-batches cut an endless stream of shuffled epochs over `items` into equal pieces.
     """
-    config = work.config
-    if config.training.objective == "reconstruction":
-        return None
-    settings = LoraTrainConfig(base_model=config.behaviour.base_model or work.base_model)
-    settings.trainer.accelerator = config.trainer.accelerator
-    base = load_training_base(settings.model_copy(update={"base_dtype": base_dtype or "auto"}))
 
-    def rows_of(source: TrainingSource) -> LabelledRows:
-        held_out = [prompt for group in groups_of(source, config).val for prompt in group]
-        return labelled_rows(
-            source, held_out, base.tokenizer, config.behaviour.max_length, config.seed
-        )
+    def __init__(self, items: int, batch_size: int, seed: int, split: Split, setting: str) -> None:
+        """`batch_size` counts the pairs of a micro-batch, of all processes; `setting` is its key.
 
-    return Rehearsal(
-        base,
-        [rows_of(source) for source in work.sources],
-        [_all_of(source, work, base) if has_rows(source) else None for source in work.unseen],
-    )
+        Raises UsageError where the processes cannot share it equally.
+        """
+        if batch_size % split.num_processes:
+            raise UsageError(
+                f"{setting} {batch_size} must be a multiple of {split.num_processes} devices: it "
+                "counts the pairs of all of them"
+            )
+        self.items, self.batch_size, self.seed, self.split = items, batch_size, seed, split
+
+    def drawn(self, k: int) -> tuple[int, list[tuple[int, int]]]:
+        """Returns the optimizer step of micro-batch k, and its pairs of all processes, each as
+        (position within the step, item)."""
+        step, part = divmod(k, self.split.accumulation)
+        size = self.batch_size
+        whole = batch_indices(self.items, size * self.split.accumulation, self.seed, step)
+        return step, [(at, whole[at]) for at in range(part * size, (part + 1) * size)]
+
+    def own(self, k: int) -> tuple[int, list[tuple[int, int]]]:
+        """As `drawn`, for this process alone."""
+        step, pairs = self.drawn(k)
+        return step, pairs[self.split.process_index :: self.split.num_processes]
 
 
-def _all_of(source: TrainingSource, work: Plan, base: LanguageModel) -> LabelledRows:
-    """Held out whole."""
-    config = work.config
-    rows = labelled_rows(source, [], base.tokenizer, config.behaviour.max_length, config.seed)
-    return LabelledRows([], rows.training)
-
-
-class GeneratorData(LightningDataModule):
-    """Pairs and rows to train on; validation with held-out texts, and with held-out datasets."""
+class PairBatches(MicroBatches):
+    """Micro-batches in which every checkpoint of every source comes equally often."""
 
     def __init__(
         self,
         sources: Sequence[SourceArrays],
-        unseen: Sequence[SourceArrays],
-        config: GenTrainConfig,
-        rehearsal: Rehearsal | None = None,
+        *,
+        batch_size: int,
+        prompts: int,
+        seed: int,
+        split: Split = Split(),  # noqa: B008  # immutable
     ) -> None:
-        """`rehearsal` is for training through the base model, and for validating with it."""
-        super().__init__()
-        self.sources, self.unseen = sources, unseen
-        self.config, self.rehearsal = config, rehearsal
-        self.parts = config.trainer.accumulate_grad_batches
-        """Micro-batches to an optimizer step."""
-        splits = [_split_texts(one, config.data.val_ratio, config.seed) for one in sources]
-        self.train_texts = [split[0] for split in splits]
-        self.val_texts = [split[1] for split in splits]
-        self.plan: StepPlan = step_plan(config, self._pairs(0, 1).steps_per_epoch)
+        """`prompts` is the number of prompt texts of a condition; the rest as `MicroBatches`."""
+        self.sources, self.prompts = sources, prompts
+        self.pairs = [(i, c) for i, source in enumerate(sources) for c in range(len(source.tokens))]
+        super().__init__(len(self.pairs), batch_size, seed, split, "data.batch_size")
 
     @property
-    def both(self) -> list[SourceArrays]:
-        """What is learned from, then what is held out whole."""
-        return [*self.sources, *self.unseen]
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in which every checkpoint comes once; none is cut short at the end."""
+        return ceil(len(self.pairs) / (self.batch_size * self.split.accumulation))
+
+    def __getitem__(self, k: int) -> PairBatch:
+        step, drawn = self.own(k)
+        pairs = []
+        for position, item in drawn:
+            index, checkpoint = self.pairs[item]
+            source = self.sources[index]
+            draw = f"prompts:{self.seed}:{step}:{position}"
+            texts = draw_texts(source.texts_of(checkpoint), self.prompts, draw)
+            pairs.append(pair_of(source, texts, checkpoint))
+        return stack_pairs(pairs)
+
+
+def draw_texts(texts: Sequence[int], count: int, draw: str) -> list[int]:
+    """Returns `count` different texts where there are as many, else all; `draw` is the seed."""
+    return sorted(Random(draw).sample(list(texts), min(count, len(texts))))
+
+
+def condition_of(source: SourceArrays, texts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Returns ``[prompts, positions, dim]`` and its mask ``[prompts, positions]``."""
+    embeddings, mask = np.array(source.embeddings[texts]), np.array(source.mask[texts])
+    return torch.from_numpy(embeddings), torch.from_numpy(mask)
+
+
+def pair_of(source: SourceArrays, texts: Sequence[int], checkpoint: int) -> PairBatch:
+    """Returns one pair, without a batch dimension."""
+    return PairBatch(
+        *condition_of(source, texts),
+        torch.from_numpy(np.array(source.tokens[checkpoint])),
+        texts=[[source.texts[index] for index in texts]] if source.texts else None,
+    )
+
+
+def stack_pairs(pairs: Sequence[PairBatch]) -> PairBatch:
+    """Returns a batch of single pairs."""
+    condition, mask = stack_conditions([(pair.condition, pair.mask) for pair in pairs])
+    texts = [row for pair in pairs for row in pair.texts or ()] or None
+    return PairBatch(condition, mask, torch.stack([pair.tokens for pair in pairs]), texts=texts)
+
+
+def stack_conditions(conditions: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Returns ``[batch, prompts, positions, dim]`` and its mask, padded to the longest under the
+    mask."""
+    prompts = max(mask.shape[0] for _, mask in conditions)
+    positions = max(mask.shape[1] for _, mask in conditions)
+    dim = conditions[0][0].shape[-1]
+    condition = torch.zeros(len(conditions), prompts, positions, dim)
+    mask = torch.zeros(len(conditions), prompts, positions, dtype=torch.bool)
+    for row, (one, its_mask) in enumerate(conditions):
+        n, p = its_mask.shape
+        condition[row, :n, :p], mask[row, :n, :p] = one, its_mask
+    return condition, mask
+
+
+class TrainingData(LightningDataModule):
+    """Everything that a generator is trained and validated on; objectives are made from it."""
+
+    phases: Phases
+    """Set once the objectives exist."""
+
+    def __init__(
+        self,
+        config: GenTrainConfig,
+        layout: Layout,
+        normalization: Normalization,
+        adapter_config: Mapping[str, Any],
+        sources: Sequence[SourceArrays],
+        held_out: Sequence[SourceArrays] = (),
+        base: LanguageModel | None = None,
+    ) -> None:
+        """`held_out` are datasets for validation alone; `base` is None where no objective needs the
+        base model, and the sources have no labelled rows then."""
+        super().__init__()
+        self.config, self.layout, self.normalization = config, layout, normalization
+        self.adapter_config = adapter_config
+        self.sources, self.held_out, self.base = sources, held_out, base
+
+    def split(self, process_index: int, num_processes: int) -> Split:
+        return Split(self.config.trainer.accumulate_grad_batches, process_index, num_processes)
+
+    def pairs(self, process_index: int = 0, num_processes: int = 1) -> PairBatches:
+        """Returns batches of conditions and collected adapters, as the section `data` configures
+        them."""
+        return PairBatches(
+            self.sources,
+            batch_size=self.config.data.batch_size,
+            prompts=self.config.data.prompts_per_condition,
+            seed=self.config.seed,
+            split=self.split(process_index, num_processes),
+        )
+
+    @cached_property
+    def token_weights(self) -> Tensor:
+        """``[tokens, 1]``, of mean 1 over the values: how much an error of each token counts."""
+        if not self.config.training.importance:
+            return torch.ones(self.layout.tokens, 1)
+        collections = [source.tokens for source in self.sources]
+        return importance(self.layout, self.normalization, collections)
+
+    @property
+    def pad_id(self) -> int:
+        assert self.base is not None
+        return pad_id(self.base.tokenizer)
 
     @property
     def validates(self) -> bool:
         """Whether anything is held out."""
-        return bool(self.unseen) or any(self.val_texts)
+        return bool(self.held_out) or any(source.val_texts for source in self.sources)
 
     @property
-    def tries_rows(self) -> bool:
-        """Whether every validation can ask the base model, and has rows to ask it about."""
-        if self.rehearsal is None or not self.config.training.val_rows:
+    def validates_rows(self) -> bool:
+        """Whether every validation of the datasets that select has held-out rows for the base."""
+        if self.base is None or not self.config.training.val_rows:
             return False
-        if self.unseen:
-            return all(self.rehearsal.unseen)
-        pairs = zip(self.rehearsal.rows, self.val_texts, strict=True)
-        return all(rows.held_out for rows, texts in pairs if texts)
-
-    def adapters_per_step(self, objective: Objective) -> int:
-        """Of an optimizer step, over all devices and micro-batches."""
-        section = self.config.data if objective == "reconstruction" else self.config.behaviour
-        return section.batch_size * self.parts
-
-    def check_shared(self, ranks: int) -> None:
-        """Before the walk begins: with `devices: auto` nobody has known how many there are.
-
-        Raises UsageError where `ranks` devices cannot share a batch equally."""
-        if self.plan.phases.reconstruction:
-            _check_shared(ranks, "data.batch_size", self.config.data.batch_size)
-        if self.plan.phases.behaviour:
-            _check_shared(ranks, "behaviour.batch_size", self.config.behaviour.batch_size)
+        if self.held_out:
+            return all(source.rows for source in self.held_out)
+        seen = [source for source in self.sources if source.val_texts]
+        return all(source.rows and source.rows.held_out for source in seen)
 
     def train_dataloader(self) -> DataLoader[PairBatch]:
-        """From the step the trainer stands at."""
+        """Returns the micro-batches from the trainer's step on; each phase counts its own."""
         assert self.trainer is not None
-        batches = self.train_batches(self.trainer.global_rank, self.trainer.world_size)
+        share = self.trainer.global_rank, self.trainer.world_size
+        accumulation = self.config.trainer.accumulate_grad_batches
+        batches = {phase.name: phase.objective.batches(*share) for phase in self.phases}
+
+        def batch(k: int) -> PairBatch:
+            step, part = divmod(k, accumulation)
+            phase, within = self.phases.at(step + 1)
+            made: PairBatch = batches[phase.name][(within - 1) * accumulation + part]
+            return made
+
         first, last = self.trainer.global_step, self.trainer.max_steps
-        remaining = range(first * self.parts, last * self.parts)
-        return DataLoader(batches, batch_size=None, sampler=remaining)
-
-    def train_batches(self, rank: int = 0, ranks: int = 1) -> PhasedBatches:
-        pairs, tried = self._pairs(rank, ranks), self._tried(rank, ranks)
-        return PhasedBatches(self.plan.phases, pairs, tried, self.parts)
-
-    def _pairs(self, rank: int, ranks: int) -> PairBatches:
-        data = self.config.data
-        return PairBatches(
-            self.sources,
-            self.train_texts,
-            batch_size=data.batch_size,
-            prompts=data.prompts_per_condition,
-            seed=self.config.seed,
-            parts=self.parts,
-            rank=rank,
-            ranks=ranks,
-        )
-
-    def _tried(self, rank: int, ranks: int) -> BehaviourBatches | None:
-        if self.rehearsal is None:
-            return None
-        kind = TransferBatches if self.plan.transfers else BehaviourBatches
-        return kind(
-            self.sources,
-            self.train_texts,
-            self.rehearsal.rows,
-            batch_size=self.config.behaviour.batch_size,
-            rows_per_adapter=self.config.behaviour.rows_per_adapter,
-            prompts=self.config.data.prompts_per_condition,
-            pad_id=self.rehearsal.pad_id,
-            seed=self.config.seed,
-            parts=self.parts,
-            rank=rank,
-            ranks=ranks,
-        )
+        remaining = range(first * accumulation, last * accumulation)
+        computed = Computed(batch, last * accumulation)
+        return DataLoader(computed, batch_size=None, sampler=remaining)
 
     def val_dataloader(self) -> list[DataLoader[PairBatch]]:
-        """One loader for held-out texts, one for held-out datasets; either may be empty."""
-        known = self.rehearsal.rows if self.rehearsal else [None] * len(self.sources)
-        new = self.rehearsal.unseen if self.rehearsal else [None] * len(self.unseen)
-        seen = [
-            partial(self._validation_pair, source, texts, rows)
-            for source, texts, rows in zip(self.sources, self.val_texts, known, strict=True)
-            if texts
+        """Returns a loader of held-out texts and one of held-out datasets; either may be empty.
+
+        Each dataset is one pair: some of its texts with its last checkpoint, always the same.
+        """
+
+        def pair(sources: Sequence[SourceArrays], index: int) -> PairBatch:
+            source, draw = sources[index], f"validation:{self.config.seed}"
+            texts = range(len(source.embeddings)) if sources is held_out else source.val_texts
+            drawn = draw_texts(texts, self.config.data.prompts_per_condition, draw)
+            made = stack_pairs([pair_of(source, drawn, len(source.tokens) - 1)])
+            most = self.config.training.val_rows
+            if self.base and source.rows and source.rows.held_out and most:
+                made = made._replace(rows=padded(source.rows.held_out[:most], self.pad_id))
+            return made
+
+        held_out = list(self.held_out)
+        seen = [source for source in self.sources if source.val_texts]
+        return [
+            DataLoader(Computed(partial(pair, sources), len(sources)), batch_size=None)
+            for sources in (seen, held_out)
         ]
-        unseen = [
-            partial(self._validation_pair, source, range(len(source.embeddings)), rows)
-            for source, rows in zip(self.unseen, new, strict=True)
-        ]
-        return [DataLoader(_Made(makers), batch_size=None) for makers in (seen, unseen)]
-
-    def _validation_pair(
-        self, source: SourceArrays, texts: Sequence[int], rows: LabelledRows | None
-    ) -> PairBatch:
-        """Some texts of a dataset with its last checkpoint; the same pair at every validation."""
-        drawn = draw_texts(
-            texts, self.config.data.prompts_per_condition, f"validation:{self.config.seed}"
-        )
-        pair = stacked([pair_of(source, drawn, len(source.tokens) - 1)])
-        if rows is None or self.rehearsal is None:
-            return pair
-        tried = validation_rows(rows, self.config.training.val_rows, self.rehearsal.pad_id)
-        return pair._replace(rows=tried)
 
 
-class _Made(Dataset[PairBatch]):
-    """Pairs that are made when they are asked for: of many datasets they would fill the memory."""
+class Computed(Dataset[PairBatch]):
+    """Batches that are computed when they are read: together they would fill the memory."""
 
-    def __init__(self, makers: Sequence[Callable[[], PairBatch]]) -> None:
-        self.makers = makers
+    def __init__(self, compute: Callable[[int], PairBatch], count: int) -> None:
+        self.compute, self.count = compute, count
 
     def __len__(self) -> int:
-        return len(self.makers)
+        return self.count
 
     def __getitem__(self, index: int) -> PairBatch:
-        return self.makers[index]()
-
-
-def _check_shared(ranks: int, setting: str, size: int) -> None:
-    if size % ranks:
-        raise UsageError(
-            f"{setting} {size} must be a multiple of {ranks} devices: it counts the pairs of all"
-        )
-
-
-def _split_texts(source: SourceArrays, ratio: float, seed: int) -> tuple[list[int], list[int]]:
-    texts = len(source.embeddings)
-    if source.held_out is None:
-        return held_out_texts(texts, ratio, seed)
-    return sorted({*range(texts)} - {*source.held_out}), list(source.held_out)
+        return self.compute(index)

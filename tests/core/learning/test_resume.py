@@ -10,7 +10,7 @@ import torch
 from loragen.core.config import GenTrainConfig
 from loragen.core.errors import DataError, Interrupted, UsageError
 from loragen.core.learning import train as module
-from loragen.core.learning.train import find_resume_point, train
+from loragen.core.learning.train import GeneratorPoint, train
 from loragen.core.progress import Silent
 from loragen.core.run.directory import GENERATOR_FILE, GeneratorManifest, read_manifest
 from loragen.plugins.decoders import hyperconv as _cell_map
@@ -71,7 +71,7 @@ def resume(gen_config):
 
     def run(path, settings=None, at=0):
         progress = StopAt(at)
-        train(gen_config(settings), progress, find_resume_point(path))
+        train(gen_config(settings), progress, GeneratorPoint.find(path))
         return progress.steps
 
     return run
@@ -227,10 +227,10 @@ class TestExact:
         """The configuration that is kept names every source by its absolute place."""
         monkeypatch.chdir(tmp_path)
         run = stopped(3, {"training.last_every": 1})
-        kept = find_resume_point(run).config
+        kept = GeneratorPoint.find(run).config
         assert all(source.run.startswith("/") for source in kept.sources)
         monkeypatch.chdir(tmp_path.parent)
-        train(kept, Silent(), find_resume_point(run))
+        train(kept, Silent(), GeneratorPoint.find(run))
 
 
 class TestRefusals:
@@ -312,4 +312,4 @@ class TestRefusals:
 
     def test_a_run_of_lora_train(self, collection):
         with pytest.raises(DataError, match="is a run of lora train, not of gen train"):
-            find_resume_point(collection.runs["colors"])
+            GeneratorPoint.find(collection.runs["colors"])

@@ -12,10 +12,10 @@ from loragen.core.data.prepare import Grouping, prepare, read_prepared
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import sha256
 from loragen.core.learning import arrays as module
-from loragen.core.learning.arrays import prepared
+from loragen.core.learning.arrays import source_arrays
+from loragen.core.learning.plan import plan
 from loragen.core.learning.sources import common_layout, configured_sources, read_source
 from loragen.core.learning.texts import texts_of
-from loragen.core.learning.train import plan
 from loragen.core.lora.provenance import traced_run
 from loragen.core.run.checkpoints import read_tensors
 from loragen.core.run.directory import LoraManifest, checkpoint_step, read_manifest, write_manifest
@@ -42,6 +42,7 @@ class Encoder:
 
     dim = 2
     frozen = True
+    fingerprint = "weights"
 
     def __init__(self):
         self.asked = []
@@ -230,7 +231,7 @@ class TestTracked:
         ours = {"sources": sources[:1], "val_sources": sources[1:], "data.pairing": "tracked"}
         work = plan(gen_config(ours))
         assert work.sources[0].provenance is not None
-        assert work.unseen[0].provenance is None
+        assert work.held_out[0].provenance is None
 
     def test_adapters_without_steps_are_refused(self, run, tmp_path, gen_config, collection):
         write_adapter(tmp_path / "adapters" / "one", read_adapter(run / "adapter"), "")
@@ -254,11 +255,11 @@ class TestTracked:
         config = gen_config({"data.pairing": "tracked"})
         work = plan(config)
         encoder = Encoder()
-        with prepared(work.sources, work.layout, encoder, "key", config) as ready:
+        with source_arrays(work.sources, [], work.layout, encoder, config) as ready:
             for found, arrays in zip(work.sources, ready, strict=True):
                 texts = texts_of(found, config)
                 assert arrays.embeddings[:, 0, 0].tolist() == [len(text) for text in texts.texts]
-                assert (arrays.held_out, arrays.tracked) == (texts.held_out, texts.tracked)
+                assert (arrays.val_texts, arrays.tracked) == (texts.held_out, texts.tracked)
                 assert len(arrays.tracked) == len(arrays.tokens)
 
 
@@ -285,7 +286,7 @@ class TestCommonLayout:
         work = plan(config)
         with (
             pytest.raises(DataError, match=r"checkpoint-step-006\.ckpt: .*has shape"),
-            prepared(work.sources, work.layout, Encoder(), "key", config),
+            source_arrays(work.sources, [], work.layout, Encoder(), config),
         ):
             pass
 
@@ -303,12 +304,12 @@ class TestCommonLayout:
 class TestPrepared:
     @pytest.fixture
     def ready(self, gen_config):
-        """`ready(encoder, key)` prepares the collection and gives copies of the arrays."""
+        """`ready(encoder)` prepares the collection and returns copies of the arrays."""
 
-        def prepare(encoder, key="key", config=None, layout=None):
+        def prepare(encoder, config=None):
             config = config or gen_config()
             work = plan(config)
-            with prepared(work.sources, layout or work.layout, encoder, key, config) as found:
+            with source_arrays(work.sources, [], work.layout, encoder, config) as found:
                 return [
                     (s.name, np.array(s.tokens), np.array(s.embeddings), np.array(s.mask))
                     for s in found
@@ -346,9 +347,10 @@ class TestPrepared:
             assert all(np.array_equal(a, b) for a, b in zip(one[1:], other[1:], strict=True))
 
     def test_another_encoder_embeds_anew(self, ready):
-        ready(Encoder(), "one")
+        ready(Encoder())
         other = Encoder()
-        ready(other, "other")
+        other.fingerprint = "other weights"
+        ready(other)
         assert len(other.asked) == 16
 
     def test_a_cache_that_is_thrown_away_is_made_again(self, ready, tmp_path):
@@ -371,7 +373,7 @@ class TestPrepared:
         work = plan(config)
         with (
             pytest.raises(DataError, match=r"checkpoint-step-006\.ckpt: NaN or infinity"),
-            prepared(work.sources, work.layout, Encoder(), "key", config),
+            source_arrays(work.sources, [], work.layout, Encoder(), config),
         ):
             pass
         assert not list((tmp_path / "cache" / "tokens").rglob("*"))

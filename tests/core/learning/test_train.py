@@ -8,16 +8,16 @@ from typing import ClassVar
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 from loragen.core.adapter.files import read_adapter
 from loragen.core.config import GenTrainConfig, load
 from loragen.core.errors import DataError, LoragenError, UsageError
 from loragen.core.generator.model import Generator
 from loragen.core.learning import arrays as prepared
-from loragen.core.learning import module as callbacks
-from loragen.core.learning import plan as optimization
+from loragen.core.learning import callbacks
 from loragen.core.learning import train as module
-from loragen.core.learning.train import read_ahead, train
+from loragen.core.learning.train import embed_prompts_ahead, train
 from loragen.core.plugins import create
 from loragen.core.progress import Silent
 from loragen.core.run.directory import GeneratorManifest, generator_file, read_manifest
@@ -78,7 +78,12 @@ class TestTraining:
         assert manifest.sources == [str(run / "checkpoints") for run in collection.runs.values()]
         assert manifest.base_model == str(collection.base)
         assert manifest.steps == 8  # 4 epochs of 8 checkpoints, 4 at a time
-        assert {record.kind for record in manifest.plugins} == {"encoder", "decoder", "schedule"}
+        assert {record.kind for record in manifest.plugins} == {
+            "encoder",
+            "decoder",
+            "schedule",
+            "objective",
+        }
         assert {"train/loss", "val/loss", "val/relative_error"} <= manifest.metrics.keys()
 
     def test_the_configuration_loads_again(self, experiment):
@@ -144,13 +149,6 @@ class TestTraining:
         train(gen_config({"trainer.accumulate_grad_batches": 2}), watching)
         assert {step.rate for step in watching.steps} == {8.0}
 
-    def test_pairs_per_second_are_the_mean_over_the_phase(self, monkeypatch):
-        seconds = iter([0, 1, 4, 5, 9, 10])  # the start, then the end of every step
-        monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
-        speed = callbacks.Speed()
-        assert [speed.after(6, "reconstruction") for _ in range(3)] == [6, 3, 3.6]
-        assert [speed.after(4, "behaviour") for _ in range(2)] == [1, 1.6]
-
     @pytest.fixture(scope="class")
     def exploded(self, ours):
         """The run and what was told: at a rate at which the loss explodes after a few steps."""
@@ -189,8 +187,7 @@ class TestTraining:
         assert run.manifest.val_sources == [f"{colors}/checkpoints"]
         assert generator_file(run.directory)
         document = torch.load(generator_file(run.directory), weights_only=True)
-        chosen = "lowest val_unseen/loss, reconstructing held-out datasets"
-        assert document["provenance"]["chosen_by"] == chosen
+        assert "val_unseen/loss" in document["provenance"]["chosen_by"]
 
     def test_the_best_checkpoint_by_validation_is_the_one_that_is_kept(self, exploded):
         run, _ = exploded
@@ -262,18 +259,6 @@ class TestWeights:
         assert moved
         assert last["state_dict"]["averaged.n_averaged"] == 2
 
-    def test_the_average_is_the_exponential_one(self):
-        layer = torch.nn.Linear(1, 1, bias=False)
-        parts = torch.nn.ModuleDict({"network": layer})
-        average = optimization.averaged(parts, 0.75)
-        expected = None
-        for value in (1.0, 5.0, -3.0):
-            torch.nn.init.constant_(layer.weight, value)
-            average.update_parameters(parts)
-            expected = value if expected is None else 0.75 * expected + 0.25 * value
-        assert average.module["network"].weight.item() == pytest.approx(expected)
-        assert not any(p.requires_grad for p in average.parameters())
-
     def test_gradients_are_clipped_in_mixed_precision(self, gen_config):
         clipped = {"trainer.precision": "bf16-mixed", "trainer.gradient_clip_val": 0.5}
         assert train(gen_config({**clipped, "training.max_steps": 2}), Silent()).manifest.steps == 2
@@ -289,9 +274,9 @@ class TestWeights:
 def test_what_was_read_ahead_is_not_embedded_again(gen_config, tmp_path, monkeypatch):
     config = gen_config()
     first, *_ = config.sources
-    read_ahead(config.model_copy(update={"sources": [first]}))
+    embed_prompts_ahead(config.model_copy(update={"sources": [first]}))
     assert len(list((tmp_path / "cache" / "embeddings").glob("*.mask.npy"))) == 1
-    read_ahead(config)
+    embed_prompts_ahead(config)
     monkeypatch.setattr(prepared, "write_embeddings", lambda *_: pytest.fail("embedded again"))
     train(config, Silent())
 
@@ -299,8 +284,9 @@ def test_what_was_read_ahead_is_not_embedded_again(gen_config, tmp_path, monkeyp
 def test_a_transfer_is_refused_where_the_encoder_turns_out_to_train(gen_config, monkeypatch):
     """Whatever a plugin calls the option by which it does."""
     settings = {"training.objective": "transfer", "behaviour.batch_size": 1}
-    monkeypatch.setattr(module, "_encoder", lambda _: (SimpleNamespace(frozen=False), "key"))
-    with pytest.raises(UsageError, match="transfer: the encoder trains along"):
+    untrained = create("encoder", "sbert", gen_config().encoder.options)
+    monkeypatch.setattr(type(untrained), "frozen", False)
+    with pytest.raises(UsageError, match="transfer: the encoder is trained"):
         train(gen_config(settings), Silent())
 
 
@@ -417,8 +403,8 @@ class TestFailure:
         self, gen_config, tmp_path, monkeypatch
     ):
         """As where `devices: auto` finds two."""
-        monkeypatch.setattr(module.Trainer, "world_size", 2)
-        with pytest.raises(UsageError, match="must be a multiple of 2 devices"):
+        monkeypatch.setattr(Trainer, "world_size", 2)
+        with pytest.raises(UsageError, match=r"data\.batch_size 3 must be a multiple"):
             train(gen_config({"data.batch_size": 3}), Silent())
         assert not (tmp_path / "experiments").exists()
 

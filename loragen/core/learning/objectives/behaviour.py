@@ -1,36 +1,248 @@
-"""Generated adapters inside the live base, several at once, with gradients into their weights.
+"""Behaviour: the base model, with the generated adapter, should answer like the dataset's rows.
 
-Each row of a forward pass has its own adapter. This is `torch.func.functional_call` of a PeftModel
-once per adapter (a test compares them), in one pass: h + s · B (A x) as two batched products.
-
-What a generated adapter is judged by: the weights it should have, or what it makes the base do.
-
-Both take tokens as the decoder writes them, normalised, ``[batch, tokens, token_dim]``.
+Several adapters run in one forward pass of the base, each on rows of its own dataset, with
+gradients into their weights: ``h + s · B (A x)`` as two batched products per module. A test
+compares this with `torch.func.functional_call` of a PeftModel, once per adapter.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from loragen.core.adapter.files import module_scaling
 from loragen.core.adapter.layout import Layout
-from loragen.core.base.load import LanguageModel
-from loragen.core.config.schema import GenTrainingSection
-from loragen.core.errors import LoragenError
-from loragen.core.generator.network import Normalization
-from loragen.core.learning.objectives.reconstruction import weighted_error
-from loragen.core.learning.objectives.transfer import KnownDatasets
-from loragen.core.lora.packing import IGNORED, Batch, answer_logits, rows_right, token_losses
+from loragen.core.base.load import empty_base, is_local
+from loragen.core.config import GenTrainConfig
+from loragen.core.data.tokenize import Example
+from loragen.core.errors import LoragenError, listing
+from loragen.core.generator.network import Network, Normalization
+from loragen.core.learning.arrays import SourceArrays
+from loragen.core.learning.data import (
+    MicroBatches,
+    PairBatch,
+    Split,
+    TrainingData,
+    draw_texts,
+    pair_of,
+    stack_pairs,
+)
+from loragen.core.learning.objectives.reconstruction import (
+    RECONSTRUCTION_METRIC,
+    Losses,
+    ReconstructionError,
+)
+from loragen.core.learning.sources import TrainingSource
+from loragen.core.learning.texts import has_rows
+from loragen.core.lora.packing import (
+    IGNORED,
+    Batch,
+    answer_logits,
+    padded,
+    rows_right,
+    token_losses,
+)
+from loragen.core.protocols import Automatic, Metric, Objective
 
+TOLERANCE = 0.01  # nats of the base's loss on a few held-out rows: less is chance
+MOST_ON_CPU = 100_000_000
+"""Parameters of a base that `auto` trains through without a GPU. A step of 64 rows of 100 tokens is
+6 · 6400 operations a parameter at most: with this many some ten seconds at 350 GFLOP/s."""
 PREFIX = "base_model.model."  # of PEFT's file keys
 
 
+class Behaviour(Objective):
+    """Minimises the base model's loss on labelled rows, with the generated adapters injected.
+
+    The reconstruction loss is added with the weight `behaviour.reconstruction_weight`.
+    """
+
+    needs_base = True
+    automatic = Automatic(
+        20,
+        "reconstruction-then-behaviour",
+        "the base and labelled rows of every dataset are available",
+    )
+
+    class Config(BaseModel, extra="forbid"):
+        """None: the options are in the section `behaviour`."""
+
+    @classmethod
+    def obstacle(cls, config: GenTrainConfig, sources: Sequence[TrainingSource]) -> str | None:
+        missing = [source.name for source in sources if not has_rows(source)]
+        if missing:
+            return f"labelled rows are missing of {listing(missing, 3)}"
+        if config.training.objective != "auto":
+            return None
+        base = config.behaviour.base_model or sources[0].base_model
+        try:
+            if not is_local(base):
+                raise LoragenError
+            with torch.device("meta"):
+                model = empty_base(base, local_files_only=True).model
+        except LoragenError:
+            return f"the base model {base} is not on this machine"
+        size = sum(parameter.numel() for parameter in model.parameters())
+        has_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+        if size > MOST_ON_CPU and not has_gpu:
+            return f"the base model has {size / 1e9:.1f} B parameters, and there is no GPU"
+        return None
+
+    def __init__(self, options: Config, data: TrainingData) -> None:  # noqa: ARG002  # it has none
+        """Raises LoragenError where the adapter is no plain LoRA on linear modules of the base."""
+        config = data.config.behaviour
+        self.data, self.reconstruction = data, ReconstructionError(data)
+        self.reconstruction_weight = config.reconstruction_weight
+        assert data.base is not None  # needs_base
+        self.base_loss = AdaptedBase(
+            data.base.model, data.layout, data.normalization, data.adapter_config
+        )
+        self.steps, self.batch_size = config.max_steps, config.batch_size
+        self.learning_rate = config.learning_rate or 1e-4
+        self.metric = RECONSTRUCTION_METRIC
+        if data.validates_rows:
+            described = "the base model's loss on held-out rows"
+            self.metric = Metric("behaviour", described, TOLERANCE)
+
+    def batches(self, process_index: int, num_processes: int) -> "BehaviourBatches":
+        return self._batches(BehaviourBatches, process_index, num_processes)
+
+    def _batches(
+        self, kind: "type[BehaviourBatches]", process_index: int, num_processes: int
+    ) -> "BehaviourBatches":
+        config = self.data.config
+        return kind(
+            self.data.sources,
+            batch_size=config.behaviour.batch_size,
+            rows_per_adapter=config.behaviour.rows_per_adapter,
+            prompts=config.data.prompts_per_condition,
+            pad_id=self.data.pad_id,
+            seed=config.seed,
+            split=self.data.split(process_index, num_processes),
+        )
+
+    def write(self, network: Network, batch: PairBatch) -> Tensor:
+        """Returns the adapters of a training batch, ``[batch, tokens, token_dim]``, normalised."""
+        tokens: Tensor = network(batch.condition, batch.mask)
+        return tokens
+
+    def loss(self, network: Network, batch: PairBatch) -> Losses:
+        assert batch.rows is not None
+        written = self.write(network, batch)
+        loss = self.base_loss(written, batch.rows)
+        metrics = {"behaviour": loss.detach()}
+        if self.reconstruction_weight:
+            beside, more = self.reconstruction(written, batch.tokens)
+            loss, metrics = loss + self.reconstruction_weight * beside, more | metrics
+        return loss, {**metrics, "loss": loss.detach()}
+
+    def validate(self, network: Network, batch: PairBatch) -> dict[str, Tensor]:
+        written = network(batch.condition, batch.mask)
+        metrics = self.reconstruction.metrics(written, batch.tokens)
+        if batch.rows is not None:
+            loss, accuracy = self.base_loss.accuracy(written, batch.rows)
+            metrics |= {"behaviour": loss, "accuracy": accuracy}
+        return metrics
+
+    def to(self, device: torch.device) -> None:
+        self.reconstruction.to(device)
+        self.base_loss.to(device)
+
+
+class BehaviourBatches(MicroBatches):
+    """Micro-batches of adapters with labelled rows of their datasets.
+
+    Every dataset comes equally often, whatever the number of its checkpoints.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SourceArrays],
+        *,
+        batch_size: int,
+        rows_per_adapter: int,
+        prompts: int,
+        pad_id: int,
+        seed: int,
+        split: Split = Split(),  # noqa: B008  # immutable
+    ) -> None:
+        """`batch_size` counts the adapters of a micro-batch, of all processes; `prompts` the prompt
+        texts of a condition. The sources have labelled rows."""
+        super().__init__(len(sources), batch_size, seed, split, "behaviour.batch_size")
+        self.sources, self.rows_per_adapter = sources, rows_per_adapter
+        self.prompts, self.pad_id = prompts, pad_id
+
+    def __getitem__(self, k: int) -> PairBatch:
+        step, drawn = self.own(k)
+        pairs: list[PairBatch] = []
+        examples: list[Example] = []
+        for position, index in drawn:
+            random, source = Random(f"behaviour:{self.seed}:{step}:{position}"), self.sources[index]
+            checkpoint = random.randrange(len(source.tokens))
+            draw = f"prompts:{random.random()}"
+            texts = draw_texts(source.texts_of(checkpoint), self.prompts, draw)
+            pairs.append(pair_of(source, texts, checkpoint))
+            assert source.rows is not None
+            examples += draw_rows(source.rows.training, self.rows_per_adapter, random)
+        return stack_pairs(pairs)._replace(rows=padded(examples, self.pad_id))
+
+
+def draw_rows(rows: Sequence[Example], count: int, random: Random) -> list[Example]:
+    """Returns `count` rows, no two the same where there are as many."""
+    return random.sample(rows, count) if len(rows) >= count else random.choices(rows, k=count)
+
+
+class AdaptedBase:
+    """The base model's loss on rows, with a generated adapter of each dataset injected."""
+
+    def __init__(
+        self,
+        model: Any,
+        layout: Layout,
+        normalization: Normalization,
+        adapter_config: Mapping[str, Any],
+    ) -> None:
+        """Raises LoragenError where the adapter is no plain LoRA on linear modules of the base."""
+        self.model, self.layout, self.normalization = model, layout, normalization
+        self.injection = Injection(model, layout, adapter_config)
+
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)
+        self.normalization = self.normalization.to(device)
+
+    def __call__(self, written: Tensor, rows: Batch) -> Tensor:
+        """Returns the mean over adapters of the mean loss of an adapter's answer tokens, in nats.
+
+        `written` is ``[adapters, tokens, token_dim]``, normalised; `rows` are equally many of every
+        adapter's dataset, in the order of the adapters. Any split of the adapters over devices has
+        the same mean.
+        """
+        return self._loss_and_logits(written, rows)[0]
+
+    @torch.no_grad()
+    def accuracy(self, written: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
+        """Returns the loss, and the share of rows whose greedy answer is right."""
+        loss, logits = self._loss_and_logits(written, rows)
+        return loss, rows_right(logits, rows).float().mean()
+
+    def _loss_and_logits(self, written: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
+        adapters = self.layout.unpack_several(self.normalization.denormalize(written.float()))
+        with self.injection.injected(adapters):
+            logits, tokens = answer_logits(self.model, rows)  # of all answer tokens
+        each = len(rows.ids) // len(written)
+        sequence = torch.arange(len(rows.ids), device=rows.ids.device)[:, None]
+        owner = (sequence // each).expand_as(rows.ids)[rows.targets != IGNORED]  # (answer tokens,)
+        losses = token_losses(logits, tokens)
+        sums = losses.new_zeros(len(written)).index_add_(0, owner, losses)
+        return (sums / torch.bincount(owner, minlength=len(written))).mean(), logits
+
+
 class Injection:
-    """The places of a layout's matrices in a base model."""
+    """The modules of a base model that an adapter of a layout changes."""
 
     def __init__(self, model: nn.Module, layout: Layout, adapter_config: Mapping[str, Any]) -> None:
         """Raises LoragenError where the adapter is no plain LoRA on linear modules of the base."""
@@ -42,7 +254,7 @@ class Injection:
             path = spec.key.removeprefix(PREFIX).partition(".lora_")[0]
             if spec.matrix not in ("lora_A", "lora_B") or len(spec.shape) != 2:
                 raise LoragenError(
-                    f"{spec.key}: only lora_A and lora_B of linear modules are known"
+                    f"{spec.key}: only lora_A and lora_B of linear modules can be injected"
                 )
             if path not in there:
                 raise LoragenError(f"the base has no module {path}, which the adapter changes")
@@ -53,21 +265,22 @@ class Injection:
 
     @contextmanager
     def injected(self, adapters: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within the block the base's batch is cut into as many equal parts as there are adapters,
-        one after the other: ``{file key: [adapters, rows, columns]}``.
+        """Within the block the base applies ``{file key: [adapters, rows, columns]}``.
 
-        Raises LoragenError in the forward pass where a module does not see the whole batch, as the
-        routed experts of a mixture do not."""
+        Its batch is cut into as many equal parts as there are adapters, in order. Raises
+        LoragenError in the forward pass where a module does not see the whole batch, as the routed
+        experts of a mixture do not.
+        """
         with ExitStack() as hooks:
             for path, module in self.modules.items():
                 a, b = (adapters[f"{PREFIX}{path}.lora_{which}.weight"] for which in "AB")
-                hook = _Added(a, b, self.scaling[path])
+                hook = _AddLora(a, b, self.scaling[path])
                 hooks.callback(module.register_forward_hook(hook).remove)
             yield
 
 
-class _Added:
-    """A forward hook that adds every part's own scaled B A x."""
+class _AddLora:
+    """A forward hook that adds the scaled B A x of each part of the batch."""
 
     def __init__(self, a: Tensor, b: Tensor, scaling: float) -> None:
         self.a, self.b, self.scaling = a, b, scaling  # (D, r, in), (D, out, r)
@@ -83,129 +296,3 @@ class _Added:
         low = torch.bmm(parts, self.a.transpose(1, 2))  # (D, rows * T, r)
         added = torch.bmm(low, self.b.transpose(1, 2))  # (D, rows * T, out)
         return output + (self.scaling * added).view_as(output).to(output)
-
-
-Losses = tuple[Tensor, dict[str, Tensor]]
-"""The loss to descend on, and what is logged of it (detached)."""
-
-
-class Reconstruction:
-    """`mse_weight · MSE + l1_weight · L1` on normalised tokens, under the mask.
-
-    With importance, an error counts as much as its token is settled: by ``1 / (1 + v)``, v being
-    the token's variance within a collection over its variance between collections (as Drag-and-Drop
-    LLMs weigh by the variance between checkpoints), scaled to a mean of 1.
-    """
-
-    def __init__(
-        self,
-        normalization: Normalization,
-        mask: Tensor,
-        options: GenTrainingSection,
-        weights: Tensor,
-    ) -> None:
-        """`mask` is the layout's ``[tokens, token_dim]`` bool, `weights` are ``[tokens, 1]``."""
-        self.normalization, self.options = normalization, options
-        self.weights = mask * weights / mask.sum()  # (tokens, token_dim): sums to 1
-        self.mask = mask
-
-    def to(self, device: torch.device) -> None:
-        self.normalization = self.normalization.to(device)
-        self.weights, self.mask = self.weights.to(device), self.mask.to(device)
-
-    def __call__(self, written: Tensor, target: Tensor, noise: float = 0.0) -> Losses:
-        """`target`: adapters as they are, not normalised; `noise`: standard deviation of what is
-        added to them, in units of their own spread."""
-        loss, mse, l1 = weighted_error(
-            written,
-            target,
-            self.normalization,
-            self.weights,
-            mse_weight=self.options.mse_weight,
-            l1_weight=self.options.l1_weight,
-            noise=noise,
-        )
-        return loss, {"loss": loss.detach(), "mse": mse, "l1": l1}
-
-    @torch.no_grad()
-    def in_own_units(self, written: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """How far the weights themselves are off."""
-        error = (written.float() - self.normalization.normalize(target)) * self.normalization.scale
-        error = torch.where(self.mask, error, 0.0)
-        count = self.mask.sum() * len(error)
-        norm = torch.linalg.vector_norm(torch.where(self.mask, target, 0.0))
-        return {
-            "mae": error.abs().sum() / count,
-            "rmse": (error.square().sum() / count).sqrt(),
-            "relative_error": torch.linalg.vector_norm(error) / norm,
-        }
-
-
-class Behaviour:
-    """The language-model loss of the base, with every generated adapter in its place, on rows of
-    the adapter's own dataset."""
-
-    def __init__(
-        self,
-        base: LanguageModel,
-        layout: Layout,
-        normalization: Normalization,
-        adapter_config: Mapping[str, Any],
-    ) -> None:
-        """Raises LoragenError where the adapter is no plain LoRA on linear modules of the base."""
-        self.model, self.layout, self.normalization = base.model, layout, normalization
-        self.injection = Injection(base.model, layout, adapter_config)
-
-    def to(self, device: torch.device) -> None:
-        self.model.to(device)
-        self.normalization = self.normalization.to(device)
-
-    def __call__(self, written: Tensor, rows: Batch) -> Losses:
-        """`rows`: equally many of every adapter's dataset, in the order of the adapters.
-
-        The mean over adapters of the mean over an adapter's answer tokens (nats): any split over
-        devices has the same mean.
-        """
-        logits, tokens, owner = self._answers(written, rows)
-        loss = mean_of_means(token_losses(logits, tokens), owner, len(written))
-        return loss, {"behaviour": loss.detach()}
-
-    @torch.no_grad()
-    def accuracy(self, written: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
-        """(the loss as above, share of rows whose greedy answer is right)."""
-        logits, tokens, owner = self._answers(written, rows)
-        loss = mean_of_means(token_losses(logits, tokens), owner, len(written))
-        return loss, rows_right(logits, rows).float().mean()
-
-    def _answers(self, written: Tensor, rows: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, tokens and the adapter of every answer token."""
-        adapters = self.layout.unpack_several(self.normalization.denormalize(written.float()))
-        with self.injection.injected(adapters):
-            logits, tokens = answer_logits(self.model, rows)
-        each = len(rows.ids) // len(written)
-        sequence = torch.arange(len(rows.ids), device=rows.ids.device)[:, None]
-        owner = (sequence // each).expand_as(rows.ids)[rows.targets != IGNORED]
-        return logits, tokens, owner
-
-
-@dataclass(frozen=True)
-class Objectives:
-    """All that a training judges adapters by."""
-
-    reconstruction: Reconstruction
-    behaviour: Behaviour | None = None
-    reconstruction_weight: float = 0.0
-    """Of the reconstruction beside the behaviour."""
-    known: KnownDatasets | None = None
-    """Where adapters are written from other datasets alone."""
-
-    def to(self, device: torch.device) -> None:
-        self.reconstruction.to(device)
-        if self.behaviour:
-            self.behaviour.to(device)
-
-
-def mean_of_means(values: Tensor, owner: Tensor, owners: int) -> Tensor:
-    """The mean over owners of the mean of each one's values."""
-    sums = values.new_zeros(owners).index_add_(0, owner, values)
-    return (sums / torch.bincount(owner, minlength=owners)).mean()

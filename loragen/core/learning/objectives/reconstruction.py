@@ -1,19 +1,106 @@
-"""The reconstruction error and its gradient in one pass.
+"""Reconstruction: the generated adapter should have the weights of the collected one.
 
-Written as separate operations, the error of adapters of 4.4 M values takes some twenty passes over
-memory and as many temporary tensors; in chunks that stay in a core's cache it takes one.
+The loss and its gradient are computed in one pass: written as separate operations, the error of
+adapters of 4.4 M values takes some twenty passes over memory and as many temporary tensors; in
+chunks that stay in a core's cache it takes one.
 """
 
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loragen.core.generator.network import Normalization
+from loragen.core.generator.network import Network, Normalization
+from loragen.core.learning.data import PairBatch, PairBatches, TrainingData
+from loragen.core.protocols import Automatic, Metric, Objective
 
 CHUNK_ON_CPU = 2**15  # values of all adapters at a time: 128 KiB of each temporary in float32
 CHUNK_ELSEWHERE = 2**26  # 256 MiB: a GPU has the bandwidth, and launching costs it more
+
+Losses = tuple[Tensor, dict[str, Tensor]]
+"""The loss to minimise, and detached metrics."""
+
+
+class Reconstruction(Objective):
+    """Minimises the error of the generated weights against the collected ones."""
+
+    automatic = Automatic(30, "reconstruction", "it needs nothing but collected adapters")
+
+    class Config(BaseModel, extra="forbid"):
+        """None: the options are in the section `training`."""
+
+    def __init__(self, options: Config, data: TrainingData) -> None:  # noqa: ARG002  # it has none
+        training = data.config.training
+        self.data, self.error = data, ReconstructionError(data)
+        self.target_noise = training.target_noise
+        steps = training.max_epochs * data.pairs().steps_per_epoch
+        self.steps = min(steps, training.max_steps or steps)
+        self.learning_rate, self.batch_size = training.learning_rate, data.config.data.batch_size
+        self.metric = RECONSTRUCTION_METRIC
+
+    def batches(self, process_index: int, num_processes: int) -> PairBatches:
+        return self.data.pairs(process_index, num_processes)
+
+    def loss(self, network: Network, batch: PairBatch) -> Losses:
+        return self.error(network(batch.condition, batch.mask), batch.tokens, self.target_noise)
+
+    def validate(self, network: Network, batch: PairBatch) -> dict[str, Tensor]:
+        return self.error.metrics(network(batch.condition, batch.mask), batch.tokens)
+
+    def to(self, device: torch.device) -> None:
+        self.error.to(device)
+
+
+RECONSTRUCTION_METRIC = Metric("loss", "the reconstruction error")
+
+
+class ReconstructionError:
+    """``mse_weight · MSE + l1_weight · L1`` on normalised tokens, without the padding.
+
+    With `training.importance` an error counts more where the checkpoints of a dataset agree on a
+    token, see `TrainingData.token_weights`.
+    """
+
+    def __init__(self, data: TrainingData) -> None:
+        self.normalization, self.mask = data.normalization, data.layout.mask()
+        self.weights = self.mask * data.token_weights / self.mask.sum()  # sums to 1
+        self.mse_weight = data.config.training.mse_weight
+        self.l1_weight = data.config.training.l1_weight
+
+    def to(self, device: torch.device) -> None:
+        self.normalization = self.normalization.to(device)
+        self.weights, self.mask = self.weights.to(device), self.mask.to(device)
+
+    def __call__(self, written: Tensor, target: Tensor, noise: float = 0.0) -> Losses:
+        """Compares ``written [batch, tokens, token_dim]``, normalised, with adapters as they are.
+
+        `noise` is the standard deviation of Gaussian noise on the normalised target.
+        """
+        loss, mse, l1 = weighted_error(
+            written,
+            target,
+            self.normalization,
+            self.weights,
+            mse_weight=self.mse_weight,
+            l1_weight=self.l1_weight,
+            noise=noise,
+        )
+        return loss, {"loss": loss.detach(), "mse": mse, "l1": l1}
+
+    @torch.no_grad()
+    def metrics(self, written: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Returns the loss and its parts, and the error of the weights in their own units."""
+        error = (written.float() - self.normalization.normalize(target)) * self.normalization.scale
+        error = torch.where(self.mask, error, 0.0)
+        count = self.mask.sum() * len(error)
+        norm = torch.linalg.vector_norm(torch.where(self.mask, target, 0.0))
+        return self(written, target)[1] | {
+            "mae": error.abs().sum() / count,
+            "rmse": (error.square().sum() / count).sqrt(),
+            "relative_error": torch.linalg.vector_norm(error) / norm,
+        }
 
 
 def weighted_error(
@@ -26,11 +113,10 @@ def weighted_error(
     l1_weight: float,
     noise: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``mse_weight · mse + l1_weight · l1``, and mse and l1 on their own, without a gradient.
+    """Returns ``mse_weight · mse + l1_weight · l1``, and mse and l1 without a gradient.
 
     `written` is normalised, `target` is not, both ``[batch, tokens, token_dim]``; `weights` are
-    ``[tokens, token_dim]`` and sum to 1; `noise` is the standard deviation of what is added to the
-    normalised target.
+    ``[tokens, token_dim]`` and sum to 1.
     """
     loss, mse, l1 = _WeightedError.apply(  # type: ignore[no-untyped-call]  # torch's
         written, target, normalization, weights, mse_weight, l1_weight, noise
@@ -51,7 +137,7 @@ class _WeightedError(torch.autograd.Function):
         noise: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, tokens, dim = written.shape
-        # In float16 it would underflow: the loss is scaled up only after it is known.
+        # A gradient in float16 would underflow: the loss is scaled up only after it is computed.
         kept = torch.float32 if written.dtype == torch.float16 else written.dtype
         gradient = torch.empty_like(written, dtype=kept) if ctx.needs_input_grad[0] else None
         ctx.dtype = written.dtype

@@ -1,61 +1,146 @@
-"""What a generator knows of every dataset when it writes an adapter from the others alone."""
+"""Transfer: behaviour, with every adapter predicted from other datasets alone (leave-one-out).
+
+As if the adapter's own dataset had never been collected; so the training is for new datasets.
+"""
 
 from collections.abc import Sequence
+from random import Random
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from loragen.core.config import GenTrainConfig
+from loragen.core.errors import UsageError
 from loragen.core.generator.network import Network
-from loragen.core.learning.arrays import CollectionSamples, SourceArrays
-from loragen.core.learning.batches import Others, condition_of, draw_texts, stacked_conditions
+from loragen.core.learning.arrays import AdapterSamples
+from loragen.core.learning.data import (
+    Others,
+    PairBatch,
+    TrainingData,
+    condition_of,
+    draw_texts,
+    stack_conditions,
+)
+from loragen.core.learning.objectives.behaviour import Behaviour, BehaviourBatches
+from loragen.core.learning.sources import TrainingSource
+from loragen.core.plugins import find
+from loragen.core.protocols import Automatic, Transfers
 
+DATASETS_PER_LEFT_OUT = 2
+"""For every dataset that a step leaves out, another has to be there to predict from."""
+MOST_OTHERS = 64
+"""Datasets that an adapter is predicted from, so that a step does not grow with their number."""
 MOST_TEXTS = 256
-"""Of each dataset, when the decoder settles: more would hardly move a mean."""
+"""Of each dataset, when the decoder is fitted: more would hardly move a mean."""
+ENCODER_TRAINS = "the encoder is trained (frozen: false)"
 
 
-class KnownDatasets:
-    """The datasets that are learned from: their prompts and their adapters' coordinates.
+class Transfer(Behaviour):
+    """Minimises the base model's loss with adapters that other datasets predict.
 
-    Nothing here grows with the number of checkpoints; prompts are read where they are needed. What
-    it gives is on the device where the network is then: a trainer may move that.
+    Only what the decoder's `Transfers.transfer_parameters` names is trained.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[SourceArrays],
-        texts: Sequence[Sequence[int]],
-        samples: CollectionSamples,
-    ) -> None:
-        """`texts[i]` are the indices of source i's texts that may be read."""
-        self.sources, self.samples = sources, samples
-        self.texts = [draw_texts(some, MOST_TEXTS, f"known:{i}") for i, some in enumerate(texts)]
+    automatic = Automatic(
+        10,
+        "transfer",
+        "the base and labelled rows of every dataset are available, and there are enough datasets "
+        "to predict each from others",
+    )
+    # The gradient is large where a dataset resembles no other one, and would drown the rest:
+    # without the limit what was measured is worse (docs/generating.md).
+    gradient_clip_val = 1.0
+
+    @classmethod
+    def obstacle(cls, config: GenTrainConfig, sources: Sequence[TrainingSource]) -> str | None:
+        if problem := super().obstacle(config, sources):
+            return problem
+        if config.training.objective not in ("auto", "transfer"):
+            return "it freezes most of the decoder, and is not combined with other objectives"
+        decoder = find("decoder", config.decoder.name)
+        options = decoder.Config(**config.decoder.options)
+        if not issubclass(decoder, Transfers) or decoder.transfer_parameters(options) is None:
+            return f"the decoder {config.decoder.name} cannot transfer, as it is configured"
+        encoder = find("encoder", config.encoder.name)
+        if not getattr(encoder.Config(**config.encoder.options), "frozen", True):
+            return ENCODER_TRAINS
+        needed = config.behaviour.batch_size * DATASETS_PER_LEFT_OUT
+        datasets = len({source.dataset for source in sources})
+        if datasets < needed:
+            return (
+                f"{datasets} datasets; behaviour.batch_size {config.behaviour.batch_size} leaves "
+                f"too few others, it needs {needed}"
+            )
+        return None
+
+    def __init__(self, options: Behaviour.Config, data: TrainingData) -> None:
+        """Raises UsageError where the encoder is trained, whatever its option is called."""
+        super().__init__(options, data)
+        if any(source.texts for source in data.sources):
+            raise UsageError(f"training.objective transfer: {ENCODER_TRAINS}; choose another one")
+        self.learning_rate = data.config.behaviour.learning_rate or 5e-4
+        self.samples = AdapterSamples(
+            [source.tokens for source in data.sources], data.normalization
+        )
         self._coordinates: Tensor | None = None
 
+    def batches(self, process_index: int, num_processes: int) -> BehaviourBatches:
+        return self._batches(TransferBatches, process_index, num_processes)
+
+    def prepare(self, network: Network) -> None:
+        """Freezes all but the parameters that the decoder's prediction trains."""
+        decoder = find("decoder", self.data.config.decoder.name)
+        options = decoder.Config(**self.data.config.decoder.options)
+        network.train_transfer_only(decoder.transfer_parameters(options))
+
+    def write(self, network: Network, batch: PairBatch) -> Tensor:
+        others = cast(Others, batch.others)
+        targets = self.coordinates(network)[others.datasets]
+        return network.predict(batch.condition, batch.mask, others.condition, others.mask, targets)
+
     def coordinates(self, network: Network) -> Tensor:
-        """``[datasets, R]``, along the directions that the network has when it is first asked: they
-        stay, and of a training that goes on they are the checkpoint's by then."""
+        """Returns the mean coordinates of each dataset's adapters, ``[datasets, R]``.
+
+        They are computed once, along the directions that the network has then: it keeps them, and
+        in a resumed run they have been loaded from the checkpoint. The result follows the network
+        to its device, which a trainer may change.
+        """
         if self._coordinates is None:
             found = network.transfers.coordinates(self.samples)  # (samples, R)
             owner = torch.tensor(self.samples.datasets, device=found.device)
-            sums = found.new_zeros(len(self.sources), found.shape[1]).index_add_(0, owner, found)
-            self._coordinates = sums / torch.bincount(owner)[:, None]
+            sums = found.new_zeros(len(self.data.sources), found.shape[1])
+            self._coordinates = sums.index_add_(0, owner, found) / torch.bincount(owner)[:, None]
         self._coordinates = self._coordinates.to(network.condition_mean.device)
         return self._coordinates
 
-    def written(self, network: Network, condition: Tensor, mask: Tensor, others: Others) -> Tensor:
-        """``[batch, tokens, token_dim]``: as the other datasets alone would have the adapters."""
-        coordinates = self.coordinates(network)[others.datasets]
-        return network.predict(condition, mask, others.condition, others.mask, coordinates)
-
     @torch.no_grad()
-    def settle(self, network: Network) -> None:
-        """The network then writes from all of them."""
-        coordinates, training = self.coordinates(network), network.training
-        device = coordinates.device
+    def finalize(self, network: Network) -> None:
+        """Fits the network to all datasets, so that it writes as it has learned to predict."""
+        targets, training = self.coordinates(network), network.training
         network.eval()
-        known = (
-            stacked_conditions([condition_of(source, texts)])
-            for source, texts in zip(self.sources, self.texts, strict=True)
+        conditions = (
+            condition_of(source, draw_texts(source.train_texts, MOST_TEXTS, f"known:{i}"))
+            for i, source in enumerate(self.data.sources)
         )
-        network.fit_known(((one.to(device), mask.to(device)) for one, mask in known), coordinates)
+        device = targets.device
+        known = ((one[None].to(device), mask[None].to(device)) for one, mask in conditions)
+        network.fit_known(known, targets)
         network.train(training)
+
+
+class TransferBatches(BehaviourBatches):
+    """Adds conditions of datasets that have no adapter in the micro-batch."""
+
+    def __getitem__(self, k: int) -> PairBatch:
+        left_out = {self.sources[index].dataset for _, index in self.drawn(k)[1]}
+        random = Random(f"others:{self.seed}:{k}")
+        others = [i for i, source in enumerate(self.sources) if source.dataset not in left_out]
+        chosen = sorted(random.sample(others, min(MOST_OTHERS, len(others))))
+        conditions = []
+        for source in (self.sources[index] for index in chosen):
+            texts = draw_texts(source.train_texts, self.prompts, f"prompts:{random.random()}")
+            conditions.append(condition_of(source, texts))
+        condition, mask = stack_conditions(conditions)
+        batch = super().__getitem__(k)
+        return batch._replace(others=Others(condition, mask, torch.tensor(chosen)))

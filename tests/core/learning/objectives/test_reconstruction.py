@@ -1,18 +1,20 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loragen.core.adapter.files import Adapter, attach_adapter, peft_config, plain_config
 from loragen.core.adapter.layout import Layout
-from loragen.core.config.schema import GenTrainingSection, LoraSection
-from loragen.core.data.rows import Row
-from loragen.core.data.tokenize import Example, pad_id, tokenize_row
+from loragen.core.config import GenTrainConfig
 from loragen.core.generator.network import Normalization, importance
-from loragen.core.learning.objectives.behaviour import Behaviour, Reconstruction
-from loragen.core.lora.evaluate import evaluate_model
-from loragen.core.lora.packing import answer_losses, padded
+from loragen.core.learning.objectives import reconstruction as module
+from loragen.core.learning.objectives.reconstruction import (
+    Reconstruction,
+    ReconstructionError,
+    weighted_error,
+)
 
 LAYOUT = Layout.of(
     {
@@ -34,8 +36,14 @@ def normalization(seed=0):
 
 
 def reconstruction(weights=None, **options):
-    weights = torch.ones(LAYOUT.tokens, 1) if weights is None else weights
-    return Reconstruction(normalization(), LAYOUT.mask(), GenTrainingSection(**options), weights)
+    return ReconstructionError(
+        SimpleNamespace(
+            config=GenTrainConfig(training=options),
+            layout=LAYOUT,
+            normalization=normalization(),
+            token_weights=torch.ones(LAYOUT.tokens, 1) if weights is None else weights,
+        )
+    )
 
 
 class TestReconstruction:
@@ -71,11 +79,11 @@ class TestReconstruction:
         loss.backward()
         assert written.grad[:, padding].eq(0).all()
         assert written.grad[:, ~padding].ne(0).all()
-        for name, value in judge.in_own_units(other, wrong).items():
-            assert value.equal(judge.in_own_units(written, target)[name]), name
+        for name, value in judge.metrics(other, wrong).items():
+            assert value.equal(judge.metrics(written, target)[name]), name
 
     def test_noise_is_on_the_target_only_where_it_is_asked_for(self):
-        judge = reconstruction(target_noise=0.5, l1_weight=0.0)
+        judge = reconstruction(l1_weight=0.0)
         target = drawn(4, 4000, *SHAPE)
         exact = normalization().normalize(target)
         assert judge(exact, target)[0] == 0
@@ -83,12 +91,23 @@ class TestReconstruction:
 
     def test_errors_in_own_units_are_those_of_the_weights(self):
         judge, written, target = reconstruction(), drawn(3, 2, *SHAPE), drawn(4, 2, *SHAPE)
-        found = judge.in_own_units(written, target)
+        found = judge.metrics(written, target)
         made = normalization().denormalize(written)
         error, wanted = (made - target)[:, LAYOUT.mask()], target[:, LAYOUT.mask()]
         assert found["mae"] == pytest.approx(error.abs().mean().item(), rel=1e-4)
         assert found["rmse"] == pytest.approx(error.square().mean().sqrt().item(), rel=1e-4)
         assert found["relative_error"] == pytest.approx((error.norm() / wanted.norm()).item(), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"), [({}, 20), ({"max_steps": 7}, 7), ({"max_steps": 99}, 20)]
+)
+def test_its_steps_are_epochs_or_fewer(settings, steps):
+    config = GenTrainConfig(training={"max_epochs": 4, **settings})
+    weights, pairs = torch.ones(LAYOUT.tokens, 1), SimpleNamespace(steps_per_epoch=5)
+    data = SimpleNamespace(config=config, layout=LAYOUT, normalization=None, token_weights=weights)
+    data.pairs = lambda: pairs
+    assert Reconstruction(Reconstruction.Config(), data).steps == steps
 
 
 def scattered(within, between, checkpoints=6, datasets=5):
@@ -131,116 +150,66 @@ class TestImportance:
         assert torch.allclose(weights, torch.ones(LAYOUT.tokens, 1))
 
 
-@pytest.fixture
-def lora():
-    return LoraSection(rank=2, alpha=8)
+BATCH, TOKENS, DIM = 3, 7, 5
+SHARES = {"mse_weight": 0.7, "l1_weight": 0.2}
 
 
 @pytest.fixture
-def config(base, lora):
-    return plain_config(peft_config(lora, base.name))
+def pieces():
+    torch.manual_seed(0)
+    normalization = Normalization(torch.randn(TOKENS, DIM), torch.rand(TOKENS, 1) + 0.5)
+    weights = torch.rand(TOKENS, DIM)
+    weights[2, 3:] = 0  # padding
+    target, written = (torch.randn(BATCH, TOKENS, DIM) for _ in range(2))
+    return written.requires_grad_(), target, normalization, weights / weights.sum()
 
 
-@pytest.fixture
-def layout(base, lora):
-    """Of an adapter of the tiny base, which is left as it was."""
-    from peft import get_peft_model
-
-    from loragen.core.adapter.files import file_keys, peft_config
-
-    model = get_peft_model(base.model, peft_config(lora))
-    tensors = file_keys({n: p.detach() for n, p in model.named_parameters() if "lora_" in n})
-    model.unload()
-    return Layout.of(tensors, 16)
+def plainly(written, target, normalization, weights):
+    error = written.float() - normalization.normalize(target)
+    mse = (error.square() * weights).sum() / BATCH
+    l1 = (error.abs() * weights).sum() / BATCH
+    return SHARES["mse_weight"] * mse + SHARES["l1_weight"] * l1, mse, l1
 
 
-@pytest.fixture
-def fitted(layout):
-    shape = (layout.tokens, layout.token_dim)
-    return Normalization(0.1 * drawn(5, *shape), drawn(6, layout.tokens, 1).abs() + 0.5)
+@pytest.mark.parametrize("chunk", [1, 2 * BATCH * DIM, 10**6])
+def test_it_is_the_weighted_mean_and_its_gradient(monkeypatch, pieces, chunk):
+    monkeypatch.setattr(module, "CHUNK_ON_CPU", chunk)
+    found, wanted = weighted_error(*pieces, **SHARES), plainly(*pieces)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+    (ours,) = torch.autograd.grad(3 * found[0], pieces[0])
+    (theirs,) = torch.autograd.grad(3 * wanted[0], pieces[0])
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    assert not ours[:, 2, 3:].any()
 
 
-@pytest.fixture
-def behaviour(base, layout, fitted, config):
-    return Behaviour(base, layout, fitted, config)
+def test_half_precision_is_compared_in_full(pieces):
+    written = pieces[0].detach().bfloat16().requires_grad_()
+    loss = weighted_error(written, *pieces[1:], **SHARES)[0]
+    assert torch.allclose(loss, plainly(written, *pieces[1:])[0], atol=1e-6)
+    loss.backward()
+    assert written.grad.dtype == torch.bfloat16
 
 
-def rows(start, count):
-    words = ("red", "green", "blue cat", "cow")
-    return [
-        Row(line=i, prompt=f"q{i}" * (1 + i % 3), response=words[i % 4])
-        for i in range(start, start + count)
-    ]
+@pytest.mark.parametrize("scale", [2.0**15, 2.0**16])
+def test_a_gradient_in_float16_survives_until_the_loss_is_scaled(pieces, scale):
+    """Divided by 1e6 it is below float16's range, and 2^16 is above it."""
+    written = pieces[0].detach().half().requires_grad_()
+    tiny = (*pieces[1:3], pieces[3] / 1e6)
+    (found,) = torch.autograd.grad(scale * weighted_error(written, *tiny, **SHARES)[0], written)
+    plain = pieces[0].detach().half().float().requires_grad_()
+    (wanted,) = torch.autograd.grad(scale * weighted_error(plain, *tiny, **SHARES)[0], plain)
+    assert wanted.abs().max() > 1e-4
+    assert torch.allclose(found.float(), wanted, rtol=2e-3, atol=1e-7)
 
 
-def examples(base, found) -> list[Example]:
-    return [tokenize_row(base.tokenizer, row, 64).example for row in found]
+def test_without_a_gradient_it_is_the_same(pieces):
+    with torch.no_grad():
+        loss = weighted_error(*pieces, **SHARES)[0]
+    assert not loss.requires_grad
+    assert torch.allclose(loss, plainly(*pieces)[0], atol=1e-6)
 
 
-def adapters(layout, several):
-    return 0.5 * drawn(7, several, layout.tokens, layout.token_dim)
-
-
-def adapted(base, layout, fitted, config, tokens):
-    """The PeftModel that one adapter of normalised tokens makes."""
-    tensors = layout.unpack(fitted.denormalize(tokens.detach()))
-    return attach_adapter(base.model, Adapter(config, tensors), "test")
-
-
-class TestBehaviour:
-    def test_it_is_the_loss_of_the_base_with_each_adapter_on_its_own_rows(
-        self, base, layout, fitted, config, behaviour
-    ):
-        """The mean over adapters of the mean over their answer tokens."""
-        written = adapters(layout, 3)
-        parts = [examples(base, rows(10 * i, 4)) for i in range(3)]
-        padding = pad_id(base.tokenizer)
-        together = padded([one for part in parts for one in part], padding)
-        loss, logged = behaviour(written, together)
-        alone = []
-        for tokens, part in zip(written, parts, strict=True):
-            model = adapted(base, layout, fitted, config, tokens)
-            alone.append(answer_losses(model, padded(part, padding)).mean().item())
-            model.unload()
-        assert max(alone) - min(alone) > 0.01
-        assert loss.item() == pytest.approx(sum(alone) / 3, rel=1e-4)
-        assert logged["behaviour"].item() == loss.item()
-
-    def test_accuracy_is_the_exact_match_of_what_it_would_write(
-        self, base, layout, fitted, config, behaviour
-    ):
-        """Of an adapter that has learned five rows; three more have other answers."""
-        asked = [*rows(0, 5), *(Row(line=i, prompt=f"q{i}", response="dog") for i in (5, 6, 7))]
-        batch = padded(examples(base, asked), pad_id(base.tokenizer))
-        known = padded(examples(base, asked[:5]), pad_id(base.tokenizer))
-        written = adapters(layout, 1).requires_grad_()
-        optimizer = torch.optim.Adam([written], lr=0.05)
-        for _ in range(60):
-            optimizer.zero_grad()
-            behaviour(written, known)[0].backward()
-            optimizer.step()
-        loss, accuracy = behaviour.accuracy(written, batch)
-        model = adapted(base, layout, fitted, config, written[0])
-        wanted = evaluate_model(model, base.tokenizer, asked, choices=False).exact_match
-        model.unload()
-        assert accuracy.item() == pytest.approx(wanted)
-        assert 0 < wanted < 1
-        assert loss.equal(behaviour(written, batch)[0])
-
-    def test_gradients_reach_every_adapter_and_not_the_base(self, base, layout, behaviour):
-        written = adapters(layout, 2).requires_grad_()
-        batch = padded(examples(base, rows(0, 4)), pad_id(base.tokenizer))
-        behaviour(written, batch)[0].backward()
-        mask = layout.mask()
-        assert (written.grad[:, mask] != 0).float().mean() > 0.9
-        assert written.grad[:, ~mask].eq(0).all()
-        assert all(weight.grad is None for weight in base.model.parameters())
-
-    def test_an_adapter_is_judged_on_its_own_rows_alone(self, base, layout, behaviour):
-        written = adapters(layout, 2).requires_grad_()
-        batch = padded(examples(base, rows(0, 6)), pad_id(base.tokenizer))
-        logits, tokens, owner = behaviour._answers(written, batch)
-        assert owner.unique().tolist() == [0, 1]
-        torch.nn.functional.cross_entropy(logits[owner == 0], tokens[owner == 0]).backward()
-        assert written.grad[0].abs().max() > 0
-        assert written.grad[1].eq(0).all()
+def test_noise_is_on_the_target(pieces):
+    quiet, noisy = (weighted_error(*pieces, **SHARES, noise=noise)[1] for noise in (0.0, 10.0))
+    assert noisy > 10 * quiet

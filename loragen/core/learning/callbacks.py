@@ -1,0 +1,275 @@
+"""What happens around the steps of a generator's training: metrics, averaging, checkpoints."""
+
+import logging
+import time
+from dataclasses import dataclass
+from math import inf, isnan
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from loragen.core.generator.model import CHECKPOINT_KEY, Generator
+from loragen.core.learning.data import PairBatch
+from loragen.core.learning.plan import Phases
+from loragen.core.progress import Step, Validation
+from loragen.core.protocols import Metric
+from loragen.core.run.directory import (
+    BEST_CHECKPOINT,
+    CHECKPOINT_SUFFIX,
+    CHECKPOINTS,
+    LAST_CHECKPOINT,
+)
+from loragen.core.run.loop import (
+    Interruption,
+    RunSession,
+    StepCallback,
+    check_loss,
+    check_weights,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which step of a training is kept: decided by validation data alone."""
+
+    metric: str | None
+    """`val_unseen/loss`; None where nothing is held out, and the last step is kept."""
+    sentence: str = "the last step (nothing was held out)"
+    """The rule, for the generator's file."""
+    tolerance: float = 0.0
+
+    def accepts(self, value: float, lowest: float | None) -> bool:
+        """Returns whether a validated step replaces the one kept so far; NaN is the worst."""
+        if lowest is None:
+            return True
+        new, old = (inf if isnan(one) else one for one in (value, lowest))
+        return new <= old + self.tolerance if self.tolerance else new < old
+
+    def label(self, value: float) -> str:
+        """Returns `val_loss=0.1234`, for a file's name."""
+        return f"val_{str(self.metric).rpartition('/')[2]}={value:.4f}"
+
+
+def select_by(metric: Metric, texts_held_out: bool, datasets_held_out: bool) -> Selection:
+    """Returns the rule for an objective's metric.
+
+    New datasets are the purpose of a generator: they decide where there are any. Where the metric
+    no longer changes by more than its tolerance, the later step is kept, as it has trained longer.
+    """
+    if not (texts_held_out or datasets_held_out):
+        return Selection(None)
+    where, what = ("val_unseen", "datasets") if datasets_held_out else ("val", "prompts")
+    key, described = f"{where}/{metric.name}", f"{metric.description} of held-out {what}"
+    if not metric.tolerance:
+        return Selection(key, f"lowest {key}, {described}")
+    rule = f"the last validated step with {key}, {described}, within {metric.tolerance} of the"
+    return Selection(key, f"{rule} lowest before", metric.tolerance)
+
+
+class GeneratorMetrics(StepCallback):
+    """Logs every optimizer step and every validation, at the true step."""
+
+    def __init__(self, session: RunSession, phases: Phases) -> None:
+        self.session, self.phases = session, phases
+        self.latest: dict[str, float] = {}
+        """Of the last step and of the last validation, in this process or before a resume."""
+        self._speed = Speed()
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._speed = Speed()
+
+    def on_step(self, trainer: Trainer, pl_module: Any, batch: PairBatch) -> None:
+        step = trainer.global_step
+        (phase, within), rate = self.phases.at(step), self.phases.rate(step)
+        speed = self._speed.after(
+            phase.objective.batch_size * trainer.accumulate_grad_batches, phase.name
+        )
+        # The mean over processes, each of which has as many pairs.
+        values = [torch.as_tensor(value).float() for value in pl_module.step_metrics.values()]
+        mean = trainer.strategy.reduce(torch.stack(values), reduce_op="mean")
+        assert isinstance(mean, torch.Tensor)
+        found = dict(zip(pl_module.step_metrics, mean.tolist(), strict=True))
+        validated = {key: value for key, value in self.latest.items() if key.startswith("val")}
+        self.latest = validated | found
+        more = {"train/lr": rate.learning_rate, "train/epoch": self.phases.epochs(step)}
+        self.session.log_metrics(found | more, step)
+        loss, of_phase = found["train/loss"], (within, phase.steps)
+        self.session.report(
+            Step(step, self.phases.total, rate.stage, loss, speed, "pairs/s", phase.name, of_phase)
+        )
+        check_loss("train/loss", loss, step, self.session.directory)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        found = validation_metrics(trainer)
+        self.latest |= found
+        self.session.log_metrics(found, trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"latest": self.latest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.latest = dict(state_dict["latest"])
+
+
+def validation_metrics(trainer: Trainer) -> dict[str, float]:
+    """Returns the metrics of the validation that has just ended."""
+    found = trainer.callback_metrics.items()
+    return {key: float(value) for key, value in found if key.startswith("val")}
+
+
+class Speed:
+    """Pairs per second: the mean over the steps of a phase in this process.
+
+    Single steps vary, and those after a validation look slow.
+    """
+
+    def __init__(self) -> None:
+        self._phase, self._pairs = "", 0
+        self._began = self._last = time.perf_counter()
+
+    def after(self, pairs: int, phase: str) -> float:
+        """Has to be called after every step, with its pairs and the name of its phase."""
+        if phase != self._phase:
+            self._phase, self._pairs, self._began = phase, 0, self._last
+        self._last = time.perf_counter()
+        self._pairs += pairs
+        return self._pairs / (self._last - self._began)
+
+
+class Averaging(StepCallback):
+    """Adds every step to the average of the weights, before it is validated or saved."""
+
+    def on_step(self, trainer: Trainer, pl_module: Any, batch: PairBatch) -> None:
+        if pl_module.averaged:
+            pl_module.averaged.update_parameters(pl_module.trained)
+
+
+class GeneratorCheckpoints(StepCallback):
+    """Keeps the best step by validation; renews last.ckpt in between and at the end.
+
+    A step that validates is saved after its validation. A new best is the newest checkpoint, and
+    replaces last.ckpt until that is due again: a resumed run never needs a best that a later one
+    has replaced. A checkpoint carries the generator's description, so that it is one itself.
+    """
+
+    def __init__(
+        self,
+        session: RunSession,
+        generator: Generator,
+        selection: Selection,
+        phases: Phases,
+        interruption: Interruption,
+        *,
+        val_every: int | None,
+        last_every: int,
+    ) -> None:
+        """`val_every` and `last_every` are optimizer steps; None: there is no validation."""
+        self.session, self.generator = session, generator
+        self.selection, self.phases, self.interruption = selection, phases, interruption
+        self.val_every, self.last_every = val_every, last_every
+        self._best: dict[str, Any] | None = None
+        self._last_step = 0
+        """Of last.ckpt, 0 where there is none: all processes decide by it, none by looking."""
+
+    @property
+    def best(self) -> Path | None:
+        """The checkpoint that validation has chosen so far."""
+        return self._folder / self._best["name"] if self._best else None
+
+    @property
+    def _folder(self) -> Path:
+        return self.session.directory / CHECKPOINTS
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.interruption.listen()
+
+    def on_step(self, trainer: Trainer, pl_module: Any, batch: PairBatch) -> None:
+        step, last = trainer.global_step, trainer.global_step == self.phases.total
+        if last:
+            trainer.should_stop = True  # Lightning then validates the last step, too
+        if not (self.val_every and (last or step % self.val_every == 0)):
+            self._after_step(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        step, metrics = trainer.global_step, validation_metrics(trainer)
+        value = metrics[str(self.selection.metric)]
+        check_loss(str(self.selection.metric), value, step, self.session.directory)
+        if self.selection.accepts(value, self._best["lowest"] if self._best else None):
+            self._keep(trainer, value)
+        assert self._best is not None  # the first validated step is the best so far
+        phase, within = self.phases.at(step)
+        best, best_within = self.phases.at(self._best["step"])
+        self.session.report(
+            Validation(phase.name, (within, phase.steps), metrics, (best.name, best_within))
+        )
+        self._after_step(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """A finished run has its last step, also where it was killed just before that."""
+        if self._last_step != trainer.global_step:
+            self._renew_last(trainer)
+        if not (self._best and trainer.is_global_zero):
+            return
+        best, within = self.phases.at(self._best["step"])
+        last = self.phases.last.name
+        if best.name != last:
+            log.warning(
+                "%s increased during the phase %s; keeping step %d of %s (a lower learning rate "
+                "may help)",
+                self.selection.metric,
+                last,
+                within,
+                best.name,
+            )
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        described = self.generator.describe_in_checkpoint(pl_module.kept, self.phases.total)
+        checkpoint[CHECKPOINT_KEY] = described
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best, "last_step": self._last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._best, self._last_step = state_dict["best"], state_dict["last_step"]
+
+    def _after_step(self, trainer: Trainer) -> None:
+        """Saves last.ckpt where it is due; an interruption saves it and ends the training."""
+        step, total = trainer.global_step, self.phases.total
+        stops = self.interruption.requested_on_any(trainer) and step < total
+        is_best = self._best is not None and self._best["step"] == step
+        if (stops or step % self.last_every == 0) and not is_best:
+            self._renew_last(trainer)
+        if stops:
+            command = f"gen train --resume {self.session.directory}"
+            raise self.interruption.error_after(step, total, command)
+
+    def _keep(self, trainer: Trainer, value: float) -> None:
+        """Saves this step as the best, in place of the one before and of last.ckpt."""
+        epoch = int(self.phases.epochs(trainer.global_step))
+        name = f"epoch={epoch}-{self.selection.label(value)}{CHECKPOINT_SUFFIX}"
+        lowest = min(value, self._best["lowest"]) if self._best else value
+        self._best = {"name": name, "lowest": lowest, "step": trainer.global_step}
+        self._last_step = 0
+        self._save(trainer, self._folder / name)
+        if trainer.is_global_zero:
+            for file in (*self._folder.glob(BEST_CHECKPOINT), self._folder / LAST_CHECKPOINT.name):
+                if file.name != name:
+                    file.unlink(missing_ok=True)
+
+    def _renew_last(self, trainer: Trainer) -> None:
+        self._last_step = trainer.global_step
+        self._save(trainer, self._folder / LAST_CHECKPOINT.name)
+
+    def _save(self, trainer: Trainer, file: Path) -> None:
+        module: Any = trainer.lightning_module
+        module.finalize()
+        check_weights(module.state_dict(), trainer.global_step, self.session.directory)
+        trainer.save_checkpoint(file, weights_only=False)  # by all processes: it has a barrier

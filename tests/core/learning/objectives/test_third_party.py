@@ -1,0 +1,104 @@
+"""An objective of another package: one class, named in the configuration."""
+
+import pytest
+import torch
+
+from loragen.core.errors import ConfigError
+from loragen.core.learning.train import GeneratorPoint, train
+from loragen.core.progress import Silent
+from loragen.core.run.directory import GENERATOR_FILE
+from loragen.core.run.loggers import read_metrics
+
+HOOKS = """
+from loragen import hookimpl
+
+@hookimpl
+def loragen_objectives():
+    return {"cosine-distance": "cosine_objective:CosineDistance"}
+"""
+OBJECTIVE = '''
+from pydantic import BaseModel, Field
+from torch.nn.functional import cosine_similarity
+
+from loragen.core.protocols import Metric, Objective
+
+
+class CosineDistance(Objective):
+    """The generated adapter should point where the collected one points."""
+
+    class Config(BaseModel, extra="forbid"):
+        steps: int = Field(4, description="Optimizer steps.")
+
+    @classmethod
+    def obstacle(cls, config, sources):
+        return None if len(sources) > 1 else "it needs two datasets"
+
+    def __init__(self, options, data):
+        self.data, self.steps = data, options.steps
+        self.learning_rate, self.batch_size = 1e-2, data.config.data.batch_size
+        self.metric = Metric("distance", "the cosine distance")
+
+    def batches(self, process_index, num_processes):
+        return self.data.pairs(process_index, num_processes)
+
+    def loss(self, network, batch):
+        loss = self.distance(network, batch)
+        return loss, {"loss": loss.detach()}
+
+    def validate(self, network, batch):
+        return {"distance": self.distance(network, batch)}
+
+    def distance(self, network, batch):
+        written = network(batch.condition, batch.mask)
+        target = self.data.normalization.normalize(batch.tokens)
+        return 1 - cosine_similarity(written.flatten(1), target.flatten(1)).mean()
+'''
+
+
+@pytest.fixture
+def config(install, gen_config):
+    """`config({...})`: trains for the cosine distance, two steps."""
+    install("their-objective", HOOKS, cosine_objective=OBJECTIVE)
+    ours = {
+        "training.objective": "cosine-distance",
+        "training.objective_options": {"cosine-distance": {"steps": 2}},
+    }
+    return lambda settings=None: gen_config({**ours, **(settings or {})})
+
+
+def test_it_is_trained_by_name_and_selects_the_step(config):
+    run = train(config(), Silent())
+    document = torch.load(run.directory / GENERATOR_FILE, weights_only=True)
+    assert document["provenance"]["trained_for"] == "2 steps of cosine-distance"
+    assert "val/distance" in document["provenance"]["chosen_by"]
+    logged = read_metrics(run.directory / "metrics.jsonl")
+    assert [entry["step"] for entry in logged if "train/loss" in entry] == [1, 2]
+    (best,) = run.directory.glob("checkpoints/epoch=*")
+    assert "val_distance=" in best.name
+    records = {(one.kind, one.name, one.distribution) for one in run.manifest.plugins}
+    assert ("objective", "cosine-distance", "their-objective") in records
+    assert GeneratorPoint.find(run.directory).step == 2
+
+
+def test_it_may_follow_another_one(config):
+    settings = {"training.objective": "reconstruction-then-cosine-distance"}
+    run = train(config({**settings, "training.max_steps": 3}), Silent())
+    document = torch.load(run.directory / GENERATOR_FILE, weights_only=True)
+    trained_for = "3 steps of reconstruction, then 2 steps of cosine-distance"
+    assert document["provenance"]["trained_for"] == trained_for
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"training.objective": "cosine-distanc"}, "training.objective: .*cosine-distance"),
+        ({"training.objective": "reconstruction-then-x"}, "training.objective: .*'x'"),
+        (
+            {"training.objective_options": {"cosine-distance": {"stepz": 1}}},
+            r"training\.objective_options\.cosine-distance\.stepz",
+        ),
+    ],
+)
+def test_what_is_wrong_in_the_configuration_is_named(config, settings, problem):
+    with pytest.raises(ConfigError, match=problem):
+        config(settings)
