@@ -82,9 +82,9 @@ def judged(demo: Demo, targets: Sequence[Target], changed: list[str], draws: int
     folders = sorted(path for path in (demo.out / "runs").iterdir() if path.is_dir())
     collected = {path.name.partition("_lora_")[0]: path for path in folders}
     runs = runs_with_prompts(demo, collected)
-    with tempfile.TemporaryDirectory() as place:
-        standard = generator_config(Path(place), demo.out / "cache", runs, demo.seed)
-        file = Path(place) / "generator.yaml"
+    with tempfile.TemporaryDirectory() as folder:
+        standard = generator_config(Path(folder), demo.out / "cache", runs, demo.seed)
+        file = Path(folder) / "generator.yaml"
         file.write_text(dump(standard), encoding="utf-8")
         config = load(GenTrainConfig, file, settings=changed, environment={})
         started = time.perf_counter()

@@ -1,7 +1,7 @@
 """The contestants of `gen eval`: for a dataset, each gives the adapters that answer its questions.
 
 Light: a command line chooses the columns of the table before torch is imported. A new column is a
-class with `entries` and its place in `CONTESTANTS`.
+class with `entries`, listed in `CONTESTANTS`.
 """
 
 import logging

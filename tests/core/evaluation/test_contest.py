@@ -63,25 +63,25 @@ def adapter_of(run):
 def test_every_column_is_scored_and_the_base_is_unchanged(setup, targets, collection):
     oracles = {one.key: adapter_of(collection.runs[one.name]) for one in targets}
     joint = adapter_of(collection.runs["colors"])
-    made = replace(setup(batch_size=8), multi_task=joint, oracles=oracles)
-    before = {key: value.clone() for key, value in made.base.model.state_dict().items()}
-    outcomes = score_contestants(made, CONTESTANTS, targets, targets)
-    after = made.base.model.state_dict()
+    shared = replace(setup(batch_size=8), multi_task=joint, oracles=oracles)
+    before = {key: value.clone() for key, value in shared.base.model.state_dict().items()}
+    outcomes = score_contestants(shared, CONTESTANTS, targets, targets)
+    after = shared.base.model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
     for one in outcomes:
         assert tuple(one.cells) == NAMES
         assert len(one.cells["generated"].scores) == 2
         assert one.cells["oracle"].seconds == [oracles[one.target.key].seconds]
         assert one.cells["base"].seconds == []
-    results = document(outcomes, made)
+    results = document(outcomes, shared)
     assert results["seconds"]["obtain"]["multi_task"] == round(joint.seconds, 4)
     json.dumps(results)
 
 
 def test_a_score_is_the_one_that_lora_eval_would_give(setup, base, targets, collection):
     oracles = {one.key: adapter_of(collection.runs[one.name]) for one in targets}
-    made = replace(setup(), oracles=oracles)
-    (outcome, _) = score_contestants(made, choose(["base", "oracle"]), targets, targets)
+    shared = replace(setup(), oracles=oracles)
+    (outcome, _) = score_contestants(shared, choose(["base", "oracle"]), targets, targets)
     rows = targets[0].rows
     alone = evaluate_model(base.model, base.tokenizer, rows, choices=False)
     assert outcome.cells["base"].scores[0].exact_match == alone.exact_match
@@ -151,8 +151,13 @@ def test_an_adapter_of_another_alpha_answers_with_its_own(base, collection, othe
 
 
 def test_only_columns_outside_the_interval_differ_significantly(outcome, setup):
-    made = {"base": [0.1], "mean_adapter": [0.6], "oracle": [1.0], "generated": [0.5, 0.6, 0.7]}
-    results = document([outcome(made)], setup())
+    accuracies = {
+        "base": [0.1],
+        "mean_adapter": [0.6],
+        "oracle": [1.0],
+        "generated": [0.5, 0.6, 0.7],
+    }
+    results = document([outcome(accuracies)], setup())
     assert results["beats"] == {"all": ["base"]}
     assert results["beaten_by"] == {"all": ["oracle"]}
     (line,) = [remark for remark in remarks(results) if remark.startswith("colors")]
@@ -180,8 +185,8 @@ def test_remarks_of_cost_and_novelty(outcome, setup):
 
 
 def test_equal_values_beat_nobody(outcome, setup):
-    made = {"base": [1 / 3], "generated": [1 / 3, 1 / 3]}
-    results = document([outcome(made)], setup())
+    accuracies = {"base": [1 / 3], "generated": [1 / 3, 1 / 3]}
+    results = document([outcome(accuracies)], setup())
     assert (results["beats"], results["beaten_by"]) == ({"all": []}, {"all": []})
 
 
@@ -199,15 +204,17 @@ def test_averages_are_over_datasets_and_their_interval_covers_both_kinds_of_chan
 
 
 def test_several_groups_replace_their_datasets(outcome, setup):
-    made = {"base": [0.0], "generated": [0.2, 0.4]}
-    results = document([outcome(made, group="both"), outcome(made, group="new_wording")], setup())
+    accuracies = {"base": [0.0], "generated": [0.2, 0.4]}
+    results = document(
+        [outcome(accuracies, group="both"), outcome(accuracies, group="new_wording")], setup()
+    )
     assert [line.name for line in table_rows(results)] == ["both", "new wording"]
     assert set(results["accuracy"]) == {"both", "new_wording"}
 
 
 def test_a_measure_that_a_dataset_lacks_has_no_average(outcome, setup):
-    made = {"base": [0.0], "generated": [0.2, 0.4]}
-    outcomes = [outcome(made), outcome(made, "animals", validity=None)]
+    accuracies = {"base": [0.0], "generated": [0.2, 0.4]}
+    outcomes = [outcome(accuracies), outcome(accuracies, "animals", validity=None)]
     results = document(outcomes, setup())
     assert "format_validity" not in results
     assert results["datasets"][0]["format_validity"] == {"base": 0.5, "generated": 0.5}

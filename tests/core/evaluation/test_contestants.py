@@ -107,9 +107,9 @@ class TestFewShot:
 
 
 def test_the_mean_adapter_is_the_mean_of_all_checkpoints(setup, targets):
-    made = setup()
-    files = [file for source in made.sources for file in source.checkpoints]
-    entry = only(MeanAdapter(made), targets[0])
+    shared = setup()
+    files = [file for source in shared.sources for file in source.checkpoints]
+    entry = only(MeanAdapter(shared), targets[0])
     for key, tensor in entry.adapter.tensors.items():
         expected = torch.stack([read_tensors(file)[key] for file in files]).mean(0)
         torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-6)
@@ -123,12 +123,12 @@ def test_the_nearest_adapter_of_a_training_dataset_is_its_own(setup, targets, co
 
 
 def test_random_prompts_are_another_datasets(setup, targets):
-    made = setup()
-    entry = only(RandomPrompts(made), targets[0], targets)
-    usual = made.generator.usual_prompts
-    foreign = made.generator.generate(targets[1].prompts[:usual])
+    shared = setup()
+    entry = only(RandomPrompts(shared), targets[0], targets)
+    usual = shared.generator.usual_prompts
+    foreign = shared.generator.generate(targets[1].prompts[:usual])
     assert equal(entry.adapter.tensors, foreign.tensors)
-    alone = only(RandomPrompts(made), targets[0], targets[:1])  # then of a training dataset
+    alone = only(RandomPrompts(shared), targets[0], targets[:1])  # then of a training dataset
     assert equal(alone.adapter.tensors, foreign.tensors)
 
 
@@ -145,8 +145,8 @@ class TestGeneratedAdapters:
 
     def test_draws_differ_and_are_the_same_for_the_same_seed(self, setup, targets):
         def draws(**options):
-            made = setup(**options)
-            return draws_of(targets[0], made.generator, made.options)
+            shared = setup(**options)
+            return draws_of(targets[0], shared.generator, shared.options)
 
         three = draws(draws=3)
         assert len({frozenset(draw) for draw in three}) == 3

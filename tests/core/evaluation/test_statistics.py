@@ -77,9 +77,9 @@ def dense(adapter):
 
 
 def test_distances_are_those_of_the_dense_matrices(setup):
-    made = setup()
+    shared = setup()
     checkpoints = [
-        read_checkpoint(source.checkpoints[-1], source.adapter_config) for source in made.sources
+        read_checkpoint(source.checkpoints[-1], source.adapter_config) for source in shared.sources
     ]
     adapters = [Adapter(one.config, one.tensors) for one in checkpoints]
     found = DeltaSet(adapters).distances(checkpoints[1].deltas())
@@ -88,12 +88,12 @@ def test_distances_are_those_of_the_dense_matrices(setup):
 
 
 def test_an_adapter_that_repeats_a_checkpoint_is_not_new(setup, targets, monkeypatch):
-    made = setup()
-    copied = made.sources[1].checkpoints[2]
-    read = read_checkpoint(copied, made.sources[1].adapter_config)
+    shared = setup()
+    copied = shared.sources[1].checkpoints[2]
+    read = read_checkpoint(copied, shared.sources[1].adapter_config)
     monkeypatch.setattr(Generator, "generate", lambda *_: Adapter(read.config, read.tensors))
-    one = novelty(made, targets).novelties[0]
-    assert one.nearest == f"{made.sources[1].name}/{copied.stem}"
+    one = novelty(shared, targets).novelties[0]
+    assert one.nearest == f"{shared.sources[1].name}/{copied.stem}"
     assert one.to_nearest == pytest.approx(0, abs=1e-5)
     assert one.to_mean > 0.01
 
