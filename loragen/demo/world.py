@@ -34,6 +34,12 @@ PROMPT_REPEATS = 2
 """Rows about each training creature whose prompts the generator reads, a part of those that the
 adapters are trained on: more would mostly take time to embed."""
 
+WRITTEN = (
+    *("data", "runs", "oracles", "multi_task", "experiments", "cache", "generated"),
+    *("world.yaml", "results.json", "results.md", "results.png"),
+)
+"""The files and directories of a demo, which `--force` replaces."""
+
 VALUES: dict[str, tuple[str, ...]] = {
     "color": ("red", "blue", "green", "yellow", "purple", "black"),
     "size": ("tiny", "small", "medium", "large", "huge", "giant"),
@@ -303,8 +309,8 @@ def prepare_demo(out: Path, seed: int, world_file: Path | None, force: bool) -> 
     """Writes the world file and all datasets below `out`: training and test splits in both kinds of
     wordings, and the prompts that the generator reads.
 
-    Raises ConfigError for a faulty world file, UsageError rather than replace anything but an
-    earlier demo.
+    `force` replaces an earlier demo, and leaves files that are not the demo's. Raises ConfigError
+    for a faulty world file, UsageError where `out` has files but no earlier demo.
     """
     demo = Demo(out, seed, World.load(world_file))
     world_text = (world_file or WORLD_FILE).read_text(encoding="utf-8")
@@ -313,7 +319,11 @@ def prepare_demo(out: Path, seed: int, world_file: Path | None, force: bool) -> 
             raise UsageError(f"{out} exists already; choose another --output or add --force")
         if not (out / "world.yaml").is_file():
             raise UsageError(f"{out} is not the directory of a demo; choose another --output")
-        shutil.rmtree(out)
+        for path in (out / name for name in WRITTEN):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "world.yaml", world_text)
     for pair in PAIRS:

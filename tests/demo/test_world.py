@@ -133,3 +133,12 @@ def test_a_directory_that_is_no_demo_is_not_changed(tmp_path):
         with pytest.raises(UsageError, match=str(tmp_path.name)):
             prepare_demo(tmp_path, 0, None, force)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_force_replaces_an_earlier_demo_and_nothing_else(tmp_path):
+    out = tmp_path / "out"
+    prepare_demo(out, 0, None, force=False)
+    for name in ("thesis.tex", "runs", "results.md"):
+        (out / name).write_text("text", encoding="utf-8")
+    prepare_demo(out, 0, None, force=True)
+    assert {path.name for path in out.iterdir()} == {"world.yaml", "data", "thesis.tex"}

@@ -51,7 +51,8 @@ def train_multi_task(
         write_text(file, text)
     most_steps = MOST_STEPS * sum(run.manifest.max_steps for run in runs)
     config = multi_task_config(_recipe(runs[0].config, base, cache), most_steps)
-    run = _train_once(config, "multi-task", Dataset(file), _TrainingBase(config, base), progress)
+    dataset = Dataset(file, "multi-task")
+    run = _train_once(config, dataset, _TrainingBase(config, base), progress)
     return TrainedAdapter(run, best_checkpoint(run))
 
 
@@ -70,7 +71,7 @@ def train_oracles(
     training_base, oracles = _TrainingBase(config, base), {}
     for target in targets:
         assert target.train is not None  # `check_oracles`
-        run = _train_once(config, target.name, target.train, training_base, progress)
+        run = _train_once(config, target.train, training_base, progress)
         oracles[target.key] = TrainedAdapter(run, run.checkpoints[-1])
     return oracles
 
@@ -134,12 +135,11 @@ class _TrainingBase:
 
 
 def _train_once(
-    config: LoraTrainConfig, name: str, dataset: Dataset, base: _TrainingBase, progress: Progress
+    config: LoraTrainConfig, dataset: Dataset, base: _TrainingBase, progress: Progress
 ) -> LoraRun:
-    dataset = Dataset(dataset.source, name)
-    known = earlier_runs(config, Task(dataset, name)).finished
+    known = earlier_runs(config, Task(dataset, dataset.name)).finished
     if known and known.manifest.base_fingerprint == base.fingerprint:
-        log.info("%s: already trained, %s", name, known.directory)
+        log.info("%s: already trained, %s", dataset.name, known.directory)
         return known
     try:
         return train_adapter(config, dataset, base.model, progress)

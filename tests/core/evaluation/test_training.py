@@ -65,6 +65,7 @@ def test_an_oracle_learns_the_train_split_and_other_data_train_another(
     assert manifest.steps == [8]
     if changed:
         write_lines(root / "colors" / "train.jsonl", rows_of(COLORS, 9))
+        found = find_targets(["colors"], root)
     again = train_oracles(found, setup().sources, base, cache, Silent())
     assert (again == first) is not changed
 
