@@ -67,9 +67,8 @@ def modules_figure(modules: Sequence[ModuleReport]) -> str:
         layers = sorted({module.layer for module in modules})
         cells: dict[tuple[int, int], list[ModuleReport]] = {}
         for module in modules:
-            cells.setdefault((kinds.index(module.kind), layers.index(module.layer)), []).append(
-                module
-            )
+            cell = kinds.index(module.kind), layers.index(module.layer)
+            cells.setdefault(cell, []).append(module)
         norm, rank = np.full((2, len(kinds), len(layers)), np.nan)
         for cell, of in cells.items():
             # Several modules of one kind in a layer (experts): the norm of all, the mean rank.
@@ -138,7 +137,7 @@ def overlay_figure(reports: Sequence[SeriesReport]) -> str:
             x, unit = _x_positions([d.checkpoint for d in report.drift])
             units.add(unit)
             drift = [d.from_first for d in report.drift]
-            panel.plot(x, drift, _line(i), color=_colour(i), label=report.name)
+            panel.plot(x, drift, **_line_style(i), label=report.name)
         panel.set(xlabel=" or ".join(sorted(units)), ylabel="‖ΔW − first ΔW‖", title="drift")
         _legend(panel, len(reports))
 
@@ -157,24 +156,20 @@ def comparison_figure(comparison: Comparison) -> str:
             matrix.set(xticks=numbers, yticks=numbers, xticklabels=numbers + 1)
             matrix.set(yticklabels=[f"{i + 1}" for i in numbers])
         matrix.set(xlabel="series", ylabel="series")
-        _joint_plane(plane, comparison)
+        if comparison.pca is None:
+            plane.set_axis_off()
+            plane.text(0.5, 0.5, "all series are equal", ha="center")
+            return
+        points = _points(plane, comparison.pca)
+        ends = list(accumulate((len(files) for files in comparison.checkpoints), initial=0))
+        for i, name in enumerate(comparison.collections):
+            own, style = points[ends[i] : ends[i + 1]], _line_style(i)
+            plane.plot(*own.T, **style, linewidth=1)
+            plane.plot(*own[-1], "o", color=style["color"], label=f"{i + 1} {name}")
+        plane.set_title("principal components of all (dot: the last)")
+        _legend(plane, len(numbers))
 
     return _svg(draw, 8.6, 3.8)
-
-
-def _joint_plane(plane: "Axes", comparison: Comparison) -> None:
-    if comparison.pca is None:
-        plane.set_axis_off()
-        plane.text(0.5, 0.5, "all series are equal", ha="center")
-        return
-    points = _points(plane, comparison.pca)
-    ends = list(accumulate((len(files) for files in comparison.checkpoints), initial=0))
-    for i, name in enumerate(comparison.collections):
-        own = points[ends[i] : ends[i + 1]]
-        plane.plot(*own.T, _line(i), color=_colour(i), linewidth=1)
-        plane.plot(*own[-1], "o", color=_colour(i), label=f"{i + 1} {name}")
-    plane.set_title("principal components of all (dot: the last)")
-    _legend(plane, len(comparison.collections))
 
 
 def _points(axes: "Axes", pca: PrincipalComponents) -> np.ndarray:
@@ -215,13 +210,10 @@ def _legend(panel: "Axes", lines: int) -> None:
         panel.legend(fontsize=8, loc="best")
 
 
-def _colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
-
-
-def _line(number: int) -> str:
-    """Changes once the colours are used up."""
-    return STYLES[number // len(COLOURS) % len(STYLES)]
+def _line_style(number: int) -> dict[str, str]:
+    """The line style changes once the colours are used up."""
+    style = STYLES[number // len(COLOURS) % len(STYLES)]
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": style}
 
 
 def _x_positions(checkpoints: Sequence[str]) -> tuple[np.ndarray, str]:
