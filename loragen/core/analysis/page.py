@@ -210,7 +210,7 @@ def _legend(panel: "Axes", lines: int) -> None:
         panel.legend(fontsize=8, loc="best")
 
 
-def _line_style(number: int) -> dict[str, str]:
+def _line_style(number: int) -> dict[str, Any]:
     """The line style changes once the colours are used up."""
     style = STYLES[number // len(COLOURS) % len(STYLES)]
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": style}
