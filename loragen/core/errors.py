@@ -1,6 +1,6 @@
 """The errors that become one line on stderr, and the exit codes they carry.
 
-Anything else that escapes is a bug of ours.
+Any other exception that reaches the user is a bug.
 """
 
 from collections.abc import Iterable, Sequence
@@ -35,21 +35,22 @@ class ConfigError(UsageError):
 
 
 class PluginError(UsageError):
-    """A plugin that was asked for is unknown, clashes with another, or breaks its promise."""
+    """A chosen plugin is unknown, clashes with another, or breaks its protocol."""
 
 
 class DataError(LoragenError):
-    """A file was found but what it holds is not what it should be."""
+    """The content of a file is not what it should be."""
 
 
-class Interrupted(LoragenError):  # noqa: N818  # nothing went wrong
-    """The user, or the scheduler, wanted the training to stop; it can be gone on with."""
+class Interrupted(LoragenError):  # noqa: N818  # not a failure
+    """The user, or the scheduler, has stopped the training, which can be resumed."""
 
     exit_code = EXIT_INTERRUPTED
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, the first of several problems; of a stranger's error also its kind."""
+    """Returns an error in one line: the first of several problems; of any other error its class and
+    message."""
     if isinstance(error, LoragenError):
         more = f" (and {len(error.problems) - 1} more)" if len(error.problems) > 1 else ""
         return f"{error.problems[0]}{more}" if error.problems else "no message"
@@ -58,13 +59,13 @@ def one_line(error: BaseException) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'sbert'?"`, or nothing where no known word is near."""
+    """Returns `" Did you mean 'sbert'?"`, or an empty text where no known word is similar."""
     near = get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def listing(words: Sequence[str], limit: int = 12) -> str:
-    """`"a, b, c"`, cut after `limit` words with a count of the rest; `"none"` for no words."""
+    """Returns `"a, b, c"`, cut after `limit` words with a count of the rest; `"none"` for none."""
     shown = ", ".join(words[:limit]) or "none"
     rest = len(words) - limit
     return f"{shown} and {rest} more" if rest > 0 else shown

@@ -1,39 +1,33 @@
-"""Files that are never half-written, and the hashes that name their content.
+"""Files that are never half-written, hashes of their content, names, and one check of the hub."""
 
-Whether the Hugging Face hub can be asked: one short look, since its libraries retry for half a
-minute and more on a machine without network.
-"""
-
-import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-import socket
 import tempfile
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
 
 from loragen.core.errors import UsageError
 
-LONGEST_NAME = 120
-"""Bytes; file systems take 255, and suffixes, numbers and temporary names come to it."""
+MAX_NAME_BYTES = 120
+"""File systems allow 255; suffixes, numbers and temporary names are added."""
 RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[\d¹²³])(\..*)?", re.IGNORECASE)
-"""Devices of Windows, whatever the ending."""
+"""The names of devices on Windows, with any suffix."""
+HUB_TIMEOUT = 10
+"""Seconds to wait for the hub's answer."""
 
 
 @contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it once the block has succeeded.
+    """Yields a temporary path beside `path`, and renames it to `path` once the block has succeeded.
 
-    Write a file or make a directory there; on an error all is as it was.
+    The block writes a file or makes a directory there; after an error, everything is as before.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -54,48 +48,50 @@ def written_atomically(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """What a process killed inside `written_atomically` has left below `directory`."""
+    """Removes what a process killed inside `written_atomically` has left below `directory`."""
     for holder in [*directory.glob(".*.*"), *directory.glob("*/.*.*")]:
         if holder.is_dir():
             shutil.rmtree(holder, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 with line feeds, atomically."""
     with written_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: Path, document: Any) -> None:
+    """Writes a document as indented JSON, atomically."""
     write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 def refuse_existing(path: Path, force: bool, marker: str) -> None:
-    """Raises UsageError where `path` exists, unless the user said `--force` and it is an earlier
-    output of the same kind: a directory with the file `marker` in it, or an empty one."""
+    """Raises UsageError where `path` exists. An empty directory may be replaced; with `force` also
+    an earlier output of the same kind, a directory with the file `marker` in it."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not force:
-        raise UsageError(f"{path} exists already; choose another place or add --force")
+        raise UsageError(f"{path} exists already; choose another path or add --force")
     if not (path / marker).is_file():
         raise UsageError(f"{path} has no {marker}: --force replaces only earlier outputs")
 
 
 def refuse_file(directory: Path) -> None:
-    """Raises UsageError where `directory`, or one above it, is a file."""
-    for place in (directory, *directory.parents):
-        if place.exists() and not place.is_dir():
-            raise UsageError(f"{place} is a file; --output is a directory")
+    """Raises UsageError where `directory`, or a parent of it, is a file."""
+    for path in (directory, *directory.parents):
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path} is a file; --output is a directory")
 
 
 def absent(path: Path, what: str) -> str:
-    """That there is no such thing, or that it is another: `d is a directory, not a file`."""
+    """Returns what is wrong with a path: `d: no such file`, or `d is a directory, not a file`."""
     if not path.exists():
         return f"{path}: no such {what}"
     return f"{path} is a {'directory' if path.is_dir() else 'file'}, not a {what}"
 
 
 def user_path(text: str) -> Path:
-    """With `~` replaced; as it stands where nobody is called that."""
+    """Returns a path with `~` expanded, or unchanged where there is no such user."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -103,20 +99,20 @@ def user_path(text: str) -> Path:
 
 
 def file_name(text: str, otherwise: str = "unnamed") -> str:
-    """Of any text, a name that every file system takes: letters, digits, `_`, `.` and `-`."""
+    """Turns any text into a name that every file system takes: letters, digits, `_`, `.`, `-`."""
     name = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", text)).strip(".-")
-    name = name.encode()[:LONGEST_NAME].decode(errors="ignore").strip(".-")
+    name = name.encode()[:MAX_NAME_BYTES].decode(errors="ignore").strip(".-")
     return f"_{name}" if RESERVED.fullmatch(name) else name or otherwise
 
 
 def sha256(path: Path) -> str:
-    """The hex digest of a file's bytes, read in pieces."""
+    """Returns the hex digest of a file's bytes, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_text(*parts: str) -> str:
-    """The hex digest of several texts; their borders count."""
+    """Returns the hex digest of several texts; where one ends and the next starts counts."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode()
@@ -126,30 +122,36 @@ def sha256_text(*parts: str) -> str:
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Sorts `layers.2` before `layers.10`."""
+    """Returns a sort key that puts `layers.2` before `layers.10`."""
     parts = re.split(r"(\d+)", name)
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 
 
-SECONDS_TO_ANSWER = 10
-SILENT = (socket.gaierror, ConnectionError, TimeoutError, HTTPException)
-UNREACHABLE = (errno.ENETUNREACH, errno.EHOSTUNREACH)
-
-
 @cache
-def silence() -> str | None:
-    """Why the hub cannot be asked, and what to do; None where it answers or is not to be asked."""
+def hub_problem() -> str | None:
+    """Returns why the Hugging Face hub cannot be reached, and what to do; None where it answers or
+    is not to be asked.
+
+    One short request, because the hub's libraries retry for half a minute without a network.
+    """
+    import errno
+    import socket
+    from http.client import HTTPException
+    from urllib.request import Request, urlopen
+
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
         return None
+    unreachable = (socket.gaierror, ConnectionError, TimeoutError, HTTPException)
     try:
-        urlopen(Request(ENDPOINT, method="HEAD"), timeout=SECONDS_TO_ANSWER).close()
+        urlopen(Request(ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT).close()
     except ValueError:
-        return f"HF_ENDPOINT {ENDPOINT} is no address: it begins with https://"
-    except (OSError, HTTPException) as error:
+        return f"HF_ENDPOINT {ENDPOINT} is not a URL; it begins with https://"
+    except (OSError, HTTPException) as error:  # an HTTP status is an answer
         reason = getattr(error, "reason", error)
-        if isinstance(reason, SILENT) or getattr(reason, "errno", None) in UNREACHABLE:
+        number = getattr(reason, "errno", None)
+        if isinstance(reason, unreachable) or number in (errno.ENETUNREACH, errno.EHOSTUNREACH):
             mirror = "" if os.environ.get("HF_ENDPOINT") else "HF_ENDPOINT names a mirror, "
             return (
                 f"{ENDPOINT} does not answer ({reason}); "

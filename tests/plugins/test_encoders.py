@@ -86,7 +86,7 @@ def test_a_missing_hub_id_is_one_line(tmp_path, monkeypatch):
 
 
 def test_an_unreachable_hub_is_named(monkeypatch):
-    monkeypatch.setattr(sbert, "silence", lambda: "the hub does not answer")
+    monkeypatch.setattr(sbert, "hub_problem", lambda: "the hub does not answer")
     with pytest.raises(LoragenError, match="the hub does not answer"):
         create("encoder", "sbert", {"model": "no-one/none"})
 

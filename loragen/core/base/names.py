@@ -1,4 +1,4 @@
-"""What a base model may be called: the demo's, a directory, or a hub id."""
+"""The names of base models: the demo's, a directory, or a hub id."""
 
 from importlib.resources import files
 from typing import Literal
@@ -8,13 +8,13 @@ from loragen.core.errors import UsageError
 from loragen.core.files import user_path
 
 BaseDtype = Literal["", "float32", "bfloat16", "float64"]
-"""What a frozen base computes in; empty where that is not known or none was loaded."""
+"""The dtype in which a frozen base computes; empty if it is not known or none was loaded."""
 
 
 def resolve_base(name: str) -> str:
-    """What transformers is asked for: the shipped demo base, a directory, or a hub id.
+    """Returns what transformers loads: the shipped demo base, a directory, or a hub id.
 
-    Raises UsageError for a path that is not there, which transformers would take for a hub id.
+    Raises UsageError for a missing path, which transformers would take for a hub id.
     """
     if name == DEMO:
         return str(files("loragen").joinpath("demo", "base"))
@@ -23,12 +23,12 @@ def resolve_base(name: str) -> str:
         if not (path / "config.json").is_file():
             raise UsageError(f"base model {name}: the directory has no config.json")
         return str(path)
-    if is_place(name):
+    if is_path(name):
         raise UsageError(f"base model {name}: no such directory")
     return name
 
 
-def is_place(name: str) -> bool:
-    """Whether a model's name can only be a directory's, and not a hub id."""
+def is_path(name: str) -> bool:
+    """Whether a model's name can only be that of a directory, not a hub id."""
     rooted = user_path(name).is_absolute() or name.startswith((".", "~"))
     return rooted or "\\" in name or name.count("/") > 1

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loragen.core.errors import DataError, UsageError
-from loragen.core.files import file_name, sha256, sha256_text, silence
+from loragen.core.files import file_name, hub_problem, sha256, sha256_text
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 NESTED_KEYS = ("messages", "conversations", "choices", "history")
@@ -117,7 +117,7 @@ def read_hub(identifier: str, config: str | None, split: str) -> Iterable[dict[s
             f"hub dataset {identifier}: needs the package datasets, which is not installed: "
             "pip install 'loragen[data]'"
         ) from None
-    why = None if Path(identifier).is_dir() else silence()
+    why = None if Path(identifier).is_dir() else hub_problem()
     if why:
         raise UsageError(f"hub dataset {identifier}: {why}")
     if not sys.stderr.isatty():

@@ -14,7 +14,7 @@ from typing import Any
 from loragen.core.adapter import CONFIG_FILE
 from loragen.core.adapter.files import read_adapter
 from loragen.core.adapter.layout import Layout
-from loragen.core.base.names import is_place, resolve_base
+from loragen.core.base.names import is_path, resolve_base
 from loragen.core.config.load import Problem, problems_at
 from loragen.core.config.schema import GenDataSection, GenTrainConfig, SourceSection
 from loragen.core.data.documents import content_hash, location, parsed_source
@@ -290,7 +290,7 @@ def missing_gen_paths(config: GenTrainConfig) -> list[Problem]:
     if base is not None:
         found += problems_at(("behaviour", "base_model"), resolve_base, base)
     model = str(config.encoder.options.get("model", ""))  # of an encoder that has this option
-    if is_place(model) and not user_path(model).is_dir():
+    if is_path(model) and not user_path(model).is_dir():
         found.append((("encoder", "model"), f"{model}: no such directory"))
     return found
 

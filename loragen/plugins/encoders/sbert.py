@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from loragen import LoragenError
-from loragen.core.files import silence, user_path
+from loragen.core.files import hub_problem, user_path
 
 PACKAGED = "all-MiniLM-L6-v2"
 """The model that the extra `loragen[offline]` contains."""
@@ -48,7 +48,7 @@ class SentenceBert(nn.Module):
 
         self.config = config
         source = _source(config.model)
-        unreachable = None if isinstance(source, Path) else silence()
+        unreachable = None if isinstance(source, Path) else hub_problem()
         local = isinstance(source, Path) or unreachable is not None
         bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # of loading weights, which takes a moment
