@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,6 +118,19 @@ def test_merged_models_answer_as_the_base_with_the_adapter(generator, base_dir, 
     assert "library_name: transformers" in card
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, ("out of distribution", "1.7", "'a'")),
+        ({"far": False, "vague": True, "prompts_per_draw": 4}, ("4 prompts", "at least 64")),
+        ({"far": False, "vague": True, "prompts_per_draw": 1}, ("1 prompt is", "at least 64")),
+    ],
+)
+def test_prompts_unlike_those_of_the_training_are_warned_of(changes, words):
+    warning = replace(FAR, training_prompts=64, **changes).warning()
+    assert [word for word in words if word not in warning] == []
+
+
 class TestCard:
     def test_the_front_matter_is_yaml_for_the_hub(self):
         _, front, text = adapter_card(FAR).split("---\n", 2)
@@ -130,14 +144,10 @@ class TestCard:
         assert 'AutoModelForCausalLM.from_pretrained("owner/base: 1")' in text
 
     def test_only_a_hub_id_is_linked(self, base_dir):
-        from dataclasses import replace
-
         for base in ("demo", str(base_dir)):
             card = adapter_card(replace(FAR, base_model=base))
             assert "base_model:" not in card.split("---\n")[1]
         assert "resolve_base" in adapter_card(replace(FAR, base_model="demo"))
 
     def test_an_unknown_distance_is_stated(self):
-        from dataclasses import replace
-
         assert "is not known" in adapter_card(replace(FAR, distance=None, far=False))
