@@ -4,7 +4,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,11 +21,11 @@ from loragen.cli.options import (
     SkipBadRows,
     with_old_files,
 )
-from loragen.core.config import LoraTrainConfig, Override, dump, load
 from loragen.core.errors import DataError, Interrupted, LoragenError, UsageError
-from loragen.core.lora.collect import collect
-from loragen.core.lora.tasks import Task, TaskOutcome, earlier_runs, find_tasks
-from loragen.core.run.directory import CONFIG, TEST_MODE_STEPS, LoraManifest, LoraRun, Run
+
+if TYPE_CHECKING:
+    from loragen.core.config import LoraTrainConfig
+    from loragen.core.lora.tasks import Task, TaskOutcome
 
 app = typer.Typer(no_args_is_help=True, help="Train LoRA adapters, evaluate one, export it.")
 
@@ -85,6 +85,10 @@ def lora_train(
     Needs nothing but --dataset. Prints the run directory of each dataset. A dataset that has been
     trained already is skipped, and one that fails does not stop the others.
     """
+    from loragen.core.config import LoraTrainConfig, Override, load
+    from loragen.core.lora.tasks import find_tasks
+    from loragen.core.run.directory import CONFIG, TEST_MODE_STEPS, LoraManifest, Run
+
     given = [
         (("base_model",), base_model, "--base-model"),
         (("data", "root"), data_root, "--data-root"),
@@ -123,6 +127,7 @@ def lora_train(
         _report([_resume(resolved, chosen[0], resume)], json)
     else:
         from loragen.cli.progress import terminal_progress
+        from loragen.core.lora.collect import collect
 
         _report(collect(resolved, chosen, terminal_progress(), force), json)
 
@@ -249,13 +254,16 @@ def lora_export(
 
 
 def _dry_run(
-    config: LoraTrainConfig, tasks: Sequence[Task], resume: Path | None, json: bool
+    config: "LoraTrainConfig", tasks: "Sequence[Task]", resume: Path | None, json: bool
 ) -> None:
     """Checks everything that can be checked without training, and prints the configuration.
 
     Reads every file and builds the adapter without weights. Raises DataError for bad files, all at
     once; UsageError if the adapter does not fit the base.
     """
+    from loragen.core.config import dump
+    from loragen.core.lora.tasks import earlier_runs
+
     if resume:
         from loragen.core.lora.train import LoraPoint
 
@@ -299,13 +307,10 @@ def _dry_run(
         render.answer(dump(config).rstrip())
 
 
-def _launch_commands(config: LoraTrainConfig, arguments: Sequence[str]) -> list[str]:
+def _launch_commands(config: "LoraTrainConfig", arguments: Sequence[str]) -> list[str]:
     """How to start these arguments on several devices or machines; empty for one device."""
-    nodes, accelerator, devices = (
-        config.trainer.num_nodes,
-        config.trainer.accelerator,
-        str(config.trainer.devices),
-    )
+    nodes, accelerator = config.trainer.num_nodes, config.trainer.accelerator
+    devices = str(config.trainer.devices)
     if devices in ("auto", "-1"):  # torchrun's word for all there are
         devices = "1" if accelerator == "cpu" else "gpu"
     elif "," in devices:
@@ -330,10 +335,12 @@ def _launch_commands(config: LoraTrainConfig, arguments: Sequence[str]) -> list[
     ]
 
 
-def _resume(config: LoraTrainConfig, task: Task, path: Path) -> TaskOutcome:
+def _resume(config: "LoraTrainConfig", task: "Task", path: Path) -> "TaskOutcome":
     from loragen.cli.progress import terminal_progress
     from loragen.core.data.dataset import Dataset
+    from loragen.core.lora.tasks import TaskOutcome
     from loragen.core.lora.train import LoraPoint, load_resumed_base, train_adapter
+    from loragen.core.run.directory import LoraRun
 
     point = LoraPoint.find(path)
     if point.is_finished(config):
@@ -345,12 +352,11 @@ def _resume(config: LoraTrainConfig, task: Task, path: Path) -> TaskOutcome:
     render.note(f"{point.directory}: found {found}; {then}")
     base = load_resumed_base(point, config)
     dataset = Dataset(task.dataset.source, point.manifest.dataset.name)
-    progress = terminal_progress()
-    run = train_adapter(config, dataset, base, progress, point, task.validation)
+    run = train_adapter(config, dataset, base, terminal_progress(), point, task.validation)
     return TaskOutcome(task, "trained", run)
 
 
-def _report(outcomes: Sequence[TaskOutcome], json: bool) -> None:
+def _report(outcomes: "Sequence[TaskOutcome]", json: bool) -> None:
     """Prints the answer, then raises LoragenError for what failed, or Interrupted.
 
     Only the first process of a launcher does: if another one exited with an error while the first
@@ -358,14 +364,27 @@ def _report(outcomes: Sequence[TaskOutcome], json: bool) -> None:
     """
     if not render.is_first_process():
         return
+    documents: list[dict[str, object]] = []
+    rows: list[tuple[object, ...]] = []
+    for outcome in outcomes:
+        name, run, status = outcome.task.name, outcome.run, outcome.status
+        if run:
+            documents.append({"run": str(run.directory), **run.manifest.model_dump()})
+            seconds = run.manifest.seconds if status == "trained" else None
+            rows.append((name, status, run.manifest.final_loss, seconds, str(run.directory)))
+        else:
+            dataset = {"name": name, "path": str(outcome.task.dataset)}
+            documents.append({"run": None, "status": status, "dataset": dataset})
+            documents[-1]["reason"] = outcome.reason
+            # Errors are printed below, on lines of their own.
+            rows.append((name, status, None, None, None if outcome.error else outcome.reason))
+        documents[-1]["outcome"] = status
+        if run and not json:
+            render.answer(str(run.directory))
     if json:
-        render.answer_json([_document(outcome) for outcome in outcomes])
-    else:
-        for outcome in outcomes:
-            if outcome.run:
-                render.answer(str(outcome.run.directory))
+        render.answer_json(documents)
     if len(outcomes) > 1:
-        render.note(_summary(outcomes))
+        render.note(render.columns(("dataset", "status", "loss", "seconds", "run"), rows))
     stopped = [one for one in outcomes if one.status == "interrupted"]
     failed = [one for one in outcomes if one.status == "failed"]
     lines = []
@@ -378,29 +397,3 @@ def _report(outcomes: Sequence[TaskOutcome], json: bool) -> None:
         raise Interrupted(*lines) from cause
     if failed:
         raise LoragenError(*lines) from cause
-
-
-def _document(outcome: TaskOutcome) -> dict[str, Any]:
-    if outcome.run:
-        run = {"run": str(outcome.run.directory), **outcome.run.manifest.model_dump()}
-        return {**run, "outcome": outcome.status}
-    task = outcome.task
-    return {
-        "run": None,
-        "status": outcome.status,
-        "dataset": {"name": task.name, "path": str(task.dataset)},
-        "outcome": outcome.status,
-        "reason": outcome.reason,
-    }
-
-
-def _summary(outcomes: Sequence[TaskOutcome]) -> str:
-    rows = []
-    for outcome in outcomes:
-        manifest = outcome.run.manifest if outcome.run else None
-        seconds = manifest.seconds if manifest and outcome.status == "trained" else None
-        loss = manifest.final_loss if manifest else None
-        what = None if outcome.error else outcome.reason  # errors are printed on lines of their own
-        what = str(outcome.run.directory) if outcome.run else what
-        rows.append((outcome.task.name, outcome.status, loss, seconds, what))
-    return render.columns(("dataset", "status", "loss", "seconds", "run"), rows)

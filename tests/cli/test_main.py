@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 from loragen import __version__
@@ -42,6 +45,15 @@ def test_an_interrupt_is_exit_code_130(loragen, raising):
     result = loragen("config", "init", "lora")
     assert result.exit_code == 130
     assert result.stderr == "error: interrupted\n"
+
+
+def test_the_help_imports_no_configuration():
+    """pydantic and the schemas take longer than all the rest of `--help`."""
+    code = "import sys, loragen.cli.main; print({'pydantic', 'yaml', 'torch'} & {*sys.modules})"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "set()\n"
 
 
 def test_no_command_shows_the_help(loragen):
