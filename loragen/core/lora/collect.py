@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Protocol
 
 from loragen.core.config import LoraTrainConfig
 from loragen.core.errors import Interrupted, LoragenError, UsageError
 from loragen.core.lora.tasks import Task, TaskOutcome, earlier_runs
-from loragen.core.lora.worker import JobResult, StatusFile, TrainingJob
+from loragen.core.lora.worker import JobResult, Launcher, StatusFile, TrainingJob, Worker
 from loragen.core.progress import Progress
 from loragen.core.run.directory import LoraManifest, Run
 
@@ -94,7 +93,7 @@ def _train(
         with ray_cluster(config) as launcher:
             yield from _train_in_workers(config, tasks, progress, launcher)
     elif several and _needs_workers(config):
-        yield from _train_in_workers(config, tasks, progress, LocalLauncher(config))
+        yield from _train_in_workers(config, tasks, progress, Launcher(Subprocess))
     else:
         yield from _train_in_this_process(config, tasks, progress)
 
@@ -151,41 +150,14 @@ def _train_in_this_process(
 # ---------------------------------------------------------------------------- worker processes
 
 
-class Worker(Protocol):
-    """A process that runs a training job."""
-
-    def is_running(self) -> bool: ...
-
-    def interrupt(self) -> None:
-        """Asks it to save its step and to end."""
-
-    def kill(self) -> None:
-        """Ends it."""
-
-    def exit_reason(self) -> str:
-        """Why it has ended, where it has reported no result."""
-
-
-class Launcher(Protocol):
-    """What starts workers: subprocesses of this process, or tasks of a Ray cluster."""
-
-    folder: Path | None
-    """A directory that the workers see, for their status files; None: any temporary one."""
-    max_concurrent: int
-    max_retries: int
-    grace_seconds: float
-    """How long a worker may take to save its step, once it is interrupted."""
-
-    def start(self, task: Task, resume: Path | None, status: StatusFile) -> Worker: ...
-
-
 @dataclass
 class _Attempt:
-    """The current worker of a task, and what it has reported."""
+    """A task in training: its current worker, and what that has reported."""
 
     task: Task
-    worker: Worker
+    job: TrainingJob
     status: StatusFile
+    worker: Worker
     failures: int = 0
     started: bool = False
     directory: Path | None = None
@@ -203,8 +175,27 @@ class _Attempt:
             self.directory = report.directory or self.directory
             self.result = report.result or self.result
 
-    def outcome(self, config: LoraTrainConfig, interrupted: bool) -> TaskOutcome:
-        """The outcome once the worker has ended."""
+    def retry(self, launcher: Launcher) -> bool:
+        """Starts the worker again where it has failed through no fault of the user."""
+        result = self.result
+        if (result and not result.traceback) or self.failures == launcher.max_retries:
+            return False
+        self.failures += 1
+        log.warning(
+            "%s: %s; %s (retry %d of %d)",
+            self.task.name,
+            result.reason if result else self.worker.exit_reason(),
+            f"resuming {self.directory}" if self.directory else "starting again",
+            self.failures,
+            launcher.max_retries,
+        )
+        self.job.resume, self.result = self.directory, None
+        self.status = StatusFile(self.status.path.with_suffix(f".{self.failures}.jsonl"))
+        self.worker = launcher.start(self.job, self.status)
+        return True
+
+    def outcome(self, runs_dir: str, interrupted: bool) -> TaskOutcome:
+        """Returns the outcome once the worker has ended."""
         result = self.result
         if result is None and interrupted:
             reason = "interrupted before its training began" if self.started else "not started"
@@ -217,7 +208,7 @@ class _Attempt:
             if result.traceback:
                 error.add_note(result.traceback)  # for --debug
             return TaskOutcome(self.task, "failed", None, result.reason, error)
-        directory = Path(config.runs_dir) / self.directory.name  # as the user wrote runs_dir
+        directory = Path(runs_dir) / self.directory.name  # as the user wrote runs_dir
         return TaskOutcome(self.task, "trained", Run.open(directory, LoraManifest))
 
 
@@ -249,7 +240,11 @@ def _train_in_workers(
                 ):
                     task = waiting.pop(0)
                     status = StatusFile(Path(folder) / f"{len(waiting)}.jsonl")
-                    running.append(_Attempt(task, launcher.start(task, None, status), status))
+                    dataset = task.dataset
+                    job = TrainingJob(
+                        config=task.config(config), name=dataset.name, location=dataset.location
+                    )
+                    running.append(_Attempt(task, job, status, launcher.start(job, status)))
                 if interruption.requested and kill_at == inf:
                     kill_at = time.monotonic() + launcher.grace_seconds
                     for attempt in running:
@@ -260,11 +255,11 @@ def _train_in_workers(
                     attempt.forward_reports(progress, config.training.max_steps)
                     if not ended and time.monotonic() < kill_at:
                         continue
-                    if ended and not interruption.requested and _retry(attempt, launcher):
+                    if ended and not interruption.requested and attempt.retry(launcher):
                         continue
                     running.remove(attempt)
                     if ended:
-                        yield attempt.outcome(config, interruption.requested)
+                        yield attempt.outcome(config.runs_dir, interruption.requested)
                     else:
                         attempt.worker.kill()
                         reason = f"did not stop within {launcher.grace_seconds:g} s, killed"
@@ -275,48 +270,8 @@ def _train_in_workers(
                 attempt.worker.kill()
 
 
-def _retry(attempt: _Attempt, launcher: Launcher) -> bool:
-    """Starts the worker again where it has failed through no fault of the user."""
-    result = attempt.result
-    if (result and not result.traceback) or attempt.failures == launcher.max_retries:
-        return False
-    attempt.failures += 1
-    log.warning(
-        "%s: %s; %s (retry %d of %d)",
-        attempt.task.name,
-        result.reason if result else attempt.worker.exit_reason(),
-        f"resuming {attempt.directory}" if attempt.directory else "starting again",
-        attempt.failures,
-        launcher.max_retries,
-    )
-    attempt.result = None
-    attempt.status = StatusFile(attempt.status.path.with_suffix(f".{attempt.failures}.jsonl"))
-    attempt.worker = launcher.start(attempt.task, attempt.directory, attempt.status)
-    return True
-
-
-class LocalLauncher:
-    """Starts one subprocess at a time, from which Lightning starts those of further devices."""
-
-    folder: Path | None = None
-    max_concurrent, max_retries = 1, 0
-    grace_seconds = inf
-
-    def __init__(self, config: LoraTrainConfig) -> None:
-        self._config = config
-
-    def start(self, task: Task, resume: Path | None, status: StatusFile) -> "LocalWorker":
-        job = TrainingJob(
-            config=task.config(self._config),
-            name=task.name,
-            location=task.dataset.location,
-            resume=resume,
-        )
-        return LocalWorker(job, status)
-
-
-class LocalWorker:
-    """A subprocess that runs a training job."""
+class Subprocess:
+    """A worker on this machine, from which Lightning starts those of further devices."""
 
     def __init__(self, job: TrainingJob, status: StatusFile) -> None:
         job_file = status.path.with_suffix(".json")

@@ -14,17 +14,17 @@ from typing import Any
 from loragen.core.config import LoraTrainConfig
 from loragen.core.errors import UsageError, one_line
 from loragen.core.lora.settings import with_absolute_paths
-from loragen.core.lora.tasks import Task
-from loragen.core.lora.worker import StatusFile, TrainingJob, run_job
+from loragen.core.lora.worker import Launcher, TrainingJob, run_job
 
 log = logging.getLogger(__name__)
 
 STORE_BYTES = 100 * 2**20
 """Of a cluster started here: only configurations pass through its object store."""
+GRACE_SECONDS = 60.0
 
 
 @contextmanager
-def ray_cluster(config: LoraTrainConfig) -> Iterator["RayLauncher"]:
+def ray_cluster(config: LoraTrainConfig) -> Iterator[Launcher]:
     """Connects to Ray; a cluster that was started here ends with the block.
 
     Raises UsageError where Ray is not installed, there is no such cluster, or no machine of it has
@@ -57,47 +57,35 @@ def ray_cluster(config: LoraTrainConfig) -> Iterator["RayLauncher"]:
                 )
         if not needs["GPU"] and resources.get("GPU"):
             log.warning("launcher.num_gpus is 0: the %d GPUs stay idle", resources["GPU"])
-        yield RayLauncher(ray, config)
+        runs_dir = Path(config.runs_dir).absolute()
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        task = ray.remote(
+            num_cpus=config.launcher.num_cpus,
+            num_gpus=config.launcher.num_gpus,
+            max_calls=1,  # a new process for every dataset, which frees all its memory
+            max_retries=0,  # Ray's own retries would not resume
+        )(run_job)
+        yield Launcher(
+            lambda job, status: RayWorker(ray, task.remote(_absolute(job, config), status.path)),
+            folder=runs_dir,
+            max_concurrent=config.launcher.max_concurrent or 10**6,  # Ray itself queues the rest
+            max_retries=config.launcher.max_retries,
+            grace_seconds=GRACE_SECONDS,
+        )
     finally:
         ray.shutdown()
 
 
-class RayLauncher:
-    """Starts a task of the cluster per dataset, in a process of its own."""
-
-    grace_seconds = 60.0
-
-    def __init__(self, ray: Any, config: LoraTrainConfig) -> None:
-        settings = config.launcher
-        self.max_concurrent = (
-            settings.max_concurrent or 10**6
-        )  # as many as the cluster has room for
-        self.max_retries = settings.max_retries
-        # Workers have another working directory; and without a GPU they use the CPU, where Ray
-        # itself would leave them all on the first GPU.
-        self._config = with_absolute_paths(config)
-        self._config.runs_dir = str(Path(config.runs_dir).absolute())
-        self._config.data.root = str(Path(config.data.root).absolute())
-        if not settings.num_gpus and config.trainer.accelerator == "auto":
-            self._config.trainer.accelerator = "cpu"
-        self.folder: Path | None = Path(self._config.runs_dir)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._ray = ray
-        self._run_job = ray.remote(
-            num_cpus=settings.num_cpus,
-            num_gpus=settings.num_gpus,
-            max_calls=1,  # a new process for every dataset, which frees all its memory
-            max_retries=0,  # Ray's own retries would not resume
-        )(run_job)
-
-    def start(self, task: Task, resume: Path | None, status: StatusFile) -> "RayWorker":
-        config = task.config(self._config)
-        if Path(task.argument).is_file():
-            config.data.dataset = task.dataset.location
-        job = TrainingJob(
-            config=config, name=task.name, location=task.dataset.location, resume=resume
-        )
-        return RayWorker(self._ray, self._run_job.remote(job, status.path))
+def _absolute(job: TrainingJob, config: LoraTrainConfig) -> TrainingJob:
+    """Returns the job for a process with another working directory."""
+    own = with_absolute_paths(job.config)
+    own.runs_dir = str(Path(own.runs_dir).absolute())
+    own.data.root = str(Path(own.data.root).absolute())
+    if own.data.dataset and Path(own.data.dataset).is_file():
+        own.data.dataset = job.location
+    if not config.launcher.num_gpus and own.trainer.accelerator == "auto":
+        own.trainer.accelerator = "cpu"  # Ray itself would leave all workers on the first GPU
+    return job.model_copy(update={"config": own})
 
 
 class RayWorker:

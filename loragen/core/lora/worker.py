@@ -8,10 +8,12 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from textwrap import shorten
-from typing import Literal
+from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -78,6 +80,34 @@ class StatusFile:
                     return
                 self._position += len(line)
                 yield WorkerReport.model_validate_json(line)
+
+
+class Worker(Protocol):
+    """A worker process, as its parent sees it."""
+
+    def is_running(self) -> bool: ...
+
+    def interrupt(self) -> None:
+        """Asks it to save its step and to end."""
+
+    def kill(self) -> None:
+        """Ends it."""
+
+    def exit_reason(self) -> str:
+        """Why it has ended, where it has reported no result."""
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """How workers are started: as subprocesses, or as tasks of a Ray cluster."""
+
+    start: Callable[[TrainingJob, StatusFile], Worker]
+    folder: Path | None = None
+    """A directory that the workers see, for their status files; None: any temporary one."""
+    max_concurrent: int = 1
+    max_retries: int = 0
+    grace_seconds: float = inf
+    """How long a worker may take to save its step, once it is interrupted."""
 
 
 class _Reporter(Silent, logging.Handler):

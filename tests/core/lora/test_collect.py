@@ -1,4 +1,4 @@
-"""What is done is skipped, what fails stops nothing, and nothing is trained twice by mistake."""
+"""Finished runs are skipped, a failure stops no other dataset, and nothing is trained twice."""
 
 import json
 import os
@@ -31,7 +31,7 @@ QUICK = {"training.max_steps": 2, "checkpoints.first_step": 2, "final_model": "n
 
 
 class Recorded(Silent):
-    """Keeps what a collection told; may end it at a step."""
+    """Records the events of a collection; may interrupt it at a step."""
 
     def __init__(self, stop=None):
         self.steps, self.outcomes, self.stop_at = [], [], stop
@@ -90,20 +90,20 @@ class TestTasks:
         with pytest.raises(UsageError, match="twice"):
             find_tasks(config, ["colors", "animals", file], every=False)
 
-    def test_all_names_that_are_not_there_come_at_once(self, lora_config, collection):
+    def test_all_unknown_names_are_reported_at_once(self, lora_config, collection):
         config = lora_config({"data.root": str(collection.data)})
         with pytest.raises(UsageError) as error:
             find_tasks(config, ["color", "animals", "x.jsonl"], every=False)
         assert len(error.value.problems) == 2
 
     @pytest.mark.parametrize("root, part", [("none", "none"), (".", "--all")])
-    def test_all_of_nothing_and_all_beside_some(self, lora_config, root, part):
+    def test_all_without_datasets_or_beside_named_ones(self, lora_config, root, part):
         config = lora_config({"data.root": root})
         with pytest.raises(UsageError, match=part):
             find_tasks(config, ["x"] if root == "." else [], every=True)
 
 
-class TestWhatIsDone:
+class TestEarlierRuns:
     @pytest.fixture
     def config(self, collection):
         return load(LoraTrainConfig, collection.runs["colors"] / "config.yaml", environment={})
@@ -131,14 +131,14 @@ class TestWhatIsDone:
             ({"collection": ["a"]}, True),
         ],
     )
-    def test_what_decides_the_result_decides(
+    def test_only_settings_that_decide_the_result_matter(
         self, lora_config, config, colors, collection, settings, same
     ):
         home = {"runs_dir": str(collection.runs["colors"].parent)}
         found = earlier_runs(lora_config({**home, **settings}), colors).finished
         assert (found is not None) == same
 
-    def test_a_dtype_that_was_asked_for_is_not_auto(self, lora_config, named):
+    def test_a_dtype_that_was_configured_is_not_auto(self, lora_config, named):
         (task,) = named("one")
         asked = lora_config({**QUICK, "base_dtype": "bfloat16"})
         (outcome,) = collect(asked, [task], Recorded())
@@ -146,7 +146,7 @@ class TestWhatIsDone:
         assert earlier_runs(asked, task).finished
         assert earlier_runs(lora_config(QUICK), task).finished is None
 
-    def test_other_bytes_are_another_dataset(self, config, collection, tmp_path):
+    def test_a_changed_file_is_another_dataset(self, config, collection, tmp_path):
         file = tmp_path / "colors.jsonl"
         file.write_bytes(collection.file("colors").read_bytes())
         assert earlier_runs(config, Task(Dataset(file, "colors"), "x")).finished
@@ -159,7 +159,7 @@ class TestWhatIsDone:
         config.base_model = f"./{base.name}"
         assert earlier_runs(config, colors).finished
 
-    def test_a_damaged_manifest_is_no_reason_not_to_train(self, lora_config, named):
+    def test_a_run_with_a_damaged_manifest_is_ignored(self, lora_config, named):
         (task,) = named("one")
         config = lora_config(QUICK)
         (first,) = collect(config, [task], Recorded())
@@ -168,7 +168,9 @@ class TestWhatIsDone:
 
 
 class TestCollect:
-    def test_a_bad_file_and_a_failing_run_stop_nothing(self, lora_config, named, monkeypatch):
+    def test_a_bad_file_and_a_failing_run_stop_no_other_dataset(
+        self, lora_config, named, monkeypatch
+    ):
         found = named("one", "two", "three", "four")
         bad(found[1])
 
@@ -178,18 +180,16 @@ class TestCollect:
             return train_adapter(config, dataset, *rest)
 
         monkeypatch.setattr("loragen.core.lora.train.train_adapter", fails_on_three)
-        told = Recorded()
-        outcomes = collect(lora_config(QUICK), found, told)
+        recorded = Recorded()
+        outcomes = collect(lora_config(QUICK), found, recorded)
         assert [one.status for one in outcomes] == ["trained", "failed", "failed", "trained"]
         assert [one.task for one in outcomes] == found
         assert outcomes[1].reason.startswith(f"{found[1].dataset}:1: 'response' is missing")
         assert outcomes[2].reason == "RuntimeError: out of memory"
-        assert told.outcomes == ["two", "one", "three", "four"]  # files first
-        assert told.stopped
+        assert recorded.outcomes == ["two", "one", "three", "four"]  # files first
+        assert recorded.stopped
 
-    def test_the_base_is_loaded_once_and_not_at_all_where_all_is_done(
-        self, lora_config, named, monkeypatch
-    ):
+    def test_the_base_is_loaded_once_and_only_to_train(self, lora_config, named, monkeypatch):
         loads = []
         monkeypatch.setattr(
             "loragen.core.base.load.load_training_base",
@@ -198,10 +198,10 @@ class TestCollect:
         config, found = lora_config(QUICK), named("one", "two")
         first = collect(config, found, Recorded())
         assert loads == [1]
-        told = Recorded()
-        again = collect(config, found, told)
+        recorded = Recorded()
+        again = collect(config, found, recorded)
         assert loads == [1]
-        assert told.steps == []
+        assert recorded.steps == []
         assert [one.status for one in again] == ["skipped", "skipped"]
         assert [one.run.directory for one in again] == [one.run.directory for one in first]
         assert "--force trains it again" in again[0].reason
@@ -227,7 +227,7 @@ class TestCollect:
         assert [one.status for one in outcomes] == ["trained", "interrupted", "interrupted"]
         assert [one.error is not None for one in outcomes] == [False, True, True]
 
-    def test_what_goes_wrong_with_a_single_dataset_is_raised(self, lora_config, named):
+    def test_the_error_of_a_single_dataset_is_raised(self, lora_config, named):
         (task,) = named("one")
         with pytest.raises(Interrupted):
             collect(lora_config(QUICK), [task], Recorded(stop=("one", 1)))
@@ -259,7 +259,7 @@ class TestCollect:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo is not tested there")
-def test_several_devices_get_a_process_per_dataset(
+def test_several_devices_train_each_dataset_in_a_worker(
     lora_config, named, tmp_path, monkeypatch, capfd
 ):
     """Lightning's launcher leaves its variables in the environment of that process, not in ours."""
@@ -305,7 +305,7 @@ def test_a_resumed_run_keeps_its_settings_and_is_found_again(lora_config, named)
     assert earlier_runs(config, task).finished.directory == run.directory
 
 
-def test_what_a_failed_dataset_held_is_let_go(lora_config, named):
+def test_the_memory_of_a_failed_dataset_is_freed(lora_config, named):
     """One that ran out of memory must not keep its batch while the others train."""
     held = []
 
@@ -322,7 +322,7 @@ def test_what_a_failed_dataset_held_is_let_go(lora_config, named):
     assert held[0]() is None
 
 
-def test_skipping_bad_rows_trains_nothing_again_that_had_none(lora_config, named):
+def test_skip_bad_rows_changes_nothing_for_a_file_without_bad_rows(lora_config, named):
     """It is what the error of another dataset has advised."""
     (task,) = named("one")
     collect(lora_config(QUICK), [task], Recorded())
@@ -339,7 +339,7 @@ def test_other_validation_rows_are_another_run(lora_config, named, dataset):
     assert earlier_runs(config, task).finished is None
 
 
-def test_what_cannot_even_be_looked_at_stops_nothing(lora_config, named, monkeypatch):
+def test_an_error_of_the_file_system_stops_no_other_dataset(lora_config, named, monkeypatch):
     found = named("one", "two")
 
     def look(config, task):

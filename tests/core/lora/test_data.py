@@ -12,7 +12,7 @@ from loragen.core.lora.train import new_adapter
 def module(lora_config, dataset, tokenizer):
     """`module({...}, accumulation)`: the data module of a trainer that has done no step."""
 
-    def make(settings=None, accumulation=1):
+    def new(settings=None, accumulation=1):
         config = lora_config({"training.packing": False, **(settings or {})})
         rows = load_rows(config, Dataset(dataset(), "colors"), tokenizer)
         made = LoraDataModule(rows, config, pad_id=0)
@@ -21,7 +21,7 @@ def module(lora_config, dataset, tokenizer):
         )
         return made
 
-    return make
+    return new
 
 
 @pytest.mark.parametrize("accumulation, processes", [(3, 1), (1, 3), (2, 4)])

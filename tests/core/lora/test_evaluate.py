@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from loragen.core.data.rows import Row
+from loragen.core.data.dataset import Dataset, Row
 from loragen.core.data.tokenize import answer_ids, pad_id, prompt_ids, tokenize_row
 from loragen.core.lora.evaluate import choice_accuracy, evaluate_model, generate, log_likelihoods
 from loragen.core.lora.packing import answer_losses, padded
@@ -15,18 +15,18 @@ def row(prompt, response, **more):
 
 
 class Oracle(nn.Module):
-    """A model that answers as it is told: after a known prompt, the tokens of its answer.
+    """A model that gives a fixed answer to every known prompt.
 
     Its likelihoods prefer the same tokens, by a little.
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, tokenizer, told):
+    def __init__(self, tokenizer, answers):
         super().__init__()
-        self.told = [
+        self.answers = [
             (prompt_ids(tokenizer, prompt), answer_ids(tokenizer, answer))
-            for prompt, answer in told.items()
+            for prompt, answer in answers.items()
         ]
         self.end, self.size = tokenizer.eos_token_id, len(tokenizer)
         self.head = nn.Identity()
@@ -35,7 +35,7 @@ class Oracle(nn.Module):
         return self.head
 
     def next_token(self, ids):
-        for prompt, answer in self.told:
+        for prompt, answer in self.answers:
             for length in range(len(answer)):
                 if ids[len(ids) - len(prompt) - length :] == [*prompt, *answer[:length]]:
                     return answer[length]
@@ -58,7 +58,7 @@ class Oracle(nn.Module):
 
 @pytest.fixture
 def oracle(tokenizer):
-    return lambda told: Oracle(tokenizer, told)
+    return lambda answers: Oracle(tokenizer, answers)
 
 
 def test_exact_match_is_the_share_of_rows_answered_as_labelled(tokenizer, oracle):
@@ -71,10 +71,10 @@ def test_exact_match_is_the_share_of_rows_answered_as_labelled(tokenizer, oracle
 
 
 def test_generation_gives_the_answers_in_the_order_of_rows(tokenizer, oracle):
-    told = {"a": "red", "a much longer prompt": "blue", "cc": "cat"}
-    rows = [row(prompt, answer) for prompt, answer in told.items()]
+    answers = {"a": "red", "a much longer prompt": "blue", "cc": "cat"}
+    rows = [row(prompt, answer) for prompt, answer in answers.items()]
     for size in (1, 2, 32):
-        assert generate(oracle(told), tokenizer, rows, size) == list(told.values())
+        assert generate(oracle(answers), tokenizer, rows, size) == list(answers.values())
 
 
 def test_a_real_model_writes_the_same_alone_and_beside_others(base):
@@ -87,10 +87,9 @@ def test_a_real_model_writes_the_same_alone_and_beside_others(base):
 def test_a_trained_adapter_is_measured_on_its_own_rows(train_lora, base, dataset):
     """One answer to everything is learned in seconds: a score whose value is known."""
     from loragen.core.adapter.files import attach_adapter, read_adapter
-    from loragen.core.data.rows import read_rows
 
     file = dataset([{"prompt": f"q {i}", "response": "blue"} for i in range(4)])
-    rows = read_rows(file)
+    rows = Dataset(file).rows()
     assert evaluate_model(base.model, base.tokenizer, rows).exact_match == 0.0
     run = train_lora(
         {

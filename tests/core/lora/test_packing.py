@@ -1,17 +1,322 @@
-"""Packed rows of real architectures, tiny and random: equal to padded ones, or not packed."""
+"""The layout of batches, the loss at answer positions, and which architectures can be packed."""
 
 import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 
-from loragen.core.base.load import load_training_base
+from loragen.core.adapter.files import attach_adapter, read_adapter
+from loragen.core.base.load import load_base, load_training_base
 from loragen.core.data.dataset import Dataset
-from loragen.core.data.tokenize import Example
-from loragen.core.lora.packing import Cost, answer_losses, model_cost, packed, packing_cost, padded
+from loragen.core.data.tokenize import Example, tokenize_row
+from loragen.core.lora.evaluate import generate
+from loragen.core.lora.packing import (
+    IGNORED,
+    PADDING,
+    PREFIX,
+    Cost,
+    answer_logits,
+    answer_losses,
+    balanced_bins,
+    block_mask,
+    cheapest_bins,
+    model_cost,
+    num_answers,
+    packed,
+    packing_cost,
+    padded,
+    rows_right,
+    shared_prefix_length,
+)
 from loragen.core.lora.train import train_adapter
 from loragen.core.progress import Silent
+
+PAD = 99
+TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=8)  # few, so that prefixes are shared
+COSTS = st.builds(Cost, st.floats(0.0, 100.0), st.floats(0.0, 100.0))
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=20)
+
+
+@st.composite
+def examples(draw):
+    """Rows of a dataset: some begin alike, some are equal."""
+    prefix = draw(st.lists(st.integers(0, 3), max_size=6))
+    rows = []
+    for _ in range(draw(st.integers(1, 9))):
+        answer = draw(TOKENS)
+        rows.append(Example([*prefix, *draw(TOKENS), *answer], len(answer)))
+    return rows
+
+
+def rows_of(batch):
+    """(ids, positions, targets) of every row, as the model meets them: a prefix, then its own."""
+    found = []
+    for ids, positions, segments, targets in zip(*batch[:4], strict=True):
+        own = [s for s in segments.unique().tolist() if s > PREFIX] or [PREFIX]
+        for segment in own:
+            mine = (segments == PREFIX) | (segments == segment)
+            found.append(tuple(t[mine].tolist() for t in (ids, positions, targets)))
+    return sorted(found)
+
+
+def wanted_of(examples):
+    rows = []
+    for item in examples:
+        targets = [IGNORED] * len(item.ids)
+        start = len(item.ids) - item.answer
+        targets[start - 1 : -1] = item.ids[start:]
+        rows.append((item.ids, list(range(len(item.ids))), targets))
+    return sorted(rows)
+
+
+@given(examples(), COSTS)
+def test_every_row_can_be_had_back(rows, cost):
+    for batch in (padded(rows, PAD), packed(rows, PAD, cost)):
+        assert rows_of(batch) == wanted_of(rows)
+        assert int((batch.targets != IGNORED).sum()) == num_answers(rows) == batch.step_answers
+    assert packed(rows, PAD, cost).packed
+    assert not padded(rows, PAD).packed
+
+
+@given(examples(), COSTS)
+def test_padding_is_at_the_end_and_is_nothing(rows, cost):
+    for batch in (padded(rows, PAD), packed(rows, PAD, cost)):
+        padding = batch.segments == PADDING
+        assert (batch.ids[padding] == PAD).all()
+        assert (batch.targets[padding] == IGNORED).all()
+        ends = (~padding).sum(1)
+        assert int(ends.max()) == padding.shape[1]  # some sequence needs the whole length
+        for row, end in zip(padding, ends.tolist(), strict=True):
+            assert not row[:end].any()
+
+
+@given(examples(), COSTS)
+def test_a_token_sees_what_it_would_see_alone(rows, cost):
+    """All of its row so far, at the same positions; and nothing of another row."""
+    batch = packed(rows, PAD, cost)
+    mask = block_mask(batch.segments)
+    count, length = batch.ids.shape
+    assert mask.shape == (count, 1, length, length)
+    assert mask.dtype == torch.bool
+    assert mask.any(-1).all()  # a query that sees nothing gives NaN
+    for sequence in range(count):
+        for query in range(length):
+            seen = mask[sequence, 0, query]
+            segment = int(batch.segments[sequence, query])
+            if segment == PADDING:
+                continue
+            assert set(batch.segments[sequence, seen].tolist()) <= {PREFIX, segment}
+            position = int(batch.positions[sequence, query])
+            assert batch.positions[sequence, seen].tolist() == list(range(position + 1))
+
+
+@given(examples())
+def test_the_prefix_is_the_longest_that_leaves_every_row_its_last_prompt_token(rows):
+    shared = shared_prefix_length(rows)
+    prompts = [len(item.ids) - item.answer for item in rows]
+    assert 0 <= shared < min(prompts)
+    heads = {tuple(item.ids[:shared]) for item in rows}
+    assert len(heads) == 1
+    longer = {tuple(item.ids[: shared + 1]) for item in rows}
+    assert len(longer) > 1 or shared == min(prompts) - 1
+
+
+def test_equal_rows_are_each_their_own():
+    row = Example([1, 2, 3, 4, 5], 2)
+    batch = packed([row] * 3, PAD, Cost(token=1.0, pair=0.0))
+    assert batch.ids.tolist() == [[1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5]]
+    assert batch.segments.tolist() == [[0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 2, 3, 4, 2, 3, 4]]
+    assert batch.targets.tolist() == [[-100, -100, 4, 5, -100, 4, 5, -100, 4, 5, -100]]
+
+
+def test_a_single_row():
+    row = Example([1, 2, 3], 1)
+    for batch in (packed([row], PAD, Cost(1.0, 1.0)), padded([row], PAD)):
+        assert batch.ids.tolist() == [[1, 2, 3]]
+        assert batch.targets.tolist() == [[-100, 3, -100]]
+
+
+@pytest.mark.parametrize("pad", [padded, lambda *a: packed(a[0], a[1], Cost(1.0, 1.0), *a[2:])])
+def test_the_num_answers_the_step_are_those_given(pad):
+    rows = [Example([1, 2, 3], 1), Example([1, 5, 6, 7], 2)]
+    assert pad(rows, PAD).step_answers == 3
+    assert pad(rows, PAD, 12).step_answers == 12
+
+
+def test_moving_keeps_everything():
+    batch = packed([Example([1, 2, 3], 1)] * 2, PAD, Cost(1.0, 1.0), 7)
+    moved = batch.to(torch.device("cpu"))
+    assert (moved.step_answers, moved.packed) == (7, True)
+    assert all(a.equal(b) for a, b in zip(moved[:4], batch[:4], strict=True))
+
+
+@given(LENGTHS, st.integers(1, 20))
+def test_balanced_groups_have_everything_once_and_nearly_equal_sums(lengths, bins):
+    groups = balanced_bins(lengths, bins)
+    assert len(groups) == bins
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    sums = [sum(lengths[i] for i in group) for group in groups]
+    assert max(sums) - min(sums) <= max(lengths)
+    assert all(groups) == (bins <= len(lengths))
+
+
+@given(LENGTHS, st.integers(0, 100), COSTS)
+def test_the_bins_have_every_row_once_and_cost_no_more_than_either_extreme(lengths, shared, cost):
+    bins = cheapest_bins(lengths, shared, cost)
+    assert sorted(i for one in bins for i in one) == list(range(len(lengths)))
+    assert all(bins)
+
+    def price(division):
+        longest = max(sum(lengths[i] for i in one) for one in division)
+        return cost.of(len(division), shared + longest)
+
+    assert price(bins) <= price([list(range(len(lengths)))])
+    assert bins == cheapest_bins(lengths, shared, cost)
+
+
+def test_what_is_dear_decides():
+    lengths = [10] * 8
+    assert len(cheapest_bins(lengths, 100, Cost(token=1.0, pair=0.0))) == 1
+    assert len(cheapest_bins(lengths, 0, Cost(token=0.0, pair=1.0))) == 8
+
+
+# ---------------------------------------------------------------------------- loss
+
+EXAMPLES = [
+    Example([5, 6, 7, 8, 9, 10, 11], 3),
+    Example([20, 21, 22], 1),
+    Example([30, 31, 32, 33, 34], 4),
+    Example([40, 41], 1),
+]
+
+
+@pytest.fixture
+def batch():
+    return padded(EXAMPLES, pad_id=0)
+
+
+@torch.inference_mode()
+def full_losses(model, batch):
+    """As everybody computes it: all logits, shifted by one, under the mask."""
+    logits = model(input_ids=batch.ids, attention_mask=attention(batch)).logits
+    losses = F.cross_entropy(logits.transpose(1, 2).double(), batch.targets, reduction="none")
+    return losses[batch.targets != IGNORED]
+
+
+def attention(batch):
+    return (batch.segments >= 0).long()
+
+
+def test_it_is_the_cross_entropy_of_the_full_logits_under_the_mask(base, batch):
+    losses = answer_losses(base.model, batch)
+    assert losses.shape == (9,)
+    assert (losses - full_losses(base.model, batch)).abs().max() < 1e-6
+
+
+def test_what_the_model_does_to_its_logits_is_kept(base, batch):
+    """Gemma's soft cap, Granite's scale: applied after the output layer."""
+    head = base.model.get_output_embeddings()
+    head.register_forward_hook(lambda _, __, logits: torch.tanh(logits * 3))
+    assert (answer_losses(base.model, batch) - full_losses(base.model, batch)).abs().max() < 1e-6
+
+
+def test_the_gradient_is_that_of_the_full_logits(base_dir, batch):
+    model = load_base(str(base_dir), torch.float64).model
+    weight = model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
+    (ours,) = torch.autograd.grad(answer_losses(model, batch).sum(), weight)
+    labels = torch.full_like(batch.ids, IGNORED)
+    labels[:, 1:] = batch.targets[:, :-1]
+    # transformers' own mean over the answer tokens
+    loss = model(input_ids=batch.ids, attention_mask=attention(batch), labels=labels).loss
+    (theirs,) = torch.autograd.grad(loss, weight)
+    assert (ours / 9 - theirs).abs().max() < 1e-7
+
+
+def test_padding_and_the_rows_beside_change_nothing(base, batch):
+    together = answer_losses(base.model, batch)
+    alone = torch.cat([answer_losses(base.model, padded([item], 0)) for item in EXAMPLES])
+    assert (together - alone).abs().max() < 1e-6
+
+
+def test_the_logits_are_of_answer_tokens_only_and_the_model_is_left_as_it_was(base, batch):
+    logits, tokens = answer_logits(base.model, batch)
+    assert logits.shape == (9, base.model.config.vocab_size)
+    assert tokens.tolist() == [9, 10, 11, 22, 31, 32, 33, 34, 41]
+    whole = base.model(input_ids=batch.ids, attention_mask=attention(batch)).logits
+    assert whole.shape[:2] == batch.ids.shape
+
+
+def test_the_hook_is_gone_after_an_error(base, batch):
+    broken = batch._replace(ids=batch.ids + 100_000)
+    with pytest.raises(IndexError):
+        answer_losses(base.model, broken)
+    assert base.model(input_ids=batch.ids).logits.shape[1] == batch.ids.shape[1]
+
+
+def test_half_precision_is_widened_before_the_softmax(base_dir, batch):
+    model = load_base(str(base_dir), torch.bfloat16).model
+    losses = answer_losses(model, batch)
+    assert losses.dtype == torch.float32
+    assert answer_losses(model.double(), batch).dtype == torch.float64
+
+
+def greedy(model, prompt, room):
+    """What the model writes, token by token, without a cache or a mask."""
+    ids = list(prompt)
+    for _ in range(room):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("together", [False, True], ids=["padded", "packed"])
+def test_rows_are_right_where_greedy_decoding_gives_the_answer(base, together):
+    """Half of the answers are what the model writes; the others differ in one token."""
+    examples, wanted = [], []
+    for i in range(10):
+        prompt = [5, 6, 7, *range(20, 20 + i % 4), 40 + i]
+        answer = greedy(base.model, prompt, 1 + i % 3)
+        if i % 2:
+            answer[i % len(answer)] = (answer[i % len(answer)] + 1) % 200
+        examples.append(Example([*prompt, *answer], len(answer)))
+        wanted.append(i % 2 == 0)
+    for pair in (0.0, 1e9) if together else (0.0,):
+        for item, right in zip(examples, wanted, strict=True):
+            one = padded([item], 0)
+            assert rows_right(answer_logits(base.model, one)[0], one).tolist() == [right]
+        batch = packed(examples, 0, Cost(1.0, pair)) if together else padded(examples, 0)
+        right = rows_right(answer_logits(base.model, batch)[0], batch)
+        assert right.shape == (10,)
+        assert int(right.sum()) == 5
+        if not together:  # packing changes the order of rows
+            assert right.tolist() == wanted
+
+
+@torch.inference_mode()
+def test_it_is_the_exact_match_of_lora_eval(train_lora, base, dataset):
+    """On rows of which a trained adapter gets some right, end token and all."""
+    file = dataset()
+    settings = {"training.max_steps": 30, "schedule.stage1_steps": 30, "checkpoints.first_step": 30}
+    with torch.inference_mode(False):
+        run = train_lora(settings, file=file)
+    model = attach_adapter(base.model, read_adapter(run.directory / "adapter"), "adapter")
+    rows = Dataset(file).rows()
+    written = generate(model, base.tokenizer, rows, 4)
+    exact = [text.strip() == row.response for text, row in zip(written, rows, strict=True)]
+    assert 0 < sum(exact) < len(rows)
+    examples = [tokenize_row(base.tokenizer, row, 100).example for row in rows]
+    batch = padded(examples, 0)
+    assert rows_right(answer_logits(model, batch)[0], batch).tolist() == exact
+    batch = packed(examples, 0, Cost(1.0, 1.0))
+    assert int(rows_right(answer_logits(model, batch)[0], batch).sum()) == sum(exact)
+
+
+# ---------------------------------------------------------------------------- packing check
 
 VOCABULARY = 97
 SIZES = {
@@ -56,7 +361,7 @@ PADDED = {
                 "attention_types": [[["global", "local"], 1]], "initializer_range": 0.2,
                 "bos_token_id": 1, "eos_token_id": 2}),
 }  # fmt: skip
-EXAMPLES = [
+SIMILAR = [
     Example([5, 6, 7, 8, 9, 10, 11, 12, 13], 3),
     Example([5, 6, 7, 8, 20, 21], 1),
     Example([5, 6, 7, 8, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42], 4),
@@ -104,10 +409,10 @@ def test_losses_and_gradients_are_those_of_padded_rows(kind, attention):
     if (kind, attention) == ("gemma2", "sdpa"):
         pytest.skip("Gemma 2 has no sdpa")
     model = with_lora(tiny(*PACKED[kind], attention))
-    assert isinstance(packing_cost(model, EXAMPLES, 0, 5), Cost)
-    wanted, gradient = gradients(model, padded(EXAMPLES, 0))
+    assert isinstance(packing_cost(model, SIMILAR, 0, 5), Cost)
+    wanted, gradient = gradients(model, padded(SIMILAR, 0))
     for pair in (0.0, 1e9):  # in one sequence, and in as many as there are rows
-        losses, other = gradients(model, packed(EXAMPLES, 0, Cost(1.0, pair)))
+        losses, other = gradients(model, packed(SIMILAR, 0, Cost(1.0, pair)))
         assert (losses - wanted).abs().max() < 1e-5
         assert (other - gradient).norm() < 1e-5 * gradient.norm()
 
@@ -115,7 +420,7 @@ def test_losses_and_gradients_are_those_of_padded_rows(kind, attention):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", PACKED)
 def test_rounding_is_no_objection(kind, dtype):
-    assert packing_cost(tiny(*PACKED[kind], dtype=dtype), EXAMPLES, 0, 5)
+    assert packing_cost(tiny(*PACKED[kind], dtype=dtype), SIMILAR, 0, 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -123,7 +428,7 @@ def test_rounding_is_no_objection(kind, dtype):
 def test_what_cannot_be_packed_is_padded_with_one_notice(kind, dtype, caplog):
     caplog.set_level(logging.INFO, "loragen")
     model = tiny(*PADDED[kind], dtype=dtype)
-    assert packing_cost(model, EXAMPLES, 0, 5) is None
+    assert packing_cost(model, SIMILAR, 0, 5) is None
     (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("loragen")]
     assert message.startswith("rows are padded, not packed: this base model ")
 
@@ -131,15 +436,15 @@ def test_what_cannot_be_packed_is_padded_with_one_notice(kind, dtype, caplog):
 @pytest.mark.parametrize("kind", ["mamba", "bloom"])
 def test_a_single_row_does_not_hide_it(kind):
     """A batch larger than the dataset has it several times."""
-    assert packing_cost(tiny(*PADDED[kind]), EXAMPLES[:1], 0, 5) is None
+    assert packing_cost(tiny(*PADDED[kind]), SIMILAR[:1], 0, 5) is None
 
 
 def test_a_window_that_holds_every_row_is_no_objection():
     name, settings = PACKED["mistral"]
-    longest = max(len(item.ids) for item in EXAMPLES)
+    longest = max(len(item.ids) for item in SIMILAR)
     for window, fits in ((longest, True), (longest - 1, False)):
         model = tiny(name, {**settings, "sliding_window": window})
-        assert (packing_cost(model, EXAMPLES, 0, 5) is not None) == fits
+        assert (packing_cost(model, SIMILAR, 0, 5) is not None) == fits
 
 
 def test_the_model_is_asked_in_eval_mode_and_left_as_it_was():
@@ -147,7 +452,7 @@ def test_the_model_is_asked_in_eval_mode_and_left_as_it_was():
     model = tiny(name, {**settings, "resid_pdrop": 0.5}).train()
     state = torch.get_rng_state()
     base = model.transformer.eval()  # as a loaded base is, inside an adapter that trains
-    assert packing_cost(model, EXAMPLES, 0, 5)
+    assert packing_cost(model, SIMILAR, 0, 5)
     assert model.training
     assert not any(module.training for module in base.modules())
     assert torch.get_rng_state().equal(state)

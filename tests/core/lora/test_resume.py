@@ -1,4 +1,4 @@
-"""A run that went on is the run that was never interrupted, bit for bit."""
+"""A resumed run equals an uninterrupted one, bit for bit."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def file(home):
-    """Rows of unequal length, so that no two batches are alike. Nobody writes to it."""
+    """Rows of unequal length, so that no two batches are alike. Tests do not write to it."""
     words = ["red", "green", "blue cat", "dog"]
     rows = [{"prompt": f"Question {'x' * i}?", "response": words[i % 4]} for i in range(14)]
     return write_lines(home / "colors.jsonl", rows)
@@ -48,7 +48,7 @@ def file(home):
 
 @pytest.fixture(scope="module")
 def unbroken(base_dir, home, file):
-    """`unbroken(settings)`: the run that nobody stops, trained once. Nobody writes to it."""
+    """`unbroken(settings)`: the run that is not interrupted, trained once. Tests do not write to it."""
     ours = {"base_model": str(base_dir), "runs_dir": str(home / "runs")}
     runs = {}
 
@@ -83,7 +83,7 @@ def stopped(lora_config, tmp_path, file):
 
 @pytest.fixture
 def resume(lora_config, file):
-    """`resume(path, settings)` goes on with the run and gives the steps that it did."""
+    """`resume(path, settings)` resumes the run and returns the steps that it did."""
 
     def run(path, settings=None, rows=None, at=0):
         progress, point = StopAt(at), LoraPoint.find(path)
@@ -268,8 +268,8 @@ class TestExact:
     def test_what_a_kill_left_half_written_is_removed(self, stopped, resume, unbroken):
         settings = {"checkpoints.last_every": 2}
         run = stopped(6, settings)
-        for place in (run, run / "checkpoints"):
-            (place / ".checkpoint-step-006.ckpt.abc").mkdir()
+        for folder in (run, run / "checkpoints"):
+            (folder / ".checkpoint-step-006.ckpt.abc").mkdir()
         resume(run, settings)
         assert_equal(unbroken(settings), run)
 
@@ -284,7 +284,7 @@ def raises(error):
 class TestRefusals:
     @pytest.fixture(scope="class")
     def run(self, base_dir, file, tmp_path_factory):
-        """Killed in its sixth step. Nobody writes to it: that is what a refusal is."""
+        """Killed in its sixth step. Tests do not write to it."""
         home = tmp_path_factory.mktemp("refused")
         ours = {"base_model": str(base_dir), "runs_dir": str(home)}
         with pytest.raises(Kill):

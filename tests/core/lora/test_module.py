@@ -1,4 +1,4 @@
-"""Which files there are while a run goes on, and after it."""
+"""The checkpoints that there are during a run and after it."""
 
 import signal
 
