@@ -48,7 +48,7 @@ def file(home):
 
 @pytest.fixture(scope="module")
 def unbroken(base_dir, home, file):
-    """`unbroken(settings)`: the run that is not interrupted, trained once. Tests do not write to it."""
+    """`unbroken(settings)`: the run without an interruption. Tests do not write to it."""
     ours = {"base_model": str(base_dir), "runs_dir": str(home / "runs")}
     runs = {}
 
