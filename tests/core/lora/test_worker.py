@@ -1,0 +1,146 @@
+"""What a worker reports, and what its parent does where it dies."""
+
+from contextlib import contextmanager
+
+import pytest
+
+from loragen.core.base.load import load_training_base
+from loragen.core.data.dataset import Dataset
+from loragen.core.lora.collect import collect
+from loragen.core.lora.tasks import Task
+from loragen.core.lora.train import train_adapter
+from loragen.core.lora.worker import Launcher, StatusFile, TrainingJob, WorkerReport, run_job
+from loragen.core.progress import Silent
+from loragen.core.run.directory import LoraManifest, read_manifest
+from tests.core.run.resuming import Kill, StopAt
+
+SETTINGS = {"training.max_steps": 6, "checkpoints.first_step": 3, "final_model": "none"}
+
+
+@pytest.fixture
+def reports(lora_config, dataset, tmp_path):
+    """`reports({...})`: those of a job on the colours."""
+
+    def run(settings=None, rows=None):
+        config = lora_config({**SETTINGS, **(settings or {})})
+        job = TrainingJob(config=config, name="colors", location=str(dataset(rows)))
+        status = StatusFile(tmp_path / "status.jsonl")
+        run_job(job, status.path)
+        return list(status.new_reports())
+
+    return run
+
+
+def test_a_worker_reports_its_directory_steps_warnings_and_result(reports):
+    rows = [{"prompt": "p"}, *({"prompt": f"q {i}", "response": "red"} for i in range(4))]
+    started, *others, last = reports({"data.skip_bad_rows": True}, rows)
+    assert started == WorkerReport()
+    assert last.result.status == "trained"
+    (warning,) = [one.warning for one in others if one.warning]
+    assert "1 of 5 rows" in warning
+    (directory,) = [one.directory for one in others if one.directory]
+    assert read_manifest(directory, LoraManifest).status == "success"
+    assert [one.step.step for one in others if one.step] == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_error_of_the_user_has_no_traceback_and_any_other_has(reports, monkeypatch):
+    result = reports({"data.val_ratio": 0.99})[-1].result
+    assert (result.status, result.traceback) == ("failed", "")
+    assert "data.val_ratio" in result.reason
+    monkeypatch.setattr("loragen.core.lora.train.load_rows", None)
+    result = reports()[-1].result
+    assert result.reason.startswith("TypeError")
+    assert "Traceback" in result.traceback
+
+
+def test_only_complete_lines_of_a_status_file_are_read(tmp_path):
+    status = StatusFile(tmp_path / "status.jsonl")
+    assert list(status.new_reports()) == []
+    status.append(WorkerReport(warning="one"))
+    whole = status.path.read_bytes()
+    status.path.write_bytes(whole + whole[:-5])
+    assert [one.warning for one in status.new_reports()] == ["one"]
+    status.path.write_bytes(whole + whole)
+    assert [one.warning for one in status.new_reports()] == ["one"]
+    assert list(status.new_reports()) == []
+
+
+class Ended:
+    """A worker that has ended before its parent looks."""
+
+    def is_running(self):
+        return False
+
+    def exit_reason(self):
+        return "it was killed"
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """`launched(start, retries)`: workers are started by `start`."""
+
+    def use(start, retries):
+        @contextmanager
+        def cluster(config):
+            yield Launcher(start, max_concurrent=2, max_retries=retries)
+
+        monkeypatch.setattr("loragen.core.lora.ray_launcher.ray_cluster", cluster)
+
+    return use
+
+
+@pytest.fixture
+def killed_once():
+    """Starts workers of which every first one is killed in its fifth step."""
+
+    def start(job, status):
+        if job.resume:
+            run_job(job, status.path)
+            return Ended()
+        data, base = Dataset.at(job.location), load_training_base(job.config)
+        with pytest.raises(Kill):
+            train_adapter(
+                job.config, data, base, StopAt(5),
+                on_start=lambda directory: status.append(WorkerReport(directory=directory)),
+            )  # fmt: skip
+        return Ended()
+
+    return start
+
+
+def test_a_worker_that_was_killed_resumes_the_run_that_it_reported(
+    lora_config, dataset, launched, killed_once, caplog
+):
+    launched(killed_once, retries=1)
+    files = [dataset(name=f"{name}.jsonl") for name in ("one", "two")]
+    tasks = [Task(Dataset(file), str(file)) for file in files]
+    config = lora_config({**SETTINGS, "launcher.name": "ray"})
+    for outcome in collect(config, tasks, Silent()):
+        assert outcome.status == "trained"
+        assert outcome.run.manifest.resumed_from == [4]
+        assert outcome.run.manifest.dataset.name == outcome.task.name
+        assert any(outcome.run.directory.name in line for line in caplog.messages)
+
+
+def test_a_worker_that_is_killed_too_often_has_failed(lora_config, dataset, launched, killed_once):
+    launched(killed_once, retries=0)
+    tasks = [Task(Dataset(dataset(name=f"{name}.jsonl")), name) for name in ("one", "two")]
+    outcomes = collect(lora_config({**SETTINGS, "launcher.name": "ray"}), tasks, Silent())
+    assert [one.status for one in outcomes] == ["failed", "failed"]
+    assert "it was killed" in outcomes[0].reason
+
+
+def test_an_error_of_the_user_is_not_retried(lora_config, dataset, launched):
+    jobs = []
+
+    def start(job, status):
+        jobs.append(job.name)
+        run_job(job, status.path)
+        return Ended()
+
+    launched(start, retries=3)
+    tasks = [Task(Dataset(dataset(name=f"{name}.jsonl")), name) for name in ("one", "two")]
+    settings = {**SETTINGS, "launcher.name": "ray", "data.val_ratio": 0.99}
+    outcomes = collect(lora_config(settings), tasks, Silent())
+    assert [one.status for one in outcomes] == ["failed", "failed"]
+    assert jobs == ["one", "two"]
