@@ -279,11 +279,12 @@ def check_unchanged(
 ) -> None:
     """Raises UsageError naming every difference in settings, data and base that decides the
     result."""
-    then, now = point.manifest.dataset, rows.record
+    then, now, differ = point.manifest.dataset, rows.record, point.differences(config)
     problems = []
     if then.sha256 not in ("", now.sha256):
         problems.append(f"the data differ: {now.path} is not the {then.path} of the run")
-    elif then.tokens.startswith(DRAWN) and then.tokens != now.tokens:
+    # With other settings other rows are drawn; the settings are what to mend then.
+    elif then.tokens.startswith(DRAWN) and then.tokens != now.tokens and not differ:
         problems.append("the tokens of the rows differ: another tokenizer or chat template")
     if then.validation != now.validation:
         problems.append("the validation rows differ (data.validation)")
