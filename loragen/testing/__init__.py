@@ -13,6 +13,14 @@ what is wrong. The built-in plugins pass the same checks.
 from loragen.testing.decoders import check_decoder, grid
 from loragen.testing.encoders import check_encoder
 from loragen.testing.loggers import check_logger
+from loragen.testing.objectives import check_objective
 from loragen.testing.schedules import check_schedule
 
-__all__ = ["check_decoder", "check_encoder", "check_logger", "check_schedule", "grid"]
+__all__ = [
+    "check_decoder",
+    "check_encoder",
+    "check_logger",
+    "check_objective",
+    "check_schedule",
+    "grid",
+]
