@@ -16,13 +16,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from loragen.core.config.schema import (
-    MODELS,
-    GenTrainConfig,
-    PluginSection,
-    command_of,
-    phases_in,
-)
+from loragen.core.config.schema import MODELS, GenTrainConfig, PluginSection, command_of, phases_in
 from loragen.core.config.yaml_file import Loc, dotted, paths, read_yaml
 from loragen.core.errors import ConfigError, PluginError, UsageError, did_you_mean, listing
 from loragen.core.plugins import describe, find
@@ -72,6 +66,7 @@ def load(
     `settings` are the `key.path=value` texts of `--set`; a value is read as YAML. `check` is called
     with what the schema has accepted, before any plugin is imported, which may take seconds: the
     place for cheap checks, such as whether paths exist. It returns problems, or raises.
+
     Raises ConfigError with all problems at once, each with its origin; UsageError for a missing
     file.
     """
@@ -290,14 +285,14 @@ def _check_plugins(model: type[BaseModel], layers: Layers, complete: bool) -> li
         }
     training = layers.tree.get("training")
     if model is GenTrainConfig and isinstance(training, dict):
-        objective, options_of = training.get("objective"), training.get("objective_options")
+        objective, all_options = training.get("objective"), training.get("objective_options")
         for name in phases_in(objective) if isinstance(objective, str) else ():
             if name != "auto":
                 check("objective", name, {}, ("training", "objective"))
-        if isinstance(options_of, dict):
+        if isinstance(all_options, dict):
             training["objective_options"] = {
                 name: check("objective", name, options, ("training", "objective_options", name))
-                for name, options in options_of.items()
+                for name, options in all_options.items()
             }
     return problems
 

@@ -419,27 +419,24 @@ class GenTrainConfig(Section):
     trainer: TrainerSection = TrainerSection()
 
     @model_validator(mode="after")
-    def _shared_equally(self) -> "GenTrainConfig":
-        """As far as it is known now: with `devices: auto` the training asks again, and what an
-        objective `auto` comes to counts then."""
-        devices = self.trainer.devices if isinstance(self.trainer.devices, int) else 1
-        ranks = max(1, devices) * self.trainer.num_nodes
-        phases, sizes = self.training.phases, {}
+    def _consistent(self) -> "GenTrainConfig":
+        trainer, phases = self.trainer, self.training.phases
+        # `devices: auto` and the phases of `objective: auto` are checked once they are known.
+        num_processes = trainer.num_nodes
+        if isinstance(trainer.devices, int):
+            num_processes *= max(1, trainer.devices)
+        sizes = {}
         if "reconstruction" in phases:
             sizes["data"] = self.data.batch_size
         if "behaviour" in phases or "transfer" in phases:
             sizes["behaviour"] = self.behaviour.batch_size
         for section, size in sizes.items():
-            if size % ranks:
+            if size % num_processes:
                 raise ValueError(
                     f"{section}.batch_size {size} must be a multiple of devices x num_nodes = "
-                    f"{ranks}: it counts the pairs of all"
+                    f"{num_processes}: it counts the pairs of all devices"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _wide_enough(self) -> "GenTrainConfig":
-        if self.trainer.precision == "bf16-true":
+        if trainer.precision == "bf16-true":
             raise ValueError(
                 "trainer.precision bf16-true would round the adapters to be learned; bf16-mixed "
                 "computes in bfloat16 and keeps them"
