@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from loragen.core.data.rows import Row, dataset_names, find_dataset, read_rows
+from loragen.core.data.dataset import Dataset, Row, dataset_names
 from loragen.core.data.tokenize import answer_ids, prompt_ids
 
 SEED = 20261121
@@ -42,7 +42,7 @@ def read_split(root: Path, split: str) -> list[Row]:
     names = dataset_names(root, split)
     if not names:
         raise SystemExit(f"{root}: no dataset with a {split} split below it")
-    return [row for name in names for row in read_rows(find_dataset(name, root, split)[1])]
+    return [row for name in names for row in Dataset.find(name, root, split).rows()]
 
 
 def build_tokenizer(rows: Sequence[Row]) -> Qwen2Tokenizer:

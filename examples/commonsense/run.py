@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loragen.core.data.rows import dataset_names
+from loragen.core.data.dataset import dataset_names
 
 HERE = Path(__file__).parent
 LORAGEN = [sys.executable, "-m", "loragen"]

@@ -379,13 +379,13 @@ def _shape(sizes: tuple[int, ...]) -> str:
 def _decoder_summary(work: "Plan") -> "DecoderSummary":
     """The decoder's summary for conditions of the shape that the first source gives."""
     from loragen.core.base.load import quiet_libraries
-    from loragen.core.data.prompts import joined
+    from loragen.core.data.prompts import joined_texts
     from loragen.core.generator.network import summarize_decoder
     from loragen.core.plugins import create
 
     quiet_libraries()
     data, encoder, decoder = work.config.data, work.config.encoder, work.config.decoder
-    first = joined(work.sources[0].prompts, data.samples_per_prompt)[:1]
+    first = joined_texts(work.sources[0].prompts, data.samples_per_prompt)[:1]
     positions, dim = create("encoder", encoder.name, encoder.options)(first)[0].shape[1:]
     condition = (data.prompts_per_condition, positions, dim)
     transfers = "transfer" in work.config.training.phases

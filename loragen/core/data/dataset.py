@@ -14,8 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict
-
 from loragen.core.data.documents import (
     HUB_ID,
     SUFFIXES,
@@ -44,10 +42,9 @@ PREPARED_KEYS = ("prompt", "prompts", "dataset", "lines")
 """The keys of a line of `data prepare`, which holds several prompts."""
 
 
-class Row(BaseModel):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
     """One labelled example. `line` is its line in the file, counted from 1."""
-
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
     prompt: str
     response: str
@@ -136,8 +133,26 @@ class Dataset:
 
         Raises UsageError naming what exists.
         """
-        name, source = find_dataset(name_or_file, root, split)
-        return cls(source, name)
+        if not name_or_file.strip():
+            raise UsageError("no dataset: its name is empty; give a name or a file")
+        source = parsed_source(name_or_file, split)
+        if isinstance(source, HubDataset) or source.is_file():
+            return cls(source)
+        if source.suffix.lower() in SUFFIXES:
+            raise UsageError(f"{source}: no such file")
+        folders = [root / source] if source.name else []  # "." is a folder, and no name
+        folders += [source.absolute()] if source.is_dir() else []
+        for folder in folders:
+            found = _files_of(folder.name, folder.parent, split)
+            if len(found) > 1:
+                files = listing([str(file) for file in found])
+                raise UsageError(f"dataset '{name_or_file}' is ambiguous: give one file of {files}")
+            if found:
+                return cls(found[0], folder.name)
+        if re.fullmatch(HUB_ID, name_or_file) and not source.is_dir():
+            log.info("%s: no file, and no name below %s; asking the hub", name_or_file, root)
+            return cls(HubDataset(name_or_file, None, split))
+        raise _unknown(folders[-1].name, folders[-1].parent, split)
 
     def __str__(self) -> str:
         return str(self.source)
@@ -320,58 +335,28 @@ def allowed_answers(rows: Sequence[Row], closed: list[str] | None) -> list[list[
     return allowed if all(allowed) else None
 
 
-def find_dataset(name_or_file: str, root: Path, split: str = "train") -> tuple[str, Source]:
-    """A dataset's name and where it is: a file, `hub:owner/name[:config][@split]`, a name below
-    the root (see `_files_of`), a folder as if its parent were the root, or a bare hub id.
-
-    Raises UsageError naming what exists.
-    """
-    if not name_or_file.strip():
-        raise UsageError("no dataset: its name is empty; give a name or a file")
-    source = parsed_source(name_or_file, split)
-    if isinstance(source, HubDataset):
-        return source.name, source
-    if source.is_file():
-        return _name_of(source), source
-    if source.suffix.lower() in SUFFIXES:
-        raise UsageError(f"{source}: no such file")
-    folders = [root / source] if source.name else []  # "." is a folder, and no name
-    folders += [source.absolute()] if source.is_dir() else []
-    for folder in folders:
-        found = _files_of(folder.name, folder.parent, split)
-        if len(found) > 1:
-            files = listing([str(file) for file in found])
-            raise UsageError(f"dataset '{name_or_file}' is ambiguous: give one file of {files}")
-        if found:
-            return folder.name, found[0]
-    if re.fullmatch(HUB_ID, name_or_file) and not source.is_dir():
-        log.info("%s: no file, and no name below %s; asking the hub", name_or_file, root)
-        hub = HubDataset(name_or_file, None, split)
-        return hub.name, hub
-    raise _unknown(folders[-1].name, folders[-1].parent, split)
-
-
 def dataset_names(root: Path, split: str = "train") -> list[str]:
-    """The datasets below `root` that have a file for the split."""
+    """Returns the names of the datasets below `root` that have a file for the split."""
     entries = list(root.iterdir()) if root.is_dir() else []
     names = {entry.name if entry.is_dir() else _name_of(entry) for entry in entries}
     return sorted(name for name in names if _files_of(name, root, split))
 
 
 def _files_of(name: str, root: Path, split: str) -> list[Path]:
-    """Where a dataset below the root may be: `<name>/<name>_<split>_formatted.jsonl` alone, else
-    `<name>/<split>.*`, `<name>_<split>.*` and, for training, `<name>.*`."""
+    """Returns the files of a dataset below the root: `<name>/<name>_<split>_formatted.jsonl` alone,
+    else `<name>/<split>.*`, `<name>_<split>.*` and, for training, `<name>.*`."""
     formatted = root / name / f"{name}_{split}_formatted.jsonl"
     if formatted.is_file():
         return [formatted]
     stems = [root / name / split, root / f"{name}_{split}"]
-    if split == "train":  # a file that has no split is not to be tested on unasked
+    if split == "train":  # a file without a split is tested on only if it is named
         stems.append(root / name)
     files = (stem.parent / f"{stem.name}{suffix}" for stem in stems for suffix in SUFFIXES)
     return [file for file in files if file.is_file()]
 
 
 def _unknown(name: str, root: Path, split: str) -> UsageError:
+    """Returns the error for a name that is not below the root; it says what is."""
     if not root.is_dir():
         return UsageError(f"dataset '{name}': {root} is not a directory; see --data-root")
     others = [f for other in SPLITS for f in _files_of(name, root, other)]
@@ -392,7 +377,7 @@ def _unknown(name: str, root: Path, split: str) -> UsageError:
 
 
 def _name_of(file: Path) -> str:
-    """`arc_train_formatted.jsonl` -> arc; `color-word/train.jsonl` -> color-word."""
+    """Returns `arc` for `arc_train_formatted.jsonl`, `colors` for `colors/train.jsonl`."""
     stem = file.stem.removesuffix("_formatted")
     for split in SPLITS:
         stem = stem.removesuffix(f"_{split}")

@@ -288,10 +288,6 @@ def read_prepared(directory: Path) -> PreparedPrompts:
     return PreparedPrompts(directory, record, dict(groups))
 
 
-# Deprecated: the names of before, until their users have moved.
-joined, text_of, same_text = joined_texts, joined_text, text_key
-
-
 def read_prompts(source: Source) -> list[str]:
     """Deprecated: `Dataset.prompts`."""
     return Dataset(source).prompts()

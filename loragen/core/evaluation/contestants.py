@@ -8,7 +8,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -255,7 +255,7 @@ class FewShot(Contestant):
         while turns:
             history = (*turns, *row.history)
             if len(prompt_ids(tokenizer, row.prompt, row.system, history)) + answer <= context:
-                return row.model_copy(update={"history": history})
+                return replace(row, history=history)
             turns.pop(0)
         return row
 

@@ -7,6 +7,7 @@ finds finished runs, so the cache may be deleted at any time.
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
@@ -44,7 +45,9 @@ def train_multi_task(
     runs = [Run.open(source.checkpoints[0], LoraManifest) for source in sources]
     datasets = [Dataset.at(run.manifest.dataset.path) for run in runs]
     rows = [row for dataset in datasets for row in dataset.rows(skip_bad_rows=True)]
-    documents = [row.model_dump(exclude={"line"}) for row in rows]
+    documents = [asdict(row) for row in rows]
+    for document in documents:
+        del document["line"]
     text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in documents)
     file = cache / "multi-task" / f"{sha256_text(text)[:32]}.jsonl"
     if not file.is_file():

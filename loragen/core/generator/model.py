@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loragen.core.adapter.layout import Layout
-from loragen.core.data.prompts import joined
+from loragen.core.data.prompts import joined_texts
 from loragen.core.errors import DataError, LoragenError
 from loragen.core.files import sha256_text, written_atomically
 from loragen.core.generator.embeddings import Familiarity
@@ -148,7 +148,7 @@ class Generator:
     def embed(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Returns the condition of prompts, ``[texts, positions, dim]``, and its mask; a text joins
         `samples_per_prompt` prompts."""
-        return self.text_encoder(joined(prompts, self.samples_per_prompt))
+        return self.text_encoder(joined_texts(prompts, self.samples_per_prompt))
 
     @torch.inference_mode()
     def _decode(self, condition: Tensor, mask: Tensor) -> Tensor:

@@ -18,8 +18,14 @@ from loragen.core.base.names import is_path, resolve_base
 from loragen.core.config.load import Problem, problems_at
 from loragen.core.config.schema import GenDataSection, GenTrainConfig, SourceSection
 from loragen.core.data.documents import content_hash, location, parsed_source
-from loragen.core.data.prepare import Groups, PreparedPrompts, check_prepared, read_prepared
-from loragen.core.data.prompts import prompts_of_rows, read_prompts
+from loragen.core.data.prompts import (
+    PreparedPrompts,
+    PromptGroups,
+    check_prepared,
+    prompts_of_rows,
+    read_prepared,
+    read_prompts,
+)
 from loragen.core.errors import DataError, LoragenError, UsageError, listing
 from loragen.core.files import absent, natural_key, sha256_text, user_path
 from loragen.core.lora.provenance import Provenance, traced_run
@@ -136,7 +142,7 @@ class PromptDirectories:
         self.data = data
         self._read: dict[Path, PreparedPrompts] = {}
 
-    def groups_of(self, source: SourceSection, dataset: str) -> Groups | None:
+    def groups_of(self, source: SourceSection, dataset: str) -> PromptGroups | None:
         """None where the prompts of a source are not prepared ones.
 
         A directory of a single dataset may be named for a source whatever that is called. Raises
@@ -337,7 +343,7 @@ class TrainingSource:
     prompts: list[str]
     adapter_config: dict[str, Any]
     base_model: str
-    groups: Groups | None = None
+    groups: PromptGroups | None = None
     """The prompts as `data prepare` has joined and split them; None: at random, here."""
     provenance: Provenance | None = None
     """The rows that each step was trained on, where checkpoints are to be paired with them."""
@@ -422,7 +428,7 @@ def _from_run(
     )
 
 
-def _prompts(groups: Groups) -> list[str]:
+def _prompts(groups: PromptGroups) -> list[str]:
     return [prompt for group in (*groups.train, *groups.val) for prompt in group]
 
 

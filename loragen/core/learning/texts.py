@@ -12,10 +12,15 @@ from typing import Any
 
 from loragen.core.config.schema import GenTrainConfig
 from loragen.core.data.batches import held_out
+from loragen.core.data.dataset import Dataset
 from loragen.core.data.documents import parsed_source
-from loragen.core.data.prepare import Groups
-from loragen.core.data.prompts import random_groups, same_text, text_of, whole_groups
-from loragen.core.data.rows import read
+from loragen.core.data.prompts import (
+    PromptGroups,
+    joined_text,
+    random_groups,
+    text_key,
+    whole_groups,
+)
 from loragen.core.data.tokenize import Example, examples_hash, tokenize_row
 from loragen.core.errors import DataError, LoragenError, UsageError
 from loragen.core.files import sha256_text
@@ -50,18 +55,18 @@ def held_out_texts(texts: int, ratio: float, seed: int) -> tuple[list[int], list
 
 def split_groups(
     prompts: Sequence[str], samples_per_prompt: int, ratio: float, seed: int
-) -> Groups:
+) -> PromptGroups:
     """Random groups of prompts that nobody has prepared, split as their texts are. A prompt that
     comes again says nothing new, and might be seen on both sides: it is left out."""
-    distinct = list({same_text(prompt): prompt for prompt in reversed(prompts)}.values())[::-1]
+    distinct = list({text_key(prompt): prompt for prompt in reversed(prompts)}.values())[::-1]
     groups = random_groups(distinct, samples_per_prompt, seed)
     training, validation = held_out_texts(len(groups), ratio, seed)
-    return Groups([groups[i] for i in training], [groups[i] for i in validation])
+    return PromptGroups([groups[i] for i in training], [groups[i] for i in validation])
 
 
-def paired_with_dataset(groups: Groups) -> Texts:
+def paired_with_dataset(groups: PromptGroups) -> Texts:
     """Any text that is not held out goes with any checkpoint."""
-    texts = [text_of(group) for group in (*groups.train, *groups.val)]
+    texts = [joined_text(group) for group in (*groups.train, *groups.val)]
     return Texts(texts, list(range(len(groups.train), len(texts))))
 
 
@@ -80,7 +85,7 @@ def paired_with_rows(
     Rows of the groups held out are passed over. A text that several checkpoints share is there
     once. Raises DataError for a checkpoint that has no rows left.
     """
-    excluded = {same_text(prompt) for group in held_out for prompt in group}
+    excluded = {text_key(prompt) for group in held_out for prompt in group}
     of_steps = []
     for step in steps:
         prompts = last_prompts(provenance, step, samples_per_prompt * most_texts, excluded)
@@ -89,11 +94,11 @@ def paired_with_rows(
                 f"{name}: no row up to step {step} is left to learn from; lower data.val_ratio"
             )
         groups = whole_groups(prompts, samples_per_prompt) or [tuple(prompts)]
-        of_steps.append([text_of(group) for group in groups])
+        of_steps.append([joined_text(group) for group in groups])
     index = {
         text: i for i, text in enumerate(dict.fromkeys(t for texts in of_steps for t in texts))
     }
-    texts = [*index, *map(text_of, held_out)]
+    texts = [*index, *map(joined_text, held_out)]
     tracked = [[index[text] for text in texts] for texts in of_steps]
     return Texts(texts, list(range(len(index), len(texts))), tracked)
 
@@ -106,7 +111,7 @@ def last_prompts(
     found: dict[str, str] = {}
     for earlier in range(step, 0, -1):
         for row in provenance.rows_of(earlier):
-            same = same_text(row.prompt)
+            same = text_key(row.prompt)
             if same and same not in excluded:
                 found.setdefault(same, row.prompt)
             if len(found) == count:
@@ -138,18 +143,18 @@ def labelled_rows(
     Raises UsageError where the source has no labelled rows or none is left to learn from.
     """
     examples: list[tuple[str, Example]] = []
-    rows = read(parsed_source(_file_of(source))).rows
+    rows = Dataset.at(_file_of(source)).good_rows
     for row in Random(f"rows:{seed}").sample(rows, min(MOST_ROWS, len(rows))):
         try:
             parts = tokenize_row(tokenizer, row, max_length)
         except DataError:  # an answer that does not fit, as in the training of the adapter
             continue
-        examples.append((same_text(row.prompt), parts.example))
+        examples.append((text_key(row.prompt), parts.example))
     if not examples:
         raise UsageError(
             f"{source.name}: no answer fits into {max_length} tokens; raise behaviour.max_length"
         )
-    held = {same_text(prompt) for prompt in validation}
+    held = {text_key(prompt) for prompt in validation}
     training = [example for prompt, example in examples if prompt not in held]
     if not training:
         raise UsageError(f"{source.name}: no row is left to learn from; lower data.val_ratio")
@@ -159,7 +164,7 @@ def labelled_rows(
 def has_rows(source: TrainingSource) -> bool:
     """Whether labels are at hand: a file that is there, with answers in it."""
     try:
-        return bool(read(parsed_source(_file_of(source))).rows)
+        return bool(Dataset.at(_file_of(source)).good_rows)
     except LoragenError:
         return False
 
@@ -191,7 +196,7 @@ def texts_of(source: TrainingSource, config: GenTrainConfig) -> Texts:
     )
 
 
-def groups_of(source: TrainingSource, config: GenTrainConfig) -> Groups:
+def groups_of(source: TrainingSource, config: GenTrainConfig) -> PromptGroups:
     """The source's prompts as they are joined and split."""
     data = config.data
     return source.groups or split_groups(

@@ -7,7 +7,7 @@ from loragen.core.config import DEMO, LoraTrainConfig
 from loragen.core.config.load import Problem, problems_at
 from loragen.core.config.show import HARDWARE
 from loragen.core.config.show import differences as config_differences
-from loragen.core.data.dataset import find_dataset
+from loragen.core.data.dataset import Dataset
 from loragen.core.data.documents import location, parsed_source
 from loragen.core.errors import UsageError
 from loragen.core.files import user_path
@@ -73,9 +73,9 @@ def missing_lora_paths(config: LoraTrainConfig) -> list[Problem]:
     data, root = config.data, Path(config.data.root)
     found = problems_at(("base_model",), resolve_base, config.base_model)
     for i, name in enumerate(config.collection):
-        found += problems_at(("collection", i), find_dataset, name, root)
+        found += problems_at(("collection", i), Dataset.find, name, root)
     if data.dataset is not None:
-        found += problems_at(("data", "dataset"), find_dataset, data.dataset, root)
+        found += problems_at(("data", "dataset"), Dataset.find, data.dataset, root)
     elif not config.collection and "root" in data.model_fields_set and not root.is_dir():
         found.append((("data", "root"), f"{root}: no such directory"))
     if data.validation is not None:

@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -37,11 +38,11 @@ rows = st.builds(
 def reread(file, fields, form, suffix):
     wanted = [Row(**row, line=line) for line, row in enumerate(fields, start=1)]
     if form in NO_CHOICES:
-        wanted = [row.model_copy(update={"choices": None}) for row in wanted]
+        wanted = [replace(row, choices=None) for row in wanted]
     FILES[suffix](file, [FORMATS[form](row) for row in wanted])
     read = Dataset(file).rows()
     if suffix == ".csv":  # whose lines are those of the file; see below
-        read = [row.model_copy(update={"line": n}) for n, row in enumerate(read, start=1)]
+        read = [replace(row, line=n) for n, row in enumerate(read, start=1)]
     return read, wanted
 
 

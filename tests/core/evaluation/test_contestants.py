@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from loragen.core.adapter.files import read_adapter
-from loragen.core.data.dataset import Dataset
+from loragen.core.data.dataset import Dataset, Row
 from loragen.core.data.formats import Turn
-from loragen.core.data.rows import Row
 from loragen.core.errors import UsageError
 from loragen.core.evaluation.contestants import (
     FewShot,
@@ -91,7 +90,7 @@ class TestFewShot:
         assert {turn.prompt for turn in entry.rows[0].history} == {"Question 2?", "Question 3?"}
 
     def test_shots_come_before_the_rows_own_history_and_are_the_same_every_time(self, setup):
-        with_history = row(1).model_copy(update={"history": (Turn("Hello", "Hi"),)})
+        with_history = replace(row(1), history=(Turn("Hello", "Hi"),))
         one, other = (
             only(FewShot(setup(shots=2)), target([with_history], [row(n) for n in range(2, 9)]))
             for _ in range(2)

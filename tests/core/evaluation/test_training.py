@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loragen.core.config import LoraTrainConfig
-from loragen.core.data.rows import read_rows
+from loragen.core.data.dataset import Dataset
 from loragen.core.evaluation.targets import find_targets
 from loragen.core.evaluation.training import (
     best_checkpoint,
@@ -25,7 +25,7 @@ def test_the_multi_task_lora_has_all_rows_and_is_trained_once(setup, base, tmp_p
     sources = setup().sources
     first = train_multi_task(sources, base, tmp_path, Silent())
     assert first.run.manifest.dataset.rows == 32
-    answers = {row.response for row in read_rows(next((tmp_path / "multi-task").iterdir()))}
+    answers = {row.response for row in Dataset(next((tmp_path / "multi-task").iterdir())).rows()}
     assert answers == {*ANIMALS, *COLORS}
     assert first.steps <= 4 * 2 * 8
     again = train_multi_task(sources, base, tmp_path, Silent())

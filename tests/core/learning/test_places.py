@@ -2,7 +2,8 @@ import logging
 
 import pytest
 
-from loragen.core.data.prepare import Grouping, prepare
+from loragen.core.data.dataset import Dataset
+from loragen.core.data.prompts import Grouping, prepare
 from loragen.core.errors import UsageError
 from loragen.core.learning.sources import check_places
 from loragen.core.run.directory import LoraManifest, read_manifest
@@ -68,7 +69,7 @@ class TestPrepared:
     @pytest.fixture
     def prompts(self, collection, tmp_path):
         """A directory of both datasets' prompts, two to a text."""
-        sources = [(name, collection.file(name)) for name in collection.names]
+        sources = [Dataset(collection.file(name), name) for name in collection.names]
         prepare(sources, tmp_path / "prompts", Grouping(samples_per_prompt=2))
         return tmp_path / "prompts"
 
@@ -82,7 +83,7 @@ class TestPrepared:
             check_places(gen_config(config))
 
     def test_every_dataset_must_be_there(self, collection, tmp_path, gen_config, check):
-        source = ("animals", collection.file("animals"))
+        source = Dataset(collection.file("animals"), "animals")
         prepare([source], tmp_path / "p", Grouping(samples_per_prompt=2))
         with pytest.raises(UsageError, match=r"no prompts of the dataset 'colors' in it.*animals"):
             check_places(gen_config({"data.prompts": str(tmp_path / "p")}))
@@ -99,7 +100,7 @@ class TestPrepared:
         check_places(gen_config(config))
 
     def test_a_directory_that_is_not_prepared(self, tmp_path, gen_config, check):
-        with pytest.raises(UsageError, match=r"data prepare` has not made it \(no prepared.json"):
+        with pytest.raises(UsageError, match=r"no prepared\.json"):
             check(str(tmp_path))
         ((keys, problem),) = check_places(gen_config({"data.prompts": "none"}))
         assert keys == ("data", "prompts")

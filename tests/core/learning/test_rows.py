@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loragen.core.data.prepare import Groups
+from loragen.core.data.prompts import PromptGroups
 from loragen.core.errors import UsageError
 from loragen.core.learning.sources import TrainingSource
 from loragen.core.learning.texts import has_rows, labelled_rows, split_groups
@@ -50,7 +50,7 @@ def test_no_row_of_a_held_out_text_is_learned_from(
     prompts = [f"Question{' ' * (1 + i % 2)}{n}?" for i, n in enumerate(numbers)]
     documents = [{"prompt": prompt, "response": "red"} for prompt in prompts]
     file = write_lines(tmp_path / "rows.jsonl", documents)
-    groups: Groups = split_groups(prompts, size, ratio, seed)
+    groups: PromptGroups = split_groups(prompts, size, ratio, seed)
     held = [prompt for group in groups.val for prompt in group]
     numbers_of = {prompt.split()[1] for prompt in held}
     free = [prompt for prompt in prompts if prompt.split()[1] not in numbers_of]

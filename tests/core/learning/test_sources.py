@@ -7,8 +7,9 @@ import torch
 
 from loragen.core.adapter.files import read_adapter, write_adapter
 from loragen.core.config.schema import SourceSection
+from loragen.core.data.dataset import Dataset
 from loragen.core.data.documents import content_hash, parsed_source
-from loragen.core.data.prepare import Grouping, prepare, read_prepared
+from loragen.core.data.prompts import Grouping, prepare, read_prepared
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import sha256
 from loragen.core.learning import arrays as module
@@ -170,7 +171,7 @@ class TestReading:
 class TestPreparedPrompts:
     @pytest.fixture
     def prompts(self, collection, tmp_path):
-        sources = [(name, collection.file(name)) for name in collection.names]
+        sources = [Dataset(collection.file(name), name) for name in collection.names]
         prepare(sources, tmp_path / "prompts", Grouping(samples_per_prompt=2, test_ratio=0.25))
         return tmp_path / "prompts"
 
@@ -194,7 +195,7 @@ class TestPreparedPrompts:
     def test_a_folder_of_adapters_has_its_own(self, run, prompts, tmp_path, collection):
         write_adapter(tmp_path / "adapters" / "one", read_adapter(run / "adapter"), "")
         single = tmp_path / "single"
-        prepare([("colors", collection.file("colors"))], single, Grouping())
+        prepare([Dataset(collection.file("colors"), "colors")], single, Grouping())
         found = source(checkpoints=str(tmp_path / "adapters"), prompts=str(single))
         assert (found.name, len(found.groups.train)) == ("adapters", 3)
         with pytest.raises(UsageError, match=r"set data\.samples_per_prompt to 2"):
@@ -218,7 +219,7 @@ class TestTracked:
     def test_the_held_out_texts_are_those_of_prepared_prompts(
         self, collection, gen_config, tmp_path
     ):
-        sources = [(name, collection.file(name)) for name in collection.names]
+        sources = [Dataset(collection.file(name), name) for name in collection.names]
         prepare(sources, tmp_path / "p", Grouping(samples_per_prompt=2, test_ratio=0.25))
         config = gen_config({"data.pairing": "tracked", "data.prompts": str(tmp_path / "p")})
         found = plan(config).sources[0]

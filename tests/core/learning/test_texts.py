@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loragen.core.data.prompts import same_text
-from loragen.core.data.rows import Row
+from loragen.core.data.dataset import Row
+from loragen.core.data.prompts import text_key
 from loragen.core.errors import DataError
 from loragen.core.learning.texts import (
     last_prompts,
@@ -90,7 +90,7 @@ class TestRows:
         drawn = {i for tracked in texts.tracked for i in tracked}
         assert drawn.isdisjoint(texts.held_out)
         assert len(texts.held_out) == len(groups)
-        prompts = {same_text(p) for i in drawn for p in texts.texts[i].split("\n\n")}
+        prompts = {text_key(p) for i in drawn for p in texts.texts[i].split("\n\n")}
         assert prompts.isdisjoint(f"prompt {i}" for i in held)
 
     def test_a_checkpoint_without_rows_is_refused(self):

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -133,6 +134,6 @@ def test_a_file_that_moved_is_found_where_the_user_says(run, file, tmp_path):
 
 def test_the_hash_is_of_the_content_and_its_borders():
     row = Row(prompt="a", response="bc", line=1)
-    assert row_hash(row) == row_hash(row.model_copy(update={"line": 9}))
+    assert row_hash(row) == row_hash(replace(row, line=9))
     others = [{"prompt": "ab", "response": "c"}, {"system": "x"}, {"response": "bd"}]
-    assert len({row_hash(row.model_copy(update=other)) for other in [{}, *others]}) == 4
+    assert len({row_hash(replace(row, **other)) for other in [{}, *others]}) == 4

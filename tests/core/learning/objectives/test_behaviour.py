@@ -16,7 +16,7 @@ from loragen.core.adapter.files import (
 )
 from loragen.core.adapter.layout import Layout
 from loragen.core.config.schema import LoraSection
-from loragen.core.data.rows import Row
+from loragen.core.data.dataset import Row
 from loragen.core.data.tokenize import Example, pad_id, tokenize_row
 from loragen.core.errors import LoragenError
 from loragen.core.generator.network import Normalization
