@@ -86,6 +86,7 @@ class TerminalProgress(Silent):
         self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}
         self._count: TaskID | None = None
+        self._outcomes = 0
 
     def begin(self, names: Sequence[str]) -> None:
         self._numbers = _numbers(names)
@@ -116,7 +117,9 @@ class TerminalProgress(Silent):
         if self._numbers or status == "skipped":
             self._print(f"{self._numbers.get(name, '')}{name}: {line}")
         if self._bars and self._count is not None:
-            self._bars.advance(self._count)
+            self._outcomes += 1
+            shown = f"{self._outcomes} of {len(self._numbers)}"
+            self._bars.update(self._count, completed=self._outcomes, figures=shown)
 
     def stop(self) -> None:
         if self._bars:
