@@ -15,6 +15,7 @@ from loragen.core.errors import EXIT_FAILED, DataError, LoragenError, UsageError
 if TYPE_CHECKING:
     from loragen.core.analysis.report import Analysis, Comparison, SeriesReport
     from loragen.core.analysis.tokenized import Tokenized
+    from loragen.legacy.convert import ConversionResult
 
 app = typer.Typer(no_args_is_help=True, help="Look into checkpoints, and convert old ones.")
 
@@ -318,7 +319,7 @@ def _print_collection(report: "SeriesReport", most: int | None, in_full: bool) -
     for title, found in (
         ("NaN or infinity", by_tensor(report.not_finite)),
         ("all zero", by_tensor(report.zero)),
-        ("dead (ΔW next to nothing beside the others)", report.dead),
+        ("dead (‖ΔW‖ far below that of the others)", report.dead),
     ):
         if in_full or found:
             _print_list(title, found, most)
@@ -417,7 +418,7 @@ def _step_of(path: Path) -> int:
     return step
 
 
-def _remarks(converted: Any) -> list[str]:
+def _remarks(converted: "ConversionResult") -> list[str]:
     manifest = converted.manifest
     if converted.already:
         return [f"was converted before, to {converted.directory}; remove that to convert it again"]
@@ -431,7 +432,7 @@ def _remarks(converted: Any) -> list[str]:
     if converted.optimizer_states < len(steps):
         lines.append(
             f"{converted.optimizer_states} of {len(steps)} have an optimizer state that fits; "
-            "training on from the others starts the optimizer afresh"
+            "resuming from the others starts with a new optimizer state"
         )
     if converted.assumed:
         lines.append(f"not recorded, defaults in config.yaml: {', '.join(converted.assumed)}")
