@@ -80,7 +80,7 @@ def config_validate(file: File, command: CommandOption = None) -> None:
     from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
     from loragen.core.config.load import guess_command
     from loragen.core.learning.sources import missing_gen_paths
-    from loragen.core.lora.settings import missing_lora_paths
+    from loragen.core.lora.tasks import missing_lora_paths
     from loragen.legacy.translate import command_of_legacy_config
 
     name = command.value if command else command_of_legacy_config(file) or guess_command(file)

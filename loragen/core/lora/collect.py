@@ -12,15 +12,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from loragen.core.config import LoraTrainConfig
-from loragen.core.errors import Interrupted, LoragenError, UsageError
-from loragen.core.lora.tasks import Task, TaskOutcome, earlier_runs
-from loragen.core.lora.worker import JobResult, Launcher, StatusFile, TrainingJob, Worker
+from loragen.core.errors import Interrupted, LoragenError, UsageError, one_line
+from loragen.core.lora.tasks import Task, TaskOutcome, earlier_runs, with_absolute_paths
+from loragen.core.lora.worker import JobResult, Launcher, StatusFile, TrainingJob, Worker, run_job
 from loragen.core.progress import Progress
 from loragen.core.run.directory import LoraManifest, Run
 
@@ -29,6 +32,10 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.2
 KILL_AFTER_SECONDS = 30
 """Between the second Ctrl+C, which terminates a worker, and its end by force."""
+RAY_GRACE_SECONDS = 60.0
+"""For a worker on Ray to save its step, once it is interrupted."""
+RAY_STORE_BYTES = 100 * 2**20
+"""Of a cluster started here: only configurations pass through its object store."""
 
 
 def collect(
@@ -88,8 +95,6 @@ def _train(
     config: LoraTrainConfig, tasks: Sequence[Task], several: bool, progress: Progress
 ) -> Iterator[TaskOutcome]:
     if config.launcher.name == "ray":
-        from loragen.core.lora.ray_launcher import ray_cluster
-
         with ray_cluster(config) as launcher:
             yield from _train_in_workers(config, tasks, progress, launcher)
     elif several and _needs_workers(config):
@@ -302,3 +307,96 @@ class Subprocess:
 
     def exit_reason(self) -> str:
         return f"its process ended with exit code {self._process.returncode}"
+
+
+# ---------------------------------------------------------------------------- Ray
+
+
+@contextmanager
+def ray_cluster(config: LoraTrainConfig) -> Iterator[Launcher]:
+    """Connects to Ray; a cluster that was started here ends with the block. The files of all
+    datasets and runs_dir have to be on a file system that its machines share.
+
+    Raises UsageError where Ray is not installed, there is no such cluster, or no machine of it has
+    what one dataset needs.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray reports dead workers on stdout; we do, in one line on stderr.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
+    try:
+        ray: Any = import_module("ray")
+        import_module("ray.exceptions")
+    except ImportError:
+        raise UsageError("launcher ray needs ray: pip install 'loragen[ray]'") from None
+    address = config.launcher.address
+    ours = {} if address else {"object_store_memory": RAY_STORE_BYTES, "include_dashboard": False}
+    try:
+        ray.init(
+            address=address or "local", log_to_driver=False, logging_level=logging.FATAL, **ours
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UsageError(f"launcher.address {address}: {one_line(error)}") from None
+    try:
+        resources = ray.cluster_resources()
+        needs = {"CPU": config.launcher.num_cpus, "GPU": config.launcher.num_gpus}
+        for kind, number in needs.items():
+            if number > resources.get(kind, 0):  # it would wait for ever
+                raise UsageError(
+                    f"launcher.num_{kind.lower()}s: a dataset needs {number:g}, "
+                    f"the cluster has {resources.get(kind, 0):g}"
+                )
+        if not needs["GPU"] and resources.get("GPU"):
+            log.warning("launcher.num_gpus is 0: the %d GPUs stay idle", resources["GPU"])
+        runs_dir = Path(config.runs_dir).absolute()
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        task = ray.remote(
+            num_cpus=config.launcher.num_cpus,
+            num_gpus=config.launcher.num_gpus,
+            max_calls=1,  # a new process for every dataset, which frees all its memory
+            max_retries=0,  # Ray's own retries would not resume
+        )(run_job)
+        yield Launcher(
+            lambda job, status: RayWorker(ray, task.remote(_absolute(job, config), status.path)),
+            folder=runs_dir,
+            max_concurrent=config.launcher.max_concurrent or 10**6,  # Ray itself queues the rest
+            max_retries=config.launcher.max_retries,
+            grace_seconds=RAY_GRACE_SECONDS,
+        )
+    finally:
+        ray.shutdown()
+
+
+def _absolute(job: TrainingJob, config: LoraTrainConfig) -> TrainingJob:
+    """Returns the job for a process with another working directory."""
+    own = with_absolute_paths(job.config)
+    own.runs_dir = str(Path(own.runs_dir).absolute())
+    own.data.root = str(Path(own.data.root).absolute())
+    if own.data.dataset and Path(own.data.dataset).is_file():
+        own.data.dataset = job.location
+    if not config.launcher.num_gpus and own.trainer.accelerator == "auto":
+        own.trainer.accelerator = "cpu"  # Ray itself would leave all workers on the first GPU
+    return job.model_copy(update={"config": own})
+
+
+class RayWorker:
+    """A task of the cluster that runs a training job."""
+
+    def __init__(self, ray: Any, reference: Any) -> None:
+        self._ray, self._reference = ray, reference
+
+    def is_running(self) -> bool:
+        ready, _ = self._ray.wait([self._reference], timeout=0)
+        return not ready
+
+    def interrupt(self) -> None:
+        self._ray.cancel(self._reference)  # as a Ctrl+C, while it trains
+
+    def kill(self) -> None:
+        self._ray.cancel(self._reference, force=True)
+
+    def exit_reason(self) -> str:
+        try:
+            self._ray.get(self._reference)
+        except self._ray.exceptions.RayError as error:
+            return f"its worker died ({type(error).__name__})"
+        return "its worker ended without a result"

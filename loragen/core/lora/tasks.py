@@ -1,4 +1,5 @@
-"""The datasets of a `lora train` command, their outcomes, and their earlier runs. Light."""
+"""What a `lora train` command trains: its datasets, the settings that decide their results, and the
+earlier runs that have the same result. Light."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,11 +8,15 @@ from pathlib import Path
 from traceback import clear_frames
 from typing import Literal, NamedTuple
 
-from loragen.core.config import LoraTrainConfig
+from loragen.core.base.names import resolve_base
+from loragen.core.config import DEMO, LoraTrainConfig
+from loragen.core.config.load import Problem, problems_at
 from loragen.core.config.schema import LauncherSection
+from loragen.core.config.show import HARDWARE, differences
 from loragen.core.data.dataset import Dataset, dataset_names
+from loragen.core.data.documents import location, parsed_source
 from loragen.core.errors import Interrupted, LoragenError, UsageError, one_line
-from loragen.core.lora.settings import result_differences, same_base, same_dtype
+from loragen.core.files import user_path
 from loragen.core.progress import Progress
 from loragen.core.run.directory import MANIFEST, LoraManifest, LoraRun, Run
 
@@ -112,6 +117,84 @@ class TaskOutcome:
             progress.outcome(self.task.name, self.status, line)
 
 
+# ---------------------------------------------------------------------------- settings
+
+
+FREE = (
+    "base_model",  # compared by its fingerprint, or its name
+    "base_dtype",  # compared by the dtype that the base computes in
+    "runs_dir",
+    "collection",
+    "launcher",
+    "loggers",
+    "final_model",
+    "track_batches",
+    # The data are compared by hashes. Without bad rows, skip_bad_rows changes nothing.
+    "data.root",
+    "data.dataset",
+    "data.validation",
+    "data.skip_bad_rows",
+    "data.workers",
+    "checkpoints.last_every",
+    *HARDWARE,
+)
+"""Settings that two runs of the same result may differ in."""
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two names are of one base model: a directory may be named in several ways."""
+    paths = [user_path(name) for name in (one, other)]
+    return one == other or (
+        all(path.is_dir() for path in paths) and paths[0].resolve() == paths[1].resolve()
+    )
+
+
+def same_dtype(then: LoraTrainConfig, computed: str, now: LoraTrainConfig) -> bool:
+    """Whether a base that computed in `computed` (empty: not known) would do so again.
+
+    Two runs with `auto` count as the same: what it chooses is known only with the base in memory.
+    """
+    if now.base_dtype == "auto":
+        return then.base_dtype == "auto"
+    return computed in ("", now.base_dtype)
+
+
+def with_absolute_paths(config: LoraTrainConfig) -> LoraTrainConfig:
+    """Returns the configuration with absolute paths of base model and validation file: a run may be
+    resumed, and an adapter loaded, from another directory."""
+    absolute = config.model_copy(deep=True)
+    base = user_path(config.base_model)
+    if config.base_model != DEMO and base.is_dir():
+        absolute.base_model = str(base.absolute())
+    if config.data.validation:
+        absolute.data.validation = location(parsed_source(config.data.validation))
+    return absolute
+
+
+def missing_lora_paths(config: LoraTrainConfig) -> list[Problem]:
+    """Finds every dataset, file and local base that is named and missing; the hub is not asked."""
+    data, root = config.data, Path(config.data.root)
+    found = problems_at(("base_model",), resolve_base, config.base_model)
+    for i, name in enumerate(config.collection):
+        found += problems_at(("collection", i), Dataset.find, name, root)
+    if data.dataset is not None:
+        found += problems_at(("data", "dataset"), Dataset.find, data.dataset, root)
+    elif not config.collection and "root" in data.model_fields_set and not root.is_dir():
+        found.append((("data", "root"), f"{root}: no such directory"))
+    if data.validation is not None:
+        found += problems_at(("data", "validation"), _check_file, data.validation)
+    return found
+
+
+def _check_file(text: str) -> None:
+    source = parsed_source(text)
+    if isinstance(source, Path) and not source.is_file():
+        raise UsageError(f"{source}: no such file")
+
+
+# ---------------------------------------------------------------------------- earlier runs
+
+
 class EarlierRuns(NamedTuple):
     """The newest runs below runs_dir that train what a task would train."""
 
@@ -141,7 +224,7 @@ def earlier_runs(config: LoraTrainConfig, task: Task) -> EarlierRuns:
                 and manifest.dataset.validation == (validation.sha256 if validation else "")
                 and same_base(manifest.base_model, config.base_model)
                 and same_dtype(then, manifest.base_dtype, config)
-                and not result_differences(then, config)
+                and not differences(then, config, FREE)
             )
         except LoragenError:  # damaged, or of another version of loragen: the dataset trains anew
             continue

@@ -32,7 +32,7 @@ from loragen.core.files import written_atomically
 from loragen.core.lora.data import DRAWN, LoraDataModule, TrainingRows, load_rows
 from loragen.core.lora.module import LoraModule, StepCheckpoints, StepMetrics
 from loragen.core.lora.provenance import Provenance
-from loragen.core.lora.settings import FREE, with_absolute_paths
+from loragen.core.lora.tasks import FREE, with_absolute_paths
 from loragen.core.plugins import create
 from loragen.core.progress import Progress
 from loragen.core.run.checkpoints import AtomicCheckpointIO

@@ -84,7 +84,7 @@ def launched(monkeypatch):
         def cluster(config):
             yield Launcher(start, max_concurrent=2, max_retries=retries)
 
-        monkeypatch.setattr("loragen.core.lora.ray_launcher.ray_cluster", cluster)
+        monkeypatch.setattr("loragen.core.lora.collect.ray_cluster", cluster)
 
     return use
 

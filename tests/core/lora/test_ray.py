@@ -11,7 +11,6 @@ import pytest
 from loragen.core.config import LoraTrainConfig, load
 from loragen.core.data.dataset import Dataset
 from loragen.core.errors import UsageError
-from loragen.core.lora import ray_launcher
 from loragen.core.lora.collect import collect
 from loragen.core.lora.tasks import Task, earlier_runs
 from loragen.core.lora.worker import run_job
@@ -60,7 +59,7 @@ def test_a_worker_that_dies_is_started_again_from_its_checkpoint(
 ):
     pytest.importorskip("ray")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ray_launcher, "run_job", dying_once(str(tmp_path / "died")))
+    monkeypatch.setattr("loragen.core.lora.collect.run_job", dying_once(str(tmp_path / "died")))
     config = lora_config({**SETTINGS, "runs_dir": "runs"})
     recorded = Recorded()
     outcomes = collect(config, tasks, recorded)
