@@ -130,7 +130,7 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
 @cache
 def hub_problem() -> str | None:
     """Returns why the Hugging Face hub cannot be reached, and what to do; None where it answers or
-    is not to be asked.
+    HF_HUB_OFFLINE is set.
 
     One short request, because the hub's libraries retry for half a minute without a network.
     """

@@ -1,7 +1,7 @@
-"""Finding plugins: one lookup for every kind, and only the chosen class is imported."""
+"""Plugins of all kinds: one lookup by name, which imports the chosen class and nothing else."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -36,12 +36,12 @@ class Plugin:
 
 
 def names(kind: str) -> list[str]:
-    """The installed names of a kind, sorted."""
+    """Returns the installed names of a kind, sorted."""
     return sorted({plugin.name for plugin in installed() if plugin.kind == kind})
 
 
 def describe(kind: str, name: str) -> Plugin:
-    """Where a name comes from, without importing it.
+    """Returns where a name comes from, without importing it.
 
     Raises PluginError for an unknown kind or name, and for a name that two distributions offer.
     """
@@ -62,7 +62,7 @@ def describe(kind: str, name: str) -> Plugin:
 
 
 def find(kind: str, name: str) -> Any:
-    """The class behind a name; imports that class and nothing else.
+    """Imports and returns the class of a name; no other plugin is imported.
 
     Raises PluginError where the name is unknown or ambiguous, or its class does not import.
     """
@@ -70,7 +70,7 @@ def find(kind: str, name: str) -> Any:
     module_name, _, attribute = plugin.target.partition(":")
     try:
         return getattr(import_module(module_name), attribute)
-    except (Exception, SystemExit) as error:  # a stranger's module may raise anything
+    except (Exception, SystemExit) as error:  # a third-party module may raise anything
         raise PluginError(
             f"{kind} '{name}' of {plugin.origin} does not load: "
             f"{plugin.target}: {type(error).__name__}: {' '.join(str(error).split())}"
@@ -78,50 +78,42 @@ def find(kind: str, name: str) -> Any:
 
 
 def create(kind: str, name: str, options: Mapping[str, Any], *arguments: Any) -> Any:
-    """The chosen plugin, constructed from its validated options and what its protocol adds."""
+    """Constructs a plugin from its options, which its `Config` validates, and the arguments that
+    its protocol adds."""
     plugin = find(kind, name)
     return plugin(plugin.Config.model_validate(options), *arguments)
 
 
 @cache
 def installed() -> tuple[Plugin, ...]:
-    """Every name of every healthy plugin. A plugin that is not healthy costs one warning."""
+    """Returns every name that the installed plugins offer. A plugin that does not load, or whose
+    hooks fail, costs one warning and is left out."""
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
-    entries = {entry.value: entry for entry in _entry_points()}
+    # An entry point may be listed twice, as of an editable install that is on sys.path, too.
+    entries = {entry.value: entry for entry in entry_points(group=GROUP)}
     for entry in entries.values():
-        _register(manager, entry)
-    return tuple(_offers(manager, entries))
-
-
-def _entry_points() -> list[EntryPoint]:
-    """The group's entries; one seen twice (an editable install on sys.path, say) counts once."""
-    found = entry_points(group=GROUP)
-    return list({(_origin(entry)[0], entry.name, entry.value): entry for entry in found}.values())
-
-
-def _register(manager: pluggy.PluginManager, entry: EntryPoint) -> None:
-    try:
-        manager.register(entry.load(), name=entry.value)
-        manager.check_pending()
-    except (Exception, SystemExit) as error:  # noqa: BLE001  # one bad plugin is not the tool
-        manager.unregister(name=entry.value)
-        _warn(entry, error)
-
-
-def _offers(manager: pluggy.PluginManager, entries: Mapping[str, EntryPoint]) -> Iterator[Plugin]:
+        try:
+            manager.register(entry.load(), name=entry.value)
+            manager.check_pending()  # refuses hooks that have no specification
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # one plugin, not the command
+            manager.unregister(name=entry.value)
+            _warn(entry, error)
+    found = []
     for kind in KINDS:
         for implementation in getattr(manager.hook, f"loragen_{kind}s").get_hookimpls():
             entry = entries[implementation.plugin_name]
             try:
                 table = dict(implementation.function())
-                for name, target in table.items():
-                    yield Plugin(kind, str(name), str(target), *_origin(entry))
             except (Exception, SystemExit) as error:  # noqa: BLE001  # as above
                 _warn(entry, error)
+                continue
+            found += [Plugin(kind, str(n), str(table[n]), *_origin(entry)) for n in table]
+    return tuple(found)
 
 
 def _origin(entry: EntryPoint) -> tuple[str, str]:
+    """Returns (distribution, version)."""
     return (entry.dist.name, entry.dist.version) if entry.dist else ("unknown", "?")
 
 

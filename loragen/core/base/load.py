@@ -80,7 +80,7 @@ def load_base(
 
 def empty_base(name: str, local_files_only: bool = False) -> LanguageModel:
     """Builds the architecture without its weights, on the current torch device; on `meta` it takes
-    no memory. With `local_files_only` the hub is not asked.
+    no memory. With `local_files_only` nothing is downloaded.
 
     Raises UsageError where its configuration cannot be found, LoragenError where it is not one.
     """

@@ -1,4 +1,4 @@
-"""What a document means: its keys tell its format, one entry in `FORMATS` for each kind of row.
+"""The formats of rows: a document's keys decide which entry of `FORMATS` reads it.
 
 All functions raise DataError saying what is wrong with a document, not where it is.
 """
@@ -202,7 +202,7 @@ def _labelled_format_of(document: Keys) -> RowFormat | None:
 
 
 def _unlabelled_format_of(document: Keys) -> RowFormat | None:
-    """The format that the row would have with its answer, as far as its keys tell: the first that
+    """The format that the row would have with its answer, as far as its keys show: the first that
     fits, or one that differs from it by optional keys alone and has more of them."""
     fitting = [known for known in FORMATS if all(key in document for key in known.unlabelled)]
     alike = [known for known in fitting if known.unlabelled == fitting[0].unlabelled]

@@ -1,7 +1,7 @@
 """Prompts as the texts that a generator reads: joined in groups, held out, and prepared on disk.
 
 `data prepare` writes a directory of `train_prompts.jsonl`, `val_prompts.jsonl` and `prepared.json`,
-which says how and of what they were made; several datasets may share it.
+which records their options and datasets; several datasets may share it.
 """
 
 import json

@@ -82,7 +82,7 @@ class TokenizedRows(Sequence[Example]):
     """The rows whose answer fits into `max_length`, each tokenised when it is first used.
 
     `rows` are those rows, and `too_long` the others. Only answers that are long in characters are
-    tokenised to tell them apart.
+    tokenised for this distinction.
     """
 
     def __init__(self, rows: Sequence[Row], tokenizer: Any, max_length: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from math import isfinite, nan
@@ -65,23 +65,9 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
 
     The incomplete last line of a run that was killed, or is being written, is left out.
     """
-    return _numbers(entry for _, entry in _entries(file.read_bytes()))
-
-
-def metrics_after(file: Path, step: int, tail: int = 65536) -> list[dict[str, float]]:
-    """Returns the entries of later steps in the last `tail` bytes; none where there is no file."""
-    if not file.is_file():
-        return []
-    with file.open("rb") as opened:
-        opened.seek(max(0, file.stat().st_size - tail))
-        content = opened.read()
-    return _numbers(entry for _, entry in _entries(content) if entry["step"] > step)
-
-
-def _numbers(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
     return [
         {name: nan if value is None else value for name, value in entry.items()}
-        for entry in entries
+        for _, entry in _entries(file.read_bytes())
     ]
 
 
