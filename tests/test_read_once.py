@@ -15,8 +15,6 @@ from loragen.cli.main import app
 from loragen.core.run.directory import MANIFEST
 from tests.conftest import TINY_GENERATOR, TINY_LORA
 
-pytestmark = pytest.mark.xfail(reason="the rooms are moving to Dataset and Run")
-
 _counting: list[Counter] = []  # an audit hook cannot be removed: it counts for whoever is listening
 
 
@@ -119,6 +117,7 @@ def test_gen_train_of_a_folder_of_runs_reads_each_manifest_once(
     assert {counts[str(file.resolve())] for file in manifests} == {1}
 
 
+@pytest.mark.xfail(reason="the evaluation opens what the generator's sources have opened")
 def test_gen_eval_reads_a_dataset_and_a_manifest_once(collection, manifests, experiment, tmp_path):
     """The evaluated datasets are those that the generator was trained on: still one read each."""
     files = [collection.file(name) for name in collection.names]

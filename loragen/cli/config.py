@@ -79,13 +79,13 @@ def config_validate(file: File, command: CommandOption = None) -> None:
     """
     from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
     from loragen.core.config.load import guess_command
-    from loragen.core.learning.sources import missing_gen_paths
+    from loragen.core.learning.sources import check_sources
     from loragen.core.lora.tasks import missing_lora_paths
     from loragen.legacy.translate import command_of_legacy_config
 
     name = command.value if command else command_of_legacy_config(file) or guess_command(file)
     model: Any = GenTrainConfig if name == "gen" else LoraTrainConfig
-    missing: Any = missing_gen_paths if name == "gen" else missing_lora_paths
+    missing: Any = check_sources if name == "gen" else missing_lora_paths
     with_old_files(model, file, lambda given: load(model, given, environment={}, check=missing))
     render.answer(f"{file}: valid ({name} train)")
 

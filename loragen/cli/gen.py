@@ -77,7 +77,7 @@ def gen_train(
     Prints the experiment directory; the generator is results/final_model/generator_model.pt.
     """
     from loragen.core.config import GenTrainConfig, Override, dump, load
-    from loragen.core.learning.sources import check_places
+    from loragen.core.learning.sources import Sources, check_sources, open_sources
     from loragen.core.run.directory import CONFIG, TEST_MODE_STEPS, GeneratorManifest, Run
 
     steps = TEST_MODE_STEPS[-1] if test_mode else None
@@ -90,11 +90,23 @@ def gen_train(
     flags = [Override(*one) for one in given if one[1] is not None]
     run = Run.open(resume, GeneratorManifest) if resume else None
     file = config or (run.directory / CONFIG if run else None)
+    sources: Sources | None = None
+
+    def check(draft: GenTrainConfig) -> list[Any]:
+        """Opens the sources before anything heavy is imported; they are passed on."""
+        nonlocal sources
+        problems = check_sources(draft)
+        if not problems:
+            sources = open_sources(draft)
+            sources.report()
+        return problems
+
     resolved = with_old_files(
         GenTrainConfig,
         file,
-        lambda given: load(GenTrainConfig, given, settings or (), flags, check=check_places),
+        lambda given: load(GenTrainConfig, given, settings or (), flags, check=check),
     )
+    assert sources is not None
 
     from loragen.core.learning.plan import plan
     from loragen.core.learning.train import GeneratorPoint, train
@@ -105,7 +117,7 @@ def gen_train(
     if dry_run:
         if point:
             point.check_settings(resolved)
-        work = plan(resolved)
+        work = plan(resolved, sources)
         render.note(work.summary())
         decoder = _decoder_summary(work)
         if json:
@@ -123,7 +135,7 @@ def gen_train(
         if point:
             found = point.checkpoint.name if point.checkpoint else "no checkpoint"
             render.note(f"{point.directory}: found {found}; {point.step} steps are done")
-        trained = train(resolved, terminal_progress(), point)
+        trained = train(resolved, terminal_progress(), point, sources)
         directory, manifest = trained.directory, trained.manifest
     if json:
         render.answer_json({"run": str(directory), **manifest.model_dump()})

@@ -16,8 +16,14 @@ from loragen.core.adapter.files import module_scaling, read_adapter
 from loragen.core.analysis.report import PrincipalComponents
 from loragen.core.errors import LoragenError, UsageError
 from loragen.core.files import natural_key
-from loragen.core.run.checkpoints import find_checkpoints, read_tensors
-from loragen.core.run.directory import CHECKPOINTS, LoraManifest, read_manifest, run_directory_of
+from loragen.core.run.checkpoints import read_tensors
+from loragen.core.run.directory import (
+    CHECKPOINTS,
+    LoraManifest,
+    find_checkpoints,
+    read_manifest,
+    run_directory_of,
+)
 
 LOADED_BYTES = 2**30
 """Memory for checkpoints whose inner products are computed. They are multiplied block by block, two

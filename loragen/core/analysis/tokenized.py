@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from loragen.core.adapter.layout import NO_LAYER, Layout, TensorSpec
-from loragen.core.run.checkpoints import find_checkpoints, read_tensors
+from loragen.core.run.checkpoints import read_tensors
+from loragen.core.run.directory import find_checkpoints
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of a value -> integers to compare bit for bit: NaN equals NaN, and 0 differs from -0."""

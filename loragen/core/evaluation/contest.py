@@ -32,10 +32,10 @@ from loragen.core.evaluation.statistics import NoveltyReport, interval, novelty
 from loragen.core.evaluation.targets import Target
 from loragen.core.evaluation.training import train_multi_task, train_oracles
 from loragen.core.generator.model import Generator
-from loragen.core.learning.sources import PromptDirectories, TrainingSource, read_source
+from loragen.core.learning.sources import PromptDirectories, TrainingSource, open_source
 from loragen.core.lora.evaluate import Scores, evaluate_model
 from loragen.core.progress import Progress
-from loragen.core.run.directory import LoraManifest, SourceRecord, read_manifest, run_directory_of
+from loragen.core.run.directory import SourceRecord
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def training_sources(generator: Generator) -> list[TrainingSource]:
     if not found:
         raise UsageError("the generator's file does not name the runs that it was trained on")
     prepared = PromptDirectories(GenDataSection(samples_per_prompt=generator.samples_per_prompt))
-    return [read_source(source, count, prepared) for source, count in found]
+    return [open_source(section, prepared, count) for section, count in found]
 
 
 def hold_contest(
@@ -350,10 +350,8 @@ def _seconds(
 
 def _training_seconds(sources: Sequence[TrainingSource]) -> float | None:
     """The mean training time of the generator's training adapters, according to their manifests."""
-    try:
-        runs = [run_directory_of(source.checkpoints[0]) for source in sources]
-        seconds = [read_manifest(run, LoraManifest).seconds for run in runs]
-    except LoragenError:  # adapters without a run
+    runs = [source.run for source in sources if source.run]
+    known = [run.manifest.seconds for run in runs if run.manifest.seconds]
+    if len(runs) < len(sources):  # adapters without a run
         return None
-    known = [second for second in seconds if second]
     return round(fmean(known), 3) if known else None

@@ -42,8 +42,11 @@ def train_multi_task(
 
     Raises LoragenError where a run or its dataset cannot be read.
     """
-    runs = [Run.open(source.checkpoints[0], LoraManifest) for source in sources]
-    datasets = [Dataset.at(run.manifest.dataset.path) for run in runs]
+    runs = [_run_of(source) for source in sources]
+    datasets = [
+        source.labels if source.run and source.labels else Dataset.at(run.manifest.dataset.path)
+        for source, run in zip(sources, runs, strict=True)
+    ]
     rows = [row for dataset in datasets for row in dataset.rows(skip_bad_rows=True)]
     documents = [asdict(row) for row in rows]
     for document in documents:
@@ -68,7 +71,7 @@ def train_oracles(
 ) -> dict[tuple[str, str], TrainedAdapter]:
     """Trains a LoRA on the labelled train split of every dataset, with the configuration of the
     generator's own training adapters. Returns them by `Target.key`."""
-    run = Run.open(sources[0].checkpoints[0], LoraManifest)
+    run = _run_of(sources[0])
     config = _recipe(run.config, base, cache)
     config.checkpoints = CheckpointsSection(first_step=config.training.max_steps, optimizer="none")
     training_base, oracles = _TrainingBase(config, base), {}
@@ -93,6 +96,11 @@ def multi_task_config(config: LoraTrainConfig, most_steps: int) -> LoraTrainConf
     every = own.training.val_every  # a checkpoint at every validation, of which the best is used
     own.checkpoints = CheckpointsSection(first_step=every, every=every, optimizer="none")
     return own
+
+
+def _run_of(source: TrainingSource) -> LoraRun:
+    """Raises UsageError where the source's adapters are of no run."""
+    return source.run or Run.open(source.checkpoints[0], LoraManifest)
 
 
 def best_checkpoint(run: LoraRun) -> Path:

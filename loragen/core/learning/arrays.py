@@ -24,7 +24,7 @@ from loragen.core.files import sha256, sha256_text, written_atomically
 from loragen.core.generator.embeddings import write_embeddings
 from loragen.core.generator.network import Normalization
 from loragen.core.learning.sources import TrainingSource
-from loragen.core.learning.texts import LabelledRows, groups_of, has_rows, labelled_rows, texts_of
+from loragen.core.learning.texts import LabelledRows, groups_of, labelled_rows, texts_of
 from loragen.core.protocols import Encoder
 from loragen.core.run.checkpoints import read_tensors
 from loragen.core.run.directory import SourceRecord
@@ -86,7 +86,7 @@ def source_arrays(
             val = [prompt for group in groups_of(source, config).val for prompt in group]
             rows[i] = labelled_rows(source, val, tokenizer, length, seed)
         for i, source in enumerate(held_out, start=len(sources)):
-            if has_rows(source):
+            if source.has_labels:
                 every = labelled_rows(source, [], tokenizer, length, seed)
                 rows[i] = LabelledRows([], held_out=every.training)
     with _cache(config) as cache:
@@ -101,11 +101,10 @@ def source_arrays(
                 prompts=texts.sha256,
                 labels=own.sha256 if own else "",
                 held_out=i >= len(sources),
+                place=str(source.directory),
+                prompts_from=source.prompts_from,
+                count=len(source.checkpoints),
             )
-            if source.origin:
-                record.place = str(source.origin.checkpoints)
-                record.prompts_from = source.origin.prompts
-                record.count = len(source.checkpoints)
             arrays.append(
                 SourceArrays(
                     source.name,
@@ -117,10 +116,11 @@ def source_arrays(
                     tracked=texts.tracked,
                     texts=() if encoder.frozen else texts.texts,
                     rows=own,
-                    dataset=source.dataset,
+                    dataset=source.prompts_sha256,
                     record=record,
                 )
             )
+            source.release()
         yield arrays
 
 

@@ -64,7 +64,7 @@ class Split(NamedTuple):
     num_processes: int = 1
 
 
-class MicroBatches(Dataset[PairBatch]):
+class DistributedBatches(Dataset[PairBatch]):
     """Item k is a process's share of micro-batch k; a subclass makes the pairs.
 
     Micro-batches cut an endless stream of shuffled epochs over `items` into equal pieces.
@@ -96,7 +96,7 @@ class MicroBatches(Dataset[PairBatch]):
         return step, pairs[self.split.process_index :: self.split.num_processes]
 
 
-class PairBatches(MicroBatches):
+class PairBatches(DistributedBatches):
     """Micro-batches in which every checkpoint of every source comes equally often."""
 
     def __init__(
@@ -108,7 +108,7 @@ class PairBatches(MicroBatches):
         seed: int,
         split: Split = Split(),  # noqa: B008  # immutable
     ) -> None:
-        """`prompts` is the number of prompt texts of a condition; the rest as `MicroBatches`."""
+        """`prompts` is the number of prompt texts of a condition."""
         self.sources, self.prompts = sources, prompts
         self.pairs = [(i, c) for i, source in enumerate(sources) for c in range(len(source.tokens))]
         super().__init__(len(self.pairs), batch_size, seed, split, "data.batch_size")

@@ -15,9 +15,10 @@ from loragen.core.adapter.layout import Layout
 from loragen.core.config import GenTrainConfig
 from loragen.core.config.schema import phases_in
 from loragen.core.errors import DataError, PluginError, UsageError
-from loragen.core.learning.sources import TrainingSource, common_layout, read_sources
+from loragen.core.learning.sources import Sources, TrainingSource
 from loragen.core.plugins import create, find, names
 from loragen.core.protocols import Automatic, Objective, Rate, Schedule
+from loragen.core.run.checkpoints import read_tensors
 
 log = logging.getLogger(__name__)
 
@@ -54,21 +55,29 @@ class Plan:
         )
 
 
-def plan(config: GenTrainConfig) -> Plan:
-    """Reads the sources, derives the layout and chooses the objective.
+def plan(config: GenTrainConfig, found: Sources) -> Plan:
+    """Checks that the sources fit together, derives the layout and chooses the objective.
 
     Raises UsageError or DataError where the sources do not fit together, UsageError where the
     configured objective cannot be trained on them.
     """
-    sources, held_out = read_sources(config)
+    sources, held_out = found.training, found.held_out
     both = [*sources, *held_out]
     for source in both:
+        _ = source.prompts, source.provenance  # raise where the dataset has changed
         if source.base_model != sources[0].base_model:
             raise DataError(
                 f"{source.name} was trained on {source.base_model}, {sources[0].name} on "
                 f"{sources[0].base_model}: a generator serves one base model"
             )
-    layout = common_layout(both, config)
+    form = config.layout
+    layout = Layout.of(read_tensors(sources[0].checkpoints[-1]), form.token_dim, form.max_seq_len)
+    for source in both:
+        last = source.checkpoints[-1]
+        try:
+            layout.check(read_tensors(last))
+        except DataError as error:
+            raise DataError(f"{last}: not the adapter of {sources[0].name}: {error}") from None
     # A generator's adapters have one configuration. With another alpha over rank, equal factors
     # would mean another ΔW.
     for path in dict.fromkeys(spec.path for spec in layout.tensors):

@@ -1,35 +1,27 @@
-"""Which sources there are to learn from; found without torch, before seconds of imports.
+"""The sources of `gen train`: datasets with their collected checkpoints and their prompts. Light.
 
-What a configuration of `gen train` names, and whether it is there; light.
-
-Where a generator learns from: the checkpoints of a dataset, and the dataset's prompts.
+`open_sources` finds and opens all that a configuration names, once for a command: no manifest and
+no dataset file is read a second time. Prompts and labels are read when they are first needed.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from loragen.core.adapter import CONFIG_FILE
-from loragen.core.adapter.files import read_adapter
-from loragen.core.adapter.layout import Layout
 from loragen.core.base.names import is_path, resolve_base
 from loragen.core.config.load import Problem, problems_at
 from loragen.core.config.schema import GenDataSection, GenTrainConfig, SourceSection
-from loragen.core.data.documents import content_hash, location, parsed_source
-from loragen.core.data.prompts import (
-    PreparedPrompts,
-    PromptGroups,
-    check_prepared,
-    prompts_of_rows,
-    read_prepared,
-    read_prompts,
-)
+from loragen.core.data.dataset import Dataset
+from loragen.core.data.documents import parsed_source
+from loragen.core.data.prompts import PreparedPrompts, PromptGroups, check_prepared, read_prepared
 from loragen.core.errors import DataError, LoragenError, UsageError, listing
 from loragen.core.files import absent, natural_key, sha256_text, user_path
 from loragen.core.lora.provenance import Provenance, traced_run
-from loragen.core.run.checkpoints import find_checkpoints, read_tensors
 from loragen.core.run.directory import (
     CHECKPOINTS,
     MANIFEST,
@@ -37,7 +29,7 @@ from loragen.core.run.directory import (
     LoraManifest,
     LoraRun,
     Run,
-    read_manifest,
+    find_checkpoints,
     run_directory_of,
 )
 
@@ -46,93 +38,127 @@ log = logging.getLogger(__name__)
 MOST_NAMED = 5  # directories, in one line
 
 
-@dataclass
-class FoundSources:
-    """What there is to learn from, and the runs of a folder that are left out."""
+@dataclass(eq=False)
+class TrainingSource:
+    """A dataset to learn from: its checkpoints and its prompts."""
 
-    sources: list[SourceSection]
+    name: str
+    checkpoints: list[Path]
+    """In the order of steps; the last of those there."""
+    directory: Path
+    """Absolute: of the run, or of its checkpoints."""
+    section: SourceSection
+    """Its configuration."""
+    run: LoraRun | None = None
+    """None: the checkpoints are PEFT adapters, and no run's."""
+    prompt_dataset: Dataset | None = None
+    """Named for the prompts; None: the run's own dataset, or prepared prompts."""
+    labels: Dataset | None = None
+    """The dataset with its answers, where it is known; only some objectives need it."""
+    groups: PromptGroups | None = None
+    """The prompts as `data prepare` has joined and split them; None: at random, in training."""
+    prompts_from: str | None = None
+    """The path or hub id of what was named for the prompts, to be found from any directory."""
+    tracked: bool = False
+    """Whether a checkpoint is paired with the rows of its own step."""
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """All prompts of the dataset.
+
+        Raises UsageError where the dataset is missing, DataError where it has changed since the run
+        or has bad rows.
+        """
+        if self.groups:
+            return [prompt for group in (*self.groups.train, *self.groups.val) for prompt in group]
+        if self.prompt_dataset:
+            return self.prompt_dataset.prompts()
+        assert self.run is not None  # `open_source`
+        if self.labels is None:
+            raise UsageError(
+                f"{self.run.directory}: it was converted without its dataset's file; give the "
+                "prompts in the YAML, sources: [{run: ..., prompts: FILE}], or remove it and "
+                "convert again with --dataset"
+            )
+        where, hint = f"{self.run.directory}: its dataset {self.labels}", "name one: prompts: FILE"
+        if isinstance(self.labels.source, Path) and not self.labels.source.is_file():
+            raise UsageError(f"{where} is gone; {hint}")
+        if self.labels.sha256 != self.run.manifest.dataset.sha256:
+            raise DataError(f"{where} has changed since the run; {hint}")
+        return self.labels.prompts(skip_bad_rows=True, of_rows=True)  # the run left them out, too
+
+    @cached_property
+    def prompts_sha256(self) -> str:
+        """A hash that the runs of one dataset share."""
+        return sha256_text(*self.prompts)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the dataset is there and has answers."""
+        return self.labels is not None and self.labels.has_labels
+
+    @cached_property
+    def provenance(self) -> Provenance | None:
+        """The rows of each step, where checkpoints are paired with them."""
+        if not self.tracked:
+            return None
+        assert self.run is not None  # `open_source`
+        return traced_run(self.run, self.labels).provenance
+
+    @cached_property
+    def adapter_config(self) -> dict[str, Any]:
+        """PEFT's configuration of the adapters."""
+        if self.run:
+            return self.run.manifest.adapter_config
+        from loragen.core.adapter.files import read_adapter
+
+        return read_adapter(self.checkpoints[0]).config
+
+    @property
+    def base_model(self) -> str:
+        """The base model of the adapters."""
+        if self.run:
+            return self.run.manifest.base_model
+        return str(self.adapter_config.get("base_model_name_or_path"))
+
+    def release(self) -> None:
+        """Frees the rows that were read; whoever needs them again reads the file again."""
+        for dataset in (self.labels, self.prompt_dataset):
+            if dataset:
+                dataset.release()
+
+
+@dataclass
+class Sources:
+    """All sources of a training, and the runs of a folder that are left out."""
+
+    training: list[TrainingSource]
+    held_out: list[TrainingSource]
+    """Datasets for validation alone."""
     unfinished: list[Path] = field(default_factory=list)
     test_mode: list[Path] = field(default_factory=list)
     superseded: list[Path] = field(default_factory=list)
-    """Another run of their dataset, base and shape is newer, or one of that name is named."""
+    """Another run of the same dataset, base and shape is newer, or is named."""
 
-    def tell(self) -> None:
-        """One line for each kind of what is left out."""
+    def report(self) -> None:
+        """Logs which runs are left out, and which are used although they are not finished."""
         if self.unfinished:
             log.warning(
-                "%s: left out, not finished (name one to take it all the same, or finish it with "
+                "%s: left out, not finished (name one to use it all the same, or finish it with "
                 "lora train --resume)",
-                shown(self.unfinished),
+                _listed(self.unfinished),
             )
         if self.test_mode:
-            log.info("%s: left out, trained with --test-mode", shown(self.test_mode))
+            log.info("%s: left out, trained with --test-mode", _listed(self.test_mode))
         if self.superseded:
             log.info(
                 "%s: left out, since another run of a dataset of this name is newer or named",
-                shown(self.superseded),
+                _listed(self.superseded),
             )
-
-
-def configured_sources(config: GenTrainConfig) -> list[SourceSection]:
-    """`sources` and `data.checkpoint_dir` together. Raises UsageError where there are none."""
-    return find_sources(config).sources
-
-
-def find_sources(config: GenTrainConfig) -> FoundSources:
-    """What is named is taken; of a folder of runs, the newest finished one of each dataset that
-    is not held out.
-
-    Raises UsageError where there is nothing, a source is named twice, a folder has no run that can
-    be taken, or two datasets of one name cannot be told apart; DataError for a damaged manifest in
-    a folder.
-    """
-    listed = config.data.checkpoint_dir or []
-    directories = [Path(one) for one in ([listed] if isinstance(listed, str) else listed)]
-    folders = [(directory, _runs_in(directory)) for directory in directories]
-    named = [
-        *config.sources,
-        *(SourceSection(run=str(place)) for place, runs in folders if not runs),
-    ]
-    settled = [*named, *config.val_sources]
-    places = [_place(source) for source in settled]
-    for place in places:
-        if places.count(place) > 1:
-            raise UsageError(f"{place.name} is named twice among the sources")
-    found = FoundSources(named)
-    taken = {_trained(run) for run in map(run_of, settled) if run}
-    others = {
-        run.directory.resolve(): run
-        for directory, runs in folders
-        for run in _worth_taking(directory, runs, places, found)
-    }
-    newest = _newest(list(others.values()), taken, found)
-    found.sources += (SourceSection(run=str(directory)) for directory in newest)
-    if not found.sources:
-        raise UsageError(
-            "nothing to learn from: give --checkpoint-dir RUN (repeatable), or sources in the YAML"
-        )
-    if config.data.prompts is not None:
-        _check_prepared([*found.sources, *config.val_sources])
-    return found
-
-
-def directory_of(source: SourceSection) -> Path:
-    """Raises UsageError where it is not there."""
-    directory = Path(str(source.run or source.checkpoints))
-    if not directory.is_dir():
-        kind = "run directory" if source.run is not None else "directory of checkpoints"
-        raise UsageError(absent(directory, kind))
-    return directory
-
-
-def located(source: SourceSection, data: GenDataSection) -> SourceSection:
-    """The same places, with the prompts that `data` names, absolute: found from any directory and
-    without the configuration."""
-    prompts = source.prompts if source.prompts is not None else data.prompts
-    return SourceSection(
-        checkpoints=str(directory_of(source).absolute()),
-        prompts=None if prompts is None else location(parsed_source(prompts)),
-    )
+        runs = [source.run for source in (*self.held_out, *self.training) if source.run]
+        used = [run.directory for run in runs if run.manifest.status != "success"]
+        if used:
+            log.warning("%s: not finished; the checkpoints there are used", _listed(used))
 
 
 class PromptDirectories:
@@ -142,155 +168,47 @@ class PromptDirectories:
         self.data = data
         self._read: dict[Path, PreparedPrompts] = {}
 
-    def groups_of(self, source: SourceSection, dataset: str) -> PromptGroups | None:
-        """None where the prompts of a source are not prepared ones.
+    def groups_of(self, section: SourceSection, dataset: str) -> PromptGroups | None:
+        """Returns None where the prompts of a source are not prepared ones.
 
-        A directory of a single dataset may be named for a source whatever that is called. Raises
-        UsageError where the directory is not there, has no such dataset or joins other numbers of
+        A directory of a single dataset may be named for a source whatever its name. Raises
+        UsageError where the directory is missing, has no such dataset or joins other numbers of
         prompts; DataError where it is damaged.
         """
-        own = source.prompts is not None
-        place = source.prompts if own else self.data.prompts
-        if place is None or (own and not Path(place).is_dir()):
+        own = section.prompts is not None
+        named = section.prompts if own else self.data.prompts
+        if named is None or (own and not Path(named).is_dir()):
             return None
-        prepared = self._prepared(Path(place))
+        directory = Path(named)
+        if directory not in self._read:
+            self._read[directory] = read_prepared(directory)
+            size = self._read[directory].record.samples_per_prompt
+            if size != self.data.samples_per_prompt:
+                raise UsageError(
+                    f"{directory} was prepared with {size} samples per prompt: set "
+                    f"data.samples_per_prompt to {size} (it is {self.data.samples_per_prompt})"
+                )
+        prepared = self._read[directory]
         if own and len(prepared.groups) == 1:
             (dataset,) = prepared.groups
-        return prepared.of(dataset)
-
-    def _prepared(self, directory: Path) -> PreparedPrompts:
-        if directory not in self._read:
-            self._read[directory] = prepared = read_prepared(directory)
-            size, ours = prepared.record.samples_per_prompt, self.data.samples_per_prompt
-            if size != ours:
-                raise UsageError(
-                    f"{directory} was prepared with {size} samples per prompt: "
-                    f"set data.samples_per_prompt to {size} (it is {ours})"
-                )
-        return self._read[directory]
+        return prepared.groups_of(dataset)
 
 
-def _runs_in(directory: Path) -> list[LoraRun]:
-    """The runs of a folder of runs; none of any other directory, which stands for itself."""
-    if (directory / MANIFEST).is_file() or directory.name == CHECKPOINTS:
-        return []
-    places = sorted(file.parent for file in directory.glob(f"*/{MANIFEST}"))
-    return [LoraRun(place, read_manifest(place, LoraManifest)) for place in places]
-
-
-def _worth_taking(
-    directory: Path, runs: Sequence[LoraRun], named: Sequence[Path], found: FoundSources
-) -> list[LoraRun]:
-    """The finished runs of a folder that are no tests, nor named; the others are noted."""
-    left = [run for run in runs if run.directory.resolve() not in named]
-    unfinished = [run for run in left if run.manifest.status != "success"]
-    tests = [run for run in left if run not in unfinished and _is_test(run.manifest)]
-    if runs and len(unfinished) + len(tests) == len(runs):
-        raise UsageError(
-            f"{directory}: none of its {len(runs)} runs is one to learn from ({len(unfinished)} "
-            f"not finished, {len(tests)} of --test-mode); name a run to take it all the same"
-        )
-    found.unfinished += (run.directory for run in unfinished)
-    found.test_mode += (run.directory for run in tests)
-    return [run for run in left if run not in unfinished and run not in tests]
-
-
-def _newest(
-    runs: Sequence[LoraRun], taken: set[tuple[object, ...]], found: FoundSources
-) -> list[Path]:
-    """One run of each kind, in their order; none of a kind that is taken already.
-
-    Raises UsageError where two of a kind were trained on different datasets of one name."""
-    newest = {
-        _trained(run): run
-        for run in sorted(runs, key=lambda r: (r.manifest.started, natural_key(r.directory.name)))
-        if _trained(run) not in taken
-    }
-    for run in runs:
-        other = newest.get(_trained(run), run)
-        if not _same_data(run, other):
-            raise UsageError(
-                f"two datasets are called {run.manifest.dataset.name}: that of {_told(run)} and "
-                f"that of {_told(other)}; name the runs to learn from, one or both, beside the "
-                "folder"
-            )
-    taken_here = {run.directory for run in newest.values()}
-    found.superseded += (run.directory for run in runs if run.directory not in taken_here)
-    return [run.directory for run in runs if run.directory in taken_here]
-
-
-def _trained(run: LoraRun) -> tuple[object, ...]:
-    """What runs have in common that train the same thing: dataset, base and adapter shape."""
-    adapter = run.manifest.adapter_config
-    targets = adapter.get("target_modules")
-    shape = tuple(sorted(targets)) if isinstance(targets, list) else targets
-    return run.manifest.dataset.name, run.manifest.base_model, adapter.get("r"), shape
-
-
-def _same_data(one: LoraRun, other: LoraRun) -> bool:
-    """Whether two runs of one dataset's name are of one dataset: a file may have moved or have been
-    edited since, not both. What is not known of a converted run differs from nothing."""
-    first, second = one.manifest.dataset, other.manifest.dataset
-    known = first.path and second.path
-    return not known or first.path == second.path or first.sha256 == second.sha256
-
-
-def _told(run: LoraRun) -> str:
-    return f"{run.directory} ({run.manifest.dataset.path})"
-
-
-def _check_prepared(sources: Sequence[SourceSection]) -> None:
-    """`data.prompts` knows datasets by their name. Raises UsageError where two share one."""
-    of_name: dict[str, LoraRun] = {}
-    for run in (run_of(source) for source in sources if source.prompts is None):
-        if run is None:
-            continue
-        first = of_name.setdefault(run.manifest.dataset.name, run)
-        if not _same_data(first, run):
-            raise UsageError(
-                f"two datasets are called {run.manifest.dataset.name}: that of {_told(first)} and "
-                f"that of {_told(run)}; data.prompts cannot tell them apart: give each its own "
-                "prompts, sources: [{run: ..., prompts: DIR}]"
-            )
-
-
-def _is_test(manifest: LoraManifest) -> bool:
-    return tuple(manifest.steps) == TEST_MODE_STEPS and manifest.max_steps == TEST_MODE_STEPS[-1]
-
-
-def run_of(source: SourceSection) -> LoraRun | None:
-    """The run that a source is; None for adapters that are no run's, and for what is not there."""
-    try:
-        directory = run_directory_of(directory_of(source))
-        return LoraRun(directory, read_manifest(directory, LoraManifest))
-    except LoragenError:
-        return None
-
-
-def _place(source: SourceSection) -> Path:
-    place = Path(str(source.run or source.checkpoints)).resolve()
-    return place.parent if place.name == CHECKPOINTS else place
-
-
-def shown(directories: Sequence[Path]) -> str:
-    return listing([str(directory) for directory in directories], MOST_NAMED)
-
-
-def missing_gen_paths(config: GenTrainConfig) -> list[Problem]:
-    """Every run, directory, file of prompts and local model that is named and not there, and every
-    malformed hub id; the hub is not asked."""
+def check_sources(config: GenTrainConfig) -> list[Problem]:
+    """Returns every run, directory, file of prompts and local model that is named and missing, and
+    every malformed hub id; the hub is not asked."""
     data, base, found = config.data, config.behaviour.base_model, list[Problem]()
-    for role, sources in (("sources", config.sources), ("val_sources", config.val_sources)):
-        for i, source in enumerate(sources):
-            kind = "checkpoints" if source.run is None else "run"
-            found += problems_at((role, i, kind), directory_of, source)
-            if source.prompts is not None:
-                found += problems_at((role, i, "prompts"), _check_prompts, source.prompts)
+    for role, sections in (("sources", config.sources), ("val_sources", config.val_sources)):
+        for i, section in enumerate(sections):
+            kind = "checkpoints" if section.run is None else "run"
+            found += problems_at((role, i, kind), _directory_of, section)
+            if section.prompts is not None:
+                found += problems_at((role, i, "prompts"), _check_prompts, section.prompts)
     listed = data.checkpoint_dir
-    for i, place in enumerate([listed] if isinstance(listed, str) else listed or []):
+    for i, directory in enumerate([listed] if isinstance(listed, str) else listed or []):
         at = () if isinstance(listed, str) else (i,)
-        named = SourceSection(run=place)
-        found += problems_at(("data", "checkpoint_dir", *at), directory_of, named)
+        section = SourceSection(run=directory)
+        found += problems_at(("data", "checkpoint_dir", *at), _directory_of, section)
     if data.prompts is not None:
         found += problems_at(("data", "prompts"), check_prepared, Path(data.prompts))
     if base is not None:
@@ -301,164 +219,214 @@ def missing_gen_paths(config: GenTrainConfig) -> list[Problem]:
     return found
 
 
-def _check_prompts(text: str) -> None:
-    place = parsed_source(text)
-    if isinstance(place, Path) and not place.exists():
-        raise UsageError(f"{place}: no such prompt file")
+def open_sources(config: GenTrainConfig) -> Sources:
+    """Opens the sources that are named and, of a folder of runs, the newest finished run of each
+    dataset that is neither named nor held out.
 
-
-def check_places(config: GenTrainConfig) -> list[Problem]:
-    """`missing_places`; where nothing is, tells which runs are left out, or taken although they
-    are not finished.
-
-    Raises UsageError for sources that cannot be taken together, DataError for a manifest that is
-    no run's.
+    Raises UsageError where there is nothing, a source is named twice, a folder has no run to learn
+    from, or two datasets of one name cannot be told apart; DataError for a damaged manifest.
     """
-    missing = missing_gen_paths(config)
-    if missing:
-        return missing
-    found = find_sources(config)
-    prepared = PromptDirectories(config.data)
-    for source in (*found.sources, *config.val_sources):
-        directory = directory_of(source)
-        if source.run is not None:
-            read_manifest(run_directory_of(directory), LoraManifest)
-        run = run_of(source)
-        name = run.manifest.dataset.name if run else directory.name
-        prepared.groups_of(source, name)
-    found.tell()
-    runs = [run for run in map(run_of, (*config.val_sources, *found.sources)) if run]
-    unfinished = [run.directory for run in runs if run.manifest.status != "success"]
-    if unfinished:
-        log.warning("%s: not finished; the checkpoints there are taken", shown(unfinished))
-    return []
+    opened: dict[Path, LoraRun] = {}
+
+    def run_at(directory: Path) -> LoraRun:
+        key = run_directory_of(directory).resolve()
+        if key not in opened:
+            opened[key] = Run.open(directory, LoraManifest)
+        return opened[key]
+
+    listed = config.data.checkpoint_dir or []
+    sections, folders = list(config.sources), list[tuple[Path, list[LoraRun]]]()
+    for directory in map(Path, [listed] if isinstance(listed, str) else listed):
+        is_run = (directory / MANIFEST).is_file() or directory.name == CHECKPOINTS
+        manifests = [] if is_run else sorted(directory.glob(f"*/{MANIFEST}"))
+        if manifests:
+            folders.append((directory, [run_at(file.parent) for file in manifests]))
+        else:
+            sections.append(SourceSection(run=str(directory)))
+    named = [_directory_named(section) for section in (*sections, *config.val_sources)]
+    for directory in named:
+        if named.count(directory) > 1:
+            raise UsageError(f"{directory.name} is named twice among the sources")
+
+    data = config.data
+    opened_by = partial(
+        open_source,
+        prepared=PromptDirectories(data),
+        max_checkpoints=data.max_checkpoints,
+        open_run=run_at,
+    )
+    tracked = data.pairing == "tracked"
+    found = Sources(
+        [opened_by(section, tracked=tracked) for section in sections],
+        [opened_by(section) for section in config.val_sources],
+    )
+    used = set[tuple[object, ...]]()
+    for directory in named:
+        with suppress(LoragenError):  # adapters of no run
+            used.add(_kind(run_at(directory)))
+    others: dict[Path, LoraRun] = {}
+    for folder, runs in folders:
+        for run in _finished(folder, runs, named, found):
+            others[run.directory.resolve()] = run
+    for run in _newest(list(others.values()), used, found):
+        found.training.append(opened_by(SourceSection(run=str(run.directory)), tracked=tracked))
+    if not found.training:
+        raise UsageError(
+            "nothing to learn from: give --checkpoint-dir RUN (repeatable), or sources in the YAML"
+        )
+    if data.prompts is not None:  # they go by the names of datasets
+        _refuse_namesakes([*found.training, *found.held_out])
+    return found
 
 
-@dataclass(frozen=True)
-class TrainingSource:
-    """One dataset: its checkpoints, its prompts, and the adapter they are of."""
-
-    name: str
-    checkpoints: list[Path]
-    prompts: list[str]
-    adapter_config: dict[str, Any]
-    base_model: str
-    groups: PromptGroups | None = None
-    """The prompts as `data prepare` has joined and split them; None: at random, here."""
-    provenance: Provenance | None = None
-    """The rows that each step was trained on, where checkpoints are to be paired with them."""
-    rows: str | None = None
-    """The dataset with its labels, which only the behaviour of an adapter needs; None: unknown."""
-    origin: SourceSection | None = field(default=None, compare=False)
-    """Where it was found, to be found again; one collection can be named in several ways."""
-
-    @property
-    def dataset(self) -> str:
-        """A hash that the runs of one dataset share."""
-        return sha256_text(*self.prompts)
-
-
-def read_sources(config: GenTrainConfig) -> tuple[list[TrainingSource], list[TrainingSource]]:
-    """(to learn from, held out whole). Raises as `read_source`."""
-    limit, prepared = config.data.max_checkpoints, PromptDirectories(config.data)
-    tracked = config.data.pairing == "tracked"
-    sources = [read_source(one, limit, prepared, tracked) for one in configured_sources(config)]
-    return sources, [read_source(one, limit, prepared) for one in config.val_sources]
-
-
-def read_source(
-    config: SourceSection,
+def open_source(
+    section: SourceSection,
+    prepared: PromptDirectories,
     max_checkpoints: int,
-    prepared: PromptDirectories | None = None,
+    *,
     tracked: bool = False,
+    open_run: Callable[[Path], LoraRun] | None = None,
 ) -> TrainingSource:
-    """Finds checkpoints and prompts; a run's manifest knows both. `tracked`: also which rows made
-    which step.
+    """Opens one source: a run of `lora train`, or a folder of PEFT adapters with its prompts.
 
-    Raises UsageError for what is not there, DataError for a dataset that has changed since.
+    Raises UsageError for what is missing, DataError for a damaged manifest.
     """
-    directory = directory_of(config)
-    prepared = prepared or PromptDirectories(GenDataSection())
-    of_run = config.run is not None or not (find_checkpoints(directory)[0] / CONFIG_FILE).is_file()
-    if of_run:
-        return _from_run(run_directory_of(directory), config, max_checkpoints, prepared, tracked)
-    if tracked:
+    directory = _directory_of(section)
+    checkpoints = find_checkpoints(directory) if section.run is None else []
+    run = None
+    if not (checkpoints and (checkpoints[0] / CONFIG_FILE).is_file()):  # no PEFT adapters
+        run = open_run(directory) if open_run else Run.open(directory, LoraManifest)
+        checkpoints = find_checkpoints(run.directory)
+    name = run.manifest.dataset.name if run else directory.name
+    groups = prepared.groups_of(section, name)
+    labels = prompts = Dataset.at(section.prompts) if section.prompts and not groups else None
+    if run:
+        path = run.manifest.dataset.path
+        labels = Dataset.at(path) if path else None
+        if labels and prompts and labels.location == prompts.location:
+            labels = prompts  # one file, read once
+    elif tracked:
         raise UsageError(
             f"{directory}: PEFT adapters do not know the rows that they were trained on; "
             "data.pairing tracked is for runs of lora train"
         )
-    groups = prepared.groups_of(config, directory.name)
-    if groups is None and config.prompts is None:
+    elif not groups and not prompts:
         raise UsageError(f"{directory}: PEFT adapters do not know their prompts; add prompts: FILE")
-    checkpoints = find_checkpoints(directory)[-max_checkpoints:]
-    adapter = read_adapter(checkpoints[0])
-    base = str(adapter.config.get("base_model_name_or_path"))
-    prompts = _prompts(groups) if groups else read_prompts(parsed_source(str(config.prompts)))
+    named = section.prompts if section.prompts is not None else prepared.data.prompts
     return TrainingSource(
-        directory.name,
-        checkpoints,
+        name,
+        checkpoints[-max_checkpoints:],
+        directory.absolute(),
+        section,
+        run,
         prompts,
-        adapter.config,
-        base,
+        labels,
         groups,
-        rows=config.prompts,
-        origin=located(config, prepared.data),
+        None if named is None else Dataset.at(named).location,
+        tracked,
     )
 
 
-def _from_run(
-    run: Path,
-    config: SourceSection,
-    max_checkpoints: int,
-    prepared: PromptDirectories,
-    tracked: bool,
-) -> TrainingSource:
-    manifest = read_manifest(run, LoraManifest)
-    groups = prepared.groups_of(config, manifest.dataset.name)
-    return TrainingSource(
-        manifest.dataset.name,
-        find_checkpoints(run)[-max_checkpoints:],
-        _prompts(groups) if groups else _prompts_of_run(run, config.prompts, manifest),
-        manifest.adapter_config,
-        manifest.base_model,
-        groups,
-        traced_run(Run.open(run, LoraManifest)).provenance if tracked else None,
-        rows=manifest.dataset.path or None,
-        origin=located(config, prepared.data),
-    )
+def _directory_of(section: SourceSection) -> Path:
+    """Raises UsageError where it is missing."""
+    directory = Path(str(section.run or section.checkpoints))
+    if not directory.is_dir():
+        kind = "run directory" if section.run is not None else "directory of checkpoints"
+        raise UsageError(absent(directory, kind))
+    return directory
 
 
-def _prompts(groups: PromptGroups) -> list[str]:
-    return [prompt for group in (*groups.train, *groups.val) for prompt in group]
+def _directory_named(section: SourceSection) -> Path:
+    """The resolved directory of a run, or of adapters; a run's checkpoints/ stands for the run."""
+    directory = Path(str(section.run or section.checkpoints)).resolve()
+    return directory.parent if directory.name == CHECKPOINTS else directory
 
 
-def _prompts_of_run(run: Path, prompts: str | None, manifest: LoraManifest) -> list[str]:
-    if prompts is not None:
-        return read_prompts(parsed_source(prompts))
-    if not manifest.dataset.path:
+def _check_prompts(text: str) -> None:
+    source = parsed_source(text)
+    if isinstance(source, Path) and not source.exists():
+        raise UsageError(f"{source}: no such prompt file")
+
+
+def _finished(
+    folder: Path, runs: Sequence[LoraRun], named: Sequence[Path], found: Sources
+) -> list[LoraRun]:
+    """The runs of a folder that are finished, no tests, and not named; notes the others.
+
+    Raises UsageError where there is none to learn from.
+    """
+    left = [run for run in runs if run.directory.resolve() not in named]
+    unfinished = [run for run in left if run.manifest.status != "success"]
+    tests = [run for run in left if run not in unfinished and _is_test(run.manifest)]
+    if len(unfinished) + len(tests) == len(runs):
         raise UsageError(
-            f"{run}: it was converted without its dataset's file; give the prompts in the YAML, "
-            "sources: [{run: ..., prompts: FILE}], or remove it and convert again with --dataset"
+            f"{folder}: none of its {len(runs)} runs is one to learn from ({len(unfinished)} not "
+            f"finished, {len(tests)} of --test-mode); name a run to use it all the same"
         )
-    file = parsed_source(manifest.dataset.path)
-    if isinstance(file, Path) and not file.is_file():
-        raise UsageError(f"{run}: its dataset {file} is gone; name one with prompts: FILE")
-    if content_hash(file) != manifest.dataset.sha256:
-        raise DataError(
-            f"{run}: its dataset {file} has changed since the run; name one with prompts: FILE"
-        )
-    return prompts_of_rows(file, skip_bad_rows=True)  # the run has left them out, too
+    found.unfinished += (run.directory for run in unfinished)
+    found.test_mode += (run.directory for run in tests)
+    return [run for run in left if run not in unfinished and run not in tests]
 
 
-def common_layout(sources: Sequence[TrainingSource], config: GenTrainConfig) -> Layout:
-    """The layout of all sources. Raises DataError naming a source whose adapters differ."""
-    layout = Layout.of(
-        read_tensors(sources[0].checkpoints[-1]), config.layout.token_dim, config.layout.max_seq_len
-    )
+def _is_test(manifest: LoraManifest) -> bool:
+    return tuple(manifest.steps) == TEST_MODE_STEPS and manifest.max_steps == TEST_MODE_STEPS[-1]
+
+
+def _newest(
+    runs: Sequence[LoraRun], used: set[tuple[object, ...]], found: Sources
+) -> list[LoraRun]:
+    """The newest run of each kind, in the order given, of kinds that are not used; notes the rest.
+
+    Raises UsageError where two of a kind were trained on different datasets of one name.
+    """
+    by_age = sorted(runs, key=lambda r: (r.manifest.started, natural_key(r.directory.name)))
+    newest = {_kind(run): run for run in by_age if _kind(run) not in used}
+    for run in runs:
+        other = newest.get(_kind(run), run)
+        if not _same_data(run, other):
+            raise UsageError(
+                f"two datasets are called {run.manifest.dataset.name}: that of {_described(run)} "
+                f"and that of {_described(other)}; name the runs to learn from, one or both, "
+                "beside the folder"
+            )
+    found.superseded += (run.directory for run in runs if newest.get(_kind(run)) is not run)
+    return [run for run in runs if newest.get(_kind(run)) is run]
+
+
+def _kind(run: LoraRun) -> tuple[object, ...]:
+    """What runs have in common that train the same thing: dataset, base and adapter shape."""
+    adapter = run.manifest.adapter_config
+    targets = adapter.get("target_modules")
+    shape = tuple(sorted(targets)) if isinstance(targets, list) else targets
+    return run.manifest.dataset.name, run.manifest.base_model, adapter.get("r"), shape
+
+
+def _refuse_namesakes(sources: Iterable[TrainingSource]) -> None:
+    """Raises UsageError where two datasets share a name, and neither has prompts of its own."""
+    by_name: dict[str, LoraRun] = {}
     for source in sources:
-        first = source.checkpoints[-1]
-        try:
-            layout.check(read_tensors(first))
-        except DataError as error:
-            raise DataError(f"{first}: not the adapter of {sources[0].name}: {error}") from None
-    return layout
+        if source.run is None or source.section.prompts is not None:
+            continue
+        first = by_name.setdefault(source.name, source.run)
+        if not _same_data(first, source.run):
+            raise UsageError(
+                f"two datasets are called {source.name}: that of {_described(first)} and that of "
+                f"{_described(source.run)}; data.prompts cannot tell them apart: give each its own "
+                "prompts, sources: [{run: ..., prompts: DIR}]"
+            )
+
+
+def _same_data(one: LoraRun, other: LoraRun) -> bool:
+    """Whether two runs of one dataset's name are of one dataset: a file may have moved or have been
+    edited since, not both. What is not known of a converted run differs from nothing."""
+    first, second = one.manifest.dataset, other.manifest.dataset
+    known = first.path and second.path
+    return not known or first.path == second.path or first.sha256 == second.sha256
+
+
+def _described(run: LoraRun) -> str:
+    return f"{run.directory} ({run.manifest.dataset.path})"
+
+
+def _listed(directories: Sequence[Path]) -> str:
+    return listing([str(directory) for directory in directories], MOST_NAMED)

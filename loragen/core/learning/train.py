@@ -21,7 +21,6 @@ from loragen.core.base.load import (
 from loragen.core.config import GenTrainConfig, LoraTrainConfig
 from loragen.core.config.schema import SourceSection
 from loragen.core.config.show import HARDWARE
-from loragen.core.data.documents import location, parsed_source
 from loragen.core.errors import DataError
 from loragen.core.files import user_path
 from loragen.core.generator.embeddings import Familiarity
@@ -44,7 +43,7 @@ from loragen.core.learning.callbacks import (
 from loragen.core.learning.data import TrainingData
 from loragen.core.learning.module import GeneratorModule
 from loragen.core.learning.plan import Phases, Plan, make_phases, plan, with_objective
-from loragen.core.learning.sources import configured_sources, read_sources
+from loragen.core.learning.sources import Sources, TrainingSource, open_sources
 from loragen.core.plugins import create
 from loragen.core.progress import Progress
 from loragen.core.protocols import Encoder
@@ -77,9 +76,13 @@ FREE = (
 
 
 def train(
-    config: GenTrainConfig, progress: Progress, resume: "GeneratorPoint | None" = None
+    config: GenTrainConfig,
+    progress: Progress,
+    resume: "GeneratorPoint | None" = None,
+    sources: Sources | None = None,
 ) -> GeneratorRun:
-    """Trains a generator on all sources, or resumes a run.
+    """Trains a generator on all sources, or resumes a run; `sources` are those of the
+    configuration where they are open already.
 
     Nothing is written before the sources are known to fit. Raises UsageError or DataError for
     sources or settings that do not, UsageError where the run cannot be resumed, Interrupted on
@@ -89,8 +92,8 @@ def train(
     if resume:
         config = resume.resumed(config)
         resume.check_settings(config)
-    work = plan(config)
-    config = located(work.config)
+    work = plan(config, sources or open_sources(config))
+    config = with_found_sources(work)
     log.info("%s; reading checkpoints and prompts", work.summary())
     base = _training_base(work, resume) if work.needs_base else None
     encoder: Encoder = create("encoder", config.encoder.name, config.encoder.options)
@@ -100,16 +103,16 @@ def train(
         # Setup: the data, the network, the objectives and the trainer.
         manifest = new_manifest(work, config, arrays, encoder, base, resume)
         if resume:
-            check_unchanged(resume, config, manifest)
+            resume.check_inputs(config, manifest)
         checkpoint = resume.read() if resume else None
-        sources, held_out = arrays[: len(work.sources)], arrays[len(work.sources) :]
-        generator = new_generator(work, config, sources, encoder)
+        seen, held_out = arrays[: len(work.sources)], arrays[len(work.sources) :]
+        generator = new_generator(work, config, seen, encoder)
         data = TrainingData(
             config,
             generator.layout,
             generator.normalization,
             generator.adapter_config,
-            sources,
+            seen,
             held_out,
             base,
         )
@@ -134,7 +137,7 @@ def train(
         interruption = Interruption()
         selection = select_by(
             phases.last.objective.metric,
-            any(source.val_texts for source in sources),
+            any(source.val_texts for source in seen),
             bool(held_out),
         )
         generator.provenance = _provenance(manifest, selection, phases)
@@ -190,7 +193,7 @@ def train(
                 trained: Any = kept["encoder"]
                 generator.encoder_state = trained.state_dict()
                 generator.encoder_fingerprint = trained.fingerprint
-                generator.familiarity = Familiarity.fit(embedded(trained, sources))
+                generator.familiarity = Familiarity.fit(embedded(trained, seen))
             if trainer.is_global_zero:
                 generator.save(session.directory / GENERATOR_FILE)
         return GeneratorRun(session.directory, manifest)
@@ -202,7 +205,7 @@ def embed_prompts_ahead(config: GenTrainConfig) -> None:
     Raises UsageError or DataError for sources that do not fit.
     """
     encoder: Encoder = create("encoder", config.encoder.name, config.encoder.options)
-    embed_ahead(read_sources(config)[0], encoder, config)
+    embed_ahead(open_sources(config).training, encoder, config)
 
 
 def _training_base(work: Plan, resume: "GeneratorPoint | None") -> LanguageModel:
@@ -298,46 +301,42 @@ class GeneratorPoint(ResumePoint[GeneratorManifest, GenTrainConfig]):
     def differences(self, config: GenTrainConfig) -> list[str]:
         return super().differences(self.resumed(config))
 
-
-def check_unchanged(
-    point: GeneratorPoint, config: GenTrainConfig, manifest: GeneratorManifest
-) -> None:
-    """Raises UsageError naming every difference between the run and what would resume it."""
-    then, problems = point.manifest, []
-    if then.encoder_fingerprint not in ("", manifest.encoder_fingerprint):
-        problems.append(f"the encoder {config.encoder.name} has other weights")
-    if then.base_fingerprint not in ("", manifest.base_fingerprint):
-        problems.append("the base model has other weights")
-    if then.source_records:
-        problems += _other_sources(then.source_records, manifest.source_records)
-    point.check_unchanged(config, problems)
+    def check_inputs(self, config: GenTrainConfig, manifest: GeneratorManifest) -> None:
+        """Raises UsageError naming every difference to the `manifest` of what would resume it."""
+        then, problems = self.manifest, []
+        if then.encoder_fingerprint not in ("", manifest.encoder_fingerprint):
+            problems.append(f"the encoder {config.encoder.name} has other weights")
+        if then.base_fingerprint not in ("", manifest.base_fingerprint):
+            problems.append("the base model has other weights")
+        if then.source_records:
+            problems += _other_sources(then.source_records, manifest.source_records)
+        self.check_unchanged(config, problems)
 
 
-def located(config: GenTrainConfig) -> GenTrainConfig:
-    """With the sources that were found, by their absolute places: a run is gone on with from other
-    directories, and learns from what it began with, whatever has come to a folder of runs since."""
-    found = config.model_copy(deep=True)
-    found.sources = [_located(source) for source in configured_sources(config)]
-    found.val_sources = [_located(source) for source in config.val_sources]
-    found.data.checkpoint_dir = None
-    base = found.behaviour.base_model
+def with_found_sources(work: Plan) -> GenTrainConfig:
+    """Returns the configuration with all sources that were found, by their absolute paths.
+
+    A run can then be resumed from another working directory, and learns from what it began with,
+    whatever was added to a folder of runs.
+    """
+
+    def absolute(source: TrainingSource) -> SourceSection:
+        kind = "run" if source.section.run is not None else "checkpoints"
+        paths = {kind: str(source.directory)}
+        if source.section.prompts is not None:
+            paths["prompts"] = str(source.prompts_from)
+        return source.section.model_copy(update=paths)
+
+    config = work.config.model_copy(deep=True)
+    config.sources = [absolute(source) for source in work.sources]
+    config.val_sources = [absolute(source) for source in work.held_out]
+    config.data.checkpoint_dir = None
+    base = config.behaviour.base_model
     if base and user_path(base).is_dir():
-        found.behaviour.base_model = str(user_path(base).absolute())
+        config.behaviour.base_model = str(user_path(base).absolute())
     if config.data.prompts is not None:
-        found.data.prompts = str(Path(config.data.prompts).absolute())
-    return found
-
-
-def _located(source: SourceSection) -> SourceSection:
-    """With absolute paths."""
-    places = {
-        key: str(Path(place).absolute())
-        for key, place in (("run", source.run), ("checkpoints", source.checkpoints))
-        if place is not None
-    }
-    if source.prompts is not None:
-        places["prompts"] = location(parsed_source(source.prompts))
-    return source.model_copy(update=places)
+        config.data.prompts = str(Path(config.data.prompts).absolute())
+    return config
 
 
 def restore_weights(module: nn.Module, document: dict[str, Any]) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor
 from loragen.core.adapter import WEIGHTS_FILE
 from loragen.core.adapter.files import Adapter, file_keys, read_adapter, read_safetensors
 from loragen.core.errors import DataError, UsageError
-from loragen.core.files import natural_key, written_atomically
+from loragen.core.files import written_atomically
 from loragen.core.run.directory import (
     LoraManifest,
-    checkpoint_files,
+    find_checkpoints,
     read_manifest,
     run_directory_of,
 )
@@ -67,22 +67,6 @@ def read_checkpointed_adapter(path: Path) -> Adapter:
     manifest = read_manifest(run_directory_of(path), LoraManifest)
     file = find_checkpoints(path)[-1] if path.is_dir() else path
     return Adapter(manifest.adapter_config, read_tensors(file))
-
-
-def find_checkpoints(path: Path) -> list[Path]:
-    """Returns the checkpoints at `path`: of a run, its checkpoints/, a folder of PEFT adapters, or
-    the one file or adapter.
-
-    Raises UsageError where there are none.
-    """
-    if path.is_file() or (path / WEIGHTS_FILE).is_file():
-        return [path]
-    folders = [file.parent for file in path.glob(f"*/{WEIGHTS_FILE}")]
-    adapters = sorted(folders, key=lambda folder: natural_key(folder.name))  # step-2 before step-10
-    found = checkpoint_files(path) or adapters
-    if not found:
-        raise UsageError(f"{path}: no checkpoints or adapters there")
-    return found
 
 
 def load_plain(path: Path) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar, overload
 
 from pydantic import BaseModel, Field, ValidationError
 
+from loragen.core.adapter import WEIGHTS_FILE
 from loragen.core.base.names import BaseDtype
 from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
 from loragen.core.errors import DataError, UsageError
-from loragen.core.files import write_json
+from loragen.core.files import natural_key, write_json
 from loragen.core.plugins import describe
 
 FORMAT_VERSION = 1
@@ -289,6 +290,22 @@ def checkpoint_files(directory: Path) -> list[Path]:
     folder = directory / CHECKPOINTS if (directory / CHECKPOINTS).is_dir() else directory
     found = (f for f in folder.glob(f"*{CHECKPOINT_SUFFIX}") if f.name != LAST_CHECKPOINT.name)
     return sorted(found, key=lambda file: (checkpoint_step(file), file.name))
+
+
+def find_checkpoints(path: Path) -> list[Path]:
+    """Returns the checkpoints at `path`: of a run, its checkpoints/, a folder of PEFT adapters, or
+    the one file or adapter.
+
+    Raises UsageError where there are none.
+    """
+    if path.is_file() or (path / WEIGHTS_FILE).is_file():
+        return [path]
+    folders = [file.parent for file in path.glob(f"*/{WEIGHTS_FILE}")]
+    adapters = sorted(folders, key=lambda folder: natural_key(folder.name))  # step-2 before step-10
+    found = checkpoint_files(path) or adapters
+    if not found:
+        raise UsageError(f"{path}: no checkpoints or adapters there")
+    return found
 
 
 def checkpoint_name(step: int) -> str:

@@ -9,7 +9,7 @@ from loragen.core.adapter.files import read_adapter, write_adapter
 from loragen.core.base import load as precision
 from loragen.core.config import GenTrainConfig
 from loragen.core.errors import UsageError
-from loragen.core.learning.plan import plan
+from loragen.core.learning.sources import open_sources
 from loragen.core.learning.texts import groups_of, labelled_rows
 from loragen.core.learning.train import GeneratorPoint, train
 from loragen.core.progress import Silent
@@ -188,7 +188,7 @@ class TestLearning:
 
     def test_rows_of_held_out_prompts_are_not_learned_from(self, gen_config, tokenizer):
         config = gen_config(SMALL)
-        for source in plan(config).sources:
+        for source in open_sources(config).training:
             val = [prompt for group in groups_of(source, config).val for prompt in group]
             rows = labelled_rows(source, val, tokenizer, 64, 1)
             ids = [{tuple(row.ids) for row in part} for part in (rows.training, rows.held_out)]

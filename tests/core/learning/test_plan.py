@@ -9,16 +9,20 @@ from loragen.core.config import GenTrainConfig
 from loragen.core.errors import UsageError
 from loragen.core.learning.objectives import behaviour as module
 from loragen.core.learning.plan import make_phases, plan
+from loragen.core.learning.sources import open_sources
 
 BOTH = "reconstruction-then-behaviour"
 
 
 @pytest.fixture
 def planned(gen_config):
-    """`planned({...})`: the plan of an objective that is `auto` unless told."""
-    return lambda settings=None: plan(
-        gen_config({"training.objective": "auto", **(settings or {})})
-    )
+    """`planned({...})`: the plan of an objective that is `auto` by default."""
+
+    def make(settings=None):
+        config = gen_config({"training.objective": "auto", **(settings or {})})
+        return plan(config, open_sources(config))
+
+    return make
 
 
 @pytest.fixture
@@ -126,7 +130,7 @@ def test_behaviour_without_labels_is_refused_by_name(planned, collection, unlabe
 
 def test_the_callers_configuration_stays_as_it_is(gen_config):
     config = gen_config({"training.objective": "auto"})
-    plan(config)
+    plan(config, open_sources(config))
     assert config.training.objective == "auto"
 
 

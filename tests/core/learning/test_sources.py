@@ -1,21 +1,27 @@
 import json
+import logging
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from loragen.core.adapter.files import read_adapter, write_adapter
-from loragen.core.config.schema import SourceSection
+from loragen.core.config.schema import GenDataSection, SourceSection
 from loragen.core.data.dataset import Dataset
-from loragen.core.data.documents import content_hash, parsed_source
 from loragen.core.data.prompts import Grouping, prepare, read_prepared
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import sha256
 from loragen.core.learning import arrays as module
 from loragen.core.learning.arrays import source_arrays
-from loragen.core.learning.plan import plan
-from loragen.core.learning.sources import common_layout, configured_sources, read_source
+from loragen.core.learning.plan import plan as plan_sources
+from loragen.core.learning.sources import (
+    PromptDirectories,
+    check_sources,
+    open_source,
+    open_sources,
+)
 from loragen.core.learning.texts import texts_of
 from loragen.core.lora.provenance import traced_run
 from loragen.core.run.checkpoints import read_tensors
@@ -54,8 +60,20 @@ class Encoder:
         return torch.tensor(values), torch.ones(len(texts), 1, dtype=torch.bool)
 
 
+def plan(config):
+    return plan_sources(config, open_sources(config))
+
+
 def source(limit=50, **config):
-    return read_source(SourceSection(**config), limit)
+    return open_source(SourceSection(**config), PromptDirectories(GenDataSection()), limit)
+
+
+def checked(config):
+    """What `gen train` checks first: the problems, or a report of the sources."""
+    problems = check_sources(config)
+    if not problems:
+        open_sources(config).report()
+    return problems
 
 
 class TestReading:
@@ -74,7 +92,10 @@ class TestReading:
             {"run": str(run / "checkpoints")},
             {"checkpoints": str(run / "checkpoints")},
         ):
-            assert source(**config) == source(run=str(run))
+            found, expected = source(**config), source(run=str(run))
+            assert found.run == expected.run
+            assert found.checkpoints == expected.checkpoints
+            assert found.prompts == expected.prompts
 
     def test_only_the_newest_checkpoints_are_taken(self, run):
         found = source(run=str(run), limit=2)
@@ -100,7 +121,7 @@ class TestReading:
         write_manifest(run, manifest)
         assert len(source(run=str(run)).prompts) == 16
         with pytest.raises(DataError, match="17: not JSON"):
-            source(run=str(run), prompts=str(file))
+            _ = source(run=str(run), prompts=str(file)).prompts
 
     def test_a_run_of_a_hub_dataset_reads_it_again(self, copied, monkeypatch):
         run, file = copied
@@ -108,12 +129,12 @@ class TestReading:
         monkeypatch.setattr("loragen.core.data.documents.read_hub", lambda *_: documents)
         manifest = read_manifest(run, LoraManifest)
         manifest.dataset.path = "hub:owner/colors@train"
-        manifest.dataset.sha256 = content_hash(parsed_source(manifest.dataset.path))
+        manifest.dataset.sha256 = Dataset.at(manifest.dataset.path).sha256
         write_manifest(run, manifest)
         assert len(source(run=str(run)).prompts) == 16
         documents.pop()
         with pytest.raises(DataError, match="hub:owner/colors@train has changed since the run"):
-            source(run=str(run))
+            _ = source(run=str(run)).prompts
 
     def test_a_folder_of_peft_adapters_with_its_prompts(self, run, tmp_path):
         for step in (2, 10, 100):
@@ -130,8 +151,8 @@ class TestReading:
     def test_a_dataset_that_is_gone_is_said_so_and_can_be_named_anew(self, copied, tmp_path):
         run, file = copied
         moved = shutil.move(file, tmp_path / "moved.jsonl")
-        with pytest.raises(UsageError, match=r"copy\.jsonl is gone; name one with prompts"):
-            source(run=str(run))
+        with pytest.raises(UsageError, match=r"copy\.jsonl is gone"):
+            _ = source(run=str(run)).prompts
         assert len(source(run=str(run), prompts=str(moved)).prompts) == 16
 
     def test_a_dataset_that_has_changed_is_refused(self, copied):
@@ -139,8 +160,8 @@ class TestReading:
         assert source(run=str(run)).prompts
         with file.open("a", encoding="utf-8") as stream:
             stream.write('{"prompt": "new", "response": "x"}\n')
-        with pytest.raises(DataError, match="has changed since the run; name one with prompts"):
-            source(run=str(run))
+        with pytest.raises(DataError, match=r"copy\.jsonl has changed since the run"):
+            _ = source(run=str(run)).prompts
         assert len(source(run=str(run), prompts=str(file)).prompts) == 17
 
     @pytest.mark.parametrize(
@@ -157,15 +178,14 @@ class TestReading:
         with pytest.raises(UsageError, match=message):
             source(**config)
 
-    def test_sources_and_checkpoint_dirs_are_taken_together(self, gen_config):
-        config = gen_config({"data.checkpoint_dir": "more"})
-        runs = [source.run for source in configured_sources(config)]
-        assert len(runs) == 3
-        assert runs[-1] == "more"
-        config = gen_config({"sources": [], "data.checkpoint_dir": ["a", "b"]})
-        assert [source.run for source in configured_sources(config)] == ["a", "b"]
+    def test_sources_and_checkpoint_dirs_are_used_together(self, gen_config, collection):
+        animals, colors = map(str, collection.runs.values())
+        config = gen_config({"sources": [{"run": animals}], "data.checkpoint_dir": colors})
+        assert [source.name for source in open_sources(config).training] == ["animals", "colors"]
+        config = gen_config({"sources": [], "data.checkpoint_dir": [colors, animals]})
+        assert [source.name for source in open_sources(config).training] == ["colors", "animals"]
         with pytest.raises(UsageError, match="nothing to learn from"):
-            configured_sources(gen_config({"sources": []}))
+            open_sources(gen_config({"sources": []}))
 
 
 class TestPreparedPrompts:
@@ -179,7 +199,7 @@ class TestPreparedPrompts:
         config = gen_config({"data.prompts": str(prompts)})
         for found in plan(config).sources:
             texts = texts_of(found, config)
-            groups = read_prepared(prompts).of(found.name)
+            groups = read_prepared(prompts).groups_of(found.name)
             held = [texts.texts[i] for i in texts.held_out]
             assert held == ["\n\n".join(group) for group in groups.val]
             assert len(held) == 2
@@ -206,7 +226,7 @@ class TestTracked:
     def test_a_checkpoint_goes_with_the_rows_of_its_step(self, gen_config):
         config = gen_config({"data.pairing": "tracked", "data.prompts_per_condition": 2})
         for found in plan(config).sources:
-            rows, texts = traced_run(found.checkpoints[0]).provenance, texts_of(found, config)
+            rows, texts = traced_run(found.run).provenance, texts_of(found, config)
             held = {p for i in texts.held_out for p in texts.texts[i].split("\n\n")}
             for file, tracked in zip(found.checkpoints, texts.tracked, strict=True):
                 drawn = [p for i in tracked for p in texts.texts[i].split("\n\n")]
@@ -224,7 +244,7 @@ class TestTracked:
         config = gen_config({"data.pairing": "tracked", "data.prompts": str(tmp_path / "p")})
         found = plan(config).sources[0]
         texts = texts_of(found, config)
-        held = read_prepared(tmp_path / "p").of(found.name).val
+        held = read_prepared(tmp_path / "p").groups_of(found.name).val
         assert [texts.texts[i] for i in texts.held_out] == ["\n\n".join(group) for group in held]
 
     def test_a_dataset_held_out_whole_is_seen_as_by_infer(self, collection, gen_config):
@@ -248,7 +268,7 @@ class TestTracked:
     def test_a_converted_run_is_refused(self, copied, gen_config):
         manifest = read_manifest(copied[0], LoraManifest)
         write_manifest(copied[0], manifest.model_copy(update={"converted_from": "x"}))
-        with pytest.raises(UsageError, match="was converted: its batches were not drawn"):
+        with pytest.raises(UsageError, match="converted"):
             plan(gen_config({"sources": [{"run": str(copied[0])}], "data.pairing": "tracked"}))
 
     def test_a_generator_learns_from_them(self, gen_config):
@@ -297,7 +317,7 @@ class TestCommonLayout:
         assert "tokens of 16" in summary
 
     def test_too_few_tokens_are_refused_before_anything_is_written(self, gen_config, tmp_path):
-        with pytest.raises(UsageError, match=r"layout\.max_seq_len is 3: set it to \d+ or auto"):
+        with pytest.raises(UsageError, match=r"layout\.max_seq_len is 3"):
             plan(gen_config({"layout.max_seq_len": 3}))
         assert not (tmp_path / "cache").exists()
 
@@ -379,6 +399,189 @@ class TestPrepared:
             pass
         assert not list((tmp_path / "cache" / "tokens").rglob("*"))
 
-    def test_the_layouts_of_all_sources_are_one(self, gen_config):
-        work = plan(gen_config())
-        assert common_layout(work.sources, gen_config()) == work.layout
+
+@pytest.fixture
+def names(gen_config):
+    """`names(DIR, ...)`: the runs that `data.checkpoint_dir` gives."""
+
+    def found(*directories):
+        settings = {"sources": [], "data.checkpoint_dir": [str(one) for one in directories]}
+        return [Path(s.section.run).name for s in open_sources(gen_config(settings)).training]
+
+    return found
+
+
+TEST = {"max_steps": 6, "steps": [4, 5, 6]}
+OLD, NEW = {"started": "2025-01-01T00:00:00+00:00"}, {"started": "2025-02-01T00:00:00+00:00"}
+
+
+class TestFolders:
+    def test_of_one_dataset_the_newest_run_is_taken(self, runs, names):
+        runs("a", **NEW)
+        runs("b", **OLD)
+        runs("c", "animals", **OLD)
+        assert names(runs.folder) == ["a", "c"]
+
+    def test_another_base_or_shape_is_another_thing(self, runs, names, collection):
+        config = read_manifest(collection.runs["colors"], LoraManifest).adapter_config
+        runs("a")
+        runs("b", base_model="other")
+        runs("c", adapter_config={**config, "r": 64})
+        runs("d", adapter_config={**config, "target_modules": ["q_proj"]})
+        assert names(runs.folder) == ["a", "b", "c", "d"]
+
+    def test_a_dataset_that_moved_or_was_edited_is_the_same(self, runs, names, collection):
+        data = read_manifest(collection.runs["colors"], LoraManifest).dataset
+        runs("a", **OLD, dataset=data.model_copy(update={"path": "/elsewhere/colors.jsonl"}))
+        runs("b", **OLD, dataset=data.model_copy(update={"sha256": "edited"}))
+        runs("c", **OLD, dataset=data.model_copy(update={"path": "", "sha256": ""}))
+        runs("d", **NEW)
+        assert names(runs.folder) == ["d"]
+
+    def test_two_datasets_of_one_name_are_not_taken_for_one(self, runs, names, collection):
+        data = read_manifest(collection.runs["colors"], LoraManifest).dataset
+        other = data.model_copy(update={"path": "/other/colors.jsonl", "sha256": "other"})
+        one, two = runs("a", **OLD, dataset=other), runs("b", **NEW)
+        with pytest.raises(UsageError) as raised:
+            names(runs.folder)
+        assert all(
+            str(one) in str(raised.value) for one in (one, two, "/other/colors.jsonl", data.path)
+        )
+        assert names(runs.folder, one) == ["a"]
+        assert names(runs.folder, one, two) == ["a", "b"]
+
+    def test_tests_and_unfinished_runs_are_left_out(self, runs, names):
+        for name, changes in {
+            "a": OLD,
+            "b": NEW | TEST,
+            "c": NEW | {"status": "interrupted"},
+            "d": NEW | {"status": "running"},
+        }.items():
+            runs(name, **changes)
+        assert names(runs.folder) == ["a"]
+
+    def test_what_is_named_is_taken(self, runs, names):
+        runs("a", **NEW)
+        for name, changes in (("b", TEST), ("c", {"status": "failed"}), ("d", OLD)):
+            named = runs(name, **changes)
+            assert names(named) == [name]
+            assert names(runs.folder, named / "checkpoints")[0] == "checkpoints"
+            assert len(names(runs.folder, named)) == 1, "the folder has another of that dataset"
+
+    def test_what_is_held_out_is_not_learned_from(self, runs, gen_config):
+        runs("a", **NEW)
+        held = runs("b", "animals", **OLD)
+        runs("c", "animals", **NEW)
+        config = {"data.checkpoint_dir": str(runs.folder), "val_sources": [{"run": str(held)}]}
+        found = open_sources(gen_config({"sources": [], **config}))
+        assert [Path(one.section.run).name for one in found.training] == ["a"]
+        assert [place.name for place in found.superseded] == ["c"]
+        with pytest.raises(UsageError, match="b is named twice"):
+            open_sources(gen_config({"sources": [{"run": str(held)}], **config}))
+
+    def test_a_folder_with_nothing_to_learn_from_is_refused(self, runs, names):
+        runs("a", **TEST)
+        runs("b", status="interrupted")
+        with pytest.raises(UsageError, match=r"none of its 2 runs .*1 not finished, 1 of --test"):
+            names(runs.folder)
+
+    def test_a_run_named_twice_is_refused(self, runs, names):
+        run = runs("a")
+        with pytest.raises(UsageError, match="a is named twice"):
+            names(run, run / "checkpoints")
+
+
+@pytest.fixture
+def check(gen_config, collection):
+    """`check(prompts)`: of a run whose prompts are elsewhere."""
+    run = str(collection.runs["colors"])
+    return lambda prompts: checked(gen_config({"sources": [{"run": run, "prompts": prompts}]}))
+
+
+class TestReport:
+    def test_what_is_named_is_not_told_to_be_left_out(self, runs, gen_config, caplog):
+        folder, run = str(runs.folder), runs("a", status="failed")
+        checked(gen_config({"sources": [], "data.checkpoint_dir": [folder, str(run)]}))
+        (message,) = caplog.messages
+        assert message.startswith(f"{run}: not finished")
+
+    def test_one_line_tells_of_each_kind_left_out(self, runs, gen_config, caplog):
+        for name, changes in {
+            "a": NEW,
+            **{f"b{i}": OLD for i in range(7)},
+            "c": TEST,
+            "d": {"status": "failed"},
+            "e": {"status": "running"},
+        }.items():
+            runs(name, **changes)
+        with caplog.at_level(logging.INFO, "loragen"):
+            checked(gen_config({"sources": [], "data.checkpoint_dir": str(runs.folder)}))
+        unfinished, tests, superseded = caplog.messages
+        assert f"{runs.folder / 'd'}, {runs.folder / 'e'}: left out" in unfinished
+        assert f"{runs.folder / 'c'}: left out" in tests
+        assert "b4 and 2 more: left out" in superseded
+        assert [record.levelname for record in caplog.records] == ["WARNING", "INFO", "INFO"]
+
+    def test_an_unfinished_run_that_is_named_is_taken_with_a_warning(
+        self, runs, gen_config, caplog
+    ):
+        run = runs("a", status="interrupted")
+        checked(gen_config({"sources": [{"run": str(run)}]}))
+        (message,) = caplog.messages
+        assert message.startswith(f"{run}: not finished")
+
+
+def test_prompts_may_be_on_the_hub(check):
+    check("hub:openai/gsm8k:main")
+
+
+@pytest.mark.parametrize(
+    "prompts, message",
+    [("none.txt", "none.txt: no such prompt file"), ("hub:gsm8k", "hub:gsm8k: expected hub:owner")],
+)
+def test_prompts_that_cannot_be_are_refused(check, prompts, message):
+    ((keys, problem),) = check(prompts)
+    assert keys == ("sources", 0, "prompts")
+    assert problem.startswith(message)
+
+
+class TestPreparedDirectories:
+    @pytest.fixture
+    def prompts(self, collection, tmp_path):
+        """A directory of both datasets' prompts, two to a text."""
+        sources = [Dataset(collection.file(name), name) for name in collection.names]
+        prepare(sources, tmp_path / "prompts", Grouping(samples_per_prompt=2))
+        return tmp_path / "prompts"
+
+    def test_it_is_looked_at_before_anything_heavy(self, prompts, gen_config, check):
+        checked(gen_config({"data.prompts": str(prompts)}))
+        check(str(prompts))
+
+    def test_texts_of_another_size_are_refused(self, prompts, gen_config):
+        config = {"data.prompts": str(prompts), "data.samples_per_prompt": 4}
+        with pytest.raises(UsageError, match=r"with 2 samples per prompt: set data\.samples_"):
+            checked(gen_config(config))
+
+    def test_every_dataset_must_be_there(self, collection, tmp_path, gen_config, check):
+        source = Dataset(collection.file("animals"), "animals")
+        prepare([source], tmp_path / "p", Grouping(samples_per_prompt=2))
+        with pytest.raises(UsageError, match=r"no prompts of the dataset 'colors' in it.*animals"):
+            checked(gen_config({"data.prompts": str(tmp_path / "p")}))
+        check(str(tmp_path / "p"))  # named for a run, whatever it is called
+
+    def test_two_datasets_of_one_name_need_prompts_of_their_own(self, runs, prompts, gen_config):
+        data = read_manifest(runs("a"), LoraManifest).dataset
+        other = data.model_copy(update={"path": "/other/colors.jsonl", "sha256": "other"})
+        sources = [{"run": str(runs.folder / "a")}, {"run": str(runs("b", dataset=other))}]
+        config = {"data.prompts": str(prompts), "sources": sources}
+        with pytest.raises(UsageError, match=r"called colors: .*data\.prompts cannot tell them"):
+            checked(gen_config(config))
+        sources[1]["prompts"] = str(prompts)
+        checked(gen_config(config))
+
+    def test_a_directory_that_is_not_prepared(self, tmp_path, gen_config, check):
+        with pytest.raises(UsageError, match=r"no prepared\.json"):
+            check(str(tmp_path))
+        ((keys, problem),) = checked(gen_config({"data.prompts": "none"}))
+        assert keys == ("data", "prompts")
+        assert problem.startswith("none: no such directory of prompts")

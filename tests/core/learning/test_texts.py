@@ -1,17 +1,25 @@
+import json
+from pathlib import Path
+
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loragen.core.data.dataset import Row
+from loragen.core.config import GenTrainConfig
+from loragen.core.config.schema import SourceSection
+from loragen.core.data.dataset import Dataset, Row
 from loragen.core.data.prompts import text_key
-from loragen.core.errors import DataError
+from loragen.core.errors import DataError, UsageError
+from loragen.core.learning.sources import TrainingSource
 from loragen.core.learning.texts import (
+    labelled_rows,
     last_prompts,
-    paired_with_dataset,
     paired_with_rows,
     split_groups,
+    texts_of,
 )
 from loragen.core.lora.provenance import Provenance
+from tests.conftest import rows_of, write_lines
 
 
 def trained(rows=20, batch_size=4, seed=1):
@@ -23,14 +31,15 @@ def prompts_of(provenance, step):
     return [row.prompt for row in provenance.rows_of(step)]
 
 
-class TestDataset:
+class TestTexts:
     @given(st.integers(1, 40), st.integers(1, 5), st.floats(0, 0.99), st.integers(0, 9))
     def test_held_out_texts_share_no_prompt_with_the_others(self, count, size, ratio, seed):
         groups = split_groups([f"p{i}" for i in range(count)], size, ratio, seed)
         assert groups.train, "a source must keep texts to train on"
         train, val = ({p for group in side for p in group} for side in (groups.train, groups.val))
         assert not train & val
-        texts = paired_with_dataset(groups)
+        source = TrainingSource("x", [], Path(), SourceSection(run="x"), groups=groups)
+        texts = texts_of(source, GenTrainConfig())
         assert texts.tracked is None
         held = [texts.texts[i] for i in texts.held_out]
         assert held == ["\n\n".join(group) for group in groups.val]
@@ -58,7 +67,7 @@ class TestLastPrompts:
         assert len(found) == min(count, len(past))
 
 
-class TestRows:
+class TestPairedWithRows:
     def paired(self, run, steps, held_out=(), size=2, most=2):
         return paired_with_rows(
             "x", run, steps, held_out, samples_per_prompt=size, most_texts=most
@@ -97,3 +106,108 @@ class TestRows:
         everything = [tuple(row.prompt for row in trained().rows)]
         with pytest.raises(DataError, match=r"x: no row up to step 2 is left .* data\.val_ratio"):
             self.paired(trained(), [2], everything)
+
+
+def source(rows):
+    """A dataset of which only the labels are asked for."""
+    labels = Dataset.at(str(rows)) if rows else None
+    return TrainingSource("colors", [], Path(), SourceSection(run="x"), labels=labels)
+
+
+@pytest.fixture
+def labelled(tokenizer):
+    """`labelled(file, held-out texts)` with plain defaults."""
+
+    def make(file, validation=(), max_length=64, seed=1):
+        return labelled_rows(source(file), validation, tokenizer, max_length, seed)
+
+    return make
+
+
+@pytest.fixture
+def told(tokenizer):
+    """What rows in tokens say, in no order."""
+
+    def read(examples):
+        return sorted(tokenizer.decode(example.ids) for example in examples)
+
+    return read
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    numbers=st.lists(st.integers(0, 9), min_size=6, max_size=20),
+    size=st.integers(1, 3),
+    ratio=st.floats(0.1, 0.6),
+    seed=st.integers(0, 99),
+)
+def test_no_row_of_a_held_out_text_is_learned_from(
+    tmp_path, labelled, told, numbers, size, ratio, seed
+):
+    """However prompts are grouped, also where several rows have one prompt, spaced otherwise."""
+    prompts = [f"Question{' ' * (1 + i % 2)}{n}?" for i, n in enumerate(numbers)]
+    documents = [{"prompt": prompt, "response": "red"} for prompt in prompts]
+    file = write_lines(tmp_path / "rows.jsonl", documents)
+    groups = split_groups(prompts, size, ratio, seed)
+    held = [prompt for group in groups.val for prompt in group]
+    numbers_of = {prompt.split()[1] for prompt in held}
+    free = [prompt for prompt in prompts if prompt.split()[1] not in numbers_of]
+    if not free:
+        with pytest.raises(UsageError, match=r"no row is left to learn from; lower data\.val"):
+            labelled(file, held)
+        return
+    found = labelled(file, held)
+    assert len(found.training) == len(free)
+    assert len(found.training) + len(found.held_out) == len(prompts)
+    assert not any(number in text for text in told(found.training) for number in numbers_of)
+    assert all(any(n in text for n in numbers_of) for text in told(found.held_out))
+
+
+def test_rows_are_those_of_the_file_in_an_order_of_the_seed(tmp_path, labelled, told):
+    file = write_lines(tmp_path / "rows.jsonl", rows_of(["red", "green"]))
+    one, again, other = labelled(file), labelled(file), labelled(file, seed=2)
+    assert one == again != other
+    assert told(one.training) == told(other.training)
+    assert len(one.training) == 12
+    assert one.held_out == []
+
+
+def test_answers_that_do_not_fit_are_left_out(tmp_path, labelled):
+    rows = [{"prompt": f"q{i}", "response": "red" * (1 + 20 * (i % 2))} for i in range(6)]
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    found = labelled(file, max_length=16)
+    assert len(found.training) == 3
+    assert all(len(example.ids) <= 16 for example in found.training)
+    with pytest.raises(UsageError, match=r"colors: no answer fits into 2 .* behaviour\.max_length"):
+        labelled(file, max_length=2)
+
+
+def test_of_a_large_dataset_a_sample_is_taken(tmp_path, labelled, monkeypatch):
+    monkeypatch.setattr("loragen.core.learning.texts.MOST_ROWS", 5)
+    file = write_lines(tmp_path / "rows.jsonl", rows_of(["red"]))
+    assert len(labelled(file).training) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "there"),
+    [
+        ("rows.jsonl", json.dumps({"prompt": "q", "response": "a"}), True),
+        ("some.jsonl", '{"prompt": "q"}\n{"prompt": "q", "response": "a"}\n', True),
+        ("prompts.txt", "What is it?\nAnd this?\n", False),
+        ("prompts.jsonl", '{"prompt": "What is it?"}\n' * 2, False),
+        ("empty.jsonl", "", False),
+    ],
+)
+def test_whether_there_are_labels(tmp_path, name, text, there):
+    file = tmp_path / name
+    file.write_text(text, encoding="utf-8")
+    assert source(file).has_labels is there
+
+
+def test_labels_that_are_not_known_or_gone(tmp_path, labelled, tokenizer):
+    assert not source(None).has_labels
+    assert not source(tmp_path / "gone.jsonl").has_labels
+    with pytest.raises(UsageError, match=r"gone\.jsonl is gone"):
+        labelled(tmp_path / "gone.jsonl")
+    with pytest.raises(UsageError, match="colors: its labelled rows are unknown"):
+        labelled_rows(source(None), [], tokenizer, 64, 1)

@@ -9,8 +9,12 @@ from loragen.core.data.dataset import Dataset
 from loragen.core.errors import Interrupted
 from loragen.core.lora.train import train_adapter
 from loragen.core.progress import Silent
-from loragen.core.run.checkpoints import find_checkpoints
-from loragen.core.run.directory import LoraManifest, checkpoint_files, read_manifest
+from loragen.core.run.directory import (
+    LoraManifest,
+    checkpoint_files,
+    find_checkpoints,
+    read_manifest,
+)
 from loragen.core.run.loggers import read_metrics
 
 

@@ -9,11 +9,10 @@ from loragen.core.adapter.files import read_adapter
 from loragen.core.errors import DataError, UsageError
 from loragen.core.run.checkpoints import (
     AtomicCheckpointIO,
-    find_checkpoints,
     read_checkpointed_adapter,
     read_tensors,
 )
-from loragen.core.run.directory import checkpoint_name
+from loragen.core.run.directory import checkpoint_name, find_checkpoints
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from loragen.core.errors import LoragenError, listing
 from loragen.core.generator.network import Network, Normalization
 from loragen.core.learning.arrays import SourceArrays
 from loragen.core.learning.data import (
-    MicroBatches,
+    DistributedBatches,
     PairBatch,
     Split,
     TrainingData,
@@ -37,7 +37,6 @@ from loragen.core.learning.objectives.reconstruction import (
     ReconstructionError,
 )
 from loragen.core.learning.sources import TrainingSource
-from loragen.core.learning.texts import has_rows
 from loragen.core.lora.packing import (
     IGNORED,
     Batch,
@@ -73,7 +72,7 @@ class Behaviour(Objective):
 
     @classmethod
     def obstacle(cls, config: GenTrainConfig, sources: Sequence[TrainingSource]) -> str | None:
-        missing = [source.name for source in sources if not has_rows(source)]
+        missing = [source.name for source in sources if not source.has_labels]
         if missing:
             return f"labelled rows are missing of {listing(missing, 3)}"
         if config.training.objective != "auto":
@@ -153,7 +152,7 @@ class Behaviour(Objective):
         self.base_loss.to(device)
 
 
-class BehaviourBatches(MicroBatches):
+class BehaviourBatches(DistributedBatches):
     """Micro-batches of adapters with labelled rows of their datasets.
 
     Every dataset comes equally often, whatever the number of its checkpoints.

@@ -66,7 +66,7 @@ class Transfer(Behaviour):
         if not getattr(encoder.Config(**config.encoder.options), "frozen", True):
             return ENCODER_TRAINS
         needed = config.behaviour.batch_size * DATASETS_PER_LEFT_OUT
-        datasets = len({source.dataset for source in sources})
+        datasets = len({source.prompts_sha256 for source in sources})
         if datasets < needed:
             return (
                 f"{datasets} datasets; behaviour.batch_size {config.behaviour.batch_size} leaves "
