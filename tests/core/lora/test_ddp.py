@@ -92,7 +92,7 @@ def test_two_processes_give_one_answer(two):
     assert document["status"] == "success"
 
 
-def test_torchrun_trains_a_collection_and_tells_it_once(work):
+def test_torchrun_trains_several_datasets_and_reports_them_once(work):
     """One process per device from the start; one dataset fails on all of them."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     (work / "bad.jsonl").write_text("{}", encoding="utf-8")

@@ -77,7 +77,7 @@ def test_generation_gives_the_answers_in_the_order_of_rows(tokenizer, oracle):
         assert generate(oracle(answers), tokenizer, rows, size) == list(answers.values())
 
 
-def test_a_real_model_writes_the_same_alone_and_beside_others(base):
+def test_left_padding_does_not_change_what_is_generated(base):
     """Left padding must not change what is generated."""
     rows = [row("q" * n, "some longer answer") for n in (1, 7, 20, 3)]
     together = generate(base.model, base.tokenizer, rows, 4)
@@ -104,7 +104,7 @@ def test_a_trained_adapter_is_measured_on_its_own_rows(train_lora, base, dataset
     assert evaluate_model(model, base.tokenizer, rows).exact_match == 1.0
 
 
-def test_choice_accuracy_takes_the_likeliest_of_the_rows_own_choices(tokenizer, oracle):
+def test_choice_accuracy_is_of_the_most_likely_choice(tokenizer, oracle):
     choices = ["red", "green", "blue"]
     rows = [
         row("a", "red", choices=choices),
@@ -126,7 +126,7 @@ def test_choice_accuracy_falls_back_to_the_closed_set_of_answers(tokenizer, orac
     assert scores.exact_match == 0.5
 
 
-def test_an_answer_is_valid_that_is_allowed_right_or_not(tokenizer, oracle):
+def test_format_validity_counts_allowed_answers(tokenizer, oracle):
     rows = [
         row(prompt, response) for prompt, response in zip("abcd", ["cat", "dog"] * 2, strict=True)
     ]

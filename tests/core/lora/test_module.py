@@ -60,7 +60,7 @@ def watch(lora_config, base, dataset, tmp_path):
         ("none", ["005", "006", "007", "last"], ["005", "006", "007", "008"]),
     ],
 )
-def test_last_ckpt_is_there_only_for_as_long_as_it_is_needed(watch, keeps, before_8, after):
+def test_last_ckpt_exists_only_while_it_is_needed(watch, keeps, before_8, after):
     watching = watch({"checkpoints.optimizer": keeps, "checkpoints.last_every": 2})
     seen = watching.seen
     assert (seen[1], seen[2], seen[3], seen[5]) == ([], [], ["last"], ["last"])
@@ -68,7 +68,7 @@ def test_last_ckpt_is_there_only_for_as_long_as_it_is_needed(watch, keeps, befor
     assert watching.after == after
 
 
-def test_a_last_ckpt_is_no_part_of_the_collection(watch):
+def test_last_ckpt_is_not_one_of_the_step_checkpoints(watch):
     with pytest.raises(Interrupted):
         watch({"checkpoints.optimizer": "none"}, at=6, signals=[signal.SIGINT])
     (run,) = watch.runs.iterdir()
@@ -81,7 +81,7 @@ def test_a_last_ckpt_is_no_part_of_the_collection(watch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step, file", [(3, "last"), (6, "checkpoint-step-006")])
 def test_a_signal_ends_the_run_once_its_step_is_saved(watch, number, step, file):
-    with pytest.raises(Interrupted, match=f"interrupted after step {step} of 8, which is saved"):
+    with pytest.raises(Interrupted, match=f"step {step} of 8"):
         watch({}, at=step, signals=[number])
     (run,) = watch.runs.iterdir()
     saved = torch.load(run / "checkpoints" / f"{file}.ckpt", weights_only=True)
@@ -91,7 +91,7 @@ def test_a_signal_ends_the_run_once_its_step_is_saved(watch, number, step, file)
     assert [entry["step"] for entry in read_metrics(run / "metrics.jsonl")][-1] == step
 
 
-def test_a_second_signal_ends_it_at_once(watch):
+def test_a_second_signal_ends_the_run_at_once(watch):
     with pytest.raises(KeyboardInterrupt):
         watch({}, at=6, signals=[signal.SIGINT, signal.SIGINT])
     (run,) = watch.runs.iterdir()
@@ -108,7 +108,7 @@ def test_an_interrupted_run_can_be_traced(watch):
     assert "checkpoint-step-007.ckpt" not in text
 
 
-def test_a_step_that_validates_is_saved_with_what_early_stopping_saw(watch):
+def test_a_step_with_a_validation_is_saved_with_the_state_of_early_stopping(watch):
     settings = {"data.val_ratio": 0.25, "training.val_every": 3, "training.patience": 30}
     watching = watch({**settings, "checkpoints.first_step": 1})
     counts = {}
@@ -138,7 +138,7 @@ def test_the_last_checkpoint_of_an_early_stop_carries_the_optimizer(watch):
     assert not torch.load(others[-1], weights_only=True)["optimizer_states"]
 
 
-def test_a_signal_after_the_last_step_is_not_forgotten(watch, monkeypatch):
+def test_a_signal_after_the_last_step_is_raised_once_the_run_is_finished(watch, monkeypatch):
     """A collection has to stop, though this run is finished."""
     from loragen.core.lora import train as training
 

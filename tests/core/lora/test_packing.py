@@ -74,7 +74,7 @@ def wanted_of(examples):
 
 
 @given(examples(), COSTS)
-def test_every_row_can_be_had_back(rows, cost):
+def test_every_row_can_be_recovered_from_a_batch(rows, cost):
     for batch in (padded(rows, PAD), packed(rows, PAD, cost)):
         assert rows_of(batch) == wanted_of(rows)
         assert int((batch.targets != IGNORED).sum()) == num_answers(rows) == batch.step_answers
@@ -83,7 +83,7 @@ def test_every_row_can_be_had_back(rows, cost):
 
 
 @given(examples(), COSTS)
-def test_padding_is_at_the_end_and_is_nothing(rows, cost):
+def test_padding_is_at_the_end_and_has_no_loss(rows, cost):
     for batch in (padded(rows, PAD), packed(rows, PAD, cost)):
         padding = batch.segments == PADDING
         assert (batch.ids[padding] == PAD).all()
@@ -95,7 +95,7 @@ def test_padding_is_at_the_end_and_is_nothing(rows, cost):
 
 
 @given(examples(), COSTS)
-def test_a_token_sees_what_it_would_see_alone(rows, cost):
+def test_a_token_attends_to_its_own_row_and_the_prefix_only(rows, cost):
     """All of its row so far, at the same positions; and nothing of another row."""
     batch = packed(rows, PAD, cost)
     mask = block_mask(batch.segments)
@@ -115,7 +115,7 @@ def test_a_token_sees_what_it_would_see_alone(rows, cost):
 
 
 @given(examples())
-def test_the_prefix_is_the_longest_that_leaves_every_row_its_last_prompt_token(rows):
+def test_the_shared_prefix_is_the_longest_without_any_last_prompt_token(rows):
     shared = shared_prefix_length(rows)
     prompts = [len(item.ids) - item.answer for item in rows]
     assert 0 <= shared < min(prompts)
@@ -125,7 +125,7 @@ def test_the_prefix_is_the_longest_that_leaves_every_row_its_last_prompt_token(r
     assert len(longer) > 1 or shared == min(prompts) - 1
 
 
-def test_equal_rows_are_each_their_own():
+def test_equal_rows_have_segments_of_their_own():
     row = Example([1, 2, 3, 4, 5], 2)
     batch = packed([row] * 3, PAD, Cost(token=1.0, pair=0.0))
     assert batch.ids.tolist() == [[1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5]]
@@ -142,13 +142,13 @@ def test_a_single_row():
 
 
 @pytest.mark.parametrize("pad", [padded, lambda *a: packed(a[0], a[1], Cost(1.0, 1.0), *a[2:])])
-def test_the_num_answers_the_step_are_those_given(pad):
+def test_step_answers_may_be_given(pad):
     rows = [Example([1, 2, 3], 1), Example([1, 5, 6, 7], 2)]
     assert pad(rows, PAD).step_answers == 3
     assert pad(rows, PAD, 12).step_answers == 12
 
 
-def test_moving_keeps_everything():
+def test_a_moved_batch_is_equal():
     batch = packed([Example([1, 2, 3], 1)] * 2, PAD, Cost(1.0, 1.0), 7)
     moved = batch.to(torch.device("cpu"))
     assert (moved.step_answers, moved.packed) == (7, True)
@@ -156,7 +156,7 @@ def test_moving_keeps_everything():
 
 
 @given(LENGTHS, st.integers(1, 20))
-def test_balanced_groups_have_everything_once_and_nearly_equal_sums(lengths, bins):
+def test_balanced_bins_have_every_index_once_and_nearly_equal_sums(lengths, bins):
     groups = balanced_bins(lengths, bins)
     assert len(groups) == bins
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
@@ -179,7 +179,7 @@ def test_the_bins_have_every_row_once_and_cost_no_more_than_either_extreme(lengt
     assert bins == cheapest_bins(lengths, shared, cost)
 
 
-def test_what_is_dear_decides():
+def test_the_costs_decide_the_number_of_sequences():
     lengths = [10] * 8
     assert len(cheapest_bins(lengths, 100, Cost(token=1.0, pair=0.0))) == 1
     assert len(cheapest_bins(lengths, 0, Cost(token=0.0, pair=1.0))) == 8
@@ -212,13 +212,13 @@ def attention(batch):
     return (batch.segments >= 0).long()
 
 
-def test_it_is_the_cross_entropy_of_the_full_logits_under_the_mask(base, batch):
+def test_answer_losses_are_the_cross_entropy_of_the_full_logits_under_the_mask(base, batch):
     losses = answer_losses(base.model, batch)
     assert losses.shape == (9,)
     assert (losses - full_losses(base.model, batch)).abs().max() < 1e-6
 
 
-def test_what_the_model_does_to_its_logits_is_kept(base, batch):
+def test_operations_after_the_output_layer_are_kept(base, batch):
     """Gemma's soft cap, Granite's scale: applied after the output layer."""
     head = base.model.get_output_embeddings()
     head.register_forward_hook(lambda _, __, logits: torch.tanh(logits * 3))
@@ -237,13 +237,13 @@ def test_the_gradient_is_that_of_the_full_logits(base_dir, batch):
     assert (ours / 9 - theirs).abs().max() < 1e-7
 
 
-def test_padding_and_the_rows_beside_change_nothing(base, batch):
+def test_padding_and_other_rows_do_not_change_a_loss(base, batch):
     together = answer_losses(base.model, batch)
     alone = torch.cat([answer_losses(base.model, padded([item], 0)) for item in EXAMPLES])
     assert (together - alone).abs().max() < 1e-6
 
 
-def test_the_logits_are_of_answer_tokens_only_and_the_model_is_left_as_it_was(base, batch):
+def test_the_logits_are_of_answer_tokens_only_and_the_model_is_unchanged(base, batch):
     logits, tokens = answer_logits(base.model, batch)
     assert logits.shape == (9, base.model.config.vocab_size)
     assert tokens.tolist() == [9, 10, 11, 22, 31, 32, 33, 34, 41]
@@ -251,14 +251,14 @@ def test_the_logits_are_of_answer_tokens_only_and_the_model_is_left_as_it_was(ba
     assert whole.shape[:2] == batch.ids.shape
 
 
-def test_the_hook_is_gone_after_an_error(base, batch):
+def test_the_hook_is_removed_after_an_error(base, batch):
     broken = batch._replace(ids=batch.ids + 100_000)
     with pytest.raises(IndexError):
         answer_losses(base.model, broken)
     assert base.model(input_ids=batch.ids).logits.shape[1] == batch.ids.shape[1]
 
 
-def test_half_precision_is_widened_before_the_softmax(base_dir, batch):
+def test_the_loss_is_computed_in_float32_or_better(base_dir, batch):
     model = load_base(str(base_dir), torch.bfloat16).model
     losses = answer_losses(model, batch)
     assert losses.dtype == torch.float32
@@ -298,7 +298,7 @@ def test_rows_are_right_where_greedy_decoding_gives_the_answer(base, together):
 
 
 @torch.inference_mode()
-def test_it_is_the_exact_match_of_lora_eval(train_lora, base, dataset):
+def test_rows_right_is_the_exact_match_of_generation(train_lora, base, dataset):
     """On rows of which a trained adapter gets some right, end token and all."""
     file = dataset()
     settings = {"training.max_steps": 30, "schedule.stage1_steps": 30, "checkpoints.first_step": 30}
@@ -419,13 +419,13 @@ def test_losses_and_gradients_are_those_of_padded_rows(kind, attention):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", PACKED)
-def test_rounding_is_no_objection(kind, dtype):
+def test_rounding_does_not_prevent_packing(kind, dtype):
     assert packing_cost(tiny(*PACKED[kind], dtype=dtype), SIMILAR, 0, 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", PADDED)
-def test_what_cannot_be_packed_is_padded_with_one_notice(kind, dtype, caplog):
+def test_a_model_that_cannot_be_packed_is_logged_once(kind, dtype, caplog):
     caplog.set_level(logging.INFO, "loragen")
     model = tiny(*PADDED[kind], dtype=dtype)
     assert packing_cost(model, SIMILAR, 0, 5) is None
@@ -434,12 +434,12 @@ def test_what_cannot_be_packed_is_padded_with_one_notice(kind, dtype, caplog):
 
 
 @pytest.mark.parametrize("kind", ["mamba", "bloom"])
-def test_a_single_row_does_not_hide_it(kind):
+def test_a_single_row_is_tried_twice(kind):
     """A batch larger than the dataset has it several times."""
     assert packing_cost(tiny(*PADDED[kind]), SIMILAR[:1], 0, 5) is None
 
 
-def test_a_window_that_holds_every_row_is_no_objection():
+def test_a_sliding_window_has_to_hold_every_row():
     name, settings = PACKED["mistral"]
     longest = max(len(item.ids) for item in SIMILAR)
     for window, fits in ((longest, True), (longest - 1, False)):
@@ -447,7 +447,7 @@ def test_a_window_that_holds_every_row_is_no_objection():
         assert (packing_cost(model, SIMILAR, 0, 5) is not None) == fits
 
 
-def test_the_model_is_asked_in_eval_mode_and_left_as_it_was():
+def test_packing_is_tried_in_eval_mode_and_the_modes_are_restored():
     name, settings = PACKED["gpt2"]
     model = tiny(name, {**settings, "resid_pdrop": 0.5}).train()
     state = torch.get_rng_state()
@@ -458,7 +458,7 @@ def test_the_model_is_asked_in_eval_mode_and_left_as_it_was():
     assert torch.get_rng_state().equal(state)
 
 
-def test_a_bug_of_ours_is_no_notice(monkeypatch):
+def test_an_error_with_padded_rows_is_raised(monkeypatch):
     """What fails on padded rows too is not about packing."""
     model = tiny(*PACKED["llama"])
     broken = [Example([5, 6, VOCABULARY + 5], 1)]
@@ -475,7 +475,7 @@ def test_the_cost_counts_the_layers_and_not_the_embeddings():
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("kind", ["mamba", "gpt2"])
-def test_training_runs_either_way(kind, tokenizer, tmp_path, lora_config, dataset, caplog):
+def test_training_runs_packed_or_padded(kind, tokenizer, tmp_path, lora_config, dataset, caplog):
     caplog.set_level(logging.INFO, "loragen")
     name, settings = {**PADDED, **PACKED}[kind]
     ids = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}

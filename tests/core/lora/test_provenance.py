@@ -41,7 +41,7 @@ def run(train_lora, file):
     return train_lora(TRACKED, file=file).directory
 
 
-def test_recomputed_is_what_was_tracked(run, file):
+def test_recomputed_batches_equal_the_tracked_ones(run, file):
     tracked = lines_of(run / "tracking" / "batch_tracking_colors.jsonl")
     traced = trace(run)
     hashes = {row.line: row_hash(row) for row in Dataset(file).rows()}
@@ -92,7 +92,7 @@ def test_an_early_stop_is_in_the_mapping(train_lora, dataset):
     assert trace(run).done_steps == step
 
 
-def test_a_run_that_tracked_nothing_is_traced_all_the_same(run, train_lora, file):
+def test_a_run_without_tracking_is_traced(run, train_lora, file):
     other = train_lora({**TRACKED, "track_batches": False}, file=file).directory
     assert not (other / "tracking").exists()
     one, two = trace(run), trace(other / "checkpoints" / "checkpoint-step-005.ckpt")
@@ -125,14 +125,14 @@ def test_a_file_that_changed_is_refused(run, file):
         trace(run)
 
 
-def test_a_file_that_moved_is_found_where_the_user_says(run, file, tmp_path):
+def test_a_moved_file_is_found_at_the_given_path(run, file, tmp_path):
     moved = shutil.move(file, tmp_path / "moved.jsonl")
     with pytest.raises(UsageError, match="gone"):
         trace(run)
     assert traced_run(Run.open(run, LoraManifest), Dataset(moved)).done_steps == 12
 
 
-def test_the_hash_is_of_the_content_and_its_borders():
+def test_the_row_hash_separates_the_fields():
     row = Row(prompt="a", response="bc", line=1)
     assert row_hash(row) == row_hash(replace(row, line=9))
     others = [{"prompt": "ab", "response": "c"}, {"system": "x"}, {"response": "bd"}]

@@ -119,7 +119,7 @@ def snapshot(directory):
 class TestExact:
     @pytest.mark.parametrize("keeps", ["all", "last", "none"])
     @pytest.mark.parametrize("step", [2, 4, 5, 8])
-    def test_from_wherever_it_was_killed(self, unbroken, stopped, resume, keeps, step):
+    def test_from_any_step(self, unbroken, stopped, resume, keeps, step):
         settings = {"checkpoints.optimizer": keeps, "checkpoints.last_every": 2}
         run = stopped(step, settings)
         before = read_manifest(run, LoraManifest)
@@ -155,7 +155,7 @@ class TestExact:
         ],
         ids=str,
     )
-    def test_whatever_is_configured(self, unbroken, stopped, resume, settings):
+    def test_with_any_configuration(self, unbroken, stopped, resume, settings):
         settings = {**settings, "checkpoints.last_every": 1}
         run = stopped(4, settings)
         assert resume(run, settings) == [4, 5, 6, 7, 8]
@@ -185,7 +185,7 @@ class TestExact:
         assert resume(run, settings) == [4, 5, 6]
         assert_equal(unbroken(settings), run)
 
-    def test_a_run_may_be_killed_again_and_again(self, unbroken, stopped, resume):
+    def test_a_run_may_be_killed_several_times(self, unbroken, stopped, resume):
         settings = {"checkpoints.last_every": 1, "checkpoints.first_step": 6}
         run = stopped(3, settings)
         for step in (3, 5, 7):
@@ -230,7 +230,7 @@ class TestExact:
 
     @pytest.mark.parametrize("keeps", ["all", "last", "none"])
     @pytest.mark.parametrize("stops_early", [False, True])
-    def test_a_run_killed_before_its_training_was_rounded_off(
+    def test_a_run_killed_at_the_end_of_training(
         self, unbroken, lora_config, file, resume, monkeypatch, tmp_path, keeps, stops_early
     ):
         settings = {"checkpoints.optimizer": keeps, "checkpoints.last_every": 4}
@@ -244,20 +244,20 @@ class TestExact:
         assert resume(run, settings) == []
         assert_equal(whole, run)
 
-    def test_a_run_that_stopped_early_does_not_go_on(self, copied, resume):
+    def test_a_run_that_stopped_early_trains_no_further(self, copied, resume):
         run = copied(EARLY)
         (step,) = read_manifest(run, LoraManifest).steps
         assert resume(run, EARLY) == []
         assert read_manifest(run, LoraManifest).steps == [step]
 
-    def test_a_finished_run_is_left_as_it_is(self, copied, resume):
+    def test_a_finished_run_is_unchanged(self, copied, resume):
         run = copied()
         before = {p: p.read_bytes() for p in run.rglob("*.ckpt")}
         assert resume(run) == []
         assert {p: p.read_bytes() for p in run.rglob("*.ckpt")} == before
         assert read_manifest(run, LoraManifest).steps == [5, 6, 7, 8]
 
-    def test_going_on_from_an_earlier_step_voids_the_later_ones(self, unbroken, copied, resume):
+    def test_resuming_from_an_earlier_step_deletes_later_ones(self, unbroken, copied, resume):
         """Else a second kill would leave steps without their metrics."""
         whole, run = unbroken(), copied()
         with pytest.raises(Kill):
@@ -265,7 +265,7 @@ class TestExact:
         assert resume(run) == [7, 8]
         assert_equal(whole, run)
 
-    def test_what_a_kill_left_half_written_is_removed(self, stopped, resume, unbroken):
+    def test_unfinished_files_of_a_kill_are_removed(self, stopped, resume, unbroken):
         settings = {"checkpoints.last_every": 2}
         run = stopped(6, settings)
         for folder in (run, run / "checkpoints"):
@@ -364,7 +364,7 @@ class TestRefusals:
             "seed", "training.batch_size", "the", "the",
         ]  # fmt: skip
 
-    def test_what_does_not_decide_the_result_may_change(
+    def test_settings_that_do_not_decide_the_result_may_change(
         self, stopped, resume, unbroken, base_dir, tmp_path, file
     ):
         run = stopped(6)
@@ -381,17 +381,17 @@ class TestRefusals:
             assert same(first["state_dict"], second["state_dict"])
 
 
-class TestWhatThereIs:
+class TestFinding:
     def test_nothing(self, tmp_path):
-        with pytest.raises(UsageError, match="no such run or checkpoint"):
+        with pytest.raises(UsageError, match="none"):
             LoraPoint.find(tmp_path / "none")
 
     def test_no_run(self, tmp_path):
-        with pytest.raises(UsageError, match="neither a run directory nor inside one"):
+        with pytest.raises(UsageError, match="run directory"):
             LoraPoint.find(tmp_path)
 
     def test_no_lora_run(self, experiment):
-        with pytest.raises(DataError, match="is a run of gen train, not of lora train"):
+        with pytest.raises(DataError, match="gen train"):
             LoraPoint.find(experiment)
 
     def test_a_file_that_is_no_checkpoint(self, collection):
@@ -411,7 +411,7 @@ class TestWhatThereIs:
         assert resume(run / "checkpoints" / "checkpoint-step-007.ckpt", settings) == [8]
         assert "no optimizer state" in caplog.text
 
-    def test_a_checkpoint_of_bare_tensors_is_one_clear_error(self, stopped):
+    def test_a_checkpoint_without_its_step_is_refused(self, stopped):
         run = stopped(7)
         for name in ("checkpoint-step-006.ckpt", "checkpoint-step-005.ckpt"):
             file = run / "checkpoints" / name
@@ -427,7 +427,7 @@ class TestWhatThereIs:
         whole["state_dict"].popitem()
         torch.save(whole, file)
         before = snapshot(run)
-        with pytest.raises(DataError, match="not those of the run's adapter"):
+        with pytest.raises(DataError, match="tensors"):
             resume(run)
         assert snapshot(run) == before
 

@@ -75,7 +75,7 @@ class TestARun:
             "final_model/tokenizer_config.json",
         }
 
-    def test_the_manifest_says_what_the_next_step_needs(self, collection):
+    def test_the_manifest_describes_the_run(self, collection):
         run = collection.runs["colors"]
         manifest = read_manifest(run, LoraManifest)
         file = collection.file("colors")
@@ -90,7 +90,7 @@ class TestARun:
         assert [record.name for record in manifest.plugins] == ["two-stage"]
         assert manifest.final_loss > 0
 
-    def test_the_configuration_loads_again(self, collection):
+    def test_the_saved_configuration_loads(self, collection):
         run = collection.runs["colors"]
         config = load(LoraTrainConfig, run / "config.yaml", environment={})
         assert yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) == json.loads(
@@ -124,7 +124,7 @@ class TestARun:
         assert tokenizer("red cat").input_ids == base.tokenizer("red cat").input_ids
         assert tokenizer.chat_template == base.tokenizer.chat_template
 
-    def test_the_final_model_is_in_the_type_the_base_is_stored_in(
+    def test_the_final_model_has_the_stored_dtype_of_the_base(
         self, base, tmp_path, lora_config, dataset
     ):
         base.model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
@@ -138,7 +138,7 @@ class TestARun:
         assert json.loads(config_file.read_text(encoding="utf-8"))["dtype"] == "bfloat16"
         assert {t.dtype for t in last_tensors(run).values()} == {torch.float32}
 
-    def test_training_learns(self, lora_config, base, dataset):
+    def test_training_reduces_the_loss(self, lora_config, base, dataset):
         watching = Watching()
         config = lora_config({"training.max_steps": 40, "schedule.stage1_steps": 30})
         run = training.train_adapter(config, Dataset(dataset(), "colors"), base, watching)
@@ -177,7 +177,7 @@ class TestSteps:
         "first, every, kept",
         [(5, 1, [5, 6, 7, 8]), (2, 4, [2, 6, 8]), (9, 1, [8]), (1, 100, [1, 8])],
     )
-    def test_the_steps_asked_for_and_the_last_are_kept(self, train_lora, first, every, kept):
+    def test_the_configured_steps_and_the_last_are_kept(self, train_lora, first, every, kept):
         run = train_lora({"checkpoints.first_step": first, "checkpoints.every": every})
         names = [f"checkpoint-step-{step:03d}.ckpt" for step in kept]
         assert [file.name for file in checkpoint_files(run.directory)] == names
@@ -223,7 +223,7 @@ class TestSameness:
     def test_another_seed_is_another_run(self, train_lora):
         assert not equal(last_tensors(train_lora()), last_tensors(train_lora({"seed": 1})))
 
-    def test_the_base_is_handed_back_as_it_was(self, lora_config, base, dataset):
+    def test_the_base_is_unchanged_afterwards(self, lora_config, base, dataset):
         before, kind, rng = state(base.model), type(base.model), torch.get_rng_state()
         training.train_adapter(lora_config(), Dataset(dataset(), "colors"), base, Silent())
         assert type(base.model) is kind
@@ -233,7 +233,7 @@ class TestSameness:
         assert base.model.config.dtype == torch.float32
 
     @pytest.mark.parametrize("parts", [2, 4])
-    def test_accumulation_changes_nothing_but_memory(self, lora_config, base_dir, dataset, parts):
+    def test_accumulation_does_not_change_the_result(self, lora_config, base_dir, dataset, parts):
         file = dataset(
             [{"prompt": "q" * i, "response": "red cat"[: 1 + i % 7]} for i in range(1, 9)]
         )
@@ -256,7 +256,7 @@ class TestSameness:
         assert [s.step for s in steps] == [s.step for s in others] == list(range(1, 9))
         assert [s.loss for s in steps] == pytest.approx([s.loss for s in others], abs=1e-10)
 
-    def test_fewer_rows_than_a_batch_will_do(self, train_lora, dataset):
+    def test_a_dataset_may_be_smaller_than_a_batch(self, train_lora, dataset):
         file = dataset([{"prompt": "q", "response": "red"}, {"prompt": "w", "response": "blue"}])
         run = train_lora({"training.batch_size": 32}, file=file)
         assert run.manifest.status == "success"
@@ -264,9 +264,7 @@ class TestSameness:
 
 
 class TestValidation:
-    def test_a_run_that_stops_improving_stops_and_keeps_its_last_step(
-        self, lora_config, base, dataset
-    ):
+    def test_early_stopping_ends_the_run_and_keeps_its_last_step(self, lora_config, base, dataset):
         """Every row has an answer of its own: what is learned of one is wrong for another."""
         watching = Watching()
         file = dataset([{"prompt": "q", "response": f"{i * 7919}"} for i in range(8)])
@@ -290,12 +288,12 @@ class TestValidation:
         adapter = read_adapter(run.directory / "adapter").tensors
         assert equal(adapter, last_tensors(run))
 
-    def test_held_out_rows_are_never_trained_on(self, base, lora_config, dataset):
+    def test_held_out_rows_are_not_trained_on(self, base, lora_config, dataset):
         config = lora_config({"data.val_ratio": 0.25})
         rows = load_rows(config, Dataset(dataset(), "colors"), base.tokenizer)
         assert (len(rows.training), len(rows.validation), rows.record.rows) == (9, 3, 12)
 
-    def test_validation_reaches_the_log(self, train_lora):
+    def test_validation_metrics_are_logged(self, train_lora):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         run = train_lora(
@@ -310,7 +308,7 @@ class TestValidation:
 
     def test_nothing_to_train_on_is_an_error(self, train_lora, dataset):
         file = dataset([{"prompt": "q", "response": "red"}])
-        with pytest.raises(DataError, match=r"data\.val_ratio leaves no rows to train on"):
+        with pytest.raises(DataError, match=r"data\.val_ratio"):
             train_lora({"data.val_ratio": 0.9}, file=file)
 
 
@@ -319,7 +317,7 @@ class TestFailure:
         "error, status",
         [(RuntimeError("disk on fire"), "failed"), (KeyboardInterrupt(), "interrupted")],
     )
-    def test_a_run_that_ends_early_says_how(
+    def test_the_manifest_records_how_a_run_ended(
         self, lora_config, base, dataset, tmp_path, error, status
     ):
         before = state(base.model)
@@ -343,7 +341,7 @@ class TestFailure:
             (float("inf"), {"training.max_steps": 4}, r"is not finite at step 4"),
         ],
     )  # fmt: skip
-    def test_a_training_that_diverges_is_a_failed_run(
+    def test_a_diverging_training_is_a_failed_run(
         self, train_lora, tmp_path, rate, settings, message
     ):
         """From the fourth step on; what was saved before stays."""
@@ -366,7 +364,7 @@ class TestFailure:
     @pytest.mark.parametrize(
         "error, status", [(OSError("disk full"), "failed"), (KeyboardInterrupt(), "interrupted")]
     )
-    def test_a_run_whose_results_cannot_be_written_says_so(
+    def test_a_run_whose_results_cannot_be_written_is_not_successful(
         self, train_lora, monkeypatch, tmp_path, error, status
     ):
         def fail(*_):
@@ -400,7 +398,7 @@ class TestFailure:
             ),
         ],
     )
-    def test_what_cannot_start_leaves_nothing(
+    def test_a_training_that_cannot_start_writes_nothing(
         self, train_lora, dataset, tmp_path, settings, rows, error, message
     ):
         long = [{"prompt": "q", "response": "a long answer indeed"}]
@@ -410,13 +408,13 @@ class TestFailure:
         assert "\n" not in str(raised.value)
         assert not (tmp_path / "runs").exists()
 
-    def test_no_final_model_where_none_is_wanted(self, train_lora):
+    def test_without_a_final_model(self, train_lora):
         run = train_lora({"final_model": "none"})
         assert not (run.directory / "final_model").exists()
         assert (run.directory / "adapter").is_dir()
 
 
-def test_a_moved_run_still_knows_its_adapter(collection, tmp_path):
+def test_the_adapter_of_a_moved_run_is_read(collection, tmp_path):
     from loragen.core.run.checkpoints import read_checkpointed_adapter
 
     moved = shutil.copytree(collection.runs["colors"], tmp_path / "moved")

@@ -1,5 +1,6 @@
 """What a worker reports, and what its parent does where it dies."""
 
+import signal
 from contextlib import contextmanager
 
 import pytest
@@ -79,10 +80,10 @@ class Ended:
 def launched(monkeypatch):
     """`launched(start, retries)`: workers are started by `start`."""
 
-    def use(start, retries):
+    def use(start, retries, **options):
         @contextmanager
         def cluster(config):
-            yield Launcher(start, max_concurrent=2, max_retries=retries)
+            yield Launcher(start, max_retries=retries, **{"max_concurrent": 2, **options})
 
         monkeypatch.setattr("loragen.core.lora.collect.ray_cluster", cluster)
 
@@ -144,3 +145,67 @@ def test_an_error_of_the_user_is_not_retried(lora_config, dataset, launched):
     outcomes = collect(lora_config(settings), tasks, Silent())
     assert [one.status for one in outcomes] == ["failed", "failed"]
     assert jobs == ["one", "two"]
+
+
+class Interrupting(Ended):
+    """A worker that runs until it is interrupted; its start sends signals to its parent."""
+
+    def __init__(self, signals, stops=True):
+        self.running, self.stops, self.calls = True, stops, []
+        for number in signals:
+            signal.raise_signal(number)
+
+    def is_running(self):
+        return self.running
+
+    def interrupt(self):
+        self.calls.append("interrupt")
+        self.running = not self.stops
+
+    def kill(self):
+        self.calls.append("kill")
+
+
+@pytest.fixture
+def interrupted(lora_config, dataset, launched):
+    """`interrupted(worker, grace)`: the outcomes of two datasets, of which the first is started."""
+
+    def run(worker, grace=60.0):
+        workers = []
+
+        def start(job, status):
+            workers.append(worker())
+            return workers[-1]
+
+        launched(start, retries=1, max_concurrent=1, grace_seconds=grace)
+        tasks = [Task(Dataset(dataset(name=f"{name}.jsonl")), name) for name in ("one", "two")]
+        config = lora_config({**SETTINGS, "launcher.name": "ray"})
+        try:
+            return collect(config, tasks, Silent())
+        finally:
+            (run.worker,) = workers
+
+    return run
+
+
+def test_a_signal_interrupts_the_workers_and_starts_no_other(interrupted):
+    outcomes = interrupted(lambda: Interrupting([signal.SIGINT]))
+    assert [(one.status, one.reason) for one in outcomes] == [("interrupted", "not started")] * 2
+    assert interrupted.worker.calls == ["interrupt"]
+
+
+def test_a_worker_that_does_not_stop_in_time_is_killed(interrupted):
+    outcomes = interrupted(lambda: Interrupting([signal.SIGTERM], stops=False), grace=0.1)
+    assert [one.status for one in outcomes] == ["interrupted", "interrupted"]
+    assert "killed" in outcomes[0].reason
+    assert interrupted.worker.calls == ["interrupt", "kill"]
+
+
+def test_a_second_signal_kills_the_workers(interrupted):
+    class Twice(Interrupting):
+        def interrupt(self):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(lambda: Twice([signal.SIGINT]))
+    assert interrupted.worker.calls == ["kill"]
