@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loragen.core.errors import DataError, UsageError
-from loragen.core.files import file_name, hub_problem, sha256, sha256_text
+from loragen.core.files import file_name, hub_problem
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 NESTED_KEYS = ("messages", "conversations", "choices", "history")
@@ -244,11 +244,3 @@ def _parquet(file: Path, content: bytes) -> Iterator[Document]:
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{file}: not a Parquet file that can be read: {reason}") from None
-
-
-def content_hash(source: Source) -> str:
-    """Returns the hex digest of a file's bytes, or of a hub dataset's rows."""
-    if isinstance(source, Path):
-        return sha256(source)
-    rows = (json.dumps(document.value, default=str) for document in read_documents(source))
-    return sha256_text(*rows)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loragen.core.data.dataset import Dataset, Prompt
-from loragen.core.data.documents import Source, read_documents
+from loragen.core.data.documents import read_documents
 from loragen.core.errors import DataError, UsageError, did_you_mean, listing
 from loragen.core.files import write_json, write_text
 
@@ -240,10 +240,6 @@ class PreparedPrompts:
             )
         return found
 
-    def of(self, dataset: str) -> PromptGroups:
-        """Deprecated: `groups_of`."""
-        return self.groups_of(dataset)
-
 
 def check_prepared(directory: Path) -> None:
     """Raises UsageError where the directory has no prepared prompts."""
@@ -286,13 +282,3 @@ def read_prepared(directory: Path) -> PreparedPrompts:
             found = groups[text.dataset]
             (found.train if name == TRAIN else found.val).append(tuple(text.prompts))
     return PreparedPrompts(directory, record, dict(groups))
-
-
-def read_prompts(source: Source) -> list[str]:
-    """Deprecated: `Dataset.prompts`."""
-    return Dataset(source).prompts()
-
-
-def prompts_of_rows(source: Source, skip_bad_rows: bool = False) -> list[str]:
-    """Deprecated: `Dataset.prompts`."""
-    return Dataset(source).prompts(skip_bad_rows, of_rows=True)

@@ -358,9 +358,3 @@ def experiment_name(file: Path) -> str:
         if file.absolute() in (home / GENERATOR_FILE, home / CHECKPOINTS / file.name):
             return home.name
     return file.stem
-
-
-def read_run(directory: Path) -> tuple[LoraRun, LoraTrainConfig]:
-    """Deprecated: `Run.open`."""
-    run = Run.open(directory, LoraManifest)
-    return run, run.config
