@@ -106,7 +106,7 @@ def test_broken_files_are_one_line_that_names_the_base(base_dir, tmp_path, file,
 
 def test_a_hub_id_that_cannot_be_had_is_a_usage_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="no-one/no-such-model: not a directory") as error:
+    with pytest.raises(UsageError, match="no-one/no-such-model") as error:
         load_base("no-one/no-such-model")
     assert "\n" not in str(error.value)
 
@@ -121,7 +121,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(tmp_path, monkeypatch, look):
         raise AssertionError
 
     monkeypatch.setattr("socket.getaddrinfo", asked)
-    with pytest.raises(UsageError, match="not a directory, and the hub does not answer"):
+    with pytest.raises(UsageError, match="does not answer"):
         look("no-one/no-such-model")
 
 
@@ -130,7 +130,7 @@ def test_a_tokenizer_is_loaded_without_the_model(base_dir, tmp_path):
     (copy / "model.safetensors").unlink()
     tokenizer = load_tokenizer(str(copy))
     assert tokenizer("red cat").input_ids == load_base(str(base_dir)).tokenizer("red cat").input_ids
-    with pytest.raises(UsageError, match="no-one/none: not a directory, and the hub says"):
+    with pytest.raises(UsageError, match=r"no-one/none.*hub"):
         load_tokenizer("no-one/none")
 
 
@@ -252,14 +252,14 @@ class TestQuantization:
 
     def test_without_the_library(self, lora_config, monkeypatch):
         monkeypatch.setattr(precision, "find_spec", lambda _: None)
-        with pytest.raises(UsageError, match=r"needs bitsandbytes: pip install 'loragen\["):
+        with pytest.raises(UsageError, match="bitsandbytes"):
             load_training_base(lora_config({"base_quantization": "4bit"}))
 
     @pytest.mark.parametrize("accelerator, cuda", [("auto", False), ("cpu", True)])
     def test_without_a_gpu(self, bitsandbytes, lora_config, monkeypatch, accelerator, cuda):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         settings = {"base_quantization": "8bit", "trainer.accelerator": accelerator}
-        with pytest.raises(UsageError, match="base_quantization: 8bit needs a CUDA GPU"):
+        with pytest.raises(UsageError, match=r"base_quantization.*GPU"):
             load_training_base(lora_config(settings))
 
     @pytest.mark.parametrize("bits", ["4bit", "8bit"])

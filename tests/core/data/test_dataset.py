@@ -157,24 +157,24 @@ def test_a_json_list_counts_its_items(file):
 @pytest.mark.parametrize(
     "line, reason",
     [
-        ('{"prompt": "p"', "not JSON: .* at column"),
-        ("p -> r", "not JSON: Expecting value at column 1"),
-        ("[1, 2]", "expected an object, found a list"),
-        ('"text"', "expected an object, found a text"),
-        ("null", "expected an object, found null"),
-        ('{"question": "p", "response": "r"}', "'answer' is missing .keys here: question, resp"),
-        ('{"prompt": "p"}', "'response' is missing .keys here: prompt"),
-        ('{"text": "p", "label": 1}', "unknown keys: text, label. Known: prompt/response, instruc"),
-        ("{}", "unknown keys: none. Known: prompt/response, instruction/output"),
-        ('{"prompt": 3, "response": "r"}', "'prompt': expected a text, found int 3"),
-        ('{"prompt": "p", "response": null}', "'response': expected a text, found null"),
-        ('{"prompt": "p", "response": ["r"]}', "'response': expected a text, found a list"),
-        (r'{"prompt": "p", "response": "\ud83d"}', "'response': holds half of a surrogate pair"),
-        ('{"prompt": "p", "response": " "}', "'response' is empty"),
-        ('{"prompt": "p", "response": "r", "system": 1}', "'system': expected a text, found int 1"),
+        ('{"prompt": "p"', "not JSON.*column"),
+        ("p -> r", "not JSON.*column 1"),
+        ("[1, 2]", "object.*list"),
+        ('"text"', "object.*text"),
+        ("null", "object.*null"),
+        ('{"question": "p", "response": "r"}', "'answer'.*question, resp"),
+        ('{"prompt": "p"}', "'response'.*prompt"),
+        ('{"text": "p", "label": 1}', "text, label.*prompt/response, instruc"),
+        ("{}", "none.*prompt/response"),
+        ('{"prompt": 3, "response": "r"}', "'prompt'.*int 3"),
+        ('{"prompt": "p", "response": null}', "'response'.*null"),
+        ('{"prompt": "p", "response": ["r"]}', "'response'.*list"),
+        (r'{"prompt": "p", "response": "\ud83d"}', "'response'.*surrogate"),
+        ('{"prompt": "p", "response": " "}', "'response'.*empty"),
+        ('{"prompt": "p", "response": "r", "system": 1}', "'system'.*int 1"),
         (
             '{"prompt": "p", "response": "r", "choices": "ab"}',
-            "'choices': expected a list, found a text",
+            "'choices'.*list.*text",
         ),
     ],
 )
@@ -268,7 +268,7 @@ def test_a_dataset_that_is_not_there_names_what_is(root, wanted, message):
 
 
 def test_a_root_that_is_not_there_is_said_so(tmp_path):
-    with pytest.raises(UsageError, match="is not a directory; see --data-root"):
+    with pytest.raises(UsageError, match="--data-root"):
         found("boolq", tmp_path / "none")
 
 
@@ -294,7 +294,7 @@ def test_every_bad_row_is_reported(file):
     path = file("\n".join([GOOD, BAD, "x", GOOD, BAD]))
     problems = reported(path)
     assert [problem.split(": ")[0] for problem in problems] == [f"{path}:{n}" for n in (2, 3, 5)]
-    assert problems[-1].endswith("(--skip-bad-rows leaves them out)")
+    assert problems[-1].endswith("leaves them out)")
     assert not any("--skip" in problem for problem in problems[:-1])
 
 
@@ -302,7 +302,8 @@ def test_many_bad_rows_are_counted(file):
     path = file("\n".join([GOOD, *[BAD, "x"] * 6]))
     problems = reported(path)
     assert len(problems) == 6
-    assert problems[-1] == f"{path}: and 7 more bad rows (--skip-bad-rows leaves them out)"
+    assert problems[-1].startswith(f"{path}: and 7 more")
+    assert "--skip-bad-rows" in problems[-1]
 
 
 def test_bad_rows_are_left_out_with_one_warning(file, caplog):
@@ -341,14 +342,14 @@ def test_the_formatted_file_goes_before_others(root):
 def test_two_files_of_a_name_are_ambiguous(root):
     for name in ("x.csv", "x_train.jsonl"):
         (root / name).touch()
-    with pytest.raises(UsageError, match=r"'x' is ambiguous.*x_train\.jsonl, .*x\.csv"):
+    with pytest.raises(UsageError, match=r"ambiguous.*x_train\.jsonl.*x\.csv"):
         found("x", root)
     assert dataset_names(root) == ["arc-easy", "boolq", "x"]
 
 
 def test_a_file_without_a_split_is_for_training_alone(root):
     (root / "x.csv").touch()
-    with pytest.raises(UsageError, match=r"'x' has no test split; .*there is .*x\.csv"):
+    with pytest.raises(UsageError, match=r"'x'.*test split.*x\.csv"):
         found("x", root, split="test")
     assert dataset_names(root, "test") == ["arc-easy", "boolq"]
 
@@ -367,7 +368,7 @@ def test_a_folder_elsewhere_is_never_a_namesake_here(root, tmp_path, monkeypatch
         (folder / f"{split}.jsonl").write_text(GOOD, encoding="utf-8")
     monkeypatch.chdir(here)
     for wanted in (str(tmp_path / "other/boolq"), "../other/boolq"):
-        with pytest.raises(UsageError, match=r"'boolq' has no train split; .*test\.jsonl"):
+        with pytest.raises(UsageError, match=r"'boolq'.*train split.*test\.jsonl"):
             found(wanted, root)
         assert found(wanted, root, "test")[0] == "boolq"
 
@@ -404,7 +405,7 @@ def test_owner_and_name_are_a_hub_dataset_where_they_are_nothing_else(root):
 def test_a_folder_without_a_dataset_tells_what_it_holds(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "a.jsonl").write_text("{}", encoding="utf-8")
-    with pytest.raises(UsageError, match=r"has no train\.\* and no mine_train\.\*, but a\.jsonl"):
+    with pytest.raises(UsageError, match=r"mine_train.*a\.jsonl"):
         found("mine", tmp_path)
 
 

@@ -82,7 +82,7 @@ def test_an_index_means_the_same_in_every_file(tmp_path):
         FILES[suffix](tmp_path / f"d{suffix}", [row])
         assert Dataset(tmp_path / f"d{suffix}").rows()[0].response == "[B]"
     FILES[".csv"](tmp_path / "d.csv", [row])
-    with pytest.raises(DataError, match=r"d\.csv:2: 'answer': '1' may count from 0 or from 1"):
+    with pytest.raises(DataError, match=r"d\.csv:2: 'answer': '1'"):
         Dataset(tmp_path / "d.csv").rows()
 
 
@@ -131,7 +131,8 @@ def test_json_that_python_cannot_hold_is_a_bad_row(tmp_path, content, reason):
     file.write_text(f"{READ}\n{content}\n", encoding="utf-8")
     with pytest.raises(DataError) as error:
         Dataset(file).rows()
-    assert str(error.value) == f"{file}:2: {reason} (--skip-bad-rows leaves it out)"
+    assert str(error.value).startswith(f"{file}:2: {reason}")
+    assert "--skip-bad-rows" in str(error.value)
     assert len(Dataset(file).rows(skip_bad_rows=True)) == 1
     file = tmp_path / "d.json"
     file.write_text(f"[{READ}, {content}]", encoding="utf-8")
@@ -256,7 +257,7 @@ def test_a_hub_that_does_not_answer_is_told_fast(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     hub_problem.cache_clear()
     started = time.perf_counter()
-    with pytest.raises(UsageError, match=r"does not answer .*HF_ENDPOINT names a mirror") as error:
+    with pytest.raises(UsageError, match="HF_ENDPOINT") as error:
         Dataset(parsed_source("hub:no-one/none")).rows()
     assert time.perf_counter() - started < HUB_TIMEOUT
     hub_problem.cache_clear()

@@ -137,7 +137,7 @@ def test_only_a_txt_has_lines_of_text(tmp_path, name):
     row = {"prompt": "a", "response": "secret"}
     assert Dataset(written(tmp_path, name, json.dumps(row))).prompts() == ["a"]
     file = written(tmp_path, name, "a text\n")
-    with pytest.raises(DataError, match=r":1: not JSON: .* \(text, a prompt a line, is a \.txt\)"):
+    with pytest.raises(DataError, match=r":1: not JSON.*\.txt"):
         Dataset(file).prompts()
 
 
@@ -230,7 +230,7 @@ class TestPrepare:
         source = file(count=41)
         with source.open("a", encoding="utf-8") as stream:
             stream.write('{"prompt": "colors  7?", "response": "blue"}\nno row\n')
-        with pytest.raises(DataError, match=r"43: not JSON.*--skip-bad-rows leaves it out"):
+        with pytest.raises(DataError, match=r":43: not JSON.*--skip-bad-rows"):
             prepare([Dataset(source, "colors")], tmp_path / "p", Grouping())
         assert not (tmp_path / "p").exists()
         record = prepare(
@@ -254,7 +254,7 @@ class TestPrepare:
         (home / "notes.txt").write_text("mine", encoding="utf-8")
         prepare([Dataset(file(), "colors")], home, Grouping())
         before = (home / TRAIN).read_bytes()
-        with pytest.raises(UsageError, match=r"has prepared\.json, train_prompts.* --force"):
+        with pytest.raises(UsageError, match=r"prepared\.json.*--force"):
             prepare([Dataset(file(), "colors")], home, Grouping(seed=1))
         assert (home / TRAIN).read_bytes() == before
         prepare([Dataset(file(), "colors")], home, Grouping(seed=1), force=True)
@@ -263,11 +263,11 @@ class TestPrepare:
 
     def test_what_cannot_be_prepared(self, file, tmp_path):
         few = file("few", 3)
-        with pytest.raises(DataError, match="3 different prompts are too few for a text of 4"):
+        with pytest.raises(DataError, match=r"few\.jsonl: 3 .*--samples-per-prompt"):
             prepare([Dataset(few, "few")], tmp_path / "p", Grouping())
         with pytest.raises(UsageError, match="two datasets are called few"):
             prepare([Dataset(few), Dataset(few)], tmp_path / "p", Grouping())
-        with pytest.raises(UsageError, match="is a file; --output is a directory"):
+        with pytest.raises(UsageError, match="--output"):
             prepare([Dataset(few, "few")], few, Grouping())
         assert not (tmp_path / "p").exists()
 
@@ -281,7 +281,7 @@ class TestRead:
             groups = found.groups_of(dataset.name)
             assert (len(groups.train), len(groups.val)) == (9, 1)
             assert all(p.startswith(dataset.name) for g in (*groups.train, *groups.val) for p in g)
-        with pytest.raises(UsageError, match=r"no prompts of the dataset 'color' in it\. Did you"):
+        with pytest.raises(UsageError, match=r"'color'.*'colors'"):
             found.groups_of("color")
 
     def test_other_commands_read_the_prompts_one_by_one(self, file, tmp_path):
@@ -300,8 +300,8 @@ class TestRead:
         prepare([Dataset(file(), "colors")], tmp_path / "p", Grouping())
         with (tmp_path / "p" / VAL).open("a", encoding="utf-8") as stream:
             stream.write('{"prompt": "x"}\n')
-        with pytest.raises(DataError, match=r"val_prompts\.jsonl:2: not a line of `loragen data"):
+        with pytest.raises(DataError, match=r"val_prompts\.jsonl:2: "):
             read_prepared(tmp_path / "p")
         (tmp_path / "p" / RECORD).write_text("{}", encoding="utf-8")
-        with pytest.raises(DataError, match=r"prepared\.json: not the record of prepared prompts"):
+        with pytest.raises(DataError, match=r"prepared\.json: "):
             read_prepared(tmp_path / "p")

@@ -86,7 +86,7 @@ def test_a_long_row_loses_the_start_of_its_prompt_never_its_answer(tokenizer, ro
 
 def test_an_answer_that_does_not_fit_is_an_error(tokenizer):
     length = len(answer_ids(tokenizer, "blue"))
-    with pytest.raises(DataError, match=f"^the answer has {length} tokens, data.max_length"):
+    with pytest.raises(DataError, match=f"{length} tokens.*max_length"):
         tokenize_row(tokenizer, row(), length)
     assert len(tokenize_row(tokenizer, row(), length + 1).example.ids) == length + 1
 
@@ -210,7 +210,7 @@ def test_an_answer_that_does_not_fit_makes_a_bad_row(tokenizer, opened):
     assert result.rows == 1
     assert [sample.line for sample in result.samples] == [2]
     assert result.bad_rows == [(1, "the answer has 21 tokens, data.max_length is 10")]
-    with pytest.raises(DataError, match=r"d\.jsonl:1: the answer has 21 tokens, data\.max_length"):
+    with pytest.raises(DataError, match=r"d\.jsonl:1: .*21 tokens"):
         preview(tokenizer, opened(("p", "x" * 20)), 10, 3)
 
 

@@ -58,7 +58,7 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path, zipped):
         torch.save(document, file)
     else:
         file.write_bytes(pickle.dumps(document))
-    with pytest.raises(DataError, match=r"bad\.ckpt: not a checkpoint that loads safely") as error:
+    with pytest.raises(DataError, match=r"bad\.ckpt: .*safely") as error:
         read_tensors(file)
     assert not mark.exists()
     assert "\n" not in str(error.value)
@@ -111,7 +111,7 @@ def test_an_adapter_from_a_run_its_folder_or_a_checkpoint_of_it(run, part):
 
 def test_a_lone_checkpoint_does_not_know_its_adapter(last, tmp_path):
     file = shutil.copy(last, tmp_path / "lone.ckpt")
-    with pytest.raises(UsageError, match="neither a run directory nor inside one"):
+    with pytest.raises(UsageError, match=r"manifest\.json"):
         read_checkpointed_adapter(tmp_path / "lone.ckpt")
     assert read_tensors(file)
     with pytest.raises(UsageError, match="no such adapter or checkpoint"):

@@ -56,7 +56,7 @@ def test_the_run_of_a_path_inside_it(tmp_path, monkeypatch):
     monkeypatch.chdir(run)
     assert run_directory_of(file.relative_to(run)).resolve() == run.resolve()
     for path in (run.parent, tmp_path / "none"):
-        with pytest.raises(UsageError, match="neither a run directory nor inside one"):
+        with pytest.raises(UsageError, match=r"manifest\.json"):
             run_directory_of(path)
 
 
@@ -98,7 +98,7 @@ def test_an_experiment_without_a_generator_says_why(tmp_path, status, told):
         status=status, plugins=[], base_model="demo", sources=[], val_sources=[]
     )
     write_manifest(tmp_path, manifest)
-    with pytest.raises(UsageError, match=f"the experiment {told}; train it to the end"):
+    with pytest.raises(UsageError, match=f"{told}.*--resume"):
         generator_file(tmp_path)
 
 
