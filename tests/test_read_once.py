@@ -117,7 +117,6 @@ def test_gen_train_of_a_folder_of_runs_reads_each_manifest_once(
     assert {counts[str(file.resolve())] for file in manifests} == {1}
 
 
-@pytest.mark.xfail(reason="the evaluation opens what the generator's sources have opened")
 def test_gen_eval_reads_a_dataset_and_a_manifest_once(collection, manifests, experiment, tmp_path):
     """The evaluated datasets are those that the generator was trained on: still one read each."""
     files = [collection.file(name) for name in collection.names]

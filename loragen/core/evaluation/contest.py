@@ -2,7 +2,7 @@
 the scores become a document of means, intervals, significant differences, novelty and costs."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -16,6 +16,7 @@ import numpy as np
 from loragen.core.adapter.files import Adapter, attach_adapter, module_scaling, swap_adapter
 from loragen.core.base.load import best_device, load_base, quiet_libraries
 from loragen.core.config.schema import GenDataSection, SourceSection
+from loragen.core.data.dataset import Dataset
 from loragen.core.errors import LoragenError, UsageError
 from loragen.core.evaluation.contestants import (
     GENERATED,
@@ -91,7 +92,8 @@ def evaluate_generator(
     strict = strict or any(one.trains for one in contestants)
     sources: list[TrainingSource] = []
     try:
-        sources = training_sources(generator)
+        datasets = [one for target in targets for one in (target.dataset, target.train) if one]
+        sources = training_sources(generator, datasets)
     except LoragenError as error:
         if strict and any(one.reads_sources(len(targets)) for one in contestants):
             raise
@@ -112,10 +114,13 @@ def evaluate_generator(
     return {"generator": str(file), **hold_contest(setup, chosen, targets)}
 
 
-def training_sources(generator: Generator) -> list[TrainingSource]:
+def training_sources(
+    generator: Generator, datasets: Iterable[Dataset] = ()
+) -> list[TrainingSource]:
     """The datasets that the generator was trained on, with the checkpoints and prompts it has seen.
 
-    Raises LoragenError where one cannot be read.
+    `datasets` are open already, and not read again. Raises LoragenError where a source cannot be
+    read.
     """
     provenance = generator.provenance
     records = [SourceRecord.model_validate(one) for one in provenance.get("source_records", [])]
@@ -131,7 +136,16 @@ def training_sources(generator: Generator) -> list[TrainingSource]:
     if not found:
         raise UsageError("the generator's file does not name the runs that it was trained on")
     prepared = PromptDirectories(GenDataSection(samples_per_prompt=generator.samples_per_prompt))
-    return [open_source(section, prepared, count) for section, count in found]
+    opened = {dataset.location: dataset for dataset in datasets}
+    sources = [open_source(section, prepared, count) for section, count in found]
+    for source in sources:
+        if source.labels:
+            source.labels = opened.get(source.labels.location, source.labels)
+        if source.prompt_dataset:
+            named = source.prompt_dataset
+            source.prompt_dataset = opened.get(named.location, named)
+        _ = source.prompts  # raises where they cannot be read
+    return sources
 
 
 def hold_contest(
@@ -333,25 +347,19 @@ def _dataset_document(
 def _seconds(
     outcomes: Sequence[DatasetScores], sources: Sequence[TrainingSource]
 ) -> dict[str, Any]:
-    """The time to train an adapter and to generate one, and, for each column, to obtain one: means
-    over the datasets."""
+    """Mean times: to train one of the generator's training adapters, to generate an adapter, and to
+    obtain one for each column."""
     obtain = {}
     for name in outcomes[0].cells:
         seconds = [second for outcome in outcomes for second in outcome.cells[name].seconds]
         obtain[name] = round(fmean(seconds), 4) if seconds else None
-    trained, generated = _training_seconds(sources), obtain.get(GENERATED)
+    runs = [source.run for source in sources if source.run]
+    known = [run.manifest.seconds for run in runs if run.manifest.seconds]
+    complete = known and len(runs) == len(sources)  # some adapters may have no run
+    trained, generated = round(fmean(known), 3) if complete else None, obtain.get(GENERATED)
     return {
         "train_adapter": trained,
         "generate_adapter": generated,
         "ratio": round(trained / generated, 1) if trained and generated else None,
         "obtain": obtain,
     }
-
-
-def _training_seconds(sources: Sequence[TrainingSource]) -> float | None:
-    """The mean training time of the generator's training adapters, according to their manifests."""
-    runs = [source.run for source in sources if source.run]
-    known = [run.manifest.seconds for run in runs if run.manifest.seconds]
-    if len(runs) < len(sources):  # adapters without a run
-        return None
-    return round(fmean(known), 3) if known else None

@@ -15,6 +15,7 @@ from loragen.core.base.load import LanguageModel, base_dtype, load_training_base
 from loragen.core.config import LoraTrainConfig
 from loragen.core.config.schema import CheckpointsSection, ScheduleSection
 from loragen.core.data.dataset import Dataset
+from loragen.core.errors import UsageError
 from loragen.core.evaluation.contestants import TrainedAdapter
 from loragen.core.evaluation.targets import Target
 from loragen.core.files import sha256_text, write_text
@@ -23,7 +24,7 @@ from loragen.core.lora.tasks import Task, earlier_runs
 from loragen.core.lora.train import train_adapter
 from loragen.core.plugins import create
 from loragen.core.progress import Progress
-from loragen.core.run.directory import CHECKPOINTS, LoraManifest, LoraRun, Run, checkpoint_name
+from loragen.core.run.directory import CHECKPOINTS, LoraRun, checkpoint_name
 from loragen.core.run.loggers import METRICS, read_metrics
 
 log = logging.getLogger(__name__)
@@ -40,13 +41,14 @@ def train_multi_task(
 ) -> TrainedAdapter:
     """Trains one LoRA on the rows of all of the generator's training datasets together.
 
-    Raises LoragenError where a run or its dataset cannot be read.
+    Raises UsageError where the training adapters have no run or no dataset, DataError for bad rows.
     """
     runs = [_run_of(source) for source in sources]
-    datasets = [
-        source.labels if source.run and source.labels else Dataset.at(run.manifest.dataset.path)
-        for source, run in zip(sources, runs, strict=True)
-    ]
+    if missing := [source.name for source in sources if source.labels is None]:
+        raise UsageError(
+            *(f"{name}: its dataset is unknown; --multi-task needs it" for name in missing)
+        )
+    datasets = [source.labels for source in sources if source.labels]
     rows = [row for dataset in datasets for row in dataset.rows(skip_bad_rows=True)]
     documents = [asdict(row) for row in rows]
     for document in documents:
@@ -71,8 +73,7 @@ def train_oracles(
 ) -> dict[tuple[str, str], TrainedAdapter]:
     """Trains a LoRA on the labelled train split of every dataset, with the configuration of the
     generator's own training adapters. Returns them by `Target.key`."""
-    run = _run_of(sources[0])
-    config = _recipe(run.config, base, cache)
+    config = _recipe(_run_of(sources[0]).config, base, cache)
     config.checkpoints = CheckpointsSection(first_step=config.training.max_steps, optimizer="none")
     training_base, oracles = _TrainingBase(config, base), {}
     for target in targets:
@@ -80,6 +81,15 @@ def train_oracles(
         run = _train_once(config, target.train, training_base, progress)
         oracles[target.key] = TrainedAdapter(run, run.checkpoints[-1])
     return oracles
+
+
+def _run_of(source: TrainingSource) -> LoraRun:
+    if source.run is None:
+        raise UsageError(
+            f"{source.name}: not a run of lora train, so the configuration of its training is "
+            "unknown; leave out --oracle and --multi-task"
+        )
+    return source.run
 
 
 def multi_task_config(config: LoraTrainConfig, most_steps: int) -> LoraTrainConfig:
@@ -96,11 +106,6 @@ def multi_task_config(config: LoraTrainConfig, most_steps: int) -> LoraTrainConf
     every = own.training.val_every  # a checkpoint at every validation, of which the best is used
     own.checkpoints = CheckpointsSection(first_step=every, every=every, optimizer="none")
     return own
-
-
-def _run_of(source: TrainingSource) -> LoraRun:
-    """Raises UsageError where the source's adapters are of no run."""
-    return source.run or Run.open(source.checkpoints[0], LoraManifest)
 
 
 def best_checkpoint(run: LoraRun) -> Path:

@@ -17,7 +17,7 @@ from loragen.core.evaluation.training import (
     train_oracles,
 )
 from loragen.core.progress import Silent
-from loragen.core.run.directory import Run, checkpoint_files
+from loragen.core.run.directory import LoraManifest, Run
 from tests.conftest import ANIMALS, COLORS, rows_of, write_lines
 
 
@@ -78,7 +78,7 @@ def test_an_oracle_is_trained_on_the_base_in_the_dtype_of_lora_train_and_found_a
     assert "base_dtype: auto" in text
     half = text.replace("base_dtype: auto", "base_dtype: bfloat16")
     (run / "config.yaml").write_text(half, encoding="utf-8")
-    sources = [replace(setup().sources[1], checkpoints=checkpoint_files(run))]
+    sources = [replace(setup().sources[1], run=Run.open(run, LoraManifest))]
     for split in ("train", "test"):
         file = write_lines(tmp_path / "data" / "colors" / f"{split}.jsonl", rows_of(COLORS, 12))
         file.write_text(file.read_text("utf-8") + "no row\n", encoding="utf-8")
