@@ -38,12 +38,17 @@ class TrainingRows:
 
 
 def load_rows(
-    config: LoraTrainConfig, dataset: Dataset, tokenizer: Any, validation: Dataset | None = None
+    config: LoraTrainConfig,
+    dataset: Dataset,
+    tokenizer: Any,
+    validation: Dataset | None = None,
+    hash_all_rows: bool = False,
 ) -> TrainingRows:
     """Reads a dataset, splits off the validation rows and tokenises the rows that a run draws.
 
-    `validation` is `config.data.validation`, where that is open already. Raises UsageError for a
-    missing file, DataError for bad rows (unless they are to be skipped) or no rows to train on.
+    `validation` is `config.data.validation`, where that is open already. With `hash_all_rows` the
+    record hashes the tokens of all rows, as older manifests do. Raises UsageError for a missing
+    file, DataError for bad rows (unless they are to be skipped) or no rows to train on.
     """
     if config.data.validation and validation is None:
         validation = Dataset.at(config.data.validation)
@@ -64,7 +69,9 @@ def load_rows(
         path=dataset.location,
         sha256=dataset.sha256,
         rows=len(rows),
-        tokens=DRAWN + examples_hash([*drawn, *held]),
+        tokens=examples_hash(list(rows))
+        if hash_all_rows
+        else DRAWN + examples_hash([*drawn, *held]),
         too_long=[row.line for row in rows.too_long],
         validation=validation.sha256 if validation else "",
     )

@@ -69,7 +69,9 @@ def train_adapter(
             config.checkpoints.first_step,
             training.max_steps,
         )
-    rows = load_rows(config, dataset, base.tokenizer, validation)
+    recorded = resume.manifest.dataset.tokens if resume else ""
+    hash_all_rows = bool(recorded) and not recorded.startswith(DRAWN)
+    rows = load_rows(config, dataset, base.tokenizer, validation, hash_all_rows)
     if resume:
         check_unchanged(resume, config, rows, base)
     model = new_adapter(base, config)
@@ -284,7 +286,7 @@ def check_unchanged(
     if then.sha256 not in ("", now.sha256):
         problems.append(f"the data differ: {now.path} is not the {then.path} of the run")
     # With other settings other rows are drawn; the settings are what to mend then.
-    elif then.tokens.startswith(DRAWN) and then.tokens != now.tokens and not differ:
+    elif then.tokens not in ("", now.tokens) and not differ:
         problems.append("the tokens of the rows differ: another tokenizer or chat template")
     if then.validation != now.validation:
         problems.append("the validation rows differ (data.validation)")

@@ -10,11 +10,18 @@ from loragen.core.adapter.files import read_adapter
 from loragen.core.base.load import load_training_base
 from loragen.core.config import LoraTrainConfig
 from loragen.core.data.dataset import Dataset
+from loragen.core.data.tokenize import TokenizedRows, examples_hash
 from loragen.core.errors import DataError, UsageError
 from loragen.core.lora.module import StepMetrics
 from loragen.core.lora.train import LoraPoint, train_adapter
 from loragen.core.progress import Silent
-from loragen.core.run.directory import MANIFEST, LoraManifest, checkpoint_files, read_manifest
+from loragen.core.run.directory import (
+    MANIFEST,
+    LoraManifest,
+    checkpoint_files,
+    read_manifest,
+    write_manifest,
+)
 from tests.conftest import TINY_LORA, configured, write_lines
 from tests.core.run.resuming import Kill, StopAt, assert_same_course, same
 
@@ -341,6 +348,18 @@ class TestRefusals:
         template.write_text(template.read_text().replace("<|user|>", "") + "!", encoding="utf-8")
         (problem,) = refused({"base_model": str(changed)})
         assert "tokens" in problem
+
+    def test_an_older_manifest_has_a_hash_of_all_rows(self, refused, resume, run, base):
+        manifest = read_manifest(run, LoraManifest)
+        manifest.dataset.tokens = "0" * 64
+        write_manifest(run, manifest)
+        (problem,) = refused()
+        assert "tokens" in problem
+        rows = Dataset.at(manifest.dataset.path).rows()
+        manifest.dataset.tokens = examples_hash(list(TokenizedRows(rows, base.tokenizer, 64)))
+        write_manifest(run, manifest)
+        resume(run)
+        assert read_manifest(run, LoraManifest).dataset.tokens == manifest.dataset.tokens
 
     def test_other_weights(self, refused, base, base_dir, tmp_path):
         changed = self.changed(base_dir, tmp_path)
