@@ -59,7 +59,7 @@ def test_contract(options):
     [
         [(3, 2, 4), (24, 2, 4)],
         [(1, 1, 8), (5, 3, 4), (13, 4, 4)],  # more values than the 12 tokens of 8 need
-        [(50, 3, 2), (96, 1, 2)],  # more places than prompts
+        [(50, 3, 2), (96, 1, 2)],  # more slots than prompts
     ],
 )
 def test_the_papers_geometry_keeps_the_contract(shapes):
@@ -83,24 +83,24 @@ def test_a_last_map_that_is_too_small_is_refused():
         create("decoder", "hyperconv", {"shapes": [(3, 2, 4), (19, 1, 5)]}, 6, grid())
 
 
-@pytest.mark.parametrize(("allowed", "rank"), [(96, 4), (24 * 8 * 7, 7), (10**9, 32)])
-def test_as_many_directions_as_the_budget_allows(allowed, rank):
+@pytest.mark.parametrize(("allowed", "directions"), [(96, 4), (24 * 8 * 7, 7), (10**9, 32)])
+def test_as_many_directions_as_the_budget_allows(allowed, directions):
     shape = grid()
     module = create("decoder", "hyperconv", {"max_parameters": allowed}, 6, shape).body
-    assert module.project.directions.shape == (shape.tokens, rank, shape.token_dim)
+    assert module.project.directions.shape == (shape.tokens, directions, shape.token_dim)
 
 
 @pytest.mark.parametrize("items", [1, 3, 4, 7])
 def test_prompts_are_distributed_evenly(items):
-    """Any number of them to four places, and what is masked to none."""
+    """Any number of them to four slots, and masked ones to none."""
     mask = torch.tensor([[True] * items + [False] * 2])
     weights = round_robin(mask, 4)[0]
     assert weights.shape == (4, items + 2)
     assert torch.allclose(weights.sum(1), torch.ones(4))
     assert not weights[:, items:].any()
-    taken = (weights > 0).sum(0)[:items]
-    assert taken.min() >= 1
-    assert taken.max() - taken.min() <= 1
+    count_of = (weights > 0).sum(0)[:items]
+    assert count_of.min() >= 1
+    assert count_of.max() - count_of.min() <= 1
 
 
 class Held:
@@ -160,15 +160,15 @@ def test_layers_may_differ_in_length():
 
 @settings(max_examples=50)
 @given(st.lists(st.tuples(*[st.integers(0, 3)] * 3), min_size=1, max_size=30))
-def test_tokens_share_a_cell_when_they_share_layer_module_and_matrix(places):
-    codes = [np.unique(axis, return_inverse=True)[1] for axis in zip(*places, strict=True)]
+def test_tokens_share_a_cell_when_they_share_layer_module_and_matrix(origins):
+    codes = [np.unique(axis, return_inverse=True)[1] for axis in zip(*origins, strict=True)]
     layer, module, matrix = (code.astype(np.int64) for code in codes)
-    shape = TokenGrid(len(places), 2, layer, module, matrix, np.zeros(len(places), np.int64))
+    shape = TokenGrid(len(origins), 2, layer, module, matrix, np.zeros(len(origins), np.int64))
     cell, (layers, kinds) = cells_of(shape)
     assert cell.max() < layers * kinds
     assert (cell // kinds).tolist() == layer.tolist()
-    same = {(int(c), place) for c, place in zip(cell, places, strict=True)}
-    assert len(same) == len(set(cell.tolist())) == len(set(places))
+    same = {(int(c), origin) for c, origin in zip(cell, origins, strict=True)}
+    assert len(same) == len(set(cell.tolist())) == len(set(origins))
 
 
 @pytest.mark.parametrize("axis", [1, 2])
@@ -243,12 +243,12 @@ def test_a_real_adapter_is_decoded_within_the_budget():
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(2, 9), st.integers(1, 5), st.integers(0, 99))
-def test_coordinates_say_where_a_sample_lies(samples, rank, seed):
+def test_coordinates_are_the_coefficients_of_a_mixture(samples, directions, seed):
     chance = torch.Generator().manual_seed(seed)
-    directions = torch.randn(7, rank, 3, generator=chance)
-    truth = torch.randn(samples, rank, generator=chance)
-    mixtures = torch.einsum("sr,trd->std", truth, directions)
-    assert coordinates_along(directions, Held(mixtures)).allclose(truth, atol=1e-2)
+    basis = torch.randn(7, directions, 3, generator=chance)
+    truth = torch.randn(samples, directions, generator=chance)
+    mixtures = torch.einsum("sr,trd->std", truth, basis)
+    assert coordinates_along(basis, Held(mixtures)).allclose(truth, atol=1e-2)
 
 
 class TestTransfer:

@@ -239,7 +239,7 @@ def embedded(
     """Yields name, embeddings ``[texts, positions, dim]`` and mask ``[texts, positions]`` of each
     source, memory-mapped.
 
-    A trained encoder embeds its texts now, into files that last until the next one is asked for.
+    A trained encoder embeds its texts now, into files that are deleted before the next source.
     """
     for source in sources:
         if not source.texts:

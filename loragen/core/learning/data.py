@@ -246,8 +246,8 @@ class TrainingData(LightningDataModule):
         def batch(k: int) -> PairBatch:
             step, part = divmod(k, accumulation)
             phase, within = self.phases.at(step + 1)
-            made: PairBatch = batches[phase.name][(within - 1) * accumulation + part]
-            return made
+            found: PairBatch = batches[phase.name][(within - 1) * accumulation + part]
+            return found
 
         first, last = self.trainer.global_step, self.trainer.max_steps
         remaining = range(first * accumulation, last * accumulation)
@@ -264,11 +264,11 @@ class TrainingData(LightningDataModule):
             source, draw = sources[index], f"validation:{self.config.seed}"
             texts = range(len(source.embeddings)) if sources is held_out else source.val_texts
             drawn = draw_texts(texts, self.config.data.prompts_per_condition, draw)
-            made = stack_pairs([pair_of(source, drawn, len(source.tokens) - 1)])
+            batch = stack_pairs([pair_of(source, drawn, len(source.tokens) - 1)])
             most = self.config.training.val_rows
             if self.base and source.rows and source.rows.held_out and most:
-                made = made._replace(rows=padded(source.rows.held_out[:most], self.pad_id))
-            return made
+                batch = batch._replace(rows=padded(source.rows.held_out[:most], self.pad_id))
+            return batch
 
         held_out = list(self.held_out)
         seen = [source for source in self.sources if source.val_texts]

@@ -136,7 +136,7 @@ def automatic_objectives() -> list[Automatic]:
 
 
 def with_objective(config: GenTrainConfig, objective: str) -> GenTrainConfig:
-    """Returns a copy with this objective, and with the gradient clipping that it asks for."""
+    """Returns a copy with this objective, and with the gradient clipping that it needs."""
     found = config.model_copy(deep=True)
     found.training.objective = objective
     if found.trainer.gradient_clip_val is None:

@@ -82,7 +82,7 @@ class TrainingSource:
             )
         where, hint = f"{self.run.directory}: its dataset {self.labels}", "name one: prompts: FILE"
         if isinstance(self.labels.source, Path) and not self.labels.source.is_file():
-            raise UsageError(f"{where} is gone; {hint}")
+            raise UsageError(f"{where} is missing; {hint}")
         if self.labels.sha256 != self.run.manifest.dataset.sha256:
             raise DataError(f"{where} has changed since the run; {hint}")
         return self.labels.prompts(skip_bad_rows=True, of_rows=True)  # the run left them out, too

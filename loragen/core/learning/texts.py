@@ -157,7 +157,7 @@ def labelled_rows(
             "with a dataset; set training.objective=reconstruction"
         )
     if isinstance(labels.source, Path) and not labels.source.is_file():
-        raise UsageError(f"{source.name}: its dataset {labels} is gone; its labels are needed")
+        raise UsageError(f"{source.name}: its dataset {labels} is missing; its labels are needed")
     examples: list[tuple[str, Example]] = []
     rows = labels.good_rows
     for row in Random(f"rows:{seed}").sample(rows, min(MOST_ROWS, len(rows))):

@@ -100,7 +100,7 @@ def train(
     tokenizer = base.tokenizer if base else None
     found = (work.sources, work.held_out, work.layout, encoder, config, tokenizer)
     with source_arrays(*found) as arrays:
-        # Setup: the data, the network, the objectives and the trainer.
+        # Setup: the generator and the objectives.
         manifest = new_manifest(work, config, arrays, encoder, base, resume)
         if resume:
             resume.check_inputs(config, manifest)
@@ -125,6 +125,7 @@ def train(
             first_step=int(checkpoint["global_step"]) if checkpoint else 0,
             optimizer_state=optimizer_state(checkpoint) if checkpoint else None,
         )
+        # Setup: the run, its callbacks and the trainer.
         session = RunSession(
             Path(config.experiments_dir),
             "lora_generator",
@@ -350,8 +351,8 @@ def restore_weights(module: nn.Module, document: dict[str, Any]) -> None:
 def _other_sources(then: list[SourceRecord], now: list[SourceRecord]) -> list[str]:
     names = [[(one.name, one.held_out) for one in records] for records in (then, now)]
     if names[0] != names[1]:
-        told = [", ".join(name for name, _ in one) for one in names]
-        return [f"the sources are {told[1]}, the run has {told[0]} (order and roles count)"]
+        before, after = (", ".join(name for name, _ in one) for one in names)
+        return [f"the sources are {after}, the run has {before} (order and roles count)"]
     problems = []
     for old, new in zip(then, now, strict=True):
         if old.checkpoints != new.checkpoints:

@@ -14,10 +14,10 @@ class Encoder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weight, self.asked = nn.Parameter(torch.ones(2)), []
+        self.weight, self.texts = nn.Parameter(torch.ones(2)), []
 
     def forward(self, texts):
-        self.asked += texts
+        self.texts += texts
         sizes = torch.tensor([len(text) for text in texts])
         mask = torch.arange(sizes.max()) < sizes[:, None]
         return mask[..., None] * sizes[:, None, None] * self.weight, mask
@@ -39,7 +39,7 @@ def test_conditions_hold_their_own_texts_padded_under_the_mask(encoder):
 
 def test_a_text_of_several_conditions_is_encoded_once(encoder):
     conditions(encoder, [["a", "b"], ["b", "a"], ["b", "c"]])
-    assert encoder.asked == ["a", "b", "c"]
+    assert encoder.texts == ["a", "b", "c"]
 
 
 def test_what_is_embedded_already_is_not_embedded_again(encoder):
@@ -51,7 +51,7 @@ def test_what_is_embedded_already_is_not_embedded_again(encoder):
     assert found["frozen"][0] is fixed
     assert found["trained"][0].tolist() == [[[1, 1], [0, 0]], [[2, 2], [2, 2]]]
     assert found["trained"][1].tolist() == [[True, False], [True, True]]
-    assert encoder.asked == ["a", "bb"]
+    assert encoder.texts == ["a", "bb"]
 
 
 def checkpoints_of(count, value):

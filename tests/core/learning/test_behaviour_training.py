@@ -77,7 +77,7 @@ class TestObjectives:
         assert run.manifest.status == "success"
 
     @pytest.mark.parametrize(
-        ("objective", "told"),
+        ("objective", "trained_for"),
         [
             ("reconstruction", "4 steps of reconstruction"),
             ("behaviour", "4 steps of behaviour"),
@@ -85,19 +85,19 @@ class TestObjectives:
             ("transfer", "4 steps of transfer"),
         ],
     )
-    def test_each_is_trained_and_told(self, trained, objective, told):
+    def test_each_is_trained(self, trained, objective, trained_for):
         batch = {"behaviour.batch_size": 1} if objective == "transfer" else {}
         run = trained({"training.objective": objective, **batch})
-        tried = objective != "reconstruction"
+        has_base = objective != "reconstruction"
         assert run.manifest.steps == (8 if objective == BOTH else 4)
-        assert provenance(run)["trained_for"] == told
-        metric = "val/behaviour" if tried else "val/loss"
+        assert provenance(run)["trained_for"] == trained_for
+        metric = "val/behaviour" if has_base else "val/loss"
         assert metric in provenance(run)["chosen_by"]
         assert {"val/loss", "val/relative_error"} <= run.manifest.metrics.keys()
-        assert ({"val/behaviour", "val/accuracy"} <= run.manifest.metrics.keys()) is tried
-        assert ("train/behaviour" in run.manifest.metrics) is tried
+        assert ({"val/behaviour", "val/accuracy"} <= run.manifest.metrics.keys()) is has_base
+        assert ("train/behaviour" in run.manifest.metrics) is has_base
         (best,) = run.directory.glob("checkpoints/epoch=*")
-        assert ("val_behaviour=" in best.name) is tried
+        assert ("val_behaviour=" in best.name) is has_base
 
     def test_a_step_is_logged_for_what_it_was_trained_on(self, trained):
         run = trained()
@@ -148,9 +148,9 @@ class TestObjectives:
         write_adapter(tmp_path / "colors", adapter, "")
         prompts = tmp_path / "prompts.txt"
         prompts.write_text("What?\nWhich?\nWho?\n", encoding="utf-8")
-        unseen = {"checkpoints": str(tmp_path / "colors"), "prompts": str(prompts)}
+        held_out = {"checkpoints": str(tmp_path / "colors"), "prompts": str(prompts)}
         animals = {"run": str(collection.runs["animals"])}
-        run = trained({"sources": [animals], "val_sources": [unseen]})
+        run = trained({"sources": [animals], "val_sources": [held_out]})
         assert "val_unseen/loss" in provenance(run)["chosen_by"]
         assert "val/accuracy" in run.manifest.metrics
         assert "val_unseen/accuracy" not in run.manifest.metrics
@@ -179,8 +179,11 @@ class TestLearning:
 
     def test_accumulation_only_splits_the_work(self, trained):
         found = []
-        for size, parts in ((4, 1), (2, 2)):
-            settings = {"behaviour.batch_size": size, "trainer.accumulate_grad_batches": parts}
+        for size, accumulation in ((4, 1), (2, 2)):
+            settings = {
+                "behaviour.batch_size": size,
+                "trainer.accumulate_grad_batches": accumulation,
+            }
             found.append(trained({"data.batch_size": size, **settings}))
         one, other = (logged(run, "train/loss") for run in found)
         assert one.keys() == other.keys()
@@ -245,9 +248,9 @@ class TestResume:
         rows.write_text(text, encoding="utf-8")
         with pytest.raises(UsageError) as raised:
             train(config, Silent(), GeneratorPoint.find(run))
-        assert raised.value.problems == (
-            f"{run} cannot resume: colors has other labelled rows, or they make other tokens",
-        )
+        (problem,) = raised.value.problems
+        assert problem.startswith(str(run))
+        assert "colors has other labelled rows" in problem
 
     def test_the_base_computes_in_what_it_did_before(self, gen_config, tmp_path, monkeypatch):
         """Here `auto` would choose float32: the run may have come from another machine."""

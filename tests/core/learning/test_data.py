@@ -117,9 +117,9 @@ def test_tracked_checkpoints_come_with_their_own_texts_alone():
 def test_validation_is_the_last_checkpoint_and_the_same_every_time():
     ours = data([arrays(1), arrays(2, texts=1)], held_out=[arrays(7, checkpoints=2)])
     for _ in range(2):
-        seen, unseen = (list(loader) for loader in ours.val_dataloader())
+        seen, held_out = (list(loader) for loader in ours.val_dataloader())
         assert [batch.tokens[0, 0, 0].item() for batch in seen] == [102.0]
-        assert [batch.tokens[0, 0, 0].item() for batch in unseen] == [701.0]
+        assert [batch.tokens[0, 0, 0].item() for batch in held_out] == [701.0]
     assert all(equal(a, b) for a, b in zip(seen, ours.val_dataloader()[0], strict=True))
 
 

@@ -48,12 +48,12 @@ def test_auto_is_transfer_where_there_are_datasets_enough(planned):
     assert "enough datasets" in found.reason
 
 
-@pytest.mark.parametrize(("told", "taken"), [(None, 1.0), (0.0, 0.0), (0.5, 0.5)])
-def test_a_transfer_clips_its_gradients_unless_told_otherwise(planned, told, taken):
-    ours = {"behaviour.batch_size": 1, "trainer.gradient_clip_val": told}
-    assert planned(ours).config.trainer.gradient_clip_val == taken
-    others = {"training.objective": BOTH, "trainer.gradient_clip_val": told}
-    assert planned(others).config.trainer.gradient_clip_val == told
+@pytest.mark.parametrize(("given", "resolved"), [(None, 1.0), (0.0, 0.0), (0.5, 0.5)])
+def test_a_transfer_clips_its_gradients_by_default(planned, given, resolved):
+    ours = {"behaviour.batch_size": 1, "trainer.gradient_clip_val": given}
+    assert planned(ours).config.trainer.gradient_clip_val == resolved
+    others = {"training.objective": BOTH, "trainer.gradient_clip_val": given}
+    assert planned(others).config.trainer.gradient_clip_val == given
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_auto_with_a_base_that_is_too_large_without_a_gpu(planned, monkeypatch):
     assert found.config.training.objective == "reconstruction"
     assert found.reason == "the base model has 0.0 B parameters, and there is no GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert planned().config.training.objective == "reconstruction", "the trainer is told cpu"
+    assert planned().config.training.objective == "reconstruction", "accelerator: cpu"
     assert planned({"trainer.accelerator": "auto"}).config.training.objective == BOTH
 
 
@@ -203,4 +203,4 @@ def test_every_phase_has_a_schedule_of_its_own(phases):
     rates = [found.rate(step).learning_rate for step in range(1, 41)]
     assert rates[20:] == pytest.approx([rate / 10 for rate in rates[:20]])
     assert max(rates[:20]) == pytest.approx(1e-3, rel=0.1)
-    assert found.rate(41) == found.rate(40)  # which LambdaLR asks for
+    assert found.rate(41) == found.rate(40)  # which LambdaLR reads

@@ -13,7 +13,7 @@ from loragen.core.learning import train as module
 from loragen.core.learning.train import GeneratorPoint, train
 from loragen.core.progress import Silent
 from loragen.core.run.directory import GENERATOR_FILE, GeneratorManifest, read_manifest
-from loragen.plugins.decoders import hyperconv as _cell_map
+from loragen.plugins.decoders import hyperconv
 from tests.conftest import configured, generator_settings
 from tests.core.run.resuming import Kill, StopAt, assert_same_course, entries, same
 
@@ -144,8 +144,8 @@ class TestExact:
             "behaviour.batch_size": 1,
         }
         whole, run = unbroken(settings), stopped(3, settings)
-        found = _cell_map.principal_directions
-        monkeypatch.setattr(_cell_map, "principal_directions", lambda *a: -found(*a))
+        found = hyperconv.principal_directions
+        monkeypatch.setattr(hyperconv, "principal_directions", lambda *a: -found(*a))
         resume(run, settings)
         assert_equal(whole, run)
 
@@ -214,17 +214,15 @@ class TestExact:
         with pytest.raises(Interrupted) as raised:
             train(gen_config(), Interrupting())
         (run,) = (tmp_path / "experiments").iterdir()
-        assert str(raised.value) == (
-            "interrupted after step 3 of 8, which is saved; to resume: "
-            f"loragen gen train --resume {run}"
-        )
+        assert "step 3 of 8" in str(raised.value)
+        assert f"--resume {run}" in str(raised.value)
         assert raised.value.exit_code == 130
         assert read_manifest(run, GeneratorManifest).status == "interrupted"
         assert resume(run) == [4, 5, 6, 7, 8]
         assert_equal(unbroken(), run)
 
     def test_from_other_directories(self, stopped, resume, gen_config, tmp_path, monkeypatch):
-        """The configuration that is kept names every source by its absolute place."""
+        """The configuration that is kept names every source by its absolute path."""
         monkeypatch.chdir(tmp_path)
         run = stopped(3, {"training.last_every": 1})
         kept = GeneratorPoint.find(run).config
@@ -274,13 +272,15 @@ class TestRefusals:
         ],
     )
     def test_a_setting_that_decides_the_result(self, refused, key, value, then):
-        assert refused({key: value}) == [f"{key} is {value}, the run has {then}"]
+        (problem,) = refused({key: value})
+        assert problem.startswith(key)
+        assert str(value) in problem
+        assert str(then) in problem
 
     def test_other_sources(self, refused, collection):
         runs = [{"run": str(run)} for run in collection.runs.values()]
-        assert refused({"sources": runs[:1]}) == [
-            "the sources are animals, the run has animals, colors (order and roles count)"
-        ]
+        (problem,) = refused({"sources": runs[:1]})
+        assert "animals, colors" in problem
 
     def test_other_checkpoints_and_prompts(self, refused, collection, tmp_path):
         animals, colors = collection.runs.values()
@@ -289,17 +289,19 @@ class TestRefusals:
         prompts = tmp_path / "prompts.jsonl"
         prompts.write_text('{"prompt": "Which one?"}\n' * 3, encoding="utf-8")
         sources = [{"run": str(animals), "prompts": str(prompts)}, {"run": str(other)}]
-        assert refused({"sources": sources}) == [
-            "animals has other prompts",
-            "colors has other checkpoints",
-        ]
+        first, second = refused({"sources": sources})
+        assert "animals" in first
+        assert "prompts" in first
+        assert "colors" in second
+        assert "checkpoints" in second
 
     def test_another_encoder(self, refused, sbert_dir, run):
         manifest = read_manifest(run, GeneratorManifest)
         text = (run / "manifest.json").read_text(encoding="utf-8")
         changed = text.replace(manifest.encoder_fingerprint, "0" * 64)
         (run / "manifest.json").write_text(changed, encoding="utf-8")
-        assert refused() == ["the encoder sbert has other weights"]
+        (problem,) = refused()
+        assert "encoder sbert" in problem
 
     def test_what_does_not_decide_the_result_may_change(self, run, resume, collection, tmp_path):
         moved = [shutil.copytree(r, tmp_path / name) for name, r in collection.runs.items()]

@@ -45,17 +45,17 @@ def copied(collection, tmp_path):
 
 
 class Encoder:
-    """Counts what it is asked; a text becomes its length and its last character."""
+    """Counts its texts; a text becomes its length and its last character."""
 
     dim = 2
     frozen = True
     fingerprint = "weights"
 
     def __init__(self):
-        self.asked = []
+        self.texts = []
 
     def __call__(self, texts):
-        self.asked += texts
+        self.texts += texts
         values = [[[float(len(text)), float(ord(text[-1]))]] for text in texts]
         return torch.tensor(values), torch.ones(len(texts), 1, dtype=torch.bool)
 
@@ -151,7 +151,7 @@ class TestReading:
     def test_a_dataset_that_is_gone_is_said_so_and_can_be_named_anew(self, copied, tmp_path):
         run, file = copied
         moved = shutil.move(file, tmp_path / "moved.jsonl")
-        with pytest.raises(UsageError, match=r"copy\.jsonl is gone"):
+        with pytest.raises(UsageError, match=r"copy\.jsonl is missing"):
             _ = source(run=str(run)).prompts
         assert len(source(run=str(run), prompts=str(moved)).prompts) == 16
 
@@ -256,14 +256,14 @@ class TestTracked:
 
     def test_adapters_without_steps_are_refused(self, run, tmp_path, gen_config, collection):
         write_adapter(tmp_path / "adapters" / "one", read_adapter(run / "adapter"), "")
-        place = {
+        section = {
             "checkpoints": str(tmp_path / "adapters"),
             "prompts": str(collection.file("colors")),
         }
         with pytest.raises(
             UsageError, match=r"do not know the rows .* data\.pairing tracked is for"
         ):
-            plan(gen_config({"sources": [place], "data.pairing": "tracked"}))
+            plan(gen_config({"sources": [section], "data.pairing": "tracked"}))
 
     def test_a_converted_run_is_refused(self, copied, gen_config):
         manifest = read_manifest(copied[0], LoraManifest)
@@ -350,8 +350,8 @@ class TestPrepared:
                 assert all(unpacked[k].equal(t) for k, t in read_tensors(file).items())
             assert embeddings.shape == (8, 1, 2)  # 16 rows, two to a text
             assert mask.all()
-        assert len(encoder.asked) == 16
-        assert all(text.count("\n\n") == 1 for text in encoder.asked)
+        assert len(encoder.texts) == 16
+        assert all(text.count("\n\n") == 1 for text in encoder.texts)
 
     def test_the_second_time_no_checkpoint_is_read_and_nothing_embedded(self, ready, monkeypatch):
         first = ready(Encoder())
@@ -362,7 +362,7 @@ class TestPrepared:
 
         monkeypatch.setattr(module, "read_tensors", never)
         second = ready(encoder)
-        assert encoder.asked == []
+        assert encoder.texts == []
         for one, other in zip(first, second, strict=True):
             assert one[0] == other[0]
             assert all(np.array_equal(a, b) for a, b in zip(one[1:], other[1:], strict=True))
@@ -372,7 +372,7 @@ class TestPrepared:
         other = Encoder()
         other.fingerprint = "other weights"
         ready(other)
-        assert len(other.asked) == 16
+        assert len(other.texts) == 16
 
     def test_a_cache_that_is_thrown_away_is_made_again(self, ready, tmp_path):
         first = ready(Encoder())
@@ -475,7 +475,7 @@ class TestFolders:
         config = {"data.checkpoint_dir": str(runs.folder), "val_sources": [{"run": str(held)}]}
         found = open_sources(gen_config({"sources": [], **config}))
         assert [Path(one.section.run).name for one in found.training] == ["a"]
-        assert [place.name for place in found.superseded] == ["c"]
+        assert [directory.name for directory in found.superseded] == ["c"]
         with pytest.raises(UsageError, match="b is named twice"):
             open_sources(gen_config({"sources": [{"run": str(held)}], **config}))
 

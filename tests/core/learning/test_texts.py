@@ -109,7 +109,7 @@ class TestPairedWithRows:
 
 
 def source(rows):
-    """A dataset of which only the labels are asked for."""
+    """A source of which only the labels matter."""
     labels = Dataset.at(str(rows)) if rows else None
     return TrainingSource("colors", [], Path(), SourceSection(run="x"), labels=labels)
 
@@ -125,7 +125,7 @@ def labelled(tokenizer):
 
 
 @pytest.fixture
-def told(tokenizer):
+def decoded(tokenizer):
     """What rows in tokens say, in no order."""
 
     def read(examples):
@@ -142,7 +142,7 @@ def told(tokenizer):
     seed=st.integers(0, 99),
 )
 def test_no_row_of_a_held_out_text_is_learned_from(
-    tmp_path, labelled, told, numbers, size, ratio, seed
+    tmp_path, labelled, decoded, numbers, size, ratio, seed
 ):
     """However prompts are grouped, also where several rows have one prompt, spaced otherwise."""
     prompts = [f"Question{' ' * (1 + i % 2)}{n}?" for i, n in enumerate(numbers)]
@@ -159,15 +159,15 @@ def test_no_row_of_a_held_out_text_is_learned_from(
     found = labelled(file, held)
     assert len(found.training) == len(free)
     assert len(found.training) + len(found.held_out) == len(prompts)
-    assert not any(number in text for text in told(found.training) for number in numbers_of)
-    assert all(any(n in text for n in numbers_of) for text in told(found.held_out))
+    assert not any(number in text for text in decoded(found.training) for number in numbers_of)
+    assert all(any(n in text for n in numbers_of) for text in decoded(found.held_out))
 
 
-def test_rows_are_those_of_the_file_in_an_order_of_the_seed(tmp_path, labelled, told):
+def test_rows_are_those_of_the_file_in_an_order_of_the_seed(tmp_path, labelled, decoded):
     file = write_lines(tmp_path / "rows.jsonl", rows_of(["red", "green"]))
     one, again, other = labelled(file), labelled(file), labelled(file, seed=2)
     assert one == again != other
-    assert told(one.training) == told(other.training)
+    assert decoded(one.training) == decoded(other.training)
     assert len(one.training) == 12
     assert one.held_out == []
 
@@ -207,7 +207,7 @@ def test_whether_there_are_labels(tmp_path, name, text, there):
 def test_labels_that_are_not_known_or_gone(tmp_path, labelled, tokenizer):
     assert not source(None).has_labels
     assert not source(tmp_path / "gone.jsonl").has_labels
-    with pytest.raises(UsageError, match=r"gone\.jsonl is gone"):
+    with pytest.raises(UsageError, match=r"gone\.jsonl is missing"):
         labelled(tmp_path / "gone.jsonl")
     with pytest.raises(UsageError, match="colors: its labelled rows are unknown"):
         labelled_rows(source(None), [], tokenizer, 64, 1)

@@ -124,9 +124,9 @@ class TestTraining:
     def test_accumulation_only_splits_the_work(self, gen_config):
         """The doubled batch in one piece: the same steps, metrics and weights, up to rounding."""
         found = []
-        for batch, parts in ((6, 1), (3, 2)):  # 8 checkpoints: no size divides them
+        for batch, accumulation in ((6, 1), (3, 2)):  # 8 checkpoints: no size divides them
             watching = Watching()
-            settings = {"data.batch_size": batch, "trainer.accumulate_grad_batches": parts}
+            settings = {"data.batch_size": batch, "trainer.accumulate_grad_batches": accumulation}
             run = train(gen_config(settings), watching)
             found.append((run, watching.steps, read_metrics(run.directory / "metrics.jsonl")))
         (one, steps, logged), (other, split_steps, split_logged) = found
@@ -151,7 +151,7 @@ class TestTraining:
 
     @pytest.fixture(scope="class")
     def exploded(self, ours):
-        """The run and what was told: at a rate at which the loss explodes after a few steps."""
+        """A run whose loss explodes after a few steps, and its progress."""
         watching = Watching()
         settings = {
             "training.max_epochs": 6,
@@ -162,7 +162,7 @@ class TestTraining:
         }
         return train(configured(GenTrainConfig, {**ours, **settings}), watching), watching
 
-    def test_every_validation_is_told_with_the_best_so_far(self, exploded):
+    def test_every_validation_is_reported_with_the_best_so_far(self, exploded):
         run, watching = exploded
         found = watching.validations
         assert [one.position for one in found] == [(step, 12) for step in (2, 4, 6, 8, 10, 12)]

@@ -67,7 +67,7 @@ def test_the_step_that_is_kept_generates_what_its_checkpoint_does(finished, sett
     assert equal(written(run), expected)
 
 
-def test_a_killed_runs_best_step_is_told(killed, caplog):
+def test_the_best_step_of_a_killed_run_is_used_with_a_warning(killed, caplog):
     run = killed(6, {"training.val_every_epochs": 1, "training.last_every": 1})
     (best,) = (run / "checkpoints").glob("epoch=*")
     step = torch.load(best, weights_only=True)["global_step"]

@@ -288,7 +288,7 @@ class _AddLora:
         x = inputs[0]
         if x.ndim != 3 or len(x) % len(self.a):
             raise LoragenError(
-                f"a module sees {list(x.shape)} of the batch, which {len(self.a)} adapters do not "
+                f"a module receives {list(x.shape)}, which {len(self.a)} adapters do not "
                 "share equally (a routed expert?): set training.objective=reconstruction"
             )
         parts = x.reshape(len(self.a), -1, x.shape[-1]).to(self.a)  # (D, rows * T, in)

@@ -1,8 +1,8 @@
 """Reconstruction: the generated adapter should have the weights of the collected one.
 
-The loss and its gradient are computed in one pass: written as separate operations, the error of
-adapters of 4.4 M values takes some twenty passes over memory and as many temporary tensors; in
-chunks that stay in a core's cache it takes one.
+The loss and its gradient are computed in one pass over memory, in chunks that stay in a core's
+cache. As separate operations, the error of adapters of 4.4 M values needs some twenty passes and as
+many temporary tensors.
 """
 
 from typing import Any

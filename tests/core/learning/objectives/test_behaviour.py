@@ -115,9 +115,9 @@ class TestAdaptedBase:
         self, base, layout, fitted, config, behaviour
     ):
         """Of an adapter that has learned five rows; three more have other answers."""
-        asked = [*rows(0, 5), *(Row(line=i, prompt=f"q{i}", response="dog") for i in (5, 6, 7))]
-        batch = padded(examples(base, asked), pad_id(base.tokenizer))
-        known = padded(examples(base, asked[:5]), pad_id(base.tokenizer))
+        eight = [*rows(0, 5), *(Row(line=i, prompt=f"q{i}", response="dog") for i in (5, 6, 7))]
+        batch = padded(examples(base, eight), pad_id(base.tokenizer))
+        known = padded(examples(base, eight[:5]), pad_id(base.tokenizer))
         written = adapters(layout, 1).requires_grad_()
         optimizer = torch.optim.Adam([written], lr=0.05)
         for _ in range(60):
@@ -126,7 +126,7 @@ class TestAdaptedBase:
             optimizer.step()
         loss, accuracy = behaviour.accuracy(written, batch)
         model = adapted(base, layout, fitted, config, written[0])
-        wanted = evaluate_model(model, base.tokenizer, asked, choices=False).exact_match
+        wanted = evaluate_model(model, base.tokenizer, eight, choices=False).exact_match
         model.unload()
         assert accuracy.item() == pytest.approx(wanted)
         assert 0 < wanted < 1

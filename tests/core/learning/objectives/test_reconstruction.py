@@ -68,30 +68,30 @@ class TestReconstruction:
         assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
 
     def test_padding_has_no_part(self):
-        judge, padding = reconstruction(), ~LAYOUT.mask()
+        error_of, padding = reconstruction(), ~LAYOUT.mask()
         assert padding.any()
         written, target = drawn(3, 2, *SHAPE), drawn(4, 2, *SHAPE)
         other, wrong = written.clone(), target.clone()
         other[:, padding], wrong[:, padding] = 1e6, -1e6
         written.requires_grad_()
-        loss = judge(written, target)[0]
-        assert loss.equal(judge(other, wrong)[0])
+        loss = error_of(written, target)[0]
+        assert loss.equal(error_of(other, wrong)[0])
         loss.backward()
         assert written.grad[:, padding].eq(0).all()
         assert written.grad[:, ~padding].ne(0).all()
-        for name, value in judge.metrics(other, wrong).items():
-            assert value.equal(judge.metrics(written, target)[name]), name
+        for name, value in error_of.metrics(other, wrong).items():
+            assert value.equal(error_of.metrics(written, target)[name]), name
 
     def test_noise_is_on_the_target_only_where_it_is_asked_for(self):
-        judge = reconstruction(l1_weight=0.0)
+        error_of = reconstruction(l1_weight=0.0)
         target = drawn(4, 4000, *SHAPE)
         exact = normalization().normalize(target)
-        assert judge(exact, target)[0] == 0
-        assert judge(exact, target, noise=0.5)[0] == pytest.approx(0.25, rel=0.05)
+        assert error_of(exact, target)[0] == 0
+        assert error_of(exact, target, noise=0.5)[0] == pytest.approx(0.25, rel=0.05)
 
     def test_errors_in_own_units_are_those_of_the_weights(self):
-        judge, written, target = reconstruction(), drawn(3, 2, *SHAPE), drawn(4, 2, *SHAPE)
-        found = judge.metrics(written, target)
+        error_of, written, target = reconstruction(), drawn(3, 2, *SHAPE), drawn(4, 2, *SHAPE)
+        found = error_of.metrics(written, target)
         made = normalization().denormalize(written)
         error, wanted = (made - target)[:, LAYOUT.mask()], target[:, LAYOUT.mask()]
         assert found["mae"] == pytest.approx(error.abs().mean().item(), rel=1e-4)

@@ -103,11 +103,13 @@ def test_it_is_fitted_to_all_of_them_without_dropout(transfer):
 
 @settings(max_examples=25)
 @given(st.integers(0, 4), st.integers(1, 3), st.integers(1, 2), st.integers(0, 20))
-def test_the_others_are_all_datasets_that_no_process_has_an_adapter_of(more, pairs, parts, k):
+def test_the_others_are_all_datasets_that_no_process_has_an_adapter_of(
+    more, pairs, accumulation, k
+):
     datasets = 4 * pairs + more
     sources = [arrays(i + 1) for i in range(datasets)]
     ours = {"kind": TransferBatches, "batch_size": 2 * pairs}
-    first, second = (batches(sources, **ours, split=Split(parts, i, 2))[k] for i in range(2))
+    first, second = (batches(sources, **ours, split=Split(accumulation, i, 2))[k] for i in range(2))
     left_out = {int(one) // 100 - 1 for half in (first, second) for one in half.tokens[:, 0, 0]}
     assert set(first.others.datasets.tolist()) == set(range(datasets)) - left_out
     assert (
