@@ -75,6 +75,7 @@ class _Contents:
     """What one pass over a dataset's documents finds. Rows and prompts share their strings."""
 
     sha256: str = ""
+    """Of a hub dataset's rows; that of a file is of its bytes."""
     rows: list[Row] = field(default_factory=list)
     bad_rows: list[BadRow] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
@@ -123,12 +124,12 @@ class Dataset:
 
     @classmethod
     def at(cls, location: str) -> "Dataset":
-        """The dataset at a path or `hub:` id, as `location` gives it."""
+        """Returns the dataset at a path or `hub:` id, as `location` gives it."""
         return cls(parsed_source(location))
 
     @classmethod
     def find(cls, name_or_file: str, root: Path, split: str = "train") -> "Dataset":
-        """The dataset that the text names: a file, `hub:owner/name[:config][@split]`, a name below
+        """Returns the dataset of a name: a file, `hub:owner/name[:config][@split]`, a name below
         `root` (see `_files_of`), a folder as if its parent were the root, or a bare hub id.
 
         Raises UsageError naming what exists.
@@ -173,7 +174,7 @@ class Dataset:
         return hashlib.sha256(self._content).hexdigest()
 
     def rows(self, skip_bad_rows: bool = False) -> list[Row]:
-        """All rows; with `skip_bad_rows` the good ones, and one warning about the others.
+        """Returns all rows; with `skip_bad_rows` the good ones, and warns once about the others.
 
         Raises UsageError for a missing dataset or package, DataError (file:line) for bad rows.
         """
@@ -215,9 +216,9 @@ class Dataset:
         return dict(self._contents.formats)
 
     def prompts(self, skip_bad_rows: bool = False, of_rows: bool = False) -> list[str]:
-        """All prompts; labels are not needed. A .txt file has a prompt a line, unless `of_rows`
-        says that it holds rows (as training reads it). A file of `data prepare` yields all prompts
-        that it has joined, in their order.
+        """Returns all prompts; labels are not needed. A .txt file has a prompt a line, unless
+        `of_rows` says that it holds rows (as training reads it). A file of `data prepare` yields
+        all prompts that it has joined, in their order.
 
         Raises UsageError for a missing dataset, DataError (file:line) for bad rows.
         """
@@ -231,8 +232,8 @@ class Dataset:
         return [prompt.text for prompt in prompts]
 
     def numbered_prompts(self, skip_bad_rows: bool = False) -> tuple[list[Prompt], int]:
-        """All prompts with their lines, and the number of bad rows. Bad rows raise or warn as in
-        `rows`."""
+        """Returns all prompts with their lines, and the number of bad rows, which raise or warn as
+        in `rows`."""
         prompts, bad = self._found_prompts(of_rows=False)
         refuse_bad(self.source, bad, len(prompts), skip_bad_rows)
         warn_of_bad(self.source, bad, len(prompts))
@@ -252,8 +253,9 @@ class Dataset:
         return closed_answers(self.good_rows)
 
     def release(self) -> None:
-        """Frees what was read; whoever asks for it again reads the file again."""
-        for cached in ("_content", "_contents"):
+        """Frees what was read. The next access reads the file again, and hashes it again, so that
+        hash and rows are always of the same bytes."""
+        for cached in ("sha256", "_content", "_contents"):
             self.__dict__.pop(cached, None)
 
     @cached_property
@@ -272,7 +274,7 @@ class Dataset:
                 found.add(document)
             found.sha256 = digest.hexdigest()
             return found
-        found.sha256 = self.sha256  # before the bytes are freed
+        self.sha256  # noqa: B018  # hashed before the bytes are freed
         for document in file_documents(self.source, self._content):
             found.add(document)
         if not self._is_text:

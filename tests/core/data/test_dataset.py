@@ -49,9 +49,12 @@ def test_one_read_gives_everything(tmp_path, reads, suffix):
 def test_what_was_released_is_read_again(tmp_path, reads):
     (tmp_path / "d.jsonl").write_text(json.dumps(LABELLED), encoding="utf-8")
     dataset = Dataset(tmp_path / "d.jsonl")
+    before = dataset.sha256
     dataset.rows()
     dataset.release()
-    assert len(dataset.rows()) == 1
+    (tmp_path / "d.jsonl").write_text(f"{json.dumps(LABELLED)}\n" * 2, encoding="utf-8")
+    assert len(dataset.rows()) == 2
+    assert dataset.sha256 == sha256(tmp_path / "d.jsonl") != before
     assert len(reads) == 2
 
 
