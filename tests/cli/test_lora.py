@@ -370,6 +370,7 @@ class TestEval:
         cells = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
         assert cells["measure"] == "value"
         assert cells["rows"] == "4"
+        assert cells["choices"] == "3"  # of the whole dataset
         assert "exact_match" in cells
 
     def test_the_base_without_an_adapter(self, loragen, collection):

@@ -141,7 +141,7 @@ def _train_in_this_process(
             )
         except (KeyboardInterrupt, Interrupted) as error:
             yield TaskOutcome(task, "interrupted", None, str(error) or "interrupted", error)
-            yield from (TaskOutcome.interrupted(rest) for rest in tasks[index + 1 :])
+            yield from map(TaskOutcome.interrupted, tasks[index + 1 :])
             return
         except Exception as error:
             if _launched_externally() and not isinstance(error, LoragenError):
@@ -237,23 +237,19 @@ def _train_in_workers(
         TemporaryDirectory(prefix=".loragen-", dir=launcher.folder) as folder,
     ):
         try:
-            while running or (waiting and not interruption.requested):
-                while (
-                    waiting
-                    and len(running) < launcher.max_concurrent
-                    and not interruption.requested
-                ):
-                    task = waiting.pop(0)
-                    status = StatusFile(Path(folder) / f"{len(waiting)}.jsonl")
-                    dataset = task.dataset
-                    job = TrainingJob(
-                        config=task.config(config), name=dataset.name, location=dataset.location
-                    )
-                    running.append(_Attempt(task, job, status, launcher.start(job, status)))
+            while running or waiting:
                 if interruption.requested and kill_at == inf:
                     kill_at = time.monotonic() + launcher.grace_seconds
                     for attempt in running:
                         attempt.worker.interrupt()
+                    yield from map(TaskOutcome.interrupted, waiting)
+                    waiting.clear()
+                while waiting and len(running) < launcher.max_concurrent:
+                    task = waiting.pop(0)
+                    name, location = task.name, task.dataset.location
+                    job = TrainingJob(config=task.config(config), name=name, location=location)
+                    status = StatusFile(Path(folder) / f"{len(waiting)}.jsonl")
+                    running.append(_Attempt(task, job, status, launcher.start(job, status)))
                 time.sleep(POLL_SECONDS)
                 for attempt in list(running):
                     ended = not attempt.worker.is_running()  # asked first: all reports are there
@@ -269,7 +265,6 @@ def _train_in_workers(
                         attempt.worker.kill()
                         reason = f"did not stop within {launcher.grace_seconds:g} s, killed"
                         yield TaskOutcome.interrupted(attempt.task, reason)
-            yield from (TaskOutcome.interrupted(task) for task in waiting)
         finally:
             for attempt in running:
                 attempt.worker.kill()
