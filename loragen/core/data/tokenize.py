@@ -131,6 +131,11 @@ class TokenizedRows(Sequence[Example]):
         return self._cache[own]
 
     @property
+    def num_tokenized(self) -> int:
+        """How many of the rows were tokenised so far."""
+        return sum(own in self._cache for own in self._indices)
+
+    @property
     def num_cut(self) -> int:
         """How many of the rows that were tokenised so far have lost the start of their prompt."""
         return sum(own in self._cut for own in self._indices)

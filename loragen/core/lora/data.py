@@ -75,10 +75,11 @@ def load_rows(
         too_long=[row.line for row in rows.too_long],
         validation=validation.sha256 if validation else "",
     )
-    _warn_of_cut(config, dataset, rows, len(drawn) + len(held))
+    _warn_of_cut(config, dataset, rows)
     if validation:
         held = _fitting_rows(config, validation, tokenizer)
-        _warn_of_cut(config, validation, held, len(list(held)))
+        list(held)  # all validation rows are drawn
+        _warn_of_cut(config, validation, held)
     return TrainingRows(training, held, drawn, record)
 
 
@@ -91,16 +92,14 @@ def _fitting_rows(config: LoraTrainConfig, dataset: Dataset, tokenizer: Any) -> 
     return rows
 
 
-def _warn_of_cut(
-    config: LoraTrainConfig, dataset: Dataset, rows: TokenizedRows, num_tokenized: int
-) -> None:
+def _warn_of_cut(config: LoraTrainConfig, dataset: Dataset, rows: TokenizedRows) -> None:
     if rows.num_cut:
         log.warning(
             "%s: %d of %d rows are longer than data.max_length %d and lose the start of their "
             "prompt; see `loragen data preview`",
             dataset,
             rows.num_cut,
-            num_tokenized,
+            rows.num_tokenized,
             config.data.max_length,
         )
 

@@ -126,6 +126,7 @@ def test_rows_are_tokenised_when_they_are_used(tokenizer, monkeypatch):
     assert part[:2] == [examples[3], examples[0]]
     assert made == [4, 1]
     assert (examples.num_cut, part.num_cut, examples.subset([0]).num_cut) == (1, 1, 0)
+    assert (examples.num_tokenized, part.num_tokenized) == (2, 2)
 
 
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=4), st.integers(4, 24))
