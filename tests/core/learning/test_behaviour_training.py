@@ -256,7 +256,7 @@ class TestResume:
         """Here `auto` would choose float32: the run may have come from another machine."""
         settings = {**SMALL, "training.last_every": 1}
         with monkeypatch.context() as patch:
-            patch.setattr(precision, "FROM_PARAMETERS", 1)
+            patch.setattr(precision, "BFLOAT16_FROM", 1)
             patch.setattr(precision, "fast_bfloat16", lambda _: True)
             whole = train(gen_config(settings), Silent()).directory
             with pytest.raises(Kill):
