@@ -23,6 +23,7 @@ from loragen.core.errors import DataError
 from loragen.core.files import sha256, sha256_text, written_atomically
 from loragen.core.generator.embeddings import write_embeddings
 from loragen.core.generator.network import Normalization
+from loragen.core.learning.plan import Plan
 from loragen.core.learning.sources import TrainingSource
 from loragen.core.learning.texts import LabelledRows, groups_of, labelled_rows, texts_of
 from loragen.core.protocols import Encoder
@@ -67,40 +68,37 @@ class SourceArrays:
 
 @contextmanager
 def source_arrays(
-    sources: Sequence[TrainingSource],
-    held_out: Sequence[TrainingSource],
-    layout: Layout,
-    encoder: Encoder,
-    config: GenTrainConfig,
-    tokenizer: Any = None,
-) -> Iterator[list[SourceArrays]]:
-    """Yields the arrays of the sources, then of the held-out ones, from the cache where possible.
+    work: Plan, encoder: Encoder, tokenizer: Any = None
+) -> Iterator[tuple[list[SourceArrays], list[SourceArrays]]]:
+    """Yields the arrays of the training sources and of the held-out ones, from the cache where
+    possible.
 
     With a `tokenizer`, which is the base's, they have labelled rows. Raises UsageError where those
     of a source are missing, DataError for a checkpoint that does not fit the layout.
     """
-    rows: list[LabelledRows | None] = [None] * (len(sources) + len(held_out))
+    config, sources = work.config, [*work.sources, *work.held_out]
+    rows: list[LabelledRows | None] = [None] * len(sources)
     if tokenizer is not None:
         length, seed = config.behaviour.max_length, config.seed
         for i, source in enumerate(sources):
-            val = [prompt for group in groups_of(source, config).val for prompt in group]
-            rows[i] = labelled_rows(source, val, tokenizer, length, seed)
-        for i, source in enumerate(held_out, start=len(sources)):
-            if source.has_labels:
+            if i < len(work.sources):
+                val = [prompt for group in groups_of(source, config).val for prompt in group]
+                rows[i] = labelled_rows(source, val, tokenizer, length, seed)
+            elif source.has_labels:
                 every = labelled_rows(source, [], tokenizer, length, seed)
                 rows[i] = LabelledRows([], held_out=every.training)
     with _cache(config) as cache:
         arrays = []
-        for i, source in enumerate([*sources, *held_out]):
+        for i, source in enumerate(sources):
             texts, own = texts_of(source, config), rows[i]
             embeddings, mask = _embedded(cache, encoder, config, texts.texts)
-            key, tokens = _tokenized(cache, layout, source, config)
+            key, tokens = _tokenized(cache, work.layout, source, config)
             record = SourceRecord(
                 name=source.name,
                 checkpoints=key,
                 prompts=texts.sha256,
                 labels=own.sha256 if own else "",
-                held_out=i >= len(sources),
+                held_out=i >= len(work.sources),
                 place=str(source.directory),
                 prompts_from=source.prompts_from,
                 count=len(source.checkpoints),
@@ -121,7 +119,7 @@ def source_arrays(
                 )
             )
             source.release()
-        yield arrays
+        yield arrays[: len(work.sources)], arrays[len(work.sources) :]
 
 
 def embed_ahead(

@@ -98,14 +98,12 @@ def train(
     base = _training_base(work, resume) if work.needs_base else None
     encoder: Encoder = create("encoder", config.encoder.name, config.encoder.options)
     tokenizer = base.tokenizer if base else None
-    found = (work.sources, work.held_out, work.layout, encoder, config, tokenizer)
-    with source_arrays(*found) as arrays:
+    with source_arrays(work, encoder, tokenizer) as (seen, held_out):
         # Setup: the generator and the objectives.
-        manifest = new_manifest(work, config, arrays, encoder, base, resume)
+        manifest = new_manifest(work, config, [*seen, *held_out], encoder, base, resume)
         if resume:
             resume.check_inputs(config, manifest)
         checkpoint = resume.read() if resume else None
-        seen, held_out = arrays[: len(work.sources)], arrays[len(work.sources) :]
         generator = new_generator(work, config, seen, encoder)
         data = TrainingData(
             config,

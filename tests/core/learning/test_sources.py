@@ -276,7 +276,7 @@ class TestTracked:
         config = gen_config({"data.pairing": "tracked"})
         work = plan(config)
         encoder = Encoder()
-        with source_arrays(work.sources, [], work.layout, encoder, config) as ready:
+        with source_arrays(work, encoder) as (ready, _):
             for found, arrays in zip(work.sources, ready, strict=True):
                 texts = texts_of(found, config)
                 assert arrays.embeddings[:, 0, 0].tolist() == [len(text) for text in texts.texts]
@@ -307,7 +307,7 @@ class TestCommonLayout:
         work = plan(config)
         with (
             pytest.raises(DataError, match=r"checkpoint-step-006\.ckpt: .*has shape"),
-            source_arrays(work.sources, [], work.layout, Encoder(), config),
+            source_arrays(work, Encoder()),
         ):
             pass
 
@@ -330,7 +330,7 @@ class TestPrepared:
         def prepare(encoder, config=None):
             config = config or gen_config()
             work = plan(config)
-            with source_arrays(work.sources, [], work.layout, encoder, config) as found:
+            with source_arrays(work, encoder) as (found, _):
                 return [
                     (s.name, np.array(s.tokens), np.array(s.embeddings), np.array(s.mask))
                     for s in found
@@ -394,7 +394,7 @@ class TestPrepared:
         work = plan(config)
         with (
             pytest.raises(DataError, match=r"checkpoint-step-006\.ckpt: NaN or infinity"),
-            source_arrays(work.sources, [], work.layout, Encoder(), config),
+            source_arrays(work, Encoder()),
         ):
             pass
         assert not list((tmp_path / "cache" / "tokens").rglob("*"))
