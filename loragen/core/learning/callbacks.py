@@ -217,15 +217,16 @@ class GeneratorCheckpoints(StepCallback):
         if not (self._best and trainer.is_global_zero):
             return
         best, within = self.phases.at(self._best["step"])
-        last = self.phases.last.name
-        if best.name != last:
+        last = self.phases.last
+        if best.name != last.name:
+            key = "behaviour.learning_rate" if last.objective.needs_base else "learning rate"
             log.warning(
-                "%s increased during the phase %s; keeping step %d of %s (a lower learning rate "
-                "may help)",
+                "%s increased during the phase %s; keeping step %d of %s (try a lower %s)",
                 self.selection.metric,
-                last,
+                last.name,
                 within,
                 best.name,
+                key,
             )
 
     def on_save_checkpoint(

@@ -224,7 +224,7 @@ def open_sources(config: GenTrainConfig) -> Sources:
     dataset that is neither named nor held out.
 
     Raises UsageError where there is nothing, a source is named twice, a folder has no run to learn
-    from, or two datasets of one name cannot be told apart; DataError for a damaged manifest.
+    from, or two datasets share a name; DataError for a damaged manifest.
     """
     opened: dict[Path, LoraRun] = {}
 
@@ -411,7 +411,7 @@ def _refuse_namesakes(sources: Iterable[TrainingSource]) -> None:
         if not _same_data(first, source.run):
             raise UsageError(
                 f"two datasets are called {source.name}: that of {_described(first)} and that of "
-                f"{_described(source.run)}; data.prompts cannot tell them apart: give each its own "
+                f"{_described(source.run)}; data.prompts goes by names: give each its own "
                 "prompts, sources: [{run: ..., prompts: DIR}]"
             )
 

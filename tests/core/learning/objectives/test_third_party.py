@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from loragen.core.errors import ConfigError
+from loragen.core.learning.plan import plan
+from loragen.core.learning.sources import open_sources
 from loragen.core.learning.train import GeneratorPoint, train
 from loragen.core.progress import Silent
 from loragen.core.run.directory import GENERATOR_FILE
@@ -102,3 +104,21 @@ def test_it_may_follow_another_one(config):
 def test_what_is_wrong_in_the_configuration_is_named(config, settings, problem):
     with pytest.raises(ConfigError, match=problem):
         config(settings)
+
+
+def test_auto_prefers_an_objective_that_claims_an_earlier_place(install, gen_config):
+    automatic = "automatic = Automatic(5, 'cosine-distance', 'it always can')\n\n    class Config"
+    source = OBJECTIVE.replace("class Config", automatic).replace("Metric,", "Automatic, Metric,")
+    install("their-objective", HOOKS, cosine_objective=source)
+    config = gen_config({"training.objective": "auto"})
+    found = plan(config, open_sources(config))
+    assert found.config.training.objective == "cosine-distance"
+    assert found.reason == "it always can"
+
+
+def test_auto_leaves_out_an_objective_that_does_not_load(install, gen_config, caplog):
+    install("their-objective", HOOKS, cosine_objective="import a_module_that_is_missing")
+    config = gen_config({"training.objective": "auto"})
+    found = plan(config, open_sources(config))
+    assert found.config.training.objective == "reconstruction-then-behaviour"
+    assert "cosine-distance" in caplog.text
