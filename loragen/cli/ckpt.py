@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -57,6 +58,8 @@ def ckpt_analyze(
             raise UsageError(f"{path}: no checkpoints or adapters there")
     if html is not None:
         refuse_existing_file(html, force)
+        if find_spec("matplotlib") is None:
+            raise UsageError("--html needs matplotlib: pip install 'loragen[plots]'")
 
     from loragen.core.analysis.series import analyze_checkpoints
 

@@ -1,11 +1,15 @@
 """The results of an evaluation as tables, remarks, Markdown and a picture. Light."""
 
+import logging
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from loragen.core.evaluation.contestants import GENERATED, ORACLE, titles
 from loragen.core.files import write_json, write_text, written_atomically
+
+log = logging.getLogger(__name__)
 
 
 class Measure(NamedTuple):
@@ -132,8 +136,15 @@ def markdown(document: Mapping[str, Any], title: str) -> str:
 
 
 def write_results(document: Mapping[str, Any], title: str, directory: Path) -> None:
-    """Writes results.png, results.md and results.json, each atomically."""
-    draw_accuracies(document, title, directory / "results.png")
+    """Writes results.png, results.md and results.json, each atomically; without matplotlib, a
+    warning instead of the picture."""
+    if find_spec("matplotlib"):
+        draw_accuracies(document, title, directory / "results.png")
+    else:
+        log.warning(
+            "%s is left out: matplotlib is not installed; pip install 'loragen[plots]'",
+            directory / "results.png",
+        )
     write_text(directory / "results.md", markdown(document, title))
     write_json(directory / "results.json", document)
 

@@ -231,3 +231,14 @@ def test_the_three_files_have_the_same_content(setup, targets, tmp_path):
     assert text.startswith("# A title\n\n| exact match | base | generated |\n| --- | --- | --- |\n")
     assert "- novelty: the generated ΔW is " in text
     assert (tmp_path / "out" / "results.png").stat().st_size > 5_000
+
+
+def test_without_matplotlib_the_picture_is_left_out(setup, targets, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("loragen.core.evaluation.report.find_spec", lambda name: None)
+    results = hold_contest(setup(), choose(["base", "generated"]), targets)
+    write_results(results, "A title", tmp_path)
+    assert sorted(file.name for file in tmp_path.glob("results.*")) == [
+        "results.json",
+        "results.md",
+    ]
+    assert "loragen[plots]" in caplog.text
