@@ -234,7 +234,7 @@ def test_the_three_files_have_the_same_content(setup, targets, tmp_path):
 
 
 def test_without_matplotlib_the_picture_is_left_out(setup, targets, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("loragen.core.evaluation.report.find_spec", lambda name: None)
+    monkeypatch.setattr("loragen.core.evaluation.report.find_spec", lambda _: None)
     results = hold_contest(setup(), choose(["base", "generated"]), targets)
     write_results(results, "A title", tmp_path)
     assert sorted(file.name for file in tmp_path.glob("results.*")) == [

@@ -6,8 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from loragen.core.errors import DataError, LoragenError
 from loragen.core.generator.model import Generator
-from loragen.core.run.checkpoints import checkpoint_files
-from loragen.core.run.directory import generator_file
+from loragen.core.run.directory import checkpoint_files, generator_file
 
 PROMPTS = ["Question 1 about red?", "Question 2 about red?", "What is it?"]
 
