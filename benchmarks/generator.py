@@ -172,7 +172,8 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
 def _config(job: dict[str, Any]) -> Any:
     from loragen.core.adapter.layout import Layout
     from loragen.core.config import GenTrainConfig, Override, load
-    from loragen.core.run.checkpoints import find_checkpoints, read_tensors
+    from loragen.core.run.checkpoints import read_tensors
+    from loragen.core.run.directory import find_checkpoints
 
     trained_on = [one for one in job["datasets"] if one["trained_on"]]
     first = find_checkpoints(Path(trained_on[0]["checkpoints"]))[0]
