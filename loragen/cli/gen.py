@@ -108,7 +108,7 @@ def gen_train(
     )
     assert sources is not None
 
-    from loragen.core.learning.plan import plan
+    from loragen.core.learning.plan import make_plan
     from loragen.core.learning.train import GeneratorPoint, train
 
     point = GeneratorPoint.find(resume) if resume else None
@@ -117,7 +117,7 @@ def gen_train(
     if dry_run:
         if point:
             point.check_settings(resolved)
-        work = plan(resolved, sources)
+        work = make_plan(resolved, sources)
         render.note(work.summary())
         decoder = _decoder_summary(work)
         if json:
@@ -393,14 +393,14 @@ def _decoder_summary(work: "Plan") -> "DecoderSummary":
     from loragen.core.base.load import quiet_libraries
     from loragen.core.data.prompts import joined_texts
     from loragen.core.generator.network import summarize_decoder
-    from loragen.core.plugins import create
+    from loragen.core.plugins import create, find
 
     quiet_libraries()
     data, encoder, decoder = work.config.data, work.config.encoder, work.config.decoder
     first = joined_texts(work.sources[0].prompts, data.samples_per_prompt)[:1]
     positions, dim = create("encoder", encoder.name, encoder.options)(first)[0].shape[1:]
     condition = (data.prompts_per_condition, positions, dim)
-    transfers = "transfer" in work.config.training.phases
+    transfers = any(find("objective", one).transfer_only for one in work.config.training.phases)
     return summarize_decoder(decoder.name, decoder.options, work.layout, condition, transfers)
 
 

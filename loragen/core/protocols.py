@@ -55,7 +55,7 @@ class RunInfo:
     resume_id: str | None = None
     """The `run_id` of the run that is resumed, if any."""
     resume_step: int = 0
-    """Steps of the run that is resumed; what it logged after them is to be dropped."""
+    """Steps done by the run that is resumed; what it logged after them has to be dropped."""
 
 
 class RunLogger(Protocol):
@@ -143,8 +143,10 @@ class Decoder(Protocol):
 
 
 class Samples(Protocol):
-    """Example adapters as a decoder generates them, ``[samples, tokens, token_dim]`` float32, read
-    from disk when indexed: ``samples[first:last]`` are those tokens of all samples."""
+    """Example adapters, normalised, ``[samples, tokens, token_dim]`` float32.
+
+    They are read from disk when indexed: ``samples[first:last]`` are those tokens of all samples.
+    """
 
     @property
     def shape(self) -> tuple[int, int, int]: ...
@@ -154,7 +156,7 @@ class Samples(Protocol):
 
 @runtime_checkable
 class StartsFromSamples(Protocol):
-    """A decoder that reads example adapters once, before its first step; others need not."""
+    """A decoder that is initialised from example adapters before its first step (optional)."""
 
     def start_from(self, samples: Samples) -> None: ...
 
@@ -163,14 +165,14 @@ class StartsFromSamples(Protocol):
 class Transfers(Protocol):
     """A decoder that can predict the adapter of one dataset from other datasets alone.
 
-    It is then trained for datasets that it has never seen. Other datasets are given by their
-    conditions and by the coordinates of their adapters.
+    It is then trained for datasets that it has never seen. The other datasets are its support set:
+    each is given by its condition and by the coordinates of its adapters.
     """
 
     @classmethod
     def transfer_parameters(cls, config: Any) -> Sequence[str] | None:
         """Returns prefixes of the names of all parameters that `predict` trains, the others being
-        frozen; None where a decoder with these options cannot transfer."""
+        frozen; None if a decoder with these options cannot transfer."""
         ...
 
     def coordinates(self, samples: Samples) -> Tensor:
@@ -179,20 +181,30 @@ class Transfers(Protocol):
         ...
 
     def predict(
-        self, condition: Tensor, mask: Tensor, known: Tensor, known_mask: Tensor, targets: Tensor
+        self,
+        condition: Tensor,
+        mask: Tensor,
+        support_conditions: Tensor,
+        support_mask: Tensor,
+        support_coordinates: Tensor,
     ) -> Tensor:
         """Returns ``[batch, tokens, token_dim]`` for `condition` and `mask`, as in `Decoder`.
 
-        The adapters are predicted from D >= 1 other datasets: their conditions `known` and
-        `known_mask`, ``[D, prompts, positions, dim]``, and their coordinates ``targets [D, R]``.
+        The adapters are predicted from D >= 1 other datasets, the support set: their conditions
+        ``[D, prompts, positions, dim]`` with a mask, and their coordinates ``[D, R]``.
         """
         ...
 
-    def fit(self, known: Iterable[tuple[Tensor, Tensor]], targets: Tensor) -> None:
-        """Makes the decoder itself, and its state dict, write as `predict` does from D datasets.
+    def fit(
+        self,
+        support_conditions: Iterable[tuple[Tensor, Tensor]],
+        support_coordinates: Tensor,
+    ) -> None:
+        """Changes the decoder itself, and its state dict, to give what `predict` gives with this
+        support set.
 
-        `known` are D conditions ``[1, prompts, positions, dim]`` with their masks, ``targets``
-        their coordinates ``[D, R]``. `predict` stays as it is, so that training may continue.
+        `support_conditions` are D conditions ``[1, prompts, positions, dim]`` with their masks,
+        `support_coordinates` is ``[D, R]``. `predict` does not change: training may continue.
         """
         ...
 
@@ -212,18 +224,19 @@ class Metric(NamedTuple):
     name: str
     """A key of `Objective.validate`."""
     description: str
-    """What it measures on held-out data: "the reconstruction error"."""
+    """The quantity that it measures on held-out data, such as "the reconstruction error"."""
     tolerance: float = 0.0
-    """A later step that is worse by no more than this is kept too, as it has trained longer."""
+    """A later step replaces the kept one if it is worse by no more than this, because it has
+    trained longer."""
 
 
 class Automatic(NamedTuple):
-    """How `training.objective: auto` uses an objective; the first one that can be trained wins."""
+    """How `training.objective: auto` uses an objective: the first that can be trained is chosen."""
 
     order: int
-    """Lower ones come first: transfer 10, behaviour 20, reconstruction 30."""
+    """Objectives are tested in ascending order: transfer 10, behaviour 20, reconstruction 30."""
     phases: str
-    """The value that `auto` stands for then: `reconstruction-then-behaviour`."""
+    """The value of `training.objective` that `auto` stands for: `reconstruction-then-behaviour`."""
     reason: str
     """Why it can be trained, for `gen train --dry-run`."""
 
@@ -231,8 +244,9 @@ class Automatic(NamedTuple):
 class Objective(Protocol):
     """What a generator is trained for, in one phase of `gen train`.
 
-    Derive from this class: what has a body here is optional. `training.objective` names one
-    objective, or several in a row, `A-then-B`. Its options are `training.objective_options.<name>`.
+    Derive from this class; its methods with a body are optional. `training.objective` names one
+    objective, or several in a row, `A-then-B`; each is a phase of the training. (A `stage` is part
+    of a schedule.) The options are `training.objective_options.<name>`.
 
     `network` is an `nn.Module`; ``network(condition, mask)`` maps ``[batch, prompts, positions,
     dim]`` and a mask to normalised adapters ``[batch, tokens, token_dim]``. A batch is a named
@@ -244,24 +258,29 @@ class Objective(Protocol):
     needs_base: ClassVar[bool] = False
     """Whether it needs the base model, `data.base`, and labelled rows of every dataset."""
     automatic: ClassVar[Automatic | None] = None
-    """None: it is trained only where it is named."""
+    """None: `auto` never chooses it."""
     gradient_clip_val: ClassVar[float | None] = None
-    """The largest gradient norm where `trainer.gradient_clip_val` is null."""
+    """The largest gradient norm if `trainer.gradient_clip_val` is null."""
+    learning_rate_key: ClassVar[str] = "learning rate"
+    """The configuration key of its learning rate, for messages."""
+    transfer_only: ClassVar[bool] = False
+    """Whether it trains only what the decoder's `Transfers.transfer_parameters` names."""
 
     steps: int
     """Optimizer steps of the phase."""
     learning_rate: float
-    """For schedules that have a `learning_rate` and were given none."""
+    """The `learning_rate` of a schedule that has this option and leaves it at its default."""
     batch_size: int
     """Pairs of a micro-batch, of all processes."""
     metric: Metric
-    """Selects the step to keep, where this is the last phase."""
+    """The metric by which a step is kept, if this is the last phase."""
 
     @classmethod
     def obstacle(cls, config: Any, sources: Sequence[Any]) -> str | None:  # noqa: ARG003
         """Returns why it cannot be trained with this `GenTrainConfig` on these sources, or None.
 
-        Called before anything heavy is loaded. For `auto`, ``config.training.objective`` is "auto".
+        It is called before anything heavy is loaded. If ``config.training.objective`` is "auto",
+        the question is whether `auto` may choose it.
         """
         return None
 
@@ -270,9 +289,9 @@ class Objective(Protocol):
 
     def batches(self, process_index: int, num_processes: int) -> Any:
         """Returns a `torch.utils.data.Dataset` whose item k is this process's share of micro-batch
-        k of the phase: a pure function of the seed, k and the process.
+        k of the phase, counted from 0: a pure function of the seed, k and the process.
 
-        Raises UsageError where the processes cannot share a micro-batch equally.
+        Raises UsageError if the processes cannot share a micro-batch equally.
         """
         ...
 

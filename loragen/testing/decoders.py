@@ -20,7 +20,7 @@ from loragen.testing._common import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Write = Callable[[Tensor, Tensor], Tensor]
+    Decode = Callable[[Tensor, Tensor], Tensor]
     "``condition [batch, prompts, positions, dim]``, its mask -> ``[batch, tokens, token_dim]``."
 
 CONDITION_DIM, POSITIONS = 12, 2
@@ -98,35 +98,35 @@ class ExampleSamples:
         return self._values[:, tokens]
 
 
-def _check_output(write: Write, what: str) -> None:
+def _check_output(decode: Decode, what: str) -> None:
     """`what` names the output in messages."""
     import torch
 
     expected = (2, grid().tokens, grid().token_dim)
     for prompts in (1, 3, 40):
         condition, mask = example_conditions(2, prompts)
-        given = write(condition, mask)
+        given = decode(condition, mask)
         shape = tuple(given.shape)
         assert shape == expected, f"{what}: {prompts} prompts give {shape}, not {expected}"
         assert given.isfinite().all(), f"{what}: {prompts} prompts give values that are not finite"
-        assert given.equal(write(condition, mask)), f"{what}: not deterministic in eval mode"
+        assert given.equal(decode(condition, mask)), f"{what}: not deterministic in eval mode"
 
     condition, mask = example_conditions(2, 3)
-    output = write(condition, mask)
+    output = decode(condition, mask)
     noisy = torch.where(mask[..., None], condition, 3.0)
-    assert largest_difference(write(noisy, mask), output) <= TOLERANCE, (
+    assert largest_difference(decode(noisy, mask), output) <= TOLERANCE, (
         f"masked values change the {what}"
     )
     padded = torch.cat([condition, torch.full_like(condition, 3.0)], dim=1)
     padded_mask = torch.cat([mask, torch.zeros_like(mask)], dim=1)
-    assert largest_difference(write(padded, padded_mask), output) <= TOLERANCE, (
+    assert largest_difference(decode(padded, padded_mask), output) <= TOLERANCE, (
         f"masked prompts appended to the condition change the {what}"
     )
 
     condition, mask = example_conditions(3, 3)
-    together = write(condition, mask)
+    together = decode(condition, mask)
     for item in range(3):
-        alone = write(condition[item : item + 1], mask[item : item + 1])
+        alone = decode(condition[item : item + 1], mask[item : item + 1])
         difference = largest_difference(alone[0], together[item])
         assert difference <= TOLERANCE, f"{what}: an item depends on its batch: by {difference:.1e}"
 
@@ -192,8 +192,8 @@ def _check_transfer(cls: Any, config: Any) -> None:
         return predicted
 
     for datasets in (1, DATASETS):
-        write = partial(predict, datasets=datasets)
-        _check_output(write, f"predict (other datasets: {datasets})")
+        decode = partial(predict, datasets=datasets)
+        _check_output(decode, f"predict (other datasets: {datasets})")
     decoder.train()
     _check_gradients(predict(*example_conditions(2, 3)), "predict", trained)
     decoder.eval()
@@ -204,12 +204,12 @@ def _check_transfer(cls: Any, config: Any) -> None:
         one_by_one = [(known[i : i + 1], known_mask[i : i + 1]) for i in range(DATASETS)]
         for coordinates in (-targets, targets):  # a training fits the decoder many times
             decoder.fit(iter(one_by_one), coordinates)
-        still, written = predict(condition, mask), decoder(condition, mask)
+        still, decoded = predict(condition, mask), decoder(condition, mask)
     tolerance = FIT_TOLERANCE * float(expected.abs().max())
     assert (off := largest_difference(still, expected)) <= tolerance, (
         f"fit changes what predict gives, and so what is trained: by {off:.1e}"
     )
-    assert (off := largest_difference(written, expected)) <= tolerance, (
-        f"after fit the decoder does not write as predict did: off by {off:.1e}"
+    assert (off := largest_difference(decoded, expected)) <= tolerance, (
+        f"after fit the decoder does not decode as predict did: off by {off:.1e}"
     )
     _check_state_dict(decoder, built(cls, config, CONDITION_DIM, grid()))

@@ -282,8 +282,8 @@ class TestTransfer:
             parameter.requires_grad_(name.startswith(prefixes))
         mask = torch.ones(3, 2, 1, dtype=torch.bool)
         conditions = torch.randn(2, 3, 2, 1, 6)
-        written = ours.predict(conditions[0], mask, conditions[1], mask, torch.randn(3, 4))
-        written.square().sum().backward()
+        predicted = ours.predict(conditions[0], mask, conditions[1], mask, torch.randn(3, 4))
+        predicted.square().sum().backward()
         trained = {name for name, p in ours.named_parameters() if p.requires_grad}
         assert {name.split(".")[1] for name in trained} == {"read", "steer"}
         assert "body.steer.common.weight" not in trained

@@ -208,8 +208,8 @@ def test_broken_predictions(attributes, message):
         check_decoder(variant(Transferring, **attributes))
 
 
-def nan_gradient(self, written):
-    return written + (0 * self.read.weight).sqrt().sum()
+def nan_gradient(self, predicted):
+    return predicted + (0 * self.read.weight).sqrt().sum()
 
 
 @pytest.mark.parametrize(

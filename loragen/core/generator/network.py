@@ -17,7 +17,7 @@ from loragen.core.adapter.layout import Layout
 from loragen.core.errors import UsageError
 from loragen.core.generator.embeddings import chunks
 from loragen.core.plugins import create, find
-from loragen.core.protocols import DescribesChoices, Samples, StartsFromSamples, Transfers
+from loragen.core.protocols import DescribesChoices, Transfers
 
 SMALLEST_SPREAD = 1e-6
 FLOAT = 4  # bytes
@@ -121,22 +121,30 @@ class Network(nn.Module):
         return tokens
 
     def predict(
-        self, condition: Tensor, mask: Tensor, known: Tensor, known_mask: Tensor, targets: Tensor
+        self,
+        condition: Tensor,
+        mask: Tensor,
+        support_conditions: Tensor,
+        support_mask: Tensor,
+        support_coordinates: Tensor,
     ) -> Tensor:
-        """As `Transfers.predict`, for conditions that are not standardised."""
-        condition, known = self._standardized(condition), self._standardized(known)
-        return self.transfers.predict(condition, mask, known, known_mask, targets)
-
-    def fit_known(self, known: Iterable[tuple[Tensor, Tensor]], targets: Tensor) -> None:
-        """As `Transfers.fit`, for conditions that are not standardised."""
-        standardized = ((self._standardized(condition), mask) for condition, mask in known)
-        self.transfers.fit(standardized, targets)
-
-    @property
-    def transfers(self) -> Transfers:
-        """The decoder, which has to be one that can transfer."""
+        """Returns the result of `Transfers.predict` for conditions that are not standardised."""
         assert isinstance(self.decoder, Transfers)
-        return self.decoder
+        return self.decoder.predict(
+            self._standardized(condition),
+            mask,
+            self._standardized(support_conditions),
+            support_mask,
+            support_coordinates,
+        )
+
+    def fit_transfer(
+        self, support_conditions: Iterable[tuple[Tensor, Tensor]], support_coordinates: Tensor
+    ) -> None:
+        """Calls `Transfers.fit` with conditions that are not standardised yet."""
+        assert isinstance(self.decoder, Transfers)
+        standardized = ((self._standardized(one), mask) for one, mask in support_conditions)
+        self.decoder.fit(standardized, support_coordinates)
 
     def train_transfer_only(self, prefixes: Sequence[str]) -> None:
         """Freezes all parameters but those of the decoder whose names start with a prefix."""
@@ -163,11 +171,6 @@ class Network(nn.Module):
         spread = np.sqrt(np.maximum(np.mean(squares, axis=0) - np.square(mean), 0))
         self.condition_mean.copy_(torch.from_numpy(mean))
         self.condition_spread.copy_(torch.from_numpy(np.maximum(spread, SMALLEST_SPREAD)))
-
-    def start_from(self, samples: Samples) -> None:
-        """Initialises the decoder from example adapters, normalised, where it supports that."""
-        if isinstance(self.decoder, StartsFromSamples):
-            self.decoder.start_from(samples)
 
 
 def new_network(

@@ -1,6 +1,6 @@
 """The sources of a training as arrays on disk: tokenised checkpoints and embedded prompts.
 
-They come from a cache that may be deleted at any time; its keys are hashes of the contents.
+They are stored in a cache that may be deleted at any time; its keys are hashes of the contents.
 """
 
 import tempfile
@@ -25,18 +25,18 @@ from loragen.core.generator.embeddings import write_embeddings
 from loragen.core.generator.network import Normalization
 from loragen.core.learning.plan import Plan
 from loragen.core.learning.sources import TrainingSource
-from loragen.core.learning.texts import LabelledRows, groups_of, labelled_rows, texts_of
+from loragen.core.learning.texts import LabelledRows, labelled_rows, texts_of
 from loragen.core.protocols import Encoder
 from loragen.core.run.checkpoints import read_tensors
 from loragen.core.run.directory import SourceRecord
 
-FEWEST_SAMPLES = 64
-MOST_AVERAGED = 4  # checkpoints that make a sample: enough to average out the noise of one
+MIN_SAMPLES = 64
+MAX_AVERAGED = 4  # checkpoints averaged to one sample: enough to reduce the noise of a single one
 
 
 @dataclass(frozen=True)
 class SourceArrays:
-    """A source as arrays on disk, memory-mapped, so that memory does not grow with it."""
+    """A source as memory-mapped arrays, so that memory does not grow with its size."""
 
     name: str
     tokens: np.ndarray
@@ -48,18 +48,18 @@ class SourceArrays:
     train_texts: Sequence[int]
     """Indices of the texts to learn from."""
     val_texts: Sequence[int] = ()
-    """Indices of the texts that validate."""
+    """Indices of the texts held out for validation."""
     tracked: Sequence[Sequence[int]] | None = None
-    """For each checkpoint the indices of its own texts; None where any text goes with any."""
+    """For each checkpoint the indices of its own texts; None: it is paired with any text."""
     texts: Sequence[str] = ()
-    """What an encoder that trains reads at every step; `embeddings` and `mask` then have no
-    positions. Empty where the embeddings are computed beforehand."""
+    """The texts themselves if the encoder is trained, as it reads them at every step; `embeddings`
+    and `mask` then have no positions. Empty if the embeddings are precomputed."""
     rows: LabelledRows | None = None
-    """Labelled rows in tokens, where an objective needs the base model."""
-    dataset: str = ""
-    """A hash that the sources of one dataset share."""
+    """Tokenised labelled rows, if an objective needs the base model."""
+    prompts_sha256: str = ""
+    """A hash of all prompts, which the sources of one dataset share."""
     record: SourceRecord | None = None
-    """Its entry in the manifest."""
+    """The entry in the manifest."""
 
     def texts_of(self, checkpoint: int) -> Sequence[int]:
         """Returns the indices of the texts that a checkpoint may be paired with."""
@@ -68,37 +68,36 @@ class SourceArrays:
 
 @contextmanager
 def source_arrays(
-    work: Plan, encoder: Encoder, tokenizer: Any = None
+    plan: Plan, encoder: Encoder, tokenizer: Any = None
 ) -> Iterator[tuple[list[SourceArrays], list[SourceArrays]]]:
-    """Yields the arrays of the training sources and of the held-out ones, from the cache where
-    possible.
+    """Yields the arrays of the training sources and of the held-out ones, cached if possible.
 
-    With a `tokenizer`, which is the base's, they have labelled rows. Raises UsageError where those
-    of a source are missing, DataError for a checkpoint that does not fit the layout.
+    With the base's `tokenizer`, they have labelled rows. Raises UsageError if those of a source are
+    missing, DataError for a checkpoint that does not fit the layout.
     """
-    config, sources = work.config, [*work.sources, *work.held_out]
+    config, sources = plan.config, [*plan.sources, *plan.val_sources]
     rows: list[LabelledRows | None] = [None] * len(sources)
     if tokenizer is not None:
         length, seed = config.behaviour.max_length, config.seed
         for i, source in enumerate(sources):
-            if i < len(work.sources):
-                val = [prompt for group in groups_of(source, config).val for prompt in group]
-                rows[i] = labelled_rows(source, val, tokenizer, length, seed)
+            if i < len(plan.sources):
+                val_prompts = [prompt for group in source.groups.val for prompt in group]
+                rows[i] = labelled_rows(source, val_prompts, tokenizer, length, seed)
             elif source.has_labels:
-                every = labelled_rows(source, [], tokenizer, length, seed)
-                rows[i] = LabelledRows([], held_out=every.training)
+                found = labelled_rows(source, [], tokenizer, length, seed)
+                rows[i] = LabelledRows([], validation=found.training)
     with _cache(config) as cache:
         arrays = []
         for i, source in enumerate(sources):
-            texts, own = texts_of(source, config), rows[i]
+            texts, own = texts_of(source), rows[i]
             embeddings, mask = _embedded(cache, encoder, config, texts.texts)
-            key, tokens = _tokenized(cache, work.layout, source, config)
+            key, tokens = _tokenized(cache, plan.layout, source, config)
             record = SourceRecord(
                 name=source.name,
                 checkpoints=key,
                 prompts=texts.sha256,
                 labels=own.sha256 if own else "",
-                held_out=i >= len(work.sources),
+                held_out=i >= len(plan.sources),
                 place=str(source.directory),
                 prompts_from=source.prompts_from,
                 count=len(source.checkpoints),
@@ -109,27 +108,26 @@ def source_arrays(
                     tokens,
                     embeddings,
                     mask,
-                    train_texts=sorted({*range(len(texts.texts))} - {*texts.held_out}),
-                    val_texts=texts.held_out,
+                    train_texts=sorted({*range(len(texts.texts))} - {*texts.val_texts}),
+                    val_texts=texts.val_texts,
                     tracked=texts.tracked,
                     texts=() if encoder.frozen else texts.texts,
                     rows=own,
-                    dataset=source.prompts_sha256,
+                    prompts_sha256=source.prompts_sha256,
                     record=record,
                 )
             )
             source.release()
-        yield arrays[: len(work.sources)], arrays[len(work.sources) :]
+        yield arrays[: len(plan.sources)], arrays[len(plan.sources) :]
 
 
 def embed_ahead(
     sources: Sequence[TrainingSource], encoder: Encoder, config: GenTrainConfig
 ) -> None:
-    """Embeds the sources' prompts into the cache, where `source_arrays` finds them."""
+    """Embeds the sources' prompts into the cache, from which `source_arrays` reads them."""
     if config.data.cache_tokenized:
         for source in sources:
-            texts = texts_of(source, config).texts
-            _embedded(Path(config.data.cache_dir), encoder, config, texts)
+            _embedded(Path(config.data.cache_dir), encoder, config, texts_of(source).texts)
 
 
 @contextmanager
@@ -170,7 +168,7 @@ def _tokenized(
 def _embedded(
     cache: Path, encoder: Encoder, config: GenTrainConfig, texts: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns embeddings and mask; without positions where the encoder trains."""
+    """Returns embeddings and mask; they have no positions if the encoder is trained."""
     if not encoder.frozen:
         return np.zeros((len(texts), 0, encoder.dim), np.float32), np.zeros((len(texts), 0), bool)
     described = config.encoder.name, repr(config.encoder.options), encoder.fingerprint
@@ -184,14 +182,14 @@ def _embedded(
 class AdapterSamples:
     """Normalised example adapters ``[samples, tokens, token_dim]``, equally many of every dataset.
 
-    One of each where there are many datasets, more where there are few; a sample is the mean of a
-    few checkpoints, evenly spaced. `samples[first:last]` reads only those tokens from disk.
+    There are `MIN_SAMPLES` of them at least, and one of each dataset. A sample is the mean of a few
+    checkpoints, evenly spaced. `samples[first:last]` reads only those tokens from disk.
     """
 
     def __init__(self, collections: Sequence[np.ndarray], normalization: Normalization) -> None:
         """`collections` are the datasets' checkpoints ``[checkpoints, tokens, token_dim]``."""
         self.normalization = normalization
-        each = ceil(FEWEST_SAMPLES / len(collections))
+        each = ceil(MIN_SAMPLES / len(collections))
         self._groups: list[tuple[np.ndarray, np.ndarray]] = []
         self.datasets: list[int] = []
         """The index of each sample's dataset."""
@@ -199,7 +197,7 @@ class AdapterSamples:
             count = min(each, len(collection))
             self.datasets += [index] * count
             for group in np.array_split(np.arange(len(collection)), count):
-                spaced = np.linspace(len(group) - 1, 0, min(MOST_AVERAGED, len(group))).round()
+                spaced = np.linspace(len(group) - 1, 0, min(MAX_AVERAGED, len(group))).round()
                 self._groups.append((collection, group[spaced.astype(np.int64)]))
 
     @property
@@ -217,7 +215,7 @@ class AdapterSamples:
 
 
 def conditions(encoder: Encoder, texts: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
-    """Encodes the texts of each condition, with gradients, for an encoder that trains.
+    """Encodes the texts of each condition, with gradients, if the encoder is trained.
 
     Returns ``[batch, prompts, positions, dim]`` and the mask ``[batch, prompts, positions]``; a
     text that several conditions share is encoded once.
@@ -237,7 +235,7 @@ def embedded(
     """Yields name, embeddings ``[texts, positions, dim]`` and mask ``[texts, positions]`` of each
     source, memory-mapped.
 
-    A trained encoder embeds its texts now, into files that are deleted before the next source.
+    An encoder that is not frozen embeds the texts now, into temporary files, one source at a time.
     """
     for source in sources:
         if not source.texts:

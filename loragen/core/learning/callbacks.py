@@ -1,4 +1,4 @@
-"""What happens around the steps of a generator's training: metrics, averaging, checkpoints."""
+"""Callbacks of a generator's training: metrics, averaging, checkpoints."""
 
 import logging
 import time
@@ -34,16 +34,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Selection:
-    """Which step of a training is kept: decided by validation data alone."""
+    """The rule by which a step of a training is kept. It uses validation data alone."""
 
     metric: str | None
-    """`val_unseen/loss`; None where nothing is held out, and the last step is kept."""
+    """A metric such as `val_unseen/loss`; None if nothing is held out: the last step is kept."""
     sentence: str = "the last step (nothing was held out)"
-    """The rule, for the generator's file."""
+    """The rule in words, for the generator's file."""
     tolerance: float = 0.0
 
     def accepts(self, value: float, lowest: float | None) -> bool:
-        """Returns whether a validated step replaces the one kept so far; NaN is the worst."""
+        """Returns whether a validated step replaces the one kept so far; NaN is the worst value."""
         if lowest is None:
             return True
         new, old = (inf if isnan(one) else one for one in (value, lowest))
@@ -54,15 +54,15 @@ class Selection:
         return f"val_{str(self.metric).rpartition('/')[2]}={value:.4f}"
 
 
-def select_by(metric: Metric, texts_held_out: bool, datasets_held_out: bool) -> Selection:
+def select_by(metric: Metric, has_val_texts: bool, has_val_sources: bool) -> Selection:
     """Returns the rule for an objective's metric.
 
-    New datasets are the purpose of a generator: they decide where there are any. Where the metric
-    no longer changes by more than its tolerance, the later step is kept, as it has trained longer.
+    Held-out datasets decide if there are any, because a generator is made for new datasets. If the
+    metric changes by no more than its tolerance, the later step is kept: it has trained longer.
     """
-    if not (texts_held_out or datasets_held_out):
+    if not (has_val_texts or has_val_sources):
         return Selection(None)
-    where, what = ("val_unseen", "datasets") if datasets_held_out else ("val", "prompts")
+    where, what = ("val_unseen", "datasets") if has_val_sources else ("val", "prompts")
     key, described = f"{where}/{metric.name}", f"{metric.description} of held-out {what}"
     if not metric.tolerance:
         return Selection(key, f"lowest {key}, {described}")
@@ -76,7 +76,7 @@ class GeneratorMetrics(StepCallback):
     def __init__(self, session: RunSession, phases: Phases) -> None:
         self.session, self.phases = session, phases
         self.latest: dict[str, float] = {}
-        """Of the last step and of the last validation, in this process or before a resume."""
+        """Metrics of the last step and of the last validation, restored on resume."""
         self._speed = Speed()
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -89,7 +89,7 @@ class GeneratorMetrics(StepCallback):
         speed = self._speed.after(
             phase.objective.batch_size * trainer.accumulate_grad_batches, phase.name
         )
-        # The mean over processes, each of which has as many pairs.
+        # All processes have equally many pairs, so the mean over processes is that over pairs.
         values = [torch.as_tensor(value).float() for value in pl_module.step_metrics.values()]
         mean = trainer.strategy.reduce(torch.stack(values), reduce_op="mean")
         assert isinstance(mean, torch.Tensor)
@@ -123,9 +123,9 @@ def validation_metrics(trainer: Trainer) -> dict[str, float]:
 
 
 class Speed:
-    """Pairs per second: the mean over the steps of a phase in this process.
+    """Measures pairs per second, as a mean over the steps of a phase in this process.
 
-    Single steps vary, and those after a validation look slow.
+    Single steps vary, and the first one after a validation includes its time.
     """
 
     def __init__(self) -> None:
@@ -133,7 +133,7 @@ class Speed:
         self._began = self._last = time.perf_counter()
 
     def after(self, pairs: int, phase: str) -> float:
-        """Has to be called after every step, with its pairs and the name of its phase."""
+        """Returns pairs per second; has to be called after every step, with its pairs and phase."""
         if phase != self._phase:
             self._phase, self._pairs, self._began = phase, 0, self._last
         self._last = time.perf_counter()
@@ -146,15 +146,16 @@ class Averaging(StepCallback):
 
     def on_step(self, trainer: Trainer, pl_module: Any, batch: PairBatch) -> None:
         if pl_module.averaged:
-            pl_module.averaged.update_parameters(pl_module.trained)
+            pl_module.averaged.update_parameters(pl_module.trainable_modules)
 
 
 class GeneratorCheckpoints(StepCallback):
     """Keeps the best step by validation; renews last.ckpt in between and at the end.
 
-    A step that validates is saved after its validation. A new best is the newest checkpoint, and
-    replaces last.ckpt until that is due again: a resumed run never needs a best that a later one
-    has replaced. A checkpoint carries the generator's description, so that it is one itself.
+    A step that is validated is saved after its validation. A new best step replaces last.ckpt until
+    that is due again, since it is the newest checkpoint: a resumed run never needs a best that a
+    later one has replaced. A checkpoint carries the generator's description, so that it can be
+    loaded as a generator.
     """
 
     def __init__(
@@ -174,7 +175,8 @@ class GeneratorCheckpoints(StepCallback):
         self.val_every, self.last_every = val_every, last_every
         self._best: dict[str, Any] | None = None
         self._last_step = 0
-        """Of last.ckpt, 0 where there is none: all processes decide by it, none by looking."""
+        """Step stored in last.ckpt, 0 if none. It is tracked in memory so that all processes decide
+        alike without reading the disk."""
 
     @property
     def best(self) -> Path | None:
@@ -211,7 +213,7 @@ class GeneratorCheckpoints(StepCallback):
         self._after_step(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """A finished run has its last step, also where it was killed just before that."""
+        """Saves the last step if it is not yet, and warns if an earlier phase had the best one."""
         if self._last_step != trainer.global_step:
             self._renew_last(trainer)
         if not (self._best and trainer.is_global_zero):
@@ -219,20 +221,19 @@ class GeneratorCheckpoints(StepCallback):
         best, within = self.phases.at(self._best["step"])
         last = self.phases.last
         if best.name != last.name:
-            key = "behaviour.learning_rate" if last.objective.needs_base else "learning rate"
             log.warning(
                 "%s increased during the phase %s; keeping step %d of %s (try a lower %s)",
                 self.selection.metric,
                 last.name,
                 within,
                 best.name,
-                key,
+                last.objective.learning_rate_key,
             )
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        described = self.generator.describe_in_checkpoint(pl_module.kept, self.phases.total)
+        described = self.generator.describe_in_checkpoint(pl_module.eval_modules, self.phases.total)
         checkpoint[CHECKPOINT_KEY] = described
 
     def state_dict(self) -> dict[str, Any]:
@@ -242,7 +243,7 @@ class GeneratorCheckpoints(StepCallback):
         self._best, self._last_step = state_dict["best"], state_dict["last_step"]
 
     def _after_step(self, trainer: Trainer) -> None:
-        """Saves last.ckpt where it is due; an interruption saves it and ends the training."""
+        """Saves last.ckpt if it is due; after an interruption, saves it and ends the training."""
         step, total = trainer.global_step, self.phases.total
         stops = self.interruption.requested_on_any(trainer) and step < total
         is_best = self._best is not None and self._best["step"] == step
@@ -253,7 +254,7 @@ class GeneratorCheckpoints(StepCallback):
             raise self.interruption.error_after(step, total, command)
 
     def _keep(self, trainer: Trainer, value: float) -> None:
-        """Saves this step as the best, in place of the one before and of last.ckpt."""
+        """Saves this step as the best one, and deletes the previous best and last.ckpt."""
         epoch = int(self.phases.epochs(trainer.global_step))
         name = f"epoch={epoch}-{self.selection.label(value)}{CHECKPOINT_SUFFIX}"
         lowest = min(value, self._best["lowest"]) if self._best else value

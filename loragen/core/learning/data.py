@@ -1,7 +1,8 @@
 """Pairs to learn from: prompts of a dataset, with a checkpoint of that dataset.
 
 Which pairs make up a step is a pure function of (seed, step). An optimizer step has `accumulation`
-micro-batches, and each process works on its share of a micro-batch.
+micro-batches, and each process works on its share of a micro-batch. Here steps, micro-batches and
+positions are counted from 0.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,19 +29,19 @@ from loragen.core.learning.plan import Phases
 from loragen.core.lora.packing import Batch, padded
 
 
-class Others(NamedTuple):
-    """Conditions of other datasets than those of a batch's adapters."""
+class SupportSet(NamedTuple):
+    """Conditions of D datasets that have no adapter in the batch, to predict its adapters from."""
 
     condition: Tensor
-    """``[others, prompts, positions, dim]``"""
+    """``[D, prompts, positions, dim]``"""
     mask: Tensor
-    """``[others, prompts, positions]`` bool"""
+    """``[D, prompts, positions]`` bool"""
     datasets: Tensor
-    """``[others]`` int64: indices of the sources."""
+    """``[D]`` int64: indices of the sources."""
 
 
 class PairBatch(NamedTuple):
-    """Conditions and the adapters that go with them."""
+    """Conditions, each with an adapter of its dataset."""
 
     condition: Tensor
     """``[batch, prompts, positions, dim]``"""
@@ -49,11 +50,11 @@ class PairBatch(NamedTuple):
     tokens: Tensor
     """``[batch, tokens, token_dim]``: adapters, not normalised."""
     rows: Batch | None = None
-    """Labelled rows for the base model: equally many of every adapter's dataset, in order."""
+    """Labelled rows for the base model: equally many for every adapter, in the adapters' order."""
     texts: list[list[str]] | None = None
-    """The prompt texts of every condition, where the encoder trains; `condition` is empty then."""
-    others: Others | None = None
-    """Other datasets, where the adapters are predicted from these alone."""
+    """The prompt texts of every condition if the encoder is trained; `condition` is empty then."""
+    support: SupportSet | None = None
+    """The datasets that the adapters are predicted from, for the objective `transfer`."""
 
 
 class Split(NamedTuple):
@@ -65,15 +66,15 @@ class Split(NamedTuple):
 
 
 class DistributedBatches(Dataset[PairBatch]):
-    """Item k is a process's share of micro-batch k; a subclass makes the pairs.
+    """A dataset whose item k is a process's share of micro-batch k; a subclass makes the pairs.
 
     Micro-batches cut an endless stream of shuffled epochs over `items` into equal pieces.
     """
 
     def __init__(self, items: int, batch_size: int, seed: int, split: Split, setting: str) -> None:
-        """`batch_size` counts the pairs of a micro-batch, of all processes; `setting` is its key.
+        """`batch_size` counts the pairs of a micro-batch of all processes; `setting` is its key.
 
-        Raises UsageError where the processes cannot share it equally.
+        Raises UsageError if the processes cannot share it equally.
         """
         if batch_size % split.num_processes:
             raise UsageError(
@@ -91,7 +92,7 @@ class DistributedBatches(Dataset[PairBatch]):
         return step, [(at, whole[at]) for at in range(part * size, (part + 1) * size)]
 
     def own(self, k: int) -> tuple[int, list[tuple[int, int]]]:
-        """As `drawn`, for this process alone."""
+        """Returns the same as `drawn`, but only the pairs of this process."""
         step, pairs = self.drawn(k)
         return step, pairs[self.split.process_index :: self.split.num_processes]
 
@@ -115,7 +116,7 @@ class PairBatches(DistributedBatches):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in which every checkpoint comes once; none is cut short at the end."""
+        """Optimizer steps after which every checkpoint has been drawn at least once."""
         return ceil(len(self.pairs) / (self.batch_size * self.split.accumulation))
 
     def __getitem__(self, k: int) -> PairBatch:
@@ -131,7 +132,7 @@ class PairBatches(DistributedBatches):
 
 
 def draw_texts(texts: Sequence[int], count: int, draw: str) -> list[int]:
-    """Returns `count` different texts where there are as many, else all; `draw` is the seed."""
+    """Returns `count` different texts, or all if there are fewer; `draw` is the seed."""
     return sorted(Random(draw).sample(list(texts), min(count, len(texts))))
 
 
@@ -158,21 +159,20 @@ def stack_pairs(pairs: Sequence[PairBatch]) -> PairBatch:
 
 
 def stack_conditions(conditions: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Returns ``[batch, prompts, positions, dim]`` and its mask, padded to the longest under the
-    mask."""
+    """Returns ``[batch, prompts, positions, dim]`` and its mask, padded to the largest one."""
     prompts = max(mask.shape[0] for _, mask in conditions)
     positions = max(mask.shape[1] for _, mask in conditions)
     dim = conditions[0][0].shape[-1]
     condition = torch.zeros(len(conditions), prompts, positions, dim)
     mask = torch.zeros(len(conditions), prompts, positions, dtype=torch.bool)
-    for row, (one, its_mask) in enumerate(conditions):
-        n, p = its_mask.shape
-        condition[row, :n, :p], mask[row, :n, :p] = one, its_mask
+    for row, (values, valid) in enumerate(conditions):
+        n, p = valid.shape
+        condition[row, :n, :p], mask[row, :n, :p] = values, valid
     return condition, mask
 
 
 class TrainingData(LightningDataModule):
-    """Everything that a generator is trained and validated on; objectives are made from it."""
+    """The data that a generator is trained and validated on; objectives are created from it."""
 
     phases: Phases
     """Set once the objectives exist."""
@@ -184,15 +184,15 @@ class TrainingData(LightningDataModule):
         normalization: Normalization,
         adapter_config: Mapping[str, Any],
         sources: Sequence[SourceArrays],
-        held_out: Sequence[SourceArrays] = (),
+        val_sources: Sequence[SourceArrays] = (),
         base: LanguageModel | None = None,
     ) -> None:
-        """`held_out` are datasets for validation alone; `base` is None where no objective needs the
+        """`val_sources` are datasets for validation alone; `base` is None if no objective needs the
         base model, and the sources have no labelled rows then."""
         super().__init__()
         self.config, self.layout, self.normalization = config, layout, normalization
         self.adapter_config = adapter_config
-        self.sources, self.held_out, self.base = sources, held_out, base
+        self.sources, self.val_sources, self.base = sources, val_sources, base
 
     def split(self, process_index: int, num_processes: int) -> Split:
         return Split(self.config.trainer.accumulate_grad_batches, process_index, num_processes)
@@ -210,7 +210,7 @@ class TrainingData(LightningDataModule):
 
     @cached_property
     def token_weights(self) -> Tensor:
-        """``[tokens, 1]``, of mean 1 over the values: how much an error of each token counts."""
+        """The weight of each token's error, ``[tokens, 1]``, with mean 1 over the values."""
         if not self.config.training.importance:
             return torch.ones(self.layout.tokens, 1)
         collections = [source.tokens for source in self.sources]
@@ -222,22 +222,29 @@ class TrainingData(LightningDataModule):
         return pad_id(self.base.tokenizer)
 
     @property
-    def validates(self) -> bool:
-        """Whether anything is held out."""
-        return bool(self.held_out) or any(source.val_texts for source in self.sources)
+    def sources_with_val_texts(self) -> list[SourceArrays]:
+        """The training sources of which some texts are held out."""
+        return [source for source in self.sources if source.val_texts]
+
+    @property
+    def val_every(self) -> int | None:
+        """Optimizer steps from one validation to the next; None if nothing is held out."""
+        if not (self.val_sources or self.sources_with_val_texts):
+            return None
+        every = self.config.training.val_every_epochs * self.phases.steps_per_epoch
+        return min(every, self.phases.total)
 
     @property
     def validates_rows(self) -> bool:
-        """Whether every validation of the datasets that select has held-out rows for the base."""
+        """Whether every dataset by which a step is selected has held-out rows for the base."""
         if self.base is None or not self.config.training.val_rows:
             return False
-        if self.held_out:
-            return all(source.rows for source in self.held_out)
-        seen = [source for source in self.sources if source.val_texts]
-        return all(source.rows and source.rows.held_out for source in seen)
+        if self.val_sources:
+            return all(source.rows for source in self.val_sources)
+        return all(one.rows and one.rows.validation for one in self.sources_with_val_texts)
 
     def train_dataloader(self) -> DataLoader[PairBatch]:
-        """Returns the micro-batches from the trainer's step on; each phase counts its own."""
+        """Returns the micro-batches from the trainer's step on, counted from 0 in each phase."""
         assert self.trainer is not None
         share = self.trainer.global_rank, self.trainer.world_size
         accumulation = self.config.trainer.accumulate_grad_batches
@@ -257,29 +264,28 @@ class TrainingData(LightningDataModule):
     def val_dataloader(self) -> list[DataLoader[PairBatch]]:
         """Returns a loader of held-out texts and one of held-out datasets; either may be empty.
 
-        Each dataset is one pair: some of its texts with its last checkpoint, always the same.
+        Each dataset gives one pair, always the same: some of its texts with its last checkpoint.
         """
 
         def pair(sources: Sequence[SourceArrays], index: int) -> PairBatch:
             source, draw = sources[index], f"validation:{self.config.seed}"
-            texts = range(len(source.embeddings)) if sources is held_out else source.val_texts
+            texts = range(len(source.embeddings)) if sources is val_sources else source.val_texts
             drawn = draw_texts(texts, self.config.data.prompts_per_condition, draw)
             batch = stack_pairs([pair_of(source, drawn, len(source.tokens) - 1)])
-            most = self.config.training.val_rows
-            if self.base and source.rows and source.rows.held_out and most:
-                batch = batch._replace(rows=padded(source.rows.held_out[:most], self.pad_id))
+            count = self.config.training.val_rows
+            if self.base and source.rows and source.rows.validation and count:
+                batch = batch._replace(rows=padded(source.rows.validation[:count], self.pad_id))
             return batch
 
-        held_out = list(self.held_out)
-        seen = [source for source in self.sources if source.val_texts]
+        val_sources = list(self.val_sources)
         return [
             DataLoader(Computed(partial(pair, sources), len(sources)), batch_size=None)
-            for sources in (seen, held_out)
+            for sources in (self.sources_with_val_texts, val_sources)
         ]
 
 
 class Computed(Dataset[PairBatch]):
-    """Batches that are computed when they are read: together they would fill the memory."""
+    """Batches that are computed when they are read, because all would fill the memory."""
 
     def __init__(self, compute: Callable[[int], PairBatch], count: int) -> None:
         self.compute, self.count = compute, count

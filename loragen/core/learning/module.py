@@ -19,9 +19,9 @@ VALIDATION = ("val", "val_unseen")
 
 
 class GeneratorModule(LightningModule):
-    """Trains a network, and where it is not frozen its encoder, through the phases.
+    """Trains a network, and its encoder unless that is frozen, through the phases.
 
-    The phase of a step gives the loss; the last phase's objective validates all of them.
+    The loss of a step is that of its phase; the last phase's objective validates all of them.
     """
 
     def __init__(
@@ -31,38 +31,40 @@ class GeneratorModule(LightningModule):
         training: GenTrainingSection,
         *,
         encoder: Any = None,
-        first_step: int = 0,
+        completed_steps: int = 0,
         optimizer_state: dict[str, Any] | None = None,
     ) -> None:
-        """`encoder` is None where it is frozen. After `first_step` steps a resumed training has the
-        `optimizer_state`."""
+        """`encoder` is None if it is frozen. A resumed training has done `completed_steps`, which
+        left `optimizer_state`."""
         super().__init__()
         for phase in phases:
             phase.objective.prepare(network)
         self.network = network
         self.encoder = encoder.train() if encoder else None
-        # The phases are no submodules: what their objectives hold is the same in all checkpoints,
-        # and the base may be large.
+        # The phases are not registered as submodules: their objectives hold nothing that training
+        # changes, and the base may be large.
         self.phases, self.training_options = phases, training
         self.averaged: AveragedModel | None = None
         if training.ema_decay is not None:
-            average = get_ema_multi_avg_fn(training.ema_decay)  # type: ignore[no-untyped-call]  # torch's
-            self.averaged = AveragedModel(self.trained, multi_avg_fn=average).requires_grad_(False)
-        self.first_step, self._optimizer_state = first_step, optimizer_state
+            average = get_ema_multi_avg_fn(training.ema_decay)  # type: ignore[no-untyped-call]  # untyped in torch
+            self.averaged = AveragedModel(
+                self.trainable_modules, multi_avg_fn=average
+            ).requires_grad_(False)
+        self.completed_steps, self._optimizer_state = completed_steps, optimizer_state
         self._finalized: int | None = None
         self.step_metrics: dict[str, Any] = {}
-        """Of this process's share of the last training step: the mean of its micro-batches."""
+        """The metrics of the last training step, averaged over this process's micro-batches."""
 
     @property
-    def trained(self) -> nn.ModuleDict:
-        """`network` and, where it is trained, `encoder`."""
+    def trainable_modules(self) -> nn.ModuleDict:
+        """`network` and, unless it is frozen, `encoder`."""
         parts = {"network": self.network, "encoder": self.encoder}
         return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
 
     @property
-    def kept(self) -> nn.ModuleDict:
-        """What is validated and saved: the average of the weights where `ema_decay` is set."""
-        found = self.averaged.module if self.averaged else self.trained
+    def eval_modules(self) -> nn.ModuleDict:
+        """The modules that are validated and saved: the averaged ones if `ema_decay` is set."""
+        found = self.averaged.module if self.averaged else self.trainable_modules
         assert isinstance(found, nn.ModuleDict)
         return found
 
@@ -74,9 +76,9 @@ class GeneratorModule(LightningModule):
         phase, _ = self.phases.at(self.trainer.global_step + 1)
         batch = _encoded(batch, self.encoder)
         batch = batch._replace(condition=self._with_noise(batch.condition))
-        if batch.others is not None:
-            noisy = self._with_noise(batch.others.condition)
-            batch = batch._replace(others=batch.others._replace(condition=noisy))
+        if batch.support is not None:
+            noisy = self._with_noise(batch.support.condition)
+            batch = batch._replace(support=batch.support._replace(condition=noisy))
         loss, metrics = phase.objective.loss(self.network, batch)
         accumulation = self.trainer.accumulate_grad_batches
         before = {} if batch_idx % accumulation == 0 else self.step_metrics
@@ -94,18 +96,19 @@ class GeneratorModule(LightningModule):
         return condition + share * self.network.condition_spread * torch.randn_like(condition)
 
     def finalize(self) -> None:
-        """Has to be called before `kept` is validated or saved; once a step is enough."""
+        """Calls `Objective.finalize` on `eval_modules`, once per step, before they are validated or
+        saved."""
         step = self.trainer.global_step
         if self._finalized != step:
-            self.phases.at(step)[0].objective.finalize(self.kept["network"])
+            self.phases.at(step)[0].objective.finalize(self.eval_modules["network"])
             self._finalized = step
 
     def on_validation_start(self) -> None:
         self.finalize()
 
     def validation_step(self, batch: PairBatch, batch_idx: int, dataloader_idx: int) -> None:
-        batch = _encoded(batch, self.kept["encoder"] if self.encoder else None)
-        metrics = self.phases.last.objective.validate(self.kept["network"], batch)
+        batch = _encoded(batch, self.eval_modules["encoder"] if self.encoder else None)
+        metrics = self.phases.last.objective.validate(self.eval_modules["network"], batch)
         for name, value in metrics.items():
             self.log(
                 f"{VALIDATION[dataloader_idx]}/{name}",
@@ -117,14 +120,14 @@ class GeneratorModule(LightningModule):
             )
 
     def configure_optimizers(self) -> Any:
-        # Lightning clips no gradients of a fused optimizer in mixed precision.
+        # Lightning does not clip the gradients of a fused optimizer in mixed precision.
         fused = not (self.trainer.gradient_clip_val and "mixed" in str(self.trainer.precision))
-        optimizer = new_optimizer(self.trained, self.training_options, fused)
+        optimizer = new_optimizer(self.trainable_modules, self.training_options, fused)
         if self._optimizer_state:
             optimizer.load_state_dict(self._optimizer_state)
             self._optimizer_state = None  # as large as the weights, twice
         schedule = step_schedule(
-            optimizer, lambda step: self.phases.rate(step).learning_rate, self.first_step
+            optimizer, lambda step: self.phases.rate(step).learning_rate, self.completed_steps
         )
         return {
             "optimizer": optimizer,
@@ -133,7 +136,8 @@ class GeneratorModule(LightningModule):
 
 
 def _encoded(batch: PairBatch, encoder: Any) -> PairBatch:
-    """With the condition that a trained encoder computes now; a frozen one (None) has done so."""
+    """Returns the batch with its texts encoded by the trainable encoder; unchanged if the encoder
+    is frozen (None), because its embeddings are precomputed."""
     if encoder is None:
         return batch
     assert batch.texts is not None
@@ -142,15 +146,15 @@ def _encoded(batch: PairBatch, encoder: Any) -> PairBatch:
 
 
 def new_optimizer(
-    trained: nn.ModuleDict, options: GenTrainingSection, fused: bool = True
+    modules: nn.ModuleDict, options: GenTrainingSection, fused: bool = True
 ) -> torch.optim.Optimizer:
-    """Returns the optimizer of the network and, where it trains, the encoder.
+    """Returns the optimizer of the trainable modules: the network and, unless frozen, the encoder.
 
-    `step_schedule` multiplies each group's rate factor. `fused`: one pass over weights, gradient
-    and moments instead of some ten.
+    `step_schedule` multiplies each group's `factor` into its learning rate. With `fused`, torch
+    makes one pass over weights, gradients and moments instead of some ten.
     """
     groups: list[dict[str, Any]] = []
-    for name, module in trained.items():
+    for name, module in modules.items():
         factor = options.encoder_rate if name == "encoder" else 1.0
         parameters = [p for p in module.parameters() if p.requires_grad]
         matrices = [p for p in parameters if p.ndim >= 2]

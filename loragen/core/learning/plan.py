@@ -1,6 +1,6 @@
 """What a generator learns from and what it is trained for, before anything is written.
 
-`plan` checks that the sources fit together and chooses the objective; `make_phases` turns the
+`make_plan` checks that the sources fit together and chooses the objective; `make_phases` turns the
 objective, or several in a row, into optimizer steps with learning rates.
 """
 
@@ -30,7 +30,7 @@ class Plan:
     config: GenTrainConfig
     """With an objective in place of `auto`."""
     sources: list[TrainingSource]
-    held_out: list[TrainingSource]
+    val_sources: list[TrainingSource]
     """Datasets that only validate."""
     layout: Layout
     reason: str
@@ -55,14 +55,14 @@ class Plan:
         )
 
 
-def plan(config: GenTrainConfig, found: Sources) -> Plan:
+def make_plan(config: GenTrainConfig, found: Sources) -> Plan:
     """Checks that the sources fit together, derives the layout and chooses the objective.
 
     Raises UsageError or DataError where the sources do not fit together, UsageError where the
     configured objective cannot be trained on them.
     """
-    sources, held_out = found.training, found.held_out
-    both = [*sources, *held_out]
+    sources, val_sources = found.training, found.validation
+    both = [*sources, *val_sources]
     for source in both:
         _ = source.prompts, source.provenance  # raise where the dataset has changed
         if source.base_model != sources[0].base_model:
@@ -92,7 +92,7 @@ def plan(config: GenTrainConfig, found: Sources) -> Plan:
     if config.training.importance and len(sources) < 2:
         raise UsageError("training.importance compares datasets: it needs two at least")
     objective, reason = choose_objective(config, sources)
-    return Plan(with_objective(config, objective), sources, held_out, layout, reason)
+    return Plan(with_objective(config, objective), sources, val_sources, layout, reason)
 
 
 def choose_objective(config: GenTrainConfig, sources: Sequence[TrainingSource]) -> tuple[str, str]:

@@ -1,13 +1,13 @@
 """The sources of `gen train`: datasets with their collected checkpoints and their prompts. Light.
 
-`open_sources` finds and opens all that a configuration names, once for a command: no manifest and
-no dataset file is read a second time. Prompts and labels are read when they are first needed.
+`open_sources` opens everything that a configuration names, once per command: no manifest and no
+dataset file is read twice. Prompts and labels are read when they are first needed.
 """
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,17 @@ from loragen.core.adapter import CONFIG_FILE
 from loragen.core.base.names import is_path, resolve_base
 from loragen.core.config.load import Problem, problems_at
 from loragen.core.config.schema import GenDataSection, GenTrainConfig, SourceSection
+from loragen.core.data.batches import held_out
 from loragen.core.data.dataset import Dataset
 from loragen.core.data.documents import parsed_source
-from loragen.core.data.prompts import PreparedPrompts, PromptGroups, check_prepared, read_prepared
+from loragen.core.data.prompts import (
+    PreparedPrompts,
+    PromptGroups,
+    check_prepared,
+    random_groups,
+    read_prepared,
+    text_key,
+)
 from loragen.core.errors import DataError, LoragenError, UsageError, listing
 from loragen.core.files import absent, natural_key, sha256_text, user_path
 from loragen.core.lora.provenance import Provenance, traced_run
@@ -35,7 +43,7 @@ from loragen.core.run.directory import (
 
 log = logging.getLogger(__name__)
 
-MOST_NAMED = 5  # directories, in one line
+MAX_LISTED = 5  # directories in one line of a message
 
 
 @dataclass(eq=False)
@@ -44,40 +52,61 @@ class TrainingSource:
 
     name: str
     checkpoints: list[Path]
-    """In the order of steps; the last of those there."""
+    """Sorted by step; only the newest `data.max_checkpoints`."""
     directory: Path
-    """Absolute: of the run, or of its checkpoints."""
+    """The absolute directory of the run, or of the checkpoints."""
     section: SourceSection
-    """Its configuration."""
+    """The configuration of this source."""
+    data: GenDataSection
+    """The configuration of all sources."""
+    seed: int
+    """The seed of the random groups of prompts."""
     run: LoraRun | None = None
-    """None: the checkpoints are PEFT adapters, and no run's."""
+    """None: the checkpoints are PEFT adapters that belong to no run."""
     prompt_dataset: Dataset | None = None
-    """Named for the prompts; None: the run's own dataset, or prepared prompts."""
+    """The file that was named for the prompts; None: the run's own dataset, or prepared prompts."""
     labels: Dataset | None = None
-    """The dataset with its answers, where it is known; only some objectives need it."""
-    groups: PromptGroups | None = None
-    """The prompts as `data prepare` has joined and split them; None: at random, in training."""
+    """The dataset with its answers, if it is known; only some objectives need it."""
+    prepared: PromptGroups | None = None
+    """The prompts as `data prepare` has joined and split them."""
     prompts_from: str | None = None
-    """The path or hub id of what was named for the prompts, to be found from any directory."""
+    """The absolute path or hub id of what was named for the prompts."""
     tracked: bool = False
     """Whether a checkpoint is paired with the rows of its own step."""
+
+    @cached_property
+    def groups(self) -> PromptGroups:
+        """The prompts in groups, split into training and validation: prepared ones, or random ones.
+
+        Random groups leave out repeated prompts, which might be on both sides otherwise; at least
+        one group is left to train on.
+        """
+        if self.prepared:
+            return self.prepared
+        distinct = {text_key(prompt): prompt for prompt in reversed(self.prompts)}
+        prompts = list(distinct.values())[::-1]
+        groups = random_groups(prompts, self.data.samples_per_prompt, self.seed)
+        ratio = min(self.data.val_ratio, (len(groups) - 1) / len(groups))
+        train, val = held_out(len(groups), ratio, self.seed)
+        return PromptGroups([groups[i] for i in train], [groups[i] for i in val])
 
     @cached_property
     def prompts(self) -> list[str]:
         """All prompts of the dataset.
 
-        Raises UsageError where the dataset is missing, DataError where it has changed since the run
-        or has bad rows.
+        Raises UsageError if the dataset is missing, DataError if it has changed since the run or
+        has bad rows.
         """
-        if self.groups:
-            return [prompt for group in (*self.groups.train, *self.groups.val) for prompt in group]
+        if self.prepared:
+            groups = (*self.prepared.train, *self.prepared.val)
+            return [prompt for group in groups for prompt in group]
         if self.prompt_dataset:
             return self.prompt_dataset.prompts()
         assert self.run is not None  # `open_source`
         if self.labels is None:
             raise UsageError(
-                f"{self.run.directory}: it was converted without its dataset's file; give the "
-                "prompts in the YAML, sources: [{run: ..., prompts: FILE}], or remove it and "
+                f"{self.run.directory}: the run was converted without its dataset's file; give the "
+                "prompts in the YAML, sources: [{run: ..., prompts: FILE}], or remove the run and "
                 "convert again with --dataset"
             )
         where, hint = f"{self.run.directory}: its dataset {self.labels}", "name one: prompts: FILE"
@@ -85,21 +114,22 @@ class TrainingSource:
             raise UsageError(f"{where} is missing; {hint}")
         if self.labels.sha256 != self.run.manifest.dataset.sha256:
             raise DataError(f"{where} has changed since the run; {hint}")
-        return self.labels.prompts(skip_bad_rows=True, of_rows=True)  # the run left them out, too
+        # The run has skipped bad rows as well.
+        return self.labels.prompts(skip_bad_rows=True, of_rows=True)
 
     @cached_property
     def prompts_sha256(self) -> str:
-        """A hash that the runs of one dataset share."""
+        """A hash of all prompts, which the runs of one dataset share."""
         return sha256_text(*self.prompts)
 
     @property
     def has_labels(self) -> bool:
-        """Whether the dataset is there and has answers."""
+        """Whether the dataset exists and has answers."""
         return self.labels is not None and self.labels.has_labels
 
     @cached_property
     def provenance(self) -> Provenance | None:
-        """The rows of each step, where checkpoints are paired with them."""
+        """The rows of each step, if checkpoints are paired with them."""
         if not self.tracked:
             return None
         assert self.run is not None  # `open_source`
@@ -122,7 +152,7 @@ class TrainingSource:
         return str(self.adapter_config.get("base_model_name_or_path"))
 
     def release(self) -> None:
-        """Frees the rows that were read; whoever needs them again reads the file again."""
+        """Frees the rows that were read; a later access reads the file again."""
         for dataset in (self.labels, self.prompt_dataset):
             if dataset:
                 dataset.release()
@@ -130,50 +160,51 @@ class TrainingSource:
 
 @dataclass
 class Sources:
-    """All sources of a training, and the runs of a folder that are left out."""
+    """All sources of a training, and the runs of folders that are left out."""
 
     training: list[TrainingSource]
-    held_out: list[TrainingSource]
+    validation: list[TrainingSource]
     """Datasets for validation alone."""
-    unfinished: list[Path] = field(default_factory=list)
-    test_mode: list[Path] = field(default_factory=list)
-    superseded: list[Path] = field(default_factory=list)
-    """Another run of the same dataset, base and shape is newer, or is named."""
+    unfinished: list[Path]
+    test_mode: list[Path]
+    superseded: list[Path]
+    """Runs of whose dataset, base and adapter shape another run is newer, or named."""
 
     def report(self) -> None:
-        """Logs which runs are left out, and which are used although they are not finished."""
+        """Logs which runs are left out, and which are used although they have not finished."""
         if self.unfinished:
             log.warning(
-                "%s: left out, not finished (name one to use it all the same, or finish it with "
-                "lora train --resume)",
+                "%s: left out because not finished (name a run to use it nevertheless, or finish "
+                "it with lora train --resume)",
                 _listed(self.unfinished),
             )
         if self.test_mode:
-            log.info("%s: left out, trained with --test-mode", _listed(self.test_mode))
+            log.info("%s: left out because trained with --test-mode", _listed(self.test_mode))
         if self.superseded:
             log.info(
-                "%s: left out, since another run of a dataset of this name is newer or named",
+                "%s: left out because another run of the dataset is newer or named",
                 _listed(self.superseded),
             )
-        runs = [source.run for source in (*self.held_out, *self.training) if source.run]
+        runs = [source.run for source in (*self.validation, *self.training) if source.run]
         used = [run.directory for run in runs if run.manifest.status != "success"]
         if used:
-            log.warning("%s: not finished; the checkpoints there are used", _listed(used))
+            log.warning("%s: not finished; the existing checkpoints are used", _listed(used))
 
 
 class PromptDirectories:
     """The prepared prompts that a configuration names; each directory is read once."""
 
-    def __init__(self, data: GenDataSection) -> None:
-        self.data = data
+    def __init__(self, data: GenDataSection, seed: int = 0) -> None:
+        """`seed` is that of the random groups of prompts that are not prepared."""
+        self.data, self.seed = data, seed
         self._read: dict[Path, PreparedPrompts] = {}
 
     def groups_of(self, section: SourceSection, dataset: str) -> PromptGroups | None:
-        """Returns None where the prompts of a source are not prepared ones.
+        """Returns the prepared prompts of a source, None if it has others.
 
-        A directory of a single dataset may be named for a source whatever its name. Raises
-        UsageError where the directory is missing, has no such dataset or joins other numbers of
-        prompts; DataError where it is damaged.
+        A directory of a single dataset may be named for a source of any name. Raises UsageError if
+        the directory is missing, has no such dataset or joins other numbers of prompts; DataError
+        if it is damaged.
         """
         own = section.prompts is not None
         named = section.prompts if own else self.data.prompts
@@ -195,8 +226,8 @@ class PromptDirectories:
 
 
 def check_sources(config: GenTrainConfig) -> list[Problem]:
-    """Returns every run, directory, file of prompts and local model that is named and missing, and
-    every malformed hub id; the hub is not asked."""
+    """Returns a problem for every run, directory, file of prompts and local model that is named and
+    missing, and for every malformed hub id; the hub is not queried."""
     data, base, found = config.data, config.behaviour.base_model, list[Problem]()
     for role, sections in (("sources", config.sources), ("val_sources", config.val_sources)):
         for i, section in enumerate(sections):
@@ -213,7 +244,7 @@ def check_sources(config: GenTrainConfig) -> list[Problem]:
         found += problems_at(("data", "prompts"), check_prepared, Path(data.prompts))
     if base is not None:
         found += problems_at(("behaviour", "base_model"), resolve_base, base)
-    model = str(config.encoder.options.get("model", ""))  # of an encoder that has this option
+    model = str(config.encoder.options.get("model", ""))  # if the encoder has this option
     if is_path(model) and not user_path(model).is_dir():
         found.append((("encoder", "model"), f"{model}: no such directory"))
     return found
@@ -223,10 +254,10 @@ def open_sources(config: GenTrainConfig) -> Sources:
     """Opens the sources that are named and, of a folder of runs, the newest finished run of each
     dataset that is neither named nor held out.
 
-    Raises UsageError where there is nothing, a source is named twice, a folder has no run to learn
+    Raises UsageError if there is no source, a source is named twice, a folder has no run to learn
     from, or two datasets share a name; DataError for a damaged manifest.
     """
-    opened: dict[Path, LoraRun] = {}
+    data, opened = config.data, dict[Path, LoraRun]()
 
     def run_at(directory: Path) -> LoraRun:
         key = run_directory_of(directory).resolve()
@@ -234,13 +265,14 @@ def open_sources(config: GenTrainConfig) -> Sources:
             opened[key] = Run.open(directory, LoraManifest)
         return opened[key]
 
-    listed = config.data.checkpoint_dir or []
-    sections, folders = list(config.sources), list[tuple[Path, list[LoraRun]]]()
+    # List the sources that are named, and the folders with their runs.
+    listed = data.checkpoint_dir or []
+    sections, folders = list(config.sources), dict[Path, list[LoraRun]]()
     for directory in map(Path, [listed] if isinstance(listed, str) else listed):
         is_run = (directory / MANIFEST).is_file() or directory.name == CHECKPOINTS
         manifests = [] if is_run else sorted(directory.glob(f"*/{MANIFEST}"))
         if manifests:
-            folders.append((directory, [run_at(file.parent) for file in manifests]))
+            folders[directory] = [run_at(file.parent) for file in manifests]
         else:
             sections.append(SourceSection(run=str(directory)))
     named = [_directory_named(section) for section in (*sections, *config.val_sources)]
@@ -248,35 +280,50 @@ def open_sources(config: GenTrainConfig) -> Sources:
         if named.count(directory) > 1:
             raise UsageError(f"{directory.name} is named twice among the sources")
 
-    data = config.data
-    opened_by = partial(
+    # Open those that are named.
+    tracked = data.pairing == "tracked"
+    open_one = partial(
         open_source,
-        prepared=PromptDirectories(data),
+        prepared=PromptDirectories(data, config.seed),
         max_checkpoints=data.max_checkpoints,
         open_run=run_at,
     )
-    tracked = data.pairing == "tracked"
-    found = Sources(
-        [opened_by(section, tracked=tracked) for section in sections],
-        [opened_by(section) for section in config.val_sources],
-    )
+    training = [open_one(section, tracked=tracked) for section in sections]
+    validation = [open_one(section) for section in config.val_sources]
+
+    # Of the folders, choose the newest run of each dataset, base and adapter shape.
+    candidates = dict[Path, LoraRun]()
+    unfinished, test_mode = list[Path](), list[Path]()
+    for folder, runs in folders.items():
+        unnamed = [run for run in runs if run.directory.resolve() not in named]
+        finished = [run for run in unnamed if run.manifest.status == "success"]
+        usable = [run for run in finished if not _is_test(run.manifest)]
+        if len(unnamed) == len(runs) and not usable:
+            raise UsageError(
+                f"{folder}: none of its {len(runs)} runs is one to learn from "
+                f"({len(runs) - len(finished)} not finished, {len(finished)} of --test-mode); name "
+                "a run to use it nevertheless"
+            )
+        unfinished += [run.directory for run in unnamed if run.manifest.status != "success"]
+        test_mode += [run.directory for run in finished if _is_test(run.manifest)]
+        candidates |= {run.directory.resolve(): run for run in usable}
     used = set[tuple[object, ...]]()
     for directory in named:
-        with suppress(LoragenError):  # adapters of no run
+        with suppress(LoragenError):  # PEFT adapters belong to no run
             used.add(_kind(run_at(directory)))
-    others: dict[Path, LoraRun] = {}
-    for folder, runs in folders:
-        for run in _finished(folder, runs, named, found):
-            others[run.directory.resolve()] = run
-    for run in _newest(list(others.values()), used, found):
-        found.training.append(opened_by(SourceSection(run=str(run.directory)), tracked=tracked))
-    if not found.training:
+    newest = _newest(list(candidates.values()), used)
+    chosen = [run for run in candidates.values() if newest.get(_kind(run)) is run]
+    superseded = [run.directory for run in candidates.values() if newest.get(_kind(run)) is not run]
+    sections = [SourceSection(run=str(run.directory)) for run in chosen]
+    training += [open_one(section, tracked=tracked) for section in sections]
+
+    if not training:
         raise UsageError(
             "nothing to learn from: give --checkpoint-dir RUN (repeatable), or sources in the YAML"
         )
-    if data.prompts is not None:  # they go by the names of datasets
-        _refuse_namesakes([*found.training, *found.held_out])
-    return found
+    if data.prompts is not None:  # prepared prompts are found by the name of the dataset
+        _refuse_namesakes([*training, *validation])
+    return Sources(training, validation, unfinished, test_mode, superseded)
 
 
 def open_source(
@@ -289,7 +336,7 @@ def open_source(
 ) -> TrainingSource:
     """Opens one source: a run of `lora train`, or a folder of PEFT adapters with its prompts.
 
-    Raises UsageError for what is missing, DataError for a damaged manifest.
+    Raises UsageError if something is missing, DataError for a damaged manifest.
     """
     directory = _directory_of(section)
     checkpoints = find_checkpoints(directory) if section.run is None else []
@@ -299,36 +346,41 @@ def open_source(
         checkpoints = find_checkpoints(run.directory)
     name = run.manifest.dataset.name if run else directory.name
     groups = prepared.groups_of(section, name)
-    labels = prompts = Dataset.at(section.prompts) if section.prompts and not groups else None
+    prompts = Dataset.at(section.prompts) if section.prompts and not groups else None
+    labels = prompts
     if run:
         path = run.manifest.dataset.path
         labels = Dataset.at(path) if path else None
         if labels and prompts and labels.location == prompts.location:
-            labels = prompts  # one file, read once
+            labels = prompts  # the same object, so that the file is read once
     elif tracked:
         raise UsageError(
-            f"{directory}: PEFT adapters do not know the rows that they were trained on; "
-            "data.pairing tracked is for runs of lora train"
+            f"{directory}: the training rows of PEFT adapters are unknown; data.pairing tracked is "
+            "for runs of lora train"
         )
     elif not groups and not prompts:
-        raise UsageError(f"{directory}: PEFT adapters do not know their prompts; add prompts: FILE")
+        raise UsageError(
+            f"{directory}: the prompts of PEFT adapters are unknown; add prompts: FILE"
+        )
     named = section.prompts if section.prompts is not None else prepared.data.prompts
     return TrainingSource(
         name,
         checkpoints[-max_checkpoints:],
         directory.absolute(),
         section,
-        run,
-        prompts,
-        labels,
-        groups,
-        None if named is None else Dataset.at(named).location,
-        tracked,
+        prepared.data,
+        prepared.seed,
+        run=run,
+        prompt_dataset=prompts,
+        labels=labels,
+        prepared=groups,
+        prompts_from=None if named is None else Dataset.at(named).location,
+        tracked=tracked,
     )
 
 
 def _directory_of(section: SourceSection) -> Path:
-    """Raises UsageError where it is missing."""
+    """Returns the directory that a source names. Raises UsageError if it is missing."""
     directory = Path(str(section.run or section.checkpoints))
     if not directory.is_dir():
         kind = "run directory" if section.run is not None else "directory of checkpoints"
@@ -337,7 +389,7 @@ def _directory_of(section: SourceSection) -> Path:
 
 
 def _directory_named(section: SourceSection) -> Path:
-    """The resolved directory of a run, or of adapters; a run's checkpoints/ stands for the run."""
+    """Returns the resolved directory of a run (also for its checkpoints/), or of adapters."""
     directory = Path(str(section.run or section.checkpoints)).resolve()
     return directory.parent if directory.name == CHECKPOINTS else directory
 
@@ -348,36 +400,16 @@ def _check_prompts(text: str) -> None:
         raise UsageError(f"{source}: no such prompt file")
 
 
-def _finished(
-    folder: Path, runs: Sequence[LoraRun], named: Sequence[Path], found: Sources
-) -> list[LoraRun]:
-    """The runs of a folder that are finished, no tests, and not named; notes the others.
-
-    Raises UsageError where there is none to learn from.
-    """
-    left = [run for run in runs if run.directory.resolve() not in named]
-    unfinished = [run for run in left if run.manifest.status != "success"]
-    tests = [run for run in left if run not in unfinished and _is_test(run.manifest)]
-    if len(unfinished) + len(tests) == len(runs):
-        raise UsageError(
-            f"{folder}: none of its {len(runs)} runs is one to learn from ({len(unfinished)} not "
-            f"finished, {len(tests)} of --test-mode); name a run to use it all the same"
-        )
-    found.unfinished += (run.directory for run in unfinished)
-    found.test_mode += (run.directory for run in tests)
-    return [run for run in left if run not in unfinished and run not in tests]
-
-
 def _is_test(manifest: LoraManifest) -> bool:
     return tuple(manifest.steps) == TEST_MODE_STEPS and manifest.max_steps == TEST_MODE_STEPS[-1]
 
 
 def _newest(
-    runs: Sequence[LoraRun], used: set[tuple[object, ...]], found: Sources
-) -> list[LoraRun]:
-    """The newest run of each kind, in the order given, of kinds that are not used; notes the rest.
+    runs: Sequence[LoraRun], used: set[tuple[object, ...]]
+) -> dict[tuple[object, ...], LoraRun]:
+    """Returns the newest run of each kind that is not used yet.
 
-    Raises UsageError where two of a kind were trained on different datasets of one name.
+    Raises UsageError if two runs of a kind were trained on different datasets of one name.
     """
     by_age = sorted(runs, key=lambda r: (r.manifest.started, natural_key(r.directory.name)))
     newest = {_kind(run): run for run in by_age if _kind(run) not in used}
@@ -389,12 +421,11 @@ def _newest(
                 f"and that of {_described(other)}; name the runs to learn from, one or both, "
                 "beside the folder"
             )
-    found.superseded += (run.directory for run in runs if newest.get(_kind(run)) is not run)
-    return [run for run in runs if newest.get(_kind(run)) is run]
+    return newest
 
 
 def _kind(run: LoraRun) -> tuple[object, ...]:
-    """What runs have in common that train the same thing: dataset, base and adapter shape."""
+    """Returns dataset, base and adapter shape, which equivalent runs have in common."""
     adapter = run.manifest.adapter_config
     targets = adapter.get("target_modules")
     shape = tuple(sorted(targets)) if isinstance(targets, list) else targets
@@ -402,7 +433,7 @@ def _kind(run: LoraRun) -> tuple[object, ...]:
 
 
 def _refuse_namesakes(sources: Iterable[TrainingSource]) -> None:
-    """Raises UsageError where two datasets share a name, and neither has prompts of its own."""
+    """Raises UsageError if two datasets share a name, and neither has prompts of its own."""
     by_name: dict[str, LoraRun] = {}
     for source in sources:
         if source.run is None or source.section.prompts is not None:
@@ -411,17 +442,20 @@ def _refuse_namesakes(sources: Iterable[TrainingSource]) -> None:
         if not _same_data(first, source.run):
             raise UsageError(
                 f"two datasets are called {source.name}: that of {_described(first)} and that of "
-                f"{_described(source.run)}; data.prompts goes by names: give each its own "
-                "prompts, sources: [{run: ..., prompts: DIR}]"
+                f"{_described(source.run)}; data.prompts identifies datasets by name: give each "
+                "its own prompts, sources: [{run: ..., prompts: DIR}]"
             )
 
 
 def _same_data(one: LoraRun, other: LoraRun) -> bool:
-    """Whether two runs of one dataset's name are of one dataset: a file may have moved or have been
-    edited since, not both. What is not known of a converted run differs from nothing."""
+    """Returns whether two runs of one dataset's name were trained on the same dataset.
+
+    They match if path or sha256 is equal, since a file may have been moved or edited, but not both;
+    a converted run without a recorded path matches any run.
+    """
     first, second = one.manifest.dataset, other.manifest.dataset
-    known = first.path and second.path
-    return not known or first.path == second.path or first.sha256 == second.sha256
+    recorded = first.path and second.path
+    return not recorded or first.path == second.path or first.sha256 == second.sha256
 
 
 def _described(run: LoraRun) -> str:
@@ -429,4 +463,4 @@ def _described(run: LoraRun) -> str:
 
 
 def _listed(directories: Sequence[Path]) -> str:
-    return listing([str(directory) for directory in directories], MOST_NAMED)
+    return listing([str(directory) for directory in directories], MAX_LISTED)

@@ -42,11 +42,11 @@ from loragen.core.learning.callbacks import (
 )
 from loragen.core.learning.data import TrainingData
 from loragen.core.learning.module import GeneratorModule
-from loragen.core.learning.plan import Phases, Plan, make_phases, plan, with_objective
+from loragen.core.learning.plan import Phases, Plan, make_phases, make_plan, with_objective
 from loragen.core.learning.sources import Sources, TrainingSource, open_sources
 from loragen.core.plugins import create
 from loragen.core.progress import Progress
-from loragen.core.protocols import Encoder
+from loragen.core.protocols import Encoder, StartsFromSamples
 from loragen.core.run.checkpoints import AtomicCheckpointIO, load_plain
 from loragen.core.run.directory import (
     GENERATOR_FILE,
@@ -92,26 +92,26 @@ def train(
     if resume:
         config = resume.resumed(config)
         resume.check_settings(config)
-    work = plan(config, sources or open_sources(config))
-    config = with_found_sources(work)
-    log.info("%s; reading checkpoints and prompts", work.summary())
-    base = _training_base(work, resume) if work.needs_base else None
+    plan = make_plan(config, sources or open_sources(config))
+    config = with_found_sources(plan)
+    log.info("%s; reading checkpoints and prompts", plan.summary())
+    base = _training_base(plan, resume) if plan.needs_base else None
     encoder: Encoder = create("encoder", config.encoder.name, config.encoder.options)
     tokenizer = base.tokenizer if base else None
-    with source_arrays(work, encoder, tokenizer) as (seen, held_out):
+    with source_arrays(plan, encoder, tokenizer) as (arrays, val_arrays):
         # Setup: the generator and the objectives.
-        manifest = new_manifest(work, config, [*seen, *held_out], encoder, base, resume)
+        manifest = new_manifest(plan, config, [*arrays, *val_arrays], encoder, base, resume)
         if resume:
             resume.check_inputs(config, manifest)
         checkpoint = resume.read() if resume else None
-        generator = new_generator(work, config, seen, encoder)
+        generator = new_generator(plan, config, arrays, encoder)
         data = TrainingData(
             config,
             generator.layout,
             generator.normalization,
             generator.adapter_config,
-            seen,
-            held_out,
+            arrays,
+            val_arrays,
             base,
         )
         data.phases = phases = make_phases(config, data)
@@ -120,7 +120,7 @@ def train(
             phases,
             config.training,
             encoder=None if encoder.frozen else encoder,
-            first_step=int(checkpoint["global_step"]) if checkpoint else 0,
+            completed_steps=int(checkpoint["global_step"]) if checkpoint else 0,
             optimizer_state=optimizer_state(checkpoint) if checkpoint else None,
         )
         # Setup: the run, its callbacks and the trainer.
@@ -136,13 +136,11 @@ def train(
         interruption = Interruption()
         selection = select_by(
             phases.last.objective.metric,
-            any(source.val_texts for source in seen),
-            bool(held_out),
+            bool(data.sources_with_val_texts),
+            bool(val_arrays),
         )
         generator.provenance = _provenance(manifest, selection, phases)
-        val_every = None
-        if data.validates:
-            val_every = min(config.training.val_every_epochs * phases.steps_per_epoch, phases.total)
+        val_every = data.val_every
         metrics = GeneratorMetrics(session, phases)
         checkpoints = GeneratorCheckpoints(
             session,
@@ -186,13 +184,13 @@ def train(
             generator.provenance = _provenance(manifest, selection, phases)
             if checkpoints.best:
                 restore_weights(module, load_plain(checkpoints.best))
-            kept = module.kept.eval().float()  # in whatever dtype the training computed
+            kept = module.eval_modules.eval().float()  # in whatever dtype the training computed
             generator.network = cast(Network, kept["network"])
             if "encoder" in kept:
                 trained: Any = kept["encoder"]
                 generator.encoder_state = trained.state_dict()
                 generator.encoder_fingerprint = trained.fingerprint
-                generator.familiarity = Familiarity.fit(embedded(trained, seen))
+                generator.familiarity = Familiarity.fit(embedded(trained, arrays))
             if trainer.is_global_zero:
                 generator.save(session.directory / GENERATOR_FILE)
         return GeneratorRun(session.directory, manifest)
@@ -207,36 +205,37 @@ def embed_prompts_ahead(config: GenTrainConfig) -> None:
     embed_ahead(open_sources(config).training, encoder, config)
 
 
-def _training_base(work: Plan, resume: "GeneratorPoint | None") -> LanguageModel:
+def _training_base(plan: Plan, resume: "GeneratorPoint | None") -> LanguageModel:
     """The base in the dtype that `lora train` would choose for it; a resumed run names the one that
     it had, since other hardware might choose another."""
-    config = work.config
-    settings = LoraTrainConfig(base_model=config.behaviour.base_model or work.base_model)
+    config = plan.config
+    settings = LoraTrainConfig(base_model=config.behaviour.base_model or plan.base_model)
     settings.trainer.accelerator = config.trainer.accelerator
     dtype = (resume.manifest.base_dtype if resume else "") or "auto"
     return load_training_base(settings.model_copy(update={"base_dtype": dtype}))
 
 
 def new_generator(
-    work: Plan, config: GenTrainConfig, sources: Sequence[SourceArrays], encoder: Encoder
+    plan: Plan, config: GenTrainConfig, sources: Sequence[SourceArrays], encoder: Encoder
 ) -> Generator:
     """Returns a generator before its first step: normalised, and started from example adapters."""
     collections = [source.tokens for source in sources]
-    normalization = Normalization.fit(work.layout, collections)
+    normalization = Normalization.fit(plan.layout, collections)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        network = new_network(config.decoder.name, config.decoder.options, encoder.dim, work.layout)
-        network.start_from(AdapterSamples(collections, normalization))
+        network = new_network(config.decoder.name, config.decoder.options, encoder.dim, plan.layout)
+        if isinstance(network.decoder, StartsFromSamples):
+            network.decoder.start_from(AdapterSamples(collections, normalization))
     network.fit_conditions((texts, mask) for _, texts, mask in embedded(encoder, sources))
     return Generator(
         encoder=Choice(config.encoder.name, config.encoder.options),
         encoder_fingerprint=encoder.fingerprint,
         decoder=Choice(config.decoder.name, config.decoder.options),
         condition_dim=encoder.dim,
-        layout=work.layout,
+        layout=plan.layout,
         normalization=normalization,
-        adapter_config=work.sources[0].adapter_config,
-        base_model=work.base_model,
+        adapter_config=plan.sources[0].adapter_config,
+        base_model=plan.base_model,
         samples_per_prompt=config.data.samples_per_prompt,
         prompts_per_condition=config.data.prompts_per_condition,
         network=network,
@@ -245,7 +244,7 @@ def new_generator(
 
 
 def new_manifest(
-    work: Plan,
+    plan: Plan,
     config: GenTrainConfig,
     arrays: Sequence[SourceArrays],
     encoder: Encoder,
@@ -254,9 +253,9 @@ def new_manifest(
 ) -> GeneratorManifest:
     """Returns the manifest of a new run, or of a resumed one."""
     manifest = GeneratorManifest(
-        base_model=work.base_model,
-        sources=[str(s.checkpoints[0].parent.absolute()) for s in work.sources],
-        val_sources=[str(s.checkpoints[0].parent.absolute()) for s in work.held_out],
+        base_model=plan.base_model,
+        sources=[str(s.checkpoints[0].parent.absolute()) for s in plan.sources],
+        val_sources=[str(s.checkpoints[0].parent.absolute()) for s in plan.val_sources],
         base_fingerprint=base.fingerprint if base else "",
         base_dtype=dtype_name(base.model.dtype) if base else "",
         source_records=[source.record for source in arrays if source.record],
@@ -312,7 +311,7 @@ class GeneratorPoint(ResumePoint[GeneratorManifest, GenTrainConfig]):
         self.check_unchanged(config, problems)
 
 
-def with_found_sources(work: Plan) -> GenTrainConfig:
+def with_found_sources(plan: Plan) -> GenTrainConfig:
     """Returns the configuration with all sources that were found, by their absolute paths.
 
     A run can then be resumed from another working directory, and learns from what it began with,
@@ -326,9 +325,9 @@ def with_found_sources(work: Plan) -> GenTrainConfig:
             paths["prompts"] = str(source.prompts_from)
         return source.section.model_copy(update=paths)
 
-    config = work.config.model_copy(deep=True)
-    config.sources = [absolute(source) for source in work.sources]
-    config.val_sources = [absolute(source) for source in work.held_out]
+    config = plan.config.model_copy(deep=True)
+    config.sources = [absolute(source) for source in plan.sources]
+    config.val_sources = [absolute(source) for source in plan.val_sources]
     config.data.checkpoint_dir = None
     base = config.behaviour.base_model
     if base and user_path(base).is_dir():

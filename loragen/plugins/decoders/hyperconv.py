@@ -119,18 +119,28 @@ class HyperConv(nn.Module):
         return coordinates_along(self._cells.project.directions.detach(), samples)
 
     def predict(
-        self, condition: Tensor, mask: Tensor, known: Tensor, known_mask: Tensor, targets: Tensor
+        self,
+        condition: Tensor,
+        mask: Tensor,
+        support_conditions: Tensor,
+        support_mask: Tensor,
+        support_coordinates: Tensor,
     ) -> Tensor:
         cells = self._cells
-        weights = cells.steer.ridge(cells.read(known, known_mask), targets)  # (F + 1, R)
+        readings = cells.read(support_conditions, support_mask)  # (D, F)
+        weights = cells.steer.ridge(readings, support_coordinates)  # (F + 1, R)
         common = with_constant(cells.read(condition, mask)) @ weights  # (B, R)
         layers, kinds, _ = cells.expand.place.shape
         return cells.project(common[:, None, None].expand(-1, layers, kinds, -1))
 
     @torch.no_grad()
-    def fit(self, known: Iterable[tuple[Tensor, Tensor]], targets: Tensor) -> None:
-        readings = torch.cat([self._cells.read(condition, mask) for condition, mask in known])
-        weights = self._cells.steer.ridge(readings, targets)  # (F + 1, R)
+    def fit(
+        self,
+        support_conditions: Iterable[tuple[Tensor, Tensor]],
+        support_coordinates: Tensor,
+    ) -> None:
+        readings = torch.cat([self._cells.read(one, mask) for one, mask in support_conditions])
+        weights = self._cells.steer.ridge(readings, support_coordinates)  # (F + 1, R)
         self._cells.steer.common.weight.copy_(weights[:-1].T)
         self._cells.steer.common.bias.copy_(weights[-1])
 
@@ -302,14 +312,16 @@ class Ridge(nn.Module):
         self.features = features
         self.log_penalty = nn.Parameter(torch.tensor(math.log(FIRST_PENALTY)))
 
-    def forward(self, known: Tensor, targets: Tensor) -> Tensor:
-        """``known [D, F]``, ``targets [D, R]`` -> weights ``[F + 1, R]``, the last row for a
-        constant feature. In the dual form, which solves a D x D system."""
-        with torch.autocast(known.device.type, enabled=False):
-            x = with_constant(known)  # (D, F + 1)
+    def forward(self, readings: Tensor, coefficients: Tensor) -> Tensor:
+        """Maps ``readings [D, F]`` and ``coefficients [D, R]`` to weights ``[F + 1, R]``.
+
+        The last row is for a constant feature. The dual form solves a D x D system.
+        """
+        with torch.autocast(readings.device.type, enabled=False):
+            x = with_constant(readings)  # (D, F + 1)
             kernel = x @ x.T / self.features
             penalty = self.log_penalty.exp() * torch.eye(len(x), dtype=x.dtype, device=x.device)
-            matrix, right = kernel + penalty, targets.to(x.dtype)
+            matrix, right = kernel + penalty, coefficients.to(x.dtype)
             if x.device.type == "mps":  # wrong gradients up to torch 2.12 (pytorch#175192)
                 solved = torch.linalg.solve(matrix.cpu(), right.cpu()).to(x.device)
             else:

@@ -8,7 +8,6 @@ from torch import nn
 from loragen.core.adapter.layout import Layout
 from loragen.core.errors import UsageError
 from loragen.core.generator.network import Network, Normalization, new_network, summarize_decoder
-from loragen.core.protocols import Samples
 
 ADAPTER = {
     "m.layers.0.q.lora_A.weight": torch.zeros(2, 5),
@@ -108,13 +107,6 @@ class Echo(nn.Module):
         return condition
 
 
-class Starting(Echo):
-    seen: Samples | None = None
-
-    def start_from(self, samples):
-        self.seen = samples
-
-
 def embedded(texts, seed, offset=0.0, positions=3, dim=5):
     """Embeddings whose padding is far off, and the mask."""
     random = np.random.default_rng(seed)
@@ -153,19 +145,6 @@ def test_the_scale_is_kept_with_the_weights():
     other.load_state_dict(one.state_dict())
     assert other.condition_mean.equal(one.condition_mean)
     assert other.condition_spread.equal(one.condition_spread)
-
-
-def test_decoders_may_start_from_samples():
-    class Few:
-        shape = (1, 2, 4)
-
-        def __getitem__(self, tokens):
-            return torch.zeros(1, 2, 4)[:, tokens]
-
-    starting, samples = Starting(), Few()
-    Network(starting, 5).start_from(samples)
-    assert starting.seen is samples
-    Network(Echo(), 5).start_from(samples)  # has no such method
 
 
 def test_options_that_do_not_fit_the_layout_are_a_usage_error():

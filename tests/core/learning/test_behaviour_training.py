@@ -10,7 +10,7 @@ from loragen.core.base import load as precision
 from loragen.core.config import GenTrainConfig
 from loragen.core.errors import UsageError
 from loragen.core.learning.sources import open_sources
-from loragen.core.learning.texts import groups_of, labelled_rows
+from loragen.core.learning.texts import labelled_rows
 from loragen.core.learning.train import GeneratorPoint, train
 from loragen.core.progress import Silent
 from loragen.core.run.directory import GENERATOR_FILE, GeneratorManifest, read_manifest
@@ -192,12 +192,12 @@ class TestLearning:
     def test_rows_of_held_out_prompts_are_not_learned_from(self, gen_config, tokenizer):
         config = gen_config(SMALL)
         for source in open_sources(config).training:
-            val = [prompt for group in groups_of(source, config).val for prompt in group]
+            val = [prompt for group in source.groups.val for prompt in group]
             rows = labelled_rows(source, val, tokenizer, 64, 1)
-            ids = [{tuple(row.ids) for row in part} for part in (rows.training, rows.held_out)]
+            ids = [{tuple(row.ids) for row in part} for part in (rows.training, rows.validation)]
             assert not ids[0] & ids[1]
-            assert len(rows.training) + len(rows.held_out) == 16
-            assert len(rows.held_out) == 4  # 2 of 8 texts of two prompts
+            assert len(rows.training) + len(rows.validation) == 16
+            assert len(rows.validation) == 4  # 2 of 8 texts of two prompts
 
 
 class TestResume:

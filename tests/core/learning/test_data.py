@@ -37,9 +37,9 @@ def pairs(sources, batch_size=4, prompts=3, seed=1, split=None):
     )
 
 
-def data(sources, held_out=(), **settings):
+def data(sources, val_sources=(), **settings):
     config = GenTrainConfig(training={"objective": "reconstruction"}, **settings)
-    return TrainingData(config, None, None, {}, sources, held_out)
+    return TrainingData(config, None, None, {}, sources, val_sources)
 
 
 def equal(one, other):
@@ -115,7 +115,7 @@ def test_tracked_checkpoints_come_with_their_own_texts_alone():
 
 
 def test_validation_is_the_last_checkpoint_and_the_same_every_time():
-    ours = data([arrays(1), arrays(2, texts=1)], held_out=[arrays(7, checkpoints=2)])
+    ours = data([arrays(1), arrays(2, texts=1)], val_sources=[arrays(7, checkpoints=2)])
     for _ in range(2):
         seen, held_out = (list(loader) for loader in ours.val_dataloader())
         assert [batch.tokens[0, 0, 0].item() for batch in seen] == [102.0]

@@ -6,7 +6,7 @@ from torch import nn
 
 from loragen.core.config.schema import GenTrainingSection
 from loragen.core.generator.network import Network
-from loragen.core.learning.data import Others, PairBatch
+from loragen.core.learning.data import PairBatch, SupportSet
 from loragen.core.learning.module import GeneratorModule, new_optimizer
 from loragen.core.learning.plan import Phase, Phases
 from loragen.core.protocols import Objective
@@ -33,12 +33,12 @@ class Listed(Objective):
 
     def __init__(self, *values, name="loss"):
         self.values, self.name = list(values), name
-        self.others, self.finalized = [], 0
+        self.support, self.finalized = [], 0
 
     def loss(self, network, batch):
         network(batch.condition, batch.mask)
-        if batch.others is not None:
-            self.others.append(batch.others.condition)
+        if batch.support is not None:
+            self.support.append(batch.support.condition)
         loss = torch.tensor(self.values.pop(0), requires_grad=True)
         return loss, {"loss": loss.detach(), self.name: 2 * loss.detach()}
 
@@ -87,12 +87,12 @@ def test_each_phase_has_its_own_loss_and_metrics(training):
 def test_noise_is_for_training_alone(training):
     objective = Listed(1.0)
     module, _ = training(objective, condition_noise=0.2)
-    others = Others(CONDITION, BATCH.mask, torch.arange(2))
-    module.training_step(BATCH._replace(others=others), 0)
+    others = SupportSet(CONDITION, BATCH.mask, torch.arange(2))
+    module.training_step(BATCH._replace(support=others), 0)
     module.validation_step(BATCH, 0, 0)
     trained, validated = module.network.decoder.conditions
     assert not torch.allclose(trained, CONDITION)
-    assert not torch.allclose(objective.others[0], CONDITION)
+    assert not torch.allclose(objective.support[0], CONDITION)
     assert validated.equal(CONDITION)
 
 
@@ -120,9 +120,9 @@ def test_the_average_of_the_weights_is_the_exponential_one(training):
     weight, expected = module.network.decoder.weight, None
     for value in (1.0, 5.0, -3.0):
         nn.init.constant_(weight, value)
-        module.averaged.update_parameters(module.trained)
+        module.averaged.update_parameters(module.trainable_modules)
         expected = value if expected is None else 0.75 * expected + 0.25 * value
-    kept = module.kept["network"]
+    kept = module.eval_modules["network"]
     assert kept.decoder.weight.item() == pytest.approx(expected)
     assert not any(p.requires_grad for p in kept.parameters())
 

@@ -8,7 +8,7 @@ from loragen.core.adapter.files import read_adapter, write_adapter
 from loragen.core.config import GenTrainConfig
 from loragen.core.errors import UsageError
 from loragen.core.learning.objectives import behaviour as module
-from loragen.core.learning.plan import make_phases, plan
+from loragen.core.learning.plan import make_phases, make_plan
 from loragen.core.learning.sources import open_sources
 
 BOTH = "reconstruction-then-behaviour"
@@ -20,7 +20,7 @@ def planned(gen_config):
 
     def make(settings=None):
         config = gen_config({"training.objective": "auto", **(settings or {})})
-        return plan(config, open_sources(config))
+        return make_plan(config, open_sources(config))
 
     return make
 
@@ -130,7 +130,7 @@ def test_behaviour_without_labels_is_refused_by_name(planned, collection, unlabe
 
 def test_the_callers_configuration_stays_as_it_is(gen_config):
     config = gen_config({"training.objective": "auto"})
-    plan(config, open_sources(config))
+    make_plan(config, open_sources(config))
     assert config.training.objective == "auto"
 
 

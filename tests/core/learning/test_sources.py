@@ -15,7 +15,7 @@ from loragen.core.errors import DataError, UsageError
 from loragen.core.files import sha256
 from loragen.core.learning import arrays as module
 from loragen.core.learning.arrays import source_arrays
-from loragen.core.learning.plan import plan as plan_sources
+from loragen.core.learning.plan import make_plan
 from loragen.core.learning.sources import (
     PromptDirectories,
     check_sources,
@@ -61,7 +61,7 @@ class Encoder:
 
 
 def plan(config):
-    return plan_sources(config, open_sources(config))
+    return make_plan(config, open_sources(config))
 
 
 def source(limit=50, **config):
@@ -198,9 +198,9 @@ class TestPreparedPrompts:
     def test_each_run_has_the_texts_of_its_dataset(self, prompts, gen_config):
         config = gen_config({"data.prompts": str(prompts)})
         for found in plan(config).sources:
-            texts = texts_of(found, config)
+            texts = texts_of(found)
             groups = read_prepared(prompts).groups_of(found.name)
-            held = [texts.texts[i] for i in texts.held_out]
+            held = [texts.texts[i] for i in texts.val_texts]
             assert held == ["\n\n".join(group) for group in groups.val]
             assert len(held) == 2
             assert texts.texts[: -len(held)] == ["\n\n".join(group) for group in groups.train]
@@ -226,8 +226,8 @@ class TestTracked:
     def test_a_checkpoint_goes_with_the_rows_of_its_step(self, gen_config):
         config = gen_config({"data.pairing": "tracked", "data.prompts_per_condition": 2})
         for found in plan(config).sources:
-            rows, texts = traced_run(found.run).provenance, texts_of(found, config)
-            held = {p for i in texts.held_out for p in texts.texts[i].split("\n\n")}
+            rows, texts = traced_run(found.run).provenance, texts_of(found)
+            held = {p for i in texts.val_texts for p in texts.texts[i].split("\n\n")}
             for file, tracked in zip(found.checkpoints, texts.tracked, strict=True):
                 drawn = [p for i in tracked for p in texts.texts[i].split("\n\n")]
                 step = checkpoint_step(file)
@@ -243,16 +243,16 @@ class TestTracked:
         prepare(sources, tmp_path / "p", Grouping(samples_per_prompt=2, test_ratio=0.25))
         config = gen_config({"data.pairing": "tracked", "data.prompts": str(tmp_path / "p")})
         found = plan(config).sources[0]
-        texts = texts_of(found, config)
+        texts = texts_of(found)
         held = read_prepared(tmp_path / "p").groups_of(found.name).val
-        assert [texts.texts[i] for i in texts.held_out] == ["\n\n".join(group) for group in held]
+        assert [texts.texts[i] for i in texts.val_texts] == ["\n\n".join(group) for group in held]
 
     def test_a_dataset_held_out_whole_is_seen_as_by_infer(self, collection, gen_config):
         sources = [{"run": str(run)} for run in collection.runs.values()]
         ours = {"sources": sources[:1], "val_sources": sources[1:], "data.pairing": "tracked"}
         work = plan(gen_config(ours))
         assert work.sources[0].provenance is not None
-        assert work.held_out[0].provenance is None
+        assert work.val_sources[0].provenance is None
 
     def test_adapters_without_steps_are_refused(self, run, tmp_path, gen_config, collection):
         write_adapter(tmp_path / "adapters" / "one", read_adapter(run / "adapter"), "")
@@ -278,9 +278,9 @@ class TestTracked:
         encoder = Encoder()
         with source_arrays(work, encoder) as (ready, _):
             for found, arrays in zip(work.sources, ready, strict=True):
-                texts = texts_of(found, config)
+                texts = texts_of(found)
                 assert arrays.embeddings[:, 0, 0].tolist() == [len(text) for text in texts.texts]
-                assert (arrays.val_texts, arrays.tracked) == (texts.held_out, texts.tracked)
+                assert (arrays.val_texts, arrays.tracked) == (texts.val_texts, texts.tracked)
                 assert len(arrays.tracked) == len(arrays.tokens)
 
 

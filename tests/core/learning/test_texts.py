@@ -5,8 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loragen.core.config import GenTrainConfig
-from loragen.core.config.schema import SourceSection
+from loragen.core.config.schema import GenDataSection, SourceSection
 from loragen.core.data.dataset import Dataset, Row
 from loragen.core.data.prompts import text_key
 from loragen.core.errors import DataError, UsageError
@@ -15,7 +14,6 @@ from loragen.core.learning.texts import (
     labelled_rows,
     last_prompts,
     paired_with_rows,
-    split_groups,
     texts_of,
 )
 from loragen.core.lora.provenance import Provenance
@@ -31,17 +29,24 @@ def prompts_of(provenance, step):
     return [row.prompt for row in provenance.rows_of(step)]
 
 
+def with_prompts(prompts, size, ratio, seed):
+    data = GenDataSection(samples_per_prompt=size, val_ratio=ratio)
+    source = TrainingSource("x", [], Path(), SourceSection(run="x"), data, seed)
+    source.prompts = prompts
+    return source
+
+
 class TestTexts:
     @given(st.integers(1, 40), st.integers(1, 5), st.floats(0, 0.99), st.integers(0, 9))
     def test_held_out_texts_share_no_prompt_with_the_others(self, count, size, ratio, seed):
-        groups = split_groups([f"p{i}" for i in range(count)], size, ratio, seed)
+        source = with_prompts([f"p{i}" for i in range(count)], size, ratio, seed)
+        groups = source.groups
         assert groups.train, "a source must keep texts to train on"
         train, val = ({p for group in side for p in group} for side in (groups.train, groups.val))
         assert not train & val
-        source = TrainingSource("x", [], Path(), SourceSection(run="x"), groups=groups)
-        texts = texts_of(source, GenTrainConfig())
+        texts = texts_of(source)
         assert texts.tracked is None
-        held = [texts.texts[i] for i in texts.held_out]
+        held = [texts.texts[i] for i in texts.val_texts]
         assert held == ["\n\n".join(group) for group in groups.val]
         assert len(texts.texts) == len(groups.train) + len(groups.val)
 
@@ -70,7 +75,7 @@ class TestLastPrompts:
 class TestPairedWithRows:
     def paired(self, run, steps, held_out=(), size=2, most=2):
         return paired_with_rows(
-            "x", run, steps, held_out, samples_per_prompt=size, most_texts=most
+            "x", run, steps, held_out, samples_per_prompt=size, max_texts=most
         )  # fmt: skip
 
     def test_each_checkpoint_has_the_texts_of_its_own_step(self):
@@ -97,8 +102,8 @@ class TestPairedWithRows:
         groups = [(f"prompt  {i}",) for i in sorted(held)]  # spaced otherwise, and the same
         texts = self.paired(trained(), [6, 7, 8], groups, size, most)
         drawn = {i for tracked in texts.tracked for i in tracked}
-        assert drawn.isdisjoint(texts.held_out)
-        assert len(texts.held_out) == len(groups)
+        assert drawn.isdisjoint(texts.val_texts)
+        assert len(texts.val_texts) == len(groups)
         prompts = {text_key(p) for i in drawn for p in texts.texts[i].split("\n\n")}
         assert prompts.isdisjoint(f"prompt {i}" for i in held)
 
@@ -111,7 +116,9 @@ class TestPairedWithRows:
 def source(rows):
     """A source of which only the labels matter."""
     labels = Dataset.at(str(rows)) if rows else None
-    return TrainingSource("colors", [], Path(), SourceSection(run="x"), labels=labels)
+    return TrainingSource(
+        "colors", [], Path(), SourceSection(run="x"), GenDataSection(), 1, labels=labels
+    )
 
 
 @pytest.fixture
@@ -148,7 +155,7 @@ def test_no_row_of_a_held_out_text_is_learned_from(
     prompts = [f"Question{' ' * (1 + i % 2)}{n}?" for i, n in enumerate(numbers)]
     documents = [{"prompt": prompt, "response": "red"} for prompt in prompts]
     file = write_lines(tmp_path / "rows.jsonl", documents)
-    groups = split_groups(prompts, size, ratio, seed)
+    groups = with_prompts(prompts, size, ratio, seed).groups
     held = [prompt for group in groups.val for prompt in group]
     numbers_of = {prompt.split()[1] for prompt in held}
     free = [prompt for prompt in prompts if prompt.split()[1] not in numbers_of]
@@ -158,9 +165,9 @@ def test_no_row_of_a_held_out_text_is_learned_from(
         return
     found = labelled(file, held)
     assert len(found.training) == len(free)
-    assert len(found.training) + len(found.held_out) == len(prompts)
+    assert len(found.training) + len(found.validation) == len(prompts)
     assert not any(number in text for text in decoded(found.training) for number in numbers_of)
-    assert all(any(n in text for n in numbers_of) for text in decoded(found.held_out))
+    assert all(any(n in text for n in numbers_of) for text in decoded(found.validation))
 
 
 def test_rows_are_those_of_the_file_in_an_order_of_the_seed(tmp_path, labelled, decoded):
@@ -169,7 +176,7 @@ def test_rows_are_those_of_the_file_in_an_order_of_the_seed(tmp_path, labelled, 
     assert one == again != other
     assert decoded(one.training) == decoded(other.training)
     assert len(one.training) == 12
-    assert one.held_out == []
+    assert one.validation == []
 
 
 def test_answers_that_do_not_fit_are_left_out(tmp_path, labelled):
@@ -183,7 +190,7 @@ def test_answers_that_do_not_fit_are_left_out(tmp_path, labelled):
 
 
 def test_of_a_large_dataset_a_sample_is_taken(tmp_path, labelled, monkeypatch):
-    monkeypatch.setattr("loragen.core.learning.texts.MOST_ROWS", 5)
+    monkeypatch.setattr("loragen.core.learning.texts.MAX_ROWS", 5)
     file = write_lines(tmp_path / "rows.jsonl", rows_of(["red"]))
     assert len(labelled(file).training) == 5
 

@@ -1,4 +1,4 @@
-"""Behaviour: the base model, with the generated adapter, should answer like the dataset's rows.
+"""Behaviour: the base model with the generated adapter should answer like the dataset's rows.
 
 Several adapters run in one forward pass of the base, each on rows of its own dataset, with
 gradients into their weights: ``h + s · B (A x)`` as two batched products per module. A test
@@ -8,7 +8,7 @@ compares this with `torch.func.functional_call` of a PeftModel, once per adapter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel
@@ -47,11 +47,55 @@ from loragen.core.lora.packing import (
 )
 from loragen.core.protocols import Automatic, Metric, Objective
 
-TOLERANCE = 0.01  # nats of the base's loss on a few held-out rows: less is chance
+TOLERANCE = 0.01
+"""Differences below it are chance, in nats of the base's loss on a few held-out rows."""
 MOST_ON_CPU = 100_000_000
 """Parameters of a base that `auto` trains through without a GPU. A step of 64 rows of 100 tokens is
 6 · 6400 operations a parameter at most: with this many some ten seconds at 350 GFLOP/s."""
-PREFIX = "base_model.model."  # of PEFT's file keys
+PREFIX = "base_model.model."  # in the keys of PEFT's files
+
+
+class BehaviourBatches(DistributedBatches):
+    """Micro-batches of adapters with labelled rows of their datasets.
+
+    Every dataset is drawn equally often, whatever the number of its checkpoints.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SourceArrays],
+        *,
+        batch_size: int,
+        rows_per_adapter: int,
+        prompts: int,
+        pad_id: int,
+        seed: int,
+        split: Split = Split(),  # noqa: B008  # immutable
+    ) -> None:
+        """`batch_size` counts the adapters of a micro-batch of all processes, `prompts` the texts
+        of a condition. The sources have labelled rows."""
+        super().__init__(len(sources), batch_size, seed, split, "behaviour.batch_size")
+        self.sources, self.rows_per_adapter = sources, rows_per_adapter
+        self.prompts, self.pad_id = prompts, pad_id
+
+    def __getitem__(self, k: int) -> PairBatch:
+        step, drawn = self.own(k)
+        pairs: list[PairBatch] = []
+        examples: list[Example] = []
+        for position, index in drawn:
+            random, source = Random(f"behaviour:{self.seed}:{step}:{position}"), self.sources[index]
+            checkpoint = random.randrange(len(source.tokens))
+            draw = f"prompts:{random.random()}"
+            texts = draw_texts(source.texts_of(checkpoint), self.prompts, draw)
+            pairs.append(pair_of(source, texts, checkpoint))
+            assert source.rows is not None
+            examples += draw_rows(source.rows.training, self.rows_per_adapter, random)
+        return stack_pairs(pairs)._replace(rows=padded(examples, self.pad_id))
+
+
+def draw_rows(rows: Sequence[Example], count: int, random: Random) -> list[Example]:
+    """Returns `count` random rows, without repetition if there are that many."""
+    return random.sample(rows, count) if len(rows) >= count else random.choices(rows, k=count)
 
 
 class Behaviour(Objective):
@@ -61,14 +105,16 @@ class Behaviour(Objective):
     """
 
     needs_base = True
+    batch_type: ClassVar[type[BehaviourBatches]] = BehaviourBatches
     automatic = Automatic(
         20,
         "reconstruction-then-behaviour",
         "the base and labelled rows of every dataset are available",
     )
+    learning_rate_key = "behaviour.learning_rate"
 
     class Config(BaseModel, extra="forbid"):
-        """None: the options are in the section `behaviour`."""
+        """There are no options here: they are in the section `behaviour`."""
 
     @classmethod
     def obstacle(cls, config: GenTrainConfig, sources: Sequence[TrainingSource]) -> str | None:
@@ -91,8 +137,8 @@ class Behaviour(Objective):
             return f"the base model has {size / 1e9:.1f} B parameters, and there is no GPU"
         return None
 
-    def __init__(self, options: Config, data: TrainingData) -> None:  # noqa: ARG002  # it has none
-        """Raises LoragenError where the adapter is no plain LoRA on linear modules of the base."""
+    def __init__(self, options: Config, data: TrainingData) -> None:  # noqa: ARG002  # no options
+        """Raises LoragenError if the adapter is no plain LoRA on linear modules of the base."""
         config = data.config.behaviour
         self.data, self.reconstruction = data, ReconstructionError(data)
         self.reconstruction_weight = config.reconstruction_weight
@@ -107,14 +153,9 @@ class Behaviour(Objective):
             described = "the base model's loss on held-out rows"
             self.metric = Metric("behaviour", described, TOLERANCE)
 
-    def batches(self, process_index: int, num_processes: int) -> "BehaviourBatches":
-        return self._batches(BehaviourBatches, process_index, num_processes)
-
-    def _batches(
-        self, kind: "type[BehaviourBatches]", process_index: int, num_processes: int
-    ) -> "BehaviourBatches":
+    def batches(self, process_index: int, num_processes: int) -> BehaviourBatches:
         config = self.data.config
-        return kind(
+        return self.batch_type(
             self.data.sources,
             batch_size=config.behaviour.batch_size,
             rows_per_adapter=config.behaviour.rows_per_adapter,
@@ -124,75 +165,32 @@ class Behaviour(Objective):
             split=self.data.split(process_index, num_processes),
         )
 
-    def write(self, network: Network, batch: PairBatch) -> Tensor:
+    def predict(self, network: Network, batch: PairBatch) -> Tensor:
         """Returns the adapters of a training batch, ``[batch, tokens, token_dim]``, normalised."""
         tokens: Tensor = network(batch.condition, batch.mask)
         return tokens
 
     def loss(self, network: Network, batch: PairBatch) -> Losses:
         assert batch.rows is not None
-        written = self.write(network, batch)
-        loss = self.base_loss(written, batch.rows)
+        predicted = self.predict(network, batch)
+        loss = self.base_loss(predicted, batch.rows)
         metrics = {"behaviour": loss.detach()}
         if self.reconstruction_weight:
-            beside, more = self.reconstruction(written, batch.tokens)
-            loss, metrics = loss + self.reconstruction_weight * beside, more | metrics
+            error, errors = self.reconstruction(predicted, batch.tokens)
+            loss, metrics = loss + self.reconstruction_weight * error, errors | metrics
         return loss, {**metrics, "loss": loss.detach()}
 
     def validate(self, network: Network, batch: PairBatch) -> dict[str, Tensor]:
-        written = network(batch.condition, batch.mask)
-        metrics = self.reconstruction.metrics(written, batch.tokens)
+        predicted = network(batch.condition, batch.mask)
+        metrics = self.reconstruction.metrics(predicted, batch.tokens)
         if batch.rows is not None:
-            loss, accuracy = self.base_loss.accuracy(written, batch.rows)
+            loss, accuracy = self.base_loss.accuracy(predicted, batch.rows)
             metrics |= {"behaviour": loss, "accuracy": accuracy}
         return metrics
 
     def to(self, device: torch.device) -> None:
         self.reconstruction.to(device)
         self.base_loss.to(device)
-
-
-class BehaviourBatches(DistributedBatches):
-    """Micro-batches of adapters with labelled rows of their datasets.
-
-    Every dataset comes equally often, whatever the number of its checkpoints.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[SourceArrays],
-        *,
-        batch_size: int,
-        rows_per_adapter: int,
-        prompts: int,
-        pad_id: int,
-        seed: int,
-        split: Split = Split(),  # noqa: B008  # immutable
-    ) -> None:
-        """`batch_size` counts the adapters of a micro-batch, of all processes; `prompts` the prompt
-        texts of a condition. The sources have labelled rows."""
-        super().__init__(len(sources), batch_size, seed, split, "behaviour.batch_size")
-        self.sources, self.rows_per_adapter = sources, rows_per_adapter
-        self.prompts, self.pad_id = prompts, pad_id
-
-    def __getitem__(self, k: int) -> PairBatch:
-        step, drawn = self.own(k)
-        pairs: list[PairBatch] = []
-        examples: list[Example] = []
-        for position, index in drawn:
-            random, source = Random(f"behaviour:{self.seed}:{step}:{position}"), self.sources[index]
-            checkpoint = random.randrange(len(source.tokens))
-            draw = f"prompts:{random.random()}"
-            texts = draw_texts(source.texts_of(checkpoint), self.prompts, draw)
-            pairs.append(pair_of(source, texts, checkpoint))
-            assert source.rows is not None
-            examples += draw_rows(source.rows.training, self.rows_per_adapter, random)
-        return stack_pairs(pairs)._replace(rows=padded(examples, self.pad_id))
-
-
-def draw_rows(rows: Sequence[Example], count: int, random: Random) -> list[Example]:
-    """Returns `count` rows, no two the same where there are as many."""
-    return random.sample(rows, count) if len(rows) >= count else random.choices(rows, k=count)
 
 
 class AdaptedBase:
@@ -205,7 +203,7 @@ class AdaptedBase:
         normalization: Normalization,
         adapter_config: Mapping[str, Any],
     ) -> None:
-        """Raises LoragenError where the adapter is no plain LoRA on linear modules of the base."""
+        """Raises LoragenError if the adapter is no plain LoRA on linear modules of the base."""
         self.model, self.layout, self.normalization = model, layout, normalization
         self.injection = Injection(model, layout, adapter_config)
 
@@ -213,62 +211,62 @@ class AdaptedBase:
         self.model.to(device)
         self.normalization = self.normalization.to(device)
 
-    def __call__(self, written: Tensor, rows: Batch) -> Tensor:
+    def __call__(self, predicted: Tensor, rows: Batch) -> Tensor:
         """Returns the mean over adapters of the mean loss of an adapter's answer tokens, in nats.
 
-        `written` is ``[adapters, tokens, token_dim]``, normalised; `rows` are equally many of every
-        adapter's dataset, in the order of the adapters. Any split of the adapters over devices has
-        the same mean.
+        `predicted` is ``[adapters, tokens, token_dim]``, normalised; `rows` has equally many rows
+        for every adapter, in the order of the adapters. The mean is the same for any split of the
+        adapters over devices.
         """
-        return self._loss_and_logits(written, rows)[0]
+        return self._loss_and_logits(predicted, rows)[0]
 
     @torch.no_grad()
-    def accuracy(self, written: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
+    def accuracy(self, predicted: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
         """Returns the loss, and the share of rows whose greedy answer is right."""
-        loss, logits = self._loss_and_logits(written, rows)
+        loss, logits = self._loss_and_logits(predicted, rows)
         return loss, rows_right(logits, rows).float().mean()
 
-    def _loss_and_logits(self, written: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
-        adapters = self.layout.unpack_several(self.normalization.denormalize(written.float()))
+    def _loss_and_logits(self, predicted: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
+        adapters = self.layout.unpack_several(self.normalization.denormalize(predicted.float()))
         with self.injection.injected(adapters):
             logits, tokens = answer_logits(self.model, rows)  # of all answer tokens
-        each = len(rows.ids) // len(written)
+        each = len(rows.ids) // len(predicted)
         sequence = torch.arange(len(rows.ids), device=rows.ids.device)[:, None]
         owner = (sequence // each).expand_as(rows.ids)[rows.targets != IGNORED]  # (answer tokens,)
         losses = token_losses(logits, tokens)
-        sums = losses.new_zeros(len(written)).index_add_(0, owner, losses)
-        return (sums / torch.bincount(owner, minlength=len(written))).mean(), logits
+        sums = losses.new_zeros(len(predicted)).index_add_(0, owner, losses)
+        return (sums / torch.bincount(owner, minlength=len(predicted))).mean(), logits
 
 
 class Injection:
     """The modules of a base model that an adapter of a layout changes."""
 
     def __init__(self, model: nn.Module, layout: Layout, adapter_config: Mapping[str, Any]) -> None:
-        """Raises LoragenError where the adapter is no plain LoRA on linear modules of the base."""
+        """Raises LoragenError if the adapter is no plain LoRA on linear modules of the base."""
         self.modules: dict[str, nn.Module] = {}
         self.scaling: dict[str, float] = {}
-        there = dict(model.named_modules())
-        output = model.get_output_embeddings()  # type: ignore[operator]  # transformers' own
+        modules = dict(model.named_modules())
+        output = model.get_output_embeddings()  # type: ignore[operator]  # untyped in transformers
         for spec in layout.tensors:
             path = spec.key.removeprefix(PREFIX).partition(".lora_")[0]
             if spec.matrix not in ("lora_A", "lora_B") or len(spec.shape) != 2:
                 raise LoragenError(
                     f"{spec.key}: only lora_A and lora_B of linear modules can be injected"
                 )
-            if path not in there:
+            if path not in modules:
                 raise LoragenError(f"the base has no module {path}, which the adapter changes")
-            if there[path] is output:
+            if modules[path] is output:
                 raise LoragenError(f"{path}: adapters on the output layer are not trained through")
-            self.modules[path] = there[path]
+            self.modules[path] = modules[path]
             self.scaling[path] = module_scaling(adapter_config, path)
 
     @contextmanager
     def injected(self, adapters: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within the block the base applies ``{file key: [adapters, rows, columns]}``.
+        """Applies the adapters ``{file key: [adapters, rows, columns]}`` to the base in the block.
 
-        Its batch is cut into as many equal parts as there are adapters, in order. Raises
-        LoragenError in the forward pass where a module does not see the whole batch, as the routed
-        experts of a mixture do not.
+        A batch is cut into as many equal parts as there are adapters, in order. The forward pass
+        raises LoragenError if a module does not see the whole batch, like the routed experts of a
+        mixture.
         """
         with ExitStack() as hooks:
             for path, module in self.modules.items():

@@ -1,8 +1,8 @@
 """Reconstruction: the generated adapter should have the weights of the collected one.
 
 The loss and its gradient are computed in one pass over memory, in chunks that stay in a core's
-cache. As separate operations, the error of adapters of 4.4 M values needs some twenty passes and as
-many temporary tensors.
+cache. As separate operations, the error of adapters of 4.4 M values would need some twenty passes
+and as many temporary tensors.
 """
 
 from typing import Any
@@ -27,11 +27,12 @@ class Reconstruction(Objective):
     """Minimises the error of the generated weights against the collected ones."""
 
     automatic = Automatic(30, "reconstruction", "it needs nothing but collected adapters")
+    learning_rate_key = "training.learning_rate"
 
     class Config(BaseModel, extra="forbid"):
-        """None: the options are in the section `training`."""
+        """There are no options here: they are in the section `training`."""
 
-    def __init__(self, options: Config, data: TrainingData) -> None:  # noqa: ARG002  # it has none
+    def __init__(self, options: Config, data: TrainingData) -> None:  # noqa: ARG002  # no options
         training = data.config.training
         self.data, self.error = data, ReconstructionError(data)
         self.target_noise = training.target_noise
@@ -59,8 +60,8 @@ RECONSTRUCTION_METRIC = Metric("loss", "the reconstruction error")
 class ReconstructionError:
     """``mse_weight · MSE + l1_weight · L1`` on normalised tokens, without the padding.
 
-    With `training.importance` an error counts more where the checkpoints of a dataset agree on a
-    token, see `TrainingData.token_weights`.
+    With `training.importance`, an error counts more in tokens on which the checkpoints of a dataset
+    agree (see `TrainingData.token_weights`).
     """
 
     def __init__(self, data: TrainingData) -> None:
@@ -73,62 +74,45 @@ class ReconstructionError:
         self.normalization = self.normalization.to(device)
         self.weights, self.mask = self.weights.to(device), self.mask.to(device)
 
-    def __call__(self, written: Tensor, target: Tensor, noise: float = 0.0) -> Losses:
-        """Compares ``written [batch, tokens, token_dim]``, normalised, with adapters as they are.
+    def __call__(self, predicted: Tensor, target: Tensor, noise: float = 0.0) -> Losses:
+        """Returns the loss and its parts, for ``[batch, tokens, token_dim]``: `predicted` is
+        normalised, `target` is not.
 
         `noise` is the standard deviation of Gaussian noise on the normalised target.
         """
-        loss, mse, l1 = weighted_error(
-            written,
-            target,
-            self.normalization,
-            self.weights,
-            mse_weight=self.mse_weight,
-            l1_weight=self.l1_weight,
-            noise=noise,
+        weights = self.weights, self.mse_weight, self.l1_weight
+        loss, mse, l1 = WeightedError.apply(  # type: ignore[no-untyped-call]  # untyped in torch
+            predicted, target, self.normalization, *weights, noise
         )
         return loss, {"loss": loss.detach(), "mse": mse, "l1": l1}
 
     @torch.no_grad()
-    def metrics(self, written: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def metrics(self, predicted: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Returns the loss and its parts, and the error of the weights in their own units."""
-        error = (written.float() - self.normalization.normalize(target)) * self.normalization.scale
+        error = (
+            predicted.float() - self.normalization.normalize(target)
+        ) * self.normalization.scale
         error = torch.where(self.mask, error, 0.0)
         count = self.mask.sum() * len(error)
         norm = torch.linalg.vector_norm(torch.where(self.mask, target, 0.0))
-        return self(written, target)[1] | {
+        return self(predicted, target)[1] | {
             "mae": error.abs().sum() / count,
             "rmse": (error.square().sum() / count).sqrt(),
             "relative_error": torch.linalg.vector_norm(error) / norm,
         }
 
 
-def weighted_error(
-    written: Tensor,
-    target: Tensor,
-    normalization: Normalization,
-    weights: Tensor,
-    *,
-    mse_weight: float,
-    l1_weight: float,
-    noise: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns ``mse_weight · mse + l1_weight · l1``, and mse and l1 without a gradient.
+class WeightedError(torch.autograd.Function):
+    """Computes ``mse_weight · mse + l1_weight · l1``, and mse and l1 without a gradient.
 
-    `written` is normalised, `target` is not, both ``[batch, tokens, token_dim]``; `weights` are
+    `predicted` is normalised, `target` is not, both ``[batch, tokens, token_dim]``; `weights` are
     ``[tokens, token_dim]`` and sum to 1.
     """
-    loss, mse, l1 = _WeightedError.apply(  # type: ignore[no-untyped-call]  # torch's
-        written, target, normalization, weights, mse_weight, l1_weight, noise
-    )
-    return loss, mse, l1
 
-
-class _WeightedError(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        written: Tensor,
+        predicted: Tensor,
         target: Tensor,
         normalization: Normalization,
         weights: Tensor,
@@ -136,17 +120,17 @@ class _WeightedError(torch.autograd.Function):
         l1_weight: float,
         noise: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        batch, tokens, dim = written.shape
+        batch, tokens, dim = predicted.shape
         # A gradient in float16 would underflow: the loss is scaled up only after it is computed.
-        kept = torch.float32 if written.dtype == torch.float16 else written.dtype
-        gradient = torch.empty_like(written, dtype=kept) if ctx.needs_input_grad[0] else None
-        ctx.dtype = written.dtype
+        dtype = torch.float32 if predicted.dtype == torch.float16 else predicted.dtype
+        gradient = torch.empty_like(predicted, dtype=dtype) if ctx.needs_input_grad[0] else None
+        ctx.dtype = predicted.dtype
         mse, l1 = weights.new_zeros(()), weights.new_zeros(())
-        chunk = CHUNK_ON_CPU if written.device.type == "cpu" else CHUNK_ELSEWHERE
+        chunk = CHUNK_ON_CPU if predicted.device.type == "cpu" else CHUNK_ELSEWHERE
         step = max(1, chunk // (batch * dim))
         for first in range(0, tokens, step):
             here = slice(first, first + step)
-            error = written[:, here].float() - normalization.of(here).normalize(target[:, here])
+            error = predicted[:, here].float() - normalization.of(here).normalize(target[:, here])
             if noise:
                 error -= noise * torch.randn_like(error)
             sign, weighted = error.sign(), error * weights[here]

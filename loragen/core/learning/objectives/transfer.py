@@ -1,11 +1,12 @@
 """Transfer: behaviour, with every adapter predicted from other datasets alone (leave-one-out).
 
-As if the adapter's own dataset had never been collected; so the training is for new datasets.
+Each prediction is made as if the adapter's own dataset had never been collected, so the generator
+is trained for new datasets. The other datasets of a prediction are its support set.
 """
 
 from collections.abc import Sequence
 from random import Random
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from loragen.core.errors import UsageError
 from loragen.core.generator.network import Network
 from loragen.core.learning.arrays import AdapterSamples
 from loragen.core.learning.data import (
-    Others,
     PairBatch,
+    SupportSet,
     TrainingData,
     condition_of,
     draw_texts,
@@ -28,12 +29,29 @@ from loragen.core.plugins import find
 from loragen.core.protocols import Automatic, Transfers
 
 DATASETS_PER_LEFT_OUT = 2
-"""For every dataset that a step leaves out, another has to be there to predict from."""
-MOST_OTHERS = 64
-"""Datasets that an adapter is predicted from, so that a step does not grow with their number."""
-MOST_TEXTS = 256
-"""Of each dataset, when the decoder is fitted: more would hardly move a mean."""
+"""For every dataset that a step leaves out, another one is needed to predict from."""
+MAX_SUPPORT = 64
+"""Datasets of a support set: a limit, so that a step does not grow with their number."""
+MAX_TEXTS = 256
+"""Texts of each dataset when the decoder is fitted: more would hardly move a mean."""
 ENCODER_TRAINS = "the encoder is trained (frozen: false)"
+
+
+class TransferBatches(BehaviourBatches):
+    """Adds a support set to every micro-batch: datasets that have no adapter in it."""
+
+    def __getitem__(self, k: int) -> PairBatch:
+        left_out = {self.sources[index].prompts_sha256 for _, index in self.drawn(k)[1]}
+        random = Random(f"others:{self.seed}:{k}")
+        others = [i for i, one in enumerate(self.sources) if one.prompts_sha256 not in left_out]
+        chosen = sorted(random.sample(others, min(MAX_SUPPORT, len(others))))
+        conditions = []
+        for source in (self.sources[index] for index in chosen):
+            texts = draw_texts(source.train_texts, self.prompts, f"prompts:{random.random()}")
+            conditions.append(condition_of(source, texts))
+        condition, mask = stack_conditions(conditions)
+        batch = super().__getitem__(k)
+        return batch._replace(support=SupportSet(condition, mask, torch.tensor(chosen)))
 
 
 class Transfer(Behaviour):
@@ -42,15 +60,17 @@ class Transfer(Behaviour):
     Only what the decoder's `Transfers.transfer_parameters` names is trained.
     """
 
+    batch_type = TransferBatches
     automatic = Automatic(
         10,
         "transfer",
         "the base and labelled rows of every dataset are available, and there are enough datasets "
         "to predict each from others",
     )
-    # The gradient is large where a dataset resembles no other one, and would drown the rest:
-    # without the limit what was measured is worse (docs/generating.md).
+    # A dataset that resembles no other one has a large gradient, which would drown the rest:
+    # without the limit the measured results are worse (docs/generating.md).
     gradient_clip_val = 1.0
+    transfer_only = True
 
     @classmethod
     def obstacle(cls, config: GenTrainConfig, sources: Sequence[TrainingSource]) -> str | None:
@@ -75,7 +95,7 @@ class Transfer(Behaviour):
         return None
 
     def __init__(self, options: Behaviour.Config, data: TrainingData) -> None:
-        """Raises UsageError where the encoder is trained, whatever its option is called."""
+        """Raises UsageError if the encoder is trained, whatever its option is called."""
         super().__init__(options, data)
         if any(source.texts for source in data.sources):
             raise UsageError(f"training.objective transfer: {ENCODER_TRAINS}; choose another one")
@@ -85,29 +105,29 @@ class Transfer(Behaviour):
         )
         self._coordinates: Tensor | None = None
 
-    def batches(self, process_index: int, num_processes: int) -> BehaviourBatches:
-        return self._batches(TransferBatches, process_index, num_processes)
-
     def prepare(self, network: Network) -> None:
         """Freezes all but the parameters that the decoder's prediction trains."""
         decoder = find("decoder", self.data.config.decoder.name)
         options = decoder.Config(**self.data.config.decoder.options)
         network.train_transfer_only(decoder.transfer_parameters(options))
 
-    def write(self, network: Network, batch: PairBatch) -> Tensor:
-        others = cast(Others, batch.others)
-        targets = self.coordinates(network)[others.datasets]
-        return network.predict(batch.condition, batch.mask, others.condition, others.mask, targets)
+    def predict(self, network: Network, batch: PairBatch) -> Tensor:
+        support = cast(SupportSet, batch.support)
+        coordinates = self.coordinates(network)[support.datasets]
+        return network.predict(
+            batch.condition, batch.mask, support.condition, support.mask, coordinates
+        )
 
     def coordinates(self, network: Network) -> Tensor:
         """Returns the mean coordinates of each dataset's adapters, ``[datasets, R]``.
 
-        They are computed once, along the directions that the network has then: it keeps them, and
-        in a resumed run they have been loaded from the checkpoint. The result follows the network
-        to its device, which a trainer may change.
+        They are computed once, along the directions that the network has then. These are frozen,
+        and a resumed run loads them from its checkpoint. The result is on the device of the
+        network, which a trainer may change.
         """
         if self._coordinates is None:
-            found = network.transfers.coordinates(self.samples)  # (samples, R)
+            decoder: Any = network.decoder
+            found = decoder.coordinates(self.samples)  # (samples, R)
             owner = torch.tensor(self.samples.datasets, device=found.device)
             sums = found.new_zeros(len(self.data.sources), found.shape[1])
             self._coordinates = sums.index_add_(0, owner, found) / torch.bincount(owner)[:, None]
@@ -116,31 +136,15 @@ class Transfer(Behaviour):
 
     @torch.no_grad()
     def finalize(self, network: Network) -> None:
-        """Fits the network to all datasets, so that it writes as it has learned to predict."""
-        targets, training = self.coordinates(network), network.training
+        """Fits the network to all datasets, so that its forward pass gives what it has learned to
+        predict."""
+        coordinates, was_training = self.coordinates(network), network.training
         network.eval()
         conditions = (
-            condition_of(source, draw_texts(source.train_texts, MOST_TEXTS, f"known:{i}"))
+            condition_of(source, draw_texts(source.train_texts, MAX_TEXTS, f"known:{i}"))
             for i, source in enumerate(self.data.sources)
         )
-        device = targets.device
-        known = ((one[None].to(device), mask[None].to(device)) for one, mask in conditions)
-        network.fit_known(known, targets)
-        network.train(training)
-
-
-class TransferBatches(BehaviourBatches):
-    """Adds conditions of datasets that have no adapter in the micro-batch."""
-
-    def __getitem__(self, k: int) -> PairBatch:
-        left_out = {self.sources[index].dataset for _, index in self.drawn(k)[1]}
-        random = Random(f"others:{self.seed}:{k}")
-        others = [i for i, source in enumerate(self.sources) if source.dataset not in left_out]
-        chosen = sorted(random.sample(others, min(MOST_OTHERS, len(others))))
-        conditions = []
-        for source in (self.sources[index] for index in chosen):
-            texts = draw_texts(source.train_texts, self.prompts, f"prompts:{random.random()}")
-            conditions.append(condition_of(source, texts))
-        condition, mask = stack_conditions(conditions)
-        batch = super().__getitem__(k)
-        return batch._replace(others=Others(condition, mask, torch.tensor(chosen)))
+        device = coordinates.device
+        support = ((one[None].to(device), mask[None].to(device)) for one, mask in conditions)
+        network.fit_transfer(support, coordinates)
+        network.train(was_training)

@@ -98,13 +98,13 @@ class TestAdaptedBase:
         self, base, layout, fitted, config, behaviour
     ):
         """The mean over adapters of the mean over their answer tokens."""
-        written = adapters(layout, 3)
+        predicted = adapters(layout, 3)
         parts = [examples(base, rows(10 * i, 4)) for i in range(3)]
         padding = pad_id(base.tokenizer)
         together = padded([one for part in parts for one in part], padding)
-        loss = behaviour(written, together)
+        loss = behaviour(predicted, together)
         alone = []
-        for tokens, part in zip(written, parts, strict=True):
+        for tokens, part in zip(predicted, parts, strict=True):
             model = adapted(base, layout, fitted, config, tokens)
             alone.append(answer_losses(model, padded(part, padding)).mean().item())
             model.unload()
@@ -118,36 +118,36 @@ class TestAdaptedBase:
         eight = [*rows(0, 5), *(Row(line=i, prompt=f"q{i}", response="dog") for i in (5, 6, 7))]
         batch = padded(examples(base, eight), pad_id(base.tokenizer))
         known = padded(examples(base, eight[:5]), pad_id(base.tokenizer))
-        written = adapters(layout, 1).requires_grad_()
-        optimizer = torch.optim.Adam([written], lr=0.05)
+        predicted = adapters(layout, 1).requires_grad_()
+        optimizer = torch.optim.Adam([predicted], lr=0.05)
         for _ in range(60):
             optimizer.zero_grad()
-            behaviour(written, known).backward()
+            behaviour(predicted, known).backward()
             optimizer.step()
-        loss, accuracy = behaviour.accuracy(written, batch)
-        model = adapted(base, layout, fitted, config, written[0])
+        loss, accuracy = behaviour.accuracy(predicted, batch)
+        model = adapted(base, layout, fitted, config, predicted[0])
         wanted = evaluate_model(model, base.tokenizer, eight, choices=False).exact_match
         model.unload()
         assert accuracy.item() == pytest.approx(wanted)
         assert 0 < wanted < 1
-        assert loss.equal(behaviour(written, batch))
+        assert loss.equal(behaviour(predicted, batch))
 
     def test_gradients_reach_every_adapter_and_not_the_base(self, base, layout, behaviour):
-        written = adapters(layout, 2).requires_grad_()
+        predicted = adapters(layout, 2).requires_grad_()
         batch = padded(examples(base, rows(0, 4)), pad_id(base.tokenizer))
-        behaviour(written, batch).backward()
+        behaviour(predicted, batch).backward()
         mask = layout.mask()
-        assert (written.grad[:, mask] != 0).float().mean() > 0.9
-        assert written.grad[:, ~mask].eq(0).all()
+        assert (predicted.grad[:, mask] != 0).float().mean() > 0.9
+        assert predicted.grad[:, ~mask].eq(0).all()
         assert all(weight.grad is None for weight in base.model.parameters())
 
     def test_an_adapter_is_judged_on_its_own_rows_alone(self, base, layout, behaviour):
         """Beside another adapter with other rows, its gradient is half of what it is alone."""
-        written, padding = adapters(layout, 2).requires_grad_(), pad_id(base.tokenizer)
-        both = behaviour(written, padded(examples(base, rows(0, 6)), padding))
-        alone = behaviour(written[:1], padded(examples(base, rows(0, 3)), padding))
-        (together,) = torch.autograd.grad(both, written)
-        (own,) = torch.autograd.grad(alone, written)
+        predicted, padding = adapters(layout, 2).requires_grad_(), pad_id(base.tokenizer)
+        both = behaviour(predicted, padded(examples(base, rows(0, 6)), padding))
+        alone = behaviour(predicted[:1], padded(examples(base, rows(0, 3)), padding))
+        (together,) = torch.autograd.grad(both, predicted)
+        (own,) = torch.autograd.grad(alone, predicted)
         assert own[0].abs().max() > 0
         assert torch.allclose(2 * together[0], own[0], atol=1e-6)
 
@@ -250,7 +250,7 @@ def arrays(code, checkpoints=3, texts=8, tracked=None, rows=6):
     name = f"source {code}"
     labelled = LabelledRows([Example([100 * code, i + 1, 7], 1) for i in range(rows)], [])
     split = {"train_texts": range(texts), "tracked": tracked}
-    return SourceArrays(name, tokens, embeddings, mask, **split, rows=labelled, dataset=name)
+    return SourceArrays(name, tokens, embeddings, mask, **split, rows=labelled, prompts_sha256=name)
 
 
 def batches(sources=None, kind=BehaviourBatches, **settings):

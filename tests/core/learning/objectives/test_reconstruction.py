@@ -13,7 +13,7 @@ from loragen.core.learning.objectives import reconstruction as module
 from loragen.core.learning.objectives.reconstruction import (
     Reconstruction,
     ReconstructionError,
-    weighted_error,
+    WeightedError,
 )
 
 LAYOUT = Layout.of(
@@ -50,9 +50,9 @@ class TestReconstruction:
     @settings(max_examples=20)
     @given(st.integers(1, 4), st.floats(0, 3), st.floats(0, 3))
     def test_it_is_the_weighed_sum_of_both_errors_over_the_values(self, batch, mse, l1):
-        written, target = drawn(3, batch, *SHAPE), drawn(4, batch, *SHAPE)
-        loss, logged = reconstruction(mse_weight=mse, l1_weight=l1)(written, target)
-        error = (written - normalization().normalize(target))[:, LAYOUT.mask()]
+        predicted, target = drawn(3, batch, *SHAPE), drawn(4, batch, *SHAPE)
+        loss, logged = reconstruction(mse_weight=mse, l1_weight=l1)(predicted, target)
+        error = (predicted - normalization().normalize(target))[:, LAYOUT.mask()]
         assert error.shape == (batch, LAYOUT.values)
         assert logged["mse"] == pytest.approx(error.square().mean().item(), rel=1e-5)
         assert logged["l1"] == pytest.approx(error.abs().mean().item(), rel=1e-5)
@@ -61,26 +61,26 @@ class TestReconstruction:
 
     def test_weights_count_token_by_token(self):
         weights = torch.linspace(0.5, 1.5, LAYOUT.tokens)[:, None]
-        written, target = drawn(3, 2, *SHAPE), drawn(4, 2, *SHAPE)
-        error = written - normalization().normalize(target)
+        predicted, target = drawn(3, 2, *SHAPE), drawn(4, 2, *SHAPE)
+        error = predicted - normalization().normalize(target)
         wanted = (weights * error.square())[:, LAYOUT.mask()].mean()
-        loss = reconstruction(weights, l1_weight=0.0)(written, target)[0]
+        loss = reconstruction(weights, l1_weight=0.0)(predicted, target)[0]
         assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
 
     def test_padding_has_no_part(self):
         error_of, padding = reconstruction(), ~LAYOUT.mask()
         assert padding.any()
-        written, target = drawn(3, 2, *SHAPE), drawn(4, 2, *SHAPE)
-        other, wrong = written.clone(), target.clone()
+        predicted, target = drawn(3, 2, *SHAPE), drawn(4, 2, *SHAPE)
+        other, wrong = predicted.clone(), target.clone()
         other[:, padding], wrong[:, padding] = 1e6, -1e6
-        written.requires_grad_()
-        loss = error_of(written, target)[0]
+        predicted.requires_grad_()
+        loss = error_of(predicted, target)[0]
         assert loss.equal(error_of(other, wrong)[0])
         loss.backward()
-        assert written.grad[:, padding].eq(0).all()
-        assert written.grad[:, ~padding].ne(0).all()
+        assert predicted.grad[:, padding].eq(0).all()
+        assert predicted.grad[:, ~padding].ne(0).all()
         for name, value in error_of.metrics(other, wrong).items():
-            assert value.equal(error_of.metrics(written, target)[name]), name
+            assert value.equal(error_of.metrics(predicted, target)[name]), name
 
     def test_noise_is_on_the_target_only_where_it_is_asked_for(self):
         error_of = reconstruction(l1_weight=0.0)
@@ -90,9 +90,9 @@ class TestReconstruction:
         assert error_of(exact, target, noise=0.5)[0] == pytest.approx(0.25, rel=0.05)
 
     def test_errors_in_own_units_are_those_of_the_weights(self):
-        error_of, written, target = reconstruction(), drawn(3, 2, *SHAPE), drawn(4, 2, *SHAPE)
-        found = error_of.metrics(written, target)
-        made = normalization().denormalize(written)
+        error_of, predicted, target = reconstruction(), drawn(3, 2, *SHAPE), drawn(4, 2, *SHAPE)
+        found = error_of.metrics(predicted, target)
+        made = normalization().denormalize(predicted)
         error, wanted = (made - target)[:, LAYOUT.mask()], target[:, LAYOUT.mask()]
         assert found["mae"] == pytest.approx(error.abs().mean().item(), rel=1e-4)
         assert found["rmse"] == pytest.approx(error.square().mean().sqrt().item(), rel=1e-4)
@@ -151,7 +151,7 @@ class TestImportance:
 
 
 BATCH, TOKENS, DIM = 3, 7, 5
-SHARES = {"mse_weight": 0.7, "l1_weight": 0.2}
+MSE, L1 = 0.7, 0.2
 
 
 @pytest.fixture
@@ -160,21 +160,21 @@ def pieces():
     normalization = Normalization(torch.randn(TOKENS, DIM), torch.rand(TOKENS, 1) + 0.5)
     weights = torch.rand(TOKENS, DIM)
     weights[2, 3:] = 0  # padding
-    target, written = (torch.randn(BATCH, TOKENS, DIM) for _ in range(2))
-    return written.requires_grad_(), target, normalization, weights / weights.sum()
+    target, predicted = (torch.randn(BATCH, TOKENS, DIM) for _ in range(2))
+    return predicted.requires_grad_(), target, normalization, weights / weights.sum()
 
 
-def plainly(written, target, normalization, weights):
-    error = written.float() - normalization.normalize(target)
+def plainly(predicted, target, normalization, weights):
+    error = predicted.float() - normalization.normalize(target)
     mse = (error.square() * weights).sum() / BATCH
     l1 = (error.abs() * weights).sum() / BATCH
-    return SHARES["mse_weight"] * mse + SHARES["l1_weight"] * l1, mse, l1
+    return MSE * mse + L1 * l1, mse, l1
 
 
 @pytest.mark.parametrize("chunk", [1, 2 * BATCH * DIM, 10**6])
 def test_it_is_the_weighted_mean_and_its_gradient(monkeypatch, pieces, chunk):
     monkeypatch.setattr(module, "CHUNK_ON_CPU", chunk)
-    found, wanted = weighted_error(*pieces, **SHARES), plainly(*pieces)
+    found, wanted = WeightedError.apply(*pieces, MSE, L1, 0.0), plainly(*pieces)
     for one, other in zip(found, wanted, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
     (ours,) = torch.autograd.grad(3 * found[0], pieces[0])
@@ -184,32 +184,36 @@ def test_it_is_the_weighted_mean_and_its_gradient(monkeypatch, pieces, chunk):
 
 
 def test_half_precision_is_compared_in_full(pieces):
-    written = pieces[0].detach().bfloat16().requires_grad_()
-    loss = weighted_error(written, *pieces[1:], **SHARES)[0]
-    assert torch.allclose(loss, plainly(written, *pieces[1:])[0], atol=1e-6)
+    predicted = pieces[0].detach().bfloat16().requires_grad_()
+    loss = WeightedError.apply(predicted, *pieces[1:], MSE, L1, 0.0)[0]
+    assert torch.allclose(loss, plainly(predicted, *pieces[1:])[0], atol=1e-6)
     loss.backward()
-    assert written.grad.dtype == torch.bfloat16
+    assert predicted.grad.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("scale", [2.0**15, 2.0**16])
 def test_a_gradient_in_float16_survives_until_the_loss_is_scaled(pieces, scale):
     """Divided by 1e6 it is below float16's range, and 2^16 is above it."""
-    written = pieces[0].detach().half().requires_grad_()
+    predicted = pieces[0].detach().half().requires_grad_()
     tiny = (*pieces[1:3], pieces[3] / 1e6)
-    (found,) = torch.autograd.grad(scale * weighted_error(written, *tiny, **SHARES)[0], written)
+    (found,) = torch.autograd.grad(
+        scale * WeightedError.apply(predicted, *tiny, MSE, L1, 0.0)[0], predicted
+    )
     plain = pieces[0].detach().half().float().requires_grad_()
-    (wanted,) = torch.autograd.grad(scale * weighted_error(plain, *tiny, **SHARES)[0], plain)
+    (wanted,) = torch.autograd.grad(
+        scale * WeightedError.apply(plain, *tiny, MSE, L1, 0.0)[0], plain
+    )
     assert wanted.abs().max() > 1e-4
     assert torch.allclose(found.float(), wanted, rtol=2e-3, atol=1e-7)
 
 
 def test_without_a_gradient_it_is_the_same(pieces):
     with torch.no_grad():
-        loss = weighted_error(*pieces, **SHARES)[0]
+        loss = WeightedError.apply(*pieces, MSE, L1, 0.0)[0]
     assert not loss.requires_grad
     assert torch.allclose(loss, plainly(*pieces)[0], atol=1e-6)
 
 
 def test_noise_is_on_the_target(pieces):
-    quiet, noisy = (weighted_error(*pieces, **SHARES, noise=noise)[1] for noise in (0.0, 10.0))
+    quiet, noisy = (WeightedError.apply(*pieces, MSE, L1, noise)[1] for noise in (0.0, 10.0))
     assert noisy > 10 * quiet

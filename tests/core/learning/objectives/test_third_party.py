@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loragen.core.errors import ConfigError
-from loragen.core.learning.plan import plan
+from loragen.core.learning.plan import make_plan
 from loragen.core.learning.sources import open_sources
 from loragen.core.learning.train import GeneratorPoint, train
 from loragen.core.progress import Silent
@@ -111,7 +111,7 @@ def test_auto_prefers_an_objective_that_claims_an_earlier_place(install, gen_con
     source = OBJECTIVE.replace("class Config", automatic).replace("Metric,", "Automatic, Metric,")
     install("their-objective", HOOKS, cosine_objective=source)
     config = gen_config({"training.objective": "auto"})
-    found = plan(config, open_sources(config))
+    found = make_plan(config, open_sources(config))
     assert found.config.training.objective == "cosine-distance"
     assert found.reason == "it always can"
 
@@ -119,6 +119,6 @@ def test_auto_prefers_an_objective_that_claims_an_earlier_place(install, gen_con
 def test_auto_leaves_out_an_objective_that_does_not_load(install, gen_config, caplog):
     install("their-objective", HOOKS, cosine_objective="import a_module_that_is_missing")
     config = gen_config({"training.objective": "auto"})
-    found = plan(config, open_sources(config))
+    found = make_plan(config, open_sources(config))
     assert found.config.training.objective == "reconstruction-then-behaviour"
     assert "cosine-distance" in caplog.text

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loragen.core.learning.arrays import SourceArrays
-from loragen.core.learning.data import Others, PairBatch, Split
+from loragen.core.learning.data import PairBatch, Split, SupportSet
 from loragen.core.learning.objectives.transfer import Transfer, TransferBatches
 from tests.core.learning.objectives.test_behaviour import arrays, batches, equal
 
@@ -31,7 +31,7 @@ class Network(torch.nn.Module):
         self.calls, self.fitted = 0, []
 
     @property
-    def transfers(self):
+    def decoder(self):
         return self
 
     def coordinates(self, samples):
@@ -41,7 +41,7 @@ class Network(torch.nn.Module):
     def predict(self, condition, mask, known, known_mask, targets):
         return condition, known, targets
 
-    def fit_known(self, known, targets):
+    def fit_transfer(self, known, targets):
         self.fitted.append((list(known), targets, self.training))
 
 
@@ -82,10 +82,12 @@ def test_coordinates_are_where_the_network_is(transfer):
 
 
 def test_an_adapter_is_predicted_from_the_others_alone(transfer):
-    others = Others(torch.ones(2, 1, 1, 2), torch.ones(2, 1, 1, dtype=bool), torch.tensor([0, 2]))
+    others = SupportSet(
+        torch.ones(2, 1, 1, 2), torch.ones(2, 1, 1, dtype=bool), torch.tensor([0, 2])
+    )
     condition, mask = torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1, dtype=bool)
-    batch = PairBatch(condition, mask, torch.zeros(1, 4, 2), others=others)
-    own, found, targets = transfer.write(Network(), batch)
+    batch = PairBatch(condition, mask, torch.zeros(1, 4, 2), support=others)
+    own, found, targets = transfer.predict(Network(), batch)
     assert own.equal(condition)
     assert found.equal(others.condition)
     assert targets.equal(MEANS[[0, 2]])
@@ -111,19 +113,19 @@ def test_the_others_are_all_datasets_that_no_process_has_an_adapter_of(
     ours = {"kind": TransferBatches, "batch_size": 2 * pairs}
     first, second = (batches(sources, **ours, split=Split(accumulation, i, 2))[k] for i in range(2))
     left_out = {int(one) // 100 - 1 for half in (first, second) for one in half.tokens[:, 0, 0]}
-    assert set(first.others.datasets.tolist()) == set(range(datasets)) - left_out
+    assert set(first.support.datasets.tolist()) == set(range(datasets)) - left_out
     assert (
-        first.others.condition[:, 0, 0, 0] // 100 - 1
-    ).tolist() == first.others.datasets.tolist()
-    assert all(a.equal(b) for a, b in zip(first.others, second.others, strict=True))
+        first.support.condition[:, 0, 0, 0] // 100 - 1
+    ).tolist() == first.support.datasets.tolist()
+    assert all(a.equal(b) for a, b in zip(first.support, second.support, strict=True))
 
 
 def test_another_source_of_what_is_left_out_is_left_out_too():
-    sources = [replace(arrays(i + 1), dataset=f"dataset {i // 2}") for i in range(8)]
+    sources = [replace(arrays(i + 1), prompts_sha256=f"dataset {i // 2}") for i in range(8)]
     found = batches(sources, kind=TransferBatches, batch_size=2)
     for k in range(6):
         left_out = {(int(one) // 100 - 1) // 2 for one in found[k].tokens[:, 0, 0]}
-        others = {index // 2 for index in found[k].others.datasets.tolist()}
+        others = {index // 2 for index in found[k].support.datasets.tolist()}
         assert others == set(range(4)) - left_out
 
 
@@ -131,4 +133,4 @@ def test_a_transfer_batch_has_the_adapters_and_rows_of_any_other():
     sources = [arrays(i + 1) for i in range(6)]
     plain, transfer = batches(sources), batches(sources, kind=TransferBatches)
     assert equal(plain[3], transfer[3])
-    assert plain[3].others is None
+    assert plain[3].support is None
