@@ -145,7 +145,7 @@ class TestReading:
         assert [path.name for path in found.checkpoints] == ["step-10", "step-100"]
         assert (found.name, found.prompts) == ("adapters", ["one", "two"])
         assert found.adapter_config["r"] == 2
-        with pytest.raises(UsageError, match="do not know their prompts; add prompts: FILE"):
+        with pytest.raises(UsageError, match=r"prompts .* unknown; add prompts: FILE"):
             source(checkpoints=folder)
 
     def test_a_dataset_that_is_gone_is_said_so_and_can_be_named_anew(self, copied, tmp_path):
@@ -260,9 +260,7 @@ class TestTracked:
             "checkpoints": str(tmp_path / "adapters"),
             "prompts": str(collection.file("colors")),
         }
-        with pytest.raises(
-            UsageError, match=r"do not know the rows .* data\.pairing tracked is for"
-        ):
+        with pytest.raises(UsageError, match=r"rows .* unknown; data\.pairing tracked is for"):
             plan(gen_config({"sources": [section], "data.pairing": "tracked"}))
 
     def test_a_converted_run_is_refused(self, copied, gen_config):
