@@ -208,7 +208,8 @@ def _trainer(job: dict[str, Any]) -> Measured:
         {
             "input_ids": rows[i].ids,
             "attention_mask": [1] * len(rows[i].ids),
-            "labels": [-100] * (len(rows[i].ids) - rows[i].answer) + rows[i].ids[-rows[i].answer :],
+            "labels": [-100] * (len(rows[i].ids) - rows[i].num_label_tokens)
+            + rows[i].ids[-rows[i].num_label_tokens :],
         }
         for i in order
     ]

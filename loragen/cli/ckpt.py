@@ -412,9 +412,9 @@ def _step_of(path: Path) -> int:
     from loragen.core.run.directory import LAST_CHECKPOINT, checkpoint_step
 
     if path.is_file() and path.name == LAST_CHECKPOINT.name:
-        from loragen.core.run.checkpoints import load_plain
+        from loragen.core.run.checkpoints import load_weights_only
 
-        return int(load_plain(path)["global_step"])
+        return int(load_weights_only(path)["global_step"])
     step = checkpoint_step(path) if path.is_file() else 0
     if not step:
         raise UsageError(f"{path}: which step? Name a checkpoint of the run, or give --step N")

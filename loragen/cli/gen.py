@@ -116,7 +116,7 @@ def gen_train(
         resolved = point.resumed(resolved)
     if dry_run:
         if point:
-            point.check_settings(resolved)
+            point.check(resolved)
         work = make_plan(resolved, sources)
         render.note(work.summary())
         decoder = _decoder_summary(work)

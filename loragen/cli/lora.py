@@ -267,7 +267,7 @@ def _dry_run(
     if resume:
         from loragen.core.lora.train import LoraPoint
 
-        LoraPoint.find(resume).check_settings(config)
+        LoraPoint.find(resume).check(config)
     problems: list[str] = []
     files = [(task.name, task.dataset) for task in tasks]
     if tasks[0].validation:

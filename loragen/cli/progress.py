@@ -38,10 +38,10 @@ class PlainProgress(Silent):
         self._due: dict[tuple[str, type], float] = {}
         """(name, kind of event) -> the time of the next line."""
 
-    def begin(self, names: Sequence[str]) -> None:
+    def command_started(self, names: Sequence[str]) -> None:
         self._numbers = _numbers(names)
 
-    def start(self, name: str, total: int) -> None:  # noqa: ARG002  # every step has the total
+    def training_started(self, name: str, total: int) -> None:  # noqa: ARG002  # every step has the total
         self._begun.pop(name, None)
         self._due = {key: time for key, time in self._due.items() if key[0] != name}
 
@@ -88,12 +88,12 @@ class TerminalProgress(Silent):
         self._count: TaskID | None = None
         self._outcomes = 0
 
-    def begin(self, names: Sequence[str]) -> None:
+    def command_started(self, names: Sequence[str]) -> None:
         self._numbers = _numbers(names)
         if self._numbers:
             self._count = self._add("datasets", len(names))
 
-    def start(self, name: str, total: int) -> None:
+    def training_started(self, name: str, total: int) -> None:
         self._tasks[name] = self._add(name, total)
 
     def step(self, step: Step) -> None:
@@ -105,15 +105,15 @@ class TerminalProgress(Silent):
     def validated(self, validation: Validation) -> None:
         self._print(f"{validation.name}: {measured(validation)}")
 
-    def end(self, name: str) -> None:
+    def training_ended(self, name: str) -> None:
         task = self._tasks.pop(name, None)
         if self._numbers and self._bars and task is not None:
             self._bars.remove_task(task)
         elif not self._tasks:  # the bar of a single training stays on the screen
-            self.stop()
+            self.command_ended()
 
     def outcome(self, name: str, status: OutcomeStatus, line: str) -> None:
-        self.end(name)
+        self.training_ended(name)
         if self._numbers or status == "skipped":
             self._print(f"{self._numbers.get(name, '')}{name}: {line}")
         if self._bars and self._count is not None:
@@ -121,7 +121,7 @@ class TerminalProgress(Silent):
             shown = f"{self._outcomes} of {len(self._numbers)}"
             self._bars.update(self._count, completed=self._outcomes, figures=shown)
 
-    def stop(self) -> None:
+    def command_ended(self) -> None:
         if self._bars:
             self._bars.stop()
         self._bars = None

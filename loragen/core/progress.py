@@ -60,33 +60,33 @@ class Progress(Protocol):
     trained or not, and `stop` in the end; their trainings may overlap.
     """
 
-    def begin(self, names: Sequence[str]) -> None:
+    def command_started(self, names: Sequence[str]) -> None:
         """The datasets of the command, in their order."""
 
-    def start(self, name: str, total: int) -> None:
+    def training_started(self, name: str, total: int) -> None:
         """A training of `total` steps starts."""
 
     def step(self, step: Step) -> None: ...
 
     def validated(self, validation: Validation) -> None: ...
 
-    def end(self, name: str) -> None:
+    def training_ended(self, name: str) -> None:
         """The training has ended, in whatever way."""
 
     def outcome(self, name: str, status: OutcomeStatus, line: str) -> None:
         """The result for one of several datasets; `line` says it whole: `failed: no such file`."""
 
-    def stop(self) -> None:
+    def command_ended(self) -> None:
         """No event follows."""
 
 
 class Silent:
     """Shows nothing; a base class for whatever shows only some events."""
 
-    def begin(self, names: Sequence[str]) -> None:
+    def command_started(self, names: Sequence[str]) -> None:
         pass
 
-    def start(self, name: str, total: int) -> None:
+    def training_started(self, name: str, total: int) -> None:
         pass
 
     def step(self, step: Step) -> None:
@@ -95,11 +95,11 @@ class Silent:
     def validated(self, validation: Validation) -> None:
         pass
 
-    def end(self, name: str) -> None:
+    def training_ended(self, name: str) -> None:
         pass
 
     def outcome(self, name: str, status: OutcomeStatus, line: str) -> None:
         pass
 
-    def stop(self) -> None:
+    def command_ended(self) -> None:
         pass

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loragen.core.adapter.files import shape_mismatch
 from loragen.core.errors import DataError, LoragenError, listing
-from loragen.core.run.checkpoints import load_plain
+from loragen.core.run.checkpoints import load_weights_only
 from loragen.legacy.experiments import (
     LegacyRun,
     RecordedSettings,
@@ -68,13 +68,13 @@ def read_legacy_checkpoint(path: Path) -> LegacyCheckpoint:
     """
     files = find_weights(path)
     if len(files) == 1 and files[0].suffix != ".safetensors":
-        document = load_plain(files[0])
+        document = load_weights_only(files[0])
         checkpoint = _from_document(document, files[0])
     else:
         found: dict[str, Tensor] = {}
         for file in files:
             is_safe = file.suffix == ".safetensors"
-            shard = _read_safetensors(file) if is_safe else _lora_tensors(load_plain(file))
+            shard = _read_safetensors(file) if is_safe else _lora_tensors(load_weights_only(file))
             if duplicates := sorted(found.keys() & shard.keys()):
                 raise DataError(f"{file}: {duplicates[0]} is in another shard too")
             found |= shard
@@ -82,7 +82,7 @@ def read_legacy_checkpoint(path: Path) -> LegacyCheckpoint:
     beside = path / "optimizer.pt"
     if checkpoint.optimizer is None and beside.is_file():
         with suppress(LoragenError):  # the weights can be used without it
-            checkpoint.optimizer = load_plain(beside)
+            checkpoint.optimizer = load_weights_only(beside)
     return checkpoint
 
 

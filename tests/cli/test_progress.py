@@ -52,7 +52,7 @@ class TestPlain:
     @pytest.fixture
     def progress(self, clock):
         progress = PlainProgress()
-        progress.start("colors", 9)
+        progress.training_started("colors", 9)
         return progress
 
     def test_steps_are_printed_now_and_then(self, progress, clock, lines):
@@ -89,12 +89,12 @@ class TestPlain:
         assert [line.partition("; ")[2] for line in lines()] == ["the best so far"] * 2
 
     def test_several_datasets_are_numbered(self, progress, lines):
-        progress.begin(["one", "two"])
+        progress.command_started(["one", "two"])
         progress.outcome("two", "failed", "failed: no such file")
         assert lines() == ["[2/2] two: failed: no such file"]
 
     def test_a_single_dataset_has_a_line_if_it_is_skipped(self, progress, lines):
-        progress.begin(["one"])
+        progress.command_started(["one"])
         progress.outcome("one", "done", "done in 3 s")
         progress.outcome("one", "skipped", "done already")
         assert lines() == ["one: done already"]
@@ -120,21 +120,21 @@ class TestTerminal:
     def test_validations_stand_above_the_bar(self, terminal):
         stderr, progress = terminal(), terminal_progress()
         assert isinstance(progress, TerminalProgress)
-        progress.start("generator", 100)
+        progress.training_started("generator", 100)
         progress.step(STEP)
         progress.validated(BEST)
-        progress.end("generator")
+        progress.training_ended("generator")
         assert "generator: validated after reconstruction, step 8/40" in stderr.getvalue()
         assert figures(STEP) in stderr.getvalue()
 
     def test_several_datasets_leave_a_line_each(self, terminal):
         stderr, progress = terminal(), terminal_progress()
-        progress.begin(["one", "[two]"])
+        progress.command_started(["one", "[two]"])
         for name in ("one", "[two]"):
-            progress.start(name, 9)
+            progress.training_started(name, 9)
             progress.step(step(3, name))
             progress.outcome(name, "done", "done in 3 s")
-        progress.stop()
+        progress.command_ended()
         text = stderr.getvalue()
         assert "[1/2] one: done in 3 s" in text
         assert "[2/2] [two]: done in 3 s" in text

@@ -11,7 +11,7 @@ from loragen.core.adapter.files import read_adapter
 from loragen.core.config import LoraTrainConfig
 from loragen.core.errors import ConfigError, DataError, UsageError
 from loragen.core.files import sha256
-from loragen.core.run.checkpoints import load_plain, read_tensors
+from loragen.core.run.checkpoints import load_weights_only, read_tensors
 from loragen.core.run.directory import LoraManifest, checkpoint_name, read_manifest
 from loragen.legacy.convert import ConversionOptions, check_one_dataset, convert, convert_optimizer
 from loragen.legacy.experiments import find_runs
@@ -50,8 +50,8 @@ class TestRunDirectory:
         assert (result.left_out, result.manifest.steps) == ([], STEPS)
         for step in STEPS:
             name = f"checkpoints/{checkpoint_name(step)}"
-            document = load_plain(result.directory / name)
-            expected = load_plain(collection.runs["colors"] / name)
+            document = load_weights_only(result.directory / name)
+            expected = load_weights_only(collection.runs["colors"] / name)
             assert equal(document["state_dict"], expected["state_dict"])
             assert list(document["state_dict"]) == list(expected["state_dict"])  # in model order
             assert (document["global_step"], document["epoch"]) == (step, 0)
@@ -148,7 +148,7 @@ class TestSettings:
     def test_a_final_model_belongs_to_no_step(self, legacy_run, options):
         source = legacy_run()
         shutil.copy(source / "checkpoints" / "step_008.pt", source / "models" / "final_step_8.pt")
-        weights = load_plain(source / "checkpoints" / "step_008.pt")["lora_state_dict"]
+        weights = load_weights_only(source / "checkpoints" / "step_008.pt")["lora_state_dict"]
         torch.save(weights, source / "models" / "best.pt")
         result = convert(only_run(source), options)
         assert result.manifest.steps == STEPS
@@ -157,7 +157,7 @@ class TestSettings:
 
     def test_a_lone_final_model_has_the_last_step_of_the_configuration(self, legacy_run, options):
         source = legacy_run()
-        document = load_plain(source / "checkpoints" / "step_008.pt")
+        document = load_weights_only(source / "checkpoints" / "step_008.pt")
         torch.save(document["lora_state_dict"], source / "models" / "lora.pt")
         shutil.rmtree(source / "checkpoints")
         with pytest.raises(DataError, match=r"lora\.pt: no step"):
@@ -342,11 +342,11 @@ class TestOptimizer:
         result = convert(only_run(legacy_run(container)), options)
         assert result.optimizer_states == states
         name = f"checkpoints/{checkpoint_name(7)}"
-        found = load_plain(result.directory / name)["optimizer_states"]
+        found = load_weights_only(result.directory / name)["optimizer_states"]
         assert len(found) == bool(states)
         if not states:
             return
-        (expected,) = load_plain(collection.runs["colors"] / name)["optimizer_states"]
+        (expected,) = load_weights_only(collection.runs["colors"] / name)["optimizer_states"]
         for index, moments in expected["state"].items():
             assert equal(found[0]["state"][index], moments)
         optimizer = torch.optim.AdamW(

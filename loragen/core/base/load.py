@@ -188,7 +188,7 @@ def base_dtype(config: LoraTrainConfig, model: Any) -> torch.dtype:
     return torch.bfloat16 if large and fast_bfloat16(config.trainer.accelerator) else torch.float32
 
 
-def arithmetic(config: LoraTrainConfig, model: Any) -> str:
+def trainer_precision(config: LoraTrainConfig, model: Any) -> str:
     """Returns Lightning's `precision`. With a base in bfloat16 the float32 adapter is multiplied in
     bfloat16 too: otherwise every activation would be cast for it and cast back."""
     chosen = config.trainer.precision

@@ -35,7 +35,7 @@ def micro_batch(
     return own[accumulation * size : (accumulation + 1) * size]
 
 
-def held_out(rows: int, ratio: float, seed: int) -> tuple[list[int], list[int]]:
+def train_val_split(rows: int, ratio: float, seed: int) -> tuple[list[int], list[int]]:
     """Returns sorted (training, validation) row indices: a seeded draw of `ratio` of the rows
     validates, at least one unless the ratio is 0."""
     count = max(1, round(rows * ratio)) if ratio else 0

@@ -18,12 +18,12 @@ from loragen.core.errors import DataError
 
 
 class Example(NamedTuple):
-    """One row in tokens. The loss mask covers the last `answer` of its `ids`."""
+    """One row in tokens. The loss mask covers the last `num_label_tokens` of its `ids`."""
 
     ids: list[int]
-    """The prompt, the answer and the end token."""
-    answer: int
-    """The number of tokens of the answer, with the end token."""
+    """The tokens of the prompt and the answer, and the end token."""
+    num_label_tokens: int
+    """The number of tokens of the answer, including the end token."""
 
 
 class TokenizedRow(NamedTuple):
@@ -156,7 +156,7 @@ def examples_hash(examples: Iterable[Example]) -> str:
     tokenizer, chat template or label makes another hash."""
     digest = hashlib.sha256()
     for item in examples:
-        digest.update(array("q", [item.answer, *item.ids]).tobytes())
+        digest.update(array("q", [item.num_label_tokens, *item.ids]).tobytes())
     return digest.hexdigest()
 
 

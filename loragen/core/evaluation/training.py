@@ -160,4 +160,4 @@ def _train_once(
     try:
         return train_adapter(config, dataset, base.model, progress)
     finally:
-        progress.stop()
+        progress.command_ended()

@@ -24,7 +24,7 @@ from loragen.core.generator.network import Network, Normalization, new_network
 from loragen.core.generator.requests import draw_prompts, nonempty_prompts
 from loragen.core.plugins import create
 from loragen.core.protocols import Encoder
-from loragen.core.run.checkpoints import load_plain
+from loragen.core.run.checkpoints import load_weights_only
 from loragen.core.run.directory import CHECKPOINTS, experiment_name, generator_file
 
 FORMAT_VERSION = 2
@@ -239,7 +239,7 @@ class Generator:
         format that this version reads.
         """
         file = generator_file(Path(path))
-        document, name = load_plain(file), experiment_name(file)
+        document, name = load_weights_only(file), experiment_name(file)
         try:
             if "pytorch-lightning_version" in document:
                 step, document = document["global_step"], _of_checkpoint(document)

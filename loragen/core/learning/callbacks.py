@@ -15,18 +15,13 @@ from loragen.core.learning.data import PairBatch
 from loragen.core.learning.plan import Phases
 from loragen.core.progress import Step, Validation
 from loragen.core.protocols import Metric
-from loragen.core.run.directory import (
-    BEST_CHECKPOINT,
-    CHECKPOINT_SUFFIX,
-    CHECKPOINTS,
-    LAST_CHECKPOINT,
-)
+from loragen.core.run.directory import BEST_CHECKPOINT, CHECKPOINT_SUFFIX
 from loragen.core.run.loop import (
+    CheckpointCallback,
     Interruption,
     RunSession,
     StepCallback,
     check_loss,
-    check_weights,
 )
 
 log = logging.getLogger(__name__)
@@ -149,7 +144,7 @@ class Averaging(StepCallback):
             pl_module.averaged.update_parameters(pl_module.trainable_modules)
 
 
-class GeneratorCheckpoints(StepCallback):
+class GeneratorCheckpoints(CheckpointCallback):
     """Keeps the best step by validation; renews last.ckpt in between and at the end.
 
     A step that is validated is saved after its validation. A new best step replaces last.ckpt until
@@ -157,6 +152,8 @@ class GeneratorCheckpoints(StepCallback):
     later one has replaced. A checkpoint carries the generator's description, so that it can be
     loaded as a generator.
     """
+
+    command = "gen train"
 
     def __init__(
         self,
@@ -170,9 +167,9 @@ class GeneratorCheckpoints(StepCallback):
         last_every: int,
     ) -> None:
         """`val_every` and `last_every` are optimizer steps; None: there is no validation."""
-        self.session, self.generator = session, generator
-        self.selection, self.phases, self.interruption = selection, phases, interruption
-        self.val_every, self.last_every = val_every, last_every
+        super().__init__(session, interruption, last_every)
+        self.generator, self.selection, self.phases = generator, selection, phases
+        self.val_every = val_every
         self._best: dict[str, Any] | None = None
         self._last_step = 0
         """Step stored in last.ckpt, 0 if none. It is tracked in memory so that all processes decide
@@ -181,15 +178,7 @@ class GeneratorCheckpoints(StepCallback):
     @property
     def best(self) -> Path | None:
         """The checkpoint that validation has chosen so far."""
-        return self._folder / self._best["name"] if self._best else None
-
-    @property
-    def _folder(self) -> Path:
-        return self.session.directory / CHECKPOINTS
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        super().on_train_start(trainer, pl_module)
-        self.interruption.listen()
+        return self.last_file.with_name(self._best["name"]) if self._best else None
 
     def on_step(self, trainer: Trainer, pl_module: Any, batch: PairBatch) -> None:
         step, last = trainer.global_step, trainer.global_step == self.phases.total
@@ -215,7 +204,7 @@ class GeneratorCheckpoints(StepCallback):
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Saves the last step if it is not yet, and warns if an earlier phase had the best one."""
         if self._last_step != trainer.global_step:
-            self._renew_last(trainer)
+            self.save_last(trainer)
         if not (self._best and trainer.is_global_zero):
             return
         best, within = self.phases.at(self._best["step"])
@@ -243,15 +232,9 @@ class GeneratorCheckpoints(StepCallback):
         self._best, self._last_step = state_dict["best"], state_dict["last_step"]
 
     def _after_step(self, trainer: Trainer) -> None:
-        """Saves last.ckpt if it is due; after an interruption, saves it and ends the training."""
-        step, total = trainer.global_step, self.phases.total
-        stops = self.interruption.requested_on_any(trainer) and step < total
+        step = trainer.global_step
         is_best = self._best is not None and self._best["step"] == step
-        if (stops or step % self.last_every == 0) and not is_best:
-            self._renew_last(trainer)
-        if stops:
-            command = f"gen train --resume {self.session.directory}"
-            raise self.interruption.error_after(step, total, command)
+        self.end_step(trainer, is_saved=is_best, can_stop=step < self.phases.total)
 
     def _keep(self, trainer: Trainer, value: float) -> None:
         """Saves this step as the best one, and deletes the previous best and last.ckpt."""
@@ -260,18 +243,17 @@ class GeneratorCheckpoints(StepCallback):
         lowest = min(value, self._best["lowest"]) if self._best else value
         self._best = {"name": name, "lowest": lowest, "step": trainer.global_step}
         self._last_step = 0
-        self._save(trainer, self._folder / name)
+        self.save(trainer, self.last_file.with_name(name))
         if trainer.is_global_zero:
-            for file in (*self._folder.glob(BEST_CHECKPOINT), self._folder / LAST_CHECKPOINT.name):
+            for file in (*self.last_file.parent.glob(BEST_CHECKPOINT), self.last_file):
                 if file.name != name:
                     file.unlink(missing_ok=True)
 
-    def _renew_last(self, trainer: Trainer) -> None:
+    def save_last(self, trainer: Trainer) -> None:
         self._last_step = trainer.global_step
-        self._save(trainer, self._folder / LAST_CHECKPOINT.name)
+        self.save(trainer, self.last_file)
 
-    def _save(self, trainer: Trainer, file: Path) -> None:
+    def save(self, trainer: Trainer, file: Path) -> None:
         module: Any = trainer.lightning_module
         module.finalize()
-        check_weights(module.state_dict(), trainer.global_step, self.session.directory)
-        trainer.save_checkpoint(file, weights_only=False)  # by all processes: it has a barrier
+        super().save(trainer, file)

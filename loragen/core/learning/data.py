@@ -26,7 +26,7 @@ from loragen.core.errors import UsageError
 from loragen.core.generator.network import Normalization, importance
 from loragen.core.learning.arrays import SourceArrays
 from loragen.core.learning.plan import Phases
-from loragen.core.lora.packing import Batch, padded
+from loragen.core.lora.packing import Batch, collate
 
 
 class SupportSet(NamedTuple):
@@ -274,7 +274,7 @@ class TrainingData(LightningDataModule):
             batch = stack_pairs([pair_of(source, drawn, len(source.tokens) - 1)])
             count = self.config.training.val_rows
             if self.base and source.rows and source.rows.validation and count:
-                batch = batch._replace(rows=padded(source.rows.validation[:count], self.pad_id))
+                batch = batch._replace(rows=collate(source.rows.validation[:count], self.pad_id))
             return batch
 
         val_sources = list(self.val_sources)

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -13,12 +12,13 @@ from loragen.core.learning.arrays import conditions
 from loragen.core.learning.data import PairBatch
 from loragen.core.learning.plan import Phases
 from loragen.core.run.loop import step_schedule
+from loragen.core.run.resume import ResumableModule
 
 VALIDATION = ("val", "val_unseen")
 """Held-out prompt texts of the training datasets, and held-out datasets."""
 
 
-class GeneratorModule(LightningModule):
+class GeneratorModule(ResumableModule):
     """Trains a network, and its encoder unless that is frozen, through the phases.
 
     The loss of a step is that of its phase; the last phase's objective validates all of them.
@@ -31,11 +31,8 @@ class GeneratorModule(LightningModule):
         training: GenTrainingSection,
         *,
         encoder: Any = None,
-        completed_steps: int = 0,
-        optimizer_state: dict[str, Any] | None = None,
     ) -> None:
-        """`encoder` is None if it is frozen. A resumed training has done `completed_steps`, which
-        left `optimizer_state`."""
+        """`encoder` is None if it is frozen."""
         super().__init__()
         for phase in phases:
             phase.objective.prepare(network)
@@ -50,7 +47,6 @@ class GeneratorModule(LightningModule):
             self.averaged = AveragedModel(
                 self.trainable_modules, multi_avg_fn=average
             ).requires_grad_(False)
-        self.completed_steps, self._optimizer_state = completed_steps, optimizer_state
         self._finalized: int | None = None
         self.step_metrics: dict[str, Any] = {}
         """The metrics of the last training step, averaged over this process's micro-batches."""
@@ -123,9 +119,9 @@ class GeneratorModule(LightningModule):
         # Lightning does not clip the gradients of a fused optimizer in mixed precision.
         fused = not (self.trainer.gradient_clip_val and "mixed" in str(self.trainer.precision))
         optimizer = new_optimizer(self.trainable_modules, self.training_options, fused)
-        if self._optimizer_state:
-            optimizer.load_state_dict(self._optimizer_state)
-            self._optimizer_state = None  # as large as the weights, twice
+        if self.resumed_optimizer:
+            optimizer.load_state_dict(self.resumed_optimizer)
+            self.resumed_optimizer = None  # as large as the weights, twice
         schedule = step_schedule(
             optimizer, lambda step: self.phases.rate(step).learning_rate, self.completed_steps
         )

@@ -16,7 +16,7 @@ from loragen.core.adapter import CONFIG_FILE
 from loragen.core.base.names import is_path, resolve_base
 from loragen.core.config.load import Problem, problems_at
 from loragen.core.config.schema import GenDataSection, GenTrainConfig, SourceSection
-from loragen.core.data.batches import held_out
+from loragen.core.data.batches import train_val_split
 from loragen.core.data.dataset import Dataset
 from loragen.core.data.documents import parsed_source
 from loragen.core.data.prompts import (
@@ -87,7 +87,7 @@ class TrainingSource:
         prompts = list(distinct.values())[::-1]
         groups = random_groups(prompts, self.data.samples_per_prompt, self.seed)
         ratio = min(self.data.val_ratio, (len(groups) - 1) / len(groups))
-        train, val = held_out(len(groups), ratio, self.seed)
+        train, val = train_val_split(len(groups), ratio, self.seed)
         return PromptGroups([groups[i] for i in train], [groups[i] for i in val])
 
     @cached_property

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 
 from loragen.core.base.load import (
     LanguageModel,
@@ -21,7 +20,6 @@ from loragen.core.base.load import (
 from loragen.core.config import GenTrainConfig, LoraTrainConfig
 from loragen.core.config.schema import SourceSection
 from loragen.core.config.show import HARDWARE
-from loragen.core.errors import DataError
 from loragen.core.files import user_path
 from loragen.core.generator.embeddings import Familiarity
 from loragen.core.generator.model import Choice, Generator
@@ -47,7 +45,7 @@ from loragen.core.learning.sources import Sources, TrainingSource, open_sources
 from loragen.core.plugins import create
 from loragen.core.progress import Progress
 from loragen.core.protocols import Encoder, StartsFromSamples
-from loragen.core.run.checkpoints import AtomicCheckpointIO, load_plain
+from loragen.core.run.checkpoints import AtomicCheckpointIO, load_weights_only
 from loragen.core.run.directory import (
     GENERATOR_FILE,
     GeneratorManifest,
@@ -55,12 +53,12 @@ from loragen.core.run.directory import (
     SourceRecord,
     plugin_records,
 )
-from loragen.core.run.loop import Interruption, RunSession, StepSeeds, fit, make_trainer, outcome
-from loragen.core.run.resume import ResumePoint, optimizer_state, restore_progress
+from loragen.core.run.loop import Interruption, RunSession, StepSeeds, fit, make_trainer
+from loragen.core.run.resume import ResumePoint, restore_weights
 
 log = logging.getLogger(__name__)
 
-FREE = (
+IGNORED_ON_RESUME = (
     "experiments_dir",
     "loggers",
     # What the sources hold is compared by hash, wherever it lies.
@@ -91,7 +89,7 @@ def train(
     quiet_libraries()
     if resume:
         config = resume.resumed(config)
-        resume.check_settings(config)
+        resume.check(config)
     plan = make_plan(config, sources or open_sources(config))
     config = with_found_sources(plan)
     log.info("%s; reading checkpoints and prompts", plan.summary())
@@ -100,10 +98,9 @@ def train(
     tokenizer = base.tokenizer if base else None
     with source_arrays(plan, encoder, tokenizer) as (arrays, val_arrays):
         # Setup: the generator and the objectives.
-        manifest = new_manifest(plan, config, [*arrays, *val_arrays], encoder, base, resume)
+        manifest = new_manifest(plan, config, [*arrays, *val_arrays], encoder, base)
         if resume:
-            resume.check_inputs(config, manifest)
-        checkpoint = resume.read() if resume else None
+            resume.check(config, manifest)
         generator = new_generator(plan, config, arrays, encoder)
         data = TrainingData(
             config,
@@ -120,8 +117,6 @@ def train(
             phases,
             config.training,
             encoder=None if encoder.frozen else encoder,
-            completed_steps=int(checkpoint["global_step"]) if checkpoint else 0,
-            optimizer_state=optimizer_state(checkpoint) if checkpoint else None,
         )
         # Setup: the run, its callbacks and the trainer.
         session = RunSession(
@@ -166,24 +161,20 @@ def train(
         )
         for phase in phases:  # can the processes share a micro-batch?
             phase.objective.batches(0, trainer.world_size)
-        if checkpoint:
-            restore_weights(module, checkpoint)
-            restore_progress(trainer, checkpoint)
-            del checkpoint  # several times the weights
-        if resume and trainer.is_global_zero:
-            resume.delete_later_checkpoints()
+        if resume:
+            resume.restore(trainer, module)
 
         # Fit.
         log.info("%s", phases)
-        progress.start("generator", phases.total)
-        with outcome(session), interruption.awaited():
+        progress.training_started("generator", phases.total)
+        with session, interruption.handle_signals():
             fit(trainer, module, data)
 
             # Save the step that validation has chosen.
             manifest.steps, manifest.metrics = trainer.global_step, metrics.latest
             generator.provenance = _provenance(manifest, selection, phases)
             if checkpoints.best:
-                restore_weights(module, load_plain(checkpoints.best))
+                restore_weights(module, load_weights_only(checkpoints.best))
             kept = module.eval_modules.eval().float()  # in whatever dtype the training computed
             generator.network = cast(Network, kept["network"])
             if "encoder" in kept:
@@ -249,10 +240,9 @@ def new_manifest(
     arrays: Sequence[SourceArrays],
     encoder: Encoder,
     base: LanguageModel | None,
-    resume: "GeneratorPoint | None",
 ) -> GeneratorManifest:
-    """Returns the manifest of a new run, or of a resumed one."""
-    manifest = GeneratorManifest(
+    """Returns the manifest of a training that has not begun."""
+    return GeneratorManifest(
         base_model=plan.base_model,
         sources=[str(s.checkpoints[0].parent.absolute()) for s in plan.sources],
         val_sources=[str(s.checkpoints[0].parent.absolute()) for s in plan.val_sources],
@@ -270,10 +260,6 @@ def new_manifest(
             }
         ),
     )
-    if resume:
-        manifest.started = resume.manifest.started
-        manifest.resumed_from = [*resume.manifest.resumed_from, resume.step]
-    return manifest
 
 
 def _provenance(
@@ -287,7 +273,7 @@ def _provenance(
 class GeneratorPoint(ResumePoint[GeneratorManifest, GenTrainConfig]):
     """A run of `gen train`, and the checkpoint from which it resumes."""
 
-    kind, free = GeneratorManifest, FREE
+    kind, ignored_on_resume = GeneratorManifest, IGNORED_ON_RESUME
 
     def resumed(self, config: GenTrainConfig) -> GenTrainConfig:
         """Returns the configuration with the objective that `auto` stood for when the run began:
@@ -299,8 +285,7 @@ class GeneratorPoint(ResumePoint[GeneratorManifest, GenTrainConfig]):
     def differences(self, config: GenTrainConfig) -> list[str]:
         return super().differences(self.resumed(config))
 
-    def check_inputs(self, config: GenTrainConfig, manifest: GeneratorManifest) -> None:
-        """Raises UsageError naming every difference to the `manifest` of what would resume it."""
+    def changed_inputs(self, config: GenTrainConfig, manifest: GeneratorManifest) -> list[str]:
         then, problems = self.manifest, []
         if then.encoder_fingerprint not in ("", manifest.encoder_fingerprint):
             problems.append(f"the encoder {config.encoder.name} has other weights")
@@ -308,7 +293,7 @@ class GeneratorPoint(ResumePoint[GeneratorManifest, GenTrainConfig]):
             problems.append("the base model has other weights")
         if then.source_records:
             problems += _other_sources(then.source_records, manifest.source_records)
-        self.check_unchanged(config, problems)
+        return problems
 
 
 def with_found_sources(plan: Plan) -> GenTrainConfig:
@@ -335,14 +320,6 @@ def with_found_sources(plan: Plan) -> GenTrainConfig:
     if config.data.prompts is not None:
         config.data.prompts = str(Path(config.data.prompts).absolute())
     return config
-
-
-def restore_weights(module: nn.Module, document: dict[str, Any]) -> None:
-    """Raises DataError where the checkpoint's tensors are not exactly the module's."""
-    try:
-        module.load_state_dict(document["state_dict"])
-    except (RuntimeError, KeyError) as error:
-        raise DataError("the checkpoint's tensors are not those of this generator") from error
 
 
 def _other_sources(then: list[SourceRecord], now: list[SourceRecord]) -> list[str]:

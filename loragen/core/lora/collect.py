@@ -57,7 +57,7 @@ def collect(
             raise outcome.error
         outcome.show(progress)
 
-    progress.begin([task.name for task in tasks])
+    progress.command_started([task.name for task in tasks])
     try:
         for task in tasks:
             if outcome := _without_training(config, task, force):
@@ -67,7 +67,7 @@ def collect(
             for outcome in _train(config, remaining, len(tasks) > 1, progress):
                 record(outcome)
     finally:
-        progress.stop()
+        progress.command_ended()
     return [outcomes[task] for task in tasks]
 
 
@@ -172,7 +172,7 @@ class _Attempt:
         for report in self.status.new_reports():
             if not self.started:
                 self.started = True
-                progress.start(self.task.name, steps)
+                progress.training_started(self.task.name, steps)
             if report.step:
                 progress.step(report.step)
             if report.warning:
@@ -233,7 +233,7 @@ def _train_in_workers(
     waiting, running = list(tasks), list[_Attempt]()
     interruption, kill_at = Interruption(), inf
     with (
-        interruption.awaited(),
+        interruption.handle_signals(),
         TemporaryDirectory(prefix=".loragen-", dir=launcher.folder) as folder,
     ):
         try:

@@ -12,17 +12,17 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from loragen.core.config import LoraTrainConfig
-from loragen.core.data.batches import batch_indices, held_out, micro_batch
+from loragen.core.data.batches import batch_indices, micro_batch, train_val_split
 from loragen.core.data.dataset import Dataset, refuse_bad, warn_of_bad
 from loragen.core.data.tokenize import Example, TokenizedRows, examples_hash
 from loragen.core.errors import DataError, UsageError
-from loragen.core.lora.packing import Batch, Cost, num_answers, packed, packing_cost, padded
+from loragen.core.lora.packing import Batch, Cost, collate, packing_cost
 from loragen.core.run.directory import DatasetRecord
 
 log = logging.getLogger(__name__)
 
 DRAWN = "drawn:"
-"""Begins a hash of the tokens of the rows that a run draws; older manifests hash all rows."""
+"""The prefix of a hash of those rows alone that a run draws; older manifests hash all rows."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TrainingRows:
     drawn: Sequence[Example]
     """The training rows that the steps of the whole run draw, in the order of the file."""
     record: DatasetRecord
-    """For the manifest."""
+    """The dataset as the manifest records it."""
 
 
 def load_rows(
@@ -46,24 +46,23 @@ def load_rows(
 ) -> TrainingRows:
     """Reads a dataset, splits off the validation rows and tokenises the rows that a run draws.
 
-    `validation` is `config.data.validation`, where that is open already. With `hash_all_rows` the
+    `validation` is `config.data.validation`, if that is open already. With `hash_all_rows` the
     record hashes the tokens of all rows, as older manifests do. Raises UsageError for a missing
     file, DataError for bad rows (unless they are to be skipped) or no rows to train on.
     """
     if config.data.validation and validation is None:
         validation = Dataset.at(config.data.validation)
     rows = _fitting_rows(config, dataset, tokenizer)
-    training_indices, held_out_indices = held_out(len(rows), config.data.val_ratio, config.seed)
-    if not training_indices:
+    train_indices, val_indices = train_val_split(len(rows), config.data.val_ratio, config.seed)
+    if not train_indices:
         raise DataError(
             f"{dataset}: data.val_ratio leaves no rows to train on ({len(rows)} in all)"
         )
-    training = rows.subset(training_indices)
-    held = rows.subset(held_out_indices)
-    # The steps draw from a stream of shuffled epochs: its first rows, or all of them.
-    num_drawn = min(len(training), config.training.max_steps * config.training.batch_size)
-    indices = sorted(batch_indices(len(training), num_drawn, config.seed, step=0))
-    drawn = [training[index] for index in indices]
+    train_rows, val_rows = rows.subset(train_indices), rows.subset(val_indices)
+    # The steps draw the first rows of a stream of shuffled epochs, which may be all rows.
+    num_drawn = min(len(train_rows), config.training.max_steps * config.training.batch_size)
+    indices = sorted(batch_indices(len(train_rows), num_drawn, config.seed, step=0))
+    drawn = [train_rows[index] for index in indices]
     record = DatasetRecord(
         name=dataset.name,
         path=dataset.location,
@@ -71,16 +70,16 @@ def load_rows(
         rows=len(rows),
         tokens=examples_hash(list(rows))
         if hash_all_rows
-        else DRAWN + examples_hash([*drawn, *held]),
+        else DRAWN + examples_hash([*drawn, *val_rows]),
         too_long=[row.line for row in rows.too_long],
         validation=validation.sha256 if validation else "",
     )
     _warn_of_cut(config, dataset, rows)
     if validation:
-        held = _fitting_rows(config, validation, tokenizer)
-        list(held)  # all validation rows are drawn
-        _warn_of_cut(config, validation, held)
-    return TrainingRows(training, held, drawn, record)
+        val_rows = _fitting_rows(config, validation, tokenizer)
+        list(val_rows)  # tokenises all, so that those that are cut can be counted
+        _warn_of_cut(config, validation, val_rows)
+    return TrainingRows(train_rows, val_rows, drawn, record)
 
 
 def _fitting_rows(config: LoraTrainConfig, dataset: Dataset, tokenizer: Any) -> TokenizedRows:
@@ -105,27 +104,14 @@ def _warn_of_cut(config: LoraTrainConfig, dataset: Dataset, rows: TokenizedRows)
 
 
 @dataclass(frozen=True)
-class Collate:
-    """Makes a batch of examples: packed where the base model allows it, else padded."""
-
-    pad_id: int
-    cost: Cost | None
-    """Of a packed batch; None for a base model whose batches are padded."""
-
-    def __call__(self, examples: Sequence[Example], step_answers: int | None = None) -> Batch:
-        """`step_answers` as in `Batch`; by default the answer tokens of `examples`."""
-        if self.cost is None:
-            return padded(examples, self.pad_id, step_answers)
-        return packed(examples, self.pad_id, self.cost, step_answers)
-
-
-@dataclass(frozen=True)
 class MicroBatches(TorchDataset[Batch]):
     """The micro-batches of one process: item ``k`` is accumulation round ``k % num_accumulation``
-    of step ``k // num_accumulation``."""
+    of step ``k // num_accumulation``, both counted from 0."""
 
     rows: Sequence[Example]
-    collate: Collate
+    pad_id: int
+    cost: Cost | None
+    """The cost of a packed batch; None: batches are padded."""
     batch_size: int
     """Rows of a whole optimizer step, over all processes and accumulation rounds."""
     seed: int
@@ -136,11 +122,12 @@ class MicroBatches(TorchDataset[Batch]):
     def __getitem__(self, k: int) -> Batch:
         step, accumulation = divmod(k, self.num_accumulation)
         batch = batch_indices(len(self.rows), self.batch_size, self.seed, step)
-        answers = num_answers([self.rows[index] for index in batch])
+        step_label_tokens = sum(self.rows[index].num_label_tokens for index in batch)
         mine = micro_batch(
             batch, self.process_index, self.num_processes, accumulation, self.num_accumulation
         )
-        return self.collate([self.rows[index] for index in mine], answers)
+        rows = [self.rows[index] for index in mine]
+        return collate(rows, self.pad_id, self.cost, step_label_tokens)
 
 
 class LoraDataModule(LightningDataModule):
@@ -151,10 +138,10 @@ class LoraDataModule(LightningDataModule):
         self.rows, self.config, self.pad_id = rows, config, pad_id
 
     def check_divisible(self, num_processes: int, num_accumulation: int) -> None:
-        """Checks, before training, that processes and accumulation rounds share a step equally;
-        with `devices: auto` their number is not known earlier.
+        """Checks that processes and accumulation rounds share a step equally. Their number is not
+        known before there is a trainer, because of `devices: auto`.
 
-        Raises UsageError where they do not, or where limit_train_batches leaves no whole step.
+        Raises UsageError if they do not, or if limit_train_batches leaves no whole step.
         """
         size, limit = self.config.training.batch_size, self.config.trainer.limit_train_batches
         if size % (num_accumulation * num_processes):
@@ -166,16 +153,17 @@ class LoraDataModule(LightningDataModule):
             raise UsageError(f"trainer.limit_train_batches {limit} leaves no whole step")
 
     @cached_property
-    def collate(self) -> Collate:
-        """Determined once the model is on its device: whether it can be packed is tried out."""
+    def cost(self) -> Cost | None:
+        """The cost of a packed batch; None if batches are padded. It is determined once the model
+        is on its device, because a forward pass shows whether it can be packed."""
         if not self.config.training.packing:
-            return Collate(self.pad_id, None)
+            return None
         trainer = self.trainer
         assert trainer is not None
         rounds = trainer.accumulate_grad_batches * trainer.world_size
         rows = self.config.training.batch_size // rounds
         model = trainer.lightning_module.model
-        return Collate(self.pad_id, packing_cost(model, self.rows.drawn, self.pad_id, rows))
+        return packing_cost(model, self.rows.drawn, self.pad_id, rows)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         trainer = self.trainer
@@ -186,7 +174,8 @@ class LoraDataModule(LightningDataModule):
         )
         batches = MicroBatches(
             self.rows.training,
-            self.collate,
+            self.pad_id,
+            self.cost,
             self.config.training.batch_size,
             self.config.seed,
             accumulation,
@@ -202,8 +191,8 @@ class LoraDataModule(LightningDataModule):
         )
 
     def _last_step(self, num_accumulation: int) -> int:
-        """The step at which limit_train_batches ends the run: a number of micro-batches of the
-        whole run (int), or a share of them (float)."""
+        """Returns the step at which limit_train_batches ends the run; that is a number of
+        micro-batches of the whole run (int) or a share of them (float)."""
         limit, max_steps = self.config.trainer.limit_train_batches, self.config.training.max_steps
         if limit is None:
             return max_steps
@@ -212,12 +201,14 @@ class LoraDataModule(LightningDataModule):
         return min(max_steps, batches // num_accumulation)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Every process sees all validation rows, so that all take the same decisions."""
+        """Every process gets all validation rows, so that all make the same decisions."""
         rows, size = self.rows.validation, self.config.training.batch_size
-        batches = [self.collate(rows[at : at + size]) for at in range(0, len(rows), size)]
+        starts = range(0, len(rows), size)
+        batches = [collate(rows[at : at + size], self.pad_id, self.cost) for at in starts]
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is map-style
 
 
-def ignore_interrupts(worker: int) -> None:  # noqa: ARG001  # the loader's signature
-    """Ctrl+C reaches every process of a terminal; the step that is to be saved needs its batch."""
+def ignore_interrupts(worker: int) -> None:  # noqa: ARG001  # signature fixed by DataLoader
+    """Ignores Ctrl+C, which reaches every process of a terminal: the step that is finished and
+    saved after it needs its batch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

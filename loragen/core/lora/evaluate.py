@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loragen.core.data.dataset import Row, allowed_answers, closed_answers
 from loragen.core.data.tokenize import Example, answer_ids, pad_id, prompt_ids
-from loragen.core.lora.packing import answer_losses, padded
+from loragen.core.lora.packing import answer_losses, collate
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,8 @@ def log_likelihoods(
     sums = []
     for first in range(0, len(examples), batch_size):
         several = examples[first : first + batch_size]
-        batch = padded(several, padding).to(model.device)
-        lengths = torch.tensor([item.answer for item in several])
+        batch = collate(several, padding).to(model.device)
+        lengths = torch.tensor([item.num_label_tokens for item in several])
         owner = torch.repeat_interleave(torch.arange(len(several)), lengths)  # (answers,)
         losses = answer_losses(model, batch).float().cpu()
         sums.append(-torch.zeros(len(several)).index_add_(0, owner, losses))

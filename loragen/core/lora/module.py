@@ -1,11 +1,10 @@
 """LoRA training as a LightningModule, and the callbacks that log its steps and save checkpoints."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from loragen.core.config.schema import CheckpointsSection
@@ -13,19 +12,20 @@ from loragen.core.lora.packing import Batch, answer_logits, answer_losses, rows_
 from loragen.core.lora.provenance import Provenance, tracked_step, tracking_file, write_mappings
 from loragen.core.progress import Step
 from loragen.core.protocols import Schedule
-from loragen.core.run.directory import CHECKPOINTS, LAST_CHECKPOINT, LoraManifest, checkpoint_name
+from loragen.core.run.directory import CHECKPOINTS, LoraManifest, checkpoint_name
 from loragen.core.run.loggers import StepLog
 from loragen.core.run.loop import (
+    CheckpointCallback,
     Interruption,
     RunSession,
     StepCallback,
     check_loss,
-    check_weights,
     step_schedule,
 )
+from loragen.core.run.resume import ResumableModule
 
 
-class LoraModule(LightningModule):
+class LoraModule(ResumableModule):
     """Trains the adapter of a `PeftModel`.
 
     A checkpoint holds the adapter's tensors and what resuming needs, never the base.
@@ -39,29 +39,25 @@ class LoraModule(LightningModule):
         max_steps: int,
         weight_decay: float,
         fused: bool = True,
-        optimizer_state: dict[str, Any] | None = None,
-        first_step: int = 0,
     ) -> None:
-        """A resumed run has done `first_step` steps, which left `optimizer_state`."""
         super().__init__()
         self.model = model
         self.schedule, self.max_steps, self.weight_decay = schedule, max_steps, weight_decay
-        self.fused, self.first_step = fused, first_step
+        self.fused = fused
         self.saves_optimizer = True
         """Whether the next checkpoint holds the optimizer's state, which resuming needs."""
         self.step_loss: Tensor | float = 0.0
-        """This process's share of the mean loss per answer token of the current step."""
-        self._optimizer_state = optimizer_state
+        """This process's share of the mean loss (nats per answer token) of the current step."""
         self._trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the share of these rows in the mean loss of the step.
 
         The loss is normalised by the answer tokens of the *whole* step. Lightning then averages
-        over processes and accumulation rounds, which the factor undoes: however a step is split,
-        its gradient is the same.
+        over processes and accumulation rounds, which the factor undoes, so that the gradient of a
+        step does not depend on how it is split.
         """
-        share = answer_losses(self.model, batch).sum() / batch.step_answers
+        share = answer_losses(self.model, batch).sum() / batch.step_label_tokens
         num_accumulation = self.trainer.accumulate_grad_batches
         before = 0.0 if batch_idx % num_accumulation == 0 else self.step_loss
         self.step_loss = before + share.detach()
@@ -79,19 +75,19 @@ class LoraModule(LightningModule):
         optimizer = torch.optim.AdamW(
             self._trainable.values(), lr=1.0, weight_decay=self.weight_decay, fused=self.fused
         )
-        if self._optimizer_state:
-            optimizer.load_state_dict(self._optimizer_state)
+        if self.resumed_optimizer:
+            optimizer.load_state_dict(self.resumed_optimizer)
 
         def learning_rate(step: int) -> float:
             last = min(step, self.max_steps)  # LambdaLR also asks for the step after the last
             return self.schedule(last, self.max_steps).learning_rate
 
-        schedule = step_schedule(optimizer, learning_rate, self.first_step)
+        schedule = step_schedule(optimizer, learning_rate, self.completed_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]  # ours
-        """The adapter's tensors alone. (Collecting the whole model's state and leaving most of it
-        out would take longer than writing the file.)"""
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]  # narrower
+        """Returns the adapter's tensors alone. Collecting the state of the whole model and leaving
+        most of it out would take longer than writing the file."""
         return {f"model.{name}": p.detach() for name, p in self._trainable.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -120,7 +116,7 @@ class StepMetrics(StepCallback):
         step = trainer.global_step
         loss = float(trainer.strategy.reduce(torch.as_tensor(pl_module.step_loss), reduce_op="sum"))
         now = time.perf_counter()
-        speed, self._began = batch.step_answers / (now - self._began), now
+        speed, self._began = batch.step_label_tokens / (now - self._began), now
         rate = pl_module.schedule(step, pl_module.max_steps)
         metrics = {
             "train/loss": loss,
@@ -143,12 +139,12 @@ class StepMetrics(StepCallback):
         check_loss("val/loss", found["val/loss"], trainer.global_step, self.session.directory)
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Also called where no step was left to train."""
+        """Lightning calls this even if no step was left to train."""
         if trainer.is_global_zero:
             self._write_mappings(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Lightning calls no `teardown` after an error."""
+        """Lightning does not call `teardown` after an error."""
         if self._tracked:
             self._write_mappings(pl_module)
 
@@ -160,7 +156,7 @@ class StepMetrics(StepCallback):
             write_mappings(self.session.directory, name, self.provenance, rates)
 
 
-class StepCheckpoints(StepCallback):
+class StepCheckpoints(CheckpointCallback):
     """Saves a checkpoint of step `first_step`, of every `every` steps after it, and of the last.
 
     last.ckpt is renewed in between, as long as there is no newer checkpoint from which a killed run
@@ -168,65 +164,54 @@ class StepCheckpoints(StepCallback):
     of early stopping.
     """
 
+    command = "lora train"
+
     def __init__(
         self,
         session: RunSession,
+        interruption: Interruption,
         manifest: LoraManifest,
         settings: CheckpointsSection,
         val_every: int | None,
-        interruption: Interruption,
     ) -> None:
-        self.session, self.manifest, self.settings = session, manifest, settings
-        self.val_every, self.interruption = val_every, interruption
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        super().on_train_start(trainer, pl_module)
-        self.interruption.listen()
+        """There is a validation every `val_every` steps; None: there is none."""
+        super().__init__(session, interruption, settings.last_every)
+        self.manifest, self.settings, self.val_every = manifest, settings, val_every
 
     def on_step(self, trainer: Trainer, pl_module: Any, batch: Batch) -> None:
         if not self.val_every or trainer.global_step % self.val_every:
-            self._after_step(trainer, pl_module)
+            self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self._after_step(trainer, pl_module)
+        self._save_if_due(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Keeps the last step of a run that stopped early, or that was killed after it, and removes
         last.ckpt."""
-        self._keep(trainer, pl_module, self.settings.optimizer != "none")
+        self._keep(trainer, self.settings.optimizer != "none")
         if trainer.is_global_zero:
-            self._last.unlink(missing_ok=True)
+            self.last_file.unlink(missing_ok=True)
 
-    def _after_step(self, trainer: Trainer, pl_module: Any) -> None:
+    def _save_if_due(self, trainer: Trainer) -> None:
         step, settings = trainer.global_step, self.settings
         final = step == trainer.max_steps or trainer.should_stop
         resumable = settings.carries_optimizer(final)
         if settings.keeps(step, final):
-            self._keep(trainer, pl_module, resumable)
-        stops = self.interruption.requested_on_any(trainer)
-        covered = resumable and step in self.manifest.steps
-        if (stops or step % settings.last_every == 0) and not covered:
-            self._save(trainer, pl_module, self._last, with_optimizer=True)
-        if stops:
-            raise self.interruption.error_after(
-                step, trainer.max_steps, f"lora train --resume {self.session.directory}"
-            )
+            self._keep(trainer, resumable)
+        self.end_step(trainer, is_saved=resumable and step in self.manifest.steps)
 
-    @property
-    def _last(self) -> Path:
-        return self.session.directory / LAST_CHECKPOINT
-
-    def _keep(self, trainer: Trainer, pl_module: Any, with_optimizer: bool) -> None:
+    def _keep(self, trainer: Trainer, with_optimizer: bool) -> None:
         step, steps = trainer.global_step, self.manifest.steps
         if step in steps:
             return
-        file = self.session.directory / CHECKPOINTS / checkpoint_name(step)
-        self._save(trainer, pl_module, file, with_optimizer)
+        module: Any = trainer.lightning_module
+        module.saves_optimizer = with_optimizer
+        self.save(trainer, self.session.directory / CHECKPOINTS / checkpoint_name(step))
         steps.append(step)
         if with_optimizer and trainer.is_global_zero:
-            self._last.unlink(missing_ok=True)
+            self.last_file.unlink(missing_ok=True)
 
-    def _save(self, trainer: Trainer, pl_module: Any, file: Path, with_optimizer: bool) -> None:
-        check_weights(pl_module.state_dict(), trainer.global_step, self.session.directory)
-        pl_module.saves_optimizer = with_optimizer
-        trainer.save_checkpoint(file, weights_only=False)  # in all processes: it has a barrier
+    def save_last(self, trainer: Trainer) -> None:
+        module: Any = trainer.lightning_module
+        module.saves_optimizer = True
+        self.save(trainer, self.last_file)

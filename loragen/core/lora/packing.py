@@ -1,10 +1,10 @@
-"""The layout of a batch, the loss at answer positions, and the check whether a model can be packed.
+"""The layout of a batch, the loss of its answers, and the check whether a model can be packed.
 
 Rows of a dataset begin alike: the chat template, the system prompt, the instruction. A *packed*
 batch holds that shared prefix once, followed by the remainders of several rows in one sequence. An
 attention mask lets a token see the prefix and its own row only, and every token has the position
-that it has in its row alone. Every token sees exactly the context of its row: without dropout, loss
-and gradients are those of a padded batch.
+that it has in its row alone. Every token thus sees exactly the context of its row, and without
+dropout loss and gradients are those of a padded batch.
 """
 
 import logging
@@ -21,39 +21,32 @@ from loragen.core.data.tokenize import Example, shared_prefix
 
 log = logging.getLogger(__name__)
 
-IGNORED = -100  # the target that cross_entropy leaves out
-PREFIX, PADDING = 0, -1  # segments that are no row
+IGNORED = -100
+"""The label that cross_entropy leaves out."""
+PREFIX, PADDING = 0, -1
+"""The segments of tokens that are in no row."""
 
 
 class Batch(NamedTuple):
-    """Sequences of tokens; all tensors are int64 ``[sequences, length]``, (S, T)."""
+    """Sequences of tokens. All tensors are int64 ``[sequences, length]``, in comments (S, T)."""
 
     ids: Tensor
     positions: Tensor
     """The position of each token in its own row, from 0."""
     segments: Tensor
     """0 for the shared prefix of a sequence, 1, 2, ... for its rows, -1 for padding."""
-    targets: Tensor
-    """The loss mask: the answer token that a position predicts; -100 where there is no loss."""
-    step_answers: int
-    """Answer tokens of the whole optimizer step, over all devices and accumulation rounds."""
+    shifted_labels: Tensor
+    """The answer token that each position predicts, the next one; -100 if it has no loss."""
+    step_label_tokens: int
+    """The number of label tokens of the whole optimizer step, over all processes and rounds."""
     packed: bool
 
     def to(self, device: torch.device) -> "Batch":
-        ids, positions, segments, targets = (tensor.to(device) for tensor in self[:4])
-        return Batch(ids, positions, segments, targets, self.step_answers, self.packed)
+        ids, positions, segments, shifted_labels = (tensor.to(device) for tensor in self[:4])
+        return Batch(ids, positions, segments, shifted_labels, self.step_label_tokens, self.packed)
 
 
 # ---------------------------------------------------------------------------- layout
-
-
-def padded(examples: Sequence[Example], pad_id: int, step_answers: int | None = None) -> Batch:
-    """Returns one row per sequence, padded on the right.
-
-    `step_answers` defaults to the answer tokens of `examples`.
-    """
-    sequences = [[(1, 0, item)] for item in examples]
-    return _lay_out(sequences, 0, pad_id, step_answers or num_answers(examples), packed=False)
 
 
 @dataclass(frozen=True)
@@ -61,38 +54,57 @@ class Cost:
     """The cost of a model's forward pass, in floating-point operations of one layer."""
 
     token: float
-    """Of one token in the linear layers."""
+    """The cost of one token in the linear layers."""
     pair: float
-    """Of one (query, key) pair in the attention."""
+    """The cost of one (query, key) pair in the attention."""
 
     def of(self, sequences: int, length: int) -> float:
         return sequences * length * (self.token + length * self.pair)
 
 
-def packed(
-    examples: Sequence[Example], pad_id: int, cost: Cost, step_answers: int | None = None
+def collate(
+    examples: Sequence[Example],
+    pad_id: int,
+    cost: Cost | None = None,
+    step_label_tokens: int | None = None,
 ) -> Batch:
-    """Returns the shared prefix and then the remainders of several rows per sequence, in as many
-    sequences as cost least. `step_answers` as in `padded`."""
-    shared, bins = cheapest_packing(examples, cost)
-    sequences = [[(n, shared, examples[i]) for n, i in enumerate(one, start=1)] for one in bins]
-    return _lay_out(sequences, shared, pad_id, step_answers or num_answers(examples), packed=True)
+    """Returns a batch of rows: packed if the model has a `cost` of packed batches, else one row per
+    sequence, padded on the right.
 
-
-def num_answers(examples: Sequence[Example]) -> int:
-    """Returns the number of answer tokens."""
-    return sum(item.answer for item in examples)
-
-
-def shared_prefix_length(examples: Sequence[Example]) -> int:
-    """Returns how many first tokens all rows share, without the last token of any prompt: it
-    predicts the row's own answer."""
-    return shared_prefix([item.ids[: len(item.ids) - item.answer - 1] for item in examples])
+    Packed sequences hold the shared prefix and the remainders of several rows, in as many sequences
+    as cost least. `step_label_tokens` defaults to the label tokens of `examples`.
+    """
+    shared, bins = 0, [[index] for index in range(len(examples))]
+    if cost:
+        shared, bins = cheapest_packing(examples, cost)
+    length = shared + max(sum(len(examples[i].ids) - shared for i in one) for one in bins)
+    ids = torch.full((len(bins), length), pad_id)
+    positions = torch.zeros_like(ids)
+    segments = torch.full_like(ids, PADDING)
+    shifted_labels = torch.full_like(ids, IGNORED)
+    for sequence, indices in enumerate(bins):
+        ids[sequence, :shared] = torch.tensor(examples[indices[0]].ids[:shared], dtype=ids.dtype)
+        positions[sequence, :shared] = torch.arange(shared)
+        segments[sequence, :shared] = PREFIX
+        end = shared
+        for segment, index in enumerate(indices, start=1):
+            tokens, num_labels = examples[index]
+            start, end = end, end + len(tokens) - shared
+            ids[sequence, start:end] = torch.tensor(tokens[shared:])
+            positions[sequence, start:end] = torch.arange(shared, len(tokens))
+            segments[sequence, start:end] = segment
+            labels = ids[sequence, end - num_labels : end]
+            shifted_labels[sequence, end - num_labels - 1 : end - 1] = labels
+    if step_label_tokens is None:
+        step_label_tokens = sum(item.num_label_tokens for item in examples)
+    packed = cost is not None
+    return Batch(ids, positions, segments, shifted_labels, step_label_tokens, packed)
 
 
 def cheapest_packing(examples: Sequence[Example], cost: Cost) -> tuple[int, list[list[int]]]:
-    """Returns the length of the shared prefix, and the indices of the rows of each sequence."""
-    shared = shared_prefix_length(examples)
+    """Returns the length of the prefix that all rows share, and the indices of the rows of each
+    sequence. The last token of a prompt is not shared, because it predicts the row's own answer."""
+    shared = shared_prefix([ids[: len(ids) - num_labels - 1] for ids, num_labels in examples])
     return shared, cheapest_bins([len(item.ids) - shared for item in examples], shared, cost)
 
 
@@ -126,33 +138,6 @@ def balanced_bins(lengths: Sequence[int], bins: int) -> list[list[int]]:
     return groups
 
 
-def _lay_out(
-    sequences: Sequence[Sequence[tuple[int, int, Example]]],
-    shared: int,
-    pad_id: int,
-    step_answers: int,
-    packed: bool,
-) -> Batch:
-    """Lays out sequences of (segment, first token used, example), after `shared` prefix tokens."""
-    length = shared + max(sum(len(e.ids) - first for _, first, e in one) for one in sequences)
-    ids = torch.full((len(sequences), length), pad_id)
-    positions = torch.zeros_like(ids)
-    segments = torch.full_like(ids, PADDING)
-    targets = torch.full_like(ids, IGNORED)
-    for row, sequence in enumerate(sequences):
-        ids[row, :shared] = torch.tensor(sequence[0][2].ids[:shared], dtype=ids.dtype)
-        positions[row, :shared] = torch.arange(shared)
-        segments[row, :shared] = PREFIX
-        end = shared
-        for segment, first, item in sequence:
-            start, end = end, end + len(item.ids) - first
-            ids[row, start:end] = torch.tensor(item.ids[first:])
-            positions[row, start:end] = torch.arange(first, len(item.ids))
-            segments[row, start:end] = segment
-            targets[row, end - item.answer - 1 : end - 1] = ids[row, end - item.answer : end]
-    return Batch(ids, positions, segments, targets, step_answers, packed)
-
-
 # ---------------------------------------------------------------------------- loss
 
 
@@ -160,11 +145,11 @@ def answer_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Returns the logits ``[answers, vocabulary]`` at the positions that predict an answer token,
     and those tokens ``[answers]``, in the order of the batch.
 
-    The hidden states are narrowed by a hook of the output layer, so whatever the model does to its
-    logits after it (soft caps, scales) is kept. With a large vocabulary this saves most of the
-    work: an answer has 3 or 4 tokens, a row more than 100.
+    A hook narrows the input of the output layer, so that whatever the model does to its logits
+    afterwards (soft caps, scales) is kept. With a large vocabulary this saves most of the work: an
+    answer has 3 or 4 tokens, a row more than 100.
     """
-    predicts = batch.targets != IGNORED  # (S, T)
+    predicts = batch.shifted_labels != IGNORED  # (S, T)
 
     def narrow(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = inputs[0]  # (S, T, H)
@@ -185,14 +170,14 @@ def answer_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         output = model(input_ids=batch.ids, use_cache=False, **context)
     finally:
         handle.remove()
-    return output.logits.squeeze(0), batch.targets[predicts]
+    return output.logits.squeeze(0), batch.shifted_labels[predicts]
 
 
 def block_mask(segments: Tensor) -> Tensor:
-    """Returns ``[sequences, 1, queries, keys]`` bool: True where a query attends to a key, which is
-    not after it and is in the shared prefix or in its own row.
+    """Returns ``[sequences, 1, queries, keys]`` bool: True if the query attends to the key, which
+    is not after it and is in the shared prefix or in its own row.
 
-    Padding attends to padding: a query without any key would give NaN.
+    Padding attends to padding, because a query without any key would give NaN.
     """
     query, key = segments[:, :, None], segments[:, None, :]
     length = segments.shape[1]
@@ -215,14 +200,14 @@ def answer_losses(model: Any, batch: Batch) -> Tensor:
 def rows_right(logits: Tensor, batch: Batch) -> Tensor:
     """Returns ``[rows]`` bool: whether greedy decoding gives a row's answer.
 
-    It does exactly when the most likely token is right at every answer position, given the true
+    It does if and only if the most likely token is right at every answer position, given the true
     answer before it.
     """
-    predicts = batch.targets != IGNORED
+    predicts = batch.shifted_labels != IGNORED
     sequence = torch.arange(len(batch.segments), device=batch.segments.device)[:, None]
     owner = (sequence * (batch.segments.max() + 1) + batch.segments)[predicts]  # (answers,)
     _, row = torch.unique(owner, return_inverse=True)
-    hits = logits.argmax(-1) == batch.targets[predicts]
+    hits = logits.argmax(-1) == batch.shifted_labels[predicts]
     right = torch.ones(int(row.max()) + 1, dtype=torch.bool, device=hits.device)
     return right.index_put((row[~hits],), torch.zeros_like(row[~hits], dtype=torch.bool))
 
@@ -231,18 +216,18 @@ def rows_right(logits: Tensor, batch: Batch) -> Tensor:
 
 
 # The mean difference (nats) of the answer tokens' losses that rounding may cause. Measured: 4e-7 in
-# float32 and 2e-3 in bfloat16 where packing is right, 5e-2 and more where it is not. (Norms compute
-# in float32 whatever the model's dtype is.)
+# float32 and 2e-3 in bfloat16 for models that can be packed, 5e-2 and more for others. Norms
+# compute in float32 whatever the model's dtype is.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 TOLERANCE_16_BIT = 2e-2
 
 
 def packing_cost(model: Any, examples: Sequence[Example], pad_id: int, rows: int) -> Cost | None:
-    """Returns the cost of this model's packed batches, or None where it cannot be packed.
+    """Returns the cost of this model's packed batches, or None if it cannot be packed.
 
-    Packing needs a model that accepts a 4-D mask and restarted positions. This is tried out: the
-    longest `rows` rows, as many as a micro-batch has, must have the losses that they have alone. A
-    model that fails trains on padded batches, which are slower, and is logged once.
+    Packing needs a model that accepts a 4-D mask and restarted positions. The check is an
+    experiment: the longest `rows` rows, as many as a micro-batch has, must have the losses that
+    they have alone. A model that fails trains on padded batches, which are slower, and is logged.
     """
     cost = model_cost(model)
     obstacle = _packing_obstacle(model, examples, pad_id, cost, rows)
@@ -270,14 +255,14 @@ def _packing_obstacle(
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     if window and len(longest[0].ids) > window:
         return f"has a sliding window of {window} tokens, and a row has {len(longest[0].ids)}"
-    trial = longest if len(longest) > 1 else longest * 2  # a single row could not see another
+    trial = longest if len(longest) > 1 else longest * 2  # a single row has no other to see
     in_order = [trial[index] for one in cheapest_packing(trial, cost)[1] for index in one]
     modes = {module: module.training for module in model.modules()}  # the base is in eval mode
     model.eval()
     try:
-        alone = answer_losses(model, padded(in_order, pad_id).to(model.device))
+        alone = answer_losses(model, collate(in_order, pad_id).to(model.device))
         try:
-            together = answer_losses(model, packed(trial, pad_id, cost).to(model.device))
+            together = answer_losses(model, collate(trial, pad_id, cost).to(model.device))
         except Exception as error:  # noqa: BLE001  # any model's forward may raise anything
             return f"does not accept a 4-D attention mask ({type(error).__name__})"
     finally:

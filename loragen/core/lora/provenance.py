@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loragen.core.data.batches import batch_indices, held_out
+from loragen.core.data.batches import batch_indices, train_val_split
 from loragen.core.data.dataset import Dataset, Row
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import sha256_text, write_json
@@ -90,15 +90,15 @@ def traced_run(run: LoraRun, dataset: Dataset | None = None) -> TracedRun:
         raise DataError(f"{dataset}: {run.directory} was trained on other rows: {recorded.path}")
     left_out = set(recorded.too_long)
     rows = [r for r in dataset.rows(config.data.skip_bad_rows) if r.line not in left_out]
-    training, held = held_out(len(rows), config.data.val_ratio, config.seed)
+    train_indices, val_indices = train_val_split(len(rows), config.data.val_ratio, config.seed)
     # The last step done: the manifest of a killed run does not have it, its log does.
     metrics = run.directory / METRICS
     logged = [int(entry["step"]) for entry in read_metrics(metrics)] if metrics.is_file() else []
     saved = map(checkpoint_step, run.checkpoints)
     return TracedRun(
         run,
-        Provenance([rows[i] for i in training], config.training.batch_size, config.seed),
-        [rows[i] for i in held],
+        Provenance([rows[i] for i in train_indices], config.training.batch_size, config.seed),
+        [rows[i] for i in val_indices],
         create("schedule", config.schedule.name, config.schedule.options),
         config.training.max_steps,
         max([*logged, *saved, *manifest.steps], default=0),

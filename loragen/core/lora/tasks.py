@@ -120,7 +120,7 @@ class TaskOutcome:
 # ---------------------------------------------------------------------------- settings
 
 
-FREE = (
+IGNORED_ON_RESUME = (
     "base_model",  # compared by its fingerprint, or its name
     "base_dtype",  # compared by the dtype that the base computes in
     "runs_dir",
@@ -224,7 +224,7 @@ def earlier_runs(config: LoraTrainConfig, task: Task) -> EarlierRuns:
                 and manifest.dataset.validation == (validation.sha256 if validation else "")
                 and same_base(manifest.base_model, config.base_model)
                 and same_dtype(then, manifest.base_dtype, config)
-                and not differences(then, config, FREE)
+                and not differences(then, config, IGNORED_ON_RESUME)
             )
         except LoragenError:  # damaged, or of another version of loragen: the dataset trains anew
             continue

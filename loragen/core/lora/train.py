@@ -1,7 +1,10 @@
-"""The recipe of `lora train` for one dataset: it trains an adapter and keeps its checkpoints."""
+"""Trains an adapter on one dataset: the rows -> a run directory with checkpoints and the adapter.
+
+`train_adapter` is the whole recipe: setup, fit, save.
+"""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -19,27 +22,27 @@ from loragen.core.adapter.files import (
 )
 from loragen.core.base.load import (
     LanguageModel,
-    arithmetic,
     dtype_name,
     empty_base,
     load_training_base,
+    trainer_precision,
 )
 from loragen.core.config import LoraTrainConfig
 from loragen.core.data.dataset import Dataset
 from loragen.core.data.tokenize import pad_id
-from loragen.core.errors import DataError, Interrupted, UsageError, listing
+from loragen.core.errors import Interrupted, UsageError, listing
 from loragen.core.files import written_atomically
 from loragen.core.lora.data import DRAWN, LoraDataModule, TrainingRows, load_rows
 from loragen.core.lora.module import LoraModule, StepCheckpoints, StepMetrics
 from loragen.core.lora.provenance import Provenance
-from loragen.core.lora.tasks import FREE, with_absolute_paths
+from loragen.core.lora.tasks import IGNORED_ON_RESUME, with_absolute_paths
 from loragen.core.plugins import create
 from loragen.core.progress import Progress
 from loragen.core.run.checkpoints import AtomicCheckpointIO
 from loragen.core.run.directory import LoraManifest, LoraRun, Run, checkpoint_step, plugin_records
 from loragen.core.run.loggers import METRICS, read_metrics
-from loragen.core.run.loop import Interruption, RunSession, StepSeeds, fit, make_trainer, outcome
-from loragen.core.run.resume import ResumePoint, optimizer_state, restore_progress
+from loragen.core.run.loop import Interruption, RunSession, StepSeeds, fit, make_trainer
+from loragen.core.run.resume import ResumePoint
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +58,12 @@ def train_adapter(
 ) -> LoraRun:
     """Trains one adapter, or resumes a run; `base` is unchanged afterwards.
 
-    `validation` is `config.data.validation`, where that is open already; `on_start` is called with
-    the run directory once that has its manifest. Nothing is written before data, tokens and adapter
-    are checked. Raises DataError for bad rows, UsageError where the adapter does not fit the base
-    or the run cannot be resumed, Interrupted on Ctrl+C, once the step is saved.
+    `validation` is `config.data.validation`, if that is open already; `on_start` is called with
+    the run directory once it has its manifest. Nothing is written before data, tokens and adapter
+    are checked. Raises DataError for bad rows, UsageError if the adapter does not fit the base or
+    the run cannot be resumed, Interrupted on Ctrl+C, once the step is saved.
     """
-    # ---- setup: rows, adapter, session, trainer
+    # ---- setup: rows, manifest, adapter
     config = with_absolute_paths(config)
     training = config.training
     if config.checkpoints.first_step > training.max_steps:
@@ -72,25 +75,25 @@ def train_adapter(
     recorded = resume.manifest.dataset.tokens if resume else ""
     hash_all_rows = bool(recorded) and not recorded.startswith(DRAWN)
     rows = load_rows(config, dataset, base.tokenizer, validation, hash_all_rows)
+    manifest = LoraManifest(
+        base_model=config.base_model,
+        base_dtype=dtype_name(base.model.dtype),
+        base_fingerprint=base.fingerprint,
+        dataset=rows.record,
+        adapter_config={},  # known once PEFT has found the target modules in the base
+        seed=config.seed,
+        max_steps=training.max_steps,
+        plugins=plugin_records(
+            {"schedule": [config.schedule.name], "logger": list(config.loggers)}
+        ),
+    )
     if resume:
-        check_unchanged(resume, config, rows, base)
+        resume.check(config, manifest)
     model = new_adapter(base, config)
     try:
-        adapter_config = plain_config(model.peft_config["default"])
-        manifest = LoraManifest(
-            base_model=config.base_model,
-            base_dtype=dtype_name(base.model.dtype),
-            base_fingerprint=base.fingerprint,
-            dataset=rows.record,
-            adapter_config=adapter_config,
-            seed=config.seed,
-            max_steps=training.max_steps,
-            plugins=plugin_records(
-                {"schedule": [config.schedule.name], "logger": list(config.loggers)}
-            ),
-        )
-        if resume:
-            continue_manifest(manifest, resume)
+        manifest.adapter_config = plain_config(model.peft_config["default"])
+
+        # ---- setup: session, trainer, module
         session = RunSession(
             Path(config.runs_dir),
             f"{dataset.name}_lora",
@@ -104,43 +107,30 @@ def train_adapter(
         trainer = _new_trainer(config, base, session, manifest, rows, interruption, on_start)
         data = LoraDataModule(rows, config, pad_id(base.tokenizer))
         data.check_divisible(trainer.world_size, trainer.accumulate_grad_batches)
-        checkpoint = resume.read() if resume else None
-        if checkpoint:
-            restore_adapter(model, checkpoint)
-            restore_progress(trainer, checkpoint)
-        if resume and trainer.is_global_zero:
-            resume.delete_later_checkpoints()
         module = LoraModule(
             model,
             create("schedule", config.schedule.name, config.schedule.options),
             max_steps=training.max_steps,
             weight_decay=training.weight_decay,
             # Lightning clips no gradients of a fused optimizer in mixed precision.
-            fused=not (config.trainer.gradient_clip_val and "mixed" in arithmetic(config, model)),
-            first_step=int(checkpoint["global_step"]) if checkpoint else 0,
-            optimizer_state=optimizer_state(checkpoint) if checkpoint else None,
+            fused=not (
+                config.trainer.gradient_clip_val and "mixed" in trainer_precision(config, model)
+            ),
         )
+        if resume:
+            resume.restore(trainer, module)
 
         # ---- fit and save
-        progress.start(dataset.name, training.max_steps)
-        with outcome(session), interruption.awaited():
+        progress.training_started(dataset.name, training.max_steps)
+        with session, interruption.handle_signals():
             fit(trainer, module, data)
             if trainer.is_global_zero:
-                adapter = Adapter(adapter_config, adapter_state(model))
-                card = _card(config, session.directory.name)
-                write_adapter(session.directory / "adapter", adapter, card)
-                if config.base_quantization != "none":
-                    log.warning(
-                        "no final_model/: the base is quantised; use `loragen lora export --merge`"
-                    )
-                elif config.final_model == "merged":
-                    with written_atomically(session.directory / "final_model") as temporary:
-                        save_merged(model, base, temporary)
+                _save_results(config, base, model, manifest, session.directory)
     finally:
         plain = model.unload()
         # On the CPU again, except for a quantised base, which lives on the GPU.
         base.model = plain if getattr(plain, "is_quantized", False) else plain.to("cpu")
-    if interruption.requested:  # after the last step: no further dataset is to be trained
+    if interruption.requested:  # after the last step; no further dataset is to be trained
         raise Interrupted(f"interrupted; {session.directory} is finished nevertheless")
     return Run(session.directory, manifest)
 
@@ -169,11 +159,11 @@ def _new_trainer(
         patience = ceil(training.patience / val_every)
         callbacks.append(EarlyStopping("val/loss", patience=patience))
     callbacks.append(
-        StepCheckpoints(session, manifest, config.checkpoints, val_every, interruption)
+        StepCheckpoints(session, interruption, manifest, config.checkpoints, val_every)
     )
-    # limit_train_batches is our data module's: it counts the steps before a resume, too.
+    # limit_train_batches is left to our data module, which also counts the steps before a resume.
     options = config.trainer.model_dump(exclude={"limit_train_batches"})
-    options["precision"] = arithmetic(config, base.model)
+    options["precision"] = trainer_precision(config, base.model)
     limit_val_batches = options.pop("limit_val_batches") or 1.0
     accumulation = config.trainer.accumulate_grad_batches
     return make_trainer(
@@ -188,13 +178,21 @@ def _new_trainer(
     )
 
 
-def _card(config: LoraTrainConfig, run: str) -> str:
-    """Returns the README.md of the adapter."""
-    return (
+def _save_results(
+    config: LoraTrainConfig, base: LanguageModel, model: Any, manifest: LoraManifest, run: Path
+) -> None:
+    """Writes adapter/ and, if the configuration asks for it, final_model/."""
+    card = (
         f"---\nbase_model: {config.base_model}\nlibrary_name: peft\ntags: [lora, loragen]\n---\n\n"
-        f"# {run}\n\nA LoRA adapter trained by `loragen lora train` "
+        f"# {run.name}\n\nA LoRA adapter trained by `loragen lora train` "
         f"(rank {config.lora.rank}, {config.training.max_steps} steps, seed {config.seed}).\n"
     )
+    write_adapter(run / "adapter", Adapter(manifest.adapter_config, adapter_state(model)), card)
+    if config.base_quantization != "none":
+        log.warning("no final_model/: the base is quantised; use `loragen lora export --merge`")
+    elif config.final_model == "merged":
+        with written_atomically(run / "final_model") as temporary:
+            save_merged(model, base, temporary)
 
 
 # ---------------------------------------------------------------------------- the adapter
@@ -203,12 +201,12 @@ def _card(config: LoraTrainConfig, run: str) -> str:
 def new_adapter(base: LanguageModel, config: LoraTrainConfig) -> Any:
     """Returns a `PeftModel` whose LoRA has the same initial weights for every dataset.
 
-    Raises UsageError where target_modules names nothing of the base.
+    Raises UsageError if target_modules names nothing of the base.
     """
     from peft import get_peft_model, prepare_model_for_kbit_training
 
     if config.base_quantization != "none":
-        prepare_model_for_kbit_training(base.model, False)  # type: ignore[no-untyped-call]  # theirs
+        prepare_model_for_kbit_training(base.model, False)  # type: ignore[no-untyped-call]  # PEFT is untyped
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         try:
@@ -220,7 +218,7 @@ def new_adapter(base: LanguageModel, config: LoraTrainConfig) -> Any:
             raise UsageError(
                 f"lora.target_modules: {reason} Its linear layers: {listing(names)}"
             ) from None
-    # PEFT accepts a list of which one name is found; a misspelt one would only shrink the adapter.
+    # PEFT accepts a list if one of its names is found; a misspelt one would shrink the adapter.
     targets, found = config.lora.target_modules, model.base_model.targeted_module_names
     missing = [
         name
@@ -233,7 +231,7 @@ def new_adapter(base: LanguageModel, config: LoraTrainConfig) -> Any:
         raise UsageError(
             f"lora.target_modules: {listing(missing)} not found in the base, only {listing(known)}"
         )
-    # As the user named it: PEFT would record the path from which the weights were loaded.
+    # The name that the user gave: PEFT would record the path from which the weights were loaded.
     model.peft_config["default"].base_model_name_or_path = config.base_model
     return model
 
@@ -241,7 +239,7 @@ def new_adapter(base: LanguageModel, config: LoraTrainConfig) -> Any:
 def count_values(config: LoraTrainConfig) -> int:
     """Returns the number of trainable values of an adapter, without loading the base's weights.
 
-    Raises UsageError where target_modules names nothing of the base.
+    Raises UsageError if target_modules names nothing of the base.
     """
     with torch.device("meta"):
         model = new_adapter(empty_base(config.base_model), config)
@@ -249,11 +247,11 @@ def count_values(config: LoraTrainConfig) -> int:
 
 
 def checkpoint_sizes(config: LoraTrainConfig, values: int) -> list[int]:
-    """Returns the bytes of the tensors of each checkpoint that a run keeps, in the order of steps;
-    `values` is the size of the adapter."""
+    """Returns the size (bytes) of the tensors in each checkpoint that a run keeps, in the order of
+    steps, for an adapter of so many `values`."""
     settings, last = config.checkpoints, config.training.max_steps
     width = {"bf16-true": 2, "64-true": 8}.get(config.trainer.precision, 4)
-    moments = 2  # AdamW's, each as large as the adapter
+    moments = 2  # of AdamW, each as large as the adapter
     return [
         values * width * (1 + moments * settings.carries_optimizer(final=step == last))
         for step in range(1, last + 1)
@@ -267,57 +265,40 @@ def checkpoint_sizes(config: LoraTrainConfig, values: int) -> list[int]:
 class LoraPoint(ResumePoint[LoraManifest, LoraTrainConfig]):
     """A run of `lora train`, and the checkpoint from which it resumes."""
 
-    kind, free = LoraManifest, FREE
+    kind, ignored_on_resume = LoraManifest, IGNORED_ON_RESUME
+
+    def changed_inputs(self, config: LoraTrainConfig, manifest: LoraManifest) -> list[str]:
+        recorded, (then, now) = self.manifest, (self.manifest.dataset, manifest.dataset)
+        problems = []
+        if then.sha256 not in ("", now.sha256):
+            problems.append(f"the data differ: {now.path} is not the {then.path} of the run")
+        # If settings differ, other rows may be drawn: then the settings are what is wrong.
+        elif then.tokens not in ("", now.tokens) and not self.differences(config):
+            problems.append("the tokens of the rows differ: another tokenizer or chat template")
+        if then.validation != now.validation:
+            problems.append("the validation rows differ (data.validation)")
+        if recorded.base_fingerprint not in ("", manifest.base_fingerprint):
+            problems.append(
+                f"the weights of the base model differ: {config.base_model}, "
+                f"the run was on {recorded.base_model}"
+            )
+        if recorded.base_dtype not in ("", manifest.base_dtype):
+            problems.append(
+                f"the base computes in {manifest.base_dtype}, the run's in {recorded.base_dtype}"
+            )
+        return problems
+
+    def continue_manifest(self, manifest: LoraManifest) -> None:
+        super().continue_manifest(manifest)
+        file = self.directory / METRICS
+        entries = read_metrics(file) if file.is_file() else []
+        losses = [e["train/loss"] for e in entries if e["step"] == self.step and "train/loss" in e]
+        manifest.final_loss = losses[-1] if losses else None
+        steps = map(checkpoint_step, self.checkpoints)  # the manifest of a killed run lacks them
+        manifest.steps = [step for step in steps if step <= self.step]
 
 
 def load_resumed_base(point: LoraPoint, config: LoraTrainConfig) -> LanguageModel:
-    """Loads the base in the dtype of the run; on this machine `auto` may choose another one."""
+    """Loads the base in the dtype of the run, because `auto` may choose another one here."""
     dtype = point.manifest.base_dtype or config.base_dtype
     return load_training_base(config.model_copy(update={"base_dtype": dtype}))
-
-
-def check_unchanged(
-    point: LoraPoint, config: LoraTrainConfig, rows: TrainingRows, base: LanguageModel
-) -> None:
-    """Raises UsageError naming every difference in settings, data and base that decides the
-    result."""
-    then, now, differ = point.manifest.dataset, rows.record, point.differences(config)
-    problems = []
-    if then.sha256 not in ("", now.sha256):
-        problems.append(f"the data differ: {now.path} is not the {then.path} of the run")
-    # With other settings other rows are drawn; the settings are what to mend then.
-    elif then.tokens not in ("", now.tokens) and not differ:
-        problems.append("the tokens of the rows differ: another tokenizer or chat template")
-    if then.validation != now.validation:
-        problems.append("the validation rows differ (data.validation)")
-    if point.manifest.base_fingerprint not in ("", base.fingerprint):
-        problems.append(
-            f"the weights of the base model differ: {config.base_model}, "
-            f"the run was on {point.manifest.base_model}"
-        )
-    dtype = dtype_name(base.model.dtype)
-    if point.manifest.base_dtype not in ("", dtype):
-        problems.append(f"the base computes in {dtype}, the run's in {point.manifest.base_dtype}")
-    point.check_unchanged(config, problems)
-
-
-def continue_manifest(manifest: LoraManifest, point: LoraPoint) -> None:
-    """Takes over what the resumed run has recorded of its steps."""
-    file = point.directory / METRICS
-    entries = read_metrics(file) if file.is_file() else []
-    losses = [e["train/loss"] for e in entries if e["step"] == point.step and "train/loss" in e]
-    steps = map(checkpoint_step, point.checkpoints)  # a killed run's manifest does not have them
-    manifest.started = point.manifest.started
-    manifest.final_loss = losses[-1] if losses else None
-    manifest.steps = [step for step in steps if step <= point.step]
-    manifest.resumed_from = [*point.manifest.resumed_from, point.step]
-
-
-def restore_adapter(model: Any, document: Mapping[str, Any]) -> None:
-    """Loads the adapter of a checkpoint. Raises DataError where its tensors are not exactly the
-    model's."""
-    state = {key.removeprefix("model."): value for key, value in document["state_dict"].items()}
-    expected = {name for name, p in model.named_parameters() if p.requires_grad}
-    if expected != state.keys():
-        raise DataError("the checkpoint's tensors are not those of the run's adapter")
-    model.load_state_dict(state, strict=False)

@@ -45,7 +45,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         tensors = file_keys(read_safetensors(path))
     else:
-        document = load_plain(path)
+        document = load_weights_only(path)
         tensors = file_keys(document.get("state_dict", document))
     if not tensors:
         raise DataError(f"{path}: no LoRA tensors in it (no key has 'lora_')")
@@ -69,7 +69,7 @@ def read_checkpointed_adapter(path: Path) -> Adapter:
     return Adapter(manifest.adapter_config, read_tensors(file))
 
 
-def load_plain(path: Path) -> dict[str, Any]:
+def load_weights_only(path: Path) -> dict[str, Any]:
     """Returns a dictionary that `torch.save` has written, memory-mapped; runs no code.
 
     Raises DataError for anything else.

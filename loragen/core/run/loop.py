@@ -14,7 +14,7 @@ from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import psutil
 import torch
@@ -33,6 +33,7 @@ from loragen.core.protocols import RunInfo, Status
 from loragen.core.run.directory import (
     CHECKPOINTS,
     CONFIG,
+    LAST_CHECKPOINT,
     Manifest,
     create_run_directory,
     write_manifest,
@@ -48,7 +49,7 @@ HARDWARE_EVERY = 10
 def make_trainer(options: Mapping[str, Any], **ours: Any) -> Trainer:
     """Returns a Lightning trainer that writes, prints and samples nothing on its own.
 
-    Raises UsageError where this machine cannot do what the options ask for.
+    Raises UsageError if this machine cannot do what the options ask for.
     """
     quiet_libraries()
     defaults = {
@@ -70,7 +71,7 @@ def make_trainer(options: Mapping[str, Any], **ours: Any) -> Trainer:
 def fit(trainer: Trainer, module: LightningModule, data: Any) -> None:
     """Runs `trainer.fit` and leaves the libraries' random state as it was.
 
-    Lightning answers Ctrl+C with `exit(1)`; the caller gets the KeyboardInterrupt back.
+    Lightning answers Ctrl+C with `exit(1)`; here it raises KeyboardInterrupt again.
     """
     try:
         with torch.random.fork_rng(devices=[]):
@@ -84,8 +85,9 @@ def fit(trainer: Trainer, module: LightningModule, data: Any) -> None:
 class RunSession(Callback):
     """One training run: its directory, loggers and manifest, from the first step to the status.
 
-    It opens in `setup`, from which on `directory` is known, and closes with `close`. It is a
-    Lightning callback because process 0 makes the directory and every process needs its name.
+    It is a Lightning callback: in `setup` process 0 makes the directory, whose name every process
+    then knows as `directory`. It is also the context manager of the block that trains and writes
+    the results: with the block it closes, with the block's status.
     """
 
     directory: Path
@@ -100,7 +102,8 @@ class RunSession(Callback):
         progress: Progress,
         resume: ResumePoint[Any, Any] | None = None,
     ) -> None:
-        """`name` is what the events of `progress` carry."""
+        """`name` is that of the events sent to `progress`. What a resumed run has recorded of its
+        steps is copied into `manifest`."""
         self._parent, self._prefix, self._name = parent, prefix, name
         self._config, self._resume = config, resume
         self._loggers = (
@@ -108,6 +111,8 @@ class RunSession(Callback):
             if resume
             else RunLoggers(config.loggers)
         )
+        if resume:
+            resume.continue_manifest(manifest)
         self._trainer: Trainer | None = None
         before = (resume.manifest.seconds or 0.0) if resume else 0.0
         self._started = time.monotonic() - before
@@ -158,9 +163,14 @@ class RunSession(Callback):
         else:
             self.progress.validated(replace(event, name=self._name))
 
-    def close(self, status: Status) -> None:
-        """Closes the loggers and writes the final manifest, unless the session never opened."""
-        self.progress.end(self._name)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Closes the loggers and writes the final manifest, unless `setup` was never reached."""
+        stopped = kind is not None and issubclass(kind, KeyboardInterrupt | Interrupted)
+        status: Status = "success" if kind is None else "interrupted" if stopped else "failed"
+        self.progress.training_ended(self._name)
         if self._trainer is None or not hasattr(self, "directory"):
             return
         self._loggers.close(status)
@@ -170,23 +180,9 @@ class RunSession(Callback):
             write_manifest(self.directory, self.manifest)
 
 
-@contextmanager
-def outcome(session: RunSession) -> Iterator[None]:
-    """Closes the session with the status of the block, which trains and writes the results."""
-    try:
-        yield
-    except (KeyboardInterrupt, Interrupted):
-        session.close("interrupted")
-        raise
-    except BaseException:
-        session.close("failed")
-        raise
-    session.close("success")
-
-
 def hardware_usage() -> dict[str, float]:
-    """Returns `hardware/*`: CPU use (%), memory (GiB), and of the current GPU, if there is one, use
-    (%) and memory (GiB)."""
+    """Returns the metrics `hardware/*`: use (%) and memory (GiB) of the CPU and, if there is one,
+    of the current GPU."""
     process = psutil.Process(os.getpid())
     usage = {
         "hardware/cpu_percent": psutil.cpu_percent(),
@@ -200,8 +196,50 @@ def hardware_usage() -> dict[str, float]:
     return usage
 
 
+class Interruption:
+    """Remembers Ctrl+C, or a scheduler's SIGTERM, until the step is finished and saved. A second
+    signal raises KeyboardInterrupt at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def handle_signals(self) -> Iterator[None]:
+        """Handles the signals within the block. Only the main thread receives signals; in any other
+        nothing changes."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        self.install_handlers()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def install_handlers(self) -> None:
+        """Installs the handlers. This is called again when training begins, because Lightning sets
+        a handler of SIGTERM that would end it between two accumulation rounds."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def requested_on_any(self, trainer: Any) -> bool:
+        """Returns whether any process was interrupted. The processes decide together, because the
+        others would wait for one that stopped alone."""
+        if trainer.world_size == 1:
+            return self.requested
+        return bool(trainer.strategy.reduce_boolean_decision(self.requested, all=False))
+
+
 class StepSeeds(Callback):
-    """Makes dropout and noise a pure function of (seed, micro-batch, process), like the batches."""
+    """Makes dropout and noise a pure function of (seed, micro-batch, process), as batches are."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -233,72 +271,67 @@ class StepCallback(Callback, ABC):
     def on_step(self, trainer: Trainer, pl_module: Any, batch: Any) -> None: ...
 
 
+class CheckpointCallback(StepCallback):
+    """Saves checkpoints and, in between, last.ckpt; an interruption ends the training after a step
+    that is saved. A subclass decides which steps it keeps, and calls `end_step` after each."""
+
+    command: ClassVar[str]
+    """The command that resumes such a run."""
+
+    def __init__(self, session: RunSession, interruption: Interruption, last_every: int) -> None:
+        """last.ckpt is renewed every `last_every` optimizer steps."""
+        self.session, self.interruption, self.last_every = session, interruption, last_every
+
+    @property
+    def last_file(self) -> Path:
+        return self.session.directory / LAST_CHECKPOINT
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.interruption.install_handlers()
+
+    def save(self, trainer: Trainer, file: Path) -> None:
+        """Saves the current step to `file`. Raises LoragenError if a weight is not finite."""
+        weights = trainer.lightning_module.state_dict()
+        check_weights(weights, trainer.global_step, self.session.directory)
+        # Called in all processes, because it has a barrier. Lightning's `weights_only` would leave
+        # out the states of optimizer and callbacks.
+        trainer.save_checkpoint(file, weights_only=False)
+
+    @abstractmethod
+    def save_last(self, trainer: Trainer) -> None:
+        """Renews last.ckpt."""
+
+    def end_step(self, trainer: Trainer, is_saved: bool, can_stop: bool = True) -> None:
+        """Renews last.ckpt if it is due, unless the step `is_saved` already, so that the run can
+        resume from it. Raises Interrupted if the run was interrupted and `can_stop`."""
+        step, stops = trainer.global_step, self.interruption.requested_on_any(trainer) and can_stop
+        if (stops or step % self.last_every == 0) and not is_saved:
+            self.save_last(trainer)
+        if stops:
+            raise Interrupted(
+                f"interrupted after step {step} of {trainer.max_steps}, which is saved; to resume: "
+                f"loragen {self.command} --resume {self.session.directory}"
+            )
+
+
 def step_schedule(optimizer: Optimizer, rate: Callable[[int], float], done: int = 0) -> LambdaLR:
-    """Returns the schedule of `rate(step)`, counted from 1, for an optimizer that has done `done`
-    steps; a parameter group's own `factor` multiplies it."""
+    """Returns the schedule of `rate(step)`, with steps counted from 1, for an optimizer that has
+    `done` some steps already; the `factor` of a parameter group multiplies its rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = group.get("factor", 1.0)
     return LambdaLR(optimizer, lambda steps: rate(steps + 1), last_epoch=done - 1)
 
 
-class Interruption:
-    """Remembers Ctrl+C, or a scheduler's SIGTERM, until the step is finished and saved. A second
-    signal raises KeyboardInterrupt at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    @contextmanager
-    def awaited(self) -> Iterator[None]:
-        """Handles the signals within the block. They reach the main thread alone; in any other
-        nothing changes."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        self.listen()
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def listen(self) -> None:
-        """Installs the handlers; called again when training begins, because Lightning's own handler
-        of SIGTERM, set in between, ends it between two accumulation rounds."""
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                signal.signal(number, self._remember)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:  # the signal module's
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def requested_on_any(self, trainer: Any) -> bool:
-        """Whether any process was interrupted. They decide together: one that stopped alone would
-        leave the others waiting."""
-        if trainer.world_size == 1:
-            return self.requested
-        return bool(trainer.strategy.reduce_boolean_decision(self.requested, all=False))
-
-    def error_after(self, step: int, steps: int, command: str) -> Interrupted:
-        """Returns the error that names the `command` which resumes: `lora train --resume RUN`."""
-        return Interrupted(
-            f"interrupted after step {step} of {steps}, which is saved; to resume: "
-            f"loragen {command}"
-        )
-
-
 def check_loss(name: str, value: float, step: int, run: Path) -> None:
-    """Raises LoragenError where a loss is not finite."""
+    """Raises LoragenError if a loss is not finite."""
     if not isfinite(value):
         raise _diverged(f"{name} is {value}", step, run)
 
 
 def check_weights(weights: Mapping[str, Tensor], step: int, run: Path) -> None:
-    """Raises LoragenError naming the first weight that is not finite. Called before they are saved:
-    a bad checkpoint never replaces a good one."""
+    """Raises LoragenError naming the first weight that is not finite. It is called before weights
+    are saved, so that a bad checkpoint never replaces a good one."""
     for name, weight in weights.items():
         if not weight.isfinite().all():
             raise _diverged(f"{name} is not finite", step, run)

@@ -1,23 +1,25 @@
-"""Resuming a run exactly where a checkpoint left it: one stack for every training.
+"""Resuming a run exactly at the step of a checkpoint, for every kind of training.
 
 Batches, dropout and learning rates are functions of (seed, step), so a checkpoint needs no more
 than the trained weights, the optimizer's moments and the step: the steps after it are those of a
-run that was never interrupted, bit for bit on one kind of hardware.
+run that was never interrupted, bit for bit on the same hardware.
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping
 from torch.utils._pytree import tree_map_only
 
 from loragen.core.config.show import differences, other_hardware
 from loragen.core.errors import DataError, UsageError
-from loragen.core.run.checkpoints import load_plain
+from loragen.core.run.checkpoints import load_weights_only
 from loragen.core.run.directory import (
     LAST_CHECKPOINT,
     ConfigT,
@@ -29,65 +31,89 @@ from loragen.core.run.directory import (
 log = logging.getLogger(__name__)
 
 
+class ResumableModule(LightningModule):
+    """A LightningModule whose training `ResumePoint.restore` can continue."""
+
+    completed_steps = 0
+    """Optimizer steps done before this training: 0 unless a run resumes."""
+    resumed_optimizer: dict[str, Any] | None = None
+    """The state of the optimizer after those steps, for `configure_optimizers`."""
+
+
 @dataclass
-class ResumePoint(Run[ManifestT, ConfigT]):
+class ResumePoint(Run[ManifestT, ConfigT], ABC):
     """A run and the checkpoint from which it resumes. Each training has a subclass."""
 
     checkpoint: Path | None
     """None: the run ended before its first checkpoint and starts again."""
     step: int
-    """Optimizer steps done."""
+    """The number of optimizer steps done."""
 
     kind: ClassVar[type[Any]]
-    """The manifest of such runs."""
-    free: ClassVar[Sequence[str]]
+    """The class of the run's manifest."""
+    ignored_on_resume: ClassVar[Sequence[str]]
     """Sections and keys of the configuration that may differ when a run resumes."""
 
     @classmethod
     def find(cls, path: Path) -> Self:
-        """The run at `path` with its newest checkpoint, or with the checkpoint that `path` is.
+        """Returns the run at `path` with its newest checkpoint, or with the checkpoint `path`.
 
-        Raises UsageError where there is no run, DataError where no checkpoint can be read.
+        Raises UsageError if there is no run, DataError if no checkpoint can be read.
         """
         run = Run.open(path, cls.kind)
         checkpoint = path if path.is_file() else newest(run.checkpoints, run.last_checkpoint)
-        step = progress_of(checkpoint)[1] if checkpoint else 0
+        step = has_optimizer_and_step(checkpoint)[1] if checkpoint else 0
         return cls(run.directory, run.manifest, checkpoint, step)
 
     def differences(self, config: ConfigT) -> list[str]:
-        """`key is x, the run has y` for every setting that has to be the same and is not."""
-        return differences(self.config, config, self.free)
+        """Returns `key is x, the run has y` for every setting that differs and must not."""
+        return differences(self.config, config, self.ignored_on_resume)
+
+    @abstractmethod
+    def changed_inputs(self, config: ConfigT, manifest: ManifestT) -> list[str]:
+        """Returns every difference of data and weights between the run and the `manifest` of the
+        training that would resume it, each as the end of a sentence."""
 
     def is_finished(self, config: ConfigT) -> bool:
-        """Whether this is the end of a successful run, which `config` would only repeat."""
+        """Returns whether this is the end of a successful run, which `config` would only repeat."""
         manifest = self.manifest
         ended = manifest.status == "success" and self.step >= manifest.last_step
         return ended and not self.differences(config)
 
-    def check_settings(self, config: ConfigT, problems: Sequence[str] = ()) -> None:
-        """Raises UsageError with every setting that differs, and with the `problems` given."""
-        found = [*self.differences(config), *problems]
-        if found:
-            raise UsageError(*(f"{self.directory} cannot resume: {one}" for one in found))
-
-    def check_unchanged(self, config: ConfigT, problems: Sequence[str]) -> None:
-        """As `check_settings`, once data and weights were compared, too; other hardware costs a
-        warning."""
-        self.check_settings(config, problems)
-        if other_hardware(self.config, config):
+    def check(self, config: ConfigT, manifest: ManifestT | None = None) -> None:
+        """Raises UsageError naming every setting of `config` that differs from the run's and, once
+        the inputs are read and recorded in a `manifest`, every input that differs; other hardware
+        is only warned of."""
+        problems = self.differences(config)
+        if manifest:
+            problems += self.changed_inputs(config, manifest)
+        if problems:
+            raise UsageError(*(f"{self.directory} cannot resume: {one}" for one in problems))
+        if manifest and other_hardware(self.config, config):
             log.warning("resuming on other hardware: equal to an unbroken run up to rounding only")
 
-    def read(self) -> dict[str, Any] | None:
-        """The checkpoint in memory: the run will replace the very file from which it resumes."""
-        if self.checkpoint is None:
-            return None
-        document: dict[str, Any] = tree_map_only(
-            torch.Tensor, torch.clone, load_plain(self.checkpoint)
-        )
-        return document
+    def continue_manifest(self, manifest: ManifestT) -> None:
+        """Copies into the resuming run's manifest what is recorded of the steps already done."""
+        manifest.started = self.manifest.started
+        manifest.resumed_from = [*self.manifest.resumed_from, self.step]
+
+    def restore(self, trainer: Any, module: ResumableModule) -> None:
+        """Sets module, trainer and callbacks to the checkpoint's step, before `fit`, and deletes
+        the checkpoints of later steps. Raises DataError if the tensors are not the module's."""
+        if self.checkpoint:
+            # Cloned, because the run will replace the very file that is memory-mapped.
+            document: dict[str, Any] = tree_map_only(
+                torch.Tensor, torch.clone, load_weights_only(self.checkpoint)
+            )
+            restore_weights(module, document)
+            module.completed_steps = int(document["global_step"])
+            module.resumed_optimizer = optimizer_state(document)
+            _restore_trainer(trainer, document)
+        if trainer.is_global_zero:
+            self.delete_later_checkpoints()
 
     def delete_later_checkpoints(self) -> None:
-        """Deletes the checkpoints of steps that will be done again: were the run killed a second
+        """Deletes the checkpoints of steps that will be done again: if the run is killed a second
         time, it must not find them without their metrics."""
         for file in self.checkpoints:
             if file != self.checkpoint and _step_of(file) > self.step:
@@ -98,16 +124,16 @@ class ResumePoint(Run[ManifestT, ConfigT]):
 
 def newest(files: Sequence[Path], last: Path | None = None) -> Path | None:
     """Returns the checkpoint of the highest step among those that carry the optimizer's state, or
-    the highest of all where none does.
+    the highest of all if none does.
 
     `last` and then `files`, from the end, are opened until two could be read: the newest one that
-    is kept, and last.ckpt. Raises DataError where there are files and none can be read.
+    is kept, and last.ckpt. Raises DataError if there are files and none can be read.
     """
     candidates = [*files, *([last] if last else [])]
     ranked: list[tuple[bool, int, Path]] = []
     for file in reversed(candidates):
         try:
-            ranked.append((*progress_of(file), file))
+            ranked.append((*has_optimizer_and_step(file), file))
         except DataError as error:
             if file == candidates[0] and not ranked:
                 raise
@@ -117,9 +143,9 @@ def newest(files: Sequence[Path], last: Path | None = None) -> Path | None:
     return max(ranked)[2] if ranked else None
 
 
-def progress_of(file: Path) -> tuple[bool, int]:
+def has_optimizer_and_step(file: Path) -> tuple[bool, int]:
     """Returns whether a checkpoint carries the optimizer's state, and its step."""
-    document = load_plain(file)
+    document = load_weights_only(file)
     step = document.get("global_step")
     if type(step) is not int:
         raise DataError(f"{file}: its step is missing (global_step); training cannot resume")
@@ -127,21 +153,32 @@ def progress_of(file: Path) -> tuple[bool, int]:
 
 
 def _step_of(file: Path) -> int:
-    """The step in a checkpoint's name, else in the file; 0 where the file cannot be read."""
+    """Returns the step in a checkpoint's name, else in the file; 0 if that cannot be read."""
     if "step-" in file.stem:
         return checkpoint_step(file)
     try:
-        return progress_of(file)[1]
+        return has_optimizer_and_step(file)[1]
     except DataError:
         return 0
 
 
-def restore_progress(trainer: Any, document: Mapping[str, Any]) -> None:
-    """Sets the trainer and its callbacks to the checkpoint's step, before `fit`.
+def restore_weights(module: LightningModule, document: Mapping[str, Any]) -> None:
+    """Loads a checkpoint's tensors. Raises DataError if they are not exactly the module's."""
+    state = document.get("state_dict", {})
+    try:
+        if state.keys() != module.state_dict().keys():
+            raise RuntimeError("other keys")
+        module.load_state_dict(state, strict=False)  # LoraModule's state leaves out the base
+    except RuntimeError as error:
+        raise DataError("the checkpoint's tensors are not those of this training") from error
 
-    Lightning's own restart (`ckpt_path`) counts from inside a step and an epoch, and loads its
-    data loaders' state; ours is always between two steps, and batches need no state. So its
-    counters are written here, and nowhere else.
+
+def _restore_trainer(trainer: Any, document: Mapping[str, Any]) -> None:
+    """Sets the counters of a Lightning trainer, and its callbacks, to the checkpoint's step.
+
+    Lightning's own restart (`ckpt_path`) counts from inside a step and an epoch, and loads its data
+    loaders' state; ours is always between two steps, and batches need no state. Lightning's
+    counters are therefore written here, and nowhere else.
     """
     step = int(document["global_step"])
     epoch = trainer.fit_loop.epoch_loop
@@ -162,7 +199,7 @@ def restore_progress(trainer: Any, document: Mapping[str, Any]) -> None:
 
 
 def optimizer_state(document: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The optimizer's state, on the CPU; None, with a warning, where the checkpoint has none."""
+    """Returns the optimizer's state, on the CPU; None, with a warning, if there is none."""
     states = document.get("optimizer_states") or []
     if not states:
         log.warning(

@@ -3,7 +3,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loragen.core.data.batches import batch_indices, held_out, micro_batch
+from loragen.core.data.batches import batch_indices, micro_batch, train_val_split
 
 rows = st.integers(1, 40)
 sizes = st.integers(1, 50)
@@ -71,9 +71,9 @@ def test_devices_and_rounds_together_make_exactly_the_batch(data, ranks, parts, 
 
 @given(st.integers(1, 200), st.floats(0, 0.99), seeds)
 def test_held_out_rows_and_the_others_are_all_rows(rows, ratio, seed):
-    training, held = held_out(rows, ratio, seed)
+    training, held = train_val_split(rows, ratio, seed)
     assert sorted([*training, *held]) == list(range(rows))
     assert training == sorted(training)
     assert held == sorted(held)
     assert len(held) == (max(1, round(rows * ratio)) if ratio else 0)
-    assert held_out(rows, ratio, seed) == (training, held)
+    assert train_val_split(rows, ratio, seed) == (training, held)

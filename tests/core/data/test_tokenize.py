@@ -56,8 +56,8 @@ def test_the_end_token_is_part_of_the_answer(tokenizer):
 def test_only_the_answer_and_its_end_are_learned(request, kind, system):
     tokenizer = request.getfixturevalue(kind)
     item = tokenize_row(tokenizer, row(system=system), 64).example
-    assert item.ids[-item.answer :] == answer_ids(tokenizer, "blue")
-    assert item.ids[: -item.answer] == prompt_ids(tokenizer, row().prompt, system)
+    assert item.ids[-item.num_label_tokens :] == answer_ids(tokenizer, "blue")
+    assert item.ids[: -item.num_label_tokens] == prompt_ids(tokenizer, row().prompt, system)
 
 
 @given(st.text("ab ", max_size=12), st.text("xy", min_size=1, max_size=6), st.integers(2, 30))
@@ -78,10 +78,10 @@ def test_cut_prompt_and_answer_are_the_whole_row(tokenizer, prompt, response, ma
 @pytest.mark.parametrize("room", [1, 2, 5])
 def test_a_long_row_loses_the_start_of_its_prompt_never_its_answer(tokenizer, room):
     whole = tokenize_row(tokenizer, row(), 64).example
-    cut = tokenize_row(tokenizer, row(), whole.answer + room).example
-    assert len(cut.ids) == whole.answer + room
+    cut = tokenize_row(tokenizer, row(), whole.num_label_tokens + room).example
+    assert len(cut.ids) == whole.num_label_tokens + room
     assert cut.ids == whole.ids[-len(cut.ids) :]
-    assert cut.answer == whole.answer
+    assert cut.num_label_tokens == whole.num_label_tokens
 
 
 def test_an_answer_that_does_not_fit_is_an_error(tokenizer):
@@ -108,8 +108,8 @@ def test_the_end_token_pads_where_there_is_no_padding_token(tokenizer):
 def test_earlier_turns_are_given_and_only_the_last_answer_is_learned(request, kind, text):
     tokenizer = request.getfixturevalue(kind)
     item = tokenize_row(tokenizer, row("red", system="s", history=(Turn("a", "b"),)), 64).example
-    assert tokenizer.decode(item.ids[: -item.answer]) == text
-    assert item.ids[-item.answer :] == answer_ids(tokenizer, "blue")
+    assert tokenizer.decode(item.ids[: -item.num_label_tokens]) == text
+    assert item.ids[-item.num_label_tokens :] == answer_ids(tokenizer, "blue")
 
 
 def test_rows_are_tokenised_when_they_are_used(tokenizer, monkeypatch):
@@ -183,7 +183,7 @@ def test_it_shows_what_training_sees(tokenizer, opened, max_length):
     result = preview(tokenizer, found, max_length, 2)
     for row, sample in zip(found.rows(), result.samples, strict=True):
         item = tokenize_row(tokenizer, row, max_length).example
-        assert sample.prompt == tokenizer.decode(item.ids[: -item.answer])
+        assert sample.prompt == tokenizer.decode(item.ids[: -item.num_label_tokens])
         assert sample.answer == f"{row.response}<|end|>"
         assert sample.cut + sample.prompt == f"<|user|>{row.prompt}<|assistant|>"
 

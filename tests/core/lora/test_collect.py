@@ -36,7 +36,7 @@ class Recorded(Silent):
     def __init__(self, stop=None):
         self.steps, self.outcomes, self.stop_at = [], [], stop
 
-    def begin(self, names):
+    def command_started(self, names):
         self.names = list(names)
 
     def step(self, step):
@@ -47,7 +47,7 @@ class Recorded(Silent):
     def outcome(self, name, status, line):
         self.outcomes.append(name)
 
-    def stop(self):
+    def command_ended(self):
         self.stopped = True
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from loragen.core.data.dataset import Dataset
 from loragen.core.errors import UsageError
-from loragen.core.lora.data import Collate, LoraDataModule, MicroBatches, load_rows
+from loragen.core.lora.data import LoraDataModule, MicroBatches, load_rows
 from loragen.core.lora.train import new_adapter
 
 
@@ -69,8 +69,8 @@ def test_only_the_rows_that_a_run_draws_are_tokenised(lora_config, dataset, toke
     assert counting.templates == 2 * 4 + 5  # two steps of four rows, and the validation rows
     assert (len(rows.training), len(rows.validation), rows.record.rows) == (45, 5, 50)
     assert rows.record.tokens.startswith("drawn:")
-    batches = MicroBatches(rows.training, Collate(0, None), batch_size=4, seed=config.seed)
-    assert [batches[step].step_answers for step in (0, 1)]
+    batches = MicroBatches(rows.training, 0, None, batch_size=4, seed=config.seed)
+    assert [batches[step].step_label_tokens for step in (0, 1)]
     assert counting.templates == 2 * 4 + 5
     assert batches[2]
     assert counting.templates > 2 * 4 + 5

@@ -7,7 +7,7 @@ from torch import nn
 from loragen.core.data.dataset import Dataset, Row
 from loragen.core.data.tokenize import answer_ids, pad_id, prompt_ids, tokenize_row
 from loragen.core.lora.evaluate import choice_accuracy, evaluate_model, generate, log_likelihoods
-from loragen.core.lora.packing import answer_losses, padded
+from loragen.core.lora.packing import answer_losses, collate
 
 
 def row(prompt, response, **more):
@@ -152,6 +152,6 @@ def test_log_likelihoods_are_the_sums_of_the_answer_losses(base, dtype):
     padding = pad_id(base.tokenizer)
     found = log_likelihoods(base.model, examples, padding, batch_size=3)
     with torch.inference_mode():
-        wanted = [-answer_losses(base.model, padded([e], padding)).sum() for e in examples]
+        wanted = [-answer_losses(base.model, collate([e], padding)).sum() for e in examples]
     assert torch.allclose(found, torch.stack(wanted).float(), atol=1e-5)
     assert (found < 0).all()

@@ -24,13 +24,11 @@ from loragen.core.lora.packing import (
     balanced_bins,
     block_mask,
     cheapest_bins,
+    cheapest_packing,
+    collate,
     model_cost,
-    num_answers,
-    packed,
     packing_cost,
-    padded,
     rows_right,
-    shared_prefix_length,
 )
 from loragen.core.lora.train import train_adapter
 from loragen.core.progress import Silent
@@ -67,7 +65,7 @@ def wanted_of(examples):
     rows = []
     for item in examples:
         targets = [IGNORED] * len(item.ids)
-        start = len(item.ids) - item.answer
+        start = len(item.ids) - item.num_label_tokens
         targets[start - 1 : -1] = item.ids[start:]
         rows.append((item.ids, list(range(len(item.ids))), targets))
     return sorted(rows)
@@ -75,19 +73,20 @@ def wanted_of(examples):
 
 @given(examples(), COSTS)
 def test_every_row_can_be_recovered_from_a_batch(rows, cost):
-    for batch in (padded(rows, PAD), packed(rows, PAD, cost)):
+    for batch in (collate(rows, PAD), collate(rows, PAD, cost)):
         assert rows_of(batch) == wanted_of(rows)
-        assert int((batch.targets != IGNORED).sum()) == num_answers(rows) == batch.step_answers
-    assert packed(rows, PAD, cost).packed
-    assert not padded(rows, PAD).packed
+        labels = sum(item.num_label_tokens for item in rows)
+        assert int((batch.shifted_labels != IGNORED).sum()) == labels == batch.step_label_tokens
+    assert collate(rows, PAD, cost).packed
+    assert not collate(rows, PAD).packed
 
 
 @given(examples(), COSTS)
 def test_padding_is_at_the_end_and_has_no_loss(rows, cost):
-    for batch in (padded(rows, PAD), packed(rows, PAD, cost)):
+    for batch in (collate(rows, PAD), collate(rows, PAD, cost)):
         padding = batch.segments == PADDING
         assert (batch.ids[padding] == PAD).all()
-        assert (batch.targets[padding] == IGNORED).all()
+        assert (batch.shifted_labels[padding] == IGNORED).all()
         ends = (~padding).sum(1)
         assert int(ends.max()) == padding.shape[1]  # some sequence needs the whole length
         for row, end in zip(padding, ends.tolist(), strict=True):
@@ -97,7 +96,7 @@ def test_padding_is_at_the_end_and_has_no_loss(rows, cost):
 @given(examples(), COSTS)
 def test_a_token_attends_to_its_own_row_and_the_prefix_only(rows, cost):
     """All of its row so far, at the same positions; and nothing of another row."""
-    batch = packed(rows, PAD, cost)
+    batch = collate(rows, PAD, cost)
     mask = block_mask(batch.segments)
     count, length = batch.ids.shape
     assert mask.shape == (count, 1, length, length)
@@ -116,8 +115,8 @@ def test_a_token_attends_to_its_own_row_and_the_prefix_only(rows, cost):
 
 @given(examples())
 def test_the_shared_prefix_is_the_longest_without_any_last_prompt_token(rows):
-    shared = shared_prefix_length(rows)
-    prompts = [len(item.ids) - item.answer for item in rows]
+    shared, _ = cheapest_packing(rows, Cost(1.0, 1.0))
+    prompts = [len(item.ids) - item.num_label_tokens for item in rows]
     assert 0 <= shared < min(prompts)
     heads = {tuple(item.ids[:shared]) for item in rows}
     assert len(heads) == 1
@@ -127,31 +126,31 @@ def test_the_shared_prefix_is_the_longest_without_any_last_prompt_token(rows):
 
 def test_equal_rows_have_segments_of_their_own():
     row = Example([1, 2, 3, 4, 5], 2)
-    batch = packed([row] * 3, PAD, Cost(token=1.0, pair=0.0))
+    batch = collate([row] * 3, PAD, Cost(token=1.0, pair=0.0))
     assert batch.ids.tolist() == [[1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5]]
     assert batch.segments.tolist() == [[0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 2, 3, 4, 2, 3, 4]]
-    assert batch.targets.tolist() == [[-100, -100, 4, 5, -100, 4, 5, -100, 4, 5, -100]]
+    assert batch.shifted_labels.tolist() == [[-100, -100, 4, 5, -100, 4, 5, -100, 4, 5, -100]]
 
 
 def test_a_single_row():
     row = Example([1, 2, 3], 1)
-    for batch in (packed([row], PAD, Cost(1.0, 1.0)), padded([row], PAD)):
+    for batch in (collate([row], PAD, Cost(1.0, 1.0)), collate([row], PAD)):
         assert batch.ids.tolist() == [[1, 2, 3]]
-        assert batch.targets.tolist() == [[-100, 3, -100]]
+        assert batch.shifted_labels.tolist() == [[-100, 3, -100]]
 
 
-@pytest.mark.parametrize("pad", [padded, lambda *a: packed(a[0], a[1], Cost(1.0, 1.0), *a[2:])])
-def test_step_answers_may_be_given(pad):
+@pytest.mark.parametrize("cost", [None, Cost(1.0, 1.0)])
+def test_the_label_tokens_of_the_step_may_be_given(cost):
     rows = [Example([1, 2, 3], 1), Example([1, 5, 6, 7], 2)]
-    assert pad(rows, PAD).step_answers == 3
-    assert pad(rows, PAD, 12).step_answers == 12
+    assert collate(rows, PAD, cost).step_label_tokens == 3
+    assert collate(rows, PAD, cost, 12).step_label_tokens == 12
 
 
 def test_a_moved_batch_is_equal():
-    batch = packed([Example([1, 2, 3], 1)] * 2, PAD, Cost(1.0, 1.0), 7)
+    batch = collate([Example([1, 2, 3], 1)] * 2, PAD, Cost(1.0, 1.0), 7)
     moved = batch.to(torch.device("cpu"))
-    assert (moved.step_answers, moved.packed) == (7, True)
+    assert (moved.step_label_tokens, moved.packed) == (7, True)
     assert all(a.equal(b) for a, b in zip(moved[:4], batch[:4], strict=True))
 
 
@@ -197,15 +196,16 @@ EXAMPLES = [
 
 @pytest.fixture
 def batch():
-    return padded(EXAMPLES, pad_id=0)
+    return collate(EXAMPLES, pad_id=0)
 
 
 @torch.inference_mode()
 def full_losses(model, batch):
     """As everybody computes it: all logits, shifted by one, under the mask."""
     logits = model(input_ids=batch.ids, attention_mask=attention(batch)).logits
-    losses = F.cross_entropy(logits.transpose(1, 2).double(), batch.targets, reduction="none")
-    return losses[batch.targets != IGNORED]
+    labels = batch.shifted_labels
+    losses = F.cross_entropy(logits.transpose(1, 2).double(), labels, reduction="none")
+    return losses[labels != IGNORED]
 
 
 def attention(batch):
@@ -230,7 +230,7 @@ def test_the_gradient_is_that_of_the_full_logits(base_dir, batch):
     weight = model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
     (ours,) = torch.autograd.grad(answer_losses(model, batch).sum(), weight)
     labels = torch.full_like(batch.ids, IGNORED)
-    labels[:, 1:] = batch.targets[:, :-1]
+    labels[:, 1:] = batch.shifted_labels[:, :-1]
     # transformers' own mean over the answer tokens
     loss = model(input_ids=batch.ids, attention_mask=attention(batch), labels=labels).loss
     (theirs,) = torch.autograd.grad(loss, weight)
@@ -239,7 +239,7 @@ def test_the_gradient_is_that_of_the_full_logits(base_dir, batch):
 
 def test_padding_and_other_rows_do_not_change_a_loss(base, batch):
     together = answer_losses(base.model, batch)
-    alone = torch.cat([answer_losses(base.model, padded([item], 0)) for item in EXAMPLES])
+    alone = torch.cat([answer_losses(base.model, collate([item], 0)) for item in EXAMPLES])
     assert (together - alone).abs().max() < 1e-6
 
 
@@ -287,9 +287,9 @@ def test_rows_are_right_where_greedy_decoding_gives_the_answer(base, together):
         wanted.append(i % 2 == 0)
     for pair in (0.0, 1e9) if together else (0.0,):
         for item, right in zip(examples, wanted, strict=True):
-            one = padded([item], 0)
+            one = collate([item], 0)
             assert rows_right(answer_logits(base.model, one)[0], one).tolist() == [right]
-        batch = packed(examples, 0, Cost(1.0, pair)) if together else padded(examples, 0)
+        batch = collate(examples, 0, Cost(1.0, pair)) if together else collate(examples, 0)
         right = rows_right(answer_logits(base.model, batch)[0], batch)
         assert right.shape == (10,)
         assert int(right.sum()) == 5
@@ -310,9 +310,9 @@ def test_rows_right_is_the_exact_match_of_generation(train_lora, base, dataset):
     exact = [text.strip() == row.response for text, row in zip(written, rows, strict=True)]
     assert 0 < sum(exact) < len(rows)
     examples = [tokenize_row(base.tokenizer, row, 100).example for row in rows]
-    batch = padded(examples, 0)
+    batch = collate(examples, 0)
     assert rows_right(answer_logits(model, batch)[0], batch).tolist() == exact
-    batch = packed(examples, 0, Cost(1.0, 1.0))
+    batch = collate(examples, 0, Cost(1.0, 1.0))
     assert int(rows_right(answer_logits(model, batch)[0], batch).sum()) == sum(exact)
 
 
@@ -410,9 +410,9 @@ def test_losses_and_gradients_are_those_of_padded_rows(kind, attention):
         pytest.skip("Gemma 2 has no sdpa")
     model = with_lora(tiny(*PACKED[kind], attention))
     assert isinstance(packing_cost(model, SIMILAR, 0, 5), Cost)
-    wanted, gradient = gradients(model, padded(SIMILAR, 0))
+    wanted, gradient = gradients(model, collate(SIMILAR, 0))
     for pair in (0.0, 1e9):  # in one sequence, and in as many as there are rows
-        losses, other = gradients(model, packed(SIMILAR, 0, Cost(1.0, pair)))
+        losses, other = gradients(model, collate(SIMILAR, 0, Cost(1.0, pair)))
         assert (losses - wanted).abs().max() < 1e-5
         assert (other - gradient).norm() < 1e-5 * gradient.norm()
 

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from loragen.core.errors import EXIT_INTERRUPTED, Interrupted
 from loragen.core.run.loop import SIGNALS, Interruption
 
 ALONE = SimpleNamespace(world_size=1)
@@ -13,7 +12,7 @@ ALONE = SimpleNamespace(world_size=1)
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_first_signal_is_remembered_and_a_second_is_not_waited_for(number):
     interruption = Interruption()
-    with interruption.awaited():
+    with interruption.handle_signals():
         assert not interruption.requested_on_any(ALONE)
         signal.raise_signal(number)
         assert interruption.requested_on_any(ALONE)
@@ -23,20 +22,20 @@ def test_a_first_signal_is_remembered_and_a_second_is_not_waited_for(number):
 
 def test_the_handlers_are_as_they_were_however_the_block_ends():
     before = [signal.getsignal(number) for number in SIGNALS]
-    with Interruption().awaited():
+    with Interruption().handle_signals():
         assert [signal.getsignal(number) for number in SIGNALS] != before
     assert [signal.getsignal(number) for number in SIGNALS] == before
-    with pytest.raises(OSError), Interruption().awaited():
+    with pytest.raises(OSError), Interruption().handle_signals():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Lightning does on its way out
         raise OSError
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-def test_it_listens_again_where_another_handler_came_between():
+def test_the_handlers_can_be_installed_again_where_another_handler_came_between():
     interruption = Interruption()
-    with interruption.awaited():
+    with interruption.handle_signals():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        interruption.listen()
+        interruption.install_handlers()
         signal.raise_signal(signal.SIGTERM)
         assert interruption.requested
 
@@ -46,8 +45,8 @@ def test_in_another_thread_nothing_changes():
 
     def work():
         interruption = Interruption()
-        with interruption.awaited():
-            interruption.listen()
+        with interruption.handle_signals():
+            interruption.install_handlers()
             seen.append([signal.getsignal(number) for number in SIGNALS])
 
     thread = threading.Thread(target=work)
@@ -72,13 +71,3 @@ def test_several_devices_decide_together(mine, anyone):
     interruption.requested = mine
     assert interruption.requested_on_any(trainer) is anyone
     assert asked == [(mine, False)]
-
-
-def test_it_says_how_to_go_on(tmp_path):
-    error = Interruption().error_after(7, 125, f"lora train --resume {tmp_path}")
-    assert isinstance(error, Interrupted)
-    assert error.exit_code == EXIT_INTERRUPTED == 130
-    assert str(error) == (
-        "interrupted after step 7 of 125, which is saved; to resume: "
-        f"loragen lora train --resume {tmp_path}"
-    )

@@ -10,7 +10,10 @@ from loragen.core.run.resume import ResumePoint, newest, optimizer_state
 
 
 class Point(ResumePoint):
-    kind, free = LoraManifest, ("runs_dir",)
+    kind, ignored_on_resume = LoraManifest, ("runs_dir",)
+
+    def changed_inputs(self, config, manifest):
+        return ["the data differ"] if manifest.seed != self.manifest.seed else []
 
 
 def save(file, step, optimizer=True):
@@ -78,14 +81,14 @@ def test_nothing_later_is_there_after_the_last(run):
     assert names(run) == before
 
 
-def test_settings_may_differ_where_they_are_free(run):
+def test_all_differences_of_settings_and_inputs_are_named_but_the_ignored_ones(run):
     point = Point.find(run)
     config = point.config.model_copy(deep=True)
     config.runs_dir = "elsewhere"
-    point.check_settings(config)
+    point.check(config)
     config.seed = 3
     with pytest.raises(UsageError) as error:
-        point.check_settings(config, ["the data differ"])
+        point.check(config, point.manifest.model_copy(update={"seed": 3}))
     assert [str(run) in problem for problem in error.value.problems] == [True, True]
     assert "seed" in error.value.problems[0]
     assert "the data differ" in error.value.problems[1]
@@ -103,12 +106,12 @@ def test_only_a_successful_run_at_its_last_step_is_finished(run):
 
 def test_other_hardware_costs_a_warning(run, caplog):
     class Free(Point):
-        free = ("trainer.devices",)
+        ignored_on_resume = ("trainer.devices",)
 
     point = Free.find(run)
     config = point.config.model_copy(deep=True)
     config.trainer.devices = 2
-    point.check_unchanged(config, [])
+    point.check(config, point.manifest)
     assert "hardware" in caplog.text
 
 

@@ -41,7 +41,7 @@ from loragen.core.lora.packing import (
     IGNORED,
     Batch,
     answer_logits,
-    padded,
+    collate,
     rows_right,
     token_losses,
 )
@@ -90,7 +90,7 @@ class BehaviourBatches(DistributedBatches):
             pairs.append(pair_of(source, texts, checkpoint))
             assert source.rows is not None
             examples += draw_rows(source.rows.training, self.rows_per_adapter, random)
-        return stack_pairs(pairs)._replace(rows=padded(examples, self.pad_id))
+        return stack_pairs(pairs)._replace(rows=collate(examples, self.pad_id))
 
 
 def draw_rows(rows: Sequence[Example], count: int, random: Random) -> list[Example]:
@@ -232,7 +232,8 @@ class AdaptedBase:
             logits, tokens = answer_logits(self.model, rows)  # of all answer tokens
         each = len(rows.ids) // len(predicted)
         sequence = torch.arange(len(rows.ids), device=rows.ids.device)[:, None]
-        owner = (sequence // each).expand_as(rows.ids)[rows.targets != IGNORED]  # (answer tokens,)
+        has_label = rows.shifted_labels != IGNORED
+        owner = (sequence // each).expand_as(rows.ids)[has_label]  # (answer tokens,)
         losses = token_losses(logits, tokens)
         sums = losses.new_zeros(len(predicted)).index_add_(0, owner, losses)
         return (sums / torch.bincount(owner, minlength=len(predicted))).mean(), logits

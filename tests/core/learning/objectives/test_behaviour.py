@@ -30,7 +30,7 @@ from loragen.core.learning.objectives.behaviour import (
 )
 from loragen.core.learning.texts import LabelledRows
 from loragen.core.lora.evaluate import evaluate_model
-from loragen.core.lora.packing import answer_losses, padded
+from loragen.core.lora.packing import answer_losses, collate
 
 
 def drawn(seed, *shape):
@@ -101,12 +101,12 @@ class TestAdaptedBase:
         predicted = adapters(layout, 3)
         parts = [examples(base, rows(10 * i, 4)) for i in range(3)]
         padding = pad_id(base.tokenizer)
-        together = padded([one for part in parts for one in part], padding)
+        together = collate([one for part in parts for one in part], padding)
         loss = behaviour(predicted, together)
         alone = []
         for tokens, part in zip(predicted, parts, strict=True):
             model = adapted(base, layout, fitted, config, tokens)
-            alone.append(answer_losses(model, padded(part, padding)).mean().item())
+            alone.append(answer_losses(model, collate(part, padding)).mean().item())
             model.unload()
         assert max(alone) - min(alone) > 0.01
         assert loss.item() == pytest.approx(sum(alone) / 3, rel=1e-4)
@@ -116,8 +116,8 @@ class TestAdaptedBase:
     ):
         """Of an adapter that has learned five rows; three more have other answers."""
         eight = [*rows(0, 5), *(Row(line=i, prompt=f"q{i}", response="dog") for i in (5, 6, 7))]
-        batch = padded(examples(base, eight), pad_id(base.tokenizer))
-        known = padded(examples(base, eight[:5]), pad_id(base.tokenizer))
+        batch = collate(examples(base, eight), pad_id(base.tokenizer))
+        known = collate(examples(base, eight[:5]), pad_id(base.tokenizer))
         predicted = adapters(layout, 1).requires_grad_()
         optimizer = torch.optim.Adam([predicted], lr=0.05)
         for _ in range(60):
@@ -134,7 +134,7 @@ class TestAdaptedBase:
 
     def test_gradients_reach_every_adapter_and_not_the_base(self, base, layout, behaviour):
         predicted = adapters(layout, 2).requires_grad_()
-        batch = padded(examples(base, rows(0, 4)), pad_id(base.tokenizer))
+        batch = collate(examples(base, rows(0, 4)), pad_id(base.tokenizer))
         behaviour(predicted, batch).backward()
         mask = layout.mask()
         assert (predicted.grad[:, mask] != 0).float().mean() > 0.9
@@ -144,8 +144,8 @@ class TestAdaptedBase:
     def test_an_adapter_is_judged_on_its_own_rows_alone(self, base, layout, behaviour):
         """Beside another adapter with other rows, its gradient is half of what it is alone."""
         predicted, padding = adapters(layout, 2).requires_grad_(), pad_id(base.tokenizer)
-        both = behaviour(predicted, padded(examples(base, rows(0, 6)), padding))
-        alone = behaviour(predicted[:1], padded(examples(base, rows(0, 3)), padding))
+        both = behaviour(predicted, collate(examples(base, rows(0, 6)), padding))
+        alone = behaviour(predicted[:1], collate(examples(base, rows(0, 3)), padding))
         (together,) = torch.autograd.grad(both, predicted)
         (own,) = torch.autograd.grad(alone, predicted)
         assert own[0].abs().max() > 0
