@@ -9,14 +9,14 @@ from loragen.core.adapter.files import Adapter
 from loragen.core.evaluation.contestants import Contestant, Entry, EvaluationSetup
 from loragen.core.evaluation.targets import Target
 from loragen.core.run.checkpoints import read_checkpointed_adapter
-from loragen.demo.world import ATTRIBUTES, STYLES
+from loragen.demo.world import STYLES, VALUES
 
-PENALTY = 0.03  # of the regression: anything small, since eight attributes and five styles repeat
+PENALTY = 0.03  # of the regression; it may be small, since attributes and styles repeat
 
 
 class KnownTask(Contestant):
     """A ridge regression of the last adapters of all collected datasets on their attribute and
-    style. Where this fails on a new combination, adapters are not additive, and a decoder that adds
+    style. If this fails on a new combination, adapters are not additive, and a decoder that adds
     cannot succeed however well it reads the prompts."""
 
     name, title, needs_sources = "known_task", "known task", True
@@ -45,6 +45,6 @@ def _flat(adapter: Adapter) -> Tensor:
 
 
 def _one_hot(name: str) -> Tensor:
-    """``[parts]``: 1 for the attribute and for the style, 0 for the others."""
+    """Returns ``[parts]``: 1 for the attribute and for the style, 0 for the others."""
     attribute, style = name.split("-")
-    return torch.tensor([float(part in (attribute, style)) for part in (*ATTRIBUTES, *STYLES)])
+    return torch.tensor([float(part in (attribute, style)) for part in (*VALUES, *STYLES)])

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from loragen.cli import render
-from loragen.cli.options import Alpha, BaseModelName, DataRoot, Force, Json, refuse_existing_file
+from loragen.cli.options import Alpha, BaseModelName, DataRoot, Force, Json
+from loragen.cli.progress import SECONDS_BETWEEN_LINES
 from loragen.core.errors import EXIT_FAILED, DataError, LoragenError, UsageError
+from loragen.core.files import refuse_existing_file
 
 if TYPE_CHECKING:
     from loragen.core.analysis.report import Analysis, Comparison, SeriesReport
@@ -21,19 +23,19 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Look into checkpoints, and convert old ones.")
 
 MAX_ROWS = 12
+"""The most rows of a table, without --all."""
 MAX_IN_FULL = 3
-"""Series that are shown module by module; of more only --all shows the modules."""
+"""The most series that are shown module by module, without --all."""
 MAX_MATRIX = 8
-"""Series that a matrix of cosines has room for."""
+"""The most series in a matrix of cosines, without --all."""
 RANKS = {"stable rank": "stable_rank", "effective rank": "effective_rank"}
-SECONDS_BETWEEN_LINES = 10.0
 
 
 @app.command("analyze")
 def ckpt_analyze(
     paths: Annotated[
         list[Path] | None,
-        typer.Argument(help="Runs, folders of runs, of checkpoints or adapters, or single files."),
+        typer.Argument(help="Runs, folders of runs, of checkpoints or of adapters, or files."),
     ] = None,
     checkpoint_dir: Annotated[list[Path] | None, typer.Option(hidden=True)] = None,
     every: Annotated[
@@ -46,20 +48,20 @@ def ckpt_analyze(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Norms, spectra and ranks of ΔW, drift and path, damage; several series side by side.
+    """Print norms, spectra and ranks of ΔW, drift, path and damage, and compare series.
 
     docs/analysis.md explains every number. Exits with 1 if a tensor is not finite.
     """
     given = [*(paths or ()), *(checkpoint_dir or ())]
     if not given:
-        raise UsageError("nothing to analyse: name a run, a folder of runs, an adapter or a file")
+        raise UsageError("nothing to analyse; name a run, a folder of runs, an adapter or a file")
     for path in given:
         if not path.exists():
             raise UsageError(f"{path}: no checkpoints or adapters there")
     if html is not None:
         refuse_existing_file(html, force)
         if find_spec("matplotlib") is None:
-            raise UsageError("--html needs matplotlib: pip install 'loragen[plots]'")
+            raise UsageError("--html needs matplotlib; pip install 'loragen[plots]'")
 
     from loragen.core.analysis.series import analyze_checkpoints
 
@@ -81,7 +83,7 @@ def ckpt_analyze(
         render.answer_json(analysis.as_dict())
     else:
         _print_analysis(analysis, None if every else MAX_ROWS)
-    if any(report.not_finite for report in analysis.collections):
+    if any(report.not_finite for report in analysis.series):
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -89,11 +91,13 @@ def ckpt_analyze(
 def ckpt_test(
     file: Annotated[
         Path | None,
-        typer.Argument(help="A .ckpt, .pt, .safetensors, a PEFT directory, or a run (its newest)."),
+        typer.Argument(
+            help="A .ckpt, .pt, .safetensors or PEFT directory, or a run (its newest one)."
+        ),
     ] = None,
     checkpoint_file: Annotated[Path | None, typer.Option(hidden=True)] = None,
     max_tokens: Annotated[
-        str, typer.Option("--max-tokens", metavar="N|auto", help="Most tokens that are allowed.")
+        str, typer.Option("--max-tokens", metavar="N|auto", help="The most tokens allowed.")
     ] = "auto",
     token_dim: Annotated[
         int, typer.Option("--token-dim", min=1, help="Values of one token.")
@@ -106,11 +110,11 @@ def ckpt_test(
     """
     path = file or checkpoint_file
     if path is None or (file and checkpoint_file):
-        raise UsageError("which checkpoint? Give one: loragen ckpt test FILE")
+        raise UsageError("one checkpoint is needed: loragen ckpt test FILE")
     most: int | Literal["auto"] = "auto"
     if max_tokens != "auto":
         if not max_tokens.isdecimal() or int(max_tokens) == 0:
-            raise UsageError(f"--max-tokens: a whole number above 0, or auto (got {max_tokens})")
+            raise UsageError(f"--max-tokens: expected auto or a number above 0 (got {max_tokens})")
         most = int(max_tokens)
     if not path.exists():
         raise UsageError(f"{path}: no such checkpoint")
@@ -124,35 +128,38 @@ def ckpt_test(
         _print_tokens(report)
     if not report.fits:
         raise DataError(
-            f"{report.file} does not fit: --max-tokens is {report.max_tokens} and it needs "
-            f"{report.tokens} tokens of {token_dim} values: give {report.tokens} or auto"
+            f"{report.file}: it needs {report.tokens} tokens of {token_dim} values, more than "
+            f"--max-tokens {report.max_tokens}; give {report.tokens} or auto"
         )
     if report.bits_changed:
-        raise DataError(f"{report.file} does not come back unchanged from its tokens")
+        raise DataError(f"{report.file}: the tokens do not give back the same values")
 
 
 @app.command("lines")
 def ckpt_lines(
     path: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint of a run, or a run.")],
     step: Annotated[
-        int | None, typer.Option("--step", min=1, help="Any step of the run, with a file or not.")
+        int | None,
+        typer.Option("--step", min=1, help="Any step of the run, with a checkpoint or without."),
     ] = None,
     json: Json = False,
 ) -> None:
-    """The lines of the dataset that the step of a checkpoint was trained on.
+    """Print the lines of the dataset that the step of a checkpoint was trained on.
 
-    Computed from the run's seed: needs the dataset as it was, but no --track-batches.
+    They are computed from the run's seed: this needs the unchanged dataset, but no --track-batches.
     """
     from loragen.core.lora.provenance import row_hash, traced_run
     from loragen.core.run.directory import LoraManifest, Run
 
     if not path.exists():
-        raise UsageError(f"{path}: no such run or checkpoint; for a step without a file: --step N")
+        raise UsageError(f"{path}: no such run or checkpoint; name the run and give --step N")
     run = Run.open(path, LoraManifest)
     traced = traced_run(run)
-    step = step or _step_of(path)
+    step = step or _named_step(path)
     if step > traced.done_steps:
-        raise UsageError(f"{run.directory} has no step {step}: it has done {traced.done_steps}")
+        raise UsageError(
+            f"{run.directory}: no step {step}; the run has done {traced.done_steps} steps"
+        )
     rate = traced.rate(step)
     rows = [
         {"line": row.line, "hash": row_hash(row), "prompt": render.shortened(row.prompt)}
@@ -201,11 +208,11 @@ def ckpt_convert(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Turn experiments of the original scripts into run directories that `gen train` reads.
+    """Convert experiments of the original scripts to run directories that `gen train` reads.
 
     Reads experiments/<name>/<dataset>/<run>/{models,checkpoints,logs}: .pt, .pth, .bin, .ckpt,
-    .safetensors, PEFT and Trainer directories. Of a full model only the LoRA part is read. A run
-    that was converted before is left as it is. Prints the run directories.
+    .safetensors, PEFT and Trainer directories. Only the LoRA part of a full model is read. A run
+    that was converted before stays as it is. Prints the run directories.
     """
     from loragen.core.files import refuse_file
     from loragen.legacy.experiments import find_runs
@@ -260,11 +267,11 @@ def ckpt_convert(
 
 
 def _print_analysis(analysis: "Analysis", most: int | None) -> None:
-    """`most`: rows of a table; None shows all."""
-    in_full = most is None or len(analysis.collections) <= MAX_IN_FULL
-    for report in analysis.collections:
-        _print_collection(report, most, in_full)
-    if len(analysis.collections) > 1:
+    """Prints each series, and several in comparison; `most` is the number of rows of a table."""
+    in_full = most is None or len(analysis.series) <= MAX_IN_FULL
+    for report in analysis.series:
+        _print_series(report, most, in_full)
+    if len(analysis.series) > 1:
         columns = {
             "series": "name",
             "checkpoints": "checkpoints",
@@ -274,15 +281,15 @@ def _print_analysis(analysis: "Analysis", most: int | None) -> None:
             "path / displacement": "path_ratio",
             **RANKS,
         }
-        _print_table(columns, analysis.collections, most)
+        _print_table(columns, analysis.series, most)
     for comparison in analysis.comparisons:
         _print_cosines(comparison, most)
     for line in analysis.not_compared:
         render.answer(f"not compared: {line}")
-    _print_list("equal, bit for bit", [" = ".join(one.files) for one in analysis.twins], most)
+    _print_list("equal, bit for bit", [" = ".join(one.files) for one in analysis.duplicates], most)
 
 
-def _print_collection(report: "SeriesReport", most: int | None, in_full: bool) -> None:
+def _print_series(report: "SeriesReport", most: int | None, in_full: bool) -> None:
     from loragen.core.analysis.report import by_tensor
 
     scaling = "unknown, ΔW = B A" if report.scaling is None else f"{report.scaling:g}"
@@ -330,7 +337,7 @@ def _print_collection(report: "SeriesReport", most: int | None, in_full: bool) -
 
 
 def _path(report: "SeriesReport") -> str:
-    """The drift in words: length, straightness, and directions of the path."""
+    """Returns a sentence on the length, straightness, and directions of the path."""
     text = f"path {report.path_length:.4g}, displacement {report.displacement:.4g}"
     if report.path_ratio is not None:
         text += f": {report.path_ratio:.3g} times the straight line"
@@ -343,7 +350,7 @@ def _path(report: "SeriesReport") -> str:
 
 
 def _print_cosines(comparison: "Comparison", most: int | None) -> None:
-    names = comparison.collections
+    names = comparison.series
     if most is not None and len(names) > MAX_MATRIX:
         render.answer(f"cosines of {len(names)} series: --all, --html or --json show them\n")
         return
@@ -365,9 +372,9 @@ def _print_list(title: str, found: Sequence[str], most: int | None) -> None:
 
 
 def _print_table(columns: Mapping[str, str], items: Sequence[object], most: int | None) -> None:
-    """A row per item, or the first and last few and a line with the count of those between.
+    """Prints a row per item; of more than `most`, the first and last, and a count of those between.
 
-    `columns`: header -> attribute.
+    `columns` is {header: attribute}.
     """
     header, rows = list(columns), [attrgetter(*columns.values())(item) for item in items]
     if most is None or len(rows) <= most:
@@ -407,8 +414,8 @@ def _print_tokens(report: "Tokenized") -> None:
     )
 
 
-def _step_of(path: Path) -> int:
-    """The step in the checkpoint's name; of last.ckpt the step that it holds."""
+def _named_step(path: Path) -> int:
+    """Returns the step in a checkpoint's name; for last.ckpt, the step in the file."""
     from loragen.core.run.directory import LAST_CHECKPOINT, checkpoint_step
 
     if path.is_file() and path.name == LAST_CHECKPOINT.name:
@@ -417,7 +424,9 @@ def _step_of(path: Path) -> int:
         return int(load_weights_only(path)["global_step"])
     step = checkpoint_step(path) if path.is_file() else 0
     if not step:
-        raise UsageError(f"{path}: which step? Name a checkpoint of the run, or give --step N")
+        raise UsageError(
+            f"{path}: the step is missing; name a checkpoint of the run, or give --step N"
+        )
     return step
 
 

@@ -7,14 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from loragen.cli import render
-from loragen.cli.options import (
-    ConfigFile,
-    Force,
-    Json,
-    Settings,
-    refuse_existing_file,
-    with_old_files,
-)
+from loragen.cli.options import ConfigFile, Force, Json, Settings, with_old_files
 
 app = typer.Typer(
     no_args_is_help=True, help="Write, check, explain and migrate configuration files."
@@ -31,7 +24,9 @@ CommandArgument = Annotated[
 ]
 CommandOption = Annotated[
     Command | None,
-    typer.Option("--command", help="The command that is configured; default: by the file's keys."),
+    typer.Option(
+        "--command", help="The command that is configured; by default, that of the file's keys."
+    ),
 ]
 File = Annotated[Path, typer.Argument(help="A YAML file.")]
 
@@ -51,7 +46,7 @@ def config_show(
     settings: Settings = None,
     json: Json = False,
 ) -> None:
-    """Print every setting with its value and where that comes from.
+    """Print every setting with its value and the origin of the value.
 
     A value comes from the default, the file (file:line:column), a LORAGEN_ variable or --set.
     """
@@ -75,7 +70,7 @@ def config_validate(file: File, command: CommandOption = None) -> None:
     """Check a file: print that it is valid, or all errors at once, each with its file:line.
 
     LORAGEN_ variables are not read. Datasets, runs, prompts and models that the file names have to
-    exist, relative to the current directory; the hub is not asked.
+    exist, relative to the current directory; the hub is not queried.
     """
     from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
     from loragen.core.config.load import guess_command
@@ -101,17 +96,17 @@ def config_migrate(
 ) -> None:
     """Translate an old configuration file, with a comment beside everything that changed.
 
-    Old are training_config.yaml, lightning_config.yaml and generator_config.yaml of the original
-    scripts. A file in the current form stays as it is.
+    The old files are training_config.yaml, lightning_config.yaml and generator_config.yaml of the
+    original scripts. A file in the current form stays as it is.
     """
-    from loragen.core.files import write_text
+    from loragen.core.files import refuse_existing_file, write_text
     from loragen.legacy.translate import migrate_config
 
     if output is not None:
         refuse_existing_file(output, force)
     result = migrate_config(file, command.value if command else None)
     if result.command is None:
-        render.note(f"{file} is not in an old form: nothing to migrate")
+        render.note(f"{file}: already in the current form; there is nothing to migrate")
     if output is None:
         render.answer(result.text.rstrip("\n"))
     else:

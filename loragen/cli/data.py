@@ -1,4 +1,4 @@
-"""`loragen data`: look at a dataset, prepare its prompts, see when a run was trained on a row."""
+"""`loragen data`: show a dataset, prepare its prompts, find the steps trained on a row."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,11 +12,11 @@ from loragen.core.errors import EXIT_FAILED, UsageError
 if TYPE_CHECKING:
     from loragen.core.data.tokenize import Preview, PreviewedRow
 
-app = typer.Typer(no_args_is_help=True, help="Look at a dataset, and prepare its prompts.")
+app = typer.Typer(no_args_is_help=True, help="Show a dataset, and prepare its prompts.")
 
 MAX_BAD_ROWS = 10
 MAX_CUT = 200
-"""Characters shown of a prompt's start that does not fit."""
+"""The most characters shown of the cut start of a prompt."""
 
 
 @app.command("preview")
@@ -30,17 +30,17 @@ def data_preview(
     ],
     base_model: BaseModelName = None,
     data_root: DataRoot = "data_to_lora/cs",
-    limit: Annotated[int, typer.Option("--limit", min=0, help="How many rows to show.")] = 3,
+    limit: Annotated[int, typer.Option("--limit", min=0, help="The number of rows to show.")] = 3,
     max_length: Annotated[
         int | None, typer.Option("--max-length", min=8, help="As data.max_length of lora train.")
     ] = None,
     skip_bad_rows: SkipBadRows = False,
     json: Json = False,
 ) -> None:
-    """Show rows as the model sees them: what is learned, what is given, what is cut.
+    """Show rows as the model sees them: the prompt, its cut part, and the answer to learn.
 
-    Counts rows, bad rows and tokens; loads the base's tokenizer only. Exits with 1 if there are bad
-    rows that lora train would refuse.
+    Counts rows, bad rows and tokens, and loads only the base's tokenizer. Exits with 1 if there are
+    bad rows that lora train would refuse.
     """
     from loragen.core.config import LoraTrainConfig
     from loragen.core.data.dataset import Dataset
@@ -60,7 +60,7 @@ def data_preview(
         render.answer("\n\n".join([_summary(found), *map(_sample, found.samples)]))
     if found.bad_rows and not skip_bad_rows:
         count = "a bad row" if len(found.bad_rows) == 1 else f"{len(found.bad_rows)} bad rows"
-        render.problems([f"{found.source}: {count} (--skip-bad-rows leaves them out)"])
+        render.problems([f"{found.source}: {count}; --skip-bad-rows leaves them out"])
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -71,12 +71,12 @@ def data_prepare(
         typer.Option(
             "--source",
             help="A file of rows or prompts, a name under --data-root, or hub:owner/name. "
-            "Repeatable: a dataset each.",
+            "Repeatable, for one dataset each.",
         ),
     ],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="The directory of the two files and of prepared.json."),
+        typer.Option("--output", "-o", help="The directory for the two files and prepared.json."),
     ],
     samples_per_prompt: Annotated[
         int, typer.Option("--samples-per-prompt", min=1, help="Rows joined into one prompt text.")
@@ -96,8 +96,8 @@ def data_prepare(
     """Join the prompts of datasets into texts, at random, and hold some texts out.
 
     Writes train_prompts.jsonl and val_prompts.jsonl, for `gen train --prompts DIR`. Labels are not
-    read. No row is in two texts, a repeated prompt counts once, and a rest that is too small for a
-    text is left out.
+    read. No row is in two texts, and repeated prompts count once. Prompts that do not fill a text
+    are left out.
     """
     from loragen.core.data.dataset import Dataset
     from loragen.core.data.prompts import Grouping, prepare
@@ -125,8 +125,8 @@ def data_uses(
 ) -> None:
     """Show the steps at which a run was trained on a row, and the checkpoints of these steps.
 
-    Computed from the run's seed: it needs no --track-batches. FILE may be a copy of the run's data
-    anywhere.
+    They are computed from the run's seed, without --track-batches. FILE may be a copy of the run's
+    data.
     """
     from loragen.core.data.dataset import Dataset
     from loragen.core.lora.provenance import row_hash, traced_run
@@ -137,7 +137,9 @@ def data_uses(
     traced = traced_run(opened, Dataset(file))
     row = traced.row_at(line)
     if row is None:
-        raise UsageError(f"{file}:{line}: no row; the file has {opened.manifest.dataset.rows} rows")
+        raise UsageError(
+            f"{file}:{line}: no such row; there are {opened.manifest.dataset.rows} rows"
+        )
     steps = traced.steps_of(row.line)
     files = {checkpoint_step(file): file.name for file in opened.checkpoints}
     document = {
@@ -178,7 +180,7 @@ def _summary(found: "Preview") -> str:
     table = [(kind, n.p5, n.p50, n.p95, n.max) for kind, n in lengths.items()]
     lines += ["", render.columns(("tokens of", "p5", "p50", "p95", "max"), table)]
     if found.samples:
-        shown = render.highlighted("learned", "good"), render.highlighted("cut", "dropped")
+        shown = render.highlighted("to learn", "good"), render.highlighted("cut", "dropped")
         lines += ["", f"{len(found.samples)} of {found.rows} rows, {shown[0]} and {shown[1]}:"]
     return "\n".join(lines)
 
@@ -194,7 +196,7 @@ def _sample(sample: "PreviewedRow") -> str:
 
 
 def parse_position(text: str) -> tuple[Path, int]:
-    """`train.jsonl:12` -> file and line; the colon of a drive letter does not count."""
+    """Returns file and line of `train.jsonl:12`; a drive letter may have a colon, too."""
     file, _, line = text.rpartition(":")
     if not file or not (line.isascii() and line.isdigit()) or int(line) == 0:
         raise UsageError(f"{text}: expected FILE:LINE, as in train.jsonl:12")

@@ -11,7 +11,7 @@ from loragen.cli.options import Force, Json
 
 def run_demo(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The directory that everything is written to.")
+        Path, typer.Option("--output", "-o", help="The directory for all files of the demo.")
     ] = Path("demo-out"),
     seed: Annotated[
         int,
@@ -21,9 +21,7 @@ def run_demo(
     ] = 0,
     world: Annotated[
         Path | None,
-        typer.Option(
-            "--world", help="A YAML file with wordings of your own instead of the built-in ones."
-        ),
+        typer.Option("--world", help="A YAML file of wordings, instead of the built-in ones."),
     ] = None,
     force: Force = False,
     json: Json = False,

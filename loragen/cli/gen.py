@@ -31,10 +31,12 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Train a generator, and generate adapters.")
 
 MAX_WARNINGS = 3
-"""Warnings that are printed in full; more are counted."""
+"""The most warnings that are printed; the others are counted."""
 
 
 class Format(StrEnum):
+    """The formats of a generated adapter."""
+
     peft = "peft"
     safetensors = "safetensors"
     pt = "pt"
@@ -77,7 +79,7 @@ def gen_train(
     Prints the experiment directory; the generator is results/final_model/generator_model.pt.
     """
     from loragen.core.config import GenTrainConfig, Override, dump, load
-    from loragen.core.learning.sources import Sources, check_sources, open_sources
+    from loragen.core.learning.sources import check_sources, open_sources
     from loragen.core.run.directory import CONFIG, TEST_MODE_STEPS, GeneratorManifest, Run
 
     steps = TEST_MODE_STEPS[-1] if test_mode else None
@@ -90,23 +92,13 @@ def gen_train(
     flags = [Override(*one) for one in given if one[1] is not None]
     run = Run.open(resume, GeneratorManifest) if resume else None
     file = config or (run.directory / CONFIG if run else None)
-    sources: Sources | None = None
-
-    def check(draft: GenTrainConfig) -> list[Any]:
-        """Opens the sources before anything heavy is imported; they are passed on."""
-        nonlocal sources
-        problems = check_sources(draft)
-        if not problems:
-            sources = open_sources(draft)
-            sources.report()
-        return problems
-
     resolved = with_old_files(
         GenTrainConfig,
         file,
-        lambda given: load(GenTrainConfig, given, settings or (), flags, check=check),
+        lambda given: load(GenTrainConfig, given, settings or (), flags, check=check_sources),
     )
-    assert sources is not None
+    sources = open_sources(resolved)
+    sources.report()
 
     from loragen.core.learning.plan import make_plan
     from loragen.core.learning.train import GeneratorPoint, train
@@ -127,7 +119,7 @@ def gen_train(
             render.answer(dump(work.config).rstrip())
         return
     if point and point.is_finished(resolved):
-        render.note(f"{point.directory}: finished at step {point.step}, nothing is left to do")
+        render.note(f"{point.directory}: finished at step {point.step}; nothing is left to do")
         directory, manifest = point.directory, point.manifest
     else:
         from loragen.cli.progress import terminal_progress
@@ -153,7 +145,7 @@ def gen_infer(
         list[str] | None,
         typer.Option(
             "--prompt-file",
-            help="Prompts: .txt (one a line), or rows or hub:owner/name as for lora train. "
+            help="Prompts: .txt (one per line), or rows or hub:owner/name as for lora train. "
             "Repeatable.",
         ),
     ] = None,
@@ -163,7 +155,7 @@ def gen_infer(
             "--output",
             "-o",
             help="A directory (PEFT), or a .safetensors or .pt file; with --per, the directory "
-            "of all of them. Default: a new one below generated/.",
+            "of all of them. Default: a new directory in generated/.",
         ),
     ] = None,
     per: Annotated[
@@ -171,7 +163,7 @@ def gen_infer(
         typer.Option(
             "--per",
             metavar="line|FIELD",
-            help="An adapter for each prompt (line), or for each value of a field of the rows.",
+            help="One adapter per prompt (line), or per value of a field of the rows.",
         ),
     ] = None,
     file_format: Annotated[
@@ -195,29 +187,29 @@ def gen_infer(
         typer.Option(
             "--prompts-per-draw",
             min=1,
-            help="Prompts of a draw. Default: as in training, at most half of all.",
+            help="The prompts of a draw. Default: as in training, at most half of all.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the draws.")] = 0,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Turn a few unlabelled prompts of a dataset into a LoRA adapter, without training.
+    """Generate a LoRA adapter from a few unlabelled prompts of a dataset, without training.
 
-    A directory loads with `peft.PeftModel.from_pretrained(base, DIR)`; the base model itself is
-    needed for --merge only. Warns of prompts that are far from all training datasets.
+    A directory loads with `peft.PeftModel.from_pretrained(base, DIR)`; only --merge needs the base
+    model. Warns of prompts that are far from all training datasets.
     """
     from loragen.core.data.documents import parsed_source
-    from loragen.core.generator.requests import draw_prompts, requests
+    from loragen.core.generator.requests import check_draws, requests
     from loragen.core.run.directory import generator_file
 
     file = generator_file(model)
     if base_model and not merge:
-        raise UsageError("--base-model goes with --merge; an adapter needs no base")
+        raise UsageError("--base-model: only --merge needs a base model; leave it out")
     wanted = requests(prompt or (), [parsed_source(one) for one in prompt_file or ()], per, limit)
     paths = _output_paths([one.name for one in wanted], output, per, file_format, merge, force)
-    for one in wanted:  # raises if there are too few; the generator may draw fewer than all
-        draw_prompts(one.prompts, draws, prompts_per_draw, seed, usual=len(one.prompts))
+    for one in wanted:
+        check_draws(len(one.prompts), draws, prompts_per_draw)
 
     from loragen.core.base.load import quiet_libraries
     from loragen.core.generator.generated import Merger
@@ -226,7 +218,7 @@ def gen_infer(
     quiet_libraries()
     generator = Generator.load(file)
     merger = Merger(base_model or generator.base_model) if merge else None
-    _ = generator.text_encoder  # the time to load it does not count
+    _ = generator.text_encoder  # loaded now, so that its time does not count
     documents: list[dict[str, Any]] = []
     for one, path in zip(wanted, paths, strict=True):
         started = perf_counter()
@@ -239,19 +231,14 @@ def gen_infer(
             {
                 "adapter": str(path),
                 "values": generator.layout.values,
-                "seconds": round(perf_counter() - started, 4),  # from prompts to files
+                "seconds": round(perf_counter() - started, 4),  # the files are written, too
                 **asdict(adapter.origin),
                 "warning": adapter.origin.warning(),
             }
         )
         if not json:
             render.answer(str(path))
-    far = [document for document in documents if document["warning"]]
-    for document in far[:MAX_WARNINGS]:
-        which = f"{document['adapter']}: " if len(documents) > 1 else ""
-        render.note(f"warning: {which}{document['warning']}")
-    if len(far) > MAX_WARNINGS:
-        render.note(f"warning: and {len(far) - MAX_WARNINGS} more adapters of such prompts")
+    _note_far_prompts(documents)
     if json:
         render.answer_json({"adapters": documents} if per else documents[0])
         return
@@ -277,20 +264,21 @@ def gen_eval(
     data_root: DataRoot = "data_to_lora/cs",
     base_model: BaseModelName = None,
     columns: Annotated[
-        str | None, typer.Option("--columns", help="Only these, with commas: base,generated,...")
+        str | None,
+        typer.Option("--columns", help="Only these columns, with commas: base,generated,..."),
     ] = None,
     multi_task: Annotated[
-        bool, typer.Option("--multi-task", help="Also one LoRA trained on all training datasets.")
+        bool, typer.Option("--multi-task", help="Add one LoRA trained on all training datasets.")
     ] = False,
     oracle: Annotated[
-        bool, typer.Option("--oracle", help="Also a LoRA trained on each dataset's own labels.")
+        bool, typer.Option("--oracle", help="Add a LoRA trained on each dataset's own labels.")
     ] = False,
     draws: Annotated[
-        int, typer.Option("--draws", min=2, help="Adapters per dataset, each of other prompts.")
+        int, typer.Option("--draws", min=2, help="Adapters per dataset, each from other prompts.")
     ] = 5,
     prompts: Annotated[
         int | None,
-        typer.Option("--prompts", min=1, help="Prompts of a draw. Default: as in training."),
+        typer.Option("--prompts", min=1, help="The prompts of a draw. Default: as in training."),
     ] = None,
     shots: Annotated[
         int, typer.Option("--shots", min=1, help="Labelled rows of the few_shot column.")
@@ -304,7 +292,8 @@ def gen_eval(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
     skip_bad_rows: SkipBadRows = False,
     cache_dir: Annotated[
-        Path, typer.Option("--cache-dir", help="Keeps the adapters that are trained here.")
+        Path,
+        typer.Option("--cache-dir", help="The directory that keeps the adapters trained for it."),
     ] = Path(".loragen-cache"),
     output: Annotated[
         Path | None,
@@ -313,10 +302,10 @@ def gen_eval(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Compare generated adapters with every simpler alternative, on any datasets.
+    """Compare generated adapters with baselines, on any datasets.
 
-    The columns: base, mean_adapter, nearest_adapter, few_shot, random_prompts, generated; and on
-    demand multi_task and oracle, which are trained once and kept. See docs/evaluating.md.
+    The columns are base, mean_adapter, nearest_adapter, few_shot, random_prompts and generated;
+    multi_task and oracle are added on demand, trained once and kept. See docs/evaluating.md.
     """
     from loragen.cli.progress import terminal_progress
     from loragen.core.evaluation.contestants import MULTI_TASK, ORACLE, choose
@@ -358,8 +347,18 @@ def gen_eval(
         print_results(results)
 
 
+def _note_far_prompts(documents: Sequence[Mapping[str, Any]]) -> None:
+    """Prints warnings of prompts that are far from all training datasets."""
+    far = [document for document in documents if document["warning"]]
+    for document in far[:MAX_WARNINGS]:
+        which = f"{document['adapter']}: " if len(documents) > 1 else ""
+        render.note(f"warning: {which}{document['warning']}")
+    if len(far) > MAX_WARNINGS:
+        render.note(f"warning: and {len(far) - MAX_WARNINGS} more adapters of such prompts")
+
+
 def print_results(results: Mapping[str, Any]) -> None:
-    """Prints the tables of an evaluation, and the conclusions that they allow."""
+    """Prints the tables of an evaluation and the remarks on them."""
     from loragen.core.evaluation.report import remarks, tables
 
     for table in tables(results):
@@ -389,7 +388,7 @@ def _shape(sizes: tuple[int, ...]) -> str:
 
 
 def _decoder_summary(work: "Plan") -> "DecoderSummary":
-    """The decoder's summary for conditions of the shape that the first source gives."""
+    """Returns the decoder's summary for conditions of the shape that the first source gives."""
     from loragen.core.base.load import quiet_libraries
     from loragen.core.data.prompts import joined_texts
     from loragen.core.generator.network import summarize_decoder
@@ -412,7 +411,7 @@ def _output_paths(
     merge: bool,
     force: bool,
 ) -> list[Path]:
-    """The path of each adapter. Raises UsageError if any of them cannot be written."""
+    """Returns the path of each adapter. Raises UsageError if any of them cannot be written."""
     from loragen.core.adapter import CONFIG_FILE, MERGED_MARKER
     from loragen.core.generator.requests import (
         FILE_SUFFIXES,
@@ -422,11 +421,11 @@ def _output_paths(
     )
 
     if file_format and not per:
-        raise UsageError("--format goes with --per; for one adapter give --output a suffix")
+        raise UsageError("--format: it goes with --per; for one adapter, give --output a suffix")
     home = output or default_output()
     files = file_format not in (None, Format.peft)
     if merge and (files or home.suffix in FILE_SUFFIXES):
-        raise UsageError("--merge writes directories")
+        raise UsageError("--merge: it writes directories, not files; name a directory")
     paths = [output_path(home, name, f".{file_format}" if files else "") for name in names]
     for path in paths:
         check_output(path, force, MERGED_MARKER if merge else CONFIG_FILE)

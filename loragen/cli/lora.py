@@ -101,7 +101,9 @@ def lora_train(
     flags = [Override(*one) for one in given if one[1] is not None]
     wanted = dataset or []
     if resume and (every or len(wanted) > 1 or launcher == "ray"):
-        raise UsageError("--resume resumes one run: give one dataset at most, without a launcher")
+        raise UsageError(
+            "--resume: only one run is resumed; give one dataset at most, and no launcher"
+        )
     run = Run.open(resume, LoraManifest) if resume else None
     file = config or (run.directory / CONFIG if run else None)
     resolved = with_old_files(
@@ -118,7 +120,7 @@ def lora_train(
             resolved.schedule = resolved.schedule.model_copy(update=steps)
     if run and not wanted:
         if not run.manifest.dataset.path:  # a converted run
-            raise UsageError(f"{run.directory}: its dataset is not recorded; give --dataset FILE")
+            raise UsageError(f"{run.directory}: the dataset is not recorded; give --dataset FILE")
         wanted = [run.manifest.dataset.path]
     chosen = find_tasks(resolved, wanted, every)
     if dry_run:
@@ -178,7 +180,7 @@ def lora_eval(
     read = read_checkpointed_adapter(adapter) if adapter else None
     base_name = base_model or (read.config.get("base_model_name_or_path") if read else None)
     if not base_name:
-        raise UsageError("which base model? Give --base-model")
+        raise UsageError("--base-model: no base model is recorded; give one")
     base = load_base(base_name)
     base.model.to(best_device())
     model = attach_adapter(base.model, read, str(adapter)) if read else base.model
@@ -283,7 +285,7 @@ def _dry_run(
     for task in tasks:
         finished, unfinished = earlier_runs(config, task)
         if finished:
-            render.note(f"{task.name}: done already in {finished.directory}")
+            render.note(f"{task.name}: already trained in {finished.directory}")
         elif unfinished:
             render.note(f"{task.name}: an unfinished run is in {unfinished.directory}")
 
@@ -308,10 +310,10 @@ def _dry_run(
 
 
 def _launch_commands(config: "LoraTrainConfig", arguments: Sequence[str]) -> list[str]:
-    """How to start these arguments on several devices or machines; empty for one device."""
+    """Returns the commands that start these arguments on several devices; none for one device."""
     nodes, accelerator = config.trainer.num_nodes, config.trainer.accelerator
     devices = str(config.trainer.devices)
-    if devices in ("auto", "-1"):  # torchrun's word for all there are
+    if devices in ("auto", "-1"):  # torchrun calls all devices "gpu"
         devices = "1" if accelerator == "cpu" else "gpu"
     elif "," in devices:
         devices = str(len([one for one in devices.split(",") if one.strip()]))
@@ -328,7 +330,7 @@ def _launch_commands(config: "LoraTrainConfig", arguments: Sequence[str]) -> lis
     gpus = "" if accelerator == "cpu" else f" --gpus-per-node={devices}"
     srun = f"srun --nodes={nodes} --ntasks-per-node={devices}{gpus} {command}"
     if nodes == 1:
-        return [f"on one machine, as it is: {command}", f"or: {torchrun}", f"on Slurm: {srun}"]
+        return [f"on one machine: {command}", f"or: {torchrun}", f"on Slurm: {srun}"]
     return [
         f"on each of {nodes} machines, where HOST is the first: {torchrun}",
         f"on Slurm: {srun}",
@@ -357,9 +359,9 @@ def _resume(config: "LoraTrainConfig", task: "Task", path: Path) -> "TaskOutcome
 
 
 def _report(outcomes: "Sequence[TaskOutcome]", json: bool) -> None:
-    """Prints the answer, then raises LoragenError for what failed, or Interrupted.
+    """Prints the answer, then raises LoragenError if a dataset has failed, or Interrupted.
 
-    Only the first process of a launcher does: if another one exited with an error while the first
+    Other processes than a launcher's first do nothing: if one exited with an error while the first
     still writes its results, torchrun would end the first too.
     """
     if not render.is_first_process():

@@ -1,4 +1,4 @@
-"""The `loragen` command: assembles the groups, and reports errors in one line each.
+"""The `loragen` command, which assembles the groups of commands and reports errors.
 
 Neither this module nor those of the commands import anything heavy; a command imports what it needs
 when it runs, so that `--help` answers at once.
@@ -16,22 +16,22 @@ from loragen import __version__
 from loragen.cli import ckpt, config, data, demo, gen, lora, plugins, render
 from loragen.core.errors import EXIT_FAILED, EXIT_INTERRUPTED, LoragenError, one_line
 
-# Read when torch is loaded. Threads that spin while they wait make two trainings on one machine ten
-# times slower than threads that sleep; a single training runs as fast with either.
+# torch reads this when it is loaded. With threads that spin while they wait, two trainings on one
+# machine are ten times slower than with threads that sleep; a single training is as fast.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Linux: allocates large tensors in pages of 2 MiB. Page faults at 4 KiB each take longer than most
-# operations on fresh memory: with this a step of `gen train` takes half the time.
+# On Linux, torch then allocates large tensors in pages of 2 MiB. Page faults of 4 KiB each take
+# longer than most operations on fresh memory: with this, `gen train` takes half the time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 OLD_SPELLINGS = {"out": "output", "output-dir": "output"}
-"""What the original scripts called --output."""
+"""{spelling in the original scripts: option}"""
 
 
 class Root(TyperGroup):
-    """Turns an exception that leaves a command into one line on stderr and an exit code."""
+    """The root command. It reports an exception in one line on stderr and by an exit code."""
 
     interrupts = 0
-    """How often Ctrl+C was pressed outside of a training, which handles it itself."""
+    """The number of Ctrl+C outside of a training; a training handles it itself."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Accepts `--debug` anywhere on the line, not only before the command."""
@@ -53,6 +53,10 @@ class Root(TyperGroup):
         except KeyboardInterrupt as error:
             render.problems(["interrupted"])
             raise typer.Exit(EXIT_INTERRUPTED) from error
+        except (
+            BrokenPipeError
+        ):  # Click ends quietly if the reader of a pipe, such as head, has ended
+            raise
         except Exception as error:  # a bug of loragen or of a library
             if self.interrupts:  # an interrupted import may raise any error
                 render.problems(["interrupted"])
@@ -64,7 +68,7 @@ class Root(TyperGroup):
 
 
 def _normalize_option(option: str) -> str:
-    """Long options accept `_` for `-`, as the original scripts spelled them."""
+    """Returns an option by its current name, with `-` for the `_` of the original scripts."""
     option = option.replace("_", "-")
     return OLD_SPELLINGS.get(option, option)
 
@@ -96,10 +100,10 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
-    debug: Annotated[  # noqa: ARG001  # read by Root.parse_args, from anywhere on the line
+    debug: Annotated[  # noqa: ARG001  # Root.parse_args reads it, from anywhere on the line
         bool, typer.Option("--debug", help="Show the traceback of an error.")
     ] = False,
-    version: Annotated[  # noqa: ARG001  # handled by its callback
+    version: Annotated[  # noqa: ARG001  # its callback handles it
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
@@ -123,5 +127,5 @@ def main() -> None:
     signal.signal(signal.SIGINT, count_interrupt)
     if sys.platform == "win32":  # a console in a legacy code page cannot print ‖ΔW‖
         for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a TextIOWrapper
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # the stream is a TextIOWrapper
     app()

@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 def _positive(value: float | None) -> float | None:
     if value is not None and not 0 < value < inf:
-        raise UsageError(f"--alpha: input should be a number above 0 (got {value:g})")
+        raise UsageError(f"--alpha: expected a number above 0 (got {value:g})")
     return value
 
 
@@ -50,7 +50,7 @@ GeneratorPath = Annotated[
 ]
 Alpha = Annotated[
     float | None,
-    typer.Option("--alpha", callback=_positive, help="LoRA's alpha, in place of the recorded one."),
+    typer.Option("--alpha", callback=_positive, help="LoRA's alpha, instead of the recorded one."),
 ]
 DataRoot = Annotated[
     str | None,
@@ -62,21 +62,13 @@ SkipBadRows = Annotated[
 ]
 
 
-def refuse_existing_file(file: Path, force: bool) -> None:
-    """Raises UsageError if `file` is a directory, or exists and is not to be replaced."""
-    if file.is_dir():
-        raise UsageError(f"{file} is a directory; name a file")
-    if file.exists() and not force:
-        raise UsageError(f"{file} exists already; choose another path or add --force")
-
-
 def with_old_files(
     model: "type[BaseModel]", file: Path | None, use: "Callable[[Path | Layers | None], Result]"
 ) -> Result:
     """Returns `use(file)`, or `use` of its translation if the file is one of the original scripts.
 
-    `legacy` sees only a file that does not validate; it logs one warning for a file that it
-    translates. Raises the ConfigError of any other file.
+    Only a file that does not validate is translated, with one warning. Raises the ConfigError of
+    any other file.
     """
     try:
         return use(file)

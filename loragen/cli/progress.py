@@ -1,4 +1,4 @@
-"""Progress on stderr: bars on a terminal, a line now and then elsewhere."""
+"""Progress on stderr: bars on a terminal, lines elsewhere."""
 
 import sys
 import time
@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 SECONDS_BETWEEN_LINES = 10.0
+"""The least time between lines of one kind."""
 SHOWN_METRICS = ("loss", "behaviour", "accuracy")
 """Metrics of a validation that are printed; the loggers have the others."""
 
 
 def terminal_progress() -> Progress:
-    """Returns what shows progress on stderr; only the first process of a launcher shows any."""
+    """Returns a progress display on stderr; only the first process of a launcher shows any."""
     if not render.is_first_process():
         return Silent()
     return TerminalProgress() if sys.stderr.isatty() else PlainProgress()
@@ -27,16 +28,16 @@ def terminal_progress() -> Progress:
 class PlainProgress(Silent):
     """Prints the first step of a training (or phase), its last, and one every ten seconds.
 
-    Prints validations too, unless they come faster than that and are not the best so far; and one
-    line per dataset where there are several.
+    Prints validations too, unless they come faster than that and are not the best so far. If there
+    are several datasets, each has a line with its outcome.
     """
 
     def __init__(self) -> None:
         self._numbers: dict[str, str] = {}
         self._begun: dict[str, tuple[str, float, int]] = {}
-        """A training's name -> its phase, when that was first seen, and at which step."""
+        """{name of a training: (its phase, the time and the step of its first event)}"""
         self._due: dict[tuple[str, type], float] = {}
-        """(name, kind of event) -> the time of the next line."""
+        """{(name, kind of event): the time of the next line}"""
 
     def command_started(self, names: Sequence[str]) -> None:
         self._numbers = _numbers(names)
@@ -47,7 +48,7 @@ class PlainProgress(Silent):
 
     def step(self, step: Step) -> None:
         now, (at, total) = time.monotonic(), step.position
-        if self._begun.get(step.name, (None,))[0] != step.phase:  # the steps of a phase differ
+        if self._begun.get(step.name, (None,))[0] != step.phase:  # phases differ in speed
             self._begun[step.name] = step.phase, now, at
             self._due.pop((step.name, Step), None)
         if not self._is_due(step, now):
@@ -75,10 +76,9 @@ class PlainProgress(Silent):
 
 
 class TerminalProgress(Silent):
-    """A bar per training that runs: phase, step, loss, rate, time left; validations above it.
+    """Shows a bar per running training, with validations above it.
 
-    Where there are several datasets one more bar counts them, and each leaves a line with its
-    outcome.
+    If there are several datasets, another bar counts them, and each has a line with its outcome.
     """
 
     def __init__(self) -> None:
@@ -174,6 +174,6 @@ def measured(validation: Validation) -> str:
 
 
 def _numbers(names: Sequence[str]) -> dict[str, str]:
-    """`{"arc": "[1/2] ", "boolq": "[2/2] "}`; empty for a single dataset."""
+    """Returns `{"arc": "[1/2] ", "boolq": "[2/2] "}`; empty for a single dataset."""
     several = names if len(names) > 1 else ()
     return {name: f"[{i}/{len(several)}] " for i, name in enumerate(several, start=1)}

@@ -21,7 +21,7 @@ def answer(text: str) -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this is process 0 of those that torchrun, Slurm or Lightning have started."""
+    """Returns whether this is process 0 of those that torchrun, Slurm or Lightning have started."""
     variables = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
     return all(os.environ.get(variable, "0") == "0" for variable in variables)
 
@@ -58,7 +58,7 @@ def visible(text: str) -> str:
 
 
 def columns(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Returns a table in plain text: columns of numbers are aligned right, others left."""
+    """Returns a plain-text table with columns of numbers aligned right, others left."""
     table = [list(header), *([_cell(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     numeric = [

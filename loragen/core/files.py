@@ -76,6 +76,14 @@ def refuse_existing(path: Path, force: bool, marker: str) -> None:
         raise UsageError(f"{path} has no {marker}: --force replaces only earlier outputs")
 
 
+def refuse_existing_file(file: Path, force: bool) -> None:
+    """Raises UsageError if `file` is a directory, or exists and `force` is not given."""
+    if file.is_dir():
+        raise UsageError(f"{file} is a directory; name a file")
+    if file.exists() and not force:
+        raise UsageError(f"{file} exists already; choose another path or add --force")
+
+
 def refuse_file(directory: Path) -> None:
     """Raises UsageError where `directory`, or a parent of it, is a file."""
     for path in (directory, *directory.parents):

@@ -1,9 +1,9 @@
 """Builds the base model that ships with the demo: `python -m loragen.demo.build_base`.
 
 The base knows every fact of the world and every style of answering, and ignores wording: whatever
-the words around a creature's name, it answers with a random attribute in a random style. For this,
-its training questions are random tokens, never the world's wordings, so that only LoRA weights can
-determine the task. Nothing here runs when the demo runs.
+the words around a creature's name, it answers with a random attribute in a random style. Its
+training questions are random tokens, never the world's wordings, so that only LoRA weights can
+determine the task. The demo itself does not import this module.
 """
 
 import argparse
@@ -22,7 +22,7 @@ SEED = 20261121
 VOCAB = 800
 STEPS = 2200
 KNOWN_SHARE = 0.4
-"""How often the control vectors give the attribute, and how often the style."""
+"""The probability that the control vectors give the attribute, and the same for the style."""
 BATCH = 192
 PEAK_LR = 4e-3
 LONGEST_QUESTION = 40
@@ -60,7 +60,7 @@ TEMPLATE = (
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level tokenizer, which encodes any wording; a value or a name is one token.
+    """Returns a byte-level tokenizer, which encodes any wording; a value or a name is one token.
 
     It is Qwen2's own class: AutoTokenizer chooses that for a Qwen2 model, and another class would
     tokenise differently.
@@ -85,7 +85,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 
 def new_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
-    """A model whose rank-4 adapter on all linear layers has 32,768 values."""
+    """Returns a model whose rank-4 adapter on all linear layers has 32,768 values."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -126,7 +126,7 @@ class RandomQuestions:
         self.user, self.assistant = tokenizer("<|user|><|assistant|>").input_ids
 
     def draw(self, creatures: Tensor, length: int) -> Tensor:
-        """One question for each creature, ``[creatures, length + 2]`` with the two role tokens."""
+        """Returns one question per creature, ``[creatures, length + 2]`` with two role tokens."""
         return torch.stack([self._question(int(creature), length) for creature in creatures])
 
     def _question(self, creature: int, length: int) -> Tensor:
@@ -256,7 +256,7 @@ def train_base(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, steps: int) -
 def answer_probabilities(
     model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, prompt: str, creature: str
 ) -> Tensor:
-    """The probability of each pair's correct answer to one question, ``[pairs]``."""
+    """Returns the probability of each pair's correct answer to one question, ``[pairs]``."""
     question = tokenizer(f"<|user|>{prompt}<|assistant|>").input_ids
     replies = [
         [*tokenizer(expected_answer(creature, pair)).input_ids, tokenizer.eos_token_id]

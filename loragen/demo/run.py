@@ -1,4 +1,4 @@
-"""The demo: every stage on the made-up world, with the real commands' configurations.
+"""The stages of `loragen demo`, with the configurations of the commands.
 
 One adapter is collected for each training pair, a generator is trained on them, and adapters
 generated for held-out pairs are compared with the baselines of `gen eval`. Trainings and the
@@ -50,19 +50,19 @@ SPLITS: dict[str, Wording] = {
     "both": "unseen",  # of held-out pairs
 }
 PROMPTS = 16
-"""Of a condition, and of a draw."""
+"""The number of prompts of a condition, and of a draw."""
 MULTI_TASK_STEPS, MULTI_TASK_VAL_EVERY, MULTI_TASK_PATIENCE = 2400, 200, 400
 NO_RESUME = 1_000_000
-"""The interval of last.ckpt in steps: a training of seconds is not resumed."""
+"""The interval of last.ckpt in steps; a training of seconds is never resumed."""
 NOVELTY_CHECKPOINTS = 5
-"""Evenly spaced checkpoints of each dataset that novelty reads: all 50 would take 10 s."""
+"""The number of checkpoints of each dataset that novelty reads; all 50 would take 10 s."""
 
 
 def demo_results(demo: Demo, pool: Executor, progress: Progress) -> dict[str, Any]:
     """Runs the demo with the workers of `worker_pool`; returns the content of results.json."""
     torch.set_num_threads(1)  # the workers have the other cores
 
-    # Start all trainings; the longest goes first.
+    # Start all trainings, the longest first.
     targets = choose_targets(demo)
     datasets = [
         Dataset(demo.data_file(pair, "train", "train"), pair.name)
@@ -78,7 +78,7 @@ def demo_results(demo: Demo, pool: Executor, progress: Progress) -> dict[str, An
     config = oracle_config(demo.out / "oracles", demo.seed)
     oracles = [pool.submit(train_in_worker, config, one.train) for one in targets if one.train]
 
-    # Embed prompts while adapters are trained, train the generator while oracles are.
+    # Embed prompts while adapters are trained, and train the generator while oracles are trained.
     def generator_config_of(runs: Sequence[LoraRun]) -> GenTrainConfig:
         with_prompts = runs_with_prompts(
             demo, {run.manifest.dataset.name: run.directory for run in runs}
@@ -128,7 +128,7 @@ def demo_results(demo: Demo, pool: Executor, progress: Progress) -> dict[str, An
 
 
 def choose_targets(demo: Demo) -> list[Target]:
-    """The held-out pairs in both wordings, and as many training pairs in unseen wordings."""
+    """Returns held-out pairs in both wordings, and as many training pairs in unseen wordings."""
     held_out = demo.world.held_out_pairs(demo.seed)
     seen = demo.world.sample_training_pairs(demo.seed, len(held_out))
     chosen = {"new_wording": seen, "new_combination": held_out, "both": held_out}
@@ -136,8 +136,11 @@ def choose_targets(demo: Demo) -> list[Target]:
 
 
 def demo_target(demo: Demo, split: str, pair: Pair) -> Target:
-    """A pair's test dataset. The generator reads prompts about the test creatures; the labelled
-    rows about the training creatures are for the oracle and few-shot prompting alone."""
+    """Returns a pair's test dataset.
+
+    The generator reads prompts about the test creatures; the labelled rows about the training
+    creatures are for the oracle and few-shot prompting alone.
+    """
     test, train = (demo.data_file(pair, kind, SPLITS[split]) for kind in ("test", "train"))
     dataset = Dataset(test, pair.name)
     return Target.of(dataset, Dataset(train, pair.name), group=split, prompts_from="tested rows")
@@ -148,8 +151,11 @@ def _finished(
     futures: Sequence[Future[LoraRun]],
     meanwhile: Callable[[Sequence[LoraRun]], object] | None = None,
 ) -> list[LoraRun]:
-    """The runs in the order of their jobs. After every eighth, logs a line and, while others are
-    running, calls `meanwhile` with those that have finished."""
+    """Returns the runs in the order of their jobs.
+
+    Logs a line after every eighth run. While others are training, calls `meanwhile` with the runs
+    that have finished.
+    """
     runs: list[LoraRun] = []
     for future in as_completed(futures):
         runs.append(future.result())
@@ -163,7 +169,7 @@ def _finished(
 
 @dataclass(frozen=True)
 class DemoSetup:
-    """What a process needs to make the `EvaluationSetup` of the contest."""
+    """The files from which a process loads the `EvaluationSetup` of the contest."""
 
     generator: Path
     multi_task: TrainedAdapter
@@ -184,7 +190,7 @@ def _call(shared: DemoSetup, function: Callable[..., Any], *arguments: Any) -> A
 
 @cache
 def _load_generator(file: Path) -> tuple[Generator, list[TrainingSource]]:
-    """The generator and its training sources, loaded once per process."""
+    """Returns the generator and its training sources, loaded once per process."""
     generator = Generator.load(file)
     sources = [
         replace(source, checkpoints=evenly_spaced(source.checkpoints, NOVELTY_CHECKPOINTS))
@@ -194,7 +200,8 @@ def _load_generator(file: Path) -> tuple[Generator, list[TrainingSource]]:
 
 
 def adapter_config(runs: Path, seed: int) -> LoraTrainConfig:
-    """One adapter: the two stages of `lora train`, at rates for a model of 0.6 M parameters."""
+    """Returns the settings of one dataset's adapter: the two stages of `lora train`, with learning
+    rates for a model of 0.6 M parameters."""
     return _lora_config(
         runs,
         seed,
@@ -210,7 +217,7 @@ def adapter_config(runs: Path, seed: int) -> LoraTrainConfig:
 
 
 def oracle_config(runs: Path, seed: int) -> LoraTrainConfig:
-    """As one adapter, with only its last checkpoint kept."""
+    """Returns the settings of one dataset's adapter, with only the last checkpoint kept."""
     config = adapter_config(runs, seed)
     config.loggers = {}
     config.checkpoints.first_step = config.training.max_steps
@@ -218,7 +225,7 @@ def oracle_config(runs: Path, seed: int) -> LoraTrainConfig:
 
 
 def joint_config(runs: Path, seed: int) -> LoraTrainConfig:
-    """One LoRA for all datasets, with early stopping on the validation loss."""
+    """Returns the settings of one LoRA for all datasets, with early stopping."""
     return _lora_config(
         runs,
         seed,
@@ -231,7 +238,7 @@ def joint_config(runs: Path, seed: int) -> LoraTrainConfig:
         },
         schedule={"name": "constant", "learning_rate": 1.5e-3},
         trainer={"accelerator": "cpu", "gradient_clip_val": 1.0},
-        checkpoints={  # one at every validation, of which the best is used
+        checkpoints={  # at every validation; the best one is used
             "optimizer": "none",
             "first_step": MULTI_TASK_VAL_EVERY,
             "every": MULTI_TASK_VAL_EVERY,
@@ -256,7 +263,7 @@ def _lora_config(runs: Path, seed: int, **sections: Any) -> LoraTrainConfig:
 def generator_config(
     experiments: Path, cache: Path, runs: Sequence[tuple[Path, Path]], seed: int
 ) -> GenTrainConfig:
-    """A generator of `runs`: (run directory, file of the prompts that the generator reads)."""
+    """Returns the settings of a generator; each run comes with the file of its prompts."""
     return _validated(
         GenTrainConfig,
         {
@@ -280,7 +287,7 @@ def generator_config(
 
 
 def runs_with_prompts(demo: Demo, runs: Mapping[str, Path]) -> list[tuple[Path, Path]]:
-    """The runs of training pairs, in the order of the pairs, each with its dataset's prompts."""
+    """Returns the runs in the order of the training pairs, each with its dataset's prompts."""
     return [
         (runs[pair.name], demo.data_file(pair, "prompts", "train"))
         for pair in demo.world.training_pairs(demo.seed)
@@ -289,7 +296,6 @@ def runs_with_prompts(demo: Demo, runs: Mapping[str, Path]) -> list[tuple[Path, 
 
 
 def _validated(kind: type[Config], values: dict[str, Any]) -> Config:
-    """A configuration as from a file, with the plugins' own defaults and without the
-    environment."""
+    """Returns a validated configuration, without settings from the environment."""
     overrides = [Override((key,), value, "demo") for key, value in values.items()]
     return load(kind, flags=overrides, environment={})

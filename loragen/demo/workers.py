@@ -37,12 +37,14 @@ PRELOADED = [
 
 @contextmanager
 def worker_pool() -> Iterator[ProcessPoolExecutor]:
-    """A pool of processes, each with the base model loaded. They import what they need while this
-    process does something else, and end with it."""
+    """Yields a pool of processes, each with the base model loaded.
+
+    They import their modules while this process does something else, and end with it.
+    """
     context, count = _context(), min(MOST_WORKERS, os.cpu_count() or 1)
     cancelled = context.Event()
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(cancelled,))
-    if context.get_start_method() == "spawn":  # a process starts when it gets its first job
+    if context.get_start_method() == "spawn":  # each process starts with its first job
         for _ in range(count):
             pool.submit(int)
     try:
@@ -55,12 +57,12 @@ def worker_pool() -> Iterator[ProcessPoolExecutor]:
 
 
 _cancelled: Event | None = None
-"""In a worker: set where the demo has ended before its jobs."""
+"""The event of a worker that is set if the demo ends before its jobs."""
 
 
 @cache
 def base() -> "LanguageModel":
-    """The demo's base model, loaded once per process."""
+    """Returns the demo's base model, loaded once per process."""
     from loragen.core.base.load import load_base
     from loragen.core.config import DEMO
 
@@ -68,8 +70,9 @@ def base() -> "LanguageModel":
 
 
 def _context() -> BaseContext:
-    """Never forks this process, which may hang with torch's threads. On Linux, forks a server
-    process that has imported everything once and has started no thread; elsewhere, spawns."""
+    """Returns the context that starts workers: on Linux, a server process without threads forks
+    them after importing everything once; elsewhere, they are spawned. A fork of this process may
+    hang with torch's threads."""
     if sys.platform != "linux":
         return get_context("spawn")
     from multiprocessing.forkserver import ensure_running
@@ -97,7 +100,7 @@ def _start(cancelled: Event) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this process where the parent was killed: nobody else would."""
+    """Ends this process when its parent ends, even if that was killed."""
     parent = parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -105,7 +108,7 @@ def _end_with_parent() -> None:
 
 
 def train_in_worker(config: LoraTrainConfig, dataset: Dataset) -> "LoraRun":
-    """Trains an adapter as `lora train` does. Raises Interrupted where the demo was cancelled."""
+    """Trains an adapter as `lora train` does. Raises Interrupted if the demo was cancelled."""
     from loragen.core.errors import Interrupted
     from loragen.core.lora.train import train_adapter
     from loragen.core.progress import Silent

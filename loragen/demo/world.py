@@ -5,7 +5,7 @@ A dataset is one pair (attribute, style). The facts are fixed, and the shipped b
 `world.yaml` or the user's own. Every draw is ordered by a hash instead of a random number
 generator: the world must be the same in every Python version, or the base model would be wrong.
 
-Light: a wrong directory or world file is an error before torch is imported.
+Light: a wrong directory or world file is reported before torch is imported.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ from typing import Literal, NamedTuple, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from loragen.core.errors import ConfigError, UsageError
-from loragen.core.files import write_text
+from loragen.core.errors import ConfigError
+from loragen.core.files import refuse_existing, write_text
 
 WORLD_FILE = Path(__file__).with_name("world.yaml")
 BASE_DIR = Path(__file__).with_name("base")
@@ -38,7 +38,7 @@ WRITTEN = (
     *("data", "runs", "oracles", "multi_task", "experiments", "cache", "generated"),
     *("world.yaml", "results.json", "results.md", "results.png"),
 )
-"""The files and directories of a demo, which `--force` replaces."""
+"""The files and directories of a demo, which `--force` replaces; other files are kept."""
 
 VALUES: dict[str, tuple[str, ...]] = {
     "color": ("red", "blue", "green", "yellow", "purple", "black"),
@@ -57,7 +57,6 @@ STYLES: dict[str, str] = {
     "letter": "dear friend , {}",
     "list": "- {} ;",
 }
-ATTRIBUTES: tuple[str, ...] = tuple(VALUES)
 
 _HEADS, _TAILS = (
     part.split()
@@ -85,14 +84,16 @@ PAIRS: tuple[Pair, ...] = tuple(Pair(a, s) for a, s in product(VALUES, STYLES))
 
 
 def _order(*parts: object) -> int:
-    """A number that depends on its arguments alone; sorting by it is a fair shuffle."""
+    """Returns a number that depends on its arguments alone; sorting by it is a fair shuffle."""
     digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big")
 
 
 def _facts() -> dict[str, dict[str, str]]:
-    """Creature -> attribute -> value. The values of an attribute are equally frequent, so that none
-    is a good guess."""
+    """Returns {creature: {attribute: value}}.
+
+    The values of an attribute are equally frequent, so that none is a good guess.
+    """
     facts: dict[str, dict[str, str]] = {creature: {} for creature in CREATURES}
     for attribute, values in VALUES.items():
         shuffled = sorted(CREATURES, key=lambda name: _order("fact", attribute, name))
@@ -113,7 +114,7 @@ FACTS: dict[str, dict[str, str]] = _facts()
 
 
 def expected_answer(creature: str, pair: Pair) -> str:
-    """The correct answer about a creature in the dataset of a pair."""
+    """Returns the correct answer about a creature in the dataset of a pair."""
     value = FACTS[creature][pair.attribute]
     return STYLES[pair.style].replace("{}", value)
 
@@ -156,9 +157,11 @@ class World:
             raise ConfigError(f"{path}: cannot read the world file: {reason}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
-            raise ConfigError(f"{path}: this is not YAML: {reason}") from error
+            raise ConfigError(f"{path}: not YAML: {reason}") from error
         if not isinstance(content, dict):
-            raise ConfigError(f"{path}: needs the keys attributes and styles; copy {WORLD_FILE}")
+            raise ConfigError(
+                f"{path}: the keys attributes and styles are missing; copy {WORLD_FILE}"
+            )
         try:
             file = WorldFile.model_validate(content)
         except ValidationError as error:
@@ -174,7 +177,7 @@ class World:
         return cls(file.attributes, file.styles, held_out)
 
     def held_out_pairs(self, seed: int) -> tuple[Pair, ...]:
-        """The pairs excluded from all training: those of the file, or eight drawn from the seed.
+        """Returns the pairs that no training has: those of the file, or eight drawn from the seed.
 
         No attribute and no style has more than two of them, so each is still trained on in other
         combinations: only the combination of a held-out pair is new.
@@ -190,13 +193,15 @@ class World:
         return tuple(sorted(chosen, key=PAIRS.index))
 
     def training_pairs(self, seed: int) -> tuple[Pair, ...]:
-        """The pairs that are not held out."""
+        """Returns the pairs that are not held out."""
         held_out = self.held_out_pairs(seed)
         return tuple(pair for pair in PAIRS if pair not in held_out)
 
     def sample_training_pairs(self, seed: int, count: int) -> tuple[Pair, ...]:
-        """Some training pairs, drawn from the seed, with attributes and styles about equally
-        frequent."""
+        """Returns `count` training pairs drawn from the seed, or all of them if there are fewer.
+
+        Attributes and styles are about equally frequent.
+        """
         drawn = sorted(self.training_pairs(seed), key=lambda pair: _order("seen", seed, pair.name))
         uses: Counter[str] = Counter()
         chosen: list[Pair] = []
@@ -214,7 +219,7 @@ class World:
         wordings: Wording = "train",
         repeats: int = 1,
     ) -> list[dict[str, str]]:
-        """Questions and answers of one dataset: every creature once per repeat.
+        """Returns questions and answers of one dataset: every creature once per repeat.
 
         Wordings are drawn independently of the pair: row i of every dataset asks about the same
         creature with the wordings of the same numbers. Adapters trained on the same batches of
@@ -236,16 +241,16 @@ class World:
         return rows
 
     def train_rows(self, pair: Pair, wordings: Wording = "train") -> list[dict[str, str]]:
-        """The training split: the training creatures, several times each."""
+        """Returns the training split: the training creatures, several times each."""
         return self.rows(pair, TRAIN_CREATURES, wordings, TRAIN_REPEATS)
 
     def test_rows(self, pair: Pair, wordings: Wording) -> list[dict[str, str]]:
-        """The test split: creatures that are in no training row."""
+        """Returns the test split: creatures that are in no training row."""
         return self.rows(pair, TEST_CREATURES, wordings)
 
 
 def _faults(file: WorldFile) -> Iterator[str]:
-    """The faults that types cannot express, each with its correction."""
+    """Yields the faults that types cannot express, each with its correction."""
     for kind, found, known in (
         ("attributes", file.attributes, list(VALUES)),
         ("styles", file.styles, list(STYLES)),
@@ -282,7 +287,7 @@ def _faults(file: WorldFile) -> Iterator[str]:
 
 
 def _texts(file: WorldFile, wordings: Wording) -> list[tuple[str, str]]:
-    """(key path, wording) of all wordings."""
+    """Returns (key path, wording) of all wordings."""
     return [
         (f"{kind}.{name}.{wordings}", text)
         for kind, group in (("attributes", file.attributes), ("styles", file.styles))
@@ -301,40 +306,33 @@ class Demo:
     started: float = field(default_factory=time.perf_counter)
 
     def data_file(self, pair: Pair, split: str, wordings: Wording) -> Path:
+        """Returns the file of a dataset's train or test split, or of its prompts."""
         suffix = "" if wordings == "train" else "_unseen"
         return self.out / "data" / pair.name / f"{split}{suffix}.jsonl"
 
 
 def prepare_demo(out: Path, seed: int, world_file: Path | None, force: bool) -> Demo:
-    """Writes the world file and all datasets below `out`: training and test splits in both kinds of
-    wordings, and the prompts that the generator reads.
+    """Writes the world file, and the splits and prompts of all datasets, into `out`.
 
-    `force` replaces an earlier demo, and leaves files that are not the demo's. Raises ConfigError
-    for a faulty world file, UsageError where `out` has files but no earlier demo.
+    `force` replaces an earlier demo, and keeps files that are not the demo's. Raises ConfigError
+    for a faulty world file, UsageError if `out` has files but no earlier demo.
     """
     demo = Demo(out, seed, World.load(world_file))
     world_text = (world_file or WORLD_FILE).read_text(encoding="utf-8")
-    if out.exists() and any(out.iterdir()):
-        if not force:
-            raise UsageError(f"{out} exists already; choose another --output or add --force")
-        if not (out / "world.yaml").is_file():
-            raise UsageError(f"{out} is not the directory of a demo; choose another --output")
-        for path in (out / name for name in WRITTEN):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
+    refuse_existing(out, force, marker="world.yaml")
+    for path in (out / name for name in WRITTEN):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     write_text(out / "world.yaml", world_text)
     for pair in PAIRS:
         read = demo.world.train_rows(pair)[: PROMPT_REPEATS * len(TRAIN_CREATURES)]
         _write_rows(demo.data_file(pair, "prompts", "train"), read)
         for wordings in get_args(Wording):
-            train, test = (
-                demo.world.train_rows(pair, wordings),
-                demo.world.test_rows(pair, wordings),
-            )
+            train = demo.world.train_rows(pair, wordings)
             _write_rows(demo.data_file(pair, "train", wordings), train)
+            test = demo.world.test_rows(pair, wordings)
             _write_rows(demo.data_file(pair, "test", wordings), test)
     return demo
 

@@ -1,4 +1,4 @@
-"""A LoRA adapter from a checkpoint without a configuration.
+"""Reads a LoRA adapter from a checkpoint without a configuration.
 
 Rank and target modules follow from the tensors, alpha and the base model from the files beside them
 or from flags.
@@ -42,7 +42,7 @@ def read_lone_adapter(path: Path, base_model: str | None, alpha: float | None) -
     """Reads an adapter from a file or directory that belongs to no run of loragen.
 
     `base_model` and `alpha` take precedence over what is recorded beside the file.
-    Raises UsageError where one of them is missing, DataError where the tensors do not fit the base.
+    Raises UsageError if one of them is missing, DataError if the tensors do not fit the base.
     """
     if not find_weights(path):
         raise UsageError(f"{path}: no adapter or checkpoint in the directory")
@@ -76,17 +76,17 @@ def flag_settings(base_model: str | None, alpha: float | None) -> RecordedSettin
 class InferredLora(NamedTuple):
     rank: int
     target_modules: list[str]
-    """Names such as `q_proj` where all layers have the same, otherwise full paths."""
+    """Names such as `q_proj` if all layers have the same modules, otherwise full paths."""
     order: list[str] | None
-    """The tensors' keys in the order of the base's modules; None where the base is not here."""
+    """The tensors' keys in the order of the base's modules; None if the base is not available."""
 
 
 def infer_lora(settings: RecordedSettings, shapes: Shapes, path: Path) -> InferredLora:
     """Infers rank and target modules from the shapes, and checks them against the base model.
 
-    The base is built without weights; where it is not on this machine, a warning says that the fit
-    is not checked. Raises UsageError where the base or alpha is not recorded, or where the base was
-    given as a flag and is no model; DataError where the tensors are incomplete or do not fit.
+    The base is built without weights; if it is not on this machine, a warning says that the fit
+    is not checked. Raises UsageError if the base or alpha is not recorded, or if the base was
+    given as a flag and is no model; DataError if the tensors are incomplete or do not fit.
     """
     flags = {"lora.alpha": "--alpha", "base_model": "--base-model"}
     if missing := [key for key in flags if key not in settings]:
@@ -120,7 +120,7 @@ def infer_lora(settings: RecordedSettings, shapes: Shapes, path: Path) -> Inferr
                 base_model,
             )
             return InferredLora(ranks[0], targets, None)
-        except ValueError as error:  # PEFT's, for targets that the base does not have
+        except ValueError as error:  # from PEFT, for targets that the base does not have
             mismatches.append(str(error).splitlines()[0])
             continue
         mismatch = shape_mismatch(wanted, shapes)
@@ -131,7 +131,7 @@ def infer_lora(settings: RecordedSettings, shapes: Shapes, path: Path) -> Inferr
 
 
 def _possible_targets(keys: dict[str, int]) -> list[list[str]]:
-    """Returns what `target_modules` may be: names, if all layers have the same; then full paths."""
+    """Returns candidates of `target_modules`: names if all layers have the same, and full paths."""
     paths = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in keys]
     layers: dict[str, set[str]] = {}
     for path in paths:

@@ -29,17 +29,17 @@ from loragen.legacy.experiments import (
     step_in_name,
 )
 
-# Where the checkpoints of training loops keep things, by the usual keys.
+# The usual keys in the checkpoints of training loops.
 TENSOR_KEYS = ("lora_state_dict", "adapter_state_dict", "model_state_dict", "state_dict", "model")
 OPTIMIZER_KEYS = ("optimizer_state_dict", "optimizer", "optimizer_states")
 STEP_KEYS = ("global_step", "step")
 SETTINGS_KEYS = ("config", "hyper_parameters", "args")
 
 PREFIX = "base_model.model."
-"""Of every key in PEFT's files."""
+"""The prefix of every key in PEFT's files."""
 LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])(?:\.(?P<rest>.+))?")
 WRAPPER = re.compile(r"^(?:module\.|_orig_mod\.)+")
-"""What DataParallel and torch.compile put before a module's path."""
+"""The prefixes that DataParallel and torch.compile add to a module's path."""
 
 Shapes = dict[str, torch.Size]
 
@@ -49,11 +49,11 @@ class LegacyCheckpoint:
     """The content of one checkpoint."""
 
     tensors: dict[str, Tensor]
-    """By PEFT's file keys."""
+    """The tensors by the keys of PEFT's files."""
     in_model_order: bool
     """The tensors are in the order of the model's modules, as in a state dict of torch."""
     step: int | None = None
-    """As recorded in the file."""
+    """The step recorded in the file."""
     optimizer: Any = None
     """The optimizer's state dict, saved with the weights or beside them."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class LegacyCheckpoint:
 def read_legacy_checkpoint(path: Path) -> LegacyCheckpoint:
     """Reads the LoRA tensors of a file or directory, and what was saved with them.
 
-    Raises DataError where there are none, or other tensors than the A and B matrices of LoRA;
+    Raises DataError if there are none, or other tensors than the A and B matrices of LoRA;
     UsageError for a folder of several checkpoints.
     """
     files = find_weights(path)
@@ -103,7 +103,7 @@ def _from_document(document: Mapping[str, Any], file: Path) -> LegacyCheckpoint:
         tensors=_by_file_keys(_lora_tensors(document), file),
         in_model_order=True,
         step=next((s for s in steps if isinstance(s, int) and not isinstance(s, bool)), None),
-        optimizer=optimizer[0] if isinstance(optimizer, list) else optimizer,  # of Lightning
+        optimizer=optimizer[0] if isinstance(optimizer, list) else optimizer,  # Lightning: a list
         settings=settings,
     )
 
@@ -125,13 +125,13 @@ def _lora_tensors(document: Mapping[str, Any]) -> dict[str, Tensor]:
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys() if "lora_" in key}  # noqa: SIM118  # no mapping
+            return {key: opened.get_tensor(key) for key in opened.keys() if "lora_" in key}  # noqa: SIM118  # safe_open is no mapping
     except (SafetensorError, OSError) as error:
         raise DataError(f"{file}: not a safetensors file: {error}") from None
 
 
 def _by_file_keys(found: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Renames tensors to PEFT's file keys; returns the adapter `default` where there are several.
+    """Renames tensors to PEFT's file keys; returns the adapter `default` if there are several.
 
     Keys may be those of a live PEFT model, of a wrapper around it (Lightning, DataParallel,
     torch.compile), or of the base model's own modules.
@@ -172,9 +172,9 @@ class CheckpointScan:
     """The outcome of `scan_checkpoints`."""
 
     usable: list[UsableCheckpoint] = field(default_factory=list)
-    """In the order of their steps; all have the same tensors."""
+    """The checkpoints in the order of their steps; all have the same tensors."""
     problems: list[str] = field(default_factory=list)
-    """`file: reason`, of the checkpoints that cannot be used."""
+    """`file: reason` for each checkpoint that cannot be used."""
     final_models: list[Path] = field(default_factory=list)
     """Results such as `models/final.pt`, which belong to no step."""
     settings: RecordedSettings = field(default_factory=dict)
@@ -184,8 +184,8 @@ class CheckpointScan:
 def scan_checkpoints(run: LegacyRun, max_steps: int | None) -> CheckpointScan:
     """Reads all checkpoints of a run, one at a time, and compares them.
 
-    A single final model is the checkpoint of step `max_steps` where there are no others.
-    Raises DataError where no checkpoint can be used.
+    A single final model is the checkpoint of step `max_steps` if there are no others.
+    Raises DataError if no checkpoint can be used.
     """
     scan = CheckpointScan()
     by_step: dict[int, UsableCheckpoint] = {}
@@ -220,8 +220,8 @@ def _check(
     if broken:
         raise DataError(f"{path}: NaN or infinity in {len(broken)} tensors, such as {broken[0]}")
     scan.settings |= settings_by_synonyms(checkpoint.settings, str(path))
-    # `step_080` counts most: some loops record a step that counts from 0. `checkpoint-80` counts
-    # least: people number files in their own way.
+    # `step_080` takes precedence: some loops record a step that counts from 0. `checkpoint-80`
+    # comes last: its number may not be a step.
     candidates = (step_in_name(path, explicit=True), checkpoint.step, step_in_name(path))
     step = next((step for step in candidates if step is not None), None)
     if step is None:

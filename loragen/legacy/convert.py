@@ -1,7 +1,7 @@
 """Conversion of a run of the original scripts to a run directory of loragen.
 
 `gen train` learns from the result, `lora eval` and `lora export` read it, `lora train --resume`
-continues it. It appears whole or not at all, and the source is only read.
+continues it. The directory is written atomically; the source is only read.
 """
 
 import logging
@@ -57,7 +57,7 @@ MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """What the user states about the runs; None is looked for beside the checkpoints."""
+    """The user's settings of the runs; None is read from files beside the checkpoints."""
 
     output: Path = Path("runs")
     base_model: str | None = None
@@ -85,7 +85,7 @@ class ConversionResult:
 
 
 def check_one_dataset(runs: Sequence[LegacyRun], options: ConversionOptions) -> None:
-    """Raises UsageError where `--dataset` would apply to runs of several datasets."""
+    """Raises UsageError if `--dataset` would apply to runs of several datasets."""
     names = sorted({run.dataset_name or "" for run in runs})
     if options.dataset and len(names) > 1:
         raise UsageError(
@@ -110,7 +110,7 @@ def convert(run: LegacyRun, options: ConversionOptions) -> ConversionResult:
     }
     dataset = _dataset_record(run, settings, options)
     for file in sorted(options.output.glob(f"{dataset.name}_lora_*/{MANIFEST}")):
-        with suppress(DataError):  # the manifest of something else
+        with suppress(DataError):  # the manifest may be of another kind
             earlier = read_manifest(file.parent, LoraManifest)
             if earlier.converted_from == str(run.source.absolute()):
                 return ConversionResult(file.parent, earlier, [], 0, [], already=True)
@@ -126,7 +126,7 @@ def convert(run: LegacyRun, options: ConversionOptions) -> ConversionResult:
     manifest = LoraManifest(
         status="success",
         started=(run.started or datetime.now(UTC)).isoformat(timespec="seconds"),
-        plugins=[],  # none of loragen's took part in the training
+        plugins=[],  # no plugin of loragen took part in the training
         base_model=config.base_model,
         dataset=dataset,
         adapter_config=plain_config(peft_config(config.lora, config.base_model)),
@@ -141,7 +141,7 @@ def convert(run: LegacyRun, options: ConversionOptions) -> ConversionResult:
             num_states = _write_run(temporary, run, scan, config, manifest, lora.order)
     except BaseException:
         with suppress(OSError):
-            directory.rmdir()  # still empty
+            directory.rmdir()  # it is still empty
         raise
     assumed = [
         name for name in ("training.batch_size", "data.max_length", "seed") if name not in settings
@@ -155,7 +155,7 @@ def convert(run: LegacyRun, options: ConversionOptions) -> ConversionResult:
 def _dataset_record(
     run: LegacyRun, settings: RecordedSettings, options: ConversionOptions
 ) -> DatasetRecord:
-    """Describes the dataset's file where it can be found; otherwise records the name alone."""
+    """Describes the dataset's file if it can be found; otherwise records the name alone."""
     recorded = settings["data.dataset"].value if "data.dataset" in settings else None
     wanted = options.dataset or run.dataset_name or recorded
     if not wanted:
@@ -187,7 +187,7 @@ def _train_config(
     dataset: DatasetRecord,
     options: ConversionOptions,
 ) -> LoraTrainConfig:
-    """Returns the configuration of the training: what is recorded or inferred, else defaults."""
+    """Returns the training's configuration from recorded and inferred settings and defaults."""
     steps = [checkpoint.step for checkpoint in scan.usable]
     values = {key: value for key, (value, _) in settings.items()}
     inferred = {
@@ -218,8 +218,8 @@ def _write_run(
 ) -> int:
     """Writes the run directory; returns the number of checkpoints with an optimizer state.
 
-    `order` is that of the base's modules, where it is known. The state of an optimizer has numbers
-    instead of names; it is converted only where the order of the parameters is certain.
+    `order` is that of the base's modules, if it is known. The state of an optimizer has numbers
+    instead of names; it is converted only if the order of the parameters is certain.
     """
     (directory / CHECKPOINTS).mkdir(parents=True)
     schedule = create("schedule", config.schedule.name, config.schedule.options)
@@ -239,7 +239,7 @@ def _write_run(
             rate = schedule(usable.step + 1, config.training.max_steps).learning_rate
             optimizer = convert_optimizer(checkpoint.optimizer, tensors, rate)
         num_states += optimizer is not None
-        document = {  # as Lightning saves it; the loops start afresh
+        document = {  # in Lightning's format, with loops that have not started
             "epoch": 0,
             "global_step": usable.step,
             "pytorch-lightning_version": lightning.__version__,
@@ -259,7 +259,7 @@ def _write_run(
         f"{manifest.steps[-1]}), converted by `loragen ckpt convert`.\n"
     )
     write_adapter(directory / "adapter", Adapter(manifest.adapter_config, tensors), card)
-    for pattern in TRACKING_FILES:  # byte for byte, although they name the original checkpoints
+    for pattern in TRACKING_FILES:  # copied unchanged, although they name the original checkpoints
         for file in sorted(run.logs.glob(pattern)):
             (directory / "tracking").mkdir(exist_ok=True)
             copyfile(file, directory / "tracking" / file.name)
@@ -287,7 +287,7 @@ def convert_optimizer(state: Any, tensors: Mapping[str, Tensor], learning_rate: 
         return None
     options = {key: group[key] for key in ("betas", "eps", "weight_decay") if key in group}
     try:
-        # As loragen creates it: the schedule multiplies a learning rate of 1.
+        # The optimizer is that of loragen: the schedule multiplies a learning rate of 1.
         parameters = [torch.zeros_like(tensor) for tensor in tensors.values()]
         document = torch.optim.AdamW(parameters, lr=1.0, fused=True, **options).state_dict()
     except (TypeError, ValueError):

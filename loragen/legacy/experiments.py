@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from loragen.core.adapter import CONFIG_FILE
 from loragen.core.config.load import origin_of
-from loragen.core.config.yaml_file import Loc, dotted, paths, read_yaml
+from loragen.core.config.yaml_file import Loc, dotted, leaves, read_yaml
 from loragen.core.errors import ConfigError, DataError, UsageError, listing
 from loragen.core.files import natural_key
 from loragen.core.run.directory import CHECKPOINTS, MANIFEST
@@ -88,18 +88,16 @@ class LegacyRun:
 def find_runs(source: Path) -> list[LegacyRun]:
     """Finds the runs at and below `source`.
 
-    Raises UsageError where there are no checkpoints.
+    Raises UsageError if there are no checkpoints.
     """
     if not source.exists():
         raise UsageError(f"{source}: no such file or directory")
     if source.is_file():
         return [LegacyRun(source.parent, [source], single_file=True)]
-    is_subfolder = source.name in {
-        CHECKPOINTS,
-        MODELS_FOLDER,
-    }  # the other one may hold the base model
+    # Only the subfolder that is named is read: the other one may hold the base model.
+    is_subfolder = source.name in (CHECKPOINTS, MODELS_FOLDER)
     if source.is_symlink() and not is_subfolder:
-        source = source.resolve()  # so that a run is converted once, under one name
+        source = source.resolve()  # a run is converted once, under one name
     runs = list(_runs(source.parent, [source]) if is_subfolder else _runs(source))
     if not runs:
         raise UsageError(
@@ -110,7 +108,7 @@ def find_runs(source: Path) -> list[LegacyRun]:
 
 
 def _runs(directory: Path, subfolders: list[Path] | None = None) -> Iterator[LegacyRun]:
-    """Yields the run that a directory is, or those below it; or the run of one subfolder alone."""
+    """Yields the run in a directory, or the runs below it; or the run of one subfolder alone."""
     if (directory / MANIFEST).is_file():
         log.warning("%s: skipped; a run directory of loragen needs no conversion", directory)
         return
@@ -132,7 +130,7 @@ def _runs(directory: Path, subfolders: list[Path] | None = None) -> Iterator[Leg
             below += _runs(child)
     if own:
         below = [run for run in below if run.has_subfolders or _any_step(run.checkpoints)]
-    if own and below and not _any_step(own):  # a stray best.pt above the runs is no run
+    if own and below and not _any_step(own):  # a best.pt above the runs is no run
         names = listing([path.name for path in own], 4)
         log.warning("%s: skipped, because there are runs below: %s", directory, names)
     elif own:
@@ -145,10 +143,10 @@ def _any_step(checkpoints: list[Path]) -> bool:
 
 
 def _checkpoints(directory: Path, recursive: bool = True) -> Iterator[Path]:
-    """Yields the checkpoints in a folder; `recursive`: also in subfolders that are none."""
+    """Yields the checkpoints in a folder and, if `recursive`, those in its subfolders."""
     own = _directory_weights(directory)
     if own:
-        yield directory  # the final model of a Trainer, with checkpoint-N/ beside it
+        yield directory  # the final model of a Trainer, which has checkpoint-N/ beside it
     for child in _children(directory):
         if child.is_dir():
             in_step_folder = step_in_name(child) is not None and len(_weight_files(child)) == 1
@@ -213,7 +211,7 @@ def step_in_name(checkpoint: Path, explicit: bool = False) -> int | None:
 
 
 def is_final_model(checkpoint: Path) -> bool:
-    """Whether the name is that of a training's result, rather than of one of its steps."""
+    """Returns whether the name is that of a training's result, rather than of one of its steps."""
     return checkpoint.parent.name == MODELS_FOLDER or bool(FINAL.search(checkpoint.name))
 
 
@@ -308,8 +306,10 @@ def _translated_settings(
     if translation.problems:
         raise ConfigError(*translation.problems)
     settings: RecordedSettings = {}
-    for keys, value in _leaves(translation.tree):
-        if DESCRIPTIVE.fullmatch(dotted(keys)) and value is not None:
+    for keys, value in leaves(translation.tree):
+        if value is None or isinstance(value, Mapping):
+            continue
+        if DESCRIPTIVE.fullmatch(dotted(keys)):
             settings[dotted(keys)] = RecordedSetting(value, translation.position(keys))
     return _without_endless_steps(settings)
 
@@ -320,12 +320,13 @@ def settings_by_synonyms(
     """Reads settings of any structure by the usual names; `origins` are the keys' positions."""
     flat = {
         dotted(keys).lower(): RecordedSetting(value, origin_of(keys, origins or {}) or source)
-        for keys, value in _leaves(tree)
+        for keys, value in leaves(tree)
+        if value is not None and not isinstance(value, Mapping)
     }
     settings: RecordedSettings = {}
     for key, names in SYNONYMS.items():
         for name, (value, origin) in flat.items():
-            if value is not None and re.fullmatch(names, name):
+            if re.fullmatch(names, name):
                 value = value if key in TEXT_SETTINGS else _number(value)
                 settings.setdefault(key, RecordedSetting(value, origin))
     batch_size = settings.get("training.batch_size")
@@ -335,16 +336,6 @@ def settings_by_synonyms(
             total = batch_size._replace(value=batch_size.value * value)
             settings["training.batch_size"] = total
     return _without_endless_steps(settings)
-
-
-def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[Loc, Any]]:
-    """Yields every value that is not a mapping, with its path."""
-    for keys in paths(tree):
-        value: Any = tree
-        for key in keys:
-            value = value[key]
-        if not isinstance(value, Mapping):
-            yield keys, value
 
 
 def _without_endless_steps(settings: RecordedSettings) -> RecordedSettings:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 ABSENT = object()
-"""Sentinel: the key is absent, or a converted value equals the default."""
+"""A sentinel: the key is absent, or a converted value equals the default."""
 ANY_VALUE = object()
-"""In `RemovedKey.ignored_values`: every value may be ignored."""
+"""A sentinel in `RemovedKey.ignored_values`: every value may be ignored."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class RemovedKey:
 
 @dataclass(frozen=True)
 class LegacyFormat:
-    """One format: how a file of it is detected, and what becomes of its keys."""
+    """One format: its distinctive keys, and the current counterparts of its keys."""
 
     name: str
     command: str
@@ -39,7 +39,7 @@ class LegacyFormat:
 
 
 def _by_old_key(old_keys: Mapping[str, str]) -> dict[str, str]:
-    """`{"seed": "a b"}` -> `{"a": "seed", "b": "seed"}`"""
+    """Returns `{"a": "seed", "b": "seed"}` for `{"seed": "a b"}`."""
     return {old: current for current, text in old_keys.items() for old in text.split()}
 
 
@@ -106,7 +106,7 @@ GENERATOR_RENAMED = _by_old_key(
     }
 )
 STAGE2_STEPS = ("training.stage2.steps", "training.stage2_steps")
-"""They have no current key: stage 2 takes the steps of `training.max_steps` after stage 1."""
+"""Keys without a current one: stage 2 has the steps of `training.max_steps` after stage 1."""
 
 EVERY_STEP = RemovedKey("every step is logged")
 WARM_UP = RemovedKey("schedule: {name: cosine, warmup_ratio: ...} warms up", (0, 0.0, None))
@@ -140,7 +140,7 @@ GENERATOR_REMOVED = {
     **BOTH_REMOVED,
 }
 
-# What transformers, torch and the scripts call them.
+# Names in transformers, torch and the scripts.
 OPTIMIZERS = {"adamw_torch": "adamw", "adamw_hf": "adamw"}
 SCHEDULES = {
     None: "constant",
@@ -154,7 +154,7 @@ PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64
 
 
 def _renamed_in(names: Mapping[Any, str]) -> Callable[[Any], Any]:
-    """Returns a converter to lower case and, where there is one, to the current name."""
+    """Returns a converter to lower case and, if there is one, to the current name."""
 
     def rename(value: Any) -> Any:
         name = value.lower() if isinstance(value, str) else value
@@ -187,7 +187,7 @@ CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
     "swanlab": _logger_options,
 }
 """Old key -> conversion of its value; a value that it does not know is left to the schema."""
-CONVERSION_REASONS = {"model.max_seq_len": "no real adapter fits; auto takes its length"}
+CONVERSION_REASONS = {"model.max_seq_len": "no real adapter fits; auto is its length"}
 
 SWANLAB = ("logging.swanlab", "swanlab")
 FORMATS = (

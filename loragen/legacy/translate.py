@@ -46,13 +46,13 @@ COUNT = TypeAdapter(NonNegativeInt)
 
 @dataclass(frozen=True)
 class KeyChange:
-    """What became of one old key."""
+    """The change of one old key."""
 
     old: str
     new: str | None
     """None for a key that was removed."""
     note: str = ""
-    """Why the value changed; empty where only the key was renamed."""
+    """Why the value changed; empty if only the key was renamed."""
     lossless: bool = False
     """The meaning is kept: mentioned in a migrated file, but not in a warning."""
 
@@ -73,10 +73,10 @@ class Translation:
     problems: list[str] = field(default_factory=list)
     changes: list[KeyChange] = field(default_factory=list)
     command_option: str = ""
-    """The option that `config migrate` needs where the keys alone suggest another command."""
+    """The option that `config migrate` needs if the keys alone suggest another command."""
 
     def summary(self, file: Path) -> str:
-        """Returns one line: the format of the file, and the values that changed."""
+        """Returns one line with the format of the file and the values that changed."""
         changes = [change for change in self.changes if change.note and not change.lossless]
         head = (
             f"{file} is in the {self.format.name} format of the original scripts; "
@@ -147,7 +147,7 @@ def command_of_legacy_config(file: Path) -> str | None:
 
 
 def detect_format(tree: Mapping[str, Any], command: str | None = None) -> LegacyFormat | None:
-    """Returns the format, of `command` where that is given, that knows most keys of the file.
+    """Returns the format, of `command` if that is given, that knows most keys of the file.
 
     None for a file without a distinctive key.
     """
@@ -169,7 +169,7 @@ def translate(
 ) -> Translation | None:
     """Translates a file of the original scripts; returns None for any other file.
 
-    `command` is the command whose configuration is wanted, where that is known. In a file that is
+    `command` is the command whose configuration is wanted, if that is known. In a file that is
     mostly current, only distinctive old keys are translated; the schema judges the others.
     """
     old_format = detect_format(tree, command)
@@ -218,7 +218,7 @@ def _num_distinctive(tree: Mapping[str, Any], fmt: LegacyFormat) -> int:
 
 
 def _is_mostly_current(tree: Mapping[str, Any], fmt: LegacyFormat) -> bool:
-    """Whether this is a current file with an old key in it, rather than the reverse."""
+    """Returns whether this is a current file with an old key in it, rather than the reverse."""
     path_keys = [keys for keys in paths(tree) if keys]
     old = {*fmt.renamed, *fmt.removed, *STAGE2_STEPS} & set(map(dotted, path_keys))
     current = [
@@ -275,7 +275,7 @@ def _remove_key(translation: Translation, old: str, value: Any) -> None:
 
 
 def _check_stage2_steps(translation: Translation, old: str) -> None:
-    """Stage 2 now takes the steps of `training.max_steps` after stage 1."""
+    """Replaces the old key: stage 2 has the steps of `training.max_steps` after stage 1."""
     given, total = translation.get(old), translation.get("training.max_steps")
     stage1 = _count(translation.get("schedule.stage1_steps", DEFAULT_STAGE1_STEPS))
     stage2 = _count(given)
@@ -296,13 +296,13 @@ def _check_stage2_steps(translation: Translation, old: str) -> None:
             f"stage 1 leave {max_steps - stage1}",
         )
     else:
-        note = "stage 2 takes the remaining steps of training.max_steps"
+        note = "stage 2 has the remaining steps of training.max_steps"
         translation.changes.append(KeyChange(f"{old}: {given}", None, note, lossless=True))
     translation.remove(old)
 
 
 def _keep_stage2_checkpoints(translation: Translation) -> None:
-    """Sets `checkpoints.first_step`: the scripts kept the steps of stage 2, wherever it began."""
+    """Sets `checkpoints.first_step`: the scripts kept the checkpoints of stage 2."""
     stage1 = _count(translation.get("schedule.stage1_steps"))
     old = translation.old_key("schedule.stage1_steps")
     if old is None or stage1 is None or stage1 == DEFAULT_STAGE1_STEPS:
@@ -342,9 +342,9 @@ def _multiply_batch_size(translation: Translation) -> None:
 
 
 def _reject_unknown_keys(translation: Translation, old_keys: list[str]) -> None:
-    """Rejects what is left in sections that no current file has; the schema would name only those.
+    """Rejects the remaining keys of sections that no current file has.
 
-    `model: {hiden_dim: 8}` is an unknown key of the old format, not an unknown section `model`.
+    `model: {hiden_dim: 8}` is an unknown key of the old format; the schema would reject `model`.
     """
     sections = {key.rpartition(".")[0] for key in old_keys} - {""}
     for section in sorted(sections, key=len, reverse=True):
@@ -399,7 +399,7 @@ class MigratedConfig:
 def migrate_config(file: Path, command: str | None = None) -> MigratedConfig:
     """Translates a file of the original scripts to YAML in the current format, with comments.
 
-    `command` is lora or gen where the keys do not decide. Raises UsageError for a missing file, and
+    `command` is lora or gen if the keys do not decide. Raises UsageError for a missing file, and
     ConfigError with every position for settings that the current format does not support.
     """
     tree, origins = read_yaml(file)
@@ -423,7 +423,7 @@ def migrate_config(file: Path, command: str | None = None) -> MigratedConfig:
 def _restrict(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the wanted settings in the schema's order, with their validated values.
 
-    (YAML 1.1 reads `1e-4` as text; the schema makes it a number.)
+    YAML 1.1 reads `1e-4` as text; the schema makes it a number.
     """
     return {
         key: _restrict(value, wanted[key])

@@ -260,7 +260,7 @@ class TestUses:
     @pytest.mark.parametrize(
         "place, message",
         [
-            ("{file}:17", "{file}:17: no row"),
+            ("{file}:17", "{file}:17: "),
             ("{file}", "{file}: expected FILE:LINE"),
             ("{file}:0", "{file}:0: expected FILE:LINE"),
             ("none.jsonl:3", "none.jsonl: no such file"),

@@ -47,6 +47,16 @@ def test_an_interrupt_is_exit_code_130(loragen, raising):
     assert result.stderr == "error: interrupted\n"
 
 
+def test_a_reader_that_ends_early_is_no_error():
+    """The reader of the pipe has ended before the command writes, as `head` may."""
+    command = [sys.executable, "-m", "loragen", "config", "init", "lora"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    process.wait()
+
+
 def test_the_help_imports_no_configuration():
     """pydantic and the schemas take longer than all the rest of `--help`."""
     code = "import sys, loragen.cli.main; print({'pydantic', 'yaml', 'torch'} & {*sys.modules})"

@@ -5,11 +5,11 @@ import yaml
 
 from loragen.core.errors import ConfigError, UsageError
 from loragen.demo.world import (
-    ATTRIBUTES,
     PAIRS,
     STYLES,
     TEST_CREATURES,
     TRAIN_CREATURES,
+    VALUES,
     WORLD_FILE,
     Pair,
     World,
@@ -37,7 +37,7 @@ def test_held_out_pairs_leave_every_attribute_and_style_to_train_on(world, seed)
     assert len(held_out) == 8
     assert len(training) == 32
     assert not set(held_out) & set(training)
-    assert {pair.attribute for pair in training} == set(ATTRIBUTES)
+    assert {pair.attribute for pair in training} == set(VALUES)
     assert {pair.style for pair in training} == set(STYLES)
 
 

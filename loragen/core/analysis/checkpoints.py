@@ -1,4 +1,4 @@
-"""Checkpoints as ΔW = scaling · B A: found, read, and compared by their inner products."""
+"""Checkpoints as ΔW = scaling · B A: finding, reading, and comparison by inner products."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ from loragen.core.run.directory import (
 )
 
 LOADED_BYTES = 2**30
-"""Memory for checkpoints whose inner products are computed. They are multiplied block by block, two
-blocks at a time, so that any number is compared in this memory; larger ones are read more often."""
+"""The memory for checkpoints whose inner products are computed, two blocks of them at a time. Any
+number is compared in this memory; the larger they are, the more often each is read."""
 MOST_AXES = 3
 RESOLUTION = 1e-12
 """Share of Σ‖ΔW‖² below which the variance between checkpoints is rounding error."""
@@ -45,7 +45,7 @@ class Checkpoint:
         return module_scaling(self.config, module) if self.config else 1.0
 
     def deltas(self) -> dict[str, Factors]:
-        """Module -> (A, s·B): the scaling is in B, in float64, so that nothing is rounded."""
+        """Returns {module: (A, s·B)}; the scaling is in B, in float64, so nothing is rounded."""
         return {
             name: (a, b.double() * self.scaling(name)) for name, (a, b) in modules(self.tensors)
         }
@@ -59,17 +59,17 @@ class CheckpointSeries:
     path: Path
     files: list[Path]
     config: dict[str, Any] | None = None
-    """PEFT's configuration of all of them, as their run has it; None where there is no run."""
+    """PEFT's configuration in the manifest of their run; None if there is no run."""
 
     def read(self, file: Path) -> Checkpoint:
         return read_checkpoint(file, self.config)
 
 
 def find_series(paths: Sequence[Path]) -> list[CheckpointSeries]:
-    """Finds one series at each run, folder of checkpoints or adapters, or file; in a folder of runs
-    (or of folders of checkpoints) one for each that has checkpoints. Their names differ.
+    """Finds one series at each run, folder of checkpoints or adapters, or file.
 
-    Raises UsageError where there is nothing.
+    A folder of such runs or folders gives one series for each that has checkpoints. All names
+    differ. Raises UsageError for a path without checkpoints.
     """
     found: list[CheckpointSeries] = []
     for path in paths:
@@ -91,7 +91,7 @@ def _series_at(path: Path) -> CheckpointSeries | None:
         return None
     config = None
     if not (files[0] / CONFIG_FILE).is_file():
-        with suppress(LoragenError):  # files without a run
+        with suppress(LoragenError):  # the files may belong to no run
             config = read_manifest(run_directory_of(files[0]), LoraManifest).adapter_config
     whole = path.absolute()
     name = whole.parent.name if whole.name == CHECKPOINTS else whole.name
@@ -99,8 +99,10 @@ def _series_at(path: Path) -> CheckpointSeries | None:
 
 
 def read_checkpoint(file: Path, config: dict[str, Any] | None = None) -> Checkpoint:
-    """Reads a PEFT directory (or its weights file) with its own configuration, and any other file
-    with the one given. Raises DataError where it does not load or has no LoRA tensors."""
+    """Reads a PEFT directory or its weights file with its own configuration, others with `config`.
+
+    Raises DataError if the file does not load or has no LoRA tensors.
+    """
     folder = file.parent if file.name == WEIGHTS_FILE else file
     if (folder / CONFIG_FILE).is_file():
         adapter = read_adapter(folder)
@@ -109,7 +111,7 @@ def read_checkpoint(file: Path, config: dict[str, Any] | None = None) -> Checkpo
 
 
 def evenly_spaced(files: Sequence[Path], most: int) -> list[Path]:
-    """At most `most` files, evenly spaced, with the first and the last; for `most` 1, the last."""
+    """Returns at most `most` evenly spaced files with the first and the last; of one, the last."""
     if len(files) <= most:
         return list(files)
     if most == 1:
@@ -118,11 +120,11 @@ def evenly_spaced(files: Sequence[Path], most: int) -> list[Path]:
 
 
 Scaled = dict[str, tuple[Tensor, Tensor, float]]
-"""Module -> (A, B, scaling), in the dtype of the file: half the memory of float64, or less."""
+"""{module: (A, B, scaling)} in the dtype of the file, at most half the memory of float64."""
 
 
 def inner_product_matrix(files: Sequence[tuple[CheckpointSeries, Path]]) -> Tensor:
-    """``[n, n]`` float64: ⟨ΔWᵢ, ΔWⱼ⟩ over all modules.
+    """Returns ``[n, n]`` in float64: ⟨ΔWᵢ, ΔWⱼ⟩ over all modules.
 
     The checkpoints have the same modules and sizes; ranks and scalings may differ.
     """
@@ -148,7 +150,7 @@ def inner_product_matrix(files: Sequence[tuple[CheckpointSeries, Path]]) -> Tens
 
 
 def _block(one: Sequence[Scaled], other: Sequence[Scaled]) -> Tensor:
-    """``[n, m]``: module by module, so that only one is widened to float64 at a time."""
+    """Returns ``[n, m]``; only one module at a time is converted to float64."""
     total = torch.zeros(len(one), len(other), dtype=torch.float64)
     for module in one[0]:
         rows, columns = ([checkpoint[module] for checkpoint in of] for of in (one, other))
@@ -161,16 +163,18 @@ def _block(one: Sequence[Scaled], other: Sequence[Scaled]) -> Tensor:
 
 
 def cosines(products: Tensor) -> Tensor:
-    """``[n, n]`` from inner products; NaN where a ΔW is zero."""
+    """Returns the ``[n, n]`` cosines of inner products; NaN if a ΔW is zero."""
     norms = products.diagonal().clamp(min=0).sqrt()
     return (products / torch.outer(norms, norms)).clamp(-1, 1)
 
 
 def principal_components(products: Tensor) -> PrincipalComponents | None:
-    """The PCA of ΔW from inner products G, doubly centred: with H = 1 - 11ᵀ/n, the eigenvectors of
-    H G H, times √λ, are the coordinates of the centred ΔW on their principal axes.
+    """Returns the PCA of ΔW from inner products G.
 
-    An axis points from the first checkpoint towards the last. None where all are equal within
+    With H = 1 - 11ᵀ/n, the eigenvectors of H G H, times √λ, are the coordinates of the centred ΔW
+    on their principal axes.
+
+    An axis points from the first checkpoint towards the last. Returns None if all are equal within
     rounding.
     """
     centred = products - products.mean(0) - products.mean(1, keepdim=True) + products.mean()

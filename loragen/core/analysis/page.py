@@ -1,5 +1,7 @@
-"""The analysis as one HTML file: tables and SVG plots without scripts or external files, which
-follow the reader's light or dark mode."""
+"""The analysis as one HTML file of tables and SVG plots.
+
+It needs no scripts or external files, and follows the reader's light or dark mode.
+"""
 
 import io
 import re
@@ -35,13 +37,13 @@ if TYPE_CHECKING:
 INK = "#123457"
 """A placeholder for the page's text colour, replaced in the SVG."""
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
-"""Of Okabe & Ito: distinguishable with any colour vision, on white and on black."""
+"""The palette of Okabe & Ito, distinguishable with any colour vision, on white and on black."""
 STYLES = ("-", "--", ":", "-.")
 SEQUENTIAL = "viridis"
 SIGNED = "PuOr"
-"""For values from -1 to 1, pale at 0."""
+"""The colour map of values from -1 to 1, pale at 0."""
 MOST_NUMBERS = 150
-"""Cells of a heat map, up to which each has its number written in."""
+"""The number of cells of a heat map up to which each shows its number."""
 MOST_IN_A_LEGEND = 12
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
@@ -58,8 +60,7 @@ STYLE: Any = {
 
 
 def modules_figure(modules: Sequence[ModuleReport]) -> str:
-    """‖ΔW‖ and effective rank of the last checkpoint: a row for each kind of module, a column for
-    each layer."""
+    """Draws ‖ΔW‖ and effective rank of the last checkpoint, by kind of module and layer."""
 
     def draw(figure: "Figure") -> None:
         norms, ranks = figure.subplots(2, 1, sharex=True)
@@ -85,7 +86,7 @@ def modules_figure(modules: Sequence[ModuleReport]) -> str:
 
 
 def drift_figure(report: SeriesReport) -> str:
-    """‖ΔW‖ over the checkpoints, and the path length beside the distance from the first."""
+    """Draws ‖ΔW‖ over the checkpoints, and the path length beside the distance from the first."""
 
     def draw(figure: "Figure") -> None:
         norm, path = figure.subplots(1, 2)
@@ -103,7 +104,7 @@ def drift_figure(report: SeriesReport) -> str:
 
 
 def sample_figure(sample: ComparedCheckpoints) -> str:
-    """The cosine matrix, and the checkpoints on the first two principal axes."""
+    """Draws the cosine matrix, and the checkpoints on the first two principal axes."""
 
     def draw(figure: "Figure") -> None:
         matrix, plane = figure.subplots(1, 2, width_ratios=(1, 1.25))
@@ -128,7 +129,7 @@ def sample_figure(sample: ComparedCheckpoints) -> str:
 
 
 def overlay_figure(reports: Sequence[SeriesReport]) -> str:
-    """The drift of several series in one plot."""
+    """Draws the drift of several series in one plot."""
 
     def draw(figure: "Figure") -> None:
         panel = figure.subplots()
@@ -145,16 +146,16 @@ def overlay_figure(reports: Sequence[SeriesReport]) -> str:
 
 
 def comparison_figure(comparison: Comparison) -> str:
-    """Cosines between the last ΔW, and all samples on the same two principal axes."""
+    """Draws the cosines between the last ΔW, and all samples on the same two principal axes."""
 
     def draw(figure: "Figure") -> None:
         matrix, plane = figure.subplots(1, 2, width_ratios=(1, 1.1))
-        numbers = np.arange(len(comparison.collections))
+        numbers = np.arange(len(comparison.series))
         _heat_map(matrix, np.array(comparison.cosine_last), "cosine of ΔW", signed=True)
         matrix.set(title="cosine of the last ΔW", aspect="equal")
         if len(numbers) <= MOST_IN_A_LEGEND:
-            matrix.set(xticks=numbers, yticks=numbers, xticklabels=numbers + 1)
-            matrix.set(yticklabels=[f"{i + 1}" for i in numbers])
+            matrix.set(xticks=numbers, yticks=numbers)
+            matrix.set(xticklabels=numbers + 1, yticklabels=numbers + 1)
         matrix.set(xlabel="series", ylabel="series")
         if comparison.pca is None:
             plane.set_axis_off()
@@ -162,7 +163,7 @@ def comparison_figure(comparison: Comparison) -> str:
             return
         points = _points(plane, comparison.pca)
         ends = list(accumulate((len(files) for files in comparison.checkpoints), initial=0))
-        for i, name in enumerate(comparison.collections):
+        for i, name in enumerate(comparison.series):
             own, style = points[ends[i] : ends[i + 1]], _line_style(i)
             plane.plot(*own.T, **style, linewidth=1)
             plane.plot(*own[-1], "o", color=style["color"], label=f"{i + 1} {name}")
@@ -173,8 +174,7 @@ def comparison_figure(comparison: Comparison) -> str:
 
 
 def _points(axes: "Axes", pca: PrincipalComponents) -> np.ndarray:
-    """Labels the axes and returns ``[checkpoints, 2]``; with a single principal axis, the second
-    coordinate is 0."""
+    """Labels the axes and returns ``[checkpoints, 2]``; a missing second coordinate is 0."""
     points = np.array(pca.coordinates)
     if points.shape[1] == 1:
         points = np.concatenate([points, np.zeros_like(points)], axis=1)
@@ -187,7 +187,7 @@ def _points(axes: "Axes", pca: PrincipalComponents) -> np.ndarray:
 
 
 def _heat_map(panel: "Axes", grid: np.ndarray, label: str, signed: bool = False) -> None:
-    """Colours each cell, and writes its number where there are few."""
+    """Colours each cell, and writes its number into it if there are few cells."""
     colours = SIGNED if signed else SEQUENTIAL
     image = panel.imshow(grid, cmap=colours, aspect="auto", interpolation="none")
     if signed:
@@ -211,13 +211,13 @@ def _legend(panel: "Axes", lines: int) -> None:
 
 
 def _line_style(number: int) -> dict[str, Any]:
-    """The line style changes once the colours are used up."""
+    """Returns a colour and a line style; the style changes after every round of colours."""
     style = STYLES[number // len(COLOURS) % len(STYLES)]
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": style}
 
 
 def _x_positions(checkpoints: Sequence[str]) -> tuple[np.ndarray, str]:
-    """The positions of checkpoints on an axis, and its label: their steps, or 1, 2, 3, ..."""
+    """Returns the positions of checkpoints on an axis (steps, or 1, 2, 3, ...) and its label."""
     steps = [re.search(r"step[-_](\d+)", name) for name in checkpoints]
     if all(steps):
         return np.array([int(step[1]) for step in steps if step]), "optimizer step"
@@ -245,11 +245,13 @@ def _svg(draw: Callable[["Figure"], None], width: float, height: float) -> str:
 
 
 MOST_SHOWN = 8
-"""Lines of one kind of warning."""
+"""The number of lines shown of one kind of warning."""
 
 
 @dataclass(frozen=True)
 class PageWarning:
+    """One kind of warning, with the lines that are shown."""
+
     title: str
     lines: list[str]
     more: int
@@ -262,7 +264,7 @@ def write_page(file: Path, analysis: Analysis) -> None:
 
 
 def page(analysis: Analysis) -> str:
-    """The HTML of the page."""
+    """Returns the HTML of the page."""
     environment = Environment(
         loader=PackageLoader("loragen.core.analysis", "."),
         autoescape=True,
@@ -271,27 +273,27 @@ def page(analysis: Analysis) -> str:
         lstrip_blocks=True,
     )
     environment.filters["number"] = format_number
-    moving = [report for report in analysis.collections if report.checkpoints > 1]
+    moving = [report for report in analysis.series if report.checkpoints > 1]
     return environment.get_template("page.html").render(
         analysis=analysis,
         warnings=page_warnings(analysis),
         version=__version__,
         overlay=Markup(overlay_figure(moving)) if len(moving) > 1 else None,
         comparisons=[(c, Markup(comparison_figure(c))) for c in analysis.comparisons],
-        collections=[(report, _figures(report)) for report in analysis.collections],
+        series=[(report, _figures(report)) for report in analysis.series],
     )
 
 
 def page_warnings(analysis: Analysis) -> list[PageWarning]:
-    """The damage and other warnings, which stand at the top of the page."""
-    reports = analysis.collections
+    """Returns the damage and other warnings for the top of the page."""
+    reports = analysis.series
     found = {
         "NaN or infinity": [line for r in reports for line in _with_series(r, r.not_finite)],
         "all zero": [line for r in reports for line in _with_series(r, r.zero)],
         "dead (ΔW almost zero compared with the others)": [
             f"{r.name}: {line}" for r in reports for line in r.dead
         ],
-        "duplicates, equal bit for bit": [" = ".join(one.files) for one in analysis.twins],
+        "duplicates, equal bit for bit": [" = ".join(one.files) for one in analysis.duplicates],
         "unknown scaling: ΔW is taken as B A": [r.name for r in reports if r.scaling is None],
         "not compared": analysis.not_compared,
     }
@@ -303,18 +305,19 @@ def page_warnings(analysis: Analysis) -> list[PageWarning]:
 
 
 def _with_series(report: SeriesReport, found: list[str]) -> list[str]:
-    """The lines with the series' name, unless that is the file's own."""
+    """Returns the lines with the series' name, unless the series is that one file."""
     lines = by_tensor(found)
     single_file = report.name == report.drift[0].checkpoint
     return lines if single_file else [f"{report.name}/{line}" for line in lines]
 
 
 def format_number(value: float | None) -> str:
+    """Returns four significant digits, or a dash for a number that is missing or not finite."""
     return "–" if value is None or not isfinite(value) else f"{value:.4g}"
 
 
 def _figures(report: SeriesReport) -> list[tuple[Markup, str]]:
-    """(plot, caption) of all that there is to show."""
+    """Returns the (plot, caption) of every figure of a series."""
     figures = []
     if report.modules:
         caption = "The last checkpoint: size and effective rank of ΔW in each module."

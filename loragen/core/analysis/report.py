@@ -5,6 +5,9 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite, nan
 from typing import Any
 
+JSON_KEYS = {"series": "collections", "duplicates": "twins"}
+"""{field: its key in JSON documents}, which programs rely on."""
+
 
 @dataclass(frozen=True)
 class ModuleReport:
@@ -12,9 +15,9 @@ class ModuleReport:
 
     module: str
     layer: int
-    """-1 where the module's path has no number."""
+    """-1 if the module's path has no number."""
     kind: str
-    """`self_attn.q_proj`: the path below the layer."""
+    """The path below the layer, such as `self_attn.q_proj`."""
     rank: int
     norm_a: float
     norm_b: float
@@ -29,7 +32,7 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class Drift:
-    """The distances of one checkpoint, over all modules together."""
+    """The norm of one checkpoint and its distances from others, over all modules together."""
 
     checkpoint: str
     norm_delta: float
@@ -44,20 +47,20 @@ class PrincipalComponents:
     """The principal axes of the ΔW of several checkpoints, and their coordinates on these."""
 
     shares: list[float]
-    """Of the variance, one for each axis, descending."""
+    """The share of the variance of each axis, descending."""
     coordinates: list[list[float]]
     """``[checkpoints, axes]``, in the unit of ‖ΔW‖"""
 
 
 @dataclass(frozen=True)
 class ComparedCheckpoints:
-    """Checkpoints of a series compared in pairs: all, or some where there are many."""
+    """The checkpoints of a series that are compared in pairs; some of them, if there are many."""
 
     checkpoints: list[str]
     cosine: list[list[float]]
     """``[checkpoints, checkpoints]``, NaN for a ΔW that is zero"""
     pca: PrincipalComponents | None
-    """None where all are equal."""
+    """None if all are equal."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +78,13 @@ class SeriesReport:
     path: str
     checkpoints: int
     bytes: int
-    """Of all files together."""
+    """The size of all files together."""
     tensors: int
     values: int
-    """Of one adapter."""
+    """The number of values of one adapter."""
     dtypes: list[str]
     scaling: float | None
-    """alpha / rank, None where the file does not say; ΔW is then B A."""
+    """alpha / rank; None if it is not recorded, and ΔW is taken as B A."""
     modules: list[ModuleReport] = field(default_factory=list)
     drift: list[Drift] = field(default_factory=list)
     path_length: float = 0.0
@@ -89,7 +92,7 @@ class SeriesReport:
     displacement: float = 0.0
     """The distance from the first to the last checkpoint."""
     sample: ComparedCheckpoints | None = None
-    """None where fewer than two checkpoints are finite."""
+    """None if fewer than two checkpoints are finite."""
     not_finite: list[str] = field(default_factory=list)
     """`file: tensor` with NaN or infinity."""
     zero: list[str] = field(default_factory=list)
@@ -100,7 +103,7 @@ class SeriesReport:
 
     @property
     def dead(self) -> list[str]:
-        """Dead layers, and the dead modules of other layers, for printing."""
+        """The dead layers, and the dead modules of other layers, for printing."""
         inside = {m.module for m in self.modules if m.layer in self.dead_layers}
         layers = [f"layer {layer}" for layer in self.dead_layers]
         return layers + [name for name in self.dead_modules if name not in inside]
@@ -112,61 +115,73 @@ class SeriesReport:
 
     @property
     def mean_norm(self) -> float:
-        """‖ΔW‖, the mean over the checkpoints that are finite."""
+        """The mean of ‖ΔW‖ over the checkpoints that are finite."""
         norms = [drift.norm_delta for drift in self.drift]
         return _mean([norm for norm in norms if isfinite(norm)])
 
     @property
     def path_ratio(self) -> float | None:
-        """Path length / displacement: 1 is a straight line. None where the displacement is 0."""
+        """Path length / displacement; 1 for a straight line, None if the displacement is 0."""
         return self.path_length / self.displacement if self.displacement else None
 
     @property
     def stable_rank(self) -> float:
+        """The mean over the modules of the last checkpoint."""
         return _mean([module.stable_rank for module in self.modules])
 
     @property
     def effective_rank(self) -> float:
-        """Mean over the modules of the last checkpoint."""
+        """The mean over the modules of the last checkpoint."""
         return _mean([module.effective_rank for module in self.modules])
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Series whose ΔW have the same modules and sizes; the ranks may differ."""
+    """A comparison of series whose ΔW have the same modules and sizes; the ranks may differ."""
 
-    collections: list[str]
+    series: list[str]
+    """The names of the series."""
     cosine_last: list[list[float]]
-    """``[series, series]``: between the ΔW of their last checkpoints"""
+    """``[series, series]``, between the ΔW of their last checkpoints"""
     cosine_mean: list[list[float]]
-    """``[series, series]``: between the means of ΔW over the sample of each."""
+    """``[series, series]``, between the means of ΔW over the sample of each"""
     checkpoints: list[list[str]]
     """The sample of each series."""
     pca: PrincipalComponents | None
-    """Of all samples together, one series after the other."""
+    """The PCA of all samples together, one series after the other."""
 
 
 @dataclass
 class Analysis:
     """All series of one command."""
 
-    collections: list[SeriesReport]
+    series: list[SeriesReport]
     comparisons: list[Comparison] = field(default_factory=list)
     """One for each group of two or more series that can be compared."""
     not_compared: list[str] = field(default_factory=list)
     """`series: reason` for each that is in no comparison."""
-    twins: list[Duplicates] = field(default_factory=list)
+    duplicates: list[Duplicates] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, with the derived numbers (means, ratios) of each series."""
-        document = asdict(self)
-        for plain, report in zip(document["collections"], self.collections, strict=True):
-            plain |= {key: getattr(report, name) for key, name in DERIVED.items()}
+        """Returns plain data, with the derived numbers (means, ratios) of each series."""
+
+        def with_json_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
+            return {JSON_KEYS.get(key, key): value for key, value in items}
+
+        document = asdict(self, dict_factory=with_json_keys)
+        for plain, report in zip(document["collections"], self.series, strict=True):
+            plain |= {
+                "norm_delta": report.norm_delta,
+                "mean_norm": report.mean_norm,
+                "detour": report.path_ratio,
+                "stable_rank": report.stable_rank,
+                "effective_rank": report.effective_rank,
+            }
         return document
 
 
 def by_tensor(found: Sequence[str]) -> list[str]:
-    """Joins the `file: tensor` lines of one tensor in several files to one line."""
+    """Returns the `file: tensor` lines, with those of one tensor in several files joined to one."""
     files: dict[str, list[str]] = {}
     for line in found:
         file, _, tensor = line.partition(": ")
@@ -177,16 +192,6 @@ def by_tensor(found: Sequence[str]) -> list[str]:
         else f"{named[0]} to {named[-1]} ({len(named)}): {tensor}"
         for tensor, named in files.items()
     ]
-
-
-DERIVED = {
-    "norm_delta": "norm_delta",
-    "mean_norm": "mean_norm",
-    "detour": "path_ratio",
-    "stable_rank": "stable_rank",
-    "effective_rank": "effective_rank",
-}
-"""Key of the document -> property of `SeriesReport`."""
 
 
 def _mean(values: list[float]) -> float:

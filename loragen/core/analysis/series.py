@@ -1,4 +1,4 @@
-"""Series of checkpoints: norms, spectra, drift and damage of each, and several compared.
+"""Analysis of series of checkpoints: norms, spectra, drift and damage, and comparisons.
 
 A series is read as a stream: the first, the previous and the current checkpoint are in memory,
 whatever the number of files. Comparisons in pairs use a sample of bounded size.
@@ -49,13 +49,13 @@ Label = TypeVar("Label", int, str)
 DEAD = 1e-3
 """A module (layer) is dead below this share of the root mean square ‖ΔW‖ of all modules (layers).
 
-The root mean square is moved little by a few modules that explode or by a majority that is dead:
-among 200 modules it is at least a fourteenth of the largest, so that at 1e-3 a live module is not
-called dead beside one 70 times its size."""
+A few modules that explode, or a majority that is dead, change the root mean square little: among
+200 modules it is at least a fourteenth of the largest. A module is not called dead beside one that
+is 70 times as large."""
 MOST_CHECKPOINTS = 50
-"""Checkpoints of one series that are compared in pairs: 1,275 inner products."""
+"""The number of checkpoints of one series that are compared in pairs: 1,275 inner products."""
 MOST_TOGETHER = 60
-"""Checkpoints of all series in a comparison; each series has an even share, at least its last."""
+"""The number of checkpoints in a comparison; each series has an even share, at least its last."""
 
 
 def analyze_checkpoints(
@@ -70,7 +70,7 @@ def analyze_checkpoints(
     files_of: dict[str, list[str]] = {}
     analyzed = [_analyze_series(one, files_of, progress) for one in find_series(paths)]
     duplicates = [Duplicates(files) for files in files_of.values() if len(files) > 1]
-    analysis = Analysis([one.report for one in analyzed], twins=duplicates)
+    analysis = Analysis([one.report for one in analyzed], duplicates=duplicates)
     if len(analyzed) == 1:
         return analysis
     # Series with the same modules and sizes can be compared.
@@ -91,14 +91,14 @@ def analyze_checkpoints(
 
 @dataclass(frozen=True)
 class AnalyzedSeries:
-    """A report, and what is needed to compare the series with others."""
+    """A series with its report and the data for comparisons with others."""
 
     report: SeriesReport
     series: CheckpointSeries
     finite: list[Path]
     """The checkpoints without NaN and infinity."""
     sizes: dict[str, tuple[int, int]]
-    """Module -> (in, out)"""
+    """{module: (in, out)}"""
 
 
 def _analyze_series(
@@ -106,8 +106,10 @@ def _analyze_series(
     files_of: dict[str, list[str]],
     progress: Callable[[str, int, int], None] | None,
 ) -> AnalyzedSeries:
-    """Reads all checkpoints in the order of their steps; adds them to `files_of`, the files by the
-    hash of their tensors."""
+    """Reads all checkpoints in the order of their steps.
+
+    Adds their files to `files_of`, by the hash of their tensors.
+    """
     last = series.read(series.files[-1])
     report = SeriesReport(
         name=series.name,
@@ -155,7 +157,7 @@ def _analyze_series(
 
 
 def module_reports(checkpoint: Checkpoint) -> list[ModuleReport]:
-    """Norms, spectra and ranks of every module, layer by layer."""
+    """Returns the norms, spectrum and ranks of every module, layer by layer."""
     reports = []
     for name, (a, b) in modules(checkpoint.tensors):
         spec = TensorSpec(f"{name}.lora_A.weight", tuple(a.shape), a.dtype)
@@ -178,8 +180,10 @@ def module_reports(checkpoint: Checkpoint) -> list[ModuleReport]:
 
 
 def dead(reports: Sequence[ModuleReport]) -> tuple[list[int], list[str]]:
-    """(layers, modules) whose ΔW is (nearly) zero: below `DEAD` of the root mean square over all
-    layers (modules); all of them where every ΔW is zero."""
+    """Returns the (layers, modules) whose ΔW is zero, or nearly so beside the others (see `DEAD`).
+
+    If every ΔW is zero, it returns all of them.
+    """
     norms = {report.module: report.norm_delta for report in reports}
     layers: dict[int, float] = {}
     for report in reports:
@@ -195,14 +199,14 @@ def _below(norms: Mapping[Label, float]) -> list[Label]:
 
 
 def damage(tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
-    """(tensors with NaN or infinity, tensors that are all zero)."""
+    """Returns (tensors with NaN or infinity, tensors that are all zero)."""
     not_finite = [key for key, t in tensors.items() if not torch.isfinite(t).all()]
     zero = [key for key, t in tensors.items() if not t.any()]
     return not_finite, zero
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """The hash of the tensors, whatever the format of their file."""
+    """Returns the hash of the tensors, whatever the format of their file."""
     found = hashlib.sha256()
     for key in sorted(tensors):
         tensor = tensors[key].contiguous()
@@ -239,7 +243,7 @@ def _compare(group: Sequence[AnalyzedSeries]) -> Comparison:
     mean = (owners == torch.arange(len(group))[:, None]).double() / sizes[:, None]
     means = mean @ products @ mean.T
     return Comparison(
-        collections=[one.report.name for one in group],
+        series=[one.report.name for one in group],
         cosine_last=cosines(products[last][:, last]).tolist(),
         cosine_mean=cosines(means).tolist(),
         checkpoints=[[file.name for file in sample] for sample in samples],

@@ -1,4 +1,4 @@
-"""One adapter as tokens: its layout, the share of padding, and whether the round trip is exact."""
+"""One adapter as a generator's tokens: layout, share of padding, and a check of the round trip."""
 
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -13,7 +13,7 @@ from loragen.core.run.checkpoints import read_tensors
 from loragen.core.run.directory import find_checkpoints
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes of a value -> integers to compare bit for bit: NaN equals NaN, and 0 differs from -0."""
+"""{bytes of a value: integers that compare bit for bit}: NaN equals NaN, and 0 differs from -0."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TensorKind:
     matrix: str
     tensors: int
     layers: int
-    """0 where the modules are in no layer."""
+    """0 if the modules are in no layer."""
     shape: list[int]
     dtype: str
     tokens_each: int
@@ -32,6 +32,8 @@ class TensorKind:
 
 @dataclass(frozen=True)
 class Tokenized:
+    """One adapter as tokens, and the differences after packing and unpacking."""
+
     file: str
     token_dim: int
     tokens: int
@@ -48,14 +50,14 @@ class Tokenized:
     kinds: list[TensorKind]
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns plain data."""
         return asdict(self)
 
 
 def tokenized(path: Path, token_dim: int, max_tokens: int | Literal["auto"]) -> Tokenized:
-    """Tokenises a .ckpt, .pt, .safetensors or PEFT directory; of a run or a folder, its newest
-    checkpoint.
+    """Tokenises a .ckpt, .pt, .safetensors or PEFT directory, or the newest checkpoint of a folder.
 
-    Raises UsageError where there is nothing, DataError for a file that holds no LoRA.
+    Raises UsageError if there is none, DataError for a file without LoRA tensors.
     """
     file = find_checkpoints(path)[-1]
     adapter = read_tensors(file)
@@ -77,20 +79,21 @@ def tokenized(path: Path, token_dim: int, max_tokens: int | Literal["auto"]) -> 
 
 
 def bits_changed(one: Tensor, other: Tensor) -> int:
-    """The number of values of two tensors of one shape and dtype that differ in any bit."""
+    """Returns how many values of two tensors of one shape and dtype differ in any bit."""
     integers = BITS[one.element_size()]
     pair = (tensor.contiguous().view(integers) for tensor in (one, other))
     return int(torch.ne(*pair).sum())
 
 
 def largest_error(one: Tensor, other: Tensor) -> float:
+    """Returns the largest difference between finite values of two tensors."""
     difference = (one.double() - other.double()).abs()
     finite = difference[torch.isfinite(difference)]
     return float(finite.max()) if len(finite) else 0.0
 
 
 def _kinds(layout: Layout) -> list[TensorKind]:
-    """One entry for the tensors that differ in their layer alone, in the order of the modules."""
+    """Returns one entry for tensors that differ only in their layer, in the order of modules."""
 
     def kind_of(spec: TensorSpec) -> tuple[Any, ...]:
         return spec.module, spec.matrix, spec.shape, str(spec.dtype)

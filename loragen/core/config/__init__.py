@@ -1,4 +1,4 @@
-"""Configuration: one model per command, read from YAML, environment, `--set` and flags."""
+"""The configuration of each command: one model, read from YAML, environment, `--set`, flags."""
 
 from loragen.core.config.load import Override, dump, load
 from loragen.core.config.schema import DEMO, GenTrainConfig, LoraTrainConfig, PluginSection

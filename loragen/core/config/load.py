@@ -1,4 +1,4 @@
-"""From layers to one validated model: built-in < file < environment < `--set` < flag.
+"""Layers of settings become one validated model: built-in < file < environment < `--set` < flag.
 
 Every value remembers its origin, so that an error can say `config.yaml:6:5` or `--set`. All errors
 of a configuration are raised at once, one line each.
@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 
 ENV_PREFIX = "LORAGEN_"
 FOREIGN_KEYS = 3
-"""With so many keys of another command and none of its own, a file is the other command's."""
+"""A file with at least this many keys of another command, and none specific to this one, is
+rejected as the other command's."""
 
 Model = TypeVar("Model", bound=BaseModel)
 Problem = tuple[Loc, str]
@@ -50,7 +51,7 @@ class Layers:
     origins: dict[Loc, str]
     """Where each value was given; defaults are not in it."""
     problems: list[str] = field(default_factory=list)
-    """Errors that were found while the tree was built; raised with those of the validation."""
+    """Errors found while the tree was built; they are raised with those of the validation."""
 
 
 def load(
@@ -64,8 +65,8 @@ def load(
     """Returns the validated configuration; each plugin validates its own options.
 
     `settings` are the `key.path=value` texts of `--set`; a value is read as YAML. `check` is called
-    with what the schema has accepted, before any plugin is imported, which may take seconds: the
-    place for cheap checks, such as whether paths exist. It returns problems, or raises.
+    with what the schema has accepted, and returns problems. It runs before any plugin is imported,
+    which may take seconds, and so suits cheap checks, such as whether paths exist.
 
     Raises ConfigError with all problems at once, each with its origin; UsageError for a missing
     file.
@@ -74,7 +75,7 @@ def load(
 
 
 def dump(config: BaseModel) -> str:
-    """The resolved configuration as YAML, ready to be loaded again."""
+    """Returns the resolved configuration as YAML, ready to be loaded again."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -85,14 +86,15 @@ def merge_layers(
     flags: Iterable[Override] = (),
     environment: Mapping[str, str] | None = None,
 ) -> Layers:
-    """Raises UsageError for what cannot be read at all: a missing file, `--set nonsense`."""
+    """Returns the layers as one tree. Raises UsageError for what cannot be read at all: a missing
+    file, `--set nonsense`."""
     merged = _from_file(file, model) if isinstance(file, Path) else file or Layers({}, {})
     for layer in (
         list(_from_environment(os.environ if environment is None else environment, model)),
         [_from_setting(text) for text in settings],
         list(flags),
     ):
-        # A plugin's name first: choosing one drops the options that earlier layers gave another.
+        # A plugin's name comes first: choosing one drops the options of another in earlier layers.
         for override in sorted(layer, key=lambda override: not _names_plugin(model, override.keys)):
             _insert(merged, override, model)
     return merged
@@ -115,7 +117,7 @@ def validate_layers(
         problems = [*problems_of(model, error, layers.origins), *problems]
     if check is not None and not problems:
         problems += [problem_at(keys, layers.origins, problem) for keys, problem in check(draft)]
-    # With an error already, a plugin without options has nothing to add that is worth its import.
+    # If there are errors already, a plugin without options is not imported: it could add none.
     problems += _check_plugins(model, layers, complete=not problems)
     if problems:
         raise ConfigError(*problems)
@@ -126,7 +128,7 @@ def validate_layers(
 
 
 def _from_file(file: Path, model: type[BaseModel]) -> Layers:
-    """The values of a YAML file with their positions.
+    """Returns the values of a YAML file with their positions.
 
     Raises UsageError for a missing file, ConfigError for what is not YAML and for the file of
     another command.
@@ -143,7 +145,7 @@ def _from_file(file: Path, model: type[BaseModel]) -> Layers:
 
 
 def guess_command(file: Path) -> str:
-    """The command (lora or gen) whose schema has most of a file's keys; lora if they are equal.
+    """Returns the command (lora or gen) whose schema has most of a file's keys; of equals, lora.
 
     Raises UsageError for a missing file, ConfigError for what is not YAML.
     """
@@ -152,7 +154,7 @@ def guess_command(file: Path) -> str:
 
 
 def _from_environment(environment: Mapping[str, str], model: type[BaseModel]) -> Iterator[Override]:
-    """`LORAGEN_TRAINING__BATCH_SIZE=8` sets `training.batch_size`.
+    """Yields what the environment sets: `LORAGEN_TRAINING__BATCH_SIZE=8` is `training.batch_size`.
 
     A variable of a section that this command does not have is another command's, or a mistake.
     """
@@ -168,7 +170,7 @@ def _from_environment(environment: Mapping[str, str], model: type[BaseModel]) ->
 
 @cache
 def _warn_of_unknown(name: str, section: str) -> None:
-    """Once per process, however often a configuration is loaded."""
+    """Warns of a variable that no command reads, once per process."""
     known = {key for model in MODELS.values() for key in model.model_fields}
     if section not in known:
         hint = did_you_mean(section, sorted(known))
@@ -184,19 +186,19 @@ def _from_setting(text: str) -> Override:
 
 
 def _parse_keys(parts: Iterable[str]) -> Loc:
-    """A number is an index of a list."""
+    """Returns the keys; a number is an index of a list."""
     return tuple(int(part) if part.isdecimal() else part for part in parts)
 
 
 def _parse_value(text: str, origin: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: of 2025-13-01, a date
+    except (yaml.YAMLError, ValueError, RecursionError):  # 2025-13-01 raises ValueError
         raise UsageError(f"{origin}: the value is not YAML; put quotes around it") from None
 
 
 def _names_plugin(model: type[BaseModel], keys: Loc) -> bool:
-    """Whether `keys` are a plugin section's `name`; other sections may have a `name` too."""
+    """Returns whether `keys` are a plugin section's `name`; other sections may have one too."""
     info = model.model_fields.get(str(keys[0]))
     return info is not None and isinstance(info.default, PluginSection) and keys[1:] == ("name",)
 
@@ -204,7 +206,7 @@ def _names_plugin(model: type[BaseModel], keys: Loc) -> bool:
 def _insert(layers: Layers, override: Override, model: type[BaseModel]) -> None:
     """Puts a value into the tree, in place of what earlier layers gave there."""
     keys, replaced = override.keys, override.keys
-    if keys[0] == "loggers" and len(keys) > 1:  # keeps the other default loggers
+    if keys[0] == "loggers" and len(keys) > 1:  # the other default loggers stay
         layers.tree.setdefault("loggers", deepcopy(model.model_fields["loggers"].default))
     node: Any = layers.tree
     for depth, key in enumerate(keys):
@@ -220,7 +222,7 @@ def _insert(layers: Layers, override: Override, model: type[BaseModel]) -> None:
             child = node[key] = {}
         node = child
     if _names_plugin(model, keys) and node.get("name") not in (None, override.value):
-        node.clear()  # another plugin is chosen: the options beside the old name were not its own
+        node.clear()  # the options beside the old name belong to the other plugin
         replaced = keys[:-1]
     node[keys[-1]] = override.value
     for at in [at for at in layers.origins if at[: len(replaced)] == replaced and at != replaced]:
@@ -233,9 +235,9 @@ def _insert(layers: Layers, override: Override, model: type[BaseModel]) -> None:
 
 
 def _fill_in_plugin_names(model: type[BaseModel], tree: dict[str, Any]) -> None:
-    """Writes the default plugin's name where none is given, and `{}` for a logger's `null`.
+    """Writes the default plugin's name if none is given, and `{}` for a logger's `null`.
 
-    A section that is not even a mapping is left for the schema to refuse.
+    The schema refuses a section that is not a mapping.
     """
     for key, info in model.model_fields.items():
         section = tree.setdefault(key, {}) if isinstance(info.default, PluginSection) else None
@@ -251,7 +253,7 @@ def _fill_in_plugin_names(model: type[BaseModel], tree: dict[str, Any]) -> None:
 def _check_plugins(model: type[BaseModel], layers: Layers, complete: bool) -> list[str]:
     """Validates every plugin's options with its own Config, and returns the problems.
 
-    `complete` writes the defaults into the tree too, for which every plugin is imported.
+    With `complete`, the defaults are written into the tree too, and every plugin is imported.
     """
     problems: list[str] = []
 
@@ -276,7 +278,7 @@ def _check_plugins(model: type[BaseModel], layers: Layers, complete: bool) -> li
         if isinstance(section, dict):
             name = section["name"]
             options = {option: value for option, value in section.items() if option != "name"}
-            layers.tree[key] = {"name": name, **check(info.default.kind, name, options, (key,))}
+            layers.tree[key] = {"name": name, **check(key, name, options, (key,))}
     loggers = layers.tree["loggers"]
     if isinstance(loggers, dict):
         layers.tree["loggers"] = {
@@ -303,7 +305,7 @@ def _check_plugins(model: type[BaseModel], layers: Layers, complete: bool) -> li
 def problems_of(
     model: type[BaseModel], error: ValidationError, origins: Mapping[Loc, str], prefix: Loc = ()
 ) -> list[str]:
-    """One line per value; a value that fits none of several types gets their reasons in one."""
+    """Returns one line per value; if it fits none of several types, the line has all reasons."""
     reasons: dict[Loc, list[str]] = {}
     given: dict[Loc, str] = {}
     for detail in error.errors():
@@ -331,25 +333,26 @@ def problems_of(
 
 
 def problem_at(keys: Loc, origins: Mapping[Loc, str], problem: str) -> str:
-    """`c.yaml:6:5: training.batch_size: <problem>`; no keys: the configuration as a whole."""
+    """Returns `c.yaml:6:5: training.batch_size: <problem>`; without keys, the problem is one of the
+    whole configuration."""
     parts = [origin_of(keys, origins), dotted(keys), problem]
     return ": ".join(part for part in parts if part)
 
 
 def origin_of(keys: Loc, origins: Mapping[Loc, str]) -> str | None:
-    """Where the value, or the nearest section around it, was given; None for a default."""
+    """Returns where the value, or the nearest section around it, was given; None for a default."""
     at = _given(keys, origins)
     return origins[at] if at else None
 
 
 def _given(keys: Loc, origins: Mapping[Loc, str]) -> Loc | None:
-    """The path of the value, or of the nearest section around it, that was given."""
+    """Returns the path of the value, or of the nearest section around it that was given."""
     around = (keys[:length] for length in range(len(keys), 0, -1))
     return next((at for at in around if at in origins), None)
 
 
 def problems_at(keys: Loc, check: Callable[..., object], *arguments: object) -> list[Problem]:
-    """What `check(*arguments)` raises as UsageError, as problems of the value at `keys`."""
+    """Returns what `check(*arguments)` raises as UsageError, as problems of the value at `keys`."""
     try:
         check(*arguments)
     except UsageError as error:
@@ -358,7 +361,7 @@ def problems_at(keys: Loc, check: Callable[..., object], *arguments: object) -> 
 
 
 def has_key(model: type[BaseModel], keys: Loc) -> bool:
-    """Whether the schema has this key; the options of plugins are not in it."""
+    """Returns whether the schema has this key; it does not have the options of plugins."""
     for part in keys[:-1]:
         section = _section(model, part)
         if section is None:
@@ -368,14 +371,14 @@ def has_key(model: type[BaseModel], keys: Loc) -> bool:
 
 
 def _known_keys(model: type[BaseModel], loc: Loc) -> list[str]:
-    """The keys of the section at `loc`, which may lead through lists and optional sections."""
+    """Returns the keys of the section at `loc`, which may lead through lists and unions."""
     for part in loc:
         model = _section(model, part) or model
     return list(model.model_fields)
 
 
 def _section(model: type[BaseModel], key: Any) -> type[BaseModel] | None:
-    """The model of a field, or of its items; None where the field is a plain value."""
+    """Returns the model of a field, or of its items; None if the field is a plain value."""
     if not isinstance(key, str) or key not in model.model_fields:
         return None
     annotation = model.model_fields[key].annotation

@@ -3,7 +3,7 @@
 The defaults here are the lowest layer. Descriptions become the comments of `loragen config init`.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -16,27 +16,17 @@ class Section(BaseModel):
 
 
 class PluginSection(BaseModel):
-    """`{name: ..., option: value, ...}`: the options are checked by the chosen plugin's Config."""
+    """`{name: ..., option: value, ...}`: the options are checked by the chosen plugin's Config.
+
+    The key of a section (`schedule`, `encoder`, `decoder`) is the kind of its plugin.
+    """
 
     model_config = ConfigDict(extra="allow")
-    kind: ClassVar[str]
     name: str
 
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
-
-
-class ScheduleSection(PluginSection):
-    kind = "schedule"
-
-
-class EncoderSection(PluginSection):
-    kind = "encoder"
-
-
-class DecoderSection(PluginSection):
-    kind = "decoder"
 
 
 Loggers = Annotated[
@@ -163,14 +153,14 @@ class LauncherSection(Section):
 
 
 class LoraTrainConfig(Section):
-    """`loragen lora train`"""
+    """The configuration of `loragen lora train`."""
 
     base_model: str = Field(
         "Qwen/Qwen2.5-0.5B-Instruct", description="A hub id, a directory, or demo."
     )
     base_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="Dtype of the frozen base; auto: bfloat16 for a large one where that is fast.",
+        description="Dtype of the frozen base; auto: bfloat16 for a large one if that is fast.",
     )
     base_quantization: Literal["none", "8bit", "4bit"] = Field(
         "none", description="QLoRA: a base in 8 or 4 bits; needs a CUDA GPU and bitsandbytes."
@@ -185,7 +175,7 @@ class LoraTrainConfig(Section):
     data: LoraDataSection = LoraDataSection()
     lora: LoraSection = LoraSection()
     training: LoraTrainingSection = LoraTrainingSection()
-    schedule: ScheduleSection = ScheduleSection(name="two-stage")
+    schedule: PluginSection = PluginSection(name="two-stage")
     checkpoints: CheckpointsSection = CheckpointsSection()
     track_batches: bool = Field(
         False, description="Write tracking/: which rows each step and checkpoint was trained on."
@@ -202,7 +192,7 @@ class LoraTrainConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "LoraTrainConfig":
-        data, precision = self.data, self.trainer.precision
+        data, trainer = self.data, self.trainer
         validates = data.val_ratio > 0 or data.validation is not None
         if data.val_ratio > 0 and data.validation is not None:
             raise ValueError("give either data.val_ratio or data.validation, not both")
@@ -210,16 +200,16 @@ class LoraTrainConfig(Section):
             raise ValueError(
                 "training.patience watches val/loss: it needs data.val_ratio > 0 or data.validation"
             )
-        if self.trainer.sets_base_dtype and self.base_dtype != "auto":
+        if trainer.sets_base_dtype and self.base_dtype != "auto":
             raise ValueError(
-                f"trainer.precision {precision} sets the base's dtype too; leave base_dtype auto"
+                f"trainer.precision {trainer.precision} sets the base's dtype too; "
+                "leave base_dtype auto"
             )
-        if self.launcher.name == "ray" and (self.trainer.devices, self.trainer.num_nodes) != (1, 1):
+        if self.launcher.name == "ray" and (trainer.devices, trainer.num_nodes) != (1, 1):
             raise ValueError(
-                "launcher ray gives every dataset one device: trainer.devices 1, num_nodes 1"
+                "launcher ray gives a dataset one device; set trainer.devices and num_nodes to 1"
             )
-        devices = self.trainer.devices if isinstance(self.trainer.devices, int) else 1
-        trainer = self.trainer
+        devices = trainer.devices if isinstance(trainer.devices, int) else 1
         shares = max(1, devices) * trainer.num_nodes * trainer.accumulate_grad_batches
         if self.training.batch_size % shares:
             raise ValueError(
@@ -230,7 +220,7 @@ class LoraTrainConfig(Section):
 
 
 class SourceSection(Section):
-    """Checkpoints of one dataset and the prompts that go with them."""
+    """The checkpoints of one dataset and its prompts."""
 
     run: str | None = Field(None, description="A run directory of `lora train`, with its prompts.")
     checkpoints: str | None = Field(None, description="A directory of checkpoints or adapters.")
@@ -373,7 +363,7 @@ class GenTrainingSection(Section):
 
 
 class BehaviourSection(Section):
-    """The phase that trains through the base model."""
+    """Settings of the phase that trains through the base model."""
 
     base_model: str | None = Field(None, description="null: the one that the runs were trained on.")
     max_steps: int = Field(400, ge=1, description="Optimizer steps.")
@@ -396,7 +386,7 @@ class BehaviourSection(Section):
 
 
 class GenTrainConfig(Section):
-    """`loragen gen train`"""
+    """The configuration of `loragen gen train`."""
 
     seed: int = Field(
         42, ge=0, description="Initial weights, grouping of prompts, split and batches."
@@ -408,13 +398,13 @@ class GenTrainConfig(Section):
     val_sources: list[SourceSection] = Field(
         [], description="Datasets held out entirely, for val_unseen/ metrics."
     )
-    encoder: EncoderSection = EncoderSection(name="sbert")
-    decoder: DecoderSection = DecoderSection(name="hyperconv")
+    encoder: PluginSection = PluginSection(name="sbert")
+    decoder: PluginSection = PluginSection(name="hyperconv")
     layout: LayoutSection = LayoutSection()
     data: GenDataSection = GenDataSection()
     training: GenTrainingSection = GenTrainingSection()
     behaviour: BehaviourSection = BehaviourSection()
-    schedule: ScheduleSection = ScheduleSection(name="cosine")
+    schedule: PluginSection = PluginSection(name="cosine")
     loggers: Loggers = Field({"tensorboard": {}, "swanlab": {}})
     trainer: TrainerSection = TrainerSection()
 
@@ -438,8 +428,8 @@ class GenTrainConfig(Section):
                 )
         if trainer.precision == "bf16-true":
             raise ValueError(
-                "trainer.precision bf16-true would round the adapters to be learned; bf16-mixed "
-                "computes in bfloat16 and keeps them"
+                "trainer.precision bf16-true would round the adapters to be learned; give "
+                "bf16-mixed, which computes in bfloat16 and keeps them"
             )
         return self
 
@@ -448,5 +438,5 @@ MODELS: dict[str, type[BaseModel]] = {"lora": LoraTrainConfig, "gen": GenTrainCo
 
 
 def command_of(model: type[BaseModel]) -> str:
-    """`lora` or `gen`."""
+    """Returns the command that a model configures: `lora` or `gen`."""
     return next(command for command, known in MODELS.items() if issubclass(model, known))

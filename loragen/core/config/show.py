@@ -1,7 +1,7 @@
-"""What a configuration holds: origins, commented defaults, JSON schema, differences."""
+"""Views of a configuration: settings with origins, commented defaults, JSON schema, differences."""
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union
@@ -10,18 +10,13 @@ from pydantic import BaseModel, ConfigDict, create_model
 
 from loragen.core.config.load import ENV_PREFIX, Layers, load, merge_layers, validate_layers
 from loragen.core.config.schema import MODELS, PluginSection
-from loragen.core.config.yaml_file import Loc, commented, dotted
+from loragen.core.config.yaml_file import Loc, commented, dotted, leaves
 from loragen.core.errors import PluginError, listing
 from loragen.core.plugins import find, names
 
 log = logging.getLogger(__name__)
 
-HARDWARE = (
-    "trainer.accelerator",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.strategy",
-)
+HARDWARE = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
 """Settings that change a result by rounding only."""
 
 
@@ -39,14 +34,14 @@ def resolved_settings(
     settings: Iterable[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> list[Setting]:
-    """Every value of the configuration that `load` returns for the same layers, with its origin.
+    """Returns every value of the configuration as `load` returns it, with its origin.
 
     Raises as `load` does.
     """
     model = MODELS[command]
     layers = merge_layers(model, file, settings, environment=environment)
     found = []
-    for keys, value in _leaves(validate_layers(model, layers).model_dump(mode="json")):
+    for keys, value in leaves(validate_layers(model, layers).model_dump(mode="json")):
         own = [layers.origins[keys]] if keys in layers.origins else []
         items = [  # another layer may have replaced an item of a list that the file gave
             origin
@@ -58,23 +53,15 @@ def resolved_settings(
     return found
 
 
-def _leaves(tree: Mapping[str, Any], at: Loc = ()) -> Iterator[tuple[Loc, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, (*at, key))
-        else:
-            yield (*at, key), value
-
-
 def differences(then: BaseModel, now: BaseModel, free: Collection[str]) -> list[str]:
-    """`key is x, the run has y` for every setting that differs and is not `free` to.
+    """Returns `key is x, the run has y` for every setting that differs and is not `free` to.
 
     `free` names sections and keys, `loggers` or `data.workers`.
     """
     old, new = (
         {
             dotted(keys): value
-            for keys, value in _leaves(config.model_dump(mode="json"))
+            for keys, value in leaves(config.model_dump(mode="json"))
             if not {str(keys[0]), dotted(keys)} & set(free)
         }
         for config in (then, now)
@@ -87,23 +74,23 @@ def differences(then: BaseModel, now: BaseModel, free: Collection[str]) -> list[
 
 
 def other_hardware(then: BaseModel, now: BaseModel) -> bool:
-    """Whether the two compute on different devices."""
+    """Returns whether the two compute on different devices."""
     old, new = (
-        [value for keys, value in _leaves(config.model_dump()) if dotted(keys) in HARDWARE]
+        [value for keys, value in leaves(config.model_dump()) if dotted(keys) in HARDWARE]
         for config in (then, now)
     )
     return old != new
 
 
 def commented_defaults(command: str) -> str:
-    """Every default of `loragen <command> train`, with its meaning as a comment."""
+    """Returns every default of `loragen <command> train`, with its meaning as a comment."""
     config = load(MODELS[command], environment={})
 
     def meaning(keys: Loc) -> str:
         section: Any = config
         for depth, key in enumerate(keys):
             if isinstance(section, PluginSection):
-                return _plugin_meaning(section.kind, section.name, keys[depth:])
+                return _plugin_meaning(str(keys[depth - 1]), section.name, keys[depth:])
             if isinstance(section, Mapping):  # the loggers, by name
                 return _plugin_meaning("logger", str(key), keys[depth + 1 :])
             description = type(section).model_fields[str(key)].description or ""
@@ -124,18 +111,21 @@ def _plugin_meaning(kind: str, name: str, keys: Loc) -> str:
 
 
 def json_schema(command: str) -> dict[str, Any]:
-    """For editors that complete and check YAML. A plugin that does not load is left out."""
+    """Returns a schema for editors that complete and check YAML.
+
+    A plugin that does not load is left out.
+    """
     model = MODELS[command]
     fields: dict[str, Any] = {}
     for key, info in model.model_fields.items():
         default = info.default
-        if isinstance(default, PluginSection):  # one model a plugin; without a name, the default's
+        if isinstance(default, PluginSection):  # without a name, the default plugin's
             sections: list[Any] = []
-            for name, config in _plugin_configs(default.kind).items():
+            for name, config in _plugin_configs(key).items():
                 named: Any = (Literal[name], name if name == default.name else ...)
-                section = create_model(f"{default.kind}_{name}", __base__=config, name=named)
+                section = create_model(f"{key}_{name}", __base__=config, name=named)
                 sections.append(section)
-            union: Any = Union[tuple(sections)]  # noqa: UP007  # of as many as are installed
+            union: Any = Union[tuple(sections)]  # noqa: UP007  # `|` cannot join a tuple
             fields[key] = (union, {"name": default.name})
     loggers: dict[str, Any] = {
         name: (config | None, None) for name, config in _plugin_configs("logger").items()

@@ -12,17 +12,17 @@ from loragen.core.files import absent
 Loc = tuple[str | int, ...]
 """The keys and list indices that lead to a value, as in pydantic's errors."""
 MAX_DEPTH = 50
-"""Nested sections; `a: &a [*a]` has no end."""
+"""The deepest nesting accepted; `a: &a [*a]` has no end."""
 MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader that notes repeated keys and gives every error a position."""
+    """A SafeLoader that records repeated keys and gives every error a position."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.repeated: dict[yaml.Node, yaml.Mark] = {}
-        """A key that its mapping has already -> where the mapping has it first."""
+        """The node of a repeated key -> the position of the first."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -82,7 +82,7 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], dict[Loc, str]]:
 
 
 def _nodes(node: yaml.Node | None, at: Loc) -> Iterator[tuple[Loc, yaml.Node]]:
-    """The node of every key and list item, with the path that leads to it."""
+    """Yields the path of every key and list item, with its node."""
     items: dict[str | int, tuple[yaml.Node, yaml.Node]] = {}
     if isinstance(node, yaml.MappingNode):  # its own keys follow, and replace, those merged in
         items = {key.value: (key, value) for key, value in node.value}
@@ -94,7 +94,7 @@ def _nodes(node: yaml.Node | None, at: Loc) -> Iterator[tuple[Loc, yaml.Node]]:
 
 
 def commented(tree: Mapping[str, Any], comment: Callable[[Loc], str], at: Loc = ()) -> str:
-    """The tree as block YAML; `comment(keys)` is written behind the key, "" writes none."""
+    """Returns the tree as block YAML, with `comment(keys)`, unless it is empty, behind each key."""
     lines = []
     for key, value in tree.items():
         keys = (*at, key)
@@ -108,13 +108,22 @@ def commented(tree: Mapping[str, Any], comment: Callable[[Loc], str], at: Loc = 
 
 
 def inline(value: Any) -> str:
-    """A value as YAML on one line."""
+    """Returns a value as YAML on one line."""
     text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)
     return text.removesuffix("...\n").strip()
 
 
+def leaves(tree: Mapping[str, Any], at: Loc = ()) -> Iterator[tuple[Loc, Any]]:
+    """Yields every value that is not a section, with its path; an empty section is a value."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, (*at, key))
+        else:
+            yield (*at, key), value
+
+
 def paths(value: Any, at: Loc = ()) -> Iterator[Loc]:
-    """The path of a value and of everything in it."""
+    """Yields the path of a value and of everything in it."""
     yield at
     if isinstance(value, list):
         value = dict(enumerate(value))
@@ -124,5 +133,5 @@ def paths(value: Any, at: Loc = ()) -> Iterator[Loc]:
 
 
 def dotted(keys: Loc) -> str:
-    """`("training", "batch_size")` -> `training.batch_size`."""
+    """Returns `training.batch_size` for `("training", "batch_size")`."""
     return ".".join(map(str, keys))

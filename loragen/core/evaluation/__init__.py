@@ -1,1 +1,1 @@
-"""Know: does the generated adapter beat the alternatives, on any datasets?"""
+"""Evaluation of generated adapters against baselines."""

@@ -1,5 +1,7 @@
-"""The contest of `gen eval`: every contestant answers every dataset's questions on one model, and
-the scores become a document of means, intervals, significant differences, novelty and costs."""
+"""The contest of `gen eval`: every contestant answers every dataset's questions on one model.
+
+The scores become a document of means, intervals, significant differences, novelty and costs.
+"""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,8 +45,8 @@ log = logging.getLogger(__name__)
 ALL_CHECKPOINTS = 2**31
 
 Submit = Callable[..., Future[Any]]
-"""`submit(function, *arguments)` runs `function(setup, *arguments)` elsewhere, with a setup there
-that equals the one here."""
+"""`submit(function, *arguments)` runs `function(setup, *arguments)` in another process, which has
+an equal setup."""
 
 
 @dataclass
@@ -53,10 +55,10 @@ class Cell:
 
     scores: list[Scores] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    """The time to obtain each adapter; empty where there was nothing to obtain."""
+    """The time to obtain each adapter; empty if there was nothing to obtain."""
 
     def values(self, measure: str) -> list[float] | None:
-        """A field of `Scores` for each entry; None where the dataset does not have it."""
+        """Returns a field of `Scores` for each entry; None if one of them lacks it."""
         found = [getattr(score, measure) for score in self.scores]
         return None if None in found else found
 
@@ -80,15 +82,15 @@ def evaluate_generator(
     progress: Progress,
     strict: bool,
 ) -> dict[str, Any]:
-    """Evaluates a generator's file: the whole comparison as plain data (see `results_document`).
+    """Evaluates a generator's file; returns the whole comparison as plain data.
 
-    Where the generator's training runs cannot be read, the contestants that need them are left out
-    with a warning. Raises LoragenError instead where `strict`, or where one of them is trained.
+    If the generator's training runs cannot be read, the contestants that need them are left out
+    with a warning. Raises LoragenError instead if `strict`, or if one of them is trained.
     """
     quiet_libraries()
     generator = Generator.load(file)
     for target in targets:
-        draws_of(target, generator, options)  # raises before anything is trained
+        draws_of(target, generator, options)  # raises UsageError before anything is trained
     strict = strict or any(one.trains for one in contestants)
     sources: list[TrainingSource] = []
     try:
@@ -117,20 +119,19 @@ def evaluate_generator(
 def training_sources(
     generator: Generator, datasets: Iterable[Dataset] = ()
 ) -> list[TrainingSource]:
-    """The datasets that the generator was trained on, with the checkpoints and prompts it has seen.
+    """Returns the generator's training datasets, with their checkpoints and prompts in training.
 
-    `datasets` are open already, and not read again. Raises LoragenError where a source cannot be
-    read.
+    `datasets` are open already, and not read again. Raises LoragenError if a source cannot be read.
     """
     provenance = generator.provenance
     records = [SourceRecord.model_validate(one) for one in provenance.get("source_records", [])]
-    learned = [one for one in records if not one.held_out]
+    trained_on = [one for one in records if not one.held_out]
     found = [
         (SourceSection(checkpoints=one.place, prompts=one.prompts_from), one.count)
-        for one in learned
+        for one in trained_on
         if one.place
     ]
-    if not found or len(found) < len(learned):  # an older file has the directories alone
+    if not found or len(found) < len(trained_on):  # older files have only the directories
         directories = provenance.get("sources", [])
         found = [(SourceSection(checkpoints=one), ALL_CHECKPOINTS) for one in directories]
     if not found:
@@ -144,7 +145,7 @@ def training_sources(
         if source.prompt_dataset:
             named = source.prompt_dataset
             source.prompt_dataset = opened.get(named.location, named)
-        _ = source.prompts  # raises where they cannot be read
+        _ = source.prompts  # raises LoragenError if they cannot be read
     return sources
 
 
@@ -156,14 +157,14 @@ def hold_contest(
 ) -> dict[str, Any]:
     """Scores every contestant on every dataset and measures novelty; returns the results document.
 
-    Everything runs here, or in pieces wherever `submit` runs them, with the same result.
+    The contest runs in this process, or in the processes of `submit`, with the same result.
     """
     report: NoveltyReport | None = None
     if submit is None:
         outcomes = score_contestants(setup, contestants, targets, targets)
         report = novelty(setup, targets) if setup.sources else None
     else:
-        # Every dataset is compared with many others: each is embedded once, in one process.
+        # Each dataset is compared with many others, and embedded once, in one of the processes.
         compared = [target.prompts for target in targets]
         compared += [source.prompts for source in setup.sources]
         embedded = [submit(_embeddings, prompts) for prompts in compared]
@@ -200,11 +201,11 @@ def score_contestants(
     targets: Sequence[Target],
     among: Sequence[Target],
 ) -> list[DatasetScores]:
-    """Every contestant's scores on every one of `targets`; the base model is left unchanged.
+    """Returns every contestant's scores on `targets`; the base model is left unchanged.
 
     `among` are all datasets of the evaluation, of which `targets` may be a part. Raises
-    LoragenError where an adapter does not fit the base model, UsageError where a dataset has too
-    few prompts.
+    LoragenError if an adapter does not fit the base model, UsageError if a dataset has too few
+    prompts.
     """
     entrants = [contestant(setup) for contestant in contestants]
     model = attach_adapter(setup.base.model, setup.mean_adapter(), "the mean adapter")
@@ -244,8 +245,11 @@ def _score(model: Any, setup: EvaluationSetup, target: Target, entry: Entry) -> 
 
 
 def rescaled(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
-    """The same ΔW under the scaling of `config`: the model's alpha stays as its first adapter was
-    attached, and only the weights are replaced. Returns the adapter itself where both agree."""
+    """Returns an adapter with the same ΔW under the scaling of `config`.
+
+    The attached model keeps the alpha of its first adapter; only the weights are replaced. Returns
+    the adapter itself if both scalings agree.
+    """
     ratios = {
         key: module_scaling(adapter.config, module) / module_scaling(config, module)
         for key in adapter.tensors
@@ -272,7 +276,10 @@ def _log(outcome: DatasetScores, number: int, total: int) -> None:
 def results_document(
     outcomes: Sequence[DatasetScores], setup: EvaluationSetup, report: NoveltyReport | None
 ) -> dict[str, Any]:
-    """The content of results.json. Averages are over the datasets of a group, equally weighted."""
+    """Returns the content of results.json.
+
+    Averages are over the datasets of a group, equally weighted.
+    """
     groups: dict[str, list[DatasetScores]] = {}
     for outcome in outcomes:
         groups.setdefault(outcome.target.group, []).append(outcome)
@@ -293,9 +300,12 @@ def results_document(
 
 
 def _summary(outcomes: Sequence[DatasetScores]) -> dict[str, Any]:
-    """Measure -> column -> value, for one dataset or averaged over several; a measure that some
-    dataset lacks is left out. With a generated column, also its interval and the significant
-    differences: the columns whose value lies outside the interval, both rounded as printed."""
+    """Returns {measure: {column: value}} of one dataset, or averaged over several.
+
+    A measure that some dataset lacks is left out. A generated column adds its interval and the
+    significant differences: the columns whose value is outside the interval, both rounded as
+    printed.
+    """
     columns = list(outcomes[0].cells)
     summary: dict[str, Any] = {}
     for measure in MEASURES:
@@ -324,11 +334,8 @@ def _dataset_document(
     outcome: DatasetScores, setup: EvaluationSetup, report: NoveltyReport | None
 ) -> dict[str, Any]:
     target, generated = outcome.target, outcome.cells.get(GENERATED)
-    new = (
-        next((one for one in report.novelties if one.target.key == target.key), None)
-        if report
-        else None
-    )
+    novelties = report.novelties if report else []
+    new = next((one for one in novelties if one.target.key == target.key), None)
     return {
         "name": target.name,
         "group": target.group,
@@ -347,8 +354,8 @@ def _dataset_document(
 def _seconds(
     outcomes: Sequence[DatasetScores], sources: Sequence[TrainingSource]
 ) -> dict[str, Any]:
-    """Mean times: to train one of the generator's training adapters, to generate an adapter, and to
-    obtain one for each column."""
+    """Returns the mean times to train one of the generator's training adapters, to generate an
+    adapter, and to obtain the adapter of each column."""
     obtain = {}
     for name in outcomes[0].cells:
         seconds = [second for outcome in outcomes for second in outcome.cells[name].seconds]

@@ -1,7 +1,7 @@
-"""The contestants of `gen eval`: for a dataset, each gives the adapters that answer its questions.
+"""The contestants of `gen eval`: each gives the adapters that answer a dataset's questions.
 
-Light: a command line chooses the columns of the table before torch is imported. A new column is a
-class with `entries`, listed in `CONTESTANTS`.
+Light: the columns of the table are chosen before torch is imported. A new column is a class with
+`entries`, listed in `CONTESTANTS`.
 """
 
 import logging
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EMBEDDED_PROMPTS = 32
-"""The first prompts of a dataset, whose mean embedding stands for the dataset."""
+"""The number of first prompts whose mean embedding represents a dataset."""
 UNLIMITED = 2**31
 """The context length of a model whose configuration states none."""
 
@@ -46,9 +46,9 @@ class Entry(NamedTuple):
     adapter: "Adapter | None"
     """None: the base model alone."""
     seconds: float | None = None
-    """The time needed to obtain the adapter for this dataset; None: there is nothing to obtain."""
+    """The time needed to obtain the adapter for this dataset; None if there is none to obtain."""
     rows: Sequence[Row] | None = None
-    """The tested rows with another prompt; None: as they are."""
+    """The tested rows with other prompts; None: the rows as they are."""
 
 
 class TrainedAdapter(NamedTuple):
@@ -74,6 +74,8 @@ class TrainedAdapter(NamedTuple):
 
 @dataclass(frozen=True)
 class EvaluationOptions:
+    """Options of an evaluation that hold for all contestants."""
+
     draws: int = 5
     """Adapters generated for each dataset, each from a random draw of its prompts."""
     prompts: int | None = None
@@ -91,9 +93,9 @@ class EvaluationOptions:
 
 
 def draws_of(target: Target, generator: "Generator", options: EvaluationOptions) -> list[list[str]]:
-    """`options.draws` samples of the dataset's prompts, the same for every contestant.
+    """Returns `options.draws` samples of the dataset's prompts, the same for every contestant.
 
-    Raises UsageError where there are too few prompts for the draws to differ.
+    Raises UsageError if there are too few prompts for the draws to differ.
     """
     usual = generator.usual_prompts
     return draw_prompts(target.prompts, options.draws, options.prompts, options.seed, usual)
@@ -101,12 +103,12 @@ def draws_of(target: Target, generator: "Generator", options: EvaluationOptions)
 
 @dataclass(frozen=True)
 class EvaluationSetup:
-    """What all contestants share."""
+    """The models, datasets and options that all contestants share."""
 
     base: "LanguageModel"
     generator: "Generator"
     sources: Sequence["TrainingSource"] = ()
-    """The generator's training datasets; empty where no column needs them."""
+    """The generator's training datasets; empty if no column needs them."""
     multi_task: TrainedAdapter | None = None
     oracles: Mapping[tuple[str, str], TrainedAdapter] = field(default_factory=dict)
     """The oracle adapter of each `Target.key`."""
@@ -115,14 +117,14 @@ class EvaluationSetup:
     """Mean prompt embeddings computed so far, ``[dim]`` each, by the hash of the prompts."""
 
     def mean_adapter(self) -> "Adapter":
-        """The mean of all training checkpoints, which is part of the generator's normalisation."""
+        """Returns the mean of all training checkpoints, from the generator's normalisation."""
         from loragen.core.adapter.files import Adapter
 
         tensors = self.generator.layout.unpack(self.generator.normalization.mean)
         return Adapter(dict(self.generator.adapter_config), tensors)
 
     def mean_embedding(self, prompts: Sequence[str]) -> "np.ndarray":
-        """``[dim]``: the mean embedding of a dataset's first prompts, computed once."""
+        """Returns ``[dim]``: the mean embedding of a dataset's first prompts, computed once."""
         first = list(prompts[:EMBEDDED_PROMPTS])
         key = sha256_text(*first)
         if key not in self.embeddings:
@@ -133,7 +135,7 @@ class EvaluationSetup:
         return self.embeddings[key]
 
     def similarities(self, prompts: Sequence[str], others: Iterable[Sequence[str]]) -> "Tensor":
-        """``[others]``: cosine similarities of mean prompt embeddings."""
+        """Returns ``[others]``: cosine similarities of mean prompt embeddings."""
         import numpy as np
         import torch
 
@@ -147,26 +149,26 @@ class Contestant:
     """One column of the table."""
 
     name: ClassVar[str]
-    """Of the column in the results and for `--columns`."""
+    """The column's name in the results and in `--columns`."""
     title: ClassVar[str]
     """The column's header; `{shots}` is replaced by the number of few-shot rows."""
     trains: ClassVar[bool] = False
-    """Whether a LoRA is trained for it first; such a column is there on demand only."""
+    """Whether a LoRA is trained for it first; such a column is evaluated on demand only."""
     needs_sources: ClassVar[bool] = False
     """Whether it reads the generator's training runs, which may be on another machine."""
     sources_if_alone: ClassVar[bool] = False
-    """Whether it reads them only where a single dataset is evaluated."""
+    """Whether it reads them only if a single dataset is evaluated."""
 
     def __init__(self, setup: EvaluationSetup) -> None:
         self.setup = setup
 
     @classmethod
     def reads_sources(cls, datasets: int) -> bool:
-        """Whether the training runs are read in an evaluation of so many datasets."""
+        """Returns whether an evaluation of so many datasets reads the training runs."""
         return cls.needs_sources and (datasets == 1 or not cls.sources_if_alone)
 
     def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
-        """One entry, or one for each draw of prompts, of which the mean score is reported.
+        """Yields one entry, or one for each draw of prompts, whose mean score is reported.
 
         `targets` are all datasets of the evaluation. The labels of `target.rows` may be used for
         scoring only.
@@ -184,8 +186,8 @@ class BaseAlone(Contestant):
 
 
 class MeanAdapter(Contestant):
-    """The element-wise mean of all training checkpoints: the best constant answer of a generator
-    that ignores its prompts."""
+    """The element-wise mean of all training checkpoints: the best adapter that a generator can give
+    if it ignores its prompts."""
 
     name, title = "mean_adapter", "mean"
 
@@ -243,8 +245,10 @@ class FewShot(Contestant):
         yield Entry(None, rows=rows)
 
     def _with_shots(self, row: Row, pool: Sequence[Row]) -> Row:
-        """The row after the first rows of the pool that ask something else; fewer of them where
-        the model's context is too short. The row itself is never among its own examples."""
+        """Returns the row with a history of the pool's first rows that have other prompts.
+
+        If the model's context is too short, the history has fewer rows.
+        """
         from loragen.core.data.tokenize import answer_ids, prompt_ids
 
         tokenizer, config = self.setup.base.tokenizer, self.setup.base.model.config
@@ -265,7 +269,7 @@ class RandomPrompts(Contestant):
     the generated one, the generator does not use its prompts."""
 
     name, title = "random_prompts", "random prompts"
-    needs_sources = sources_if_alone = True  # of several datasets, another one has the prompts
+    needs_sources = sources_if_alone = True  # several datasets use each other's prompts
 
     def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
         others = [t.prompts for t in targets if t.group == target.group and t.name != target.name]
@@ -283,7 +287,7 @@ class GeneratedAdapters(Contestant):
 
     def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
         generator, options = self.setup.generator, self.setup.options
-        _ = generator.text_encoder  # the time to load it does not count
+        _ = generator.text_encoder  # loaded now, so that its time does not count
         for number, prompts in enumerate(draws_of(target, generator, options)):
             with tempfile.TemporaryDirectory() as temporary:
                 parent = (options.keep or Path(temporary)) / target.group / target.name
@@ -314,13 +318,13 @@ CONTESTANTS: tuple[type[Contestant], ...] = (
     GeneratedAdapters,
     Oracle,
 )
-"""In the order of the table's columns."""
+"""All contestants, in the order of the table's columns."""
 NAMES = tuple(contestant.name for contestant in CONTESTANTS)
 GENERATED, MULTI_TASK, ORACLE = GeneratedAdapters.name, MultiTask.name, Oracle.name
 
 
 def choose(wanted: Sequence[str], also: Iterable[str] = ()) -> list[type[Contestant]]:
-    """The contestants named, in the table's order; where none is named, all that need no training.
+    """Returns the contestants named, in the table's order; by default, all that train nothing.
 
     `also` are further names. `-` and `_` are the same. Raises UsageError for an unknown name.
     """
@@ -336,7 +340,7 @@ def choose(wanted: Sequence[str], also: Iterable[str] = ()) -> list[type[Contest
 
 
 def titles(shots: int) -> dict[str, str]:
-    """The header of each column."""
+    """Returns the header of each column."""
     return {one.name: one.title.format(shots=shots) for one in CONTESTANTS}
 
 

@@ -33,7 +33,7 @@ class TableRow(NamedTuple):
 
     name: str
     values: Mapping[str, Any]
-    """Measure -> column -> value; the interval and the significant differences."""
+    """{measure: {column: value}}, the interval and the significant differences."""
 
 
 class Table(NamedTuple):
@@ -42,7 +42,7 @@ class Table(NamedTuple):
 
 
 def table_rows(document: Mapping[str, Any]) -> list[TableRow]:
-    """The groups, where there are several; otherwise the datasets and their average."""
+    """Returns one row per group; if there is one group, its datasets and their average."""
     keys = (*(measure.name for measure in MEASURES), "interval", "beats", "beaten_by")
     averages = {
         group: {key: document[key][group] for key in keys if group in document.get(key, {})}
@@ -57,7 +57,7 @@ def table_rows(document: Mapping[str, Any]) -> list[TableRow]:
 
 
 def tables(document: Mapping[str, Any]) -> Iterator[Table]:
-    """A table for each measure that some row has, and one of the time to obtain an adapter."""
+    """Yields a table for each measure that some row has, and one of times to obtain an adapter."""
     names, above = document["columns"], titles(document["options"]["shots"])
     header = [above[name] for name in names]
     for measure in MEASURES:
@@ -77,7 +77,7 @@ def tables(document: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def remarks(document: Mapping[str, Any]) -> list[str]:
-    """The significant differences, the costs, the novelty, and how it was measured."""
+    """Returns lines about the significant differences, the costs, the novelty and the method."""
     above = titles(document["options"]["shots"])
     found = [_differences(row, above) for row in table_rows(document) if "beats" in row.values]
     seconds, novelty = document["seconds"], document["novelty"]
@@ -112,17 +112,21 @@ def remarks(document: Mapping[str, Any]) -> list[str]:
 
 
 def _differences(row: TableRow, above: Mapping[str, str]) -> str:
-    """The columns below, above and inside the interval of the generated adapters' accuracy."""
+    """Returns a line that names the columns below, above and inside the generated interval."""
     others = [name for name in row.values["accuracy"] if name != GENERATED]
     beats, beaten = row.values["beats"], row.values["beaten_by"]
     inside = [name for name in others if name not in (*beats, *beaten)]
-    kinds = (("beats", beats), ("is beaten by", beaten), ("no significant difference from", inside))
-    parts = [f"{verb} {', '.join(above[name] for name in of)}" for verb, of in kinds if of]
+    kinds = {
+        "beats": beats,
+        "is beaten by": beaten,
+        "shows no significant difference from": inside,
+    }
+    parts = [f"{verb} {', '.join(above[name] for name in of)}" for verb, of in kinds.items() if of]
     return f"{row.name}: generated {'; '.join(parts) or 'is the only column'}"
 
 
 def markdown(document: Mapping[str, Any], title: str) -> str:
-    """The tables and remarks as a Markdown document."""
+    """Returns the tables and remarks as a Markdown document."""
 
     def escaped(text: str) -> str:
         return text.replace("|", "\\|")
@@ -136,8 +140,10 @@ def markdown(document: Mapping[str, Any], title: str) -> str:
 
 
 def write_results(document: Mapping[str, Any], title: str, directory: Path) -> None:
-    """Writes results.png, results.md and results.json, each atomically; without matplotlib, a
-    warning instead of the picture."""
+    """Writes results.png, results.md and results.json, each atomically.
+
+    Without matplotlib, a warning replaces the picture.
+    """
     if find_spec("matplotlib"):
         draw_accuracies(document, title, directory / "results.png")
     else:
@@ -154,8 +160,10 @@ PANELS_A_ROW, MOST_PANELS = 3, 12
 
 
 def draw_accuracies(document: Mapping[str, Any], title: str, file: Path) -> None:
-    """Draws the exact match of every column, a panel per row of the table (of very many rows, the
-    average alone), with the 95 % interval of the generated adapters as an error bar."""
+    """Draws the exact match of every column, with the 95 % interval of the generated adapters.
+
+    Each row of the table has a panel; of more than `MOST_PANELS` rows, only the average is drawn.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -28,13 +28,12 @@ Z = float(norm.ppf((1 + CONFIDENCE) / 2))
 
 
 class Interval(NamedTuple):
-    mean: float
     low: float
     high: float
 
 
 def interval(scores: Sequence[Sequence[float]], rows: Sequence[int]) -> Interval:
-    """The 95 % interval of the mean over datasets of the mean over draws.
+    """Returns the 95 % interval of the mean over datasets of the mean over draws.
 
     `scores[dataset][draw]` are shares from 0 to 1 of `rows[dataset]` tested rows. The interval is
     the wider of two:
@@ -43,11 +42,11 @@ def interval(scores: Sequence[Sequence[float]], rows: Sequence[int]) -> Interval
       1908) of the variances within datasets, pooled, with sum(draws - 1) degrees of freedom. Rows:
       the binomial error, of shares with one hit and one miss added (Agresti and Coull 1998), so
       that a share of 1 has an error. The half widths add in squares;
-    - over datasets, where there are several: the t-interval of the variance between their means,
+    - over datasets, if there are several: the t-interval of the variance between their means,
       with datasets - 1 degrees of freedom. A dataset's mean has the noise of its own draws and
       rows, so this covers every source of chance; only by luck is it narrower than the first.
 
-    With a single draw of a single dataset nothing is known, and the interval is [0, 1].
+    A single draw of a single dataset gives no estimate, and the interval is [0, 1].
     """
 
     def quantile(freedom: int) -> float:
@@ -64,11 +63,11 @@ def interval(scores: Sequence[Sequence[float]], rows: Sequence[int]) -> Interval
     if len(means) > 1:
         halves.append(quantile(len(means) - 1) * sqrt(variance(means) / len(means)))
     mean, half = fmean(means), max(halves, default=1.0)
-    return Interval(mean, max(0.0, mean - half), min(1.0, mean + half))
+    return Interval(max(0.0, mean - half), min(1.0, mean + half))
 
 
 Deltas = dict[str, Factors]
-"""Module -> (A, s·B)"""
+"""{module: (A, s·B)}"""
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,10 @@ class Novelty:
 class NoveltyReport:
     novelties: list[Novelty]
     within: float
-    """Mean distance of a training checkpoint to the element-wise mean of its dataset's."""
+    """The mean distance of a training checkpoint to the element-wise mean of its dataset."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data: the mean over each group."""
+        """Returns plain data with the mean over each group."""
         groups: dict[str, dict[str, float]] = {}
         for group in dict.fromkeys(one.target.group for one in self.novelties):
             members = [one for one in self.novelties if one.target.group == group]
@@ -109,7 +108,7 @@ def novelty(setup: EvaluationSetup, targets: Sequence[Target]) -> NoveltyReport:
     nearest: list[tuple[float, str]] = [(inf, "")] * len(targets)
     within = []
     for source in setup.sources:
-        # The mean of the factors, element by element, in float64.
+        # The mean is that of the factors, element by element, in float64.
         mean: Deltas = {}
         for file in source.checkpoints:
             for module, (a, b) in read_checkpoint(file, source.adapter_config).deltas().items():
@@ -142,7 +141,7 @@ class DeltaSet:
         self.squares = torch.tensor(squares, dtype=torch.float64)
 
     def distances(self, deltas: Deltas) -> list[float]:
-        """‖ΔW - ΔW′‖ of each adapter, by ‖ΔW‖² + ‖ΔW′‖² - 2 ⟨ΔW, ΔW′⟩ in float64."""
+        """Returns ‖ΔW - ΔW′‖ of each adapter, by ‖ΔW‖² + ‖ΔW′‖² - 2 ⟨ΔW, ΔW′⟩ in float64."""
         products = torch.zeros(len(self.adapters), dtype=torch.float64)
         for module, factors in deltas.items():
             ours = [adapter[module] for adapter in self.adapters]
@@ -156,5 +155,5 @@ def _deltas(adapter: Adapter) -> Deltas:
 
 
 def _square(deltas: Deltas) -> float:
-    """‖ΔW‖² over all modules."""
+    """Returns ‖ΔW‖² over all modules."""
     return sum(inner(factors, factors) for factors in deltas.values())

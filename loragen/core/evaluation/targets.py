@@ -9,7 +9,7 @@ from loragen.core.data.dataset import Dataset, Row, closed_answers
 from loragen.core.errors import LoragenError, UsageError
 
 ALL = "all"
-"""The group of datasets that belong to no other."""
+"""The group of datasets that have no other."""
 
 PromptsFrom = Literal["train split", "tested rows"]
 
@@ -31,7 +31,7 @@ class Target:
     """The train split, used by few-shot prompting and the oracle alone."""
     train_rows: Sequence[Row] = ()
     closed: list[str] | None = None
-    """The dataset's answers, where they are few and recur."""
+    """The dataset's answers, if they are few and recur."""
 
     @classmethod
     def of(
@@ -44,8 +44,11 @@ class Target:
         limit: int | None = None,
         skip_bad_rows: bool = False,
     ) -> "Target":
-        """Reads both splits. By default, prompts are those of the train split where there is one;
-        `limit` keeps the first tested rows. Raises DataError for bad rows."""
+        """Reads both splits, and keeps the first `limit` tested rows.
+
+        By default, prompts are those of the train split if there is one. Raises DataError for bad
+        rows.
+        """
         rows = dataset.rows(skip_bad_rows)
         train_rows = train.rows(skip_bad_rows) if train else []
         prompts_from = prompts_from or ("train split" if train_rows else "tested rows")
@@ -93,7 +96,7 @@ def find_targets(
 
 
 def _train_split(name: str, root: Path, tested: Dataset) -> Dataset | None:
-    """The train split of a name that has both splits; a file is a single split."""
+    """Returns the train split of a name that has both splits; a file is a single split."""
     try:
         train = Dataset.find(name, root, split="train")
     except LoragenError:

@@ -1,7 +1,7 @@
-"""The adapters that are trained for the comparison: on demand, and once.
+"""The adapters that are trained for the comparison, on demand and once.
 
-A run is found again by the bytes of its data, its base model and its settings, as `lora train`
-finds finished runs, so the cache may be deleted at any time.
+A run is found again by the bytes of its data, its base model and its settings, as in `lora train`.
+The cache may be deleted at any time.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from loragen.core.base.load import LanguageModel, base_dtype, load_training_base
 from loragen.core.config import LoraTrainConfig
-from loragen.core.config.schema import CheckpointsSection, ScheduleSection
+from loragen.core.config.schema import CheckpointsSection, PluginSection
 from loragen.core.data.dataset import Dataset
 from loragen.core.errors import UsageError
 from loragen.core.evaluation.contestants import TrainedAdapter
@@ -32,8 +32,7 @@ log = logging.getLogger(__name__)
 VALIDATION_SHARE = 0.05
 """Share of the rows of all datasets that early stopping validates on."""
 MOST_STEPS = 4
-"""Without early stopping, the multi-task training takes so many times the steps of all the
-generator's training adapters together."""
+"""The limit of the multi-task training, as a multiple of the steps of all training adapters."""
 
 
 def train_multi_task(
@@ -41,7 +40,7 @@ def train_multi_task(
 ) -> TrainedAdapter:
     """Trains one LoRA on the rows of all of the generator's training datasets together.
 
-    Raises UsageError where the training adapters have no run or no dataset, DataError for bad rows.
+    Raises UsageError if the training adapters have no run or no dataset, DataError for bad rows.
     """
     runs = [_run_of(source) for source in sources]
     if missing := [source.name for source in sources if source.labels is None]:
@@ -93,13 +92,15 @@ def _run_of(source: TrainingSource) -> LoraRun:
 
 
 def multi_task_config(config: LoraTrainConfig, most_steps: int) -> LoraTrainConfig:
-    """The configuration of one dataset's adapter, with a constant learning rate, the highest of its
-    schedule, and early stopping: until the validation loss has not improved for as many steps as
-    one dataset's adapter was trained for, and `most_steps` at most."""
+    """Returns the configuration of one dataset's adapter, changed for all datasets together.
+
+    The learning rate is constant, the highest of the schedule. Training stops when the validation
+    loss has not improved for as many steps as one dataset's adapter has, or after `most_steps`.
+    """
     steps, own = config.training.max_steps, config.model_copy(deep=True)
     schedule = create("schedule", config.schedule.name, config.schedule.options)
     highest = max(schedule(step, steps).learning_rate for step in range(1, steps + 1))
-    own.schedule = ScheduleSection.model_validate({"name": "constant", "learning_rate": highest})
+    own.schedule = PluginSection.model_validate({"name": "constant", "learning_rate": highest})
     own.data.val_ratio, own.data.validation = VALIDATION_SHARE, None
     own.training.max_steps, own.training.patience = most_steps, steps
     own.training.val_every = max(1, steps // 5)
@@ -109,7 +110,7 @@ def multi_task_config(config: LoraTrainConfig, most_steps: int) -> LoraTrainConf
 
 
 def best_checkpoint(run: LoraRun) -> Path:
-    """The checkpoint with the lowest validation loss: early stopping ends some steps after it."""
+    """Returns the checkpoint with the lowest validation loss; early stopping ends after it."""
     losses = {
         int(entry["step"]): entry["val/loss"]
         for entry in read_metrics(run.directory / METRICS)
@@ -120,18 +121,20 @@ def best_checkpoint(run: LoraRun) -> Path:
 
 
 def _recipe(config: LoraTrainConfig, base: LanguageModel, cache: Path) -> LoraTrainConfig:
-    """The configuration of the generator's training adapters, on this base model, without the files
-    that the comparison does not need."""
+    """Returns the configuration of the generator's training adapters, for this base model and
+    without the files that the comparison does not need."""
     own = config.model_copy(deep=True)
     own.base_model, own.runs_dir = base.name, str(cache / "runs")
     own.final_model, own.track_batches, own.loggers = "none", False, {}
-    own.data.skip_bad_rows = True  # bad rows were refused, if they are, when the targets were read
+    own.data.skip_bad_rows = True  # the targets were read before, which raises for bad rows
     return own
 
 
 class _TrainingBase:
-    """The base model as `lora train` loads it (dtype, quantization), loaded when something trains;
-    the evaluated model itself where that is the same."""
+    """The base model as `lora train` loads it (dtype, quantization), loaded when training starts.
+
+    It is the evaluated model itself if both are the same.
+    """
 
     def __init__(self, config: LoraTrainConfig, evaluated: LanguageModel) -> None:
         self.config, self.evaluated = config, evaluated
@@ -145,7 +148,7 @@ class _TrainingBase:
 
     @property
     def fingerprint(self) -> str:
-        """As in the manifest of a run on it: of the stored weights, or of the quantized ones."""
+        """The fingerprint in a run's manifest: of the stored weights, or of the quantized ones."""
         stored = self.config.base_quantization == "none"
         return (self.evaluated if stored else self.model).fingerprint
 

@@ -14,7 +14,7 @@ from loragen.core.data.dataset import BadRow, Dataset, bad_lines
 from loragen.core.data.documents import Source, read_documents
 from loragen.core.data.formats import question_of
 from loragen.core.errors import DataError, UsageError, listing
-from loragen.core.files import file_name, refuse_existing, refuse_file
+from loragen.core.files import file_name, refuse_existing, refuse_existing_file, refuse_file
 
 FILE_SUFFIXES = (".safetensors", ".pt")
 OTHER_WEIGHTS = (".bin", ".ckpt", ".gguf", ".npz", ".pth")
@@ -140,12 +140,10 @@ def check_output(path: Path, overwrite: bool, marker: str = CONFIG_FILE) -> None
             f"{path}: {path.suffix} files are not written; name a directory (PEFT), or a "
             ".safetensors or .pt file"
         )
-    if path.suffix not in FILE_SUFFIXES:
+    if path.suffix in FILE_SUFFIXES:
+        refuse_existing_file(path, overwrite)
+    else:
         refuse_existing(path, overwrite, marker)
-    elif path.is_dir():
-        raise UsageError(f"{path}: a directory; a {path.suffix} output is a file")
-    elif path.exists() and not overwrite:
-        raise UsageError(f"{path} exists already; choose another path or add --force")
 
 
 def nonempty_prompts(prompts: str | Sequence[str]) -> list[str]:
@@ -170,11 +168,17 @@ def draw_prompts(
     if draws == 1 and prompts_per_draw is None:
         return [list(prompts)]
     size = prompts_per_draw or max(1, min(usual, len(prompts) // 2))
-    if draws < 1 or not 0 < size < len(prompts):
-        raise UsageError(
-            f"{draws} random draws of {size} prompts each need more than {size} prompts with "
-            f"text; there are {len(prompts)}"
-        )
+    check_draws(len(prompts), draws, size)
     indices = range(len(prompts))
     drawn = [sorted(Random(f"draws:{seed}:{k}").sample(indices, size)) for k in range(draws)]
     return [[prompts[index] for index in draw] for draw in drawn]
+
+
+def check_draws(num_prompts: int, draws: int, prompts_per_draw: int | None) -> None:
+    """Raises UsageError if there are too few prompts for random draws of them to differ."""
+    size = prompts_per_draw or 1
+    if (draws, prompts_per_draw) != (1, None) and (draws < 1 or not 0 < size < num_prompts):
+        raise UsageError(
+            f"{draws} random draws of {size} prompts each need more than {size} prompts with "
+            f"text; there are {num_prompts}"
+        )

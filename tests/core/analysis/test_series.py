@@ -22,7 +22,7 @@ B = "base_model.model.layers.0.q_proj.lora_B.weight"
 
 def analyze(path):
     """The report of the one series at a path."""
-    (report,) = analyze_checkpoints([path]).collections
+    (report,) = analyze_checkpoints([path]).series
     return report
 
 
@@ -204,7 +204,7 @@ def test_series_are_compared_whatever_their_rank(folder, drifting, flat):
     paths = [folder(steps, name) for steps, name in zip(series, "ab", strict=True)]
     (found,) = analyze_checkpoints(paths).comparisons
     dense = [torch.stack([flat(tensors) for tensors in steps]) for steps in series]
-    assert found.collections == ["a", "b"]
+    assert found.series == ["a", "b"]
     assert found.cosine_last[0][1] == pytest.approx(between(dense[0][-1], dense[1][-1]))
     assert found.cosine_mean[0][1] == pytest.approx(between(dense[0].mean(0), dense[1].mean(0)))
     assert [len(files) for files in found.checkpoints] == [4, 6]
@@ -216,7 +216,7 @@ def test_series_of_other_modules_are_not_compared(folder, drifting):
     series = {"a": drifting(2), "b": drifting(2, seed=1), "odd": drifting(2, kinds=("k_proj",))}
     paths = [folder(steps, name) for name, steps in {**series, "broken": [nan]}.items()]
     analysis = analyze_checkpoints(paths)
-    assert [found.collections for found in analysis.comparisons] == [["a", "b"]]
+    assert [found.series for found in analysis.comparisons] == [["a", "b"]]
     assert analysis.not_compared == [
         "broken: no checkpoint is finite",
         "odd: other modules or sizes than the others",
@@ -226,7 +226,7 @@ def test_series_of_other_modules_are_not_compared(folder, drifting):
 def test_duplicates_are_reported(folder, drifting):
     first, second = drifting(2)
     one, other = folder([first, second, first], "a"), folder([second], "b")
-    duplicates = [found.files for found in analyze_checkpoints([one, other]).twins]
+    duplicates = [found.files for found in analyze_checkpoints([one, other]).duplicates]
     assert duplicates == [
         [str(one / f"checkpoint-step-00{step}.ckpt") for step in (1, 3)],
         [str(one / "checkpoint-step-002.ckpt"), str(other / "checkpoint-step-001.ckpt")],
@@ -236,4 +236,4 @@ def test_duplicates_are_reported(folder, drifting):
 def test_equal_values_of_another_dtype_are_no_duplicates(folder, drifting):
     (tensors,) = drifting(1)
     wide = {key: tensor.double() for key, tensor in tensors.items()}
-    assert analyze_checkpoints([folder([tensors, wide])]).twins == []
+    assert analyze_checkpoints([folder([tensors, wide])]).duplicates == []

@@ -161,9 +161,7 @@ def test_only_columns_outside_the_interval_differ_significantly(outcome, setup):
     assert results["beats"] == {"all": ["base"]}
     assert results["beaten_by"] == {"all": ["oracle"]}
     (line,) = [remark for remark in remarks(results) if remark.startswith("colors")]
-    assert line == (
-        "colors: generated beats base; is beaten by oracle; no significant difference from mean"
-    )
+    assert "beats base; is beaten by oracle; shows no significant difference from mean" in line
 
 
 def test_remarks_of_cost_and_novelty(outcome, setup):
