@@ -7,7 +7,7 @@
         check_schedule(Linear, final_share=0.1)
 
 Keyword arguments are options of the plugin's Config. A check raises an AssertionError that names
-what is wrong. The built-in plugins pass the same checks.
+the broken promise. The built-in plugins pass the same checks.
 """
 
 from loragen.testing.decoders import check_decoder, grid

@@ -16,8 +16,11 @@ TOLERANCE = 1e-5  # padding changes the order of sums, and with it the last digi
 
 
 def validated_options(cls: Any, options: dict[str, Any]) -> BaseModel:
-    """Returns the options as a Config. Checks that the Config documents its fields, refuses unknown
-    ones, and survives a round trip through plain data."""
+    """Returns the options as a Config.
+
+    Checks that the Config documents its fields, rejects unknown ones, and survives a round trip
+    through plain data.
+    """
     model: type[BaseModel] = cls.Config
     name = f"{cls.__name__}.Config"
     for field, info in model.model_fields.items():
@@ -33,7 +36,7 @@ def validated_options(cls: Any, options: dict[str, Any]) -> BaseModel:
 
 
 def built(cls: Any, *arguments: Any) -> Any:
-    """Returns an instance in eval mode; checks that it is an `nn.Module`."""
+    """Returns an instance in eval mode, which has to be an `nn.Module`."""
     import torch
 
     module = cls(*arguments)
@@ -47,7 +50,7 @@ def trainable(module: Any) -> dict[str, Tensor]:
 
 
 def disturb(parameters: Iterable[Tensor]) -> None:
-    """Changes parameters a little, as training would: zero-initialised ones would hide errors."""
+    """Changes parameters a little, as training would, since zero-initialised ones hide errors."""
     import torch
 
     with torch.no_grad():
@@ -67,5 +70,5 @@ def saved_and_loaded(module: Any) -> dict[str, Tensor]:
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
-    """Returns the largest absolute difference; infinity where the shapes differ."""
+    """Returns the largest absolute difference; infinity if the shapes differ."""
     return float((a - b).detach().abs().max()) if a.shape == b.shape else math.inf

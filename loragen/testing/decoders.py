@@ -38,10 +38,10 @@ def check_decoder(cls: Any, **options: Any) -> None:
     with `weights_only=True`, gives an equal decoder.
 
     A decoder that can transfer with these options has to keep the promises of `Transfers` too. Its
-    coordinates are finite `[samples, R]`, without gradients. From one other dataset as from
+    coordinates are finite `[samples, R]`, without gradients. For a support set of one dataset or of
     several, `predict` keeps the promises of the output above, and its gradients reach all of
-    `transfer_parameters`. After `fit` to these datasets, and to none fitted before, the decoder
-    itself writes as `predict` did and still does; what was fitted is in the state dict.
+    `transfer_parameters`. After `fit`, which forgets earlier calls, the decoder itself gives what
+    `predict` gave and still gives, and so does a decoder with the loaded state dict.
 
     Raises AssertionError naming the promise that is broken.
     """
@@ -72,7 +72,7 @@ def grid(layers: int = 2, modules: int = 2, positions: int = 3, token_dim: int =
 
 
 def example_conditions(batch: int, prompts: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Returns conditions, and a mask that hides some positions and, of several, one prompt."""
+    """Returns conditions, and a mask that hides some positions and one of several prompts."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -85,7 +85,7 @@ def example_conditions(batch: int, prompts: int, seed: int = 0) -> tuple[Tensor,
 
 
 class ExampleSamples:
-    """An adapter of each of the datasets, as `loragen.core.protocols.Samples`."""
+    """One adapter of each dataset, with the protocol `Samples`."""
 
     def __init__(self) -> None:
         import torch
@@ -99,7 +99,7 @@ class ExampleSamples:
 
 
 def _check_output(decode: Decode, what: str) -> None:
-    """`what` names the output in messages."""
+    """Checks the promises of an output; `what` names it in messages."""
     import torch
 
     expected = (2, grid().tokens, grid().token_dim)
@@ -140,7 +140,7 @@ def _check_state_dict(decoder: Any, fresh: Any) -> None:
 
 
 def _check_gradients(given: Tensor, what: str, tensors: Mapping[str, Tensor]) -> None:
-    """Gradients of `given` reach each of the tensors, and at least one is not zero."""
+    """Checks that gradients of `given` reach each of the tensors, and that one is not zero."""
     import torch
 
     assert given.requires_grad, f"{what}: it carries no gradient"
@@ -154,7 +154,7 @@ def _check_gradients(given: Tensor, what: str, tensors: Mapping[str, Tensor]) ->
 
 
 def _check_transfer(cls: Any, config: Any) -> None:
-    """Calls the decoder as a training does, in that order; nothing where it cannot transfer."""
+    """Calls the decoder in the order of a training, if it can transfer with these options."""
     import torch
 
     if not hasattr(cls, "transfer_parameters"):
@@ -210,6 +210,6 @@ def _check_transfer(cls: Any, config: Any) -> None:
         f"fit changes what predict gives, and so what is trained: by {off:.1e}"
     )
     assert (off := largest_difference(decoded, expected)) <= tolerance, (
-        f"after fit the decoder does not decode as predict did: off by {off:.1e}"
+        f"after fit the decoder does not give what predict gave: off by {off:.1e}"
     )
     _check_state_dict(decoder, built(cls, config, CONDITION_DIM, grid()))

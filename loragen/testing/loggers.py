@@ -12,8 +12,8 @@ def check_logger(cls: Any, tmp_path: Path, **options: Any) -> None:
     """Checks that a logger opens a `lightning.pytorch` Logger, and closes it with any status.
 
     It writes below the run directory only, not into the working directory. Its `run_id` is a text
-    or None, does not change at close, and differs between runs of one process. The same holds for
-    a resumed run: in the directory of an earlier run, with its id and steps.
+    or None, does not change at close, and differs between runs of one process. The same holds for a
+    resumed run, in the directory of an earlier run and with its id and steps.
     """
     (tmp_path / "work").mkdir()
     ids: list[str] = []
@@ -29,7 +29,8 @@ def check_logger(cls: Any, tmp_path: Path, **options: Any) -> None:
 def _log_one_run(
     cls: Any, options: dict[str, Any], directory: Path, status: Status, *resumed: Any
 ) -> str | None:
-    """Returns the `run_id`. `resumed` are the id and the steps of the run that is resumed."""
+    """Opens a run, logs, closes it, and returns its `run_id`; `resumed` are the id and the steps of
+    the run that is resumed."""
     from lightning.pytorch.loggers import Logger
 
     directory.mkdir(exist_ok=True)
@@ -43,7 +44,9 @@ def _log_one_run(
         logger.log_metrics({"train/loss": 1.0 / step, "lr": 1e-4}, step=step)
     run_id = plugin.run_id
     assert run_id is None or (isinstance(run_id, str) and run_id), f"run_id is {run_id!r}"
-    logger.finalize("success" if status == "success" else "failed")  # as in training, first
+    logger.finalize(
+        "success" if status == "success" else "failed"
+    )  # a training calls it before close
     plugin.close(status)
     assert plugin.run_id == run_id, f"{cls.__name__}.run_id changes at close"
     changed = {p for p, state in _files(directory.parent).items() if before.get(p) != state}
@@ -53,6 +56,6 @@ def _log_one_run(
 
 
 def _files(directory: Path) -> dict[Path, tuple[int, int]]:
-    """Returns every file with its size and time, which change when it is written to."""
+    """Returns size and time of every file, which change when it is written to."""
     files = (path for path in directory.rglob("*") if path.is_file())
     return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}

@@ -12,9 +12,9 @@ def check_objective(cls: Any, data: Any, network: Any, **options: Any) -> None:
     """Checks that an objective makes batches, a loss and validation metrics.
 
     `data` is a `TrainingData`, or a stand-in with what the objective reads from it; `network` maps
-    a condition and its mask to adapters. Steps, learning rate and batch size are positive. A batch
-    depends on its index alone, not on the batches before it, and two processes share it. The loss
-    is a finite scalar whose gradient reaches a trainable parameter; metrics are detached, and
+    a condition and its mask to adapters. Steps, learning rate and batch size are positive. A
+    batch depends on its index alone, not on the batches before it, and two processes share it. The
+    loss is a finite scalar whose gradient reaches a trainable parameter; metrics are detached, and
     `loss` is among them. `validate` gives finite metrics, `metric.name` among them.
     """
     import torch

@@ -10,10 +10,9 @@ from loragen.testing._common import validated_options
 def check_schedule(cls: Any, **options: Any) -> None:
     """Checks that a schedule is a pure function of (step, total steps).
 
-    It returns the same rate when called again and from a new instance, so that a resumed run has
-    the same rates. For runs of 1 to 1,000 steps, every learning rate is positive and finite, and
-    stages are counted from 1 and never decrease. A rate holds plain numbers and can be pickled
-    into a checkpoint.
+    A second call and a new instance return the same rate, so that a resumed run has the same rates.
+    For runs of 1 to 1,000 steps, every learning rate is positive and finite, and stages are counted
+    from 1 and never decrease. A rate holds plain numbers and can be pickled into a checkpoint.
     """
     config = validated_options(cls, options)
     schedule = cls(config)
@@ -30,5 +29,5 @@ def check_schedule(cls: Any, **options: Any) -> None:
             assert pickle.loads(pickle.dumps(rate)) == rate, f"{where} does not survive pickling"
             assert rate.stage >= stage, f"{where} goes back from stage {stage} to {rate.stage}"
             stage = rate.stage
-            assert schedule(step, total) == rate, f"{where} answers differently the second time"
+            assert schedule(step, total) == rate, f"{where} differs when called again"
             assert cls(config)(step, total) == rate, f"{where} differs on a fresh instance"

@@ -36,7 +36,10 @@ def test_a_correct_schedule_passes():
         ({"rate": lambda self, step, total: Rate(1e-4, 0)}, "stages count from 1"),
         ({"rate": lambda self, step, total: Rate(1e-4, 2 - step // total)}, "goes back from"),
         ({"rate": lambda self, step, total: Rate(torch.tensor(1.0), 1)}, "plain numbers"),
-        ({"rate": lambda self, step, total: Rate(1.0 / self.calls, 1)}, "differently the second"),
+        (
+            {"rate": lambda self, step, total: Rate(1.0 / self.calls, 1)},
+            "differs when called again",
+        ),
     ],
 )
 def test_a_broken_contract_is_named(attributes, message):

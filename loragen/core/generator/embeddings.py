@@ -1,8 +1,8 @@
 """Embedded texts: written to disk piece by piece, and compared with the training datasets.
 
-`Familiarity` measures how far out of distribution prompts are. A dataset's condition is the mean of
-its embedded texts, and training stores this centre for every dataset. The distance of new prompts
-is that of their mean to the nearest centre, with two corrections that make it comparable between 1
+`Familiarity` computes an out-of-distribution score of prompts. A dataset's centre is the mean of
+its embedded texts, and training stores the centres of all datasets. The score of new prompts is the
+distance of their mean to the nearest centre, with two corrections that make it comparable between 1
 prompt and 1,000, and between 2 datasets and 50:
 
 - The mean of n texts deviates from its expectation by the variance of the texts over n, which is
@@ -21,7 +21,6 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,28 +30,28 @@ from loragen.core.files import written_atomically
 from loragen.core.protocols import Encoder
 
 TEXTS_AT_ONCE = 1024
-"""With one embedding per token, a text has some hundred KiB."""
+"""Texts in memory at a time: with one embedding per token, a text has some hundred KiB."""
 FAR = 1.1
-"""In units of the reach. With all-MiniLM-L6-v2, trained on five of six commonsense datasets,
-prompts of the sixth were at 0.1 to 1.05; trained on six, Chinese poems, code, SQL, translation and
-sums at 1.25 to 1.7, film reviews at 0.95 to 1.35."""
+"""The out-of-distribution threshold of the score. With all-MiniLM-L6-v2, trained on five of six
+commonsense datasets, prompts of the sixth had 0.1 to 1.05; trained on all six, Chinese poems, code,
+SQL, translation and sums had 1.25 to 1.7, film reviews 0.95 to 1.35."""
 LEAST_REACH = 0.6
-"""In units of the typical distance of a text to its dataset's centre."""
+"""The smallest reach, in units of the typical distance of a text to its dataset's centre."""
 
 
 @torch.no_grad()
 def write_embeddings(encoder: Encoder, texts: Sequence[str], embeddings: Path, mask: Path) -> None:
     """Writes two .npy files: ``[texts, positions, dim]`` float32 and ``[texts, positions]`` bool.
 
-    The number of positions is that of the longest text, which is known at the end: until then the
-    pieces lie beside the files, each with its own width.
+    The number of positions is that of the longest text, which is known only at the end: until then
+    the pieces are stored beside the files, each with its own width.
     """
     embeddings.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=embeddings.parent, prefix=".parts.") as folder:
         pieces: dict[str, list[Path]] = {"embeddings": [], "mask": []}
         for first in range(0, len(texts), TEXTS_AT_ONCE):
-            # Float32, although half precision would do: the generator must read in training exactly
-            # what it reads later. The arrays are memory-mapped, so their size costs no memory.
+            # Float32 instead of half precision: conditions have to be the same in training and in
+            # inference. The arrays are memory-mapped, so their size costs no memory.
             vectors, valid = encoder(texts[first : first + TEXTS_AT_ONCE])
             for kind, tensor in (("embeddings", vectors.float()), ("mask", valid)):
                 pieces[kind].append(Path(folder) / f"{kind}-{first}.npy")
@@ -85,14 +84,14 @@ def chunks(embeddings: np.ndarray, mask: np.ndarray) -> Iterator[tuple[np.ndarra
 
 @dataclass(frozen=True)
 class Distance:
-    """The distance of some prompts to the training datasets, in units of the reach."""
+    """The out-of-distribution score of some prompts, in units of the reach of the training."""
 
     nearest: str
     """The training dataset with the nearest centre."""
     ratio: float
-    """0 at that centre; below 1 is in distribution."""
+    """The score: the distance to that centre. Below 1 is in distribution."""
     error: float
-    """The standard error of the mean of so few texts."""
+    """The standard error of the prompts' mean."""
 
     @property
     def far(self) -> bool:
@@ -107,7 +106,10 @@ class Distance:
 
 @dataclass(frozen=True)
 class Familiarity:
-    """The centres of the training datasets, and their reach. Stored in a generator's file."""
+    """An out-of-distribution score: the centres of the training datasets, and their reach.
+
+    It is stored in a generator's file under its field names.
+    """
 
     datasets: list[str]
     centres: Tensor
@@ -117,19 +119,19 @@ class Familiarity:
     text_variance: float
     """Mean squared distance of a text to its dataset's centre."""
     reach: float
+    """The unit of the score: how far apart the training datasets are."""
 
     @classmethod
     def fit(cls, datasets: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> "Familiarity | None":
-        """Fits (name, embeddings ``[texts, positions, dim]``, mask ``[texts, positions]``), with a
-        piece of the texts in memory at a time. Returns None for a single text: it has no scale."""
+        """Fits (name, embeddings ``[texts, positions, dim]``, mask ``[texts, positions]``) of every
+        dataset, with a piece of the texts in memory at a time.
+
+        Returns None if there is a single text, which has no scale.
+        """
         names, centres, variances, counts = [], [], [], []
         for name, embeddings, mask in datasets:
-            texts = torch.cat(
-                [
-                    text_vectors(*map(torch.from_numpy, arrays))
-                    for arrays in chunks(embeddings, mask)
-                ]
-            )
+            pieces = (map(torch.from_numpy, arrays) for arrays in chunks(embeddings, mask))
+            texts = torch.cat([text_vectors(*piece) for piece in pieces])
             names.append(name)
             centres.append(texts.mean(0))
             variances.append(_variance(texts))
@@ -148,7 +150,7 @@ class Familiarity:
         return cls(names, stacked, noise, typical, reach) if reach > 0 else None
 
     def distance(self, condition: Tensor, mask: Tensor) -> Distance:
-        """Returns the distance of embedded prompts, ``[texts, positions, dim]``, and their mask."""
+        """Returns the score of embedded prompts ``[texts, positions, dim]`` with their mask."""
         texts = text_vectors(condition, mask)
         variance = _variance(texts) if len(texts) > 1 else self.text_variance
         squares = (self.centres - texts.mean(0)).square().sum(1) - self.noise
@@ -157,10 +159,6 @@ class Familiarity:
         ratio = float(squares[nearest].clamp(min=0).sqrt()) / self.reach
         error = (self.text_variance / len(texts)) ** 0.5 / self.reach
         return Distance(self.datasets[nearest], round(ratio, 3), round(error, 3))
-
-    def state(self) -> dict[str, Any]:
-        """Returns plain data and tensors, the arguments of the constructor."""
-        return dict(vars(self))
 
 
 def text_vectors(embeddings: Tensor, mask: Tensor) -> Tensor:
@@ -171,6 +169,6 @@ def text_vectors(embeddings: Tensor, mask: Tensor) -> Tensor:
 
 
 def _variance(texts: Tensor) -> float:
-    """Returns the unbiased mean squared distance to the expectation; 0 for a single text."""
+    """Returns the unbiased estimate of the mean squared distance to the mean; 0 for one text."""
     squares = (texts - texts.mean(0)).square().sum()
     return float(squares) / max(len(texts) - 1, 1)

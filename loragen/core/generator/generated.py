@@ -1,4 +1,4 @@
-"""A generated adapter: where it comes from, its card, and writing it as an adapter or merged."""
+"""Generated adapters: their origin, their model card, and how they are saved."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -26,39 +26,39 @@ from loragen.core.generator.requests import check_output
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a generated adapter comes from: plain data, written beside its weights."""
+    """The origin of a generated adapter: plain data, written beside its weights."""
 
     generator: str
     """The name of the experiment, or of the file."""
     format_version: int
-    """Of the generator's file."""
+    """The format of the generator's file."""
     base_model: str
     encoder: str
     decoder: str
     prompts: int
     prompts_sha256: str
-    """Of all prompts in their order."""
+    """A hash of all prompts in their order."""
     draws: int = 1
     prompts_per_draw: int = 0
     seed: int | None = None
-    """Of the draws; None where all prompts formed one condition."""
+    """The seed of the draws; None if all prompts formed one condition."""
     plugins: list[dict[str, str]] = field(default_factory=list)
     """`kind`, `name`, `distribution` and `version` of the encoder and the decoder."""
     datasets: list[str] = field(default_factory=list)
     """The training datasets of the generator."""
     nearest_dataset: str | None = None
     distance: float | None = None
-    """Of the prompts to the nearest training dataset (see `embeddings.Familiarity`; below 1 is in
-    distribution); None where the generator does not store it. The median over draws."""
+    """The out-of-distribution score of the prompts (see `embeddings.Familiarity`; below 1 is in
+    distribution), the median over draws; None if the generator cannot compute it."""
     far: bool = False
     """Whether the prompts are out of distribution."""
     vague: bool = False
     """Whether the prompts are too few to identify their dataset."""
     training_prompts: int = 0
-    """Prompts of a condition in training."""
+    """The number of prompts of a condition in training."""
 
     def warning(self) -> str | None:
-        """Returns one line where the prompts are unlike those of the training, else None."""
+        """Returns one line if the prompts are unlike those of the training, else None."""
         if self.far:
             return (
                 f"prompts are out of distribution: distance {self.distance:g} to the nearest "
@@ -66,22 +66,17 @@ class Origin:
                 "adapter before use"
             )
         if self.vague:
-            prompts = (
-                "1 prompt is"
-                if self.prompts_per_draw == 1
-                else f"{self.prompts_per_draw} prompts are"
-            )
             return (
-                f"{prompts} too few to identify the dataset; provide at least "
-                f"{self.training_prompts}, as in training"
+                f"too few prompts to identify the dataset ({self.prompts_per_draw}); provide at "
+                f"least {self.training_prompts}, as in training"
             )
         return None
 
 
 def adapter_card(origin: Origin, merged: bool = False) -> str:
-    """Returns the README.md of a PEFT directory, or of a base with the adapter `merged` into it:
-    Markdown with the front matter of the Hugging Face hub."""
-    # The hub expects a hub id as `base_model`; a directory or `demo` would be a broken link.
+    """Returns the model card (README.md) of a PEFT directory, or of a base with the adapter
+    `merged` into it: Markdown with the front matter of the Hugging Face hub."""
+    # The hub expects a hub id as `base_model`; a directory or `demo` would be a broken link there.
     path = Path(origin.base_model)
     hub_id = origin.base_model != DEMO and not path.is_absolute() and not path.is_dir()
     link = f"base_model: {json.dumps(origin.base_model)}\n" if hub_id else ""
@@ -89,18 +84,14 @@ def adapter_card(origin: Origin, merged: bool = False) -> str:
     plugins = ", ".join(
         f"{p['kind']} {p['name']} ({p['distribution']} {p['version']})" for p in origin.plugins
     )
-    draws = (
-        ""
-        if origin.seed is None
-        else f"; mean of {origin.draws} random draws of {origin.prompts_per_draw} prompts "
-        f"(seed {origin.seed})"
-    )
-    distance = (
-        "The distance of the prompts to the training datasets is not known."
-        if origin.distance is None
-        else f"Distance of the prompts to the nearest training dataset, {origin.nearest_dataset}: "
-        f"{origin.distance:g} (in-distribution < 1)."
-    )
+    draws = f"; mean of {origin.draws} random draws of {origin.prompts_per_draw} prompts (seed "
+    draws = "" if origin.seed is None else f"{draws}{origin.seed})"
+    distance = "The distance of the prompts to the training datasets is not known."
+    if origin.distance is not None:
+        nearest = (
+            f"Distance of the prompts to the nearest training dataset, {origin.nearest_dataset}"
+        )
+        distance = f"{nearest}: {origin.distance:g} (in-distribution < 1)."
     warning = f"\n\n**Warning**: {text}" if (text := origin.warning()) else ""
     return f"""---
 {link}library_name: {library}
@@ -166,12 +157,12 @@ class GeneratedAdapter(Adapter):
     origin: Origin
 
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
-        """Writes a PEFT directory, or one file where `path` ends in .safetensors or .pt.
+        """Writes a PEFT directory, or one file if `path` ends in .safetensors or .pt.
 
         A .safetensors file holds the tensors by PEFT's keys, and in its metadata the JSON texts
         `adapter_config` and `generated`; a .pt file holds `state_dict`, `adapter_config` and
-        `generated`, and loads with `torch.load(path, weights_only=True)`. The output appears whole
-        or not at all. Raises UsageError where `path` exists already.
+        `generated`, and loads with `torch.load(path, weights_only=True)`. The output is written
+        completely or not at all. Raises UsageError if `path` exists already.
         """
         output, origin = Path(path), asdict(self.origin)
         check_output(output, overwrite)
@@ -185,14 +176,8 @@ class GeneratedAdapter(Adapter):
                 write_safetensors(temporary, self.tensors, metadata)
         elif output.suffix == ".pt":
             with written_atomically(output) as temporary:
-                torch.save(
-                    {
-                        "state_dict": self.tensors,
-                        "adapter_config": self.config,
-                        "generated": origin,
-                    },
-                    temporary,
-                )
+                document = {"state_dict": self.tensors, "adapter_config": self.config}
+                torch.save({**document, "generated": origin}, temporary)
         else:
             write_adapter(output, self, adapter_card(self.origin))
         return output
@@ -209,13 +194,13 @@ class Merger:
     """Merges adapters into one base, which is loaded once, in float32."""
 
     def __init__(self, base_model: str) -> None:
-        """Raises UsageError where the base cannot be found, LoragenError where it does not load."""
+        """Raises UsageError if the base cannot be found, LoragenError if it does not load."""
         self.base = load_base(base_model, torch.float32)
         self._model: Any = None
 
     def save(self, adapter: GeneratedAdapter, output: Path, overwrite: bool = False) -> None:
-        """Writes a Hugging Face model directory in the base's stored dtype, with its tokenizer; it
-        appears whole or not at all. Raises LoragenError where the adapter does not fit the base."""
+        """Writes a Hugging Face model directory in the base's stored dtype, with its tokenizer,
+        completely or not at all. Raises LoragenError if the adapter does not fit the base."""
         check_output(output, overwrite, MERGED_MARKER)
         if self._model is None:
             self._model = adapter.attach(self.base.model)

@@ -1,7 +1,7 @@
-"""A generator: all that lies between prompts and an adapter, and the file that stores it.
+"""A generator: everything between prompts and an adapter, and the file that stores it.
 
-The file is written at the end of training. A checkpoint of a training holds the same (`describe`
-and the weights), so that a generator can be read before its training has ended.
+The file is written at the end of training. A checkpoint holds the same content (`describe` and the
+weights), so that a generator can be loaded before its training has ended.
 """
 
 import logging
@@ -28,11 +28,11 @@ from loragen.core.run.checkpoints import load_weights_only
 from loragen.core.run.directory import CHECKPOINTS, experiment_name, generator_file
 
 FORMAT_VERSION = 2
-"""Version 1 had other networks, and no scale of the conditions."""
+"""Version 1 had other networks, and did not standardise conditions."""
 CHECKPOINT_KEY = "generator"
 """The key of a Lightning checkpoint that holds `Generator.describe_in_checkpoint`."""
 AVERAGED = "averaged.module."
-"""Prefix of the averaged weights in a checkpoint, where there are any."""
+"""Prefix of the averaged weights in a checkpoint, if there are any."""
 DESCRIBED = (
     "encoder_fingerprint",
     "condition_dim",
@@ -43,7 +43,7 @@ DESCRIBED = (
     "provenance",
     "format_version",
 )
-"""Fields of a `Generator` that its file holds under their names."""
+"""Fields of a `Generator` that its file stores under their names."""
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +58,10 @@ class Choice:
 
 @dataclass
 class Generator:
-    """A trained decoder and all that it needs to generate, but the weights of a frozen encoder.
+    """A trained decoder and all that it needs to generate, except the weights of a frozen encoder.
 
     A frozen encoder is identified by name, options and fingerprint, and loaded when a prompt is
-    first embedded; the weights of one that was trained are stored here.
+    first embedded; the weights of an encoder that was trained are stored here.
     """
 
     encoder: Choice
@@ -73,18 +73,18 @@ class Generator:
     adapter_config: dict[str, Any]
     base_model: str
     samples_per_prompt: int
-    """Prompts that are joined into one text."""
+    """The number of prompts that are joined into one text."""
     prompts_per_condition: int
-    """Texts of a condition in training."""
+    """The number of texts of a condition in training."""
     network: Network
     encoder_state: dict[str, Tensor] | None = None
-    """The encoder's weights where they were trained; None where it is frozen."""
+    """The encoder's weights if they were trained; None if it is frozen."""
     familiarity: Familiarity | None = None
-    """Measures how far prompts are from the training datasets; None where that is not known."""
+    """Computes the out-of-distribution score of prompts; None if that is not possible."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Plain data: sources, plugins with distribution and version, training metrics."""
     name: str = "unnamed"
-    """The experiment it was loaded from, or its file."""
+    """The experiment that it was loaded from, or its file."""
     format_version: int = FORMAT_VERSION
 
     def __repr__(self) -> str:
@@ -103,13 +103,13 @@ class Generator:
     ) -> GeneratedAdapter:
         """Returns the adapter for these prompts, each tensor in the dtype of the training adapters.
 
-        By default all prompts form one condition. Otherwise the result is the mean over
-        `draws` random subsets of `prompts_per_draw` prompts. It is the mean of A and of B, token by
-        token: the mean of the products ΔW = BA would have up to `draws` times the rank. Since one
-        decoder writes all of them in a shared basis, the two means are close while the draws agree.
+        By default all prompts form one condition. Otherwise the result is the mean over `draws`
+        random subsets of `prompts_per_draw` prompts. It is the mean of A and of B, token by token:
+        the mean of the products ΔW = BA would have up to `draws` times the rank. Since one decoder
+        generates all of them in a shared basis, the two means are close while the draws agree.
 
-        Raises UsageError where no prompt has text or there are too few for the draws, LoragenError
-        where the encoder is not the one of the training.
+        Raises UsageError if no prompt has text or there are too few for the draws, LoragenError if
+        the encoder is not the one of the training.
         """
         given = nonempty_prompts(prompts)
         subsets = draw_prompts(given, draws, prompts_per_draw, seed, self.usual_prompts)
@@ -146,8 +146,8 @@ class Generator:
 
     @torch.inference_mode()
     def embed(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Returns the condition of prompts, ``[texts, positions, dim]``, and its mask; a text joins
-        `samples_per_prompt` prompts."""
+        """Returns the condition of prompts, ``[texts, positions, dim]``, and its mask; each text
+        joins `samples_per_prompt` prompts."""
         return self.text_encoder(joined_texts(prompts, self.samples_per_prompt))
 
     @torch.inference_mode()
@@ -164,7 +164,7 @@ class Generator:
 
     @property
     def datasets(self) -> list[str]:
-        """The names of the training datasets, or of their runs where only those are known."""
+        """The names of the training datasets, or of their runs if only those are known."""
         if self.familiarity:
             return self.familiarity.datasets
         paths = [Path(source) for source in self.provenance.get("sources", [])]
@@ -172,8 +172,10 @@ class Generator:
 
     @cached_property
     def text_encoder(self) -> Encoder:
-        """The encoder, loaded at first use, with its trained weights where it was trained. Raises
-        LoragenError where its weights are not those of the training."""
+        """The encoder, loaded at first use, with its trained weights if it was trained.
+
+        Raises LoragenError if its weights are not those of the training.
+        """
         encoder: Encoder = create("encoder", self.encoder.name, self.encoder.options)
         which = f"encoder {self.encoder.name} {self.encoder.options}"
         if self.encoder_state is not None:
@@ -206,7 +208,7 @@ class Generator:
             torch.save(document, temporary)
 
     def describe(self) -> dict[str, Any]:
-        """Returns the content of the file but for the trained weights: tensors and plain data."""
+        """Returns the content of the file without the trained weights: tensors and plain data."""
         return {
             **{name: getattr(self, name) for name in DESCRIBED},
             "format_version": FORMAT_VERSION,
@@ -214,14 +216,14 @@ class Generator:
             "decoder": {"name": self.decoder.name, "options": self.decoder.options},
             "layout": self.layout.state(),
             "normalization": {"mean": self.normalization.mean, "scale": self.normalization.scale},
-            "familiarity": self.familiarity.state() if self.familiarity else None,
+            "familiarity": dict(vars(self.familiarity)) if self.familiarity else None,
         }
 
     def describe_in_checkpoint(self, modules: nn.ModuleDict, total_steps: int) -> dict[str, Any]:
         """Returns `describe` for a checkpoint whose weights, averaged or not, are in `modules`.
 
-        An encoder that is trained has changed since the prompts were embedded, so its distances to
-        them are not known.
+        The out-of-distribution score is left out if the encoder is trained, because the encoder has
+        changed since the prompts were embedded.
         """
         described = {**self.describe(), "total_steps": total_steps}
         if "encoder" in modules:
@@ -232,11 +234,10 @@ class Generator:
     @classmethod
     def load(cls, path: str | Path) -> "Generator":
         """Loads an experiment directory, its generator_model.pt, or a checkpoint of its training.
-        Of an experiment whose training has not ended, it loads the best checkpoint. A checkpoint
-        costs a warning.
 
-        Raises UsageError where there is none, DataError for a file that is not a generator of the
-        format that this version reads.
+        If the training of an experiment has not ended, its best checkpoint is loaded. Loading a
+        checkpoint logs a warning. Raises UsageError if there is no generator, DataError for a file
+        that is not a generator of the format that this version reads.
         """
         file = generator_file(Path(path))
         document, name = load_weights_only(file), experiment_name(file)
@@ -291,8 +292,11 @@ class Generator:
 
 
 def _of_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Returns what the generator's file would hold after the checkpoint's step. Raises DataError
-    where the checkpoint is of another training, or older than `describe_in_checkpoint`."""
+    """Returns the content of a generator's file after the checkpoint's step.
+
+    Raises DataError if the checkpoint is of another training, or older than
+    `describe_in_checkpoint`.
+    """
     if CHECKPOINT_KEY not in checkpoint:
         raise DataError(
             "not a checkpoint of a generator: it is of another training than `gen train`, or of an "

@@ -1,7 +1,7 @@
-"""What a generator trains: a decoder between the scale of its conditions and that of its adapters.
+"""The network of a generator: a decoder with standardised conditions and normalised adapters.
 
-`Normalization` is the scale of the adapters, `Network` the decoder with the scale of the
-conditions, and `summarize_decoder` says what a decoder consists of before it is built.
+`Normalization` scales adapters, `Network` standardises the conditions of a decoder, and
+`summarize_decoder` lists the modules and the memory of a decoder before it is built.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from loragen.core.generator.embeddings import chunks
 from loragen.core.plugins import create, find
 from loragen.core.protocols import DescribesChoices, Transfers
 
-SMALLEST_SPREAD = 1e-6
+MIN_SPREAD = 1e-6
 FLOAT = 4  # bytes
 OPTIMIZER_FLOATS = 3  # a gradient and Adam's two moments for every trained parameter
 
@@ -28,15 +28,15 @@ OPTIMIZER_FLOATS = 3  # a gradient and Adam's two moments for every trained para
 class Normalization:
     """The mean adapter, and the deviation of each tensor from it.
 
-    What all adapters share, above all their LoRA initialisation, is random and cannot be predicted
-    from prompts. So the mean is stored, and a decoder learns deviations from it, scaled to unit RMS
-    per tensor: small matrices count as much in the loss as large ones.
+    The part that all adapters share, above all their LoRA initialisation, is random and cannot be
+    predicted from prompts. Therefore the mean is stored, and a decoder learns deviations from it,
+    scaled to unit RMS per tensor, so that small matrices count as much in the loss as large ones.
     """
 
     mean: Tensor
     """``[tokens, token_dim]`` float32: the mean adapter."""
     scale: Tensor
-    """``[tokens, 1]`` float32: RMS deviation from the mean of the tensor a token belongs to."""
+    """``[tokens, 1]`` float32: RMS deviation from the mean, of the tensor a token belongs to."""
 
     @classmethod
     def fit(cls, layout: Layout, collections: Iterable[np.ndarray]) -> "Normalization":
@@ -55,7 +55,7 @@ class Normalization:
         owners = layout.owners()
         sizes = np.array([spec.size for spec in layout.tensors])
         variance = np.bincount(owners, weights=deviation, minlength=len(sizes)) / sizes
-        # A constant tensor needs no scale; rounding may leave a trace of variance.
+        # A constant tensor needs no scale, but rounding may leave it a trace of variance.
         moves = variance > 1e-12 * np.maximum(
             np.bincount(owners, squares) / sizes / datasets, 1e-30
         )
@@ -69,7 +69,7 @@ class Normalization:
         return normalized * self.scale + self.mean
 
     def of(self, tokens: slice) -> "Normalization":
-        """Returns the normalization of some of the tokens."""
+        """Returns the normalization of these tokens alone."""
         return Normalization(self.mean[tokens], self.scale[tokens])
 
     def to(self, device: torch.device) -> "Normalization":
@@ -81,10 +81,10 @@ def importance(
 ) -> Tensor:
     """Returns the weight of each token's error, ``[tokens, 1]`` float32, with mean 1 over values.
 
-    The weight is ``1 / (1 + v)``, where v is the token's variance within datasets over that between
-    datasets: where the checkpoints of one dataset scatter as widely as datasets do, a weight is
-    mostly noise. It follows the importance of Drag-and-Drop LLMs (arXiv 2506.16406), which is the
-    variance between checkpoints. One pass, with one checkpoint in memory at a time.
+    The weight is ``1 / (1 + v)``; v is the token's variance within datasets over that between
+    datasets. If the checkpoints of one dataset scatter as widely as datasets do, the values are
+    mostly noise. This follows the importance of Drag-and-Drop LLMs (arXiv 2506.16406), which is the
+    variance between checkpoints. It is one pass, with one checkpoint in memory at a time.
     """
     within, total = np.zeros(layout.tokens), np.zeros(layout.tokens)
     common = normalization.mean.numpy()
@@ -103,8 +103,10 @@ def importance(
 
 
 class Network(nn.Module):
-    """A decoder whose conditions have zero mean and unit spread in every dimension, so that no
-    dimension and no learning rate depends on the scale of the encoder's embeddings."""
+    """A decoder whose conditions have zero mean and unit variance in every dimension.
+
+    Learning rates then do not depend on the scale of the encoder's embeddings.
+    """
 
     condition_mean: Tensor
     condition_spread: Tensor
@@ -116,7 +118,8 @@ class Network(nn.Module):
         self.register_buffer("condition_spread", torch.ones(condition_dim))
 
     def forward(self, condition: Tensor, mask: Tensor) -> Tensor:
-        """``[batch, prompts, positions, dim]`` -> normalised ``[batch, tokens, token_dim]``."""
+        """Maps ``[batch, prompts, positions, dim]`` to normalised tokens ``[batch, tokens,
+        token_dim]``."""
         tokens: Tensor = self.decoder(self._standardized(condition), mask)
         return tokens
 
@@ -147,7 +150,7 @@ class Network(nn.Module):
         self.decoder.fit(standardized, support_coordinates)
 
     def train_transfer_only(self, prefixes: Sequence[str]) -> None:
-        """Freezes all parameters but those of the decoder whose names start with a prefix."""
+        """Freezes the decoder's parameters except those whose names start with a prefix."""
         for name, parameter in self.decoder.named_parameters():
             parameter.requires_grad_(name.startswith(tuple(prefixes)))
 
@@ -170,14 +173,14 @@ class Network(nn.Module):
         mean = np.mean(means, axis=0)
         spread = np.sqrt(np.maximum(np.mean(squares, axis=0) - np.square(mean), 0))
         self.condition_mean.copy_(torch.from_numpy(mean))
-        self.condition_spread.copy_(torch.from_numpy(np.maximum(spread, SMALLEST_SPREAD)))
+        self.condition_spread.copy_(torch.from_numpy(np.maximum(spread, MIN_SPREAD)))
 
 
 def new_network(
     name: str, options: Mapping[str, Any], condition_dim: int, layout: Layout
 ) -> Network:
-    """Returns an untrained network for the layout. Raises UsageError where the options do not fit
-    the layout (a plugin's ValueError)."""
+    """Returns an untrained network for the layout. Raises UsageError if the options do not fit the
+    layout (a ValueError of the plugin)."""
     try:
         decoder = create("decoder", name, options, condition_dim, layout.grid())
     except ValueError as error:
@@ -191,18 +194,18 @@ class StageSummary:
 
     name: str
     shape: tuple[int, ...]
-    """Of the output, for a batch of one."""
+    """The shape of the output, for a batch of one."""
     parameters: int
 
     @property
     def bytes(self) -> int:
-        """Of the output, in float32."""
+        """The size of the output, in float32."""
         return prod(self.shape) * FLOAT
 
 
 @dataclass(frozen=True)
 class DecoderSummary:
-    """The modules of a decoder, and the memory that training it takes."""
+    """The modules of a decoder, and the memory that its training needs."""
 
     condition: tuple[int, int, int]
     """The input: ``[prompts, positions, dim]``."""
@@ -210,7 +213,7 @@ class DecoderSummary:
     parameters: int
     trained: int
     choices: list[str]
-    """Sizes that the decoder has chosen itself, a sentence each."""
+    """One sentence for each size that the decoder has chosen itself."""
 
     @property
     def weights_bytes(self) -> int:
@@ -218,12 +221,12 @@ class DecoderSummary:
 
     @property
     def training_bytes(self) -> int:
-        """Weights, gradients and moments, without the `pair_bytes` of each pair in a batch."""
+        """The memory of weights, gradients and moments, without the pairs of a batch."""
         return self.weights_bytes + self.trained * OPTIMIZER_FLOATS * FLOAT
 
     @property
     def pair_bytes(self) -> int:
-        """The outputs of all stages together."""
+        """The memory of each pair in a batch: the outputs of all stages."""
         return sum(stage.bytes for stage in self.stages)
 
     def document(self) -> dict[str, Any]:
@@ -240,11 +243,11 @@ def summarize_decoder(
     condition: tuple[int, int, int],
     transfers: bool = False,
 ) -> DecoderSummary:
-    """Summarises a decoder for `layout` and a condition ``[prompts, positions, dim]``; `transfers`
-    counts only what the transfer objective trains.
+    """Summarises a decoder for `layout` and a condition ``[prompts, positions, dim]``.
 
-    It runs on torch's meta device: nothing is computed or allocated. Raises UsageError where the
-    options do not fit the layout.
+    With `transfers`, only the parameters that a transfer trains count as trained. The decoder runs
+    on torch's meta device: nothing is computed or allocated. Raises UsageError if the options do
+    not fit the layout.
     """
     stages: list[StageSummary] = []
 
@@ -272,7 +275,8 @@ def summarize_decoder(
 
 
 def _stages(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yields the children of a module by name, with lists and an only child replaced by theirs."""
+    """Yields the children of a module by name; lists and an only child are replaced by their own
+    children."""
     children = dict(module.named_children())
     for name, child in children.items():
         path = f"{prefix}{name}"

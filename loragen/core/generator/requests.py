@@ -1,6 +1,6 @@
-"""The requests of `gen infer`: which adapters, from which prompts, written where.
+"""The requests of `gen infer`: adapters to generate, their prompts and their output paths. Light.
 
-Light: mistakes are reported before torch or a generator is loaded.
+Mistakes are reported before torch or a generator is loaded.
 """
 
 from collections import Counter
@@ -36,8 +36,8 @@ def requests(
     """Returns the adapters to generate from the given prompts and those of files or hub datasets.
 
     `per` is None (one adapter for all prompts), "line" (one for each prompt) or a field of the rows
-    (one for each of its values). `limit` keeps the first prompts. Raises UsageError where there are
-    no prompts or where `per` does not fit them, DataError (file:line) for bad rows.
+    (one for each of its values). `limit` keeps the first prompts. Raises UsageError if there are no
+    prompts or `per` does not fit them, DataError (file:line) for bad rows.
     """
     if per is None or per == LINE:
         given = [*prompts, *(prompt for source in sources for prompt in Dataset(source).prompts())]
@@ -64,7 +64,8 @@ def requests(
 
 
 def _labelled_prompts(source: Source, field: str) -> Iterator[tuple[str, str]]:
-    """Yields (value of the field, prompt) for every row; one of `data prepare` has several."""
+    """Yields (value of the field, prompt) for every row; a row of `data prepare` has several
+    prompts."""
     if isinstance(source, Path) and source.suffix.lower() == ".txt":
         raise UsageError(f"{source}: --per {field} needs rows with fields; a .txt file has none")
     found, bad = [], []
@@ -89,8 +90,11 @@ def _labelled_prompts(source: Source, field: str) -> Iterator[tuple[str, str]]:
 
 
 def file_names(labels: Sequence[str]) -> list[str]:
-    """Returns a valid file name for each label. The names differ even where case does not count,
-    and none has the suffix of a weights file, since it may name a directory."""
+    """Returns a valid file name for each label.
+
+    The names differ by more than upper and lower case, and none has the suffix of a weights file,
+    since it may name a directory.
+    """
     seen: Counter[str] = Counter()
     names = []
     for label in labels:
@@ -115,10 +119,10 @@ def default_output() -> Path:
 
 
 def output_path(output: Path, name: str, suffix: str) -> Path:
-    """Returns where the request with this name is written: `output` itself for the single adapter
-    (no name), else a file or directory in it.
+    """Returns the path of the request with this name: `output` itself for the single adapter (no
+    name), else a file or directory in it.
 
-    Raises UsageError where several adapters would go into one file.
+    Raises UsageError if several adapters would be written to one file.
     """
     if not name:
         return output
@@ -130,14 +134,14 @@ def output_path(output: Path, name: str, suffix: str) -> Path:
 
 
 def check_output(path: Path, overwrite: bool, marker: str = CONFIG_FILE) -> None:
-    """Raises UsageError where something at `path` must not be replaced.
+    """Raises UsageError if something at `path` must not be replaced.
 
     With `overwrite`, a weights file may be replaced, and a directory that contains `marker`.
     """
     refuse_file(path.parent)
     if path.suffix in OTHER_WEIGHTS:
         raise UsageError(
-            f"{path}: {path.suffix} files are not written; name a directory (PEFT), or a "
+            f"{path}: {path.suffix} files are not supported; name a directory (PEFT), or a "
             ".safetensors or .pt file"
         )
     if path.suffix in FILE_SUFFIXES:
@@ -147,13 +151,12 @@ def check_output(path: Path, overwrite: bool, marker: str = CONFIG_FILE) -> None
 
 
 def nonempty_prompts(prompts: str | Sequence[str]) -> list[str]:
-    """Returns the prompts that have text, of one prompt or several. Raises UsageError where none
-    has."""
-    given = [prompts] if isinstance(prompts, str) else prompts
-    kept = [prompt for prompt in given if prompt.strip()]
-    if not kept:
+    """Returns those of one or several prompts that have text. Raises UsageError if none has."""
+    several = [prompts] if isinstance(prompts, str) else prompts
+    found = [prompt for prompt in several if prompt.strip()]
+    if not found:
         raise UsageError("no prompts: all of them are empty; give at least one with text")
-    return kept
+    return found
 
 
 def draw_prompts(
@@ -161,9 +164,9 @@ def draw_prompts(
 ) -> list[list[str]]:
     """Returns `draws` random subsets of `prompts_per_draw` prompts each; by default one of all.
 
-    Where only `draws` is given, a subset has `usual` prompts, as in training, and at most half of
-    all. Subset k does not depend on `draws`. Raises UsageError where there are too few prompts for
-    the subsets to differ.
+    If only `draws` is given, a subset has `usual` prompts, as in training, but at most half of all.
+    Subset k does not depend on `draws`. Raises UsageError if there are too few prompts for the
+    subsets to differ.
     """
     if draws == 1 and prompts_per_draw is None:
         return [list(prompts)]

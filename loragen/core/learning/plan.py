@@ -1,7 +1,7 @@
-"""What a generator learns from and what it is trained for, before anything is written.
+"""The plan of a generator's training: its sources and its objective. Nothing is written yet.
 
 `make_plan` checks that the sources fit together and chooses the objective; `make_phases` turns the
-objective, or several in a row, into optimizer steps with learning rates.
+objective, or several in a row, into phases: optimizer steps with learning rates.
 """
 
 import logging
@@ -28,13 +28,13 @@ class Plan:
     """The sources of a training and its objective."""
 
     config: GenTrainConfig
-    """With an objective in place of `auto`."""
+    """The configuration, with an objective in place of `auto`."""
     sources: list[TrainingSource]
     val_sources: list[TrainingSource]
-    """Datasets that only validate."""
+    """Datasets for validation alone."""
     layout: Layout
     reason: str
-    """Why this objective."""
+    """Why this objective was chosen."""
 
     @property
     def base_model(self) -> str:
@@ -58,13 +58,13 @@ class Plan:
 def make_plan(config: GenTrainConfig, found: Sources) -> Plan:
     """Checks that the sources fit together, derives the layout and chooses the objective.
 
-    Raises UsageError or DataError where the sources do not fit together, UsageError where the
-    configured objective cannot be trained on them.
+    Raises UsageError or DataError if the sources do not fit together, UsageError if the configured
+    objective cannot be trained on them.
     """
     sources, val_sources = found.training, found.validation
     both = [*sources, *val_sources]
     for source in both:
-        _ = source.prompts, source.provenance  # raise where the dataset has changed
+        _ = source.prompts, source.provenance  # these raise if the dataset has changed
         if source.base_model != sources[0].base_model:
             raise DataError(
                 f"{source.name} was trained on {source.base_model}, {sources[0].name} on "
@@ -96,9 +96,9 @@ def make_plan(config: GenTrainConfig, found: Sources) -> Plan:
 
 
 def choose_objective(config: GenTrainConfig, sources: Sequence[TrainingSource]) -> tuple[str, str]:
-    """Returns `training.objective`, and for `auto` the first one that can be trained; and why.
+    """Returns `training.objective`, or for `auto` the first that can be trained, and the reason.
 
-    Raises UsageError where the configured one cannot.
+    Raises UsageError if the configured objective, or every one of `auto`, cannot be trained.
     """
 
     def obstacle(phases: str) -> str | None:
@@ -115,7 +115,7 @@ def choose_objective(config: GenTrainConfig, sources: Sequence[TrainingSource]) 
         problem = obstacle(automatic.phases)
         if problem is None:
             others = [f"no {phases}: {why}" for phases, why in refused.items()]
-            if len(set(refused.values())) == 1 < len(refused):  # the same for all before it
+            if len(set(refused.values())) == 1 < len(refused):  # the same reason for all
                 return automatic.phases, next(iter(refused.values()))
             return automatic.phases, "; ".join([automatic.reason, *others])
         refused[automatic.phases] = problem
@@ -123,7 +123,7 @@ def choose_objective(config: GenTrainConfig, sources: Sequence[TrainingSource]) 
 
 
 def automatic_objectives() -> list[Automatic]:
-    """Returns what `auto` may stand for, of all installed objectives, the first choice first."""
+    """Returns the values that `auto` may stand for, of all installed objectives, in their order."""
     found = []
     for name in names("objective"):
         try:
@@ -147,22 +147,22 @@ def with_objective(config: GenTrainConfig, objective: str) -> GenTrainConfig:
 
 @dataclass(frozen=True)
 class Phase:
-    """Some optimizer steps of a training, for one objective."""
+    """The optimizer steps of a training that minimise one objective."""
 
     name: str
     objective: Objective
     steps: int
     schedule: Schedule
-    """Counts the steps of the phase."""
+    """The schedule of the phase, whose steps it counts from 1."""
 
 
 @dataclass(frozen=True)
 class Phases:
-    """All optimizer steps of a training, whatever part of it has been done already."""
+    """All optimizer steps of a training, also those that a resumed run has done already."""
 
     phases: Sequence[Phase]
     steps_per_epoch: int
-    """Steps of reconstruction in which every checkpoint comes once."""
+    """Steps of reconstruction in which every checkpoint is drawn once."""
 
     def __iter__(self) -> Iterator[Phase]:
         return iter(self.phases)
@@ -180,9 +180,9 @@ class Phases:
         return self.phases[-1]
 
     def at(self, step: int) -> tuple[Phase, int]:
-        """Returns the phase of optimizer step `step`, counted from 1, and the step within it.
+        """Returns the phase of optimizer step `step` and the step within it, both counted from 1.
 
-        After the last step it is the last one.
+        After the last step, these are the last phase and its last step.
         """
         for phase in self.phases:
             if step <= phase.steps:
@@ -191,18 +191,18 @@ class Phases:
         return self.last, self.last.steps
 
     def rate(self, step: int) -> Rate:
-        """Returns the rate of step `step`, counted from 1. (LambdaLR also asks for the one after
-        the last.)"""
+        """Returns the rate of step `step`, counted from 1; LambdaLR also reads the one after the
+        last."""
         phase, within = self.at(step)
         return phase.schedule(within, phase.steps)
 
     def epochs(self, step: int) -> float:
-        """Returns how often every checkpoint would have been seen after `step` steps."""
+        """Returns how often every checkpoint is drawn in `step` steps of reconstruction."""
         return step / self.steps_per_epoch
 
 
 def make_phases(config: GenTrainConfig, data: Any) -> Phases:
-    """Makes the configured objectives for the `TrainingData`, with their steps and schedules."""
+    """Creates the configured objectives for the `TrainingData`, with their steps and schedules."""
     limit, phases = config.trainer.limit_train_batches, []
     for name in config.training.phases:
         options = config.training.objective_options.get(name, {})
@@ -210,17 +210,18 @@ def make_phases(config: GenTrainConfig, data: Any) -> Phases:
         steps = objective.steps
         if isinstance(limit, float):
             steps = ceil(steps * min(limit, 1.0))
-        elif limit:  # of micro-batches
+        elif limit:  # a number of micro-batches
             steps = min(steps, ceil(limit / config.trainer.accumulate_grad_batches))
         phases.append(Phase(name, objective, steps, _schedule(config, objective.learning_rate)))
     return Phases(phases, data.pairs().steps_per_epoch)
 
 
 def _schedule(config: GenTrainConfig, learning_rate: float) -> Schedule:
-    """`learning_rate` is for any schedule with a `learning_rate` left at its default."""
+    """Returns the configured schedule; `learning_rate` replaces its option of that name if it has
+    one, and that is left at its default."""
     options = config.schedule.options
-    known = find("schedule", config.schedule.name).Config.model_fields.get("learning_rate")
-    if known is not None and options.get("learning_rate", known.default) == known.default:
+    field = find("schedule", config.schedule.name).Config.model_fields.get("learning_rate")
+    if field is not None and options.get("learning_rate", field.default) == field.default:
         options = {**options, "learning_rate": learning_rate}
     schedule: Schedule = create("schedule", config.schedule.name, options)
     return schedule

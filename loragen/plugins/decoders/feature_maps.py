@@ -14,16 +14,16 @@ Shape = tuple[int, int, int]
 
 
 class FeatureMaps(nn.Module):
-    """``[B, prompts, positions, dim]`` -> ``[B, tokens, token_dim]`` through the given shapes.
+    """Maps ``[B, prompts, positions, dim]`` to ``[B, tokens, token_dim]`` through the given shapes.
 
-    Parameters: each block has ``2 k² (C C' + L L') + k² N N'``, which for the last block grows
-    with the tokens; its memory is that of a few maps ``N' L' C'``.
+    Each block has ``2 k² (C C' + L L') + k² N N'`` parameters, which for the last block grow with
+    the tokens; its memory is that of a few maps ``N' L' C'``.
     """
 
     def __init__(
         self, shapes: Sequence[Shape], condition_dim: int, kernel: int, tokens: int, token_dim: int
     ) -> None:
-        """Raises ValueError where the last map has fewer values than the tokens."""
+        """Raises ValueError if the last map has fewer values than the tokens."""
         super().__init__()
         last = shapes[-1][0] * shapes[-1][1] * shapes[-1][2]
         if last < tokens * token_dim:
@@ -49,7 +49,7 @@ class FeatureMaps(nn.Module):
 
 
 class FitCondition(nn.Module):
-    """Any number of prompts and positions -> ``[B, N, L, C]``.
+    """Maps any number of prompts and positions to ``[B, N, L, C]``.
 
     Too few are repeated in turn, too many are averaged in turn; masked ones are ignored.
     """
@@ -71,10 +71,10 @@ class FitCondition(nn.Module):
 
 
 def round_robin(mask: Tensor, slots: int) -> Tensor:
-    """Averaging weights ``[..., slots, items]`` that distribute the valid items over the slots.
+    """Returns averaging weights ``[..., slots, items]`` that distribute valid items over slots.
 
-    `mask` is ``[..., items]`` bool. Slot i averages the items i, i + slots, ...; where there are
-    fewer items than slots, slot i has the item ``i mod items``.
+    `mask` is ``[..., items]`` bool. Slot i averages the items i, i + slots, ...; if there are fewer
+    items than slots, slot i has the item ``i mod items``.
     """
     order = mask.cumsum(-1) - 1  # (..., items): index among the valid items
     count = mask.sum(-1, keepdim=True).clamp(min=1, max=slots)  # (..., 1)
@@ -111,11 +111,11 @@ class MapBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         def over_width(conv: nn.Conv2d, x: Tensor) -> Tensor:
-            """C as channels over the plane (N, L): channels last needs no copy."""
+            """Convolves with C as channels over the plane (N, L), channels last, without a copy."""
             return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
         def over_rows(conv: nn.Conv2d, x: Tensor) -> Tensor:
-            """L as channels over the plane (N, C)."""
+            """Convolves with L as channels over the plane (N, C)."""
             return conv(x.transpose(1, 2)).transpose(1, 2)
 
         x = self.norm(x)  # (B, N, L, C)

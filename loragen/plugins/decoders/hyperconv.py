@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from loragen.core.protocols import Samples, TokenGrid
 from loragen.plugins.decoders.feature_maps import FeatureMaps
 
-FEWEST_DIRECTIONS, MOST_DIRECTIONS = 4, 32
-FIRST_PENALTY = 0.3
+MIN_DIRECTIONS, MAX_DIRECTIONS = 4, 32
+INITIAL_PENALTY = 0.3
 EPSILON = 1e-6
 CHUNK = 2**24  # values of all samples at a time: 64 MiB in float32
 
@@ -33,19 +33,19 @@ class HyperConv(nn.Module):
     directions of weight space::
 
         read      [B, prompts, positions, dim] -> each prompt on its own, averaged -> [B, hidden]
-        expand    [B, N, L, C]   the condition, plus what each cell adds of its own
+        expand    [B, N, L, C]   the condition, plus a learned vector of each cell
         blocks    [B, N, L, C]   ConvW (mixes channels) -> ConvH (along the layers) -> ConvL (along
                                  the kinds), residual, normalised
         steer     [B, N, L, R]   coefficients: common to all cells, plus each cell's correction
         project   [B, tokens, token_dim]   sum over the directions of a cell's tokens
 
     The directions start as the principal components of the collected adapters (`start_from`), so
-    training begins where a linear model of the collection ends. Parameters: the directions have
-    ``R · tokens · token_dim``; `rank: auto` takes as many as `max_parameters` allows, between 4 and
-    32. Everything else is a few million, whatever the size of the adapter.
+    training begins with a linear model of the collection. The directions have
+    ``R · tokens · token_dim`` parameters; `rank: auto` uses as many directions as `max_parameters`
+    allows, between 4 and 32. The other parameters are a few million for any adapter.
 
     Transfer (`predict`) trains `read` and the penalty λ of a ridge regression from the readings of
-    other datasets ``X [D, F]`` to their coefficients ``Y [D, R]``; the corrections stay 0::
+    the support set ``X [D, F]`` to its coefficients ``Y [D, R]``; the corrections stay 0::
 
         W = X₁ᵀ (X₁ X₁ᵀ / F + λ I)⁻¹ Y / F      X₁ = [X, 1]
     """
@@ -85,7 +85,7 @@ class HyperConv(nn.Module):
             return self
 
     def __init__(self, config: Config, condition_dim: int, grid: TokenGrid) -> None:
-        """Raises ValueError where the last of `shapes` has too few values."""
+        """Raises ValueError if the last of `shapes` has too few values."""
         super().__init__()
         self.body: FeatureMaps | CellMap
         if config.shapes:
@@ -103,7 +103,7 @@ class HyperConv(nn.Module):
 
     @torch.no_grad()
     def start_from(self, samples: Samples) -> None:
-        """Sets the directions to the samples' principal components; surplus ones stay small."""
+        """Sets the directions to the samples' principal components; the others stay small."""
         if isinstance(self.body, CellMap):
             directions = self.body.project.directions
             found = principal_directions(samples, directions.shape[1])  # (tokens, R', token_dim)
@@ -115,7 +115,7 @@ class HyperConv(nn.Module):
         return None if config.shapes else ("body.read.", "body.steer.ridge.")
 
     def coordinates(self, samples: Samples) -> Tensor:
-        """The coefficients of the mixture of directions that is closest to each sample."""
+        """Returns the coefficients of the directions that approximate each sample best."""
         return coordinates_along(self._cells.project.directions.detach(), samples)
 
     def predict(
@@ -161,7 +161,7 @@ class CellMap(nn.Module):
             num_directions = config.rank
         else:
             allowed = config.max_parameters // (grid.tokens * grid.token_dim)
-            num_directions = min(max(allowed, FEWEST_DIRECTIONS), MOST_DIRECTIONS)
+            num_directions = min(max(allowed, MIN_DIRECTIONS), MAX_DIRECTIONS)
         self.read = ConditionReader(condition_dim, 2 * width, config.dropout)
         self.expand = Expander(2 * width, (*shape, width))
         self.blocks = nn.ModuleList(
@@ -183,7 +183,7 @@ class CellMap(nn.Module):
         tokens, num_directions, dim = self.project.directions.shape
         why = "as configured (rank)"
         if self.config.rank == "auto":
-            limits = f"{FEWEST_DIRECTIONS} to {MOST_DIRECTIONS}"
+            limits = f"{MIN_DIRECTIONS} to {MAX_DIRECTIONS}"
             most = self.config.max_parameters
             why = f"max_parameters {most:,} over that, within {limits} (rank: auto)"
         then = "train (train_directions)"
@@ -200,11 +200,11 @@ class CellMap(nn.Module):
 
 
 class ConditionReader(nn.Module):
-    """A set of prompts -> one vector, whatever their number and order.
+    """Maps a set of prompts to one vector, which does not depend on their order.
 
-    Each prompt is read on its own and the readings are averaged, so that a few prompts that the
-    encoder maps oddly have little weight. A reading is linear, plus the output of a hidden layer
-    that starts at zero: what is new in a prompt is mostly a new mixture of what was seen.
+    Each prompt is read on its own and the readings are averaged, so that a few unusual prompts have
+    little weight. A reading is linear, plus the output of a hidden layer that starts at zero: a new
+    prompt is mostly a mixture of prompts seen in training.
     """
 
     def __init__(self, dim: int, hidden: int, dropout: float) -> None:
@@ -225,7 +225,7 @@ class ConditionReader(nn.Module):
 
 
 class Expander(nn.Module):
-    """A vector in every cell of the map ``(N, L, C)``, plus a learned vector of the cell."""
+    """Maps a vector to every cell of the map ``(N, L, C)``, plus a learned vector of the cell."""
 
     def __init__(self, hidden: int, shape: tuple[int, int, int]) -> None:
         super().__init__()
@@ -239,8 +239,7 @@ class Expander(nn.Module):
 class HyperConvBlock(nn.Module):
     """ConvW -> ConvH -> ConvL on ``[B, N, L, C]``, each mixing the axis it is named after.
 
-    It starts as the identity: the last convolution is zero at first, so that depth costs nothing
-    until it helps.
+    It starts as the identity, because the last layer is initialised to zero.
     """
 
     def __init__(self, width: int, kernel: int) -> None:
@@ -264,7 +263,7 @@ class HyperConvBlock(nn.Module):
 class AxisConv(nn.Module):
     """A depthwise convolution along one axis of ``[B, N, L, C]``, zero beyond the border.
 
-    Written as shifted multiply-adds: with channels last this needs no transpose and is faster on
+    It computes shifted multiply-adds, which with channels last need no transpose and are faster on
     a CPU than a grouped convolution.
     """
 
@@ -288,7 +287,7 @@ class AxisConv(nn.Module):
 class Steering(nn.Module):
     """The coefficients of the directions: common to all cells at first, then corrected by cell.
 
-    The common ones are learned, or fitted to other datasets by ridge regression (transfer).
+    The common ones are learned, or fitted to a support set by ridge regression (transfer).
     """
 
     def __init__(self, hidden: int, width: int, num_directions: int) -> None:
@@ -310,7 +309,7 @@ class Ridge(nn.Module):
     def __init__(self, features: int) -> None:
         super().__init__()
         self.features = features
-        self.log_penalty = nn.Parameter(torch.tensor(math.log(FIRST_PENALTY)))
+        self.log_penalty = nn.Parameter(torch.tensor(math.log(INITIAL_PENALTY)))
 
     def forward(self, readings: Tensor, coefficients: Tensor) -> Tensor:
         """Maps ``readings [D, F]`` and ``coefficients [D, R]`` to weights ``[F + 1, R]``.
@@ -330,13 +329,14 @@ class Ridge(nn.Module):
 
 
 def with_constant(features: Tensor) -> Tensor:
-    """``[D, F]`` -> ``[D, F + 1]`` with a column of ones, in float32 at least for the solver."""
+    """Appends a column of ones to ``[D, F]``; returns float32 at least, for the solver."""
     wide = features.to(torch.promote_types(features.dtype, torch.float32))
     return torch.cat([wide, wide.new_ones(len(wide), 1)], dim=1)
 
 
 class Directions(nn.Module):
-    """Coefficients ``[B, N, L, R]`` times the directions of each token, ``[tokens, R, dim]``."""
+    """Multiplies coefficients ``[B, N, L, R]`` by the directions of each token, ``[tokens, R,
+    token_dim]``."""
 
     cell: Tensor
 
@@ -368,10 +368,10 @@ def cells_of(grid: TokenGrid) -> tuple[np.ndarray, tuple[int, int]]:
 def principal_directions(samples: Samples, most: int) -> Tensor:
     """Returns at most `most` principal components, ``[tokens, components, token_dim]``.
 
-    The strongest comes first. Each is scaled by its standard deviation over the samples, so that a
-    coefficient of 1 is a typical distance. Computed from the samples' inner products (S x S):
-    memory holds the result and one chunk, whatever the number of samples. There are fewer
-    components where the samples span fewer dimensions.
+    They are sorted by variance, the largest first, and scaled by their standard deviation over the
+    samples, so that a coefficient of 1 is a typical distance. They are computed from the samples'
+    inner products (S x S), with the result and one chunk in memory. There are fewer components if
+    the samples span fewer dimensions.
     """
     count, tokens, dim = samples.shape
     step = max(1, CHUNK // (count * dim))
@@ -392,8 +392,8 @@ def principal_directions(samples: Samples, most: int) -> Tensor:
 
 
 def coordinates_along(directions: Tensor, samples: Samples) -> Tensor:
-    """Returns ``[S, R]``: the mixture of ``directions [tokens, R, token_dim]`` closest to each
-    sample, by least squares. Memory holds the result and one chunk; samples are on the CPU."""
+    """Returns ``[S, R]``: the coefficients of ``directions [tokens, R, token_dim]`` that give each
+    sample by least squares. Memory holds the result and one chunk, on the CPU."""
     count, tokens, dim = samples.shape
     num_directions = directions.shape[1]
     step = max(1, CHUNK // (count * dim))

@@ -21,8 +21,8 @@ PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d
 class SentenceBert(nn.Module):
     """Embeddings from a sentence-transformers model: one per text, or one per token.
 
-    `all-MiniLM-L6-v2` comes from the extra `loragen[offline]` where that is installed (its weights
-    are accepted only with the published sha256), otherwise from the hub. Texts beyond the model's
+    `all-MiniLM-L6-v2` comes from the extra `loragen[offline]` if that is installed (its weights are
+    accepted only with the published sha256), otherwise from the hub. Texts beyond the model's
     maximum length (256 tokens for all-MiniLM-L6-v2) are truncated at their end.
     """
 
@@ -51,7 +51,7 @@ class SentenceBert(nn.Module):
         unreachable = None if isinstance(source, Path) else hub_problem()
         local = isinstance(source, Path) or unreachable is not None
         bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()  # of loading weights, which takes a moment
+        logging.disable_progress_bar()  # loading the weights takes a moment
         try:
             model = SentenceTransformer(str(source), device="cpu", local_files_only=local)
         except (OSError, ValueError) as error:
@@ -66,7 +66,8 @@ class SentenceBert(nn.Module):
                 logging.enable_progress_bar()
         self.model = model.requires_grad_(not config.frozen).eval()
         for name, parameter in self.model.named_parameters():
-            if ".pooler." in name:  # BERT's own pooler: its output is unused, and DDP would wait
+            # The output of BERT's own pooler is unused: DDP would wait for its gradients.
+            if ".pooler." in name:
                 parameter.requires_grad_(False)
 
     @property
@@ -91,7 +92,7 @@ class SentenceBert(nn.Module):
     def forward(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Returns embeddings ``[texts, positions, dim]`` float32, and a mask ``[texts, positions]``
         that is False on the padding of shorter texts."""
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # for less padding
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # reduces padding
         rows: dict[int, Tensor] = {}
         for first in range(0, len(texts), self.config.batch_size):
             chosen = order[first : first + self.config.batch_size]
@@ -123,7 +124,8 @@ class SentenceBert(nn.Module):
 
 
 def _source(model: str) -> str | Path:
-    """Returns a directory (the user's or the packaged one), or a hub id."""
+    """Returns a directory (the user's or the packaged one), or a hub id. Raises LoragenError if the
+    directory is missing or the packaged weights are not the published ones."""
     path = user_path(model)
     if path.is_dir():
         return path

@@ -1,10 +1,10 @@
-"""SwanLab in a process of its own, so that nothing it does can hold up training.
+"""SwanLab in a process of its own, so that it cannot block training.
 
 SwanLab waits for its service without a limit (75 seconds for a silent host at the start, for ever
 at the end), keeps a global lock while it waits, prints on stdout, and installs handlers for Ctrl+C,
-exceptions and the exit of the interpreter. A process can be given a deadline and be ended.
+exceptions and the exit of the interpreter. A process can be killed after a timeout.
 
-Both sides speak JSON lines: the parent writes the arguments of `swanlab.init`, then metrics, then
+Both sides exchange JSON lines: the parent writes the arguments of `swanlab.init`, metrics, and then
 the final state; the child answers once, when the run is open or has failed to open. Everything else
 that the child prints is SwanLab's own output.
 """
@@ -25,7 +25,7 @@ from typing import Any
 from loragen.core.errors import LoragenError
 
 ANSWER = "loragen: "
-"""Starts the line with which the child answers."""
+"""The prefix of the line with which the child answers."""
 
 # SwanLab parses the first two as groups of settings and refuses to start. The values of all three
 # reach it as arguments.
@@ -38,8 +38,8 @@ class SwanLabProcess:
     """One run, recorded by a child process. The constructor returns when the run is open."""
 
     def __init__(self, arguments: Mapping[str, Any], seconds: float) -> None:
-        """Raises LoragenError where SwanLab refuses to start or has not started after `seconds`;
-        nothing of the run is left on the disk then."""
+        """Raises LoragenError if SwanLab refuses to start or has not started after `seconds`; the
+        files of the run are deleted then."""
         self.run_id = self.sync_command = ""
         self.url: str | None = None
         self._warned, self._last_message = False, ""
@@ -48,7 +48,7 @@ class SwanLabProcess:
         before = set(directory.iterdir())
         environment = {name: os.environ[name] for name in os.environ if name not in HIDDEN}
         environment |= {
-            "COLUMNS": "10000",  # a message is a line
+            "COLUMNS": "10000",  # so that a message is one line
             "PYTHONIOENCODING": "utf-8",
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # imports what the parent does
         }
@@ -60,8 +60,8 @@ class SwanLabProcess:
             env=environment,
             encoding="utf-8",
             errors="replace",
-            start_new_session=True,  # Ctrl+C is for the parent alone to handle
-            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # ... on Windows
+            start_new_session=True,  # only the parent receives Ctrl+C
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # same on Windows
         )
         self._reader = threading.Thread(target=self._read_output, daemon=True)
         self._reader.start()
@@ -81,11 +81,11 @@ class SwanLabProcess:
                 shutil.rmtree(path, ignore_errors=True)
             raise LoragenError(": ".join(filter(None, (answer["error"], self._last_message))))
         self.run_id, self.url = answer["id"], answer["url"]
-        # Without the id, SwanLab would upload it as another run.
+        # Without the id, SwanLab would upload the files as another run.
         self.sync_command = f"swanlab sync --id {self.run_id} {answer['dir']}"
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Raises OSError where the process has ended."""
+        """Sends the metrics. Raises OSError if the process has ended."""
         self._send({"step": step, "metrics": {name: float(metrics[name]) for name in metrics}})
 
     def finish(self, state: str, error: str | None, seconds: float) -> None:
@@ -104,7 +104,7 @@ class SwanLabProcess:
         self._process.stdin.flush()
 
     def _read_output(self) -> None:
-        """Runs in a thread until the process ends."""
+        """Reads the child's output, in a thread, until the process ends."""
         assert self._process.stdout is not None
         opened = False
         for line in self._process.stdout:
@@ -118,8 +118,8 @@ class SwanLabProcess:
         self._answers.put(None)
 
     def _warn(self, reason: str) -> None:
-        """Shows the first of SwanLab's warnings: they come with every batch that a full disk or a
-        dead network refuses."""
+        """Logs the first of SwanLab's warnings; a full disk or a dead network causes one for every
+        batch."""
         if not self._warned:
             self._warned = True
             remedy = f"; `{self.sync_command}` uploads what is missing" if self.url else ""
@@ -133,8 +133,8 @@ class SwanLabProcess:
 
 
 def record_run() -> None:
-    """The child: opens the run, logs the metrics that arrive, and finishes with the given state, or
-    as crashed where the parent ends without one."""
+    """Runs in the child: opens the run, logs the metrics that arrive, and finishes with the given
+    state, or as crashed if the parent ends without one."""
     arguments = json.loads(sys.stdin.readline())
     try:
         import swanlab
@@ -157,7 +157,7 @@ def record_run() -> None:
             run.finish(**message)
             return
         run.log(message["metrics"], step=message["step"])
-    # The parent has ended. SwanLab prints when it finishes, and nobody reads that any more.
+    # The parent has ended, so nobody reads the output that SwanLab prints when it finishes.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)

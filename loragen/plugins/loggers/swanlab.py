@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 DIRECTORY = "swanlab_logs"
 ONLINE_SECONDS = 10.0
-"""How long training waits at its start for the service to open the run."""
+"""Timeout for the service to open the run, when training starts."""
 DISK_SECONDS = 60.0
-"""How long it waits for a run that needs no service; only a stalled disk takes that long."""
+"""Timeout to open a run that needs no service; only a stalled disk takes that long."""
 UPLOAD_SECONDS = 60.0
-"""How long it waits at its end for what is not uploaded yet."""
+"""Timeout for the upload of the remaining metrics, when training ends."""
 STATES = {"success": "success", "failed": "crashed", "interrupted": "aborted"}
-"""Our words for the end of a run -> SwanLab's."""
+"""The status of a run -> SwanLab's state."""
 Mode = Literal["online", "cloud", "local", "offline", "disabled"]
 
 log = logging.getLogger(__name__)
@@ -33,10 +33,10 @@ log = logging.getLogger(__name__)
 class SwanLab:
     """Records a run with SwanLab below `<run directory>/swanlab_logs/`.
 
-    Offline runs are uploaded later with `swanlab sync`. A service that does not answer within ten
-    seconds costs one warning and the run is recorded offline; training never waits for it longer.
-    What SwanLab would capture beyond metrics and configuration (terminal, packages, git, hardware
-    use) stays off.
+    Offline runs are uploaded later with `swanlab sync`. If a service does not answer within ten
+    seconds, a warning is logged and the run is recorded offline; training never waits longer.
+    SwanLab's capture of anything but metrics and configuration (terminal, packages, git, hardware
+    use) is off.
     """
 
     class Config(BaseModel, extra="forbid"):
@@ -71,7 +71,7 @@ class SwanLab:
     def open(self, run: RunInfo) -> Logger:
         mode = self._mode
         if mode == "local" and find_spec("swanboard") is None:
-            # SwanLab would record for the dashboard all the same, which would never list the run.
+            # SwanLab would record without an error, but no dashboard could list the run.
             mode = "offline"
             log.warning(
                 "SwanLab's local dashboard is not installed (pip install 'swanlab[dashboard]'); "
@@ -79,7 +79,18 @@ class SwanLab:
             )
         directory = run.directory / DIRECTORY
         directory.mkdir(parents=True, exist_ok=True)
-        arguments = {**self._arguments(run), "log_dir": str(directory)}
+        config, environment = self.config, os.environ
+        arguments: dict[str, Any] = {
+            "project": config.project or environment.get("SWANLAB_PROJECT") or run.project,
+            "workspace": config.workspace or environment.get("SWANLAB_WORKSPACE") or None,
+            "name": config.experiment_name or environment.get("SWANLAB_EXPERIMENT") or run.name,
+            "description": config.description,
+            "tags": config.tags,
+            "config": dict(run.config),
+            "log_dir": str(directory),
+        }
+        if run.resume_id is not None:
+            arguments |= {"id": run.resume_id, "resume": "allow"}
         reason = None
         if mode == "online":
             try:
@@ -112,24 +123,10 @@ class SwanLab:
             error = None if status == "success" else status
             process.finish(STATES[status], error, UPLOAD_SECONDS)
 
-    def _arguments(self, run: RunInfo) -> dict[str, Any]:
-        """Of `swanlab.init`, where to record aside."""
-        config, environment = self.config, os.environ
-        arguments: dict[str, Any] = {
-            "project": config.project or environment.get("SWANLAB_PROJECT") or run.project,
-            "workspace": config.workspace or environment.get("SWANLAB_WORKSPACE") or None,
-            "name": config.experiment_name or environment.get("SWANLAB_EXPERIMENT") or run.name,
-            "description": config.description,
-            "tags": config.tags,
-            "config": dict(run.config),
-        }
-        if run.resume_id is not None:
-            arguments |= {"id": run.resume_id, "resume": "allow"}
-        return arguments
-
 
 def _lightning_logger(process: SwanLabProcess) -> Logger:
-    """Lightning is imported here, when a run opens, and not to validate a configuration."""
+    """Returns a Lightning logger. Lightning is imported only here, when a run opens, because a
+    configuration is validated without it."""
     from lightning.pytorch.loggers import Logger
 
     class SwanLabLogger(Logger):
@@ -140,6 +137,6 @@ def _lightning_logger(process: SwanLabProcess) -> Logger:
             process.log_metrics(metrics, step or 0)
 
         def log_hyperparams(self, *_: Any, **__: Any) -> None:
-            """The configuration was passed on when the run was opened."""
+            """Does nothing: the configuration was recorded when the run was opened."""
 
     return SwanLabLogger()

@@ -29,34 +29,31 @@ class TensorBoard:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self._logger: TensorBoardLogger | None = None
 
     def open(self, run: RunInfo) -> TensorBoardLogger:
         from lightning.pytorch.loggers import TensorBoardLogger
 
         _silence_writer_threads()
-        self._logger = TensorBoardLogger(
+        return TensorBoardLogger(
             save_dir=run.directory / DIRECTORY,
-            name="",  # with the empty version: straight into the directory, no lightning_logs/
+            name="",  # with an empty version, there is no subdirectory lightning_logs/version_0
             version="",
             default_hp_metric=False,
             flush_secs=self.config.flush_secs,
             purge_step=run.resume_step + 1 if run.resume_step else None,
         )
-        return self._logger
 
     @property
     def run_id(self) -> str | None:
-        """None: no service knows the run by an id."""
+        """None, because there is no service."""
         return None
 
     def close(self, status: Status) -> None:
-        if self._logger is not None:
-            self._logger.finalize(status)
+        """Does nothing: Lightning's `finalize` has closed the files."""
 
 
 def _silence_writer_threads() -> None:
-    """Suppresses the traceback that TensorBoard's writer thread prints where it cannot write; the
+    """Suppresses the traceback that TensorBoard's writer thread prints if it cannot write; the
     error is raised again, and handled, when the next point is logged."""
     previous = threading.excepthook
     if previous.__module__ == __name__:

@@ -17,7 +17,7 @@ class Constant:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def __call__(self, step: int, total_steps: int) -> Rate:  # noqa: ARG002  # the protocol's
+    def __call__(self, step: int, total_steps: int) -> Rate:  # noqa: ARG002  # the signature of Schedule
         return Rate(self.config.learning_rate, stage=1)
 
 

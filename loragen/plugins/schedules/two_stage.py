@@ -20,7 +20,7 @@ class TwoStage:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def __call__(self, step: int, total_steps: int) -> Rate:  # noqa: ARG002  # the protocol's
+    def __call__(self, step: int, total_steps: int) -> Rate:  # noqa: ARG002  # the signature of Schedule
         if step <= self.config.stage1_steps:
             return Rate(self.config.learning_rate_stage1, stage=1)
         return Rate(self.config.learning_rate_stage2, stage=2)

@@ -122,7 +122,7 @@ def test_padding_does_not_count():
 
 def test_it_is_the_same_from_its_state():
     first = fitted(0, 1)
-    again = Familiarity(**first.state())
+    again = Familiarity(**vars(first))
     assert distance(first, texts(2, 4, seed=1)) == distance(again, texts(2, 4, seed=1))
 
 

@@ -122,8 +122,10 @@ def test_merged_models_answer_as_the_base_with_the_adapter(generator, base_dir, 
     ("changes", "words"),
     [
         ({}, ("out of distribution", "1.7", "'a'")),
-        ({"far": False, "vague": True, "prompts_per_draw": 4}, ("4 prompts", "at least 64")),
-        ({"far": False, "vague": True, "prompts_per_draw": 1}, ("1 prompt is", "at least 64")),
+        (
+            {"far": False, "vague": True, "prompts_per_draw": 4},
+            ("too few prompts", "(4)", "at least 64"),
+        ),
     ],
 )
 def test_prompts_unlike_those_of_the_training_are_warned_of(changes, words):
