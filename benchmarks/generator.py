@@ -172,12 +172,12 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
 def _config(job: dict[str, Any]) -> Any:
     from loragen.core.adapter.layout import Layout
     from loragen.core.config import GenTrainConfig, Override, load
-    from loragen.core.run.checkpoints import read_tensors
+    from loragen.core.run.checkpoints import load_adapter
     from loragen.core.run.directory import find_checkpoints
 
     trained_on = [one for one in job["datasets"] if one["trained_on"]]
     first = find_checkpoints(Path(trained_on[0]["checkpoints"]))[0]
-    options = geometries(Layout.of(read_tensors(first), 384).tokens)[job["geometry"]]
+    options = geometries(Layout.of(load_adapter(first).tensors, 384).tokens)[job["geometry"]]
     ours = {
         "sources": [{key: one[key] for key in ("checkpoints", "prompts")} for one in trained_on],
         "decoder": {"name": "hyperconv", **options},
@@ -237,14 +237,14 @@ def _generate(job: dict[str, Any]) -> dict[str, Any]:
 def _judge(job: dict[str, Any]) -> dict[str, Any]:
     """Trains, then generates for prompts in other words, of datasets seen and not."""
     from loragen.core.generator.model import Generator
-    from loragen.core.run.checkpoints import read_tensors
+    from loragen.core.run.checkpoints import load_adapter
 
     told = _train(job)
     generator = Generator.load(told["run"])
     errors: dict[bool, list[float]] = {True: [], False: []}
     for one in job["datasets"]:
         layout, scale = generator.layout, generator.normalization.scale
-        truth = layout.pack(read_tensors(Path(one["truth"])))
+        truth = layout.pack(load_adapter(Path(one["truth"])).tensors)
         made = layout.pack(generator.generate(one["other_prompts"][: job["prompts"]]).tensors)
         error = ((made - truth) / scale).norm() / (
             (generator.normalization.mean - truth) / scale

@@ -229,9 +229,9 @@ def lora_export(
     refuse_existing(output, force, marker=MERGED_MARKER if merge else CONFIG_FILE)
 
     from loragen.core.adapter.export import export_adapter, export_merged, prepare_export
-    from loragen.core.run.checkpoints import is_known, read_checkpointed_adapter
+    from loragen.core.run.checkpoints import is_run_or_adapter, read_checkpointed_adapter
 
-    if is_known(checkpoint):
+    if is_run_or_adapter(checkpoint):
         adapter = read_checkpointed_adapter(checkpoint)
     else:
         from loragen.legacy.adapters import read_lone_adapter

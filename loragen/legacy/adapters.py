@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from pydantic import ValidationError
 
+from loragen.core.adapter import KEY_PREFIX
 from loragen.core.adapter.files import (
     Adapter,
     adapter_state,
@@ -24,7 +25,7 @@ from loragen.core.config.load import problems_of
 from loragen.core.config.schema import LoraSection
 from loragen.core.config.yaml_file import Loc
 from loragen.core.errors import ConfigError, DataError, UsageError
-from loragen.legacy.checkpoints import PREFIX, Shapes, read_legacy_checkpoint, shapes_of
+from loragen.legacy.checkpoints import Shapes, read_legacy_checkpoint, shapes_of
 from loragen.legacy.experiments import (
     LegacyRun,
     RecordedSetting,
@@ -132,7 +133,7 @@ def infer_lora(settings: RecordedSettings, shapes: Shapes, path: Path) -> Inferr
 
 def _possible_targets(keys: dict[str, int]) -> list[list[str]]:
     """Returns candidates of `target_modules`: names if all layers have the same, and full paths."""
-    paths = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in keys]
+    paths = [key.removeprefix(KEY_PREFIX).removesuffix(".lora_A.weight") for key in keys]
     layers: dict[str, set[str]] = {}
     for path in paths:
         layer = next((part for part in path.split(".") if part.isdigit()), "")

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loragen.core.adapter import KEY_PREFIX
 from loragen.core.adapter.files import shape_mismatch
 from loragen.core.errors import DataError, LoragenError, listing
 from loragen.core.run.checkpoints import load_weights_only
@@ -35,7 +36,6 @@ OPTIMIZER_KEYS = ("optimizer_state_dict", "optimizer", "optimizer_states")
 STEP_KEYS = ("global_step", "step")
 SETTINGS_KEYS = ("config", "hyper_parameters", "args")
 
-PREFIX = "base_model.model."
 """The prefix of every key in PEFT's files."""
 LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])(?:\.(?P<rest>.+))?")
 WRAPPER = re.compile(r"^(?:module\.|_orig_mod\.)+")
@@ -143,14 +143,14 @@ def _by_file_keys(found: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         matched = LORA_KEY.fullmatch(key)
         if matched is None or tensor.ndim != 2 or not tensor.is_floating_point():
             raise DataError(f"{path}: {key} is not a matrix of LoRA ('lora_A' or 'lora_B')")
-        _, prefix, module = matched["module"].rpartition(PREFIX)
+        _, prefix, module = matched["module"].rpartition(KEY_PREFIX)
         if not prefix:
             module = WRAPPER.sub("", module)
             while module.startswith("model.model."):  # the attribute of a wrapper
                 module = module.removeprefix("model.")
             module = f"model.{module}" if module.startswith("layers.") else module
         name = (matched["rest"] or "").removesuffix("weight").strip(".") or "default"
-        file_key = f"{PREFIX}{module}.lora_{matched['matrix']}.weight"
+        file_key = f"{KEY_PREFIX}{module}.lora_{matched['matrix']}.weight"
         adapters.setdefault(name, {})[file_key] = tensor
     if len(adapters) > 1 and "default" not in adapters:
         names = listing(sorted(adapters))

@@ -14,7 +14,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loragen.core.adapter import CONFIG_FILE
+from loragen.core.adapter import CONFIG_FILE, WEIGHTS_FILE
 from loragen.core.config.load import origin_of
 from loragen.core.config.yaml_file import Loc, dotted, leaves, read_yaml
 from loragen.core.errors import ConfigError, DataError, UsageError, listing
@@ -31,7 +31,7 @@ NOT_WEIGHTS = re.compile(
 )
 # What PEFT and the Hugging Face Trainer put into a directory, best first; models may be in shards.
 DIRECTORY_WEIGHTS = (
-    "adapter_model.safetensors",
+    WEIGHTS_FILE,
     "adapter_model.bin",
     "model.safetensors",
     "model-?????-of-?????.safetensors",

@@ -11,7 +11,7 @@ from loragen.core.adapter.files import read_adapter
 from loragen.core.config import LoraTrainConfig
 from loragen.core.errors import ConfigError, DataError, UsageError
 from loragen.core.files import sha256
-from loragen.core.run.checkpoints import load_weights_only, read_tensors
+from loragen.core.run.checkpoints import load_adapter, load_weights_only
 from loragen.core.run.directory import LoraManifest, checkpoint_name, read_manifest
 from loragen.legacy.convert import ConversionOptions, check_one_dataset, convert, convert_optimizer
 from loragen.legacy.experiments import find_runs
@@ -86,7 +86,7 @@ class TestRunDirectory:
         assert (config.lora.rank, config.lora.alpha) == (2, 4)
         assert (config.training.max_steps, config.checkpoints.first_step) == (8, 5)
         assert config.data.dataset == str(collection.file("colors"))
-        last = read_tensors(run / "checkpoints" / checkpoint_name(8))
+        last = load_adapter(run / "checkpoints" / checkpoint_name(8)).tensors
         assert equal(read_adapter(run / "adapter").tensors, last)
 
     def test_a_run_is_converted_once(self, legacy_run, options):

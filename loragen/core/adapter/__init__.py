@@ -3,5 +3,7 @@
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 """The two files of a PEFT adapter directory."""
+KEY_PREFIX = "base_model.model."
+"""The prefix of PEFT's file keys; a module's path in the base model follows it."""
 MERGED_MARKER = "loragen_export.json"
-"""The file by which a merged model that loragen wrote differs from any other model directory."""
+"""The file that only a merged model written by loragen has."""

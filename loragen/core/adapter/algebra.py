@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from loragen.core.adapter import KEY_PREFIX
 from loragen.core.files import natural_key
 
 Factors = tuple[Tensor, Tensor]
@@ -20,31 +21,38 @@ TargetForm = Literal["raw", "svd"]
 
 def modules(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Factors]]:
     """Yields (module path, (A, B)) of every linear module with both factors, layer by layer."""
+    for key_a, key_b in _factor_keys(tensors):
+        path = key_a.partition(".lora_A.")[0].removeprefix(KEY_PREFIX)
+        yield path, (tensors[key_a], tensors[key_b])
+
+
+def _factor_keys(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Yields the keys of A and B of every linear module with both factors, layer by layer."""
     for key in sorted(tensors, key=natural_key):
-        a, b = tensors[key], tensors.get(key.replace(".lora_A.", ".lora_B."))
-        if ".lora_A." in key and b is not None and a.ndim == b.ndim == 2:
-            yield key.partition(".lora_A.")[0].removeprefix("base_model.model."), (a, b)
+        other = key.replace(".lora_A.", ".lora_B.")
+        if other != key and other in tensors and tensors[key].ndim == tensors[other].ndim == 2:
+            yield key, other
 
 
 # ---------------------------------------------------------------------------- norms and angles
 
 
 def inner(first: Factors, second: Factors) -> float:
-    """⟨B₁A₁, B₂A₂⟩ = tr((B₁ᵀB₂)(A₂A₁ᵀ)), the Frobenius inner product."""
+    """Returns the Frobenius inner product, ⟨B₁A₁, B₂A₂⟩ = tr((B₁ᵀB₂)(A₂A₁ᵀ))."""
     (a1, b1), (a2, b2) = _float64(first), _float64(second)
     return float(torch.sum((b1.T @ b2) * (a1 @ a2.T)))
 
 
 def norm(factors: Factors) -> float:
-    """‖BA‖, the Frobenius norm."""
+    """Returns the Frobenius norm, ‖BA‖."""
     return sqrt(max(inner(factors, factors), 0.0))
 
 
 def distance(first: Factors, second: Factors) -> float:
-    """‖B₁A₁ - B₂A₂‖, the Frobenius distance.
+    """Returns the Frobenius distance, ‖B₁A₁ - B₂A₂‖.
 
-    Computed as the norm of B₁(A₁ - A₂) + (B₁ - B₂)A₂: two near factorisations differ by little, and
-    the difference of two large squares would lose it to cancellation.
+    It is computed as the norm of B₁(A₁ - A₂) + (B₁ - B₂)A₂, because the small difference of two
+    near factorisations would be lost by cancellation in a difference of two large squares.
     """
     (a1, b1), (a2, b2) = _float64(first), _float64(second)
     return norm((torch.cat([a1 - a2, a2]), torch.cat([b1, b1 - b2], dim=1)))
@@ -58,7 +66,8 @@ def inner_products(first: Sequence[Factors], second: Sequence[Factors]) -> Tenso
     """
 
     def stacked(several: Sequence[Factors]) -> tuple[Tensor, Tensor, Tensor]:
-        """(``[sum of ranks, in]``, ``[out, sum of ranks]``, the index of each row's owner)"""
+        """Returns all A ``[sum of ranks, in]``, all B ``[out, sum of ranks]``, and the index of
+        the factors to which each rank-1 component belongs, ``[sum of ranks]``."""
         wide = [_float64(factors) for factors in several]
         owners = torch.tensor([i for i, (a, _) in enumerate(wide) for _ in range(a.shape[0])])
         return torch.cat([a for a, _ in wide]), torch.cat([b for _, b in wide], dim=1), owners
@@ -73,10 +82,10 @@ def inner_products(first: Sequence[Factors], second: Sequence[Factors]) -> Tenso
 
 
 def singular_values(factors: Factors) -> Tensor:
-    """Returns ``[min(r, in, out)]`` float64, descending: the singular values of BA that may not be
-    zero; NaN where a factor is not finite.
+    """Returns the first min(r, in, out) singular values of BA, float64, descending; the others are
+    zero. They are NaN if a factor is not finite.
 
-    With B = Q_B R_B and Aᵀ = Q_A R_A, BA = Q_B (R_B R_Aᵀ) Q_Aᵀ: those of R_B R_Aᵀ.
+    With B = Q_B R_B and Aᵀ = Q_A R_A, BA = Q_B (R_B R_Aᵀ) Q_Aᵀ has the singular values of R_B R_Aᵀ.
     """
     a, b = _float64(factors)
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
@@ -87,19 +96,20 @@ def singular_values(factors: Factors) -> Tensor:
 
 
 def stable_rank(values: Tensor) -> float:
-    """‖ΔW‖² / σ₁² from the singular values: between 1 and the rank, hardly moved by small ones.
+    """Returns ‖ΔW‖² / σ₁² from the singular values: between 1 and the rank, hardly moved by small
+    ones; 0 if all are zero.
 
-    0 where all are zero. Rudelson & Vershynin 2007, "Sampling from large matrices".
+    Rudelson & Vershynin 2007, "Sampling from large matrices".
     """
     largest = float(values.max())
     return 0.0 if largest == 0 else float((values / largest).square().sum())
 
 
 def effective_rank(values: Tensor) -> float:
-    """exp of the entropy of σ / Σσ: the number of equal singular values of the same entropy.
+    """Returns the exponential of the entropy of σ / Σσ, which is the number of equal singular
+    values that have the same entropy; 0 if all are zero.
 
-    0 where all are zero. Roy & Vetterli 2007, "The effective rank: a measure of effective
-    dimensionality".
+    Roy & Vetterli 2007, "The effective rank: a measure of effective dimensionality".
     """
     total = float(values.sum())
     return 0.0 if total == 0 else float(torch.special.entr(values / total).sum().exp())
@@ -112,25 +122,22 @@ def in_form(tensors: Mapping[str, Tensor], form: TargetForm) -> dict[str, Tensor
     """Returns the tensors of an adapter in the form that a generator learns.
 
     `raw` keeps them. `svd` replaces the factors of every module by their `canonical` ones and keeps
-    the other tensors. B A = (B Q)(Q⁻¹ A) for any invertible Q: adapters that started from the same
-    weights stay comparable as they are, adapters of other origins only in a canonical form.
+    the other tensors. Because B A = (B Q)(Q⁻¹ A) for any invertible Q, only adapters that were
+    trained from the same initial weights are comparable without a canonical form.
     """
     found = dict(tensors)
     if form == "svd":
-        keys = {key.partition(".lora_A.")[0].removeprefix("base_model.model."): key
-                for key in tensors}  # fmt: skip
-        for name, (a, b) in modules(tensors):
-            key = keys[name]
-            found[key], found[key.replace(".lora_A.", ".lora_B.")] = canonical(a, b)
+        for key_a, key_b in _factor_keys(tensors):
+            found[key_a], found[key_b] = canonical(tensors[key_a], tensors[key_b])
     return found
 
 
 def canonical(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """A ``[r, in]`` and B ``[out, r]`` -> √S Vᵀ and U √S of B A = U S Vᵀ, in their own dtypes.
+    """Returns √S Vᵀ ``[r, in]`` and U √S ``[out, r]`` of B A = U S Vᵀ, in the dtypes of A and B.
 
-    Singular values descend, and the largest value of each row of A is positive: equal products give
-    equal factors, where the singular values differ. In r x r algebra: with B = Q_B R_B and
-    Aᵀ = Q_A R_A, the SVD is that of R_B R_Aᵀ between Q_B and Q_A.
+    Singular values descend, and the largest value of each row of A is positive: if the singular
+    values are distinct, equal products give equal factors. With B = Q_B R_B and Aᵀ = Q_A R_A, the
+    SVD is that of the r x r matrix R_B R_Aᵀ between Q_B and Q_A.
     """
     q_b, r_b = torch.linalg.qr(b.double())  # (out, k), (k, r)
     q_a, r_a = torch.linalg.qr(a.double().T)  # (in, k'), (k', r)

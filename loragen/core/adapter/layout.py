@@ -1,9 +1,10 @@
 """The layout: the tensors of any LoRA adapter <-> a grid of tokens, derived from the tensors.
 
-Every matrix is cut into tokens of `token_dim` values, rank component by rank component: lora_A
-``[r, in]`` row by row, lora_B ``[out, r]`` column by column, so that neighbouring values of a token
-belong to one rank-1 component. The last token of a matrix is padded with zeros, under the mask.
-Packing and unpacking only move values: they are exact, bit for bit.
+A token of an adapter is a chunk of `token_dim` of its values; it has nothing to do with the tokens
+of a text. Every matrix is cut into tokens rank component by rank component: lora_A ``[r, in]`` row
+by row, lora_B ``[out, r]`` column by column, so that neighbouring values of a token belong to one
+rank-1 component. The last token of a matrix is padded with zeros, which the mask excludes. Packing
+and unpacking only move values, so they are exact, bit for bit.
 """
 
 import re
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loragen.core.adapter import KEY_PREFIX
 from loragen.core.adapter.files import shape_mismatch
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import natural_key
@@ -52,7 +54,7 @@ class TensorSpec:
     @property
     def path(self) -> str:
         """The module's path in the base model."""
-        return re.split(r"\.lora_", self.key.removeprefix("base_model.model."))[0]
+        return re.split(r"\.lora_", self.key.removeprefix(KEY_PREFIX))[0]
 
     @property
     def matrix(self) -> str:

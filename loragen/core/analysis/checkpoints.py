@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loragen.core.adapter import CONFIG_FILE, WEIGHTS_FILE
+from loragen.core.adapter import CONFIG_FILE
 from loragen.core.adapter.algebra import Factors, inner_products, modules
-from loragen.core.adapter.files import module_scaling, read_adapter
+from loragen.core.adapter.files import module_scaling
 from loragen.core.analysis.report import PrincipalComponents
 from loragen.core.errors import LoragenError, UsageError
 from loragen.core.files import natural_key
-from loragen.core.run.checkpoints import read_tensors
+from loragen.core.run.checkpoints import load_adapter
 from loragen.core.run.directory import (
     CHECKPOINTS,
     LoraManifest,
@@ -103,11 +103,8 @@ def read_checkpoint(file: Path, config: dict[str, Any] | None = None) -> Checkpo
 
     Raises DataError if the file does not load or has no LoRA tensors.
     """
-    folder = file.parent if file.name == WEIGHTS_FILE else file
-    if (folder / CONFIG_FILE).is_file():
-        adapter = read_adapter(folder)
-        return Checkpoint(adapter.tensors, adapter.config)
-    return Checkpoint(read_tensors(file), config)
+    adapter = load_adapter(file, config)
+    return Checkpoint(adapter.tensors, adapter.config or None)
 
 
 def evenly_spaced(files: Sequence[Path], most: int) -> list[Path]:

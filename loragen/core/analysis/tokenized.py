@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loragen.core.adapter.layout import NO_LAYER, Layout, TensorSpec
-from loragen.core.run.checkpoints import read_tensors
+from loragen.core.run.checkpoints import load_adapter
 from loragen.core.run.directory import find_checkpoints
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -60,7 +60,7 @@ def tokenized(path: Path, token_dim: int, max_tokens: int | Literal["auto"]) -> 
     Raises UsageError if there is none, DataError for a file without LoRA tensors.
     """
     file = find_checkpoints(path)[-1]
-    adapter = read_tensors(file)
+    adapter = load_adapter(file).tensors
     layout = Layout.of(adapter, token_dim)
     back = layout.unpack(layout.pack(adapter))
     return Tokenized(

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from loragen.core.data.dataset import Dataset, Prompt
 from loragen.core.data.documents import read_documents
 from loragen.core.errors import DataError, UsageError, did_you_mean, listing
-from loragen.core.files import write_json, write_text
+from loragen.core.files import refuse_file, write_json, write_text
 
 FORMAT_VERSION = 1
 TRAIN, VAL, RECORD = "train_prompts.jsonl", "val_prompts.jsonl", "prepared.json"
@@ -133,8 +133,7 @@ def prepare(
     Raises UsageError for files that exist already (without `force`), missing datasets, or two of
     one name; DataError for bad rows (unless skipped) or too few prompts.
     """
-    if directory.exists() and not directory.is_dir():
-        raise UsageError(f"{directory} is a file; --output is a directory")
+    refuse_file(directory)
     existing = [name for name in (RECORD, TRAIN, VAL) if (directory / name).exists()]
     if existing and not force:  # other files in the directory do not matter
         raise UsageError(

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from loragen.core.adapter import KEY_PREFIX
 from loragen.core.adapter.files import Adapter, attach_adapter, module_scaling, swap_adapter
 from loragen.core.base.load import best_device, load_base, quiet_libraries
 from loragen.core.config.schema import GenDataSection, SourceSection
@@ -253,7 +254,7 @@ def rescaled(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
     ratios = {
         key: module_scaling(adapter.config, module) / module_scaling(config, module)
         for key in adapter.tensors
-        for module, _, factor in [key.removeprefix("base_model.model.").rpartition(".lora_")]
+        for module, _, factor in [key.removeprefix(KEY_PREFIX).rpartition(".lora_")]
         if factor.startswith("B")
     }
     if all(ratio == 1 for ratio in ratios.values()):

@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from loragen.core.data.dataset import Row
 from loragen.core.data.formats import Turn
@@ -68,8 +68,10 @@ class TrainedAdapter(NamedTuple):
         return self.run.manifest.steps[-1]
 
     def entry(self) -> Entry:
+        from loragen.core.run.checkpoints import load_adapter
+
         config = self.run.manifest.adapter_config
-        return Entry(_read_adapter(self.checkpoint, config), self.seconds)
+        return Entry(load_adapter(self.checkpoint, config), self.seconds)
 
 
 @dataclass(frozen=True)
@@ -201,11 +203,13 @@ class NearestAdapter(Contestant):
     name, title, needs_sources = "nearest_adapter", "nearest", True
 
     def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
+        from loragen.core.run.checkpoints import load_adapter
+
         def nearest() -> "Adapter":
             sources = self.setup.sources
             similarity = self.setup.similarities(target.prompts, (s.prompts for s in sources))
             source = sources[int(similarity.argmax())]
-            return _read_adapter(source.checkpoints[-1], source.adapter_config)
+            return load_adapter(source.checkpoints[-1], source.adapter_config)
 
         yield _timed(nearest)
 
@@ -286,6 +290,8 @@ class GeneratedAdapters(Contestant):
     name, title = "generated", "generated"
 
     def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
+        from loragen.core.run.checkpoints import load_adapter
+
         generator, options = self.setup.generator, self.setup.options
         _ = generator.text_encoder  # loaded now, so that its time does not count
         for number, prompts in enumerate(draws_of(target, generator, options)):
@@ -295,7 +301,7 @@ class GeneratedAdapters(Contestant):
                 started = time.perf_counter()
                 generator.generate(prompts).save(directory)
                 seconds = round(time.perf_counter() - started, 4)
-                yield Entry(_read_adapter(directory), seconds)
+                yield Entry(load_adapter(directory), seconds)
 
 
 class Oracle(Contestant):
@@ -348,11 +354,3 @@ def _timed(obtain: Callable[[], "Adapter"]) -> Entry:
     started = time.perf_counter()
     adapter = obtain()
     return Entry(adapter, time.perf_counter() - started)
-
-
-def _read_adapter(path: Path, config: Mapping[str, Any] | None = None) -> "Adapter":
-    """Reads a PEFT directory, or a checkpoint of a run whose adapters have the configuration."""
-    from loragen.core.adapter.files import Adapter, read_adapter
-    from loragen.core.run.checkpoints import read_tensors
-
-    return read_adapter(path) if path.is_dir() else Adapter(dict(config or {}), read_tensors(path))

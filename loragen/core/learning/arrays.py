@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from loragen.core.adapter import WEIGHTS_FILE
 from loragen.core.adapter.algebra import in_form
 from loragen.core.adapter.layout import Layout
 from loragen.core.config.schema import GenTrainConfig
@@ -27,7 +28,7 @@ from loragen.core.learning.plan import Plan
 from loragen.core.learning.sources import TrainingSource
 from loragen.core.learning.texts import LabelledRows, labelled_rows, texts_of
 from loragen.core.protocols import Encoder
-from loragen.core.run.checkpoints import read_tensors
+from loragen.core.run.checkpoints import load_adapter
 from loragen.core.run.directory import SourceRecord
 
 MIN_SAMPLES = 64
@@ -143,7 +144,7 @@ def _tokenized(
     cache: Path, layout: Layout, source: TrainingSource, config: GenTrainConfig
 ) -> tuple[str, np.ndarray]:
     """Returns a hash of the checkpoints in this layout and form, and their tokens."""
-    weights = (f / "adapter_model.safetensors" if f.is_dir() else f for f in source.checkpoints)
+    weights = (f / WEIGHTS_FILE if f.is_dir() else f for f in source.checkpoints)
     form = config.layout.target_form
     key = sha256_text(repr(layout.state()), form, *map(sha256, weights))[:32]
     file = cache / "tokens" / f"{key}.npy"
@@ -153,7 +154,7 @@ def _tokenized(
             array = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
             for row, checkpoint in enumerate(source.checkpoints):
                 try:
-                    tensors = in_form(read_tensors(checkpoint), form)
+                    tensors = in_form(load_adapter(checkpoint).tensors, form)
                     array[row] = layout.pack(tensors).float().numpy()
                 except DataError as error:
                     raise DataError(f"{checkpoint}: {error}") from None

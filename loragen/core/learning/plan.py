@@ -18,7 +18,7 @@ from loragen.core.errors import DataError, PluginError, UsageError
 from loragen.core.learning.sources import Sources, TrainingSource
 from loragen.core.plugins import create, find, names
 from loragen.core.protocols import Automatic, Objective, Rate, Schedule
-from loragen.core.run.checkpoints import read_tensors
+from loragen.core.run.checkpoints import load_adapter
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +71,12 @@ def make_plan(config: GenTrainConfig, found: Sources) -> Plan:
                 f"{sources[0].base_model}: a generator serves one base model"
             )
     form = config.layout
-    layout = Layout.of(read_tensors(sources[0].checkpoints[-1]), form.token_dim, form.max_seq_len)
+    sample = load_adapter(sources[0].checkpoints[-1])
+    layout = Layout.of(sample.tensors, form.token_dim, form.max_seq_len)
     for source in both:
         last = source.checkpoints[-1]
         try:
-            layout.check(read_tensors(last))
+            layout.check(load_adapter(last).tensors)
         except DataError as error:
             raise DataError(f"{last}: not the adapter of {sources[0].name}: {error}") from None
     # A generator's adapters have one configuration. With another alpha over rank, equal factors

@@ -18,7 +18,7 @@ from importlib import import_module
 from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 from loragen.core.config import LoraTrainConfig
 from loragen.core.errors import Interrupted, LoragenError, UsageError, one_line
@@ -230,44 +230,81 @@ def _train_in_workers(
 
     for task in tasks:
         task.dataset.release()  # the workers read it
-    waiting, running = list(tasks), list[_Attempt]()
-    interruption, kill_at = Interruption(), inf
+    interruption = Interruption()
     with (
         interruption.handle_signals(),
         TemporaryDirectory(prefix=".loragen-", dir=launcher.folder) as folder,
+        _WorkerPool(config, tasks, progress, launcher, Path(folder)) as pool,
     ):
-        try:
-            while running or waiting:
-                if interruption.requested and kill_at == inf:
-                    kill_at = time.monotonic() + launcher.grace_seconds
-                    for attempt in running:
-                        attempt.worker.interrupt()
-                    yield from map(TaskOutcome.interrupted, waiting)
-                    waiting.clear()
-                while waiting and len(running) < launcher.max_concurrent:
-                    task = waiting.pop(0)
-                    name, location = task.name, task.dataset.location
-                    job = TrainingJob(config=task.config(config), name=name, location=location)
-                    status = StatusFile(Path(folder) / f"{len(waiting)}.jsonl")
-                    running.append(_Attempt(task, job, status, launcher.start(job, status)))
-                time.sleep(POLL_SECONDS)
-                for attempt in list(running):
-                    ended = not attempt.worker.is_running()  # asked first: all reports are there
-                    attempt.forward_reports(progress, config.training.max_steps)
-                    if not ended and time.monotonic() < kill_at:
-                        continue
-                    if ended and not interruption.requested and attempt.retry(launcher):
-                        continue
-                    running.remove(attempt)
-                    if ended:
-                        yield attempt.outcome(config.runs_dir, interruption.requested)
-                    else:
-                        attempt.worker.kill()
-                        reason = f"did not stop within {launcher.grace_seconds:g} s, killed"
-                        yield TaskOutcome.interrupted(attempt.task, reason)
-        finally:
-            for attempt in running:
+        while pool.running or pool.waiting:
+            if interruption.requested and not pool.interrupted:
+                yield from pool.interrupt()
+            pool.start_due()
+            time.sleep(POLL_SECONDS)
+            yield from pool.poll(may_retry=not interruption.requested)
+
+
+class _WorkerPool:
+    """The workers of a command: those that run, and the tasks that wait for one. All workers that
+    still run are killed at the end of its context."""
+
+    def __init__(
+        self,
+        config: LoraTrainConfig,
+        tasks: Sequence[Task],
+        progress: Progress,
+        launcher: Launcher,
+        folder: Path,
+    ) -> None:
+        """`folder` is for the status files."""
+        self.config, self.progress, self.launcher, self.folder = config, progress, launcher, folder
+        self.waiting, self.running = list(tasks), list[_Attempt]()
+        self.interrupted = False
+        self._kill_at = inf
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for attempt in self.running:
+            attempt.worker.kill()
+
+    def interrupt(self) -> Iterator[TaskOutcome]:
+        """Interrupts all workers; yields the outcomes of the tasks that had none yet."""
+        self.interrupted = True
+        self._kill_at = time.monotonic() + self.launcher.grace_seconds
+        for attempt in self.running:
+            attempt.worker.interrupt()
+        yield from map(TaskOutcome.interrupted, self.waiting)
+        self.waiting.clear()
+
+    def start_due(self) -> None:
+        """Starts workers for waiting tasks, up to the launcher's number."""
+        while self.waiting and len(self.running) < self.launcher.max_concurrent:
+            task = self.waiting.pop(0)
+            job = TrainingJob(
+                config=task.config(self.config), name=task.name, location=task.dataset.location
+            )
+            status = StatusFile(self.folder / f"{len(self.waiting)}.jsonl")
+            worker = self.launcher.start(job, status)
+            self.running.append(_Attempt(task, job, status, worker))
+
+    def poll(self, may_retry: bool) -> Iterator[TaskOutcome]:
+        """Forwards the reports of the workers; yields the outcomes of those that have ended and
+        are not retried, or that have not stopped in time after an interruption."""
+        for attempt in list(self.running):
+            ended = not attempt.worker.is_running()  # before its reports are read: none is missed
+            attempt.forward_reports(self.progress, self.config.training.max_steps)
+            if ended and may_retry and attempt.retry(self.launcher):
+                continue
+            if ended:
+                self.running.remove(attempt)
+                yield attempt.outcome(self.config.runs_dir, interrupted=not may_retry)
+            elif time.monotonic() >= self._kill_at:
+                self.running.remove(attempt)
                 attempt.worker.kill()
+                reason = f"did not stop within {self.launcher.grace_seconds:g} s, killed"
+                yield TaskOutcome.interrupted(attempt.task, reason)
 
 
 class Subprocess:

@@ -2,15 +2,15 @@
 
 import pickle
 import zipfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch import Tensor
 
-from loragen.core.adapter import WEIGHTS_FILE
+from loragen.core.adapter import CONFIG_FILE, WEIGHTS_FILE
 from loragen.core.adapter.files import Adapter, file_keys, read_adapter, read_safetensors
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import written_atomically
@@ -23,7 +23,7 @@ from loragen.core.run.directory import (
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's own format, written under a temporary name until it is complete."""
+    """Writes Lightning's own format, under a temporary name until the file is complete."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
@@ -32,14 +32,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, temporary, storage_options)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Returns the adapter tensors of a .ckpt, .pt, .safetensors or a PEFT directory, on the CPU.
+def load_adapter(path: Path, config: Mapping[str, Any] | None = None) -> Adapter:
+    """Returns the adapter of a PEFT directory, or of its weights file, with its own configuration,
+    and that of any other .ckpt, .pt or .safetensors file with the `config` given. Its tensors are
+    on the CPU.
 
-    Raises UsageError for a missing path; DataError for a file that does not load or holds no
-    LoRA tensors.
+    Raises UsageError for a missing path; DataError for a file that does not load or holds no LoRA
+    tensors.
     """
-    if path.is_dir():
-        return read_adapter(path).tensors
+    directory = path.parent if path.name == WEIGHTS_FILE else path
+    if path.is_dir() or (directory / CONFIG_FILE).is_file():
+        return read_adapter(directory)
     if not path.is_file():
         raise UsageError(f"{path}: no such checkpoint")
     if path.suffix == ".safetensors":
@@ -49,28 +52,38 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         tensors = file_keys(document.get("state_dict", document))
     if not tensors:
         raise DataError(f"{path}: no LoRA tensors in it (no key has 'lora_')")
-    return tensors
+    return Adapter(dict(config or {}), tensors)
 
 
 def read_checkpointed_adapter(path: Path) -> Adapter:
-    """Returns the adapter of a PEFT directory, of a run, or of one of its checkpoints; a run that
-    has not finished has its last checkpoint.
+    """Returns the adapter of a PEFT directory, of a run, or of one of its checkpoints; that of an
+    unfinished run is its last checkpoint.
 
-    Raises UsageError where there is none, otherwise as `read_tensors`.
+    Raises UsageError if there is none, otherwise as `load_adapter`.
     """
-    if path.is_dir() and (path / WEIGHTS_FILE).is_file():
-        return read_adapter(path)
-    if path.is_dir() and (path / "adapter" / WEIGHTS_FILE).is_file():
-        return read_adapter(path / "adapter")
+    for directory in (path, path / "adapter"):
+        if (directory / WEIGHTS_FILE).is_file():
+            return read_adapter(directory)
     if not path.exists():
         raise UsageError(f"{path}: no such adapter or checkpoint")
     manifest = read_manifest(run_directory_of(path), LoraManifest)
     file = find_checkpoints(path)[-1] if path.is_dir() else path
-    return Adapter(manifest.adapter_config, read_tensors(file))
+    return load_adapter(file, manifest.adapter_config)
+
+
+def is_run_or_adapter(path: Path) -> bool:
+    """Returns whether `path` is a PEFT adapter, a run or a checkpoint of one. A missing path counts,
+    so that `read_checkpointed_adapter` reports it."""
+    if not path.exists() or any((path / d / WEIGHTS_FILE).is_file() for d in ("", "adapter")):
+        return True
+    with suppress(UsageError):
+        run_directory_of(path)
+        return True
+    return False
 
 
 def load_weights_only(path: Path) -> dict[str, Any]:
-    """Returns a dictionary that `torch.save` has written, memory-mapped; runs no code.
+    """Returns a dictionary that `torch.save` has written, memory-mapped, without running code.
 
     Raises DataError for anything else.
     """
@@ -88,15 +101,3 @@ def load_weights_only(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise DataError(f"{path}: expected a dictionary, found {type(document).__name__}")
     return document
-
-
-def is_known(path: Path) -> bool:
-    """Whether `path` is an adapter, a run or a checkpoint of one; also where nothing is there, so
-    that `read_checkpointed_adapter` says what is missing."""
-    adapters = (WEIGHTS_FILE, f"adapter/{WEIGHTS_FILE}")
-    if not path.exists() or any((path / name).is_file() for name in adapters):
-        return True
-    with suppress(UsageError):
-        run_directory_of(path)
-        return True
-    return False

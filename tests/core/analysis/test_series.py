@@ -13,7 +13,7 @@ from loragen.core.analysis.report import ModuleReport
 from loragen.core.analysis.series import analyze_checkpoints, damage, dead
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import natural_key
-from loragen.core.run.checkpoints import read_tensors
+from loragen.core.run.checkpoints import load_adapter
 from loragen.core.run.directory import checkpoint_files
 
 A = "base_model.model.layers.0.q_proj.lora_A.weight"
@@ -47,7 +47,7 @@ def test_a_run_is_described_as_its_dense_matrices_are(collection):
     assert report.dtypes == ["float32"]
     assert report.scaling == 2.0  # alpha 4, rank 2
     assert (report.not_finite, report.zero) == ([], [])
-    dense = [deltas(read_tensors(file), 2.0) for file in files]
+    dense = [deltas(load_adapter(file).tensors, 2.0) for file in files]
     zero = [torch.zeros_like(delta) for delta in dense[0]]
     assert [d.checkpoint for d in report.drift] == [file.name for file in files]
     for index, drift in enumerate(report.drift):
@@ -57,7 +57,7 @@ def test_a_run_is_described_as_its_dense_matrices_are(collection):
         assert drift.from_previous == pytest.approx(apart(dense[index], before), abs=1e-12)
     norms = {module.module: module for module in report.modules}
     assert len(norms) == 14
-    last = read_tensors(files[-1])
+    last = load_adapter(files[-1]).tensors
     first = norms["model.layers.0.self_attn.q_proj"]
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
     assert first.rank == 2
@@ -90,7 +90,7 @@ def test_path_and_spectrum(collection):
 
 def deltas_in_order(run):
     """Of the last checkpoint, as the report has its modules."""
-    tensors = read_tensors(checkpoint_files(run)[-1])
+    tensors = load_adapter(checkpoint_files(run)[-1]).tensors
     return deltas(dict(sorted(tensors.items(), key=lambda item: natural_key(item[0]))), 2.0)
 
 

@@ -23,7 +23,7 @@ from loragen.core.data.dataset import Dataset
 from loragen.core.errors import ConfigError, LoragenError, UsageError
 from loragen.core.lora.train import train_adapter
 from loragen.core.progress import Silent
-from loragen.core.run.checkpoints import read_tensors
+from loragen.core.run.checkpoints import load_adapter
 from loragen.core.run.directory import checkpoint_files
 
 
@@ -298,7 +298,7 @@ class TestAdapters:
         assert {p.dtype for p in loaded.model.parameters()} == {base}
         run = train_adapter(config, Dataset(dataset(), "colors"), loaded, Silent())
         (file,) = checkpoint_files(run.directory)
-        assert {t.dtype for t in read_tensors(file).values()} == {adapter}
+        assert {t.dtype for t in load_adapter(file).tensors.values()} == {adapter}
         assert run.manifest.base_dtype == dtype_name(base)
 
 

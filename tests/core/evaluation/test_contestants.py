@@ -20,7 +20,7 @@ from loragen.core.evaluation.contestants import (
     titles,
 )
 from loragen.core.evaluation.targets import Target
-from loragen.core.run.checkpoints import read_tensors
+from loragen.core.run.checkpoints import load_adapter
 
 
 def names(contestants):
@@ -110,7 +110,7 @@ def test_the_mean_adapter_is_the_mean_of_all_checkpoints(setup, targets):
     files = [file for source in shared.sources for file in source.checkpoints]
     entry = only(MeanAdapter(shared), targets[0])
     for key, tensor in entry.adapter.tensors.items():
-        expected = torch.stack([read_tensors(file)[key] for file in files]).mean(0)
+        expected = torch.stack([load_adapter(file).tensors[key] for file in files]).mean(0)
         torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-6)
 
 

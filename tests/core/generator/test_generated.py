@@ -11,7 +11,7 @@ import loragen
 from loragen.core.adapter.files import read_adapter
 from loragen.core.errors import LoragenError, UsageError
 from loragen.core.generator.generated import Merger, Origin, adapter_card
-from loragen.core.run.checkpoints import read_tensors
+from loragen.core.run.checkpoints import load_adapter
 
 PROMPTS = [f"Question {i} about red?" for i in range(6)]
 FAR = Origin("g", 2, "owner/base: 1", "sbert", "hyperconv", 3, "0" * 64, datasets=["a", "b"],
@@ -46,7 +46,7 @@ def test_generator_is_the_public_api(experiment, tmp_path):
 @pytest.mark.parametrize("name", ["adapter", "v1.2", "a.safetensors", "a.pt"])
 def test_every_form_holds_the_same_tensors(adapter, tmp_path, name):
     path = adapter.save(str(tmp_path / name))
-    assert equal(read_tensors(path), adapter.tensors)
+    assert equal(load_adapter(path).tensors, adapter.tensors)
     (tmp_path / "other").touch()
     weights = path / "adapter_model.safetensors" if path.is_dir() else path
     if os.name != "nt":

@@ -24,7 +24,7 @@ from loragen.core.learning.sources import (
 )
 from loragen.core.learning.texts import texts_of
 from loragen.core.lora.provenance import traced_run
-from loragen.core.run.checkpoints import read_tensors
+from loragen.core.run.checkpoints import load_adapter
 from loragen.core.run.directory import LoraManifest, checkpoint_step, read_manifest, write_manifest
 
 
@@ -345,7 +345,7 @@ class TestPrepared:
             assert name == wanted.name
             for packed, file in zip(tokens, wanted.checkpoints, strict=True):
                 unpacked = work.layout.unpack(torch.from_numpy(packed))
-                assert all(unpacked[k].equal(t) for k, t in read_tensors(file).items())
+                assert all(unpacked[k].equal(t) for k, t in load_adapter(file).tensors.items())
             assert embeddings.shape == (8, 1, 2)  # 16 rows, two to a text
             assert mask.all()
         assert len(encoder.texts) == 16
@@ -358,7 +358,7 @@ class TestPrepared:
         def never(path):
             pytest.fail(f"{path} was read again")
 
-        monkeypatch.setattr(module, "read_tensors", never)
+        monkeypatch.setattr(module, "load_adapter", never)
         second = ready(encoder)
         assert encoder.texts == []
         for one, other in zip(first, second, strict=True):

@@ -12,7 +12,7 @@ from loragen.core.config import LoraTrainConfig, load
 from loragen.core.data.dataset import Dataset
 from loragen.core.lora.train import train_adapter
 from loragen.core.progress import Silent
-from loragen.core.run.checkpoints import read_tensors
+from loragen.core.run.checkpoints import load_adapter
 from loragen.core.run.directory import LoraManifest, checkpoint_files, read_manifest
 from loragen.core.run.loggers import read_metrics
 
@@ -69,7 +69,7 @@ def test_two_processes_train_what_one_does(work, two):
     ours, theirs = checkpoint_files(alone.directory), checkpoint_files(run)
     assert [file.name for file in ours] == [file.name for file in theirs]
     for one, other in zip(ours, theirs, strict=True):
-        first, second = read_tensors(one), read_tensors(other)
+        first, second = load_adapter(one).tensors, load_adapter(other).tensors
         assert first.keys() == second.keys()
         assert all(torch.dist(first[key], second[key]) < 1e-10 for key in first)
     manifest = read_manifest(run, LoraManifest)

@@ -15,7 +15,7 @@ from loragen.core.files import sha256
 from loragen.core.lora import train as training
 from loragen.core.lora.data import load_rows
 from loragen.core.progress import Silent
-from loragen.core.run.checkpoints import read_tensors
+from loragen.core.run.checkpoints import load_adapter
 from loragen.core.run.directory import LoraManifest, checkpoint_files, read_manifest
 
 
@@ -42,7 +42,7 @@ def checkpoint(run, step):
 
 
 def last_tensors(run):
-    return read_tensors(checkpoint_files(run.directory)[-1])
+    return load_adapter(checkpoint_files(run.directory)[-1]).tensors
 
 
 class Watching(Silent):

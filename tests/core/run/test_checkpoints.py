@@ -9,8 +9,8 @@ from loragen.core.adapter.files import read_adapter
 from loragen.core.errors import DataError, UsageError
 from loragen.core.run.checkpoints import (
     AtomicCheckpointIO,
+    load_adapter,
     read_checkpointed_adapter,
-    read_tensors,
 )
 from loragen.core.run.directory import checkpoint_name, find_checkpoints
 
@@ -39,7 +39,7 @@ def test_every_container_gives_the_same_tensors(run, last, tmp_path):
     torch.save(live, tmp_path / "c.pt")
     save_file(live, tmp_path / "c.safetensors")
     for path in (last, run / "adapter", *sorted(tmp_path.iterdir())):
-        assert equal(read_tensors(path), wanted), path
+        assert equal(load_adapter(path).tensors, wanted), path
 
 
 class Malicious:
@@ -59,7 +59,7 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path, zipped):
     else:
         file.write_bytes(pickle.dumps(document))
     with pytest.raises(DataError, match=r"bad\.ckpt: .*safely") as error:
-        read_tensors(file)
+        load_adapter(file)
     assert not mark.exists()
     assert "\n" not in str(error.value)
 
@@ -69,7 +69,7 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path, zipped):
 def test_a_broken_file_is_one_line(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=name) as error:
-        read_tensors(tmp_path / name)
+        load_adapter(tmp_path / name)
     assert "\n" not in str(error.value)
 
 
@@ -77,7 +77,7 @@ def test_a_file_that_was_cut_off_is_one_line(tmp_path, last):
     data = last.read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(data[: len(data) // 2])
     with pytest.raises(DataError, match=r"cut\.ckpt"):
-        read_tensors(tmp_path / "cut.ckpt")
+        load_adapter(tmp_path / "cut.ckpt")
 
 
 def test_a_file_without_an_adapter_is_refused(tmp_path):
@@ -85,18 +85,18 @@ def test_a_file_without_an_adapter_is_refused(tmp_path):
     save_file({"model.q_proj.weight": torch.zeros(2, 2)}, tmp_path / "full.safetensors")
     for file in tmp_path.iterdir():
         with pytest.raises(DataError, match="no LoRA tensors in it"):
-            read_tensors(file)
+            load_adapter(file)
 
 
 def test_a_file_that_is_no_dictionary_is_refused(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.pt")
     with pytest.raises(DataError, match="expected a dictionary, found list"):
-        read_tensors(tmp_path / "list.pt")
+        load_adapter(tmp_path / "list.pt")
 
 
 def test_a_missing_file_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="no such checkpoint"):
-        read_tensors(tmp_path / "none.ckpt")
+        load_adapter(tmp_path / "none.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_lone_checkpoint_does_not_know_its_adapter(last, tmp_path):
     file = shutil.copy(last, tmp_path / "lone.ckpt")
     with pytest.raises(UsageError, match=r"manifest\.json"):
         read_checkpointed_adapter(tmp_path / "lone.ckpt")
-    assert read_tensors(file)
+    assert load_adapter(file).tensors
     with pytest.raises(UsageError, match="no such adapter or checkpoint"):
         read_checkpointed_adapter(tmp_path / "none")
 

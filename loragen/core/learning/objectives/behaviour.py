@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from loragen.core.adapter import KEY_PREFIX
 from loragen.core.adapter.files import module_scaling
 from loragen.core.adapter.layout import Layout
 from loragen.core.base.load import empty_base, is_local
@@ -52,7 +53,6 @@ TOLERANCE = 0.01
 MOST_ON_CPU = 100_000_000
 """Parameters of a base that `auto` trains through without a GPU. A step of 64 rows of 100 tokens is
 6 · 6400 operations a parameter at most: with this many some ten seconds at 350 GFLOP/s."""
-PREFIX = "base_model.model."  # in the keys of PEFT's files
 
 
 class BehaviourBatches(DistributedBatches):
@@ -249,7 +249,7 @@ class Injection:
         modules = dict(model.named_modules())
         output = model.get_output_embeddings()  # type: ignore[operator]  # untyped in transformers
         for spec in layout.tensors:
-            path = spec.key.removeprefix(PREFIX).partition(".lora_")[0]
+            path = spec.key.removeprefix(KEY_PREFIX).partition(".lora_")[0]
             if spec.matrix not in ("lora_A", "lora_B") or len(spec.shape) != 2:
                 raise LoragenError(
                     f"{spec.key}: only lora_A and lora_B of linear modules can be injected"
@@ -271,7 +271,7 @@ class Injection:
         """
         with ExitStack() as hooks:
             for path, module in self.modules.items():
-                a, b = (adapters[f"{PREFIX}{path}.lora_{which}.weight"] for which in "AB")
+                a, b = (adapters[f"{KEY_PREFIX}{path}.lora_{which}.weight"] for which in "AB")
                 hook = _AddLora(a, b, self.scaling[path])
                 hooks.callback(module.register_forward_hook(hook).remove)
             yield
