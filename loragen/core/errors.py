@@ -1,4 +1,4 @@
-"""The errors that become one line on stderr, and the exit codes they carry.
+"""The errors that are printed as one line on stderr, and their exit codes.
 
 Any other exception that reaches the user is a bug.
 """
@@ -12,9 +12,9 @@ EXIT_INTERRUPTED = 130
 
 
 class LoragenError(Exception):
-    """Something a user can act on. The message is one line and says what to do.
+    """An error that the user can mend. The message is one line and says how.
 
-    ``problems`` holds several such lines where more than one thing is wrong.
+    ``problems`` holds several such lines if more than one thing is wrong.
     """
 
     exit_code = EXIT_FAILED
@@ -39,7 +39,7 @@ class PluginError(UsageError):
 
 
 class DataError(LoragenError):
-    """The content of a file is not what it should be."""
+    """The content of a file is not valid."""
 
 
 class Interrupted(LoragenError):  # noqa: N818  # not a failure
@@ -49,8 +49,8 @@ class Interrupted(LoragenError):  # noqa: N818  # not a failure
 
 
 def one_line(error: BaseException) -> str:
-    """Returns an error in one line: the first of several problems; of any other error its class and
-    message."""
+    """Returns the first of an error's problems in one line, or the class and message of an error
+    that is not a LoragenError."""
     if isinstance(error, LoragenError):
         more = f" (and {len(error.problems) - 1} more)" if len(error.problems) > 1 else ""
         return f"{error.problems[0]}{more}" if error.problems else "no message"
@@ -59,7 +59,7 @@ def one_line(error: BaseException) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Returns `" Did you mean 'sbert'?"`, or an empty text where no known word is similar."""
+    """Returns `" Did you mean 'sbert'?"`, or an empty text if no known word is similar."""
     near = get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""
 

@@ -1,4 +1,4 @@
-"""Files that are never half-written, hashes of their content, names, and one check of the hub."""
+"""Atomic writing, checks of paths, names and hashes of files, and one check of the hub."""
 
 import hashlib
 import json
@@ -16,9 +16,9 @@ from typing import Any
 from loragen.core.errors import UsageError
 
 MAX_NAME_BYTES = 120
-"""File systems allow 255; suffixes, numbers and temporary names are added."""
+"""File systems allow 255; this leaves room for suffixes, numbers and temporary names."""
 RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[\d¹²³])(\..*)?", re.IGNORECASE)
-"""The names of devices on Windows, with any suffix."""
+"""Names of devices on Windows, which no file may have, with any suffix."""
 HUB_TIMEOUT = 10
 """Seconds to wait for the hub's answer."""
 
@@ -43,12 +43,12 @@ def written_atomically(path: Path) -> Iterator[Path]:
                 old.rename(path)
             raise
     finally:
-        if path.exists() or not old.exists():  # never the only copy
+        if path.exists() or not old.exists():  # keeps the old version if it is the only one
             shutil.rmtree(holder, ignore_errors=True)
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Removes what a process killed inside `written_atomically` has left below `directory`."""
+    """Removes temporary files that a process killed inside `written_atomically` has left."""
     for holder in [*directory.glob(".*.*"), *directory.glob("*/.*.*")]:
         if holder.is_dir():
             shutil.rmtree(holder, ignore_errors=True)
@@ -66,7 +66,7 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def refuse_existing(path: Path, force: bool, marker: str) -> None:
-    """Raises UsageError where `path` exists. An empty directory may be replaced; with `force` also
+    """Raises UsageError if `path` exists. An empty directory may be replaced; with `force` also
     an earlier output of the same kind, a directory with the file `marker` in it."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
@@ -85,21 +85,21 @@ def refuse_existing_file(file: Path, force: bool) -> None:
 
 
 def refuse_file(directory: Path) -> None:
-    """Raises UsageError where `directory`, or a parent of it, is a file."""
+    """Raises UsageError if `directory`, or a parent of it, is a file."""
     for path in (directory, *directory.parents):
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file; --output is a directory")
 
 
 def absent(path: Path, what: str) -> str:
-    """Returns what is wrong with a path: `d: no such file`, or `d is a directory, not a file`."""
+    """Returns the problem of a path: `d: no such file`, or `d is a directory, not a file`."""
     if not path.exists():
         return f"{path}: no such {what}"
     return f"{path} is a {'directory' if path.is_dir() else 'file'}, not a {what}"
 
 
 def user_path(text: str) -> Path:
-    """Returns a path with `~` expanded, or unchanged where there is no such user."""
+    """Returns a path with `~` expanded, or unchanged if there is no such user."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -107,20 +107,20 @@ def user_path(text: str) -> Path:
 
 
 def file_name(text: str, otherwise: str = "unnamed") -> str:
-    """Turns any text into a name that every file system takes: letters, digits, `_`, `.`, `-`."""
+    """Returns a name that every file system accepts: letters, digits, `_`, `.`, `-`."""
     name = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", text)).strip(".-")
     name = name.encode()[:MAX_NAME_BYTES].decode(errors="ignore").strip(".-")
     return f"_{name}" if RESERVED.fullmatch(name) else name or otherwise
 
 
 def sha256(path: Path) -> str:
-    """Returns the hex digest of a file's bytes, read in pieces."""
+    """Returns the hex digest of a file, without holding all of it in memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_text(*parts: str) -> str:
-    """Returns the hex digest of several texts; where one ends and the next starts counts."""
+    """Returns the hex digest of several texts; it depends on the boundaries between them, too."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode()
@@ -137,10 +137,11 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
 
 @cache
 def hub_problem() -> str | None:
-    """Returns why the Hugging Face hub cannot be reached, and what to do; None where it answers or
+    """Returns why the Hugging Face hub cannot be reached, and what to do; None if it answers or
     HF_HUB_OFFLINE is set.
 
-    One short request, because the hub's libraries retry for half a minute without a network.
+    It makes one short request, because the hub's libraries retry for half a minute without a
+    network.
     """
     import errno
     import socket

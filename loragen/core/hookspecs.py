@@ -1,8 +1,8 @@
-"""The whole contract between loragen and a plugin: five hooks that return names.
+"""The five hooks by which a plugin offers its classes to loragen.
 
-Each maps a name to the ``"module:Class"`` that keeps the promise of `loragen.core.protocols`.
-The class is imported only when a user chooses that name, so the module with the hook functions
-must stay light: no torch at import.
+Each maps names to ``"module:Class"``, a class of the kind that `loragen.core.protocols` describes.
+The class is imported only if a user chooses its name, and the module with the hook functions must
+be light too: it must not import torch.
 """
 
 from collections.abc import Mapping

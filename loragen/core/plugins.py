@@ -1,4 +1,4 @@
-"""Plugins of all kinds: one lookup by name, which imports the chosen class and nothing else."""
+"""Looks up plugins of all kinds by name, and imports the class of the chosen name alone."""
 
 import logging
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plugin:
-    """One name that a distribution offers."""
+    """One plugin that a distribution offers under a name."""
 
     kind: str
     name: str
@@ -41,7 +41,7 @@ def names(kind: str) -> list[str]:
 
 
 def describe(kind: str, name: str) -> Plugin:
-    """Returns where a name comes from, without importing it.
+    """Returns the plugin of a name, without importing its class.
 
     Raises PluginError for an unknown kind or name, and for a name that two distributions offer.
     """
@@ -64,7 +64,7 @@ def describe(kind: str, name: str) -> Plugin:
 def find(kind: str, name: str) -> Any:
     """Imports and returns the class of a name; no other plugin is imported.
 
-    Raises PluginError where the name is unknown or ambiguous, or its class does not import.
+    Raises PluginError if the name is unknown or ambiguous, or its class does not import.
     """
     plugin = describe(kind, name)
     module_name, _, attribute = plugin.target.partition(":")
@@ -86,17 +86,17 @@ def create(kind: str, name: str, options: Mapping[str, Any], *arguments: Any) ->
 
 @cache
 def installed() -> tuple[Plugin, ...]:
-    """Returns every name that the installed plugins offer. A plugin that does not load, or whose
-    hooks fail, costs one warning and is left out."""
+    """Returns all installed plugins. A distribution whose entry point does not load, or whose hooks
+    fail, is left out with one warning."""
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
-    # An entry point may be listed twice, as of an editable install that is on sys.path, too.
+    # An entry point is listed twice if an editable install is also on sys.path.
     entries = {entry.value: entry for entry in entry_points(group=GROUP)}
     for entry in entries.values():
         try:
             manager.register(entry.load(), name=entry.value)
             manager.check_pending()  # refuses hooks that have no specification
-        except (Exception, SystemExit) as error:  # noqa: BLE001  # one plugin, not the command
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # a faulty plugin must not stop the command
             manager.unregister(name=entry.value)
             _warn(entry, error)
     found = []
@@ -105,7 +105,7 @@ def installed() -> tuple[Plugin, ...]:
             entry = entries[implementation.plugin_name]
             try:
                 table = dict(implementation.function())
-            except (Exception, SystemExit) as error:  # noqa: BLE001  # as above
+            except (Exception, SystemExit) as error:  # noqa: BLE001  # a faulty plugin must not stop the command
                 _warn(entry, error)
                 continue
             found += [Plugin(kind, str(n), str(table[n]), *_origin(entry)) for n in table]

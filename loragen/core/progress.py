@@ -1,4 +1,4 @@
-"""Events of a long command while it runs, for one dataset or many. The command line shows them."""
+"""Events of a command while it trains on one dataset or many. The command line shows them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ class Step:
     """One optimizer step that has just finished."""
 
     step: int
-    """Counted from 1."""
+    """The number of the step, counted from 1."""
     total: int
     stage: int
     loss: float
@@ -21,15 +21,16 @@ class Step:
     unit: str
     """The unit of `rate`: "answer tokens/s" or "pairs/s"."""
     phase: str = ""
-    """The objective of the phase, where a training has several phases."""
+    """The name of the objective trained in this phase; empty if there is only one phase. (`stage`
+    is the stage of the learning-rate schedule.)"""
     within_phase: tuple[int, int] | None = None
-    """(step, steps) of the phase; None where there is but one."""
+    """(step, steps) of the phase; None if there is only one."""
     name: str = ""
     """The dataset that is trained on, or "generator"."""
 
     @property
     def position(self) -> tuple[int, int]:
-        """(step, steps), of the phase where there are several."""
+        """(step, steps) of the phase if there are several, else of the training."""
         return self.within_phase or (self.step, self.total)
 
 
@@ -53,35 +54,39 @@ class Validation:
 
 
 class Progress(Protocol):
-    """What shows the progress of a command. Every event names its dataset (or "generator").
+    """Shows the progress of a command. Every event names its dataset (or "generator").
 
-    A single training sends `start`, `step` and `validated` any number of times, and `end`. A
-    command of several datasets sends `begin` before them, the `outcome` of each, whether it was
-    trained or not, and `stop` in the end; their trainings may overlap.
+    There are two levels. A training sends `training_started`, then `step` and `validated` any
+    number of times, and `training_ended`. A command of several datasets also sends
+    `command_started` before all trainings, the `outcome` of each dataset, whether it was trained or
+    not, and `command_ended`; its trainings may overlap.
     """
 
     def command_started(self, names: Sequence[str]) -> None:
-        """The datasets of the command, in their order."""
+        """A command of several datasets starts; `names` are in their order."""
 
     def training_started(self, name: str, total: int) -> None:
         """A training of `total` steps starts."""
 
-    def step(self, step: Step) -> None: ...
+    def step(self, step: Step) -> None:
+        """An optimizer step has finished."""
 
-    def validated(self, validation: Validation) -> None: ...
+    def validated(self, validation: Validation) -> None:
+        """A validation has finished."""
 
     def training_ended(self, name: str) -> None:
-        """The training has ended, in whatever way."""
+        """The training has ended, successfully or not."""
 
     def outcome(self, name: str, status: OutcomeStatus, line: str) -> None:
-        """The result for one of several datasets; `line` says it whole: `failed: no such file`."""
+        """The outcome of one of several datasets. `line` is the complete message, for example
+        `failed: no such file`."""
 
     def command_ended(self) -> None:
-        """No event follows."""
+        """The command has ended; no event follows."""
 
 
 class Silent:
-    """Shows nothing; a base class for whatever shows only some events."""
+    """Shows nothing. It is also the base class of classes that show only some events."""
 
     def command_started(self, names: Sequence[str]) -> None:
         pass

@@ -1,4 +1,4 @@
-"""Adapters for use without loragen: a PEFT directory, or a model with the adapter merged in."""
+"""Exports adapters for use without loragen: as a PEFT directory, or merged into the base model."""
 
 from contextlib import suppress
 from copy import deepcopy
@@ -20,10 +20,10 @@ from loragen.core.files import write_json, write_text, written_atomically
 def prepare_export(
     adapter: Adapter, origin: Path, base_model: str | None, alpha: float | None
 ) -> Adapter:
-    """Returns the adapter with `base_model` and `alpha` in place of those recorded, and with a base
-    model's name that transformers resolves from any directory of this machine.
+    """Returns the adapter with `base_model` and `alpha`, if given, instead of its own, and with a
+    name of the base that transformers resolves from any directory of this machine.
 
-    Raises UsageError where the base is neither recorded nor given.
+    Raises UsageError if the base is neither recorded nor given.
     """
     config = dict(adapter.config)
     if alpha is not None:
@@ -44,7 +44,7 @@ def export_merged(adapter: Adapter, source: Path, output: Path) -> None:
     """Writes the base model with the adapter merged in, in the base's stored dtype, and its
     tokenizer. The merge is computed in float32.
 
-    Raises LoragenError where the adapter does not fit the base.
+    Raises LoragenError if the adapter does not fit the base.
     """
     name = adapter.config["base_model_name_or_path"]
     base = load_base(name, torch.float32)
@@ -70,14 +70,14 @@ def save_merged(model: Any, base: LanguageModel, directory: Path) -> None:
     base.tokenizer.save_pretrained(directory)
     usual = (directory / "config.json").stat().st_mode
     for weights in directory.glob("*.safetensors"):
-        weights.chmod(usual)  # safetensors makes them readable for their owner alone
+        weights.chmod(usual)  # safetensors lets only the owner read them
 
 
 def merged_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Returns the base's state dict with ΔW = alpha / r · B A added, in `dtype`.
 
-    `model` is unchanged: PEFT's own merge changes the base in place, and unmerging does not restore
-    it exactly. One layer is merged at a time, since all ΔW together are as large as the model.
+    `model` is unchanged. PEFT's own merge would change the base in place, and unmerging does not
+    restore it exactly. One layer is merged at a time, since all ΔW are as large as the model.
     """
     layers = {
         f"{name}.base_layer.weight": layer
@@ -89,7 +89,7 @@ def merged_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         if "lora_" in key:
             continue
         layer, merged = layers.get(key), value
-        if layer is not None and getattr(layer, "lora_variant", None):  # DoRA: W is rescaled, too
+        if layer is not None and getattr(layer, "lora_variant", None):  # DoRA also rescales W
             copy = deepcopy(layer)
             copy.merge()
             merged = copy.get_base_layer().weight.detach()
@@ -101,7 +101,7 @@ def merged_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 def _resolvable(name: str) -> str:
     """Returns the path or hub id by which plain transformers and PEFT find a base model."""
-    with suppress(UsageError):  # a directory of another machine; the adapter itself is still good
+    with suppress(UsageError):  # a path of another machine; the adapter can be written
         source = resolve_base(name)
         return str(Path(source).absolute()) if Path(source).is_dir() else source
     return name

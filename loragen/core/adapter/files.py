@@ -1,6 +1,6 @@
 """PEFT adapters: read and write their directories, attach them to a base model.
 
-Everywhere in loragen the tensors of an adapter go by PEFT's file keys:
+Everywhere in loragen the keys of an adapter's tensors are those of PEFT's files:
 ``base_model.model.<path of the module>.lora_A.weight``.
 """
 
@@ -30,7 +30,7 @@ class Adapter:
     tensors: dict[str, Tensor]
 
     def __repr__(self) -> str:
-        """One line, since an adapter has hundreds of tensors."""
+        """Returns one line, since an adapter has hundreds of tensors."""
         values = sum(tensor.numel() for tensor in self.tensors.values())
         base, rank = (self.config.get(key) for key in ("base_model_name_or_path", "r"))
         return f"<{type(self).__name__}: {values:,} values, rank {rank}, for {base}>"
@@ -42,7 +42,7 @@ class Adapter:
 def read_adapter(directory: Path) -> Adapter:
     """Reads a PEFT adapter directory; the base model is not needed.
 
-    Raises UsageError where there is no adapter, DataError where its files are broken.
+    Raises UsageError if there is no adapter, DataError if its files are broken.
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
@@ -74,7 +74,7 @@ def write_adapter(directory: Path, adapter: Adapter, card: str) -> None:
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """Raises DataError where `file` is not a safetensors file."""
+    """Raises DataError if `file` is not a safetensors file."""
     try:
         return dict(load_file(file))
     except (SafetensorError, OSError) as error:
@@ -82,10 +82,10 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes with the usual permissions; safetensors alone would make the file its owner's only."""
+    """Writes a file with the usual permissions; safetensors would let only its owner read it."""
     file.touch()
     usual = file.stat().st_mode
-    save_file(tensors, file, metadata)  # twice as fast as writing the bytes of `save`
+    save_file(tensors, file, metadata)  # twice as fast as writing the bytes that `save` returns
     file.chmod(usual)
 
 
@@ -98,7 +98,7 @@ def peft_config(lora: LoraSection, base_model: str | None = None) -> Any:
 
     return LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides it, any number does
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT also accepts a float
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         task_type=TaskType.CAUSAL_LM,
@@ -124,8 +124,8 @@ def module_scaling(config: Mapping[str, Any], module: str) -> float:
     """Returns the factor of B A: alpha / r, or alpha / √r with rsLoRA.
 
     As in PEFT (`get_pattern_key`), the first pattern of `alpha_pattern` and of `rank_pattern` that
-    matches the end of the module's path replaces the adapter's value. PEFT itself knows the factor
-    only once the adapter is attached to a base model.
+    matches the end of the module's path replaces the adapter's value. PEFT itself computes the
+    factor only when the adapter is attached to a base model.
     """
 
     def value(patterns: Mapping[str, float] | None, default: float) -> float:
@@ -149,11 +149,11 @@ def adapter_state(model: Any) -> dict[str, Tensor]:
 
 
 def file_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Converts the keys of a checkpoint, where no live model is at hand, to PEFT's file keys.
+    """Converts the keys of a checkpoint to PEFT's file keys, without a live model.
 
-    A Lightning checkpoint prefixes the module's name, ``model.``; a live model has the adapter's
-    name, ``default``, in its keys, and ``.weight`` after a DoRA vector, where a file has none.
-    Tensors that are not LoRA's are left out; file keys stay as they are.
+    A Lightning checkpoint adds the prefix ``model.``, and a live model has the adapter's name,
+    ``default``, in its keys, and ``.weight`` after a DoRA vector; a file has none of these. Tensors
+    that are not LoRA's are left out. File keys stay as they are.
     """
     tensors = {}
     for key, tensor in state.items():
@@ -166,14 +166,14 @@ def file_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def attach_adapter(base: Any, adapter: Adapter, origin: str) -> Any:
     """Injects an adapter into `base` and returns the `PeftModel`, in eval mode.
 
-    Raises LoragenError where the adapter does not fit, naming the first tensor that the base lacks
+    Raises LoragenError if the adapter does not fit, naming the first tensor that the base lacks
     or that has another shape; PEFT itself would skip it or fail with a page of text. The base is
     then unchanged.
     """
     from peft import LoraConfig, get_peft_model
 
-    # An adapter of a newer PEFT may carry fields that this one does not have. The base's name is
-    # left out: PEFT would warn where the weights come from elsewhere.
+    # An adapter of a newer PEFT may have fields that this one lacks. The base's name is left out,
+    # because PEFT would warn if the weights come from elsewhere.
     known = {field.name for field in fields(LoraConfig) if field.init}
     known -= {"base_model_name_or_path", "runtime_config"}
     config = {key: value for key, value in adapter.config.items() if key in known}
@@ -193,7 +193,7 @@ def swap_adapter(model: Any, adapter: Adapter, origin: str) -> None:
     """Loads other weights into a model of `attach_adapter`, which is faster than attaching again.
 
     Raises LoragenError naming the first tensor that is missing, unexpected or of another shape, and
-    where the adapter also trains weights of the base.
+    if the adapter also trains weights of the base.
     """
     from peft import set_peft_model_state_dict
 
@@ -214,13 +214,9 @@ def shape_mismatch(
     expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]
 ) -> str | None:
     """Describes the first difference between two sets of named shapes; None for equal ones."""
-    missing, unexpected = (
-        sorted(expected.keys() - found.keys()),
-        sorted(found.keys() - expected.keys()),
-    )
-    if missing:
+    if missing := sorted(expected.keys() - found.keys()):
         return f"{len(missing)} tensors are missing: {listing(missing, 2)}"
-    if unexpected:
+    if unexpected := sorted(found.keys() - expected.keys()):
         return f"{len(unexpected)} tensors are unexpected: {listing(unexpected, 2)}"
     for key, shape in expected.items():
         if found[key] != shape:

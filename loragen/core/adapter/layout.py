@@ -29,7 +29,7 @@ NO_LAYER = -1
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Key (PEFT's file key), shape and dtype of one tensor of an adapter."""
+    """The key (PEFT's file key), shape and dtype of one tensor of an adapter."""
 
     key: str
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class TensorSpec:
 
     @property
     def layer(self) -> int:
-        """The index of the transformer layer: the number in the key, -1 where it has none."""
+        """The index of the transformer layer: the number in the key, -1 if it has none."""
         number = re.search(r"\.(\d+)\.", self.key)
         return int(number.group(1)) if number else NO_LAYER
 
@@ -85,7 +85,7 @@ class Layout:
         """Derives the layout of an adapter; the order of its tensors does not matter.
 
         Raises DataError for a tensor that is not of floating point, and UsageError naming the
-        number needed where the adapter has more than `max_tokens` tokens.
+        number needed if the adapter has more than `max_tokens` tokens.
         """
         specs = [TensorSpec(key, tuple(t.shape), t.dtype) for key, t in adapter.items()]
         for spec in specs:
@@ -171,22 +171,22 @@ class Layout:
             raise DataError(problem)
 
     def mask(self) -> Tensor:
-        """``[tokens, token_dim]`` bool: True on values, False on padding."""
+        """Returns ``[tokens, token_dim]`` bool: True on values, False on padding."""
         mask = torch.zeros(self.tokens * self.token_dim, dtype=torch.bool)
         for spec, start in zip(self.tensors, self.starts, strict=True):
             mask[start * self.token_dim :][: spec.size] = True
         return mask.view(self.tokens, self.token_dim)
 
     def owners(self) -> np.ndarray:
-        """``[tokens]`` int64: the index of the tensor that each token belongs to."""
+        """Returns ``[tokens]`` int64: the index of the tensor that each token belongs to."""
         return np.repeat(np.arange(len(self.tensors)), self.counts)
 
     def grid(self) -> TokenGrid:
-        """Returns what a decoder knows of the layout: the origin of each token, as integers."""
+        """Returns the layout as a decoder gets it: the origin of each token, as integers."""
         owners = self.owners()
 
         def codes(labels: list[Any]) -> np.ndarray:
-            """``[tokens]``: 0, 1, 2, ... in the order of the sorted distinct labels."""
+            """Returns ``[tokens]``: the index of each token's label among the sorted labels."""
             by_tensor = np.unique(np.array(labels), return_inverse=True)[1].astype(np.int64)
             by_token: np.ndarray = by_tensor[owners]
             return by_token

@@ -30,7 +30,7 @@ WEIGHTS = tuple(
     for stem in ("model.safetensors", "pytorch_model.bin")
     for index in ("", ".index.json")
 )
-"""A base on the hub has one of these files."""
+"""The files with weights of which a base on the hub has one."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 PRECISION_DTYPES = {"bf16-true": "bfloat16", "64-true": "float64"}
 BFLOAT16_FROM = 100_000_000
@@ -48,16 +48,16 @@ class LanguageModel:
     dtype: torch.dtype
     """The dtype of the stored weights, in which a merged model is saved."""
     fingerprint: str
-    """A hash of the weights as stored; two bases with one fingerprint train alike."""
+    """A hash of the weights as stored; bases with the same fingerprint train alike."""
 
 
 def load_base(
     name: str, dtype: torch.dtype | None = None, quantization: Any | None = None
 ) -> LanguageModel:
-    """Loads the model in `dtype` (default: as stored), on the CPU, in eval mode, all frozen.
+    """Loads a frozen model in `dtype` (default: as stored), on the CPU, in eval mode.
 
     With a `quantization` configuration of transformers it is on the GPU instead. Raises UsageError
-    where the base cannot be found, LoragenError where it does not load.
+    if the base cannot be found, LoragenError if it does not load.
     """
     quiet_libraries()
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -82,7 +82,7 @@ def empty_base(name: str, local_files_only: bool = False) -> LanguageModel:
     """Builds the architecture without its weights, on the current torch device; on `meta` it takes
     no memory. With `local_files_only` nothing is downloaded.
 
-    Raises UsageError where its configuration cannot be found, LoragenError where it is not one.
+    Raises UsageError if its configuration cannot be found, LoragenError if that is not valid.
     """
     quiet_libraries()
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -91,7 +91,7 @@ def empty_base(name: str, local_files_only: bool = False) -> LanguageModel:
     cache = {"local_files_only": True} if local_files_only else _cache_options(name)
     try:
         config = AutoConfig.from_pretrained(source, **cache)
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # theirs
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # untyped in transformers
     except (OSError, ValueError) as error:
         raise _not_loaded(name, source, error) from error
     model.requires_grad_(False)
@@ -101,7 +101,7 @@ def empty_base(name: str, local_files_only: bool = False) -> LanguageModel:
 def load_tokenizer(name: str) -> Any:
     """Loads the tokenizer of a base without its model.
 
-    Raises UsageError where it cannot be found, LoragenError where it does not load.
+    Raises UsageError if it cannot be found, LoragenError if it does not load.
     """
     quiet_libraries()
     from transformers import AutoTokenizer
@@ -109,7 +109,7 @@ def load_tokenizer(name: str) -> Any:
     source = resolve_base(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **_cache_options(name))
-        if not tokenizer("a").input_ids:  # where files are missing, transformers makes an empty one
+        if not tokenizer("a").input_ids:  # if files are missing, transformers makes an empty one
             raise ValueError("its tokenizer returns no tokens; is tokenizer.json missing?")
     except (OSError, ValueError) as error:
         raise _not_loaded(name, source, error) from error
@@ -127,30 +127,30 @@ def _not_loaded(name: str, source: str, error: Exception) -> LoragenError:
 
 
 def is_local(name: str) -> bool:
-    """Whether a base is on this machine, as a directory or in the hub's cache, with its weights: a
-    dry run downloads the configuration alone."""
+    """Returns whether a base is on this machine, as a directory or in the hub's cache, with its
+    weights, because a dry run has downloaded the configuration alone."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
         source = resolve_base(name)
-    except UsageError:  # a directory that is gone
+    except UsageError:  # a directory that does not exist
         return False
     cached = (try_to_load_from_cache(source, file) for file in WEIGHTS)
     return Path(source).is_dir() or any(isinstance(file, str) for file in cached)
 
 
 def _cache_options(name: str) -> dict[str, bool]:
-    """Options of `from_pretrained` that keep to the cache if the hub does not answer."""
+    """Returns the options by which `from_pretrained` uses only its cache if the hub is offline."""
     offline = not Path(resolve_base(name)).is_dir() and hub_problem()
     return {"local_files_only": True} if offline else {}
 
 
 def fingerprint(model: Any, values: int = 512) -> str:
-    """Returns a hash of names, shapes and an even sample of `values` of every weight, in float32:
-    the same for the same weights in whatever files and dtype of up to 32 bits.
+    """Returns a hash of names, shapes and an even sample of `values` of every weight, in float32.
+    It does not depend on the files and the dtype (of up to 32 bits) of the stored weights.
 
-    Reading all of a large model would take longer than a training step, and fine-tuning moves
-    nearly every weight, so a sample is enough.
+    A sample is enough, because fine-tuning moves nearly every weight, and reading all weights of a
+    large model would take longer than a training step.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
@@ -165,7 +165,7 @@ def load_training_base(config: LoraTrainConfig) -> LanguageModel:
     """Loads the base of `lora train`, frozen, in the dtype in which it will compute.
 
     The adapter's own weights stay in float32 unless `trainer.precision` is one of `*-true`.
-    Raises UsageError where the hardware does not allow the configured quantisation.
+    Raises UsageError if the hardware does not allow the configured quantisation.
     """
     if config.base_quantization != "none":
         return load_base(config.base_model, quantization=_bits_and_bytes(config))
@@ -173,7 +173,7 @@ def load_training_base(config: LoraTrainConfig) -> LanguageModel:
     dtype = base_dtype(config, base.model)
     if base.model.dtype == dtype:
         return base
-    # Loaded anew: `.to(dtype)` would also round what models keep in float32, such as RoPE's angles.
+    # Loaded again, because `.to(dtype)` would also round buffers in float32, such as RoPE's angles.
     stored, base.model = base.fingerprint, None
     return replace(load_base(config.base_model, dtype), fingerprint=stored)
 
@@ -190,13 +190,13 @@ def base_dtype(config: LoraTrainConfig, model: Any) -> torch.dtype:
 
 def trainer_precision(config: LoraTrainConfig, model: Any) -> str:
     """Returns Lightning's `precision`. With a base in bfloat16 the float32 adapter is multiplied in
-    bfloat16 too: otherwise every activation would be cast for it and cast back."""
+    bfloat16 too, because otherwise every activation would be cast for it and cast back."""
     chosen = config.trainer.precision
     return "bf16-mixed" if chosen == "32-true" and model.dtype == torch.bfloat16 else chosen
 
 
 def fast_bfloat16(accelerator: str) -> bool:
-    """Whether the hardware has instructions for bfloat16; emulated, it is slower than float32."""
+    """Returns whether the hardware has instructions for bfloat16, which is slow if emulated."""
     if accelerator != "cpu" and torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if accelerator != "cpu" and torch.backends.mps.is_available():
@@ -206,7 +206,7 @@ def fast_bfloat16(accelerator: str) -> bool:
 
 
 def dtype_name(dtype: torch.dtype) -> BaseDtype:
-    """Returns the name of a dtype in manifests; empty for one that no setting names."""
+    """Returns the name of a dtype in manifests; empty for a dtype that no setting names."""
     names: dict[torch.dtype, BaseDtype] = {DTYPES[name]: name for name in get_args(BaseDtype)[1:]}
     return names.get(dtype, "")
 
@@ -220,8 +220,8 @@ def best_device() -> torch.device:
 
 
 def quiet_libraries() -> None:
-    """Silences the banners, tips and progress bars of other libraries, but not their errors. It is
-    called before the first import of lightning or transformers."""
+    """Silences the banners, tips and progress bars of other libraries, but not their errors. It has
+    to be called before the first import of lightning or transformers."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked workers would deadlock
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing.*")
@@ -230,8 +230,8 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # theirs
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # theirs
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # untyped in transformers
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped in transformers
 
 
 def _bits_and_bytes(config: LoraTrainConfig) -> Any:
@@ -244,8 +244,8 @@ def _bits_and_bytes(config: LoraTrainConfig) -> Any:
     from transformers import BitsAndBytesConfig
 
     if config.base_quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]  # theirs
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]  # theirs
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]  # untyped in transformers
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]  # untyped in transformers
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,

@@ -12,7 +12,7 @@ BaseDtype = Literal["", "float32", "bfloat16", "float64"]
 
 
 def resolve_base(name: str) -> str:
-    """Returns what transformers loads: the shipped demo base, a directory, or a hub id.
+    """Returns the name that transformers loads: the shipped demo base, a directory, or a hub id.
 
     Raises UsageError for a missing path, which transformers would take for a hub id.
     """
@@ -29,6 +29,6 @@ def resolve_base(name: str) -> str:
 
 
 def is_path(name: str) -> bool:
-    """Whether a model's name can only be that of a directory, not a hub id."""
+    """Returns whether a model's name can only be that of a directory, not a hub id."""
     rooted = user_path(name).is_absolute() or name.startswith((".", "~"))
     return rooted or "\\" in name or name.count("/") > 1

@@ -1,6 +1,7 @@
-"""A dataset: opened once per command, and its file read in one pass when it is first needed. Light.
+"""A dataset, which is opened once per command and read in one pass when it is first needed.
 
-`Dataset.find` finds one by name. Its rows are labelled examples; its prompts need no labels.
+`Dataset.find` finds one by name. Its rows are labelled examples; its prompts need no labels. This
+module imports nothing heavy.
 """
 
 import hashlib
@@ -35,9 +36,9 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "test", "val")
 MAX_SHOWN = 5
-"""Bad rows named in an error or a warning."""
+"""The number of bad rows that an error or a warning names."""
 MAX_CLOSED_ANSWERS = 16
-"""A dataset with more distinct answers has free ones."""
+"""The answers of a dataset with more distinct ones are free."""
 PREPARED_KEYS = ("prompt", "prompts", "dataset", "lines")
 """The keys of a line of `data prepare`, which holds several prompts."""
 
@@ -52,7 +53,7 @@ class Row:
     history: tuple[Turn, ...] = ()
     """Earlier turns of the conversation: context, without a loss."""
     choices: list[str] | None = None
-    """The answers to choose between, where the dataset states them."""
+    """The answers to choose between, if the dataset states them."""
     line: int
 
 
@@ -64,7 +65,7 @@ class Prompt(NamedTuple):
 
 
 class BadRow(NamedTuple):
-    """A row that cannot be used, and why."""
+    """A row that cannot be used, and the reason."""
 
     line: int
     reason: str
@@ -72,10 +73,10 @@ class BadRow(NamedTuple):
 
 @dataclass
 class _Contents:
-    """What one pass over a dataset's documents finds. Rows and prompts share their strings."""
+    """The result of one pass over a dataset's documents. Rows and prompts share their strings."""
 
     sha256: str = ""
-    """Of a hub dataset's rows; that of a file is of its bytes."""
+    """The hash of a hub dataset's rows; that of a file is computed from its bytes."""
     rows: list[Row] = field(default_factory=list)
     bad_rows: list[BadRow] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
@@ -141,7 +142,7 @@ class Dataset:
             return cls(source)
         if source.suffix.lower() in SUFFIXES:
             raise UsageError(f"{source}: no such file")
-        folders = [root / source] if source.name else []  # "." is a folder, and no name
+        folders = [root / source] if source.name else []  # "." names a folder, but no dataset
         folders += [source.absolute()] if source.is_dir() else []
         for folder in folders:
             found = _files_of(folder.name, folder.parent, split)
@@ -160,14 +161,14 @@ class Dataset:
 
     @property
     def location(self) -> str:
-        """An absolute path or a hub id: `Dataset.at` finds the dataset again from anywhere."""
+        """The absolute path or hub id, from which `Dataset.at` opens the dataset anywhere."""
         return location(self.source)
 
     @cached_property
     def sha256(self) -> str:
         """The hex digest of the file's bytes, or of a hub dataset's rows.
 
-        Raises UsageError where the dataset is missing.
+        Raises UsageError if the dataset is missing.
         """
         if isinstance(self.source, HubDataset):
             return self._contents.sha256
@@ -192,7 +193,7 @@ class Dataset:
 
     @property
     def good_rows(self) -> list[Row]:
-        """The rows that can be used. Raises as `rows` where there are none."""
+        """The rows that can be used. Raises as `rows` if there are none."""
         rows, bad = self._contents.rows, self._contents.bad_rows
         if not rows and not bad:
             raise DataError(f"{self.source}: no rows in it")
@@ -249,12 +250,12 @@ class Dataset:
 
     @property
     def closed_answers(self) -> list[str] | None:
-        """The answers of the dataset where they are few and recur; None where they are free."""
+        """The distinct answers of the dataset if they are few and recur; None if they are free."""
         return closed_answers(self.good_rows)
 
     def release(self) -> None:
-        """Frees what was read. The next access reads the file again, and hashes it again, so that
-        hash and rows are always of the same bytes."""
+        """Frees the content. The next access reads and hashes the file again, so that hash and rows
+        are always those of the same bytes."""
         for cached in ("sha256", "_content", "_contents"):
             self.__dict__.pop(cached, None)
 
@@ -315,7 +316,7 @@ def bad_lines(source: Source, bad: Sequence[BadRow], hint: str = "") -> list[str
 
 
 def warn_of_bad(source: Source, bad: Sequence[BadRow], good: int) -> None:
-    """Logs one warning that names the first bad rows, where there are any."""
+    """Logs one warning that names the first bad rows, if there are any."""
     if bad:
         named = "; ".join(f"line {line}: {reason}" for line, reason in bad[:MAX_SHOWN])
         rest = f"; and {len(bad) - MAX_SHOWN} more" if len(bad) > MAX_SHOWN else ""
@@ -324,14 +325,14 @@ def warn_of_bad(source: Source, bad: Sequence[BadRow], good: int) -> None:
 
 
 def closed_answers(rows: Sequence[Row]) -> list[str] | None:
-    """Returns the answers of the rows where they are few and recur; None where they are free."""
+    """Returns the distinct answers of the rows if they are few and recur; None if they are free."""
     distinct = sorted({row.response for row in rows})
     recur = len(distinct) <= min(MAX_CLOSED_ANSWERS, len(rows) // 2)
     return distinct if len(distinct) > 1 and recur else None
 
 
 def allowed_answers(rows: Sequence[Row], closed: list[str] | None) -> list[list[str]] | None:
-    """Returns each row's allowed answers: its own choices, else the closed set; None where some row
+    """Returns each row's allowed answers: its own choices, else the closed set; None if some row
     has neither."""
     allowed = [row.choices or closed or [] for row in rows]
     return allowed if all(allowed) else None

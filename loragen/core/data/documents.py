@@ -1,6 +1,6 @@
-"""Documents of a dataset: the values in a file or a hub dataset in order, with their lines.
+"""The documents of a dataset: the values in a file or a hub dataset in order, with their lines.
 
-A document is whatever one line, item, record or hub row holds; `formats` says what it means.
+A document is the value of one line, list item, CSV record or hub row; `formats` interprets it.
 """
 
 import csv
@@ -21,7 +21,7 @@ NESTED_KEYS = ("messages", "conversations", "choices", "history")
 """Keys whose CSV cells hold JSON."""
 MAX_CELL_LENGTH = 2**31 - 1
 JSON_LIMITS = (ValueError, RecursionError)
-"""What json raises beyond its limits: 4,300 digits, or some thousand brackets."""
+"""The errors that json raises beyond its limits: 4,300 digits, or some thousand brackets."""
 HUB_ID = r"[\w.-]+/[\w.-]+"
 
 
@@ -29,7 +29,8 @@ class Document(NamedTuple):
     """One value of a dataset, or the reason why it could not be read."""
 
     line: int
-    """The line where it starts, from 1; in a JSON list, Parquet and on the hub its index."""
+    """The first line of the document; in a JSON list, Parquet and on the hub its index. Both are
+    counted from 1."""
     value: Any
     problem: str | None = None
 
@@ -44,7 +45,7 @@ class HubDataset:
 
     @property
     def name(self) -> str:
-        """A name that is good for a run directory; a configuration may be called anything."""
+        """A name that can be part of a run directory's name; the hub allows any text."""
         return file_name("-".join(filter(None, (self.id.rpartition("/")[2], self.config))))
 
     def __str__(self) -> str:
@@ -76,7 +77,7 @@ def location(source: Source) -> str:
 def read_documents(source: Source) -> Iterator[Document]:
     """Yields every document in order; a file with an unknown suffix is read as JSON lines.
 
-    Raises UsageError for a missing file or package, DataError where nothing can be read.
+    Raises UsageError for a missing file or package, DataError if nothing can be read.
     """
     if isinstance(source, HubDataset):
         return hub_documents(source)
@@ -84,23 +85,23 @@ def read_documents(source: Source) -> Iterator[Document]:
 
 
 def read_bytes(file: Path) -> bytes:
-    """Returns the content of a file. Raises UsageError where there is none."""
+    """Returns the content of a file. Raises UsageError if it is missing."""
     if not file.is_file():
         raise UsageError(f"{file}: no such file")
     return file.read_bytes()
 
 
 def file_documents(file: Path, content: bytes) -> Iterator[Document]:
-    """Yields the documents in the `content` of a file; its suffix says how they are written.
+    """Yields the documents in the `content` of a file, whose suffix decides how it is read.
 
-    Raises UsageError for a missing package, DataError where nothing can be read.
+    Raises UsageError for a missing package, DataError if nothing can be read.
     """
     readers = {".json": _json, ".csv": _csv, ".parquet": _parquet}
     return readers.get(file.suffix.lower(), _json_lines)(file, content)
 
 
 def hub_documents(source: HubDataset) -> Iterator[Document]:
-    """Yields the rows of a hub dataset. Raises UsageError where it cannot be had."""
+    """Yields the rows of a hub dataset. Raises UsageError if it cannot be loaded."""
     rows = read_hub(source.id, source.config, source.split)
     return (Document(line, row) for line, row in enumerate(rows, start=1))
 
@@ -108,7 +109,7 @@ def hub_documents(source: HubDataset) -> Iterator[Document]:
 def read_hub(identifier: str, config: str | None, split: str) -> Iterable[dict[str, Any]]:
     """Returns the rows of one split through the `datasets` library, downloaded or from its cache.
 
-    Raises UsageError, within seconds, where they cannot be had.
+    Raises UsageError, within seconds, if they cannot be loaded.
     """
     try:
         import datasets
@@ -123,7 +124,7 @@ def read_hub(identifier: str, config: str | None, split: str) -> Iterable[dict[s
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(identifier, config, split=split)  # type: ignore[no-any-return]  # rows are mappings
+        return datasets.load_dataset(identifier, config, split=split)  # type: ignore[no-any-return]  # datasets is untyped
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"hub dataset {identifier}: {reason}") from error
@@ -138,7 +139,7 @@ def text_lines(file: Path, content: bytes) -> Iterator[tuple[int, str]]:
     start = 3 if content.startswith(b"\xef\xbb\xbf") else 0
     stream = io.BytesIO(content)
     stream.seek(start)
-    for number, line in enumerate(stream, start=1):  # never all lines in memory at once
+    for number, line in enumerate(stream, start=1):  # without a list of all lines in memory
         try:
             text = line.decode().removesuffix("\n")
         except UnicodeDecodeError as error:
@@ -173,7 +174,7 @@ def _json(file: Path, content: bytes) -> Iterator[Document]:
     try:
         document = json.loads(_whole_text(file, content))
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # JSON lines under another name
+        if error.msg == "Extra data":  # the file has JSON lines under another name
             yield from _json_lines(file, content)
             return
         raise DataError(f"{file}:{error.lineno}: not JSON: {error.msg}") from None
@@ -207,7 +208,7 @@ def _csv_records(file: Path, content: bytes) -> list[tuple[int, list[str]]]:
     """Returns (first line, cells) of each record that is not empty; a cell may span lines."""
     reader = csv.reader(io.StringIO(_whole_text(file, content), newline=""), strict=True)
     records, line = [], 1
-    limit = csv.field_size_limit(MAX_CELL_LENGTH)  # the module's own is 131,072 characters
+    limit = csv.field_size_limit(MAX_CELL_LENGTH)  # the default is 131,072 characters
     try:
         for cells in reader:
             if cells:
@@ -225,7 +226,7 @@ def _cell(key: str, text: str) -> Any:
         try:
             return json.loads(text)
         except JSON_LIMITS:  # JSONDecodeError is a ValueError
-            pass  # it stays a text, which is then reported as no list
+            pass  # the text is kept, and reported as no list
     return text
 
 

@@ -1,6 +1,6 @@
 """The formats of rows: a document's keys decide which entry of `FORMATS` reads it.
 
-All functions raise DataError saying what is wrong with a document, not where it is.
+All functions raise DataError with the problem of a document; the caller adds file and line.
 """
 
 from abc import ABC, abstractmethod
@@ -42,9 +42,9 @@ class RowFormat(ABC):
     """How one kind of row is read."""
 
     keys: tuple[str, ...]
-    """A document that has all of them is of this format. The last one holds the answer."""
+    """A document with all of these keys has this format. The last key holds the answer."""
     optional: tuple[str, ...] = ()
-    """Keys of texts that are part of the prompt, where the row has them."""
+    """Keys of texts that are part of the prompt, if the row has them."""
 
     @property
     def name(self) -> str:
@@ -52,7 +52,7 @@ class RowFormat(ABC):
 
     @property
     def unlabelled(self) -> tuple[str, ...]:
-        """The keys that `question` needs."""
+        """The keys without which `question` fails."""
         return self.keys[:-1] or self.keys
 
     @abstractmethod
@@ -66,7 +66,7 @@ class TextFormat(RowFormat):
     """A prompt and an answer, with an optional system text, history and choices."""
 
     def question(self, document: Keys) -> Question:
-        """`history` is a list of pairs: earlier prompts with their responses."""
+        """Returns the question. `history` is a list of pairs: earlier prompts with responses."""
         extras = [_optional_text(document, extra) for extra in self.optional]
         parts = [_text(document, self.keys[0]), *extras]
         pairs = [
@@ -90,7 +90,8 @@ class ChoiceFormat(RowFormat):
     """A question with choices, `{"text": [...], "label": [...]}` or a list of texts."""
 
     def question(self, document: Keys) -> Question:
-        """The prompt lists the choices by letter; the possible answers are `[A]`, `[B]`."""
+        """Returns a question whose prompt lists the choices by letter; the possible answers are
+        `[A]`, `[B]` and so on."""
         _, choices = _labelled_choices(document)
         letters = ascii_uppercase[: len(choices)]
         lines = [f"{letter}: {choice}" for letter, choice in zip(letters, choices, strict=True)]
@@ -99,12 +100,12 @@ class ChoiceFormat(RowFormat):
         return Question(prompt, _optional_text(document, "system"), (), answers)
 
     def answer(self, document: Keys) -> str:
-        """Returns `[C]`. A choice is named by its label. Choices without labels have letters, and a
-        number is their index from 0, as in MMLU."""
+        """Returns the answer, such as `[C]`. A row names it by its label. Choices without labels
+        have letters, and a number is their index from 0, as in MMLU."""
         key, (labels, _) = self.keys[-1], _labelled_choices(document)
         given, names = document[key], labels
         if not isinstance(document["choices"], dict):
-            if isinstance(given, str) and given.strip().isdecimal():  # as CSV writes any number
+            if isinstance(given, str) and given.strip().isdecimal():  # CSV has numbers as text
                 raise DataError(
                     f"'{key}': {given!r} may count from 0 or from 1: name the choice "
                     f"by its letter, {listing(labels)}"
@@ -120,7 +121,8 @@ class DialogueFormat(RowFormat):
     """A list of messages, `{"role", "content"}` or sharegpt's `{"from", "value"}`."""
 
     def question(self, document: Keys) -> Question:
-        """Everything before the last answer; an unlabelled dialogue ends with a user message."""
+        """Returns all messages before the last answer; an unlabelled dialogue ends with a user
+        message."""
         system, messages = self._alternating(document)
         before = messages if len(messages) % 2 else messages[:-1]
         if not before:
@@ -149,13 +151,13 @@ class DialogueFormat(RowFormat):
         return system, [content for _, content in messages]
 
 
-FORMATS: tuple[RowFormat, ...] = (  # the first that fits; other keys are ignored
+FORMATS: tuple[RowFormat, ...] = (  # the first that fits is used; other keys are ignored
     TextFormat(("prompt", "response")),
     TextFormat(("instruction", "output"), ("input",)),
     ChoiceFormat(("question", "choices", "answerKey")),
     DialogueFormat(("messages",)),
     DialogueFormat(("conversations",)),
-    # Other spellings that are common on the hub.
+    # Other keys that are common on the hub.
     TextFormat(("prompt", "completion")),
     TextFormat(("query", "response")),
     TextFormat(("instruction", "response"), ("context",)),
@@ -202,8 +204,8 @@ def _labelled_format_of(document: Keys) -> RowFormat | None:
 
 
 def _unlabelled_format_of(document: Keys) -> RowFormat | None:
-    """The format that the row would have with its answer, as far as its keys show: the first that
-    fits, or one that differs from it by optional keys alone and has more of them."""
+    """Returns the format that the row would have with its answer: the first that fits its keys, or
+    one that differs from that by optional keys alone and has more of them."""
     fitting = [known for known in FORMATS if all(key in document for key in known.unlabelled)]
     alike = [known for known in fitting if known.unlabelled == fitting[0].unlabelled]
     return max(
@@ -228,7 +230,7 @@ def _text(document: Keys, key: str) -> str:
 
 
 def _optional_text(document: Keys, key: str) -> str | None:
-    """An empty text, as a CSV cell has it, counts as none."""
+    """Returns a text or None. An empty text, as in a CSV cell, counts as None."""
     return None if document.get(key) in (None, "") else _text(document, key)
 
 
@@ -246,7 +248,7 @@ def _items(value: Any, key: str) -> Sequence[Any]:
 
 
 def _kind(value: Any) -> str:
-    """Names a value's type, in the words of JSON where Python has others."""
+    """Returns the name of a value's type, as JSON has it."""
     names = {"NoneType": "null", "str": "a text", "dict": "an object", "list": "a list"}
     return names.get(type(value).__name__, f"{type(value).__name__} {value!r:.40}")
 

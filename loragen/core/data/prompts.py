@@ -37,8 +37,8 @@ def joined_texts(prompts: Sequence[str], samples_per_prompt: int) -> list[str]:
 def random_groups(
     prompts: Sequence[str], samples_per_prompt: int, seed: int
 ) -> list[tuple[str, ...]]:
-    """Returns random groups that share no prompt, each of `samples_per_prompt`. A rest that is too
-    small for a group is left out, unless there is nothing else."""
+    """Returns disjoint random groups of `samples_per_prompt` prompts each. A rest that is too small
+    for a group is left out, unless there is no group without it."""
     shuffled = list(prompts)
     Random(f"groups:{seed}").shuffle(shuffled)
     rest = [tuple(shuffled)] if shuffled else []
@@ -52,7 +52,7 @@ def whole_groups(prompts: Sequence[Any], size: int) -> list[tuple[Any, ...]]:
 
 
 def text_key(prompt: str) -> str:
-    """Returns what prompts that differ in white space alone have in common."""
+    """Returns a key that is equal for prompts that differ in white space alone."""
     return " ".join(prompt.split())
 
 
@@ -70,7 +70,7 @@ class PreparedText(BaseModel):
 
 
 class PreparedDataset(BaseModel):
-    """What became of the prompts of one dataset."""
+    """The numbers of prompts of one dataset that were used and left out."""
 
     dataset: str
     path: str
@@ -88,7 +88,7 @@ class PreparedDataset(BaseModel):
 
 
 class Grouping(BaseModel):
-    """How prompts are joined and split."""
+    """The options by which prompts are joined and split."""
 
     samples_per_prompt: int = Field(4, ge=1)
     test_ratio: float = Field(0.1, ge=0, lt=1)
@@ -105,7 +105,7 @@ class PreparedRecord(Grouping):
 
 @dataclass(frozen=True)
 class PromptSplit:
-    """Groups of prompts with their lines, and the number of prompts in none."""
+    """Groups of prompts with their lines, and the numbers of prompts that are in no group."""
 
     train: list[tuple[Prompt, ...]]
     val: list[tuple[Prompt, ...]]
@@ -171,7 +171,7 @@ def prepare(
                 val=len(split.val),
             )
         )
-    (directory / RECORD).unlink(missing_ok=True)  # written last: with it, the directory is whole
+    (directory / RECORD).unlink(missing_ok=True)  # written last: it marks the directory as complete
     for file, lines in texts.items():
         rows = (json.dumps(line.model_dump(), ensure_ascii=False) for line in lines)
         write_text(directory / file, "".join(f"{row}\n" for row in rows))
@@ -184,16 +184,16 @@ def split_prompts(
 ) -> PromptSplit:
     """Returns random groups that share no prompt.
 
-    A prompt whose text an earlier one has (white space aside) is left out: without its label it
-    adds nothing, and on the other side of the split it would be seen in training. `sides`
-    remembers the side of each text, so that a text of several datasets is on the same side in all.
+    A prompt with the text of an earlier one (white space aside) is left out: without its label it
+    adds nothing, and in the other part of the split it would leak. `sides` records the part of each
+    text, so that a text of several datasets is in the same part for all.
     """
     distinct = list({text_key(prompt.text): prompt for prompt in reversed(prompts)}.values())
     random = Random(f"prepare:{grouping.seed}:{name}")
     random.shuffle(distinct)
     size = grouping.samples_per_prompt
     texts, held_out = len(distinct) // size, 0
-    if grouping.test_ratio and texts > 1:  # at least one text, and one is left to train on
+    if grouping.test_ratio and texts > 1:  # at least one text on either side
         held_out = min(texts - 1, max(1, round(texts * grouping.test_ratio))) * size
     by_side = defaultdict(list)
     for prompt in distinct:
@@ -205,7 +205,7 @@ def split_prompts(
     groups = {}
     for side in (TRAIN, VAL):
         sides |= {text_key(prompt.text): side for prompt in by_side[side]}
-        random.shuffle(by_side[side])  # shared prompts are not all in the first texts
+        random.shuffle(by_side[side])  # otherwise all shared prompts would be in the first texts
         groups[side] = whole_groups(by_side[side], size)
     grouped = size * (len(groups[TRAIN]) + len(groups[VAL]))
     repeated = len(prompts) - len(distinct)
@@ -220,15 +220,15 @@ def _prepared_text(dataset: str, group: Sequence[Prompt]) -> PreparedText:
 
 @dataclass(frozen=True)
 class PreparedPrompts:
-    """A directory of prepared prompts, read."""
+    """The content of a directory of prepared prompts."""
 
     directory: Path
     record: PreparedRecord
     groups: Mapping[str, PromptGroups]
 
     def groups_of(self, dataset: str) -> PromptGroups:
-        """The groups of one dataset. Raises UsageError naming the datasets there are where it has
-        none to train on."""
+        """Returns the groups of one dataset. Raises UsageError, which names the prepared datasets,
+        if it has none to train on."""
         found = self.groups.get(dataset)
         if found is None or not found.train:
             known = sorted(self.groups)
@@ -241,7 +241,7 @@ class PreparedPrompts:
 
 
 def check_prepared(directory: Path) -> None:
-    """Raises UsageError where the directory has no prepared prompts."""
+    """Raises UsageError if the directory has no prepared prompts."""
     if not directory.is_dir():
         raise UsageError(f"{directory}: no such directory of prompts (`loragen data prepare`)")
     if not (directory / RECORD).is_file():
@@ -249,9 +249,9 @@ def check_prepared(directory: Path) -> None:
 
 
 def read_prepared(directory: Path) -> PreparedPrompts:
-    """Reads what `prepare` has written.
+    """Reads the files that `prepare` has written.
 
-    Raises UsageError where there is none, DataError (with file:line) for a damaged file.
+    Raises UsageError if they are missing, DataError (with file:line) if one is damaged.
     """
     check_prepared(directory)
     file = directory / RECORD

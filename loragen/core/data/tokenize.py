@@ -1,6 +1,6 @@
-"""Rows as token ids and loss mask, through the tokenizer's chat template where it has one.
+"""Rows as token ids, through the tokenizer's chat template if it has one, and their label tokens.
 
-`preview` summarises a dataset in tokens: its lengths, what training learns, what is cut.
+`preview` summarises a dataset in tokens: lengths, label tokens, and the prompts that are cut.
 """
 
 import hashlib
@@ -27,17 +27,17 @@ class Example(NamedTuple):
 
 
 class TokenizedRow(NamedTuple):
-    """One row in tokens, as far as it fits."""
+    """One row in tokens, cut to the maximal length."""
 
     cut: list[int]
-    """The start of the prompt that does not fit."""
+    """The start of the prompt, which does not fit."""
     prompt: list[int]
     answer: list[int]
-    """With the end token."""
+    """The tokens of the answer and the end token."""
 
     @property
     def example(self) -> Example:
-        """The row without its cut, as training reads it."""
+        """The row without the part that is cut, as training reads it."""
         return Example([*self.prompt, *self.answer], len(self.answer))
 
 
@@ -58,7 +58,7 @@ def prompt_ids(
 
 
 def answer_ids(tokenizer: Any, response: str) -> list[int]:
-    """Returns the answer's tokens and the end token, which is trained too: it says when to stop."""
+    """Returns the answer's tokens and the end token, which is trained too to end the decoding."""
     ids = list(tokenizer(response, add_special_tokens=False)["input_ids"])
     return [*ids, tokenizer.eos_token_id]
 
@@ -67,7 +67,7 @@ def tokenize_row(tokenizer: Any, row: Row, max_length: int) -> TokenizedRow:
     """Returns a row in tokens. One that is too long loses the start of its prompt, never any of its
     answer.
 
-    Raises DataError where the answer alone does not fit.
+    Raises DataError if the answer alone does not fit.
     """
     answer = answer_ids(tokenizer, row.response)
     if len(answer) >= max_length:
@@ -103,7 +103,7 @@ class TokenizedRows(Sequence[Example]):
         self._cut: set[int] = set()
 
     def subset(self, indices: Sequence[int]) -> "TokenizedRows":
-        """Some of the rows, in that order. A row is tokenised once for all subsets."""
+        """Returns some of the rows, in that order. A row is tokenised once for all subsets."""
         part = copy(self)
         part._indices = [self._indices[index] for index in indices]
         part.rows = [self.rows[index] for index in indices]
@@ -119,7 +119,7 @@ class TokenizedRows(Sequence[Example]):
     def __getitem__(self, index: slice) -> list[Example]: ...
 
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """Raises DataError where an answer does not fit after all."""
+        """Returns examples. Raises DataError if an answer does not fit after all."""
         if isinstance(index, slice):
             return [self[one] for one in range(len(self))[index]]
         own = self._indices[index]
@@ -132,12 +132,12 @@ class TokenizedRows(Sequence[Example]):
 
     @property
     def num_tokenized(self) -> int:
-        """How many of the rows were tokenised so far."""
+        """The number of rows that were tokenised so far."""
         return sum(own in self._cache for own in self._indices)
 
     @property
     def num_cut(self) -> int:
-        """How many of the rows that were tokenised so far have lost the start of their prompt."""
+        """The number of rows among them that have lost the start of their prompt."""
         return sum(own in self._cut for own in self._indices)
 
 
@@ -146,14 +146,14 @@ def _too_long(answer: Sequence[int], max_length: int) -> str:
 
 
 def _most_tokens(text: str) -> int:
-    """An upper bound of the tokens of a text: one for each UTF-8 byte and one before the first.
-    Normalisation (NFKC) writes a character that is not ASCII with up to 33 bytes."""
+    """Returns an upper bound of the tokens of a text: one for each UTF-8 byte and one before the
+    first. Normalisation (NFKC) turns a character that is not ASCII into up to 33 bytes."""
     return 1 + (len(text) if text.isascii() else 33 * len(text))
 
 
 def examples_hash(examples: Iterable[Example]) -> str:
-    """Returns a hash of the tokens, and of which of them are answers, in their order: another
-    tokenizer, chat template or label makes another hash."""
+    """Returns a hash of the tokens and of the numbers of label tokens, in their order. It changes
+    with the tokenizer, the chat template and the labels."""
     digest = hashlib.sha256()
     for item in examples:
         digest.update(array("q", [item.num_label_tokens, *item.ids]).tobytes())
@@ -162,19 +162,20 @@ def examples_hash(examples: Iterable[Example]) -> str:
 
 def shared_prefix(sequences: Sequence[list[int]]) -> int:
     """Returns the number of tokens with which all sequences begin."""
-    first, last = min(sequences), max(sequences)  # in lexicographic order, the least alike
+    first, last = min(sequences), max(sequences)  # lexicographic: these two are least alike
     pairs = enumerate(zip(first, last, strict=False))
     return next((index for index, (a, b) in pairs if a != b), min(len(first), len(last)))
 
 
 def pad_id(tokenizer: Any) -> int:
-    """Returns the padding id, or the end token's where there is none: padding is masked."""
+    """Returns the id of the padding token, or of the end token if there is none. Padding is masked,
+    so that any id would do."""
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Percentiles of tokens per row; each is a length that occurs."""
+    """Percentiles of the tokens per row, each of which is the length of some row."""
 
     p5: int
     p50: int
@@ -184,14 +185,14 @@ class Lengths:
 
 @dataclass(frozen=True)
 class PreviewedRow:
-    """A row as the model sees it, special tokens included."""
+    """A row as the model reads it, including special tokens."""
 
     line: int
     cut: str
     """The start of the prompt that does not fit."""
     prompt: str
     answer: str
-    """The part that has a loss, with the end token."""
+    """The part that has a loss, including the end token."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ class Preview:
     rows_cut: int
     """Rows longer than `max_length`."""
     tokens_cut: int
-    """The tokens that these rows lose, all together."""
+    """The number of tokens that these rows lose in all."""
     shared_prefix: int
     """The number of tokens with which every prompt begins, once it is cut."""
     samples: list[PreviewedRow]
@@ -221,10 +222,10 @@ class Preview:
 
 
 def preview(tokenizer: Any, dataset: Dataset, max_length: int, samples: int) -> Preview:
-    """Tokenises the good rows; a row whose answer does not fit is a bad one. Shows the first
-    `samples`.
+    """Returns the summary of the good rows with the first `samples` of them; a row whose answer
+    does not fit is a bad one.
 
-    Raises DataError where no row is good.
+    Raises DataError if no row is good.
     """
     fitting: list[tuple[int, TokenizedRow]] = []  # with their lines
     bad = list(dataset.bad_rows)

@@ -31,11 +31,11 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 KILL_AFTER_SECONDS = 30
-"""Between the second Ctrl+C, which terminates a worker, and its end by force."""
+"""The time between the second Ctrl+C, which terminates a worker, and its end by force."""
 RAY_GRACE_SECONDS = 60.0
-"""For a worker on Ray to save its step, once it is interrupted."""
+"""The time in which an interrupted worker on Ray has to save its step."""
 RAY_STORE_BYTES = 100 * 2**20
-"""Of a cluster started here: only configurations pass through its object store."""
+"""The size of the object store of a cluster started here; only configurations pass through it."""
 
 
 def collect(
@@ -44,7 +44,7 @@ def collect(
     """Trains an adapter for each task; returns the outcomes in the order of the tasks.
 
     A task with a finished run is skipped, unless `force`. Every file is read before the first
-    dataset trains. Raises an error only where there is a single task, or where no task can train:
+    dataset trains. Raises an error only if there is a single task, or if no task can train:
     the base model does not load, there is no cluster.
     """
     if Path(config.runs_dir).exists() and not Path(config.runs_dir).is_dir():
@@ -80,7 +80,7 @@ def _without_training(config: LoraTrainConfig, task: Task, force: bool) -> TaskO
                 reason = f"done already in {finished.directory} (--force trains it again)"
                 return TaskOutcome(task, "skipped", finished, reason)
         task.dataset.check(config.data.skip_bad_rows)
-    except Exception as error:  # noqa: BLE001  # of this dataset alone: no permission, no hub
+    except Exception as error:  # noqa: BLE001  # an error of this dataset stops no other
         return TaskOutcome.failed(task, error)
     if not force and unfinished:
         log.info(
@@ -104,9 +104,9 @@ def _train(
 
 
 def _needs_workers(config: LoraTrainConfig) -> bool:
-    """Whether Lightning would start the processes of further devices itself.
+    """Returns whether Lightning would start the processes of further devices itself.
 
-    It does so by running the command again, once for all datasets: after a dataset that failed,
+    It does so by running the command again, once for all datasets, and after a dataset that failed
     those processes would wait for ever. In a worker they end with the dataset.
     """
     if _launched_externally():
@@ -120,7 +120,7 @@ def _needs_workers(config: LoraTrainConfig) -> bool:
 
 
 def _launched_externally() -> bool:
-    """Whether torchrun or Slurm has started this process, once for each device."""
+    """Returns whether torchrun or Slurm has started this process, once for each device."""
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
     return "LOCAL_RANK" in os.environ or bool(SLURMEnvironment.detect())
@@ -129,7 +129,7 @@ def _launched_externally() -> bool:
 def _train_in_this_process(
     config: LoraTrainConfig, tasks: Sequence[Task], progress: Progress
 ) -> Iterator[TaskOutcome]:
-    """Trains on one base model. Raises LoragenError where that does not load."""
+    """Trains on one base model. Raises LoragenError if that does not load."""
     from loragen.core.base.load import load_training_base
     from loragen.core.lora.train import train_adapter
 
@@ -145,7 +145,7 @@ def _train_in_this_process(
             return
         except Exception as error:
             if _launched_externally() and not isinstance(error, LoragenError):
-                raise  # perhaps on this device alone: torchrun has to stop the others
+                raise  # if it is on this device alone, torchrun has to stop the others
             yield TaskOutcome.failed(task, error)
         else:
             yield TaskOutcome(task, "trained", run)
@@ -181,7 +181,7 @@ class _Attempt:
             self.result = report.result or self.result
 
     def retry(self, launcher: Launcher) -> bool:
-        """Starts the worker again where it has failed through no fault of the user."""
+        """Starts the worker again if it has failed through no fault of the user."""
         result = self.result
         if (result and not result.traceback) or self.failures == launcher.max_retries:
             return False
@@ -213,7 +213,7 @@ class _Attempt:
             if result.traceback:
                 error.add_note(result.traceback)  # for --debug
             return TaskOutcome(self.task, "failed", None, result.reason, error)
-        directory = Path(runs_dir) / self.directory.name  # as the user wrote runs_dir
+        directory = Path(runs_dir) / self.directory.name  # relative if runs_dir is
         return TaskOutcome(self.task, "trained", Run.open(directory, LoraManifest))
 
 
@@ -229,7 +229,7 @@ def _train_in_workers(
     from loragen.core.run.loop import Interruption
 
     for task in tasks:
-        task.dataset.release()  # the workers read it
+        task.dataset.release()  # the workers read it themselves
     interruption = Interruption()
     with (
         interruption.handle_signals(),
@@ -256,7 +256,7 @@ class _WorkerPool:
         launcher: Launcher,
         folder: Path,
     ) -> None:
-        """`folder` is for the status files."""
+        """The status files are written to `folder`."""
         self.config, self.progress, self.launcher, self.folder = config, progress, launcher, folder
         self.waiting, self.running = list(tasks), list[_Attempt]()
         self.interrupted = False
@@ -293,7 +293,7 @@ class _WorkerPool:
         """Forwards the reports of the workers; yields the outcomes of those that have ended and
         are not retried, or that have not stopped in time after an interruption."""
         for attempt in list(self.running):
-            ended = not attempt.worker.is_running()  # before its reports are read: none is missed
+            ended = not attempt.worker.is_running()  # before its reports, to miss none of them
             attempt.forward_reports(self.progress, self.config.training.max_steps)
             if ended and may_retry and attempt.retry(self.launcher):
                 continue
@@ -315,18 +315,18 @@ class Subprocess:
         job_file.write_text(job.model_dump_json(), encoding="utf-8")
         module = "loragen.core.lora.worker"
         command = [sys.executable, "-m", module, str(job_file), str(status.path)]
-        # In a session of its own, so that a Ctrl+C of the terminal reaches it through us alone.
+        # In its own session, so that the terminal's Ctrl+C does not reach it, but only our signal.
         self._process = subprocess.Popen(command, start_new_session=True)
 
     def is_running(self) -> bool:
         return self._process.poll() is None
 
     def interrupt(self) -> None:
-        if sys.platform != "win32":  # there the console has sent it the Ctrl+C
+        if sys.platform != "win32":  # on Windows the console itself sends Ctrl+C to it
             self._process.terminate()
 
     def kill(self) -> None:
-        """A last SIGTERM gives it the time to record that it was interrupted."""
+        """Ends the worker; a SIGTERM before gives it time to record that it was interrupted."""
         if self.is_running():
             self._process.terminate()
             try:
@@ -334,7 +334,7 @@ class Subprocess:
             except subprocess.TimeoutExpired:
                 if sys.platform == "win32":
                     self._process.kill()
-                else:  # with the processes of its further devices
+                else:  # including the processes of further devices
                     os.killpg(self._process.pid, signal.SIGKILL)
 
     def exit_reason(self) -> str:
@@ -346,14 +346,14 @@ class Subprocess:
 
 @contextmanager
 def ray_cluster(config: LoraTrainConfig) -> Iterator[Launcher]:
-    """Connects to Ray; a cluster that was started here ends with the block. The files of all
-    datasets and runs_dir have to be on a file system that its machines share.
+    """Connects to Ray and yields a launcher of its tasks; a cluster that was started here ends with
+    the block. All dataset files and runs_dir have to be on a file system that its machines share.
 
-    Raises UsageError where Ray is not installed, there is no such cluster, or no machine of it has
+    Raises UsageError if Ray is not installed, there is no such cluster, or no machine of it has
     what one dataset needs.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray reports dead workers on stdout; we do, in one line on stderr.
+    # Ray reports dead workers on stdout; loragen reports them in one line on stderr.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
     try:
         ray: Any = import_module("ray")
@@ -421,7 +421,7 @@ class RayWorker:
         return not ready
 
     def interrupt(self) -> None:
-        self._ray.cancel(self._reference)  # as a Ctrl+C, while it trains
+        self._ray.cancel(self._reference)  # raises KeyboardInterrupt in the task
 
     def kill(self) -> None:
         self._ray.cancel(self._reference, force=True)

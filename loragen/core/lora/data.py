@@ -205,7 +205,7 @@ class LoraDataModule(LightningDataModule):
         rows, size = self.rows.validation, self.config.training.batch_size
         starts = range(0, len(rows), size)
         batches = [collate(rows[at : at + size], self.pad_id, self.cost) for at in starts]
-        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is map-style
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a map-style dataset
 
 
 def ignore_interrupts(worker: int) -> None:  # noqa: ARG001  # signature fixed by DataLoader

@@ -23,9 +23,9 @@ class Scores:
     choice_accuracy: float | None
     """Share of rows whose response is the most likely of its choices; None without choices."""
     format_validity: float | None
-    """Share of answers that are one of the allowed ones, right or not; None where every text is."""
+    """Share of answers that are allowed, right or not; None if every text is allowed."""
     choices: int | None
-    """The size of the closed answer set; None where there is none."""
+    """The size of the closed answer set; None if there is none."""
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def evaluate_model(
 ) -> Scores:
     """Scores a causal language model, with or without an adapter, on labelled rows.
 
-    `closed` is `Dataset.closed_answers` of the whole dataset, where `rows` are only some of its
+    `closed` is `Dataset.closed_answers` of the whole dataset, if `rows` are only some of its
     rows; by default it is derived from `rows`. `choices=False` leaves out the choice accuracy,
     which costs a forward pass per choice.
     """
@@ -67,7 +67,7 @@ def generate(model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int) -
     max_new_tokens = max(len(answer_ids(tokenizer, row.response)) for row in rows)
     padding = pad_id(tokenizer)
     prompts = [prompt_ids(tokenizer, row.prompt, row.system, row.history) for row in rows]
-    order = sorted(range(len(rows)), key=lambda row: len(prompts[row]))  # little padding
+    order = sorted(range(len(rows)), key=lambda row: len(prompts[row]))  # needs little padding
     texts = [""] * len(rows)
     for first in range(0, len(rows), batch_size):
         batch = order[first : first + batch_size]
@@ -98,7 +98,7 @@ def format_validity(
     answers: Sequence[str], rows: Sequence[Row], closed: list[str] | None
 ) -> float | None:
     """Returns the share of `answers` that are one of their row's choices, or of the closed set,
-    apart from surrounding white space; None where some row has neither."""
+    apart from surrounding white space; None if some row has neither."""
     allowed = allowed_answers(rows, closed)
     if allowed is None:
         return None
@@ -113,7 +113,7 @@ def choice_accuracy(
     model: Any, tokenizer: Any, rows: Sequence[Row], closed: list[str] | None, batch_size: int = 32
 ) -> float | None:
     """Returns the share of rows whose response has the highest log-likelihood of its choices: the
-    row's own, else the closed set. None where some row has neither."""
+    row's own, else the closed set. None if some row has neither."""
     options = allowed_answers(rows, closed)
     if options is None:
         return None

@@ -85,7 +85,7 @@ class LoraModule(ResumableModule):
         schedule = step_schedule(optimizer, learning_rate, self.completed_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]  # narrower
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]  # torch overloads it
         """Returns the adapter's tensors alone. Collecting the state of the whole model and leaving
         most of it out would take longer than writing the file."""
         return {f"model.{name}": p.detach() for name, p in self._trainable.items()}
@@ -174,7 +174,7 @@ class StepCheckpoints(CheckpointCallback):
         settings: CheckpointsSection,
         val_every: int | None,
     ) -> None:
-        """There is a validation every `val_every` steps; None: there is none."""
+        """Validation takes place every `val_every` steps; None: there is none."""
         super().__init__(session, interruption, settings.last_every)
         self.manifest, self.settings, self.val_every = manifest, settings, val_every
 

@@ -263,7 +263,7 @@ def _packing_obstacle(
         alone = answer_losses(model, collate(in_order, pad_id).to(model.device))
         try:
             together = answer_losses(model, collate(trial, pad_id, cost).to(model.device))
-        except Exception as error:  # noqa: BLE001  # any model's forward may raise anything
+        except Exception as error:  # noqa: BLE001  # the forward of a model may raise anything
             return f"does not accept a 4-D attention mask ({type(error).__name__})"
     finally:
         for module, mode in modes.items():

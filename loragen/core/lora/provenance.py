@@ -1,7 +1,7 @@
-"""Which rows of a dataset trained which step of a run, and which steps a row trained.
+"""The rows of a dataset that a step of a run was trained on, and the steps that a row was used in.
 
-A batch is a function of (seed, step), so this is computed, not looked up: it is known of a run that
-tracked nothing, and equals what a run with `track_batches` wrote.
+Because a batch is a function of (seed, step), this is computed: it is also known for a run that
+tracked nothing, and it equals what a run with `track_batches` has written.
 """
 
 from collections import defaultdict
@@ -54,7 +54,7 @@ class TracedRun:
     schedule: Schedule
     planned_steps: int
     done_steps: int
-    """Fewer than planned where the run was stopped or is still running."""
+    """Fewer than planned if the run was stopped or is still running."""
 
     def rate(self, step: int) -> Rate:
         return self.schedule(step, self.planned_steps)
@@ -70,9 +70,9 @@ class TracedRun:
 
 
 def traced_run(run: LoraRun, dataset: Dataset | None = None) -> TracedRun:
-    """Recomputes the batches of a run. `dataset` is where its rows are now, if they were moved.
+    """Recomputes the batches of a run. `dataset` has its rows, if they were moved.
 
-    Raises UsageError where the run was converted or its data are missing, DataError where the data
+    Raises UsageError if the run was converted or its data are missing, DataError if the data
     are not those of the run.
     """
     manifest, config = run.manifest, run.config
@@ -91,7 +91,7 @@ def traced_run(run: LoraRun, dataset: Dataset | None = None) -> TracedRun:
     left_out = set(recorded.too_long)
     rows = [r for r in dataset.rows(config.data.skip_bad_rows) if r.line not in left_out]
     train_indices, val_indices = train_val_split(len(rows), config.data.val_ratio, config.seed)
-    # The last step done: the manifest of a killed run does not have it, its log does.
+    # The last step done is in the log of a killed run, but not in its manifest.
     metrics = run.directory / METRICS
     logged = [int(entry["step"]) for entry in read_metrics(metrics)] if metrics.is_file() else []
     saved = map(checkpoint_step, run.checkpoints)

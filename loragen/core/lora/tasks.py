@@ -1,5 +1,5 @@
-"""What a `lora train` command trains: its datasets, the settings that decide their results, and the
-earlier runs that have the same result. Light."""
+"""The tasks of a `lora train` command: its datasets, the settings that decide their results, and
+the earlier runs that have the same result. This module imports nothing heavy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class Task:
 def find_tasks(config: LoraTrainConfig, named: Sequence[str], every: bool) -> list[Task]:
     """Finds the datasets: those named, `every` one below data.root, or those of the configuration.
 
-    Raises UsageError where there are none, for names that are not found (all at once) and for a
+    Raises UsageError if there are none, for names that are not found (all at once) and for a
     dataset that is named twice.
     """
     root = Path(config.data.root)
@@ -95,8 +95,8 @@ class TaskOutcome:
 
     @classmethod
     def failed(cls, task: Task, error: BaseException) -> "TaskOutcome":
-        """Frees what the frames of the error hold: batches and graphs whose memory the next dataset
-        needs."""
+        """Returns the outcome of an error, and frees the batches and graphs that its frames hold,
+        because the next dataset needs their memory."""
         link: BaseException | None = error
         while link:
             clear_frames(link.__traceback__)
@@ -138,11 +138,11 @@ IGNORED_ON_RESUME = (
     "checkpoints.last_every",
     *HARDWARE,
 )
-"""Settings that two runs of the same result may differ in."""
+"""Sections and keys in which two runs with the same result may differ."""
 
 
 def same_base(one: str, other: str) -> bool:
-    """Whether two names are of one base model: a directory may be named in several ways."""
+    """Returns whether two names are of one base model; a directory may have several names."""
     paths = [user_path(name) for name in (one, other)]
     return one == other or (
         all(path.is_dir() for path in paths) and paths[0].resolve() == paths[1].resolve()
@@ -150,9 +150,8 @@ def same_base(one: str, other: str) -> bool:
 
 
 def same_dtype(then: LoraTrainConfig, computed: str, now: LoraTrainConfig) -> bool:
-    """Whether a base that computed in `computed` (empty: not known) would do so again.
-
-    Two runs with `auto` count as the same: what it chooses is known only with the base in memory.
+    """Returns whether a base that computed in the dtype `computed` (empty: not known) would do so
+    again. Two runs with `auto` count as the same, because only a base in memory shows its choice.
     """
     if now.base_dtype == "auto":
         return then.base_dtype == "auto"
@@ -200,14 +199,14 @@ class EarlierRuns(NamedTuple):
 
     finished: LoraRun | None = None
     unfinished: LoraRun | None = None
-    """It may also be running at this moment."""
+    """The run may also be running at this moment."""
 
 
 def earlier_runs(config: LoraTrainConfig, task: Task) -> EarlierRuns:
     """Finds the earlier runs of a task. Every manifest is read once.
 
-    Two runs are the same where the bytes of the dataset, the name of the base model and every
-    setting that decides the result are. Nothing heavy is loaded, so the base's weights are not
+    Two runs are the same if they agree in the bytes of the dataset, the name of the base model and
+    every setting that decides the result. Nothing heavy is loaded, so the base's weights are not
     compared.
     """
     validation = task.validation
@@ -226,7 +225,7 @@ def earlier_runs(config: LoraTrainConfig, task: Task) -> EarlierRuns:
                 and same_dtype(then, manifest.base_dtype, config)
                 and not differences(then, config, IGNORED_ON_RESUME)
             )
-        except LoragenError:  # damaged, or of another version of loragen: the dataset trains anew
+        except LoragenError:  # a run that is damaged or of another version does not count
             continue
         if same and manifest.status == "success":
             finished = finished or run

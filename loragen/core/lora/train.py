@@ -128,7 +128,7 @@ def train_adapter(
                 _save_results(config, base, model, manifest, session.directory)
     finally:
         plain = model.unload()
-        # On the CPU again, except for a quantised base, which lives on the GPU.
+        # Back to the CPU, except for a quantised base, which stays on the GPU.
         base.model = plain if getattr(plain, "is_quantized", False) else plain.to("cpu")
     if interruption.requested:  # after the last step; no further dataset is to be trained
         raise Interrupted(f"interrupted; {session.directory} is finished nevertheless")

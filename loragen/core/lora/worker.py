@@ -25,12 +25,12 @@ from loragen.core.progress import Silent, Step
 
 
 class TrainingJob(BaseModel):
-    """What a worker trains."""
+    """A training, as the parent sends it to a worker."""
 
     config: LoraTrainConfig
     name: str
     location: str
-    """Of the dataset: an absolute path or a hub id."""
+    """The location of the dataset: an absolute path or a hub id."""
     resume: Path | None = None
     """The run directory to resume."""
 
@@ -41,7 +41,7 @@ class JobResult(BaseModel):
     status: Literal["trained", "failed", "interrupted"]
     reason: str = ""
     traceback: str = ""
-    """Of an error that is not the user's: another attempt may succeed."""
+    """The traceback of an error that is not the user's; after it another attempt may succeed."""
 
 
 class WorkerReport(BaseModel):
@@ -58,14 +58,14 @@ class WorkerReport(BaseModel):
 
 
 class StatusFile:
-    """The worker's end appends reports, the parent's end reads them."""
+    """A file to which the worker appends reports, and from which the parent reads them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._position = 0
 
     def append(self, report: WorkerReport) -> None:
-        """Opens and closes the file, so that the line is visible on a shared file system, too."""
+        """Appends a line. The file is closed every time, so that other machines see the line."""
         with self.path.open("ab") as file:
             file.write(report.model_dump_json(exclude_none=True).encode() + b"\n")
 
@@ -88,13 +88,13 @@ class Worker(Protocol):
     def is_running(self) -> bool: ...
 
     def interrupt(self) -> None:
-        """Asks it to save its step and to end."""
+        """Makes the worker save its step and end."""
 
     def kill(self) -> None:
-        """Ends it."""
+        """Ends the worker by force."""
 
     def exit_reason(self) -> str:
-        """Why it has ended, where it has reported no result."""
+        """Returns why the worker has ended without a result."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class _Reporter(Silent, logging.Handler):
 
 
 def run_job(job: TrainingJob, status_file: Path) -> None:
-    """Trains, and reports to `status_file`. Nothing is raised: the last report has the result."""
+    """Trains, and reports to `status_file`. It raises nothing; the last report has the result."""
     status = StatusFile(status_file)
     status.append(WorkerReport())
     reporter, logger = _Reporter(status), logging.getLogger("loragen")
@@ -162,7 +162,7 @@ def run_job(job: TrainingJob, status_file: Path) -> None:
 
 if __name__ == "__main__":
     job_file, report_file = map(Path, sys.argv[1:])
-    # Lightning runs this command again for each further device; the first process reports.
+    # Lightning runs this command again for each further device; only the first process reports.
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     run_job(
         TrainingJob.model_validate_json(job_file.read_text(encoding="utf-8")),

@@ -72,7 +72,7 @@ def read_checkpointed_adapter(path: Path) -> Adapter:
 
 
 def is_run_or_adapter(path: Path) -> bool:
-    """Returns whether `path` is a PEFT adapter, a run or a checkpoint of one. A missing path counts,
+    """Returns whether `path` is an adapter, a run or a checkpoint of one. A missing path counts,
     so that `read_checkpointed_adapter` reports it."""
     if not path.exists() or any((path / d / WEIGHTS_FILE).is_file() for d in ("", "adapter")):
         return True

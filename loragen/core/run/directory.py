@@ -30,7 +30,7 @@ GENERATOR_FILE = Path("results/final_model/generator_model.pt")
 TEST_MODE_STEPS = (4, 5, 6)
 """The checkpoints of `lora train --test-mode`, which has three steps in each of two stages."""
 COMMANDS = {"lora": "lora train", "generator": "gen train"}
-"""The command that makes the runs of a manifest's kind."""
+"""The command that makes the runs of each kind of manifest."""
 
 
 class DatasetRecord(BaseModel):
@@ -81,7 +81,7 @@ class SourceRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What every run records about itself."""
+    """The fields that every run records about itself."""
 
     format_version: int = FORMAT_VERSION
     kind: str
@@ -95,7 +95,7 @@ class Manifest(BaseModel):
 
     @property
     def last_step(self) -> int:
-        """The step at which a run that was successful has ended."""
+        """The step at which a successful run has ended."""
         raise NotImplementedError
 
 
@@ -146,7 +146,7 @@ class GeneratorManifest(Manifest):
 
 
 class OtherRunError(DataError):
-    """The run is one of another command."""
+    """The run is that of another command."""
 
 
 ManifestT = TypeVar("ManifestT", bound=Manifest)
@@ -170,7 +170,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def read_manifest(directory: Path, kind: type[ManifestT]) -> ManifestT:
     """Reads manifest.json.
 
-    Raises UsageError where there is no run, DataError where it is one of another kind, or its
+    Raises UsageError if there is no run, DataError if it is one of another kind, or its
     manifest is damaged or from a newer loragen.
     """
     file, wanted = directory / MANIFEST, str(kind.model_fields["kind"].default)
@@ -215,7 +215,7 @@ class Run(Generic[ManifestT, ConfigT]):
     def open(cls, path: Path, kind: type[LoraManifest] | type[GeneratorManifest]) -> Any:
         """Opens the run at `path`, which may also be its checkpoints/ or a file in there.
 
-        Raises UsageError where there is none, otherwise as `read_manifest`.
+        Raises UsageError if there is none, otherwise as `read_manifest`.
         """
         if not path.exists():
             raise UsageError(f"{path}: no such run or checkpoint")
@@ -224,7 +224,7 @@ class Run(Generic[ManifestT, ConfigT]):
 
     @cached_property
     def config(self) -> ConfigT:
-        """The configuration that the run was started with. Raises LoragenError where its
+        """The configuration that the run was started with. Raises LoragenError if its
         config.yaml does not validate."""
         kind: Any = LoraTrainConfig if isinstance(self.manifest, LoraManifest) else GenTrainConfig
         config: ConfigT = load(kind, self.directory / CONFIG, environment={})
@@ -232,16 +232,16 @@ class Run(Generic[ManifestT, ConfigT]):
 
     @property
     def checkpoints(self) -> list[Path]:
-        """The checkpoints there are now, in the order of steps, without last.ckpt."""
+        """The current checkpoints in the order of steps, without last.ckpt."""
         if isinstance(self.manifest, LoraManifest):
             return checkpoint_files(self.directory)
         files = (self.directory / CHECKPOINTS).glob(f"*{CHECKPOINT_SUFFIX}")
         kept = [file for file in files if file.name != LAST_CHECKPOINT.name]
-        return sorted(kept, key=lambda file: file.stat().st_mtime_ns)  # their names have no step
+        return sorted(kept, key=lambda file: file.stat().st_mtime_ns)  # a name has no step
 
     @property
     def last_checkpoint(self) -> Path | None:
-        """last.ckpt, from which a killed run resumes, if there is one."""
+        """The file last.ckpt, from which a killed run resumes; None if there is none."""
         file = self.directory / LAST_CHECKPOINT
         return file if file.is_file() else None
 
@@ -251,9 +251,10 @@ GeneratorRun: TypeAlias = Run[GeneratorManifest, GenTrainConfig]
 
 
 def create_run_directory(parent: Path, prefix: str, started: datetime | None = None) -> Path:
-    """Makes `<parent>/<prefix>_<YYYYmmdd_HHMMSS>`, which no other process has; `started` is now.
+    """Makes `<parent>/<prefix>_<YYYYmmdd_HHMMSS>`, which no other process has made; `started`
+    defaults to now.
 
-    Of two runs of one second, the later one is called `_2`, `_3`, ... Raises UsageError where the
+    Further runs of the same second get a suffix: `_2`, `_3`, ... Raises UsageError if the
     directory cannot be made.
     """
     try:
@@ -277,7 +278,7 @@ def create_run_directory(parent: Path, prefix: str, started: datetime | None = N
 def run_directory_of(path: Path) -> Path:
     """Returns the run that `path` is, or whose checkpoints/ or checkpoint it is.
 
-    Raises UsageError where there is none.
+    Raises UsageError if there is none.
     """
     for candidate in (path, *list(path.absolute().parents)[:2]):
         if (candidate / MANIFEST).is_file():
@@ -296,7 +297,7 @@ def find_checkpoints(path: Path) -> list[Path]:
     """Returns the checkpoints at `path`: of a run, its checkpoints/, a folder of PEFT adapters, or
     the one file or adapter.
 
-    Raises UsageError where there are none.
+    Raises UsageError if there are none.
     """
     if path.is_file() or (path / WEIGHTS_FILE).is_file():
         return [path]
@@ -314,16 +315,16 @@ def checkpoint_name(step: int) -> str:
 
 
 def checkpoint_step(file: Path) -> int:
-    """Returns the step in a checkpoint's name; 0 where there is none."""
+    """Returns the step in a checkpoint's name; 0 if there is none."""
     digits = "".join(filter(str.isdigit, file.stem.rpartition("step-")[2] or file.stem))
     return int(digits) if digits else 0
 
 
 def generator_file(path: Path) -> Path:
     """Returns the generator_model.pt of an experiment directory, or the file itself. An experiment
-    that has none yet has its best checkpoint, or its last where nothing was validated.
+    that has none yet has its best checkpoint, or its last if nothing was validated.
 
-    Raises UsageError where there is none.
+    Raises UsageError if there is none.
     """
     file = path / GENERATOR_FILE if path.is_dir() else path
     if file.is_file():

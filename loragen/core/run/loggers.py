@@ -1,7 +1,6 @@
-"""The loggers of one run, and metrics.jsonl, the log that every run keeps whatever becomes of them.
+"""The loggers of one run, and metrics.jsonl, which every run writes even if all loggers fail.
 
-Lightning's Trainer is given none of them: its training needs no logger, and whatever it calls on
-one could stop training.
+Lightning's Trainer does not get them: it needs no logger, and an error in one would stop training.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ NO_IDS: Mapping[str, str] = MappingProxyType({})
 
 
 class StepLog:
-    """A file to which one JSON object with a `step` is appended a line.
+    """A file of JSON lines, each an object with a `step`.
 
     A run that resumes after `resume_step` drops the lines of later steps.
     """
@@ -45,25 +44,25 @@ class StepLog:
                 temporary.write_bytes(b"".join(kept))
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Writes one line, which outlives the process from here on. Raises OSError."""
+        """Writes one line. Raises OSError."""
         self.file.parent.mkdir(exist_ok=True)
-        with self.file.open("ab") as file:  # nothing stays open: a kill loses nothing
+        with self.file.open("ab") as file:  # closed every time, so that a kill loses nothing
             file.write((json.dumps(entry) + "\n").encode())
 
 
 class MetricsLog(StepLog):
-    """The log of `train/loss` and its like."""
+    """The log of metrics such as `train/loss`."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """A value that is not finite becomes null, because JSON cannot write it."""
+        """Logs metrics; a value that is not finite becomes null, because JSON cannot write it."""
         values = {name: value if isfinite(value) else None for name, value in metrics.items()}
         self.append({"step": step, **values})
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
-    """Returns the entries in the order they were logged, each with its `step`; null is nan again.
+    """Returns the entries in the order they were logged, each with its `step`; null becomes NaN.
 
-    The incomplete last line of a run that was killed, or is being written, is left out.
+    The incomplete last line of a run that was killed or is still running is left out.
     """
     return [
         {name: nan if value is None else value for name, value in entry.items()}
@@ -117,13 +116,13 @@ class RunLoggers:
                     self.run_ids[name] = str(plugin.run_id)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Logs to each at the true step, counted from 1."""
+        """Logs to every logger at the optimizer step `step`, counted from 1."""
         for name, logger in list(self._open.items()):
             with self._guarded(name):
                 logger.log_metrics(dict(metrics), step=step)
 
     def close(self, status: Status) -> None:
-        """Closes each: first Lightning's logger, then the plugin, which gets the status."""
+        """Closes first Lightning's logger, then the plugin, which gets the status."""
         for name, plugin in self._plugins.items():
             logger = self._open.get(name)
             if logger is not None and not isinstance(logger, MetricsLog):
@@ -134,12 +133,12 @@ class RunLoggers:
 
     @contextmanager
     def _guarded(self, name: str, unless: type[Exception] | tuple[()] = ()) -> Iterator[None]:
-        """Drops the logger, with a warning, where the block fails."""
+        """Drops the logger, with a warning, if the block fails."""
         try:
             yield
         except unless:
             raise
-        except Exception as error:  # noqa: BLE001  # whatever a logger raises, training goes on
+        except Exception as error:  # noqa: BLE001  # a logger may raise anything
             self._open.pop(name, None)
             log.warning(
                 "logger '%s' failed and is left out: %s; training goes on", name, _reason(error)
@@ -147,7 +146,7 @@ class RunLoggers:
 
 
 def _reason(error: BaseException) -> str:
-    """Returns an error in one line, with its cause: some libraries raise a guess at it."""
+    """Returns an error and its cause in one line: some libraries only guess at the cause."""
     text = str(error) if isinstance(error, LoragenError) else f"{type(error).__name__}: {error}"
     cause = error.__cause__
     if cause is not None and str(cause) not in text:

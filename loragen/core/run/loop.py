@@ -1,7 +1,5 @@
-"""What surrounds every training step: the run's session, seeds, interruption and divergence.
-
-All of it is a function of (seed, step), so that a run can resume from any step.
-"""
+"""The parts of a training loop that are the same for all trainings: the run's session, seeds,
+interruption, checkpoints and divergence. A run can resume from any step."""
 
 import os
 import signal
@@ -147,7 +145,7 @@ class RunSession(Callback):
             write_manifest(self.directory, self.manifest)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Logs to every logger at the true step, counted from 1."""
+        """Logs to every logger at the optimizer step `step`, counted from 1."""
         assert self._trainer is not None
         if self._trainer.is_global_zero:
             extra = hardware_usage() if step % HARDWARE_EVERY == 1 else {}
