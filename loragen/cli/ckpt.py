@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
@@ -13,7 +14,7 @@ from loragen.cli import render
 from loragen.cli.options import Alpha, BaseModelName, DataRoot, Force, Json
 from loragen.cli.progress import SECONDS_BETWEEN_LINES
 from loragen.core.errors import EXIT_FAILED, DataError, LoragenError, UsageError
-from loragen.core.files import refuse_existing_file
+from loragen.core.files import refuse_existing_file, write_text
 
 if TYPE_CHECKING:
     from loragen.core.analysis.report import Analysis, Comparison, SeriesReport
@@ -75,9 +76,9 @@ def ckpt_analyze(
 
     analysis = analyze_checkpoints(given, report_progress)
     if html is not None:
-        from loragen.core.analysis.page import write_page
+        from loragen.core.analysis.page import page
 
-        write_page(html, analysis)
+        write_text(html, page(analysis))
         render.note(f"wrote {html}")
     if json:
         render.answer_json(analysis.as_dict())
@@ -123,7 +124,7 @@ def ckpt_test(
 
     report = tokenized(path, token_dim, most)
     if json:
-        render.answer_json(report.as_dict())
+        render.answer_json(asdict(report))
     else:
         _print_tokens(report)
     if not report.fits:

@@ -136,11 +136,8 @@ def choose_targets(demo: Demo) -> list[Target]:
 
 
 def demo_target(demo: Demo, split: str, pair: Pair) -> Target:
-    """Returns a pair's test dataset.
-
-    The generator reads prompts about the test creatures; the labelled rows about the training
-    creatures are for the oracle and few-shot prompting alone.
-    """
+    """Returns a pair's test dataset. The generator reads prompts about the test creatures; only the
+    oracle and few-shot prompting read the labelled rows about the training creatures."""
     test, train = (demo.data_file(pair, kind, SPLITS[split]) for kind in ("test", "train"))
     dataset = Dataset(test, pair.name)
     return Target.of(dataset, Dataset(train, pair.name), group=split, prompts_from="tested rows")
@@ -151,11 +148,8 @@ def _finished(
     futures: Sequence[Future[LoraRun]],
     meanwhile: Callable[[Sequence[LoraRun]], object] | None = None,
 ) -> list[LoraRun]:
-    """Returns the runs in the order of their jobs.
-
-    Logs a line after every eighth run. While others are training, calls `meanwhile` with the runs
-    that have finished.
-    """
+    """Returns the runs in the order of their jobs. After every eighth, logs a line and, while there
+    are others, calls `meanwhile` with the runs that have finished."""
     runs: list[LoraRun] = []
     for future in as_completed(futures):
         runs.append(future.result())

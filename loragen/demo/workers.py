@@ -37,10 +37,8 @@ PRELOADED = [
 
 @contextmanager
 def worker_pool() -> Iterator[ProcessPoolExecutor]:
-    """Yields a pool of processes, each with the base model loaded.
-
-    They import their modules while this process does something else, and end with it.
-    """
+    """Yields a pool of processes, each with the base model loaded. They import their modules while
+    this process does something else, and end with it."""
     context, count = _context(), min(MOST_WORKERS, os.cpu_count() or 1)
     cancelled = context.Event()
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(cancelled,))
@@ -71,8 +69,8 @@ def base() -> "LanguageModel":
 
 def _context() -> BaseContext:
     """Returns the context that starts workers: on Linux, a server process without threads forks
-    them after importing everything once; elsewhere, they are spawned. A fork of this process may
-    hang with torch's threads."""
+    them, having imported everything once; elsewhere, they are spawned. A fork of this process might
+    hang, because torch has threads."""
     if sys.platform != "linux":
         return get_context("spawn")
     from multiprocessing.forkserver import ensure_running

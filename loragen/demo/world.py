@@ -90,10 +90,7 @@ def _order(*parts: object) -> int:
 
 
 def _facts() -> dict[str, dict[str, str]]:
-    """Returns {creature: {attribute: value}}.
-
-    The values of an attribute are equally frequent, so that none is a good guess.
-    """
+    """Returns {creature: {attribute: value}}; the values of an attribute are equally frequent."""
     facts: dict[str, dict[str, str]] = {creature: {} for creature in CREATURES}
     for attribute, values in VALUES.items():
         shuffled = sorted(CREATURES, key=lambda name: _order("fact", attribute, name))
@@ -198,10 +195,8 @@ class World:
         return tuple(pair for pair in PAIRS if pair not in held_out)
 
     def sample_training_pairs(self, seed: int, count: int) -> tuple[Pair, ...]:
-        """Returns `count` training pairs drawn from the seed, or all of them if there are fewer.
-
-        Attributes and styles are about equally frequent.
-        """
+        """Returns `count` training pairs (or all, if there are fewer) drawn from the seed, with
+        attributes and styles about equally frequent."""
         drawn = sorted(self.training_pairs(seed), key=lambda pair: _order("seen", seed, pair.name))
         uses: Counter[str] = Counter()
         chosen: list[Pair] = []

@@ -330,8 +330,8 @@ class TestInfer:
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            (("--output", "a", "--format", "pt"), "--format goes with --per"),
-            (("--output", "a", "--base-model", "demo"), "--base-model goes with --merge"),
+            (("--output", "a", "--format", "pt"), "--format: "),
+            (("--output", "a", "--base-model", "demo"), "--base-model: "),
             (("--output", "a.pt", "--merge"), "--merge"),
             (("--output", "a.pt", "--per", "line"), "a.pt: --per"),
             (("--output", "a.ckpt"), "a.ckpt: "),

@@ -66,10 +66,10 @@ class CheckpointSeries:
 
 
 def find_series(paths: Sequence[Path]) -> list[CheckpointSeries]:
-    """Finds one series at each run, folder of checkpoints or adapters, or file.
+    """Finds one series at each run, folder of checkpoints or adapters, or file, and one for each
+    run or such folder in a folder. All names differ.
 
-    A folder of such runs or folders gives one series for each that has checkpoints. All names
-    differ. Raises UsageError for a path without checkpoints.
+    Raises UsageError for a path without checkpoints.
     """
     found: list[CheckpointSeries] = []
     for path in paths:

@@ -1,7 +1,5 @@
-"""The analysis as one HTML file of tables and SVG plots.
-
-It needs no scripts or external files, and follows the reader's light or dark mode.
-"""
+"""The analysis as one HTML file of tables and SVG plots, without scripts or external files. It
+follows the reader's light or dark mode."""
 
 import io
 import re
@@ -10,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import hypot, isfinite
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +25,6 @@ from loragen.core.analysis.report import (
     SeriesReport,
     by_tensor,
 )
-from loragen.core.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -256,11 +252,6 @@ class PageWarning:
     lines: list[str]
     more: int
     """Further lines, which are not shown."""
-
-
-def write_page(file: Path, analysis: Analysis) -> None:
-    """Writes the page, replacing a file that is there."""
-    write_text(file, page(analysis))
 
 
 def page(analysis: Analysis) -> str:

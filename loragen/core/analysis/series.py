@@ -106,10 +106,8 @@ def _analyze_series(
     files_of: dict[str, list[str]],
     progress: Callable[[str, int, int], None] | None,
 ) -> AnalyzedSeries:
-    """Reads all checkpoints in the order of their steps.
-
-    Adds their files to `files_of`, by the hash of their tensors.
-    """
+    """Reads all checkpoints in the order of their steps, and adds the files to `files_of`, by the
+    hash of their tensors."""
     last = series.read(series.files[-1])
     report = SeriesReport(
         name=series.name,
@@ -180,10 +178,7 @@ def module_reports(checkpoint: Checkpoint) -> list[ModuleReport]:
 
 
 def dead(reports: Sequence[ModuleReport]) -> tuple[list[int], list[str]]:
-    """Returns the (layers, modules) whose ΔW is zero, or nearly so beside the others (see `DEAD`).
-
-    If every ΔW is zero, it returns all of them.
-    """
+    """Returns the (layers, modules) whose ΔW is zero, or almost, beside the others (see `DEAD`)."""
     norms = {report.module: report.norm_delta for report in reports}
     layers: dict[int, float] = {}
     for report in reports:

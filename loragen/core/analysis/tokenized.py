@@ -1,6 +1,6 @@
 """One adapter as a generator's tokens: layout, share of padding, and a check of the round trip."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -48,10 +48,6 @@ class Tokenized:
     largest_error: float
     """The largest difference between finite values."""
     kinds: list[TensorKind]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns plain data."""
-        return asdict(self)
 
 
 def tokenized(path: Path, token_dim: int, max_tokens: int | Literal["auto"]) -> Tokenized:

@@ -1,7 +1,5 @@
-"""The contest of `gen eval`: every contestant answers every dataset's questions on one model.
-
-The scores become a document of means, intervals, significant differences, novelty and costs.
-"""
+"""The contest of `gen eval`: all contestants answer all datasets' questions on one model, and the
+results are means, intervals, significant differences, novelty and costs."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -246,11 +244,8 @@ def _score(model: Any, setup: EvaluationSetup, target: Target, entry: Entry) -> 
 
 
 def rescaled(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
-    """Returns an adapter with the same ΔW under the scaling of `config`.
-
-    The attached model keeps the alpha of its first adapter; only the weights are replaced. Returns
-    the adapter itself if both scalings agree.
-    """
+    """Returns an adapter with the same ΔW under the scaling of `config`, which an attached model
+    keeps when its weights are replaced; the adapter itself if both scalings agree."""
     ratios = {
         key: module_scaling(adapter.config, module) / module_scaling(config, module)
         for key in adapter.tensors
@@ -277,10 +272,7 @@ def _log(outcome: DatasetScores, number: int, total: int) -> None:
 def results_document(
     outcomes: Sequence[DatasetScores], setup: EvaluationSetup, report: NoveltyReport | None
 ) -> dict[str, Any]:
-    """Returns the content of results.json.
-
-    Averages are over the datasets of a group, equally weighted.
-    """
+    """Returns the content of results.json, with unweighted means over each group's datasets."""
     groups: dict[str, list[DatasetScores]] = {}
     for outcome in outcomes:
         groups.setdefault(outcome.target.group, []).append(outcome)
@@ -301,12 +293,9 @@ def results_document(
 
 
 def _summary(outcomes: Sequence[DatasetScores]) -> dict[str, Any]:
-    """Returns {measure: {column: value}} of one dataset, or averaged over several.
-
-    A measure that some dataset lacks is left out. A generated column adds its interval and the
-    significant differences: the columns whose value is outside the interval, both rounded as
-    printed.
-    """
+    """Returns {measure: {column: value}} of one dataset, or averaged over several, without measures
+    that some dataset lacks. A generated column adds its interval and the columns outside of it,
+    both rounded as printed."""
     columns = list(outcomes[0].cells)
     summary: dict[str, Any] = {}
     for measure in MEASURES:

@@ -249,10 +249,8 @@ class FewShot(Contestant):
         yield Entry(None, rows=rows)
 
     def _with_shots(self, row: Row, pool: Sequence[Row]) -> Row:
-        """Returns the row with a history of the pool's first rows that have other prompts.
-
-        If the model's context is too short, the history has fewer rows.
-        """
+        """Returns the row with a history of the pool's first rows that have other prompts, and of
+        fewer rows if the model's context is too short."""
         from loragen.core.data.tokenize import answer_ids, prompt_ids
 
         tokenizer, config = self.setup.base.tokenizer, self.setup.base.model.config

@@ -140,17 +140,13 @@ def markdown(document: Mapping[str, Any], title: str) -> str:
 
 
 def write_results(document: Mapping[str, Any], title: str, directory: Path) -> None:
-    """Writes results.png, results.md and results.json, each atomically.
-
-    Without matplotlib, a warning replaces the picture.
-    """
+    """Writes results.png (a warning replaces it if matplotlib is missing), results.md and
+    results.json, each atomically."""
+    picture = directory / "results.png"
     if find_spec("matplotlib"):
-        draw_accuracies(document, title, directory / "results.png")
+        draw_accuracies(document, title, picture)
     else:
-        log.warning(
-            "%s is left out: matplotlib is not installed; pip install 'loragen[plots]'",
-            directory / "results.png",
-        )
+        log.warning("%s: left out without matplotlib; pip install 'loragen[plots]'", picture)
     write_text(directory / "results.md", markdown(document, title))
     write_json(directory / "results.json", document)
 
@@ -160,10 +156,8 @@ PANELS_A_ROW, MOST_PANELS = 3, 12
 
 
 def draw_accuracies(document: Mapping[str, Any], title: str, file: Path) -> None:
-    """Draws the exact match of every column, with the 95 % interval of the generated adapters.
-
-    Each row of the table has a panel; of more than `MOST_PANELS` rows, only the average is drawn.
-    """
+    """Draws the exact match of every column and the 95 % interval of generated adapters, in a panel
+    per row of the table; of more than `MOST_PANELS` rows, only the average is drawn."""
     import matplotlib as mpl
 
     mpl.use("Agg")

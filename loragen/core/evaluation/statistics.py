@@ -123,8 +123,7 @@ def novelty(setup: EvaluationSetup, targets: Sequence[Target]) -> NoveltyReport:
             found = [(far, f"{source.name}/{file.stem}") for far in generated.distances(deltas)]
             nearest = list(map(min, nearest, found))
         within.append(fmean(spread))
-    mean_adapter = setup.mean_adapter()
-    to_mean = generated.distances(_deltas(mean_adapter))
+    to_mean = generated.distances(_deltas(setup.mean_adapter()))
     novelties = [
         Novelty(target, near, label, far)
         for target, (near, label), far in zip(targets, nearest, to_mean, strict=True)
@@ -137,8 +136,7 @@ class DeltaSet:
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         self.adapters = [_deltas(adapter) for adapter in adapters]
-        squares = [_square(deltas) for deltas in self.adapters]
-        self.squares = torch.tensor(squares, dtype=torch.float64)
+        self.squares = torch.tensor([_square(one) for one in self.adapters], dtype=torch.float64)
 
     def distances(self, deltas: Deltas) -> list[float]:
         """Returns ‖ΔW - ΔW′‖ of each adapter, by ‖ΔW‖² + ‖ΔW′‖² - 2 ⟨ΔW, ΔW′⟩ in float64."""

@@ -44,11 +44,8 @@ class Target:
         limit: int | None = None,
         skip_bad_rows: bool = False,
     ) -> "Target":
-        """Reads both splits, and keeps the first `limit` tested rows.
-
-        By default, prompts are those of the train split if there is one. Raises DataError for bad
-        rows.
-        """
+        """Reads both splits, and keeps the first `limit` tested rows. By default, prompts are those
+        of the train split if there is one. Raises DataError for bad rows."""
         rows = dataset.rows(skip_bad_rows)
         train_rows = train.rows(skip_bad_rows) if train else []
         prompts_from = prompts_from or ("train split" if train_rows else "tested rows")
@@ -106,12 +103,9 @@ def _train_split(name: str, root: Path, tested: Dataset) -> Dataset | None:
 
 def check_oracles(targets: Sequence[Target]) -> None:
     """Raises UsageError for datasets that have no other labels than those of the tested rows."""
-    without = [target.name for target in targets if target.train is None]
-    if without:
-        raise UsageError(
-            *(
-                f"{name}: no train split to train an oracle on; give a folder with a train and a "
-                "test file, or leave out the oracle"
-                for name in without
-            )
-        )
+    problem = (
+        "no train split to train an oracle on; give a folder with a train and a test file, or "
+        "leave out the oracle"
+    )
+    if without := [target.name for target in targets if target.train is None]:
+        raise UsageError(*(f"{name}: {problem}" for name in without))

@@ -43,13 +43,11 @@ def train_multi_task(
     Raises UsageError if the training adapters have no run or no dataset, DataError for bad rows.
     """
     runs = [_run_of(source) for source in sources]
-    if missing := [source.name for source in sources if source.labels is None]:
-        raise UsageError(
-            *(f"{name}: its dataset is unknown; --multi-task needs it" for name in missing)
-        )
     datasets = [source.labels for source in sources if source.labels]
-    rows = [row for dataset in datasets for row in dataset.rows(skip_bad_rows=True)]
-    documents = [asdict(row) for row in rows]
+    if missing := [source.name for source in sources if source.labels is None]:
+        problem = "its dataset is unknown; leave out --multi-task"
+        raise UsageError(*(f"{name}: {problem}" for name in missing))
+    documents = [asdict(row) for data in datasets for row in data.rows(skip_bad_rows=True)]
     for document in documents:
         del document["line"]
     text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in documents)
@@ -92,11 +90,8 @@ def _run_of(source: TrainingSource) -> LoraRun:
 
 
 def multi_task_config(config: LoraTrainConfig, most_steps: int) -> LoraTrainConfig:
-    """Returns the configuration of one dataset's adapter, changed for all datasets together.
-
-    The learning rate is constant, the highest of the schedule. Training stops when the validation
-    loss has not improved for as many steps as one dataset's adapter has, or after `most_steps`.
-    """
+    """Returns the configuration of one dataset's adapter, with the schedule's highest learning rate
+    as a constant, and early stopping after as many steps without improvement as that one has."""
     steps, own = config.training.max_steps, config.model_copy(deep=True)
     schedule = create("schedule", config.schedule.name, config.schedule.options)
     highest = max(schedule(step, steps).learning_rate for step in range(1, steps + 1))
@@ -131,10 +126,8 @@ def _recipe(config: LoraTrainConfig, base: LanguageModel, cache: Path) -> LoraTr
 
 
 class _TrainingBase:
-    """The base model as `lora train` loads it (dtype, quantization), loaded when training starts.
-
-    It is the evaluated model itself if both are the same.
-    """
+    """The base model as `lora train` loads it, loaded when training starts; the evaluated model
+    itself if dtype and quantization are the same."""
 
     def __init__(self, config: LoraTrainConfig, evaluated: LanguageModel) -> None:
         self.config, self.evaluated = config, evaluated

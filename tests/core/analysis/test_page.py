@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from loragen.core.analysis.page import format_number, page, write_page
+from loragen.core.analysis.page import format_number, page
 from loragen.core.analysis.series import analyze_checkpoints
 
 EMPTY_ELEMENTS = {"meta", "link", "br", "img"}
@@ -39,11 +39,9 @@ def plots(text):
 
 
 @pytest.fixture(scope="module")
-def side_by_side(two, tmp_path_factory):
+def side_by_side(two):
     """The page of two series, drawn once."""
-    file = tmp_path_factory.mktemp("page") / "page.html"
-    write_page(file, analyze_checkpoints(two))
-    return file.read_text(encoding="utf-8")
+    return page(analyze_checkpoints(two))
 
 
 def test_the_page_stands_on_its_own(side_by_side):
