@@ -1,8 +1,8 @@
-"""Collections of made-up adapters in the shapes of real ones, to measure a generator on.
+"""Collections of made-up adapters in the shapes of real ones, for measurements of a generator.
 
-A dataset has a subject and a task; its adapter is a low-dimensional mixture that both decide:
-what all adapters share, a few common directions of weight space, and noise of its own in every
-checkpoint. Its prompts name the subject and the task in words, so that they can be told apart.
+A dataset has a subject and a task, which determine its adapter: the sum of a shared adapter and a
+mixture of a few directions of weight space. Every checkpoint has noise of its own. The prompts name
+the subject and the task in words.
 """
 
 import json
@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-FACTORS = 4  # directions that the subject decides, and as many that the task does
-NOISE = 0.3  # of a checkpoint, in units of how far the datasets lie apart
+FACTORS = 4  # directions of the subject, and as many of the task
+NOISE = 0.3  # of a checkpoint, in units of the distance between datasets
 
 SUBJECTS = {
     "cooking": "bread soup onions butter rice pepper cheese mushrooms pasta garlic beans salad",
@@ -48,7 +48,7 @@ class Architecture:
     rank: int
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """By PEFT's file keys."""
+        """Returns the shapes by the keys of PEFT's files."""
         hidden, narrow, wide = self.hidden, self.key_value, self.wide
         sizes = {
             "self_attn.q_proj": (hidden, hidden),
@@ -81,11 +81,13 @@ SIZES = {
 
 
 class Dataset(NamedTuple):
+    """A dataset with its made-up adapters."""
+
     name: str
     checkpoints: Path
     prompts: Path
     other_prompts: list[str]
-    """In words that are not among `prompts`."""
+    """Prompts in words that `prompts` do not have."""
     truth: Path
     """The adapter without noise."""
     trained_on: bool
@@ -94,8 +96,8 @@ class Dataset(NamedTuple):
 def write_collection(
     folder: Path, architecture: Architecture, checkpoints: int, held_out: bool = False
 ) -> list[Dataset]:
-    """Ten datasets with so many checkpoints together; with `held_out` six more, that are other
-    pairs of the same subjects and tasks, with one each."""
+    """Writes ten datasets with so many checkpoints together; with `held_out`, also six other pairs
+    of the same subjects and tasks, with one checkpoint each."""
     shapes = architecture.shapes()
     generator = torch.Generator().manual_seed(0)
     shared = {key: _initial(key, shape, generator) for key, shape in shapes.items()}
@@ -105,11 +107,11 @@ def write_collection(
     ]
     of_subject, of_task = (torch.randn(4, FACTORS, generator=generator) for _ in range(2))
     found = []
-    for place, (subject, task) in enumerate(product(SUBJECTS, TASKS)):
-        trained_on = place in TRAINED_ON
+    for number, (subject, task) in enumerate(product(SUBJECTS, TASKS)):
+        trained_on = number in TRAINED_ON
         if not (trained_on or held_out):
             continue
-        share = torch.cat([of_subject[place // 4], of_task[place % 4]])
+        share = torch.cat([of_subject[number // 4], of_task[number % 4]])
         truth = {
             key: tensor
             + _spread(key, architecture)
@@ -122,8 +124,10 @@ def write_collection(
         for step, noisy in enumerate(_noisy(truth, count, architecture, generator)):
             _write(home / "checkpoints" / f"step-{step:04d}", noisy, architecture)
         words = SUBJECTS[subject].split()
-        asked = [TASKS[task].format(f"{a} and {b}") for a in words[:8] for b in words[:8] if a != b]
-        (home / "prompts.txt").write_text("\n".join(asked), encoding="utf-8")
+        prompts = [
+            TASKS[task].format(f"{a} and {b}") for a in words[:8] for b in words[:8] if a != b
+        ]
+        (home / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
         others = [TASKS[task].format(f"{a} and {b}") for a in words[8:] for b in words[8:]]
         found.append(
             Dataset(
@@ -145,7 +149,7 @@ def _initial(key: str, shape: tuple[int, int], generator: torch.Generator) -> Te
 
 
 def _spread(key: str, architecture: Architecture) -> float:
-    """How far datasets lie apart, in the units of the matrix."""
+    """Returns the distance between datasets, in the units of the matrix."""
     return 0.01 if "lora_B" in key else 0.1 * architecture.hidden**-0.5
 
 

@@ -1,4 +1,4 @@
-"""The adapter that could be generated if the task were known instead of read from prompts."""
+"""A contestant that knows the task, which a generator has to read from prompts."""
 
 from collections.abc import Iterator, Sequence
 
@@ -16,8 +16,8 @@ PENALTY = 0.03  # of the regression; it may be small, since attributes and style
 
 class KnownTask(Contestant):
     """A ridge regression of the last adapters of all collected datasets on their attribute and
-    style. If this fails on a new combination, adapters are not additive, and a decoder that adds
-    cannot succeed however well it reads the prompts."""
+    style. If it fails on a new combination, adapters are not additive, and an additive decoder
+    cannot succeed, however well it reads the prompts."""
 
     name, title, needs_sources = "known_task", "known task", True
 

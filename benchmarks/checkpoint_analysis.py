@@ -1,9 +1,9 @@
-"""What `loragen ckpt analyze --html` takes of memory and time, against the number of checkpoints.
+"""Measures memory and time of `loragen ckpt analyze --html` for several numbers of checkpoints.
 
     python benchmarks/checkpoint_analysis.py --checkpoints 50 1000
 
-Each collection is a random walk of a tiny adapter, analysed in a process of its own. Needs a system
-that tells a child's peak memory (`os.wait4`: Linux, macOS).
+Each series is a random walk of a tiny adapter, analysed in its own process. Needs a system that
+reports a child's peak memory (`os.wait4`: Linux, macOS).
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def walk(folder: Path, count: int) -> None:
-    """So many checkpoints, each a small step from the one before."""
+    """Writes checkpoints, each a small random step from the previous one."""
     generator = torch.Generator().manual_seed(0)
     sizes = {"A": (RANK, WIDTH), "B": (WIDTH, RANK)}
     tensors = {
@@ -52,7 +52,7 @@ def walk(folder: Path, count: int) -> None:
 
 
 def analyzed(folder: Path) -> tuple[float, float]:
-    """(peak MiB, seconds), the start of Python and torch included."""
+    """Returns (peak MiB, seconds), with the start of Python and torch."""
     command = ["ckpt", "analyze", str(folder), "--html", str(folder / "page.html")]
     started = time.perf_counter()
     process = subprocess.Popen(

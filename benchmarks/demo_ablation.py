@@ -1,4 +1,4 @@
-"""What decides how well a generator generates: other settings on a demo's collected adapters.
+"""Compares settings of a generator on the adapters that a demo has collected.
 
     loragen demo --seed 0 --output demo-out
     python benchmarks/demo_ablation.py demo-out \
@@ -6,12 +6,12 @@
         --variant "behaviour: training.objective=behaviour behaviour.max_steps=800"
     python benchmarks/demo_ablation.py demo-out --hold-out legs --hold-out list
 
-Every variant is the demo's own configuration with the settings named changed. It is trained on the
-runs in `demo-out/runs`, with `--hold-out` on those of them that have nothing to do with an
-attribute or style, once for each that is named; the new combinations are then all that have. It is
-judged as in the demo: exact match on creatures that no training row names, the mean over 5 draws
-of 16 prompts, with the 95 % interval. A second column has the additive adapter for a known
-attribute and style (`_known_task.py`). One JSON line per variant.
+Every variant is the demo's configuration with the named settings changed, trained on the runs in
+`demo-out/runs`. With `--hold-out`, the runs of an attribute or style are held out, once for each
+that is named, and their datasets are the new combinations. The score is that of the demo: exact
+match on creatures that no training row names, as the mean over 5 draws of 16 prompts with the 95 %
+interval. A second column has the additive adapter for a known attribute and style
+(`_known_task.py`). Prints one JSON line per variant.
 """
 
 import argparse
@@ -28,11 +28,7 @@ from _known_task import KnownTask
 
 from loragen.core.base.load import load_base
 from loragen.core.config import DEMO, GenTrainConfig, dump, load
-from loragen.core.evaluation.contest import (
-    results_document,
-    score_contestants,
-    training_sources,
-)
+from loragen.core.evaluation.contest import results_document, score_contestants, training_sources
 from loragen.core.evaluation.contestants import (
     GENERATED,
     EvaluationOptions,
@@ -50,7 +46,9 @@ from loragen.demo.world import PAIRS, Demo, World
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("demo", type=Path, help="The --output of a demo.")
-    parser.add_argument("--seed", type=int, help="Of that demo; as its results.json says.")
+    parser.add_argument(
+        "--seed", type=int, help="The seed of that demo; by default, that in its results.json."
+    )
     parser.add_argument("--variant", action="append", default=[], help="NAME: KEY=VALUE ...")
     parser.add_argument("--hold-out", action="append", default=[], help="An attribute or a style.")
     parser.add_argument("--draws", type=int, default=5)
@@ -62,23 +60,24 @@ def main() -> None:
     for part, variant in product(arguments.hold_out or [None], arguments.variant or ["as it is:"]):
         name, _, changed = variant.partition(":")
         demo = Demo(arguments.demo, seed, without(world, seed, part))
-        targets = [one for one in choose_targets(demo) if is_asked(one, part)]
+        targets = [one for one in choose_targets(demo) if has_part(one, part)]
         found = judged(demo, targets, changed.split(), arguments.draws)
         print(json.dumps({"variant": name, "held_out": part, **found}), flush=True)
 
 
 def without(world: World, seed: int, part: str | None) -> World:
-    """The world with all pairs of an attribute or style held out, beside those that were."""
+    """Returns the world with all pairs of an attribute or style held out, too."""
     kept = world.held_out_pairs(seed)
     return replace(world, held_out=tuple(p for p in PAIRS if p in kept or part in p))
 
 
-def is_asked(target: Target, part: str | None) -> bool:
+def has_part(target: Target, part: str | None) -> bool:
+    """Returns whether a target is evaluated if `part` is held out."""
     return part is None or target.group == "new_wording" or part in target.name.split("-")
 
 
 def judged(demo: Demo, targets: Sequence[Target], changed: list[str], draws: int) -> dict[str, Any]:
-    """A generator with other settings: seconds of its training, accuracies and intervals."""
+    """Trains a generator with other settings; returns its seconds, accuracies and intervals."""
     folders = sorted(path for path in (demo.out / "runs").iterdir() if path.is_dir())
     collected = {path.name.partition("_lora_")[0]: path for path in folders}
     runs = runs_with_prompts(demo, collected)

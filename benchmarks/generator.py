@@ -1,14 +1,14 @@
-"""How fast a generator trains and generates, what memory it takes, and how well it does.
+"""Measures the speed, memory and quality of a generator in training and generation.
 
     python benchmarks/generator.py step                        # optimizer steps, data path included
     python benchmarks/generator.py latency --sizes 4.4M 40M    # prompts -> files on disk
     python benchmarks/generator.py memory --checkpoints 50 1000
     python benchmarks/generator.py quality --steps 60          # on held-out prompts and mixtures
 
-On made-up adapters in the shapes of real ones (`_adapters.py`), of 0.2 to 40 million values. The
-baseline is the paper's geometry (arXiv 2506.16406) through the same code; each measurement is taken
-in a process of its own, in turn. Prints a JSON line for each, with the machine's rate of float32
-matrix products and its load beside it: absolute times are this machine's, ratios are what counts.
+The adapters are made up, in the shapes of real ones (`_adapters.py`), with 0.2 to 40 million
+values. The baseline is the paper's geometry (arXiv 2506.16406) in the same code. Each measurement
+runs in its own process and prints a JSON line, with the machine's rate of float32 matrix products
+and its load: absolute times depend on the machine, so compare ratios.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from typing import Any
 from _adapters import SIZES, Dataset, write_collection
 
 LAST_MAP, TOKENS = 4296, 11_592
-"""Rows of the paper's last map for Qwen2.5-0.5B at rank 8, and tokens of its adapter."""
+"""The rows of the paper's last map for Qwen2.5-0.5B at rank 8, and the tokens of its adapter."""
 
 
 def geometries(tokens: int) -> dict[str, dict[str, Any]]:
-    """Name -> options of the decoder, for an adapter of so many tokens of 384 values."""
+    """Returns {name: options of the decoder} for an adapter of so many tokens of 384 values."""
     last = [-(-LAST_MAP * tokens // TOKENS), 10, 130]
     maps = [[16, 64, 384], [64, 32, 256], [256, 20, 192], [576, 10, 160], last]
     return {
@@ -45,7 +45,7 @@ def main() -> None:
     arguments = _arguments()
     if arguments.job:
         job = json.loads(arguments.job)
-        print(json.dumps({**job["told"], **JOBS[job["what"]](job), **_machine()}))
+        print(json.dumps({**job["labels"], **JOBS[job["what"]](job), **_machine()}))
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         MEASUREMENTS[arguments.what](arguments, Path(folder))
@@ -60,14 +60,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--geometries", nargs="+", default=["default", "paper"], choices=list(geometries(1))
     )
-    parser.add_argument("--checkpoints", type=int, nargs="+", help="of ten datasets together")
-    parser.add_argument("--batch-size", type=int, default=2, help="pairs to an optimizer step")
-    parser.add_argument("--prompts", type=int, default=16, help="prompt texts to a condition")
+    parser.add_argument(
+        "--checkpoints", type=int, nargs="+", help="checkpoints of ten datasets together"
+    )
+    parser.add_argument("--batch-size", type=int, default=2, help="pairs per optimizer step")
+    parser.add_argument("--prompts", type=int, default=16, help="prompt texts per condition")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--folder", type=Path, help="for some gigabytes, for a while")
+    parser.add_argument(
+        "--folder", type=Path, help="directory for some gigabytes of temporary files"
+    )
     parser.add_argument("--job", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -83,10 +87,10 @@ def _step(arguments: argparse.Namespace, folder: Path) -> None:
 def _memory(arguments: argparse.Namespace, folder: Path) -> None:
     for size in arguments.sizes:
         for count in arguments.checkpoints or [50, 1000]:
-            place = folder / f"{size}-{count}"
-            datasets = write_collection(place, SIZES[size], count)
+            home = folder / f"{size}-{count}"
+            datasets = write_collection(home, SIZES[size], count)
             for geometry in arguments.geometries:
-                _measured(arguments, place, "train", size, geometry, datasets, checkpoints=count)
+                _measured(arguments, home, "train", size, geometry, datasets, checkpoints=count)
 
 
 def _latency(arguments: argparse.Namespace, folder: Path) -> None:
@@ -116,15 +120,15 @@ def _measured(
     datasets: Sequence[Dataset],
     **more: Any,
 ) -> dict[str, Any]:
-    """In a process of its own; printed, and returned as the process has told it."""
-    told = {"what": arguments.what, "size": size, "geometry": geometry}
-    told |= {"batch": arguments.batch_size, "prompts": arguments.prompts}
-    told |= {key: value for key, value in more.items() if key == "checkpoints"}
+    """Runs one measurement in its own process, prints its JSON line, and returns its run."""
+    labels = {"what": arguments.what, "size": size, "geometry": geometry}
+    labels |= {"batch": arguments.batch_size, "prompts": arguments.prompts}
+    labels |= {key: value for key, value in more.items() if key == "checkpoints"}
     job = {
         **vars(arguments),
         **more,
         "what": what,
-        "told": told,
+        "labels": labels,
         "folder": str(folder),
         "geometry": geometry,
         "datasets": [one._asdict() for one in datasets],
@@ -142,7 +146,7 @@ def _measured(
 
 
 def _train(job: dict[str, Any]) -> dict[str, Any]:
-    """`gen train` as a user runs it, from the files of checkpoints and prompts to the last step."""
+    """Measures `gen train` from the files of checkpoints and prompts to the last step."""
     from loragen.core.learning.train import train
     from loragen.core.progress import Silent, Step
 
@@ -202,7 +206,7 @@ def _config(job: dict[str, Any]) -> Any:
 
 
 def _generate(job: dict[str, Any]) -> dict[str, Any]:
-    """Prompts -> files, once the generator and its encoder are loaded."""
+    """Measures generation from prompts to files, after the generator and its encoder are loaded."""
     from loragen.core.generator.model import Generator
 
     began = time.perf_counter()
@@ -235,12 +239,12 @@ def _generate(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _judge(job: dict[str, Any]) -> dict[str, Any]:
-    """Trains, then generates for prompts in other words, of datasets seen and not."""
+    """Trains, then generates from prompts in other words, for trained-on and held-out datasets."""
     from loragen.core.generator.model import Generator
     from loragen.core.run.checkpoints import load_adapter
 
-    told = _train(job)
-    generator = Generator.load(told["run"])
+    trained = _train(job)
+    generator = Generator.load(trained["run"])
     errors: dict[bool, list[float]] = {True: [], False: []}
     for one in job["datasets"]:
         layout, scale = generator.layout, generator.normalization.scale
@@ -251,7 +255,7 @@ def _judge(job: dict[str, Any]) -> dict[str, Any]:
         ).norm()
         errors[one["trained_on"]].append(float(error))
     return {
-        **told,
+        **trained,
         "error_on_new_prompts": round(median(errors[True]), 4),
         "error_on_new_mixtures": round(median(errors[False]), 4),
         "worst_error_on_new_mixtures": round(max(errors[False]), 4),
@@ -260,15 +264,15 @@ def _judge(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _memory_mib() -> dict[str, int]:
-    """VmHWM: the peak of the resident memory, memory-mapped files included; RssAnon: the process's
-    own memory now. Linux alone tells them."""
+    """Returns VmHWM, the peak of the resident memory with memory-mapped files, and RssAnon, the
+    process's own memory now. Needs Linux."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     return {name: int(fields[name].split()[0]) // 2**10 for name in ("VmHWM", "RssAnon")}
 
 
 def _machine() -> dict[str, Any]:
-    """GFLOP/s of float32 matrix products, the best of ten, and how many processes want to run."""
+    """Returns GFLOP/s of float32 matrix products, the best of ten, the threads and the load."""
     import torch
 
     a, seconds = torch.randn(2048, 2048), []
@@ -285,7 +289,7 @@ MEASUREMENTS = {"step": _step, "latency": _latency, "memory": _memory, "quality"
 JOBS = {"train": _train, "generate": _generate, "judge": _judge}
 
 if __name__ == "__main__":
-    # As the command line sets them: see loragen/cli/main.py.
+    # The command line sets the same: see loragen/cli/main.py.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,12 +1,12 @@
-"""How fast `loragen lora train` is beside a plain `transformers.Trainer` + PEFT loop.
+"""Compares `loragen lora train` with a plain loop of `transformers.Trainer` and PEFT.
 
     python benchmarks/lora_training.py --data ROWS.jsonl                        # a tiny model
     python benchmarks/lora_training.py --data ROWS.jsonl --model DIR --steps 4  # its architecture
 
-Both start from the same random weights and adapter, see the same rows in the same batches under the
-same rates, and run alternately, each in a process of its own. What is printed: optimizer steps and
-rows per second after the first step, peak memory, the largest difference of the loss curves, and
-what checkpoints cost. Absolute times are this machine's; the ratios are what counts.
+Both start from the same random weights and adapter, train on the same rows in the same batches with
+the same learning rates, and run alternately, each in its own process. The table has seconds per
+step and rows per second after the first step, peak memory, the largest difference of the loss
+curves, and the cost of checkpoints. Absolute times depend on the machine, so compare ratios.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 RATES = {"stage1_steps": 3, "learning_rate_stage1": 1e-3, "learning_rate_stage2": 1e-4}
-# Arm -> settings of `lora train`; None is the Trainer. The Trainer comes first: it is the baseline.
+# {arm: settings of `lora train`}; None is the Trainer, the baseline, which comes first.
 ARMS: dict[str, dict[str, Any] | None] = {
     "transformers.Trainer": None,
     "loragen, padded": {"training.packing": False, "base_dtype": "float32"},
@@ -34,13 +34,15 @@ ARMS: dict[str, dict[str, Any] | None] = {
 
 @dataclass
 class Measured:
+    """The measurements of one training."""
+
     seconds: list[float]
-    """Of every step but the first."""
+    """The seconds of every step but the first."""
     losses: list[float]
     peak_gib: float
     checkpoint_mib: float = 0.0
     checkpoint_seconds: float = 0.0
-    """Of one checkpoint, with the optimizer's state."""
+    """The seconds to write one checkpoint, with the optimizer's state."""
 
 
 def main() -> None:
@@ -76,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _random_model(source: Path | None, data: Path, target: Path) -> Path:
-    """A model directory with random weights: of `source`'s architecture, or a tiny Qwen2 with a
-    vocabulary of 4,000 learned from the rows."""
+    """Writes a model with random weights: of `source`'s architecture, or a tiny Qwen2 with a
+    vocabulary of 4,000 learned from the rows. Returns its directory."""
     import torch
     from transformers import (
         AutoConfig,
@@ -89,10 +91,8 @@ def _random_model(source: Path | None, data: Path, target: Path) -> Path:
 
     torch.manual_seed(0)
     if source:
-        tokenizer, config = (
-            AutoTokenizer.from_pretrained(source),
-            AutoConfig.from_pretrained(source),
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source)
     else:
         texts = data.read_text(encoding="utf-8").splitlines()
         tokenizer = Qwen2Tokenizer(vocab=None, merges=None).train_new_from_iterator(texts, 4000)
@@ -178,7 +178,7 @@ def _loragen(job: dict[str, Any], settings: dict[str, Any]) -> Measured:
 
 
 def _trainer(job: dict[str, Any]) -> Measured:
-    """What a careful user of transformers and PEFT writes: answers labelled, padding dynamic."""
+    """Trains with transformers and PEFT: labels for the answers alone, dynamic padding."""
     import torch
     from torch.utils.data import SequentialSampler
     from transformers import (
@@ -228,7 +228,7 @@ def _trainer(job: dict[str, Any]) -> Measured:
 
     class InOrder(Trainer):
         def _get_train_sampler(self, *_: Any) -> Any:
-            return SequentialSampler(dataset)  # type: ignore[arg-type]  # a list is sized
+            return SequentialSampler(dataset)  # type: ignore[arg-type]  # a list has a length
 
     trainer = InOrder(
         model=model,
@@ -243,12 +243,12 @@ def _trainer(job: dict[str, Any]) -> Measured:
             use_cpu=not torch.cuda.is_available(),
             max_grad_norm=0.0,
         ),
-        train_dataset=dataset,  # type: ignore[arg-type]  # a list will do
+        train_dataset=dataset,  # type: ignore[arg-type]  # a list can be indexed
         data_collator=DataCollatorForSeq2Seq(base.tokenizer),
         optimizers=(optimizer, rates),
         callbacks=[Watch()],
     )
-    stdout, sys.stdout = sys.stdout, sys.stderr  # its log lines
+    stdout, sys.stdout = sys.stdout, sys.stderr  # the Trainer prints its logs
     trainer.train()
     sys.stdout = stdout
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -256,7 +256,7 @@ def _trainer(job: dict[str, Any]) -> Measured:
 
 
 def _seconds_to_write(file: Path) -> float:
-    """The median of ten writings of the checkpoint's own content."""
+    """Returns the median time of writing the checkpoint's content, of ten."""
     import torch
 
     from loragen.core.run.checkpoints import AtomicCheckpointIO

@@ -1,10 +1,10 @@
-"""A small base model from the text of a few datasets: minutes on one core, nothing downloaded.
+"""Pretrains a small base model on the text of a few datasets, in minutes on one core, offline.
 
     python pretrain_base.py --data-root data_to_lora/cs --output base
 
-It learns to read the prompts and to take its turn in a chat, and nothing about any answer: no
-label is read. Its replies in training are lines drawn from all prompts, so they tell nothing
-about the question before them; how a dataset wants to be answered can only come from an adapter.
+The model learns the language of the prompts and the turns of a chat, and nothing about any answer:
+no label is read. Its replies in training are random lines of all prompts, independent of the
+question before them, so only an adapter can determine the answers of a dataset.
 """
 
 import argparse
@@ -25,10 +25,10 @@ from loragen.core.data.tokenize import answer_ids, prompt_ids
 
 SEED = 20261121
 VOCAB = 4096
-BATCH, LENGTH = 8, 256  # blocks of so many tokens
+BATCH, LENGTH = 8, 256  # blocks, and tokens of a block
 PEAK_LR = 3e-3
 WARM_UP = 0.05  # of the training
-SYSTEM_SHARE = 0.25  # of the chats; a dataset has one system text, which is soon known
+SYSTEM_SHARE = 0.25  # of the chats; a dataset has one system text, which is learned early
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
@@ -38,7 +38,7 @@ TEMPLATE = (
 
 
 def read_split(root: Path, split: str) -> list[Row]:
-    """The rows of every dataset below the root."""
+    """Returns the rows of every dataset below the root."""
     names = dataset_names(root, split)
     if not names:
         raise SystemExit(f"{root}: no dataset with a {split} split below it")
@@ -46,10 +46,10 @@ def read_split(root: Path, split: str) -> list[Row]:
 
 
 def build_tokenizer(rows: Sequence[Row]) -> Qwen2Tokenizer:
-    """Byte-level BPE, learned from the prompts.
+    """Returns a byte-level BPE tokenizer, trained on the prompts.
 
-    It is Qwen2's own class: AutoTokenizer picks that for a Qwen2 model, and would cut the text
-    differently from any other.
+    It is Qwen2's own class: AutoTokenizer chooses that for a Qwen2 model, and another class would
+    tokenise differently.
     """
     texts = [row.prompt for row in rows] + sorted({row.system for row in rows if row.system})
     tokenizer = Qwen2Tokenizer(vocab=None, merges=None).train_new_from_iterator(
@@ -62,7 +62,7 @@ def build_tokenizer(rows: Sequence[Row]) -> Qwen2Tokenizer:
 
 
 def new_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
-    """2.8 million parameters, a third of them in the vocabulary."""
+    """Returns a model of 2.8 million parameters, a third of them in the vocabulary."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=192,
@@ -84,7 +84,7 @@ def new_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
 
 
 def chats(tokenizer: Qwen2Tokenizer, rows: Sequence[Row], random: Random) -> Iterator[list[int]]:
-    """The prompts in random order, over and over, each followed by a line of any prompt."""
+    """Yields the prompts in random order, without end, each followed by a line of any prompt."""
     lines = sorted({line for row in rows for line in row.prompt.splitlines() if line.strip()})
     while True:
         for row in random.sample(rows, len(rows)):
@@ -94,7 +94,7 @@ def chats(tokenizer: Qwen2Tokenizer, rows: Sequence[Row], random: Random) -> Ite
 
 
 def batches(documents: Iterator[list[int]]) -> Iterator[Tensor]:
-    """The documents, one after the other, cut into blocks ``[BATCH, LENGTH]``."""
+    """Yields blocks ``[BATCH, LENGTH]`` of the documents one after the other."""
     stream = (token for document in documents for token in document)
     while True:
         yield torch.tensor(list(islice(stream, BATCH * LENGTH))).view(BATCH, LENGTH)
@@ -103,7 +103,7 @@ def batches(documents: Iterator[list[int]]) -> Iterator[Tensor]:
 def train(
     model: Qwen2ForCausalLM, data: Iterator[Tensor], minutes: float, steps: int | None
 ) -> None:
-    """AdamW for so many minutes, or steps where they are given; warm-up, then a cosine."""
+    """Trains with AdamW for so many minutes, or steps if given, with warm-up and a cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.05)
     started, step, done = time.monotonic(), 0, 0.0
     while done < 1:
@@ -124,7 +124,7 @@ def train(
 
 @torch.inference_mode()
 def check(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, rows: Sequence[Row]) -> None:
-    """Say how well prompts never trained on are predicted, and what is replied to one."""
+    """Prints the loss on prompts of the test split, and a reply to one of them."""
     data = batches(cycle([tokenizer(f"<|user|>{row.prompt}").input_ids for row in rows]))
     losses = [model(input_ids=ids, labels=ids).loss.item() for ids in islice(data, 8)]
     loss = sum(losses) / len(losses)
@@ -141,7 +141,7 @@ def main(command: Sequence[str] | None = None) -> None:
         "--output", type=Path, required=True, help="Hugging Face directory to write"
     )
     parser.add_argument("--minutes", type=float, default=5, help="how long to train")
-    parser.add_argument("--steps", type=int, help="train so many steps instead")
+    parser.add_argument("--steps", type=int, help="number of steps, instead of minutes")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     arguments = parser.parse_args(command)
     torch.manual_seed(SEED)
@@ -159,7 +159,7 @@ def main(command: Sequence[str] | None = None) -> None:
 
 
 def say(text: str) -> None:
-    """Progress; stdout is for the answer, the directory."""
+    """Prints progress to stderr; stdout has only the directory."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -35,7 +35,7 @@ MAX_WARNINGS = 3
 
 
 class Format(StrEnum):
-    """The formats of a generated adapter."""
+    """The formats of an adapter."""
 
     peft = "peft"
     safetensors = "safetensors"

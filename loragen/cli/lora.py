@@ -331,10 +331,8 @@ def _launch_commands(config: "LoraTrainConfig", arguments: Sequence[str]) -> lis
     srun = f"srun --nodes={nodes} --ntasks-per-node={devices}{gpus} {command}"
     if nodes == 1:
         return [f"on one machine: {command}", f"or: {torchrun}", f"on Slurm: {srun}"]
-    return [
-        f"on each of {nodes} machines, where HOST is the first: {torchrun}",
-        f"on Slurm: {srun}",
-    ]
+    on_each = f"on each of {nodes} machines, where HOST is the first: {torchrun}"
+    return [on_each, f"on Slurm: {srun}"]
 
 
 def _resume(config: "LoraTrainConfig", task: "Task", path: Path) -> "TaskOutcome":

@@ -1,4 +1,4 @@
-"""The hooks. loragen imports this module whenever it lists plugins, so it must stay light."""
+"""The hooks of the package. loragen imports this module to list plugins, so it must stay light."""
 
 from loragen import hookimpl
 

@@ -1,4 +1,4 @@
-"""A straight line from the first step to the last."""
+"""A schedule that decreases linearly from the first step to the last."""
 
 from pydantic import BaseModel, Field
 
@@ -6,7 +6,7 @@ from loragen.core.protocols import Rate
 
 
 class LinearDecay:
-    """From `learning_rate` at the first step down to `final_share` of it at the last."""
+    """Decreases from `learning_rate` at the first step to `final_share` of it at the last."""
 
     class Config(BaseModel, extra="forbid"):
         learning_rate: float = Field(1e-4, gt=0, description="Rate of the first step (per step).")

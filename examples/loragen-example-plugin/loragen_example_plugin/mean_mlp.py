@@ -1,4 +1,4 @@
-"""The mean of the prompts, a small MLP, and one low-rank map that all tokens share."""
+"""A decoder of the mean of the prompts, a small MLP, and a low-rank map that all tokens share."""
 
 import torch
 from pydantic import BaseModel, Field
@@ -33,7 +33,7 @@ class MeanMLP(nn.Module):
             for index in (grid.layer, grid.module, grid.matrix)
         )
         for name in ("layer", "module", "matrix"):
-            # Derived from the grid, which whoever loads the weights has: not part of them.
+            # The index is derived from the grid, so it is not saved with the weights.
             index = torch.from_numpy(getattr(grid, name))
             self.register_buffer(f"{name}_index", index, persistent=False)
 
@@ -51,9 +51,9 @@ class MeanMLP(nn.Module):
 
 
 def masked_mean(condition: Tensor, mask: Tensor) -> Tensor:
-    """The mean over what the mask keeps: `(B, P, L, C)` and `(B, P, L)` to `(B, C)`.
+    """Returns the mean over unmasked positions: `(B, P, L, C)` and `(B, P, L)` to `(B, C)`.
 
-    `where`, not a product: whatever stands at a masked place, NaN included, is out of the sum.
+    `torch.where`, unlike a product, ignores masked values even if they are NaN.
     """
     kept = mask[..., None]
     total = torch.where(kept, condition, 0.0).sum(dim=(1, 2))
