@@ -22,10 +22,10 @@ from loragen.core.data.documents import (
     HubDataset,
     Source,
     file_documents,
-    hub_documents,
     location,
     parsed_source,
     read_bytes,
+    read_documents,
     text_lines,
 )
 from loragen.core.data.formats import Turn, format_of, question_of, texts
@@ -269,7 +269,7 @@ class Dataset:
         found = _Contents()
         if isinstance(self.source, HubDataset):
             digest = hashlib.sha256()
-            for document in hub_documents(self.source):
+            for document in read_documents(self.source):
                 data = json.dumps(document.value, default=str).encode()
                 digest.update(len(data).to_bytes(8, "little") + data)
                 found.add(document)

@@ -80,7 +80,8 @@ def read_documents(source: Source) -> Iterator[Document]:
     Raises UsageError for a missing file or package, DataError if nothing can be read.
     """
     if isinstance(source, HubDataset):
-        return hub_documents(source)
+        rows = read_hub(source.id, source.config, source.split)
+        return (Document(line, row) for line, row in enumerate(rows, start=1))
     return file_documents(source, read_bytes(source))
 
 
@@ -98,12 +99,6 @@ def file_documents(file: Path, content: bytes) -> Iterator[Document]:
     """
     readers = {".json": _json, ".csv": _csv, ".parquet": _parquet}
     return readers.get(file.suffix.lower(), _json_lines)(file, content)
-
-
-def hub_documents(source: HubDataset) -> Iterator[Document]:
-    """Yields the rows of a hub dataset. Raises UsageError if it cannot be loaded."""
-    rows = read_hub(source.id, source.config, source.split)
-    return (Document(line, row) for line, row in enumerate(rows, start=1))
 
 
 def read_hub(identifier: str, config: str | None, split: str) -> Iterable[dict[str, Any]]:

@@ -157,7 +157,15 @@ def prepare(
                 f"text of {grouping.samples_per_prompt} to train on; lower --samples-per-prompt"
             )
         for file, groups in ((TRAIN, split.train), (VAL, split.val)):
-            texts[file] += [_prepared_text(dataset.name, group) for group in groups]
+            texts[file] += [
+                PreparedText(
+                    prompt=joined_text([prompt.text for prompt in group]),
+                    prompts=[prompt.text for prompt in group],
+                    dataset=dataset.name,
+                    lines=[prompt.line for prompt in group],
+                )
+                for group in groups
+            ]
         record.datasets.append(
             PreparedDataset(
                 dataset=dataset.name,
@@ -210,12 +218,6 @@ def split_prompts(
     grouped = size * (len(groups[TRAIN]) + len(groups[VAL]))
     repeated = len(prompts) - len(distinct)
     return PromptSplit(groups[TRAIN], groups[VAL], repeated, len(distinct) - grouped)
-
-
-def _prepared_text(dataset: str, group: Sequence[Prompt]) -> PreparedText:
-    prompts = [prompt.text for prompt in group]
-    lines = [prompt.line for prompt in group]
-    return PreparedText(prompt=joined_text(prompts), prompts=prompts, dataset=dataset, lines=lines)
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,14 @@ TRACKING = "tracking"
 
 @dataclass(frozen=True)
 class Provenance:
-    """The training rows of a run, and how its steps draw from them."""
+    """The training rows of a run, and how its steps draw from them. Steps are counted from 1."""
 
     rows: Sequence[Row]
     batch_size: int
     seed: int
 
     def rows_of(self, step: int) -> list[Row]:
-        """Returns the rows of optimizer step `step`, counted from 1, in the order of the batch."""
+        """Returns the rows of an optimizer step in the order of the batch."""
         indices = batch_indices(len(self.rows), self.batch_size, self.seed, step - 1)
         return [self.rows[index] for index in indices]
 

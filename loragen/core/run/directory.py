@@ -239,12 +239,6 @@ class Run(Generic[ManifestT, ConfigT]):
         kept = [file for file in files if file.name != LAST_CHECKPOINT.name]
         return sorted(kept, key=lambda file: file.stat().st_mtime_ns)  # a name has no step
 
-    @property
-    def last_checkpoint(self) -> Path | None:
-        """The file last.ckpt, from which a killed run resumes; None if there is none."""
-        file = self.directory / LAST_CHECKPOINT
-        return file if file.is_file() else None
-
 
 LoraRun: TypeAlias = Run[LoraManifest, LoraTrainConfig]
 GeneratorRun: TypeAlias = Run[GeneratorManifest, GenTrainConfig]
@@ -310,7 +304,8 @@ def find_checkpoints(path: Path) -> list[Path]:
 
 
 def checkpoint_name(step: int) -> str:
-    """Returns the file name of a step's checkpoint, `checkpoint-step-076.ckpt`."""
+    """Returns the file name of a step's checkpoint, `checkpoint-step-076.ckpt` for step 76 (the
+    first step is 1)."""
     return f"checkpoint-step-{step:03d}{CHECKPOINT_SUFFIX}"
 
 

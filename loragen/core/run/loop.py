@@ -18,7 +18,6 @@ import psutil
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -290,8 +289,11 @@ class CheckpointCallback(StepCallback):
 
     def save(self, trainer: Trainer, file: Path) -> None:
         """Saves the current step to `file`. Raises LoragenError if a weight is not finite."""
-        weights = trainer.lightning_module.state_dict()
-        check_weights(weights, trainer.global_step, self.session.directory)
+        for name, weight in trainer.lightning_module.state_dict().items():
+            if not weight.isfinite().all():  # a bad checkpoint must not replace a good one
+                raise _diverged(
+                    f"{name} is not finite", trainer.global_step, self.session.directory
+                )
         # Called in all processes, because it has a barrier. Lightning's `weights_only` would leave
         # out the states of optimizer and callbacks.
         trainer.save_checkpoint(file, weights_only=False)
@@ -322,17 +324,9 @@ def step_schedule(optimizer: Optimizer, rate: Callable[[int], float], done: int 
 
 
 def check_loss(name: str, value: float, step: int, run: Path) -> None:
-    """Raises LoragenError if a loss is not finite."""
+    """Raises LoragenError if the loss of a step, counted from 1, is not finite."""
     if not isfinite(value):
         raise _diverged(f"{name} is {value}", step, run)
-
-
-def check_weights(weights: Mapping[str, Tensor], step: int, run: Path) -> None:
-    """Raises LoragenError naming the first weight that is not finite. It is called before weights
-    are saved, so that a bad checkpoint never replaces a good one."""
-    for name, weight in weights.items():
-        if not weight.isfinite().all():
-            raise _diverged(f"{name} is not finite", step, run)
 
 
 def _diverged(what: str, step: int, run: Path) -> LoragenError:

@@ -61,7 +61,9 @@ class ResumePoint(Run[ManifestT, ConfigT], ABC):
         Raises UsageError if there is no run, DataError if no checkpoint can be read.
         """
         run = Run.open(path, cls.kind)
-        checkpoint = path if path.is_file() else newest(run.checkpoints, run.last_checkpoint)
+        last = run.directory / LAST_CHECKPOINT
+        kept = [*run.checkpoints, *([last] if last.is_file() else [])]
+        checkpoint = path if path.is_file() else newest(kept)
         step = has_optimizer_and_step(checkpoint)[1] if checkpoint else 0
         return cls(run.directory, run.manifest, checkpoint, step)
 
@@ -122,20 +124,19 @@ class ResumePoint(Run[ManifestT, ConfigT], ABC):
             (self.directory / LAST_CHECKPOINT).unlink(missing_ok=True)
 
 
-def newest(files: Sequence[Path], last: Path | None = None) -> Path | None:
+def newest(files: Sequence[Path]) -> Path | None:
     """Returns the checkpoint of the highest step among those that carry the optimizer's state, or
     the highest of all if none does.
 
-    `last` and then `files`, from the end, are opened until two could be read: the newest one that
-    is kept, and last.ckpt. Raises DataError if there are files and none can be read.
+    The files are opened from the end until two could be read, in general last.ckpt and the newest
+    one that is kept. Raises DataError if there are files and none can be read.
     """
-    candidates = [*files, *([last] if last else [])]
     ranked: list[tuple[bool, int, Path]] = []
-    for file in reversed(candidates):
+    for file in reversed(files):
         try:
             ranked.append((*has_optimizer_and_step(file), file))
         except DataError as error:
-            if file == candidates[0] and not ranked:
+            if file == files[0] and not ranked:
                 raise
             log.warning("%s; looking for an older one", error)
         if len(ranked) == 2:

@@ -142,7 +142,6 @@ def test_a_run_is_opened_from_any_path_in_it(tmp_path, inside):
     run = Run.open(tmp_path / inside, LoraManifest)
     assert (run.directory, run.manifest) == (tmp_path, manifest)
     assert [file.name for file in run.checkpoints] == [checkpoint_name(2), checkpoint_name(10)]
-    assert run.last_checkpoint == tmp_path / "checkpoints/last.ckpt"
     for name in ("config.yaml", "manifest.json"):
         assert run.config.seed == 7
         (tmp_path / name).unlink()  # neither is read again
@@ -151,7 +150,7 @@ def test_a_run_is_opened_from_any_path_in_it(tmp_path, inside):
 def test_a_run_of_another_kind_is_refused(tmp_path):
     manifest = GeneratorManifest(plugins=[], base_model="demo", sources=[], val_sources=[])
     write_manifest(tmp_path, manifest)
-    assert Run.open(tmp_path, GeneratorManifest).last_checkpoint is None
+    assert Run.open(tmp_path, GeneratorManifest).checkpoints == []
     with pytest.raises(DataError, match="gen train"):
         Run.open(tmp_path, LoraManifest)
     with pytest.raises(UsageError, match="none"):
