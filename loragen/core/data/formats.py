@@ -39,7 +39,7 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class RowFormat(ABC):
-    """How one kind of row is read."""
+    """A format of rows, and how they are read."""
 
     keys: tuple[str, ...]
     """A document with all of these keys has this format. The last key holds the answer."""

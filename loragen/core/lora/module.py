@@ -45,7 +45,7 @@ class LoraModule(ResumableModule):
         self.schedule, self.max_steps, self.weight_decay = schedule, max_steps, weight_decay
         self.fused = fused
         self.saves_optimizer = True
-        """Whether the next checkpoint holds the optimizer's state, which resuming needs."""
+        """Whether the next checkpoint holds the optimizer's state, which a resumed run needs."""
         self.step_loss: Tensor | float = 0.0
         """This process's share of the mean loss (nats per answer token) of the current step."""
         self._trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}

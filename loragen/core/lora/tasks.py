@@ -90,7 +90,7 @@ class TaskOutcome:
     status: Literal["trained", "skipped", "failed", "interrupted"]
     run: LoraRun | None = None
     reason: str = ""
-    """Why it was not trained, in one line."""
+    """The reason why the dataset was not trained on, in one line."""
     error: BaseException | None = None
 
     @classmethod
@@ -171,7 +171,7 @@ def with_absolute_paths(config: LoraTrainConfig) -> LoraTrainConfig:
 
 
 def missing_lora_paths(config: LoraTrainConfig) -> list[Problem]:
-    """Finds every dataset, file and local base that is named and missing; the hub is not asked."""
+    """Finds every dataset, file and local base that is named and missing, without the hub."""
     data, root = config.data, Path(config.data.root)
     found = problems_at(("base_model",), resolve_base, config.base_model)
     for i, name in enumerate(config.collection):

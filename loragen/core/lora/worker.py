@@ -36,7 +36,7 @@ class TrainingJob(BaseModel):
 
 
 class JobResult(BaseModel):
-    """How a job has ended."""
+    """The end of a job."""
 
     status: Literal["trained", "failed", "interrupted"]
     reason: str = ""
@@ -99,7 +99,7 @@ class Worker(Protocol):
 
 @dataclass(frozen=True)
 class Launcher:
-    """How workers are started: as subprocesses, or as tasks of a Ray cluster."""
+    """Starts workers, as subprocesses or as tasks of a Ray cluster."""
 
     start: Callable[[TrainingJob, StatusFile], Worker]
     folder: Path | None = None
@@ -107,7 +107,7 @@ class Launcher:
     max_concurrent: int = 1
     max_retries: int = 0
     grace_seconds: float = inf
-    """How long a worker may take to save its step, once it is interrupted."""
+    """The time in which an interrupted worker has to save its step."""
 
 
 class _Reporter(Silent, logging.Handler):

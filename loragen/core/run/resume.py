@@ -62,8 +62,10 @@ class ResumePoint(Run[ManifestT, ConfigT], ABC):
         """
         run = Run.open(path, cls.kind)
         last = run.directory / LAST_CHECKPOINT
-        kept = [*run.checkpoints, *([last] if last.is_file() else [])]
-        checkpoint = path if path.is_file() else newest(kept)
+        files = list(run.checkpoints)
+        if last.is_file():
+            files.append(last)
+        checkpoint = path if path.is_file() else newest(files)
         step = has_optimizer_and_step(checkpoint)[1] if checkpoint else 0
         return cls(run.directory, run.manifest, checkpoint, step)
 

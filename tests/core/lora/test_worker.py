@@ -1,7 +1,8 @@
-"""What a worker reports, and what its parent does where it dies."""
+"""The reports of a worker, and its parent if it dies or is interrupted."""
 
 import signal
 from contextlib import contextmanager
+from math import inf
 
 import pytest
 
@@ -199,6 +200,21 @@ def test_a_worker_that_does_not_stop_in_time_is_killed(interrupted):
     assert [one.status for one in outcomes] == ["interrupted", "interrupted"]
     assert "killed" in outcomes[0].reason
     assert interrupted.worker.calls == ["interrupt", "kill"]
+
+
+def test_a_worker_is_interrupted_once_however_long_it_takes(interrupted):
+    """A second signal would end it before its step is saved."""
+
+    class Slow(Interrupting):
+        polls = 0
+
+        def is_running(self):
+            self.polls += bool(self.calls)
+            return self.polls < 4
+
+    outcomes = interrupted(lambda: Slow([signal.SIGINT], stops=False), grace=inf)
+    assert [one.status for one in outcomes] == ["interrupted", "interrupted"]
+    assert interrupted.worker.calls == ["interrupt"]
 
 
 def test_a_second_signal_kills_the_workers(interrupted):
