@@ -517,7 +517,7 @@ class TestResume:
         error = fails(
             2, "lora", "train", "--resume", half(), "--dataset", file, "--dataset", dataset()
         )
-        assert error.startswith("--resume ")
+        assert error.startswith("--resume: ")
 
     def test_a_run_of_test_mode_resumes(self, loragen, dataset, base_dir):
         quick = ("--set", "loggers={}", "--set", "trainer.accelerator=cpu", "--test-mode")
