@@ -113,7 +113,7 @@ def gen_train(
         render.note(work.summary())
         decoder = _decoder_summary(work)
         if json:
-            render.answer_json({"config": work.config.model_dump(), "decoder": decoder.document()})
+            render.answer_json({"config": work.config.model_dump(), "decoder": decoder.as_dict()})
         else:
             render.note(decoder_text(decoder))
             render.answer(dump(work.config).rstrip())

@@ -232,10 +232,10 @@ def train_base(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, steps: int) -
         known = torch.rand(BATCH, 2, generator=generator) < KNOWN_SHARE
         longest = 6 + min(LONGEST_QUESTION - 6, step * 3 * LONGEST_QUESTION // steps)
         length = 6 + int((longest - 5) * float(torch.rand(1, generator=generator)) ** 2)
-        asked = questions.draw(creatures, length)
+        prompts = questions.draw(creatures, length)
         control.set(answers.attribute[pairs], answers.style[pairs], known, length + 1)
         replies = answers.tokens[creatures, pairs, :-1]
-        hidden = model.model(torch.cat([asked, replies], dim=1)).last_hidden_state
+        hidden = model.model(torch.cat([prompts, replies], dim=1)).last_hidden_state
         logits = model.lm_head(hidden[:, length + 1 :])  # (B, A, V)
         wanted = answers.targets(creatures, pairs, known)
         excess = wanted * (wanted.clamp_min(1e-9).log() - logits.log_softmax(-1))

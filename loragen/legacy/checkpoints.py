@@ -113,7 +113,7 @@ def _lora_tensors(document: Mapping[str, Any]) -> dict[str, Tensor]:
     for candidate in (*(document.get(key) for key in TENSOR_KEYS), document):
         if isinstance(candidate, Mapping):
             found = {
-                key: value.detach().clone()  # off the memory map
+                key: value.detach().clone()  # a copy, since the file is memory-mapped
                 for key, value in candidate.items()
                 if isinstance(key, str) and "lora_" in key and isinstance(value, Tensor)
             }
@@ -146,7 +146,7 @@ def _by_file_keys(found: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         _, prefix, module = matched["module"].rpartition(KEY_PREFIX)
         if not prefix:
             module = WRAPPER.sub("", module)
-            while module.startswith("model.model."):  # the attribute of a wrapper
+            while module.startswith("model.model."):  # a wrapper has an attribute `model`
                 module = module.removeprefix("model.")
             module = f"model.{module}" if module.startswith("layers.") else module
         name = (matched["rest"] or "").removesuffix("weight").strip(".") or "default"

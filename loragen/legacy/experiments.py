@@ -261,7 +261,7 @@ class RecordedSetting(NamedTuple):
 
 
 RecordedSettings = dict[str, RecordedSetting]
-"""By the dotted keys of a current configuration."""
+"""{dotted key of a current configuration: setting}"""
 
 
 def settings_beside(run: LegacyRun) -> RecordedSettings:

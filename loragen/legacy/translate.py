@@ -69,7 +69,7 @@ class Translation:
     format: LegacyFormat
     tree: dict[str, Any]
     origins: dict[Loc, str]
-    """Where each value was given: `file:line:column`, with the old key if it has another name."""
+    """The origin of each value: `file:line:column`, with the old key if it has another name."""
     problems: list[str] = field(default_factory=list)
     changes: list[KeyChange] = field(default_factory=list)
     command_option: str = ""
@@ -194,7 +194,7 @@ def translate(
         if old in old_format.removed:
             _remove_key(translation, old, value)
         elif not (isinstance(value, dict) and any(k.startswith(f"{old}.") for k in old_keys)):
-            _rename_key(translation, old, value)  # not `model: {name: NAME}`, for `model: NAME`
+            _rename_key(translation, old, value)  # `model: NAME`, but not `model: {name: NAME}`
     if old_format.command == "lora":
         old_keys += STAGE2_STEPS
         for old in STAGE2_STEPS:
@@ -206,7 +206,7 @@ def translate(
     loggers = translation.get("loggers")
     if isinstance(loggers, dict) and any(
         translation.old_key(f"loggers.{name}") for name in ("tensorboard", "swanlab")
-    ):  # the scripts had both by default; a current file that names one has that one only
+    ):  # the scripts had both by default; a current file has only those it names
         both = {"tensorboard": {}, "swanlab": {}, **loggers}
         translation.tree["loggers"] = {k: v for k, v in both.items() if v is not False}
     _reject_unknown_keys(translation, old_keys)

@@ -78,14 +78,6 @@ class TestShow:
         assert document["layout.token_dim"] == {"value": 8, "origin": "--set"}
         assert document["decoder.blocks"] == {"value": 3, "origin": "default"}
 
-    def test_an_old_files_values_are_where_they_were(self, loragen, write):
-        lines = loragen("config", "show", "lora", "--config", write(OLD)).stdout.splitlines()
-        (line,) = [line.split(maxsplit=2) for line in lines if "stage1_steps" in line]
-        assert line[1:] == ["75", "c.yaml:3:12 (training.stage1.steps)"]
-
-    def test_a_wrong_value_is_one_line(self, fails):
-        assert fails(2, "config", "show", "lora", "--set", "seed=x").startswith("--set: seed: ")
-
 
 class TestValidate:
     @pytest.mark.parametrize(

@@ -258,10 +258,6 @@ class TestInfer:
         error = fails(code, "gen", "infer", "--model", experiment, "--output", "a", *arguments)
         assert error.startswith(message)
 
-    def test_a_prompt_without_text_is_no_prompt(self, fails, experiment):
-        error = fails(2, "gen", "infer", "--model", experiment, "--output", "a", "--prompt", " ")
-        assert "no prompts" in error
-
     @pytest.mark.parametrize("model", ["none", ".", "none.pt"])
     def test_a_model_that_is_not_there_is_a_usage_error(self, fails, model):
         error = fails(2, "gen", "infer", "--model", model, *PROMPT, "--output", "a")

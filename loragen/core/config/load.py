@@ -49,7 +49,7 @@ class Layers:
 
     tree: dict[str, Any]
     origins: dict[Loc, str]
-    """Where each value was given; defaults are not in it."""
+    """The origin of each value that was given; defaults have none."""
     problems: list[str] = field(default_factory=list)
     """Errors found while the tree was built; they are raised with those of the validation."""
 
@@ -134,10 +134,11 @@ def _from_file(file: Path, model: type[BaseModel]) -> Layers:
     another command.
     """
     tree, origins = read_yaml(file)
-    ours = {keys for keys in origins if has_key(model, keys)}
+    own_keys = {keys for keys in origins if has_key(model, keys)}
     for command, other in MODELS.items():
-        theirs = {keys for keys in origins if has_key(other, keys)}
-        if len(theirs - ours) >= FOREIGN_KEYS and not ours - theirs:  # fewer may be mistakes
+        other_keys = {keys for keys in origins if has_key(other, keys)}
+        # Fewer foreign keys may be mistakes.
+        if len(other_keys - own_keys) >= FOREIGN_KEYS and not own_keys - other_keys:
             raise ConfigError(
                 f"{file}: a configuration of `loragen {command} train`, not of {command_of(model)}"
             )
@@ -204,7 +205,7 @@ def _names_plugin(model: type[BaseModel], keys: Loc) -> bool:
 
 
 def _insert(layers: Layers, override: Override, model: type[BaseModel]) -> None:
-    """Puts a value into the tree, in place of what earlier layers gave there."""
+    """Puts a value into the tree, and replaces the value of earlier layers."""
     keys, replaced = override.keys, override.keys
     if keys[0] == "loggers" and len(keys) > 1:  # the other default loggers stay
         layers.tree.setdefault("loggers", deepcopy(model.model_fields["loggers"].default))
@@ -318,7 +319,7 @@ def problems_of(
         elif kind == "missing":
             reason = "is required"
         else:
-            # pydantic appends the type that it tried to a union's location: `devices.int`.
+            # pydantic appends a type to the location of a value in a union: `devices.int`.
             keys = _given(keys, origins) or keys
             given[keys] = f" (got {detail['input']!r})"
             reason = f"{detail['msg'][0].lower()}{detail['msg'][1:]}"

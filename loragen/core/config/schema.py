@@ -64,7 +64,7 @@ class TrainerSection(Section):
 
     @property
     def sets_base_dtype(self) -> bool:
-        """Whether the precision is also that of the base weights, in place of `base_dtype`."""
+        """Whether the precision is also that of the base weights, instead of `base_dtype`."""
         return self.precision in {"bf16-true", "64-true"}
 
 

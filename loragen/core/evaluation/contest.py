@@ -299,7 +299,7 @@ def _summary(outcomes: Sequence[DatasetScores]) -> dict[str, Any]:
     columns = list(outcomes[0].cells)
     summary: dict[str, Any] = {}
     for measure in MEASURES:
-        # column -> [datasets][draws]
+        # {column: [datasets][draws]}
         values = {
             name: [outcome.cells[name].values(measure.field) for outcome in outcomes]
             for name in columns

@@ -241,8 +241,8 @@ class FewShot(Contestant):
         Random(f"shots:{self.setup.options.seed}:{target.name}").shuffle(pool)
         rows = [self._with_shots(row, pool) for row in target.rows]
         short = sum(
-            len(asked.history) - len(row.history) < shots
-            for asked, row in zip(rows, target.rows, strict=True)
+            len(prompted.history) - len(row.history) < shots
+            for prompted, row in zip(rows, target.rows, strict=True)
         )
         if short:
             log.warning("%s: %d rows have fewer than %d shots", target.name, short, shots)

@@ -99,7 +99,7 @@ def multi_task_config(config: LoraTrainConfig, most_steps: int) -> LoraTrainConf
     own.data.val_ratio, own.data.validation = VALIDATION_SHARE, None
     own.training.max_steps, own.training.patience = most_steps, steps
     own.training.val_every = max(1, steps // 5)
-    every = own.training.val_every  # a checkpoint at every validation, of which the best is used
+    every = own.training.val_every  # one per validation; the best is used
     own.checkpoints = CheckpointsSection(first_step=every, every=every, optimizer="none")
     return own
 

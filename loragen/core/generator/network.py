@@ -229,7 +229,7 @@ class DecoderSummary:
         """The memory of each pair in a batch: the outputs of all stages."""
         return sum(stage.bytes for stage in self.stages)
 
-    def document(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """Returns plain data."""
         sizes = ("weights_bytes", "training_bytes", "pair_bytes")
         stages = [{**asdict(stage), "bytes": stage.bytes} for stage in self.stages]

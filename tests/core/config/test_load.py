@@ -231,10 +231,6 @@ def test_what_is_dumped_loads_to_the_same(configure):
     assert configure(dump(config)) == config
 
 
-def test_config_errors_are_usage_errors():
-    assert ConfigError("x").exit_code == 2
-
-
 @pytest.mark.parametrize("text", ["layout.max_seq_len=5x", "trainer.devices=[1]"])
 def test_a_value_that_fits_none_of_several_types_is_one_problem(text):
     with pytest.raises(ConfigError) as caught:
