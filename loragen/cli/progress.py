@@ -109,7 +109,7 @@ class TerminalProgress(Silent):
         task = self._tasks.pop(name, None)
         if self._numbers and self._bars and task is not None:
             self._bars.remove_task(task)
-        elif not self._tasks:  # the bar of a single training stays on the screen
+        elif not self._numbers and not self._tasks:  # a single training's bar stays on the screen
             self.command_ended()
 
     def outcome(self, name: str, status: OutcomeStatus, line: str) -> None:
@@ -124,7 +124,8 @@ class TerminalProgress(Silent):
     def command_ended(self) -> None:
         if self._bars:
             self._bars.stop()
-        self._bars = None
+        self._bars, self._count = None, None
+        self._tasks.clear()
 
     def _add(self, name: str, total: int) -> "TaskID":
         if self._bars is None:

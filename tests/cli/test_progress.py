@@ -140,6 +140,20 @@ class TestTerminal:
         assert "[2/2] [two]: done in 3 s" in text
         assert "2 of 2" in text
 
+    def test_outcomes_without_a_training_and_between_trainings_are_counted(self, terminal):
+        stderr, progress = terminal(), terminal_progress()
+        progress.command_started(["one", "two", "three"])
+        progress.outcome("one", "skipped", "finished already")
+        progress.training_started("two", 9)
+        progress.step(step(3, "two"))
+        progress.training_ended("two")
+        progress.outcome("two", "done", "done in 3 s")
+        progress.training_started("three", 9)
+        progress.outcome("three", "failed", "failed: no such file")
+        progress.command_ended()
+        progress.command_ended()
+        assert "3 of 3" in stderr.getvalue()
+
     def test_only_the_first_process_of_a_launcher_shows_progress(self, terminal, monkeypatch):
         terminal()
         monkeypatch.setenv("LOCAL_RANK", "1")

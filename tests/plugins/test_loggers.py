@@ -250,6 +250,30 @@ class TestSwanLab:
         (file,) = run.directory.glob("*/*.swanlab")
         assert b"the training process has ended" in file.read_bytes()
 
+    def test_a_process_that_does_not_respond_never_blocks_training(self, run, monkeypatch):
+        monkeypatch.setattr(swanlab, "UPLOAD_SECONDS", SHORT)
+        plugin = create("logger", "swanlab", {})
+        logger = plugin.open(run)
+        (child,) = psutil.Process().children()
+        child.suspend()
+        with pytest.raises(OSError, match="respond"):
+            for step in range(20_000):
+                logger.log_metrics({"train/loss": 1.0, "train/lr": 1.0}, step)
+        with suppress(OSError):
+            plugin.close("success")
+        assert not child.is_running()
+
+    def test_a_signal_to_every_process_leaves_the_end_to_the_parent(self, run):
+        plugin = create("logger", "swanlab", {})
+        logger = plugin.open(run)
+        (child,) = psutil.Process().children()
+        child.terminate()
+        logger.log_metrics({"train/loss": 1.0}, step=1)
+        plugin.close("interrupted")
+        (file,) = run.directory.glob("swanlab_logs/*/*.swanlab")
+        assert b"the training process has ended" not in file.read_bytes()
+        assert b"interrupted" in file.read_bytes()
+
     def test_a_resumed_run_keeps_its_id(self, run, service):
         resumed = replace(run, resume_id="run12345", resume_step=1)
         assert record(resumed)[0].run_id == "run12345"

@@ -13,13 +13,14 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from queue import Empty, Queue
+from queue import Empty, Full, Queue
 from typing import Any
 
 from loragen.core.errors import LoragenError
@@ -30,6 +31,11 @@ ANSWER = "loragen: "
 # SwanLab parses the first two as groups of settings and refuses to start. The values of all three
 # reach it as arguments.
 HIDDEN = ("SWANLAB_PROJECT", "SWANLAB_EXPERIMENT", "SWANLAB_WORKSPACE")
+
+MAX_UNREAD = 10_000
+"""Messages that wait for a child that does not read them; one more is an error."""
+ORPHAN_SECONDS = 60.0
+"""How long a child may take to end a run whose training process is gone."""
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +50,7 @@ class SwanLabProcess:
         self.url: str | None = None
         self._warned, self._last_message = False, ""
         self._answers: Queue[dict[str, Any] | None] = Queue()
+        self._messages: Queue[str | None] = Queue(MAX_UNREAD)
         directory = Path(arguments["log_dir"])
         before = set(directory.iterdir())
         environment = {name: os.environ[name] for name in os.environ if name not in HIDDEN}
@@ -65,6 +72,8 @@ class SwanLabProcess:
         )
         self._reader = threading.Thread(target=self._read_output, daemon=True)
         self._reader.start()
+        # A pipe that nobody reads blocks whoever writes to it: that must not be the training.
+        threading.Thread(target=self._write_messages, daemon=True).start()
         try:
             self._send(arguments)
             answer = self._answers.get(timeout=seconds) or {"error": "its process has ended"}
@@ -85,7 +94,7 @@ class SwanLabProcess:
         self.sync_command = f"swanlab sync --id {self.run_id} {answer['dir']}"
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Sends the metrics. Raises OSError if the process has ended."""
+        """Sends the metrics. Raises OSError if the process has ended or no longer reads."""
         self._send({"step": step, "metrics": {name: float(metrics[name]) for name in metrics}})
 
     def finish(self, state: str, error: str | None, seconds: float) -> None:
@@ -99,9 +108,20 @@ class SwanLabProcess:
             self._kill()
 
     def _send(self, message: Mapping[str, Any]) -> None:
+        if self._process.poll() is not None:
+            raise BrokenPipeError("its process has ended")
+        try:
+            self._messages.put_nowait(json.dumps(message) + "\n")
+        except Full:
+            raise OSError("its process does not respond") from None
+
+    def _write_messages(self) -> None:
+        """Writes to the child, in a thread, until the process ends."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(message) + "\n")
-        self._process.stdin.flush()
+        with suppress(OSError, ValueError):  # the process has ended, and its pipe is closed
+            while (message := self._messages.get()) is not None:
+                self._process.stdin.write(message)
+                self._process.stdin.flush()
 
     def _read_output(self) -> None:
         """Reads the child's output, in a thread, until the process ends."""
@@ -127,6 +147,8 @@ class SwanLabProcess:
 
     def _kill(self) -> None:
         self._process.kill()
+        with suppress(Full):  # the thread that writes ends, or fails at the closed pipe
+            self._messages.put_nowait(None)
         self._reader.join(timeout=1)
         with suppress(OSError), self._process:  # closes the pipes and waits
             pass
@@ -135,6 +157,9 @@ class SwanLabProcess:
 def record_run() -> None:
     """Runs in the child: opens the run, logs the metrics that arrive, and finishes with the given
     state, or as crashed if the parent ends without one."""
+    # A scheduler signals all processes of a job; the parent decides how the run ends.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     arguments = json.loads(sys.stdin.readline())
     try:
         import swanlab
@@ -161,6 +186,9 @@ def record_run() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
+    end = threading.Timer(ORPHAN_SECONDS, os._exit, (1,))
+    end.daemon = True
+    end.start()
     run.finish(state="crashed", error="the training process has ended")
 
 
