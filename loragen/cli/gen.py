@@ -106,9 +106,8 @@ def gen_train(
     point = GeneratorPoint.find(resume) if resume else None
     if point:
         resolved = point.resumed(resolved)
+        point.check(resolved)  # before the sources are read
     if dry_run:
-        if point:
-            point.check(resolved)
         work = make_plan(resolved, sources)
         render.note(work.summary())
         decoder = _decoder_summary(work)

@@ -196,9 +196,7 @@ class Transfers(Protocol):
         ...
 
     def fit(
-        self,
-        support_conditions: Iterable[tuple[Tensor, Tensor]],
-        support_coordinates: Tensor,
+        self, support_conditions: Iterable[tuple[Tensor, Tensor]], support_coordinates: Tensor
     ) -> None:
         """Changes the decoder itself, and its state dict, to give what `predict` gives with this
         support set.

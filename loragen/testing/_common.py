@@ -16,11 +16,8 @@ TOLERANCE = 1e-5  # padding changes the order of sums, and with it the last digi
 
 
 def validated_options(cls: Any, options: dict[str, Any]) -> BaseModel:
-    """Returns the options as a Config.
-
-    Checks that the Config documents its fields, rejects unknown ones, and survives a round trip
-    through plain data.
-    """
+    """Returns the options as a Config, which has to document its fields, reject unknown ones, and
+    survive a round trip through plain data."""
     model: type[BaseModel] = cls.Config
     name = f"{cls.__name__}.Config"
     for field, info in model.model_fields.items():

@@ -29,8 +29,7 @@ def check_logger(cls: Any, tmp_path: Path, **options: Any) -> None:
 def _log_one_run(
     cls: Any, options: dict[str, Any], directory: Path, status: Status, *resumed: Any
 ) -> str | None:
-    """Opens a run, logs, closes it, and returns its `run_id`; `resumed` are the id and the steps of
-    the run that is resumed."""
+    """Returns the `run_id`; `resumed` are the id and the steps of a run that is resumed."""
     from lightning.pytorch.loggers import Logger
 
     directory.mkdir(exist_ok=True)
@@ -44,9 +43,7 @@ def _log_one_run(
         logger.log_metrics({"train/loss": 1.0 / step, "lr": 1e-4}, step=step)
     run_id = plugin.run_id
     assert run_id is None or (isinstance(run_id, str) and run_id), f"run_id is {run_id!r}"
-    logger.finalize(
-        "success" if status == "success" else "failed"
-    )  # a training calls it before close
+    logger.finalize("success" if status == "success" else "failed")  # in the order of a training
     plugin.close(status)
     assert plugin.run_id == run_id, f"{cls.__name__}.run_id changes at close"
     changed = {p for p, state in _files(directory.parent).items() if before.get(p) != state}

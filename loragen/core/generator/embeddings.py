@@ -35,7 +35,7 @@ FAR = 1.1
 """The out-of-distribution threshold of the score. With all-MiniLM-L6-v2, trained on five of six
 commonsense datasets, prompts of the sixth had 0.1 to 1.05; trained on all six, Chinese poems, code,
 SQL, translation and sums had 1.25 to 1.7, film reviews 0.95 to 1.35."""
-LEAST_REACH = 0.6
+MIN_REACH = 0.6
 """The smallest reach, in units of the typical distance of a text to its dataset's centre."""
 
 
@@ -124,10 +124,7 @@ class Familiarity:
     @classmethod
     def fit(cls, datasets: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> "Familiarity | None":
         """Fits (name, embeddings ``[texts, positions, dim]``, mask ``[texts, positions]``) of every
-        dataset, with a piece of the texts in memory at a time.
-
-        Returns None if there is a single text, which has no scale.
-        """
+        dataset, piece by piece. Returns None for a single text, which has no scale."""
         names, centres, variances, counts = [], [], [], []
         for name, embeddings, mask in datasets:
             pieces = (map(torch.from_numpy, arrays) for arrays in chunks(embeddings, mask))
@@ -142,7 +139,7 @@ class Familiarity:
             [(v if n > 1 else typical) / n for v, n in zip(variances, counts, strict=True)]
         )
         stacked = torch.stack(centres)
-        reach = LEAST_REACH * typical**0.5
+        reach = MIN_REACH * typical**0.5
         if len(centres) > 1:
             squares = torch.cdist(stacked, stacked).square() - noise - noise[:, None]
             squares.fill_diagonal_(float("inf"))

@@ -172,10 +172,8 @@ class Generator:
 
     @cached_property
     def text_encoder(self) -> Encoder:
-        """The encoder, loaded at first use, with its trained weights if it was trained.
-
-        Raises LoragenError if its weights are not those of the training.
-        """
+        """The encoder, loaded at first use, with its trained weights if it was trained. Raises
+        LoragenError if its weights are not those of the training."""
         encoder: Encoder = create("encoder", self.encoder.name, self.encoder.options)
         which = f"encoder {self.encoder.name} {self.encoder.options}"
         if self.encoder_state is not None:
@@ -292,11 +290,8 @@ class Generator:
 
 
 def _of_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Returns the content of a generator's file after the checkpoint's step.
-
-    Raises DataError if the checkpoint is of another training, or older than
-    `describe_in_checkpoint`.
-    """
+    """Returns the content of a generator's file after the checkpoint's step. Raises DataError if
+    the checkpoint is of another training, or older than `describe_in_checkpoint`."""
     if CHECKPOINT_KEY not in checkpoint:
         raise DataError(
             "not a checkpoint of a generator: it is of another training than `gen train`, or of an "

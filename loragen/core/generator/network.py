@@ -275,8 +275,7 @@ def summarize_decoder(
 
 
 def _stages(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yields the children of a module by name; lists and an only child are replaced by their own
-    children."""
+    """Yields the children of a module by name; lists and an only child are replaced by theirs."""
     children = dict(module.named_children())
     for name, child in children.items():
         path = f"{prefix}{name}"

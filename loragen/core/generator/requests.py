@@ -90,11 +90,8 @@ def _labelled_prompts(source: Source, field: str) -> Iterator[tuple[str, str]]:
 
 
 def file_names(labels: Sequence[str]) -> list[str]:
-    """Returns a valid file name for each label.
-
-    The names differ by more than upper and lower case, and none has the suffix of a weights file,
-    since it may name a directory.
-    """
+    """Returns a valid file name for each label. The names differ by more than upper and lower case,
+    and none has the suffix of a weights file, since it may name a directory."""
     seen: Counter[str] = Counter()
     names = []
     for label in labels:

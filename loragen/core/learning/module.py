@@ -29,7 +29,6 @@ class GeneratorModule(ResumableModule):
         network: Network,
         phases: Phases,
         training: GenTrainingSection,
-        *,
         encoder: Any = None,
     ) -> None:
         """`encoder` is None if it is frozen."""
@@ -44,9 +43,8 @@ class GeneratorModule(ResumableModule):
         self.averaged: AveragedModel | None = None
         if training.ema_decay is not None:
             average = get_ema_multi_avg_fn(training.ema_decay)  # type: ignore[no-untyped-call]  # untyped in torch
-            self.averaged = AveragedModel(
-                self.trainable_modules, multi_avg_fn=average
-            ).requires_grad_(False)
+            averaged = AveragedModel(self.trainable_modules, multi_avg_fn=average)
+            self.averaged = averaged.requires_grad_(False)
         self._finalized: int | None = None
         self.step_metrics: dict[str, Any] = {}
         """The metrics of the last training step, averaged over this process's micro-batches."""

@@ -1,7 +1,7 @@
-"""Trains a generator: sources and their prompts -> an experiment directory with a generator in it.
+"""Trains a generator on sources and their prompts, and saves it in an experiment directory.
 
-`train` is the whole recipe: setup, fit, save. What follows it makes the objects of the setup, and
-checks that a resumed run continues the training that it was.
+`train` is the whole recipe: setup, fit, save. The functions below create the objects of the setup,
+and `GeneratorPoint` checks that a resumed run continues the same training.
 """
 
 import logging
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.pytorch import Callback, Trainer
 
 from loragen.core.base.load import (
     LanguageModel,
@@ -61,7 +62,7 @@ log = logging.getLogger(__name__)
 IGNORED_ON_RESUME = (
     "experiments_dir",
     "loggers",
-    # What the sources hold is compared by hash, wherever it lies.
+    # The content of the sources is compared by hash, so their paths may differ.
     "sources",
     "val_sources",
     "data.checkpoint_dir",
@@ -80,16 +81,16 @@ def train(
     sources: Sources | None = None,
 ) -> GeneratorRun:
     """Trains a generator on all sources, or resumes a run; `sources` are those of the
-    configuration where they are open already.
+    configuration if they are open already.
 
     Nothing is written before the sources are known to fit. Raises UsageError or DataError for
-    sources or settings that do not, UsageError where the run cannot be resumed, Interrupted on
+    sources or settings that do not fit, UsageError if the run cannot be resumed, Interrupted on
     Ctrl+C, once the step is saved.
     """
+    # Setup: the sources, the generator, the objectives and the trainer.
     quiet_libraries()
     if resume:
         config = resume.resumed(config)
-        resume.check(config)
     plan = make_plan(config, sources or open_sources(config))
     config = with_found_sources(plan)
     log.info("%s; reading checkpoints and prompts", plan.summary())
@@ -97,45 +98,23 @@ def train(
     encoder: Encoder = create("encoder", config.encoder.name, config.encoder.options)
     tokenizer = base.tokenizer if base else None
     with source_arrays(plan, encoder, tokenizer) as (arrays, val_arrays):
-        # Setup: the generator and the objectives.
         manifest = new_manifest(plan, config, [*arrays, *val_arrays], encoder, base)
         if resume:
             resume.check(config, manifest)
         generator = new_generator(plan, config, arrays, encoder)
-        data = TrainingData(
-            config,
-            generator.layout,
-            generator.normalization,
-            generator.adapter_config,
-            arrays,
-            val_arrays,
-            base,
-        )
+        scales = generator.layout, generator.normalization, generator.adapter_config
+        data = TrainingData(config, *scales, arrays, val_arrays, base)
         data.phases = phases = make_phases(config, data)
-        module = GeneratorModule(
-            generator.network,
-            phases,
-            config.training,
-            encoder=None if encoder.frozen else encoder,
-        )
-        # Setup: the run, its callbacks and the trainer.
-        session = RunSession(
-            Path(config.experiments_dir),
-            "lora_generator",
-            "generator",
-            config,
-            manifest,
-            progress,
-            resume,
-        )
-        interruption = Interruption()
         selection = select_by(
-            phases.last.objective.metric,
-            bool(data.sources_with_val_texts),
-            bool(val_arrays),
+            phases.last.objective.metric, bool(data.sources_with_val_texts), bool(val_arrays)
         )
         generator.provenance = _provenance(manifest, selection, phases)
-        val_every = data.val_every
+        trainable = None if encoder.frozen else encoder
+        module = GeneratorModule(generator.network, phases, config.training, encoder=trainable)
+        parent, interruption = Path(config.experiments_dir), Interruption()
+        session = RunSession(
+            parent, "lora_generator", "generator", config, manifest, progress, resume
+        )
         metrics = GeneratorMetrics(session, phases)
         checkpoints = GeneratorCheckpoints(
             session,
@@ -143,24 +122,11 @@ def train(
             selection,
             phases,
             interruption,
-            val_every=val_every,
+            val_every=data.val_every,
             last_every=config.training.last_every,
         )
-        options = config.trainer.model_dump(exclude={"limit_train_batches"})  # phases apply it
-        val_batches = options.pop("limit_val_batches") or 1.0
-        accumulation = config.trainer.accumulate_grad_batches
-        trainer = make_trainer(
-            options,
-            callbacks=[session, StepSeeds(config.seed), Averaging(), metrics, checkpoints],
-            plugins=[AtomicCheckpointIO()],
-            max_steps=phases.total,
-            max_epochs=1,  # for Lightning, all steps are one epoch
-            check_val_every_n_epoch=None,  # val_check_interval counts all batches, resumed or not
-            val_check_interval=val_every * accumulation if val_every else None,
-            limit_val_batches=val_batches if val_every else 0,
-        )
-        for phase in phases:  # can the processes share a micro-batch?
-            phase.objective.batches(0, trainer.world_size)
+        callbacks = [session, StepSeeds(config.seed), Averaging(), metrics, checkpoints]
+        trainer = build_trainer(config, data, callbacks)
         if resume:
             resume.restore(trainer, module)
 
@@ -175,16 +141,48 @@ def train(
             generator.provenance = _provenance(manifest, selection, phases)
             if checkpoints.best:
                 restore_weights(module, load_weights_only(checkpoints.best))
-            kept = module.eval_modules.eval().float()  # in whatever dtype the training computed
-            generator.network = cast(Network, kept["network"])
-            if "encoder" in kept:
-                trained: Any = kept["encoder"]
-                generator.encoder_state = trained.state_dict()
-                generator.encoder_fingerprint = trained.fingerprint
-                generator.familiarity = Familiarity.fit(embedded(trained, arrays))
+            set_trained_weights(generator, module, arrays)
             if trainer.is_global_zero:
                 generator.save(session.directory / GENERATOR_FILE)
         return GeneratorRun(session.directory, manifest)
+
+
+def build_trainer(
+    config: GenTrainConfig, data: TrainingData, callbacks: Sequence[Callback]
+) -> Trainer:
+    """Returns Lightning's trainer for all phases, which it sees as one epoch.
+
+    Raises UsageError if its processes cannot share a micro-batch of every phase.
+    """
+    options = config.trainer.model_dump(exclude={"limit_train_batches"})  # phases apply it
+    val_batches = options.pop("limit_val_batches") or 1.0
+    accumulation, val_every = config.trainer.accumulate_grad_batches, data.val_every
+    trainer = make_trainer(
+        options,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        max_steps=data.phases.total,
+        max_epochs=1,
+        check_val_every_n_epoch=None,  # val_check_interval counts all batches, resumed or not
+        val_check_interval=val_every * accumulation if val_every else None,
+        limit_val_batches=val_batches if val_every else 0,
+    )
+    for phase in data.phases:
+        phase.objective.batches(0, trainer.world_size)
+    return trainer
+
+
+def set_trained_weights(
+    generator: Generator, module: GeneratorModule, arrays: Sequence[SourceArrays]
+) -> None:
+    """Gives a generator the weights of its training, in float32."""
+    modules = module.eval_modules.eval().float()
+    generator.network = cast(Network, modules["network"])
+    if "encoder" in modules:
+        encoder: Any = modules["encoder"]
+        generator.encoder_state = encoder.state_dict()
+        generator.encoder_fingerprint = encoder.fingerprint
+        generator.familiarity = Familiarity.fit(embedded(encoder, arrays))
 
 
 def embed_prompts_ahead(config: GenTrainConfig) -> None:
@@ -197,8 +195,8 @@ def embed_prompts_ahead(config: GenTrainConfig) -> None:
 
 
 def _training_base(plan: Plan, resume: "GeneratorPoint | None") -> LanguageModel:
-    """The base in the dtype that `lora train` would choose for it; a resumed run names the one that
-    it had, since other hardware might choose another."""
+    """Returns the base in the dtype that `lora train` would choose for it. A resumed run keeps its
+    dtype, since the choice depends on the hardware."""
     config = plan.config
     settings = LoraTrainConfig(base_model=config.behaviour.base_model or plan.base_model)
     settings.trainer.accelerator = config.trainer.accelerator
@@ -209,7 +207,7 @@ def _training_base(plan: Plan, resume: "GeneratorPoint | None") -> LanguageModel
 def new_generator(
     plan: Plan, config: GenTrainConfig, sources: Sequence[SourceArrays], encoder: Encoder
 ) -> Generator:
-    """Returns a generator before its first step: normalised, and started from example adapters."""
+    """Returns a generator before its first step, initialised from the collected adapters."""
     collections = [source.tokens for source in sources]
     normalization = Normalization.fit(plan.layout, collections)
     with torch.random.fork_rng():
@@ -265,9 +263,9 @@ def new_manifest(
 def _provenance(
     manifest: GeneratorManifest, selection: Selection, phases: Phases
 ) -> dict[str, Any]:
-    """What the generator's file says of its training."""
-    known = manifest.model_dump(mode="json", exclude={"status", "seconds", "logger_run_ids"})
-    return {**known, "trained_for": str(phases), "chosen_by": selection.sentence}
+    """Returns the description of the training in the generator's file."""
+    fields = manifest.model_dump(mode="json", exclude={"status", "seconds", "logger_run_ids"})
+    return {**fields, "trained_for": str(phases), "chosen_by": selection.sentence}
 
 
 class GeneratorPoint(ResumePoint[GeneratorManifest, GenTrainConfig]):
@@ -276,8 +274,8 @@ class GeneratorPoint(ResumePoint[GeneratorManifest, GenTrainConfig]):
     kind, ignored_on_resume = GeneratorManifest, IGNORED_ON_RESUME
 
     def resumed(self, config: GenTrainConfig) -> GenTrainConfig:
-        """Returns the configuration with the objective that `auto` stood for when the run began:
-        what is on this machine may have changed."""
+        """Returns the configuration with the objective that `auto` stood for when the run began,
+        since the files on this machine may have changed."""
         given = config.training.objective
         objective = self.config.training.objective if given == "auto" else given
         return with_objective(config, objective)
@@ -299,8 +297,8 @@ class GeneratorPoint(ResumePoint[GeneratorManifest, GenTrainConfig]):
 def with_found_sources(plan: Plan) -> GenTrainConfig:
     """Returns the configuration with all sources that were found, by their absolute paths.
 
-    A run can then be resumed from another working directory, and learns from what it began with,
-    whatever was added to a folder of runs.
+    A run can then be resumed from another working directory, and learns from the same sources even
+    if more were added to a folder of runs.
     """
 
     def absolute(source: TrainingSource) -> SourceSection:

@@ -135,9 +135,7 @@ class HyperConv(nn.Module):
 
     @torch.no_grad()
     def fit(
-        self,
-        support_conditions: Iterable[tuple[Tensor, Tensor]],
-        support_coordinates: Tensor,
+        self, support_conditions: Iterable[tuple[Tensor, Tensor]], support_coordinates: Tensor
     ) -> None:
         readings = torch.cat([self._cells.read(one, mask) for one, mask in support_conditions])
         weights = self._cells.steer.ridge(readings, support_coordinates)  # (F + 1, R)

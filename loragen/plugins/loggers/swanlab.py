@@ -65,7 +65,7 @@ class SwanLab:
             )
         self.config = config
         self._mode = "online" if mode == "cloud" else mode
-        self._run_id: str | None = None
+        self.run_id: str | None = None
         self._process: SwanLabProcess | None = None
 
     def open(self, run: RunInfo) -> Logger:
@@ -110,12 +110,8 @@ class SwanLab:
                 process.sync_command,
             )
         self._process = process
-        self._run_id = None if mode == "disabled" else process.run_id
+        self.run_id = None if mode == "disabled" else process.run_id
         return _lightning_logger(process)
-
-    @property
-    def run_id(self) -> str | None:
-        return self._run_id
 
     def close(self, status: Status) -> None:
         if self._process is not None:

@@ -22,6 +22,8 @@ class TensorBoard:
     the points that the first file has after the step of the resumed checkpoint.
     """
 
+    run_id: str | None = None  # there is no service
+
     class Config(BaseModel, extra="forbid"):
         flush_secs: int = Field(
             10, ge=1, description="Longest time until points are written to disk (seconds)."
@@ -42,11 +44,6 @@ class TensorBoard:
             flush_secs=self.config.flush_secs,
             purge_step=run.resume_step + 1 if run.resume_step else None,
         )
-
-    @property
-    def run_id(self) -> str | None:
-        """None, because there is no service."""
-        return None
 
     def close(self, status: Status) -> None:
         """Does nothing: Lightning's `finalize` has closed the files."""

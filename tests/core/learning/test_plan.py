@@ -103,7 +103,7 @@ def test_a_base_that_moved_is_named(planned, collection, tmp_path):
 
 
 def test_auto_with_a_base_that_is_too_large_without_a_gpu(planned, monkeypatch):
-    monkeypatch.setattr(module, "MOST_ON_CPU", 1000)
+    monkeypatch.setattr(module, "MAX_ON_CPU", 1000)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = planned()
     assert found.config.training.objective == "reconstruction"

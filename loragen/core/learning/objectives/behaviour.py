@@ -14,7 +14,6 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from loragen.core.adapter import KEY_PREFIX
 from loragen.core.adapter.files import module_scaling
 from loragen.core.adapter.layout import Layout
 from loragen.core.base.load import empty_base, is_local
@@ -50,7 +49,7 @@ from loragen.core.protocols import Automatic, Metric, Objective
 
 TOLERANCE = 0.01
 """Differences below it are chance, in nats of the base's loss on a few held-out rows."""
-MOST_ON_CPU = 100_000_000
+MAX_ON_CPU = 100_000_000
 """Parameters of a base that `auto` trains through without a GPU. A step of 64 rows of 100 tokens is
 6 · 6400 operations a parameter at most: with this many some ten seconds at 350 GFLOP/s."""
 
@@ -133,7 +132,7 @@ class Behaviour(Objective):
             return f"the base model {base} is not on this machine"
         size = sum(parameter.numel() for parameter in model.parameters())
         has_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-        if size > MOST_ON_CPU and not has_gpu:
+        if size > MAX_ON_CPU and not has_gpu:
             return f"the base model has {size / 1e9:.1f} B parameters, and there is no GPU"
         return None
 
@@ -246,20 +245,22 @@ class Injection:
         """Raises LoragenError if the adapter is no plain LoRA on linear modules of the base."""
         self.modules: dict[str, nn.Module] = {}
         self.scaling: dict[str, float] = {}
+        self.keys: dict[str, dict[str, str]] = {}  # path -> lora_A or lora_B -> key of the file
         modules = dict(model.named_modules())
         output = model.get_output_embeddings()  # type: ignore[operator]  # untyped in transformers
         for spec in layout.tensors:
-            path = spec.key.removeprefix(KEY_PREFIX).partition(".lora_")[0]
             if spec.matrix not in ("lora_A", "lora_B") or len(spec.shape) != 2:
                 raise LoragenError(
                     f"{spec.key}: only lora_A and lora_B of linear modules can be injected"
                 )
+            path = spec.path
             if path not in modules:
                 raise LoragenError(f"the base has no module {path}, which the adapter changes")
             if modules[path] is output:
                 raise LoragenError(f"{path}: adapters on the output layer are not trained through")
             self.modules[path] = modules[path]
             self.scaling[path] = module_scaling(adapter_config, path)
+            self.keys.setdefault(path, {})[spec.matrix] = spec.key
 
     @contextmanager
     def injected(self, adapters: Mapping[str, Tensor]) -> Iterator[None]:
@@ -271,7 +272,7 @@ class Injection:
         """
         with ExitStack() as hooks:
             for path, module in self.modules.items():
-                a, b = (adapters[f"{KEY_PREFIX}{path}.lora_{which}.weight"] for which in "AB")
+                a, b = (adapters[self.keys[path][matrix]] for matrix in ("lora_A", "lora_B"))
                 hook = _AddLora(a, b, self.scaling[path])
                 hooks.callback(module.register_forward_hook(hook).remove)
             yield
