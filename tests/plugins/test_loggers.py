@@ -127,8 +127,9 @@ def test_contract(name, options, tmp_path, run):
 class TestTensorBoard:
     def test_event_files_lie_straight_in_the_directory(self, run):
         plugin = create("logger", "tensorboard", {})
-        plugin.open(run).log_metrics({"train/loss": 1.0}, step=1)
-        plugin.close("success")
+        logger = plugin.open(run)
+        logger.log_metrics({"train/loss": 1.0}, step=1)
+        logger.finalize("success")
         names = [path.name for path in (run.directory / "tensorboard_logs").iterdir()]
         assert [name for name in names if name.startswith("events.out.tfevents")]
         assert {path.name for path in run.directory.iterdir()} == {"tensorboard_logs"}
@@ -142,7 +143,7 @@ class TestTensorBoard:
             logger = plugin.open(replace(run, resume_step=done))
             for step in steps:
                 logger.log_metrics({"train/loss": value}, step=step)
-            plugin.close("interrupted")
+            logger.finalize("failed")
             if not done:  # an hour ago: files are ordered by the time in their names
                 (file,) = directory.glob("events*")
                 head, _, tail = file.name.removeprefix("events.out.tfevents.").partition(".")

@@ -6,7 +6,6 @@ dataset file is read twice. Prompts and labels are read when they are first need
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from loragen.core.data.prompts import (
     read_prepared,
     text_key,
 )
-from loragen.core.errors import DataError, LoragenError, UsageError, listing
+from loragen.core.errors import DataError, UsageError, listing
 from loragen.core.files import absent, natural_key, sha256_text, user_path
 from loragen.core.lora.provenance import Provenance, traced_run
 from loragen.core.run.directory import (
@@ -102,7 +101,7 @@ class TrainingSource:
             return [prompt for group in groups for prompt in group]
         if self.prompt_dataset:
             return self.prompt_dataset.prompts()
-        assert self.run is not None  # `open_source`
+        assert self.run is not None  # `open_source` has checked it
         if self.labels is None:
             raise UsageError(
                 f"{self.run.directory}: the run was converted without its dataset's file; give the "
@@ -132,7 +131,7 @@ class TrainingSource:
         """The rows of each step, if checkpoints are paired with them."""
         if not self.tracked:
             return None
-        assert self.run is not None  # `open_source`
+        assert self.run is not None  # `open_source` has checked it
         return traced_run(self.run, self.labels).provenance
 
     @cached_property
@@ -307,10 +306,7 @@ def open_sources(config: GenTrainConfig) -> Sources:
         unfinished += [run.directory for run in unnamed if run.manifest.status != "success"]
         test_mode += [run.directory for run in finished if _is_test(run.manifest)]
         candidates |= {run.directory.resolve(): run for run in usable}
-    used = set[tuple[object, ...]]()
-    for directory in named:
-        with suppress(LoragenError):  # PEFT adapters belong to no run
-            used.add(_kind(run_at(directory)))
+    used = {_kind(source.run) for source in (*training, *validation) if source.run}
     newest = _newest(list(candidates.values()), used)
     chosen = [run for run in candidates.values() if newest.get(_kind(run)) is run]
     superseded = [run.directory for run in candidates.values() if newest.get(_kind(run)) is not run]
