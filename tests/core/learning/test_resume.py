@@ -272,7 +272,7 @@ class TestRefusals:
         ],
     )
     def test_a_setting_that_decides_the_result(self, refused, key, value, then):
-        (problem,) = refused({key: value})
+        problem, *_ = refused({key: value})  # another seed changes the prompts too
         assert problem.startswith(key)
         assert str(value) in problem
         assert str(then) in problem
