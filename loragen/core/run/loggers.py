@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from math import isfinite, nan
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from loragen.core.errors import LoragenError, UsageError
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
-NO_IDS: Mapping[str, str] = MappingProxyType({})
 
 
 class StepLog:
@@ -92,12 +90,12 @@ class RunLoggers:
     def __init__(
         self,
         loggers: Mapping[str, Mapping[str, Any]],
-        resume_ids: Mapping[str, str] = NO_IDS,
+        resume_ids: Mapping[str, str] | None = None,
         resume_step: int = 0,
     ) -> None:
         self.run_ids: dict[str, str] = {}
         """The ids of the loggers that have one, from `open` on."""
-        self._resume_ids, self._resume_step = resume_ids, resume_step
+        self._resume_ids, self._resume_step = resume_ids or {}, resume_step
         self._plugins: dict[str, RunLogger] = {}
         self._open: dict[str, Logger | MetricsLog] = {}
         for name, options in loggers.items():

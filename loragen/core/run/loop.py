@@ -1,5 +1,5 @@
-"""The parts of a training loop that are the same for all trainings: the run's session, seeds,
-interruption, checkpoints and divergence. A run can resume from any step."""
+"""The parts of the training loop that all trainings share: the session of the run, seeds,
+interruption, checkpoints and divergence."""
 
 import os
 import signal
@@ -103,13 +103,11 @@ class RunSession(Callback):
         steps is copied into `manifest`."""
         self._parent, self._prefix, self._name = parent, prefix, name
         self._config, self._resume = config, resume
-        self._loggers = (
-            RunLoggers(config.loggers, resume.manifest.logger_run_ids, resume.step)
-            if resume
-            else RunLoggers(config.loggers)
-        )
         if resume:
             resume.continue_manifest(manifest)
+            self._loggers = RunLoggers(config.loggers, resume.manifest.logger_run_ids, resume.step)
+        else:
+            self._loggers = RunLoggers(config.loggers)
         self._trainer: Trainer | None = None
         before = (resume.manifest.seconds or 0.0) if resume else 0.0
         self._started = time.monotonic() - before
