@@ -46,7 +46,7 @@ class SentenceBert(nn.Module):
         from sentence_transformers import SentenceTransformer
         from transformers.utils import logging
 
-        self.config, self.frozen = config, config.frozen
+        self.config = config
         source = _source(config.model)
         unreachable = None if isinstance(source, Path) else hub_problem()
         local = isinstance(source, Path) or unreachable is not None
@@ -69,6 +69,10 @@ class SentenceBert(nn.Module):
             # The output of BERT's own pooler is unused: DDP would wait for its gradients.
             if ".pooler." in name:
                 parameter.requires_grad_(False)
+
+    @property
+    def frozen(self) -> bool:
+        return self.config.frozen
 
     @property
     def dim(self) -> int:
