@@ -164,10 +164,13 @@ def figures(step: Step) -> str:
 def measured(validation: Validation) -> str:
     """Returns `validated after reconstruction, step 8/40: val/loss 0.1250; the best so far`."""
     at, total = validation.position
-    metrics = ", ".join(
-        f"{name} {value:.4f}"
+    shown = {
+        name: value
         for name, value in validation.metrics.items()
         if name.rpartition("/")[2] in SHOWN_METRICS
+    }  # of an objective of another package, all
+    metrics = ", ".join(
+        f"{name} {value:.4f}" for name, value in (shown or validation.metrics).items()
     )
     phase, step = validation.best
     best = "the best so far" if validation.is_best else f"best so far: {phase}, step {step}"

@@ -156,6 +156,11 @@ class TestValidate:
         error = fails(2, "config", "validate", "c.yaml")
         assert error.startswith("c.yaml:1:8: data.root: nowhere: ")
 
+    @pytest.mark.parametrize("command", ["lora", "gen"])
+    def test_the_defaults_are_valid(self, loragen, write, command):
+        write(loragen("config", "init", command).stdout)
+        assert "valid" in loragen("config", "validate", "c.yaml").stdout
+
     def test_the_hub_is_not_asked(self, loragen, write):
         text = (
             "base_model: owner/base\ndata: {dataset: 'hub:owner/rows', validation: 'hub:owner/v'}"

@@ -6,7 +6,13 @@ import time
 
 import pytest
 
-from loragen.cli.progress import PlainProgress, TerminalProgress, figures, terminal_progress
+from loragen.cli.progress import (
+    PlainProgress,
+    TerminalProgress,
+    figures,
+    measured,
+    terminal_progress,
+)
 from loragen.core.progress import Silent, Step, Validation
 
 STEP = Step(8, 100, 1, 0.5, 123.4, "pairs/s", "reconstruction", (8, 40), "generator")
@@ -103,6 +109,11 @@ class TestPlain:
 class Terminal(io.StringIO):
     def isatty(self):
         return True
+
+
+def test_metrics_of_an_objective_of_another_package_are_all_shown():
+    own = Validation("cosine", (2, 60), {"val/distance": 0.25}, ("cosine", 2), "generator")
+    assert "val/distance 0.25" in measured(own)
 
 
 class TestTerminal:

@@ -269,7 +269,8 @@ def _check_plugins(model: type[BaseModel], layers: Layers, complete: bool) -> li
             return plugin_config.model_validate(options).model_dump(mode="json")
         except PluginError as error:
             origin = origin_of((*keys, "name"), layers.origins)
-            problems.append(f"{f'{origin}: ' if origin else ''}{dotted(keys)}: {error}")
+            others = ", auto, or several as A-then-B" if kind == "objective" else ""
+            problems.append(f"{f'{origin}: ' if origin else ''}{dotted(keys)}: {error}{others}")
         except ValidationError as error:
             problems.extend(problems_of(plugin_config, error, layers.origins, keys))
         return options

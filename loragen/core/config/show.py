@@ -134,7 +134,11 @@ def json_schema(command: str) -> dict[str, Any]:
     fields["loggers"] = (all_loggers, model.model_fields["loggers"])
     complete: type[BaseModel] = create_model(model.__name__, __base__=model, **fields)
     dialect = "https://json-schema.org/draft/2020-12/schema"
-    return {"$schema": dialect, **complete.model_json_schema()}
+    schema = complete.model_json_schema()
+    if command == "gen":  # any sequence of objectives is valid, so they are no enumeration
+        objective = schema["$defs"]["GenTrainingSection"]["properties"]["objective"]
+        objective["examples"] = ["auto", *names("objective"), "reconstruction-then-behaviour"]
+    return {"$schema": dialect, **schema}
 
 
 def _plugin_configs(kind: str) -> dict[str, type[BaseModel]]:

@@ -55,6 +55,10 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], dict[Loc, str]]:
         loader = _Loader(file.read_text(encoding="utf-8-sig"))  # Windows editors may write a BOM
         node = loader.get_single_node()
         tree = {} if node is None else loader.construct_document(node)  # resolves `<<` in `node`
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
+        raise ConfigError(f"{place}: not YAML: {error.problem or error.context}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:

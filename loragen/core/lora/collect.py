@@ -53,6 +53,7 @@ def collect(
 
     def record(outcome: TaskOutcome) -> None:
         outcomes[outcome.task] = outcome
+        outcome.task.dataset.release()
         if len(tasks) == 1 and outcome.error:
             raise outcome.error
         outcome.show(progress)
@@ -149,7 +150,6 @@ def _train_in_this_process(
             yield TaskOutcome.failed(task, error)
         else:
             yield TaskOutcome(task, "trained", run)
-        task.dataset.release()
 
 
 # ---------------------------------------------------------------------------- worker processes
@@ -241,7 +241,12 @@ def _train_in_workers(
                 yield from pool.interrupt()
             pool.start_due()
             time.sleep(POLL_SECONDS)
-            yield from pool.poll(may_retry=not interruption.requested)
+            for outcome in pool.poll(may_retry=not interruption.requested):
+                # On this machine a signal to one worker is meant for the command: no other starts.
+                # On a cluster it is the worker's own, for example when its machine is reclaimed.
+                if outcome.status == "interrupted" and config.launcher.name == "local":
+                    interruption.requested = True
+                yield outcome
 
 
 class _WorkerPool:

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from loragen.core.base.names import resolve_base
 from loragen.core.config import DEMO, LoraTrainConfig
 from loragen.core.config.load import Problem, problems_at
-from loragen.core.config.schema import LauncherSection
+from loragen.core.config.schema import LauncherSection, LoraDataSection
 from loragen.core.config.show import HARDWARE, differences
 from loragen.core.data.dataset import Dataset, dataset_names
 from loragen.core.data.documents import location, parsed_source
@@ -178,7 +178,7 @@ def missing_lora_paths(config: LoraTrainConfig) -> list[Problem]:
         found += problems_at(("collection", i), Dataset.find, name, root)
     if data.dataset is not None:
         found += problems_at(("data", "dataset"), Dataset.find, data.dataset, root)
-    elif not config.collection and "root" in data.model_fields_set and not root.is_dir():
+    elif not config.collection and data.root != LoraDataSection().root and not root.is_dir():
         found.append((("data", "root"), f"{root}: no such directory"))
     if data.validation is not None:
         found += problems_at(("data", "validation"), _check_file, data.validation)

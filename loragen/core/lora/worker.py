@@ -9,19 +9,23 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from textwrap import shorten
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from loragen.core.config import LoraTrainConfig
 from loragen.core.data.dataset import Dataset
 from loragen.core.data.documents import parsed_source
 from loragen.core.errors import Interrupted, LoragenError, one_line
 from loragen.core.progress import Silent, Step
+
+Text = Annotated[str, BeforeValidator(lambda text: text.encode(errors="backslashreplace").decode())]
+"""A text that UTF-8 can encode: a file name of another encoding may be part of a message."""
 
 
 class TrainingJob(BaseModel):
@@ -39,8 +43,8 @@ class JobResult(BaseModel):
     """The end of a job."""
 
     status: Literal["trained", "failed", "interrupted"]
-    reason: str = ""
-    traceback: str = ""
+    reason: Text = ""
+    traceback: Text = ""
     """The traceback of an error that is not the user's; after it another attempt may succeed."""
 
 
@@ -53,7 +57,7 @@ class WorkerReport(BaseModel):
     directory: Path | None = None
     """The run directory, as soon as it has its manifest."""
     step: Step | None = None
-    warning: str = ""
+    warning: Text = ""
     result: JobResult | None = None
 
 
@@ -111,17 +115,20 @@ class Launcher:
 
 
 class _Reporter(Silent, logging.Handler):
-    """Reports the steps of the training and the warnings of this process."""
+    """Reports the steps of the training and the warnings of this process. A full disk loses a
+    report; it does not stop the training."""
 
     def __init__(self, status: StatusFile) -> None:
         logging.Handler.__init__(self, logging.WARNING)
         self._status = status
 
     def step(self, step: Step) -> None:
-        self._status.append(WorkerReport(step=step))
+        with suppress(OSError):
+            self._status.append(WorkerReport(step=step))
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._status.append(WorkerReport(warning=record.getMessage()))
+        with suppress(OSError):
+            self._status.append(WorkerReport(warning=record.getMessage()))
 
 
 def run_job(job: TrainingJob, status_file: Path) -> None:

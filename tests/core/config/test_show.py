@@ -91,6 +91,10 @@ class TestJsonSchema:
         assert schema["additionalProperties"] is False
         assert schema["$schema"].startswith("https://json-schema.org/")
 
+    def test_the_objectives_are_offered_for_completion(self):
+        objective = json_schema("gen")["$defs"]["GenTrainingSection"]["properties"]["objective"]
+        assert {"auto", "transfer", "reconstruction-then-behaviour"} <= set(objective["examples"])
+
     def test_a_section_is_one_of_the_installed_plugins(self):
         schema = json_schema("lora")
         sections = [_resolved(schema, one) for one in schema["properties"]["schedule"]["anyOf"]]

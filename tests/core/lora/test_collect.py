@@ -322,6 +322,16 @@ def test_the_memory_of_a_failed_dataset_is_freed(lora_config, named):
     assert held[0]() is None
 
 
+def test_the_content_of_a_dataset_that_is_not_trained_is_freed(lora_config, named):
+    tasks = named("one", "two", "three")
+    config = lora_config(QUICK)
+    collect(config, tasks[:1], Silent())
+    bad(tasks[1])
+    outcomes = collect(config, tasks, Silent())
+    assert [one.status for one in outcomes] == ["skipped", "failed", "trained"]
+    assert not any("_content" in key for task in tasks for key in vars(task.dataset))
+
+
 def test_skip_bad_rows_changes_nothing_for_a_file_without_bad_rows(lora_config, named):
     """It is what the error of another dataset has advised."""
     (task,) = named("one")

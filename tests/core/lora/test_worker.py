@@ -11,7 +11,14 @@ from loragen.core.data.dataset import Dataset
 from loragen.core.lora.collect import collect
 from loragen.core.lora.tasks import Task
 from loragen.core.lora.train import train_adapter
-from loragen.core.lora.worker import Launcher, StatusFile, TrainingJob, WorkerReport, run_job
+from loragen.core.lora.worker import (
+    JobResult,
+    Launcher,
+    StatusFile,
+    TrainingJob,
+    WorkerReport,
+    run_job,
+)
 from loragen.core.progress import Silent
 from loragen.core.run.directory import LoraManifest, read_manifest
 from tests.core.run.resuming import Kill, StopAt
@@ -225,3 +232,32 @@ def test_a_second_signal_kills_the_workers(interrupted):
     with pytest.raises(KeyboardInterrupt):
         interrupted(lambda: Twice([signal.SIGINT]))
     assert interrupted.worker.calls == ["kill"]
+
+
+def test_a_signal_to_one_worker_on_this_machine_starts_no_other(lora_config, dataset, monkeypatch):
+    def start(job, status):
+        result = JobResult(status="interrupted", reason="interrupted at step 3")
+        status.append(WorkerReport(result=result))
+        return Ended()
+
+    monkeypatch.setattr("loragen.core.lora.collect.Subprocess", start)
+    tasks = [Task(Dataset(dataset(name=f"{name}.jsonl")), name) for name in ("one", "two")]
+    outcomes = collect(lora_config({**SETTINGS, "trainer.devices": 2}), tasks, Silent())
+    assert [(one.status, one.reason) for one in outcomes] == [
+        ("interrupted", "interrupted at step 3"),
+        ("interrupted", "not started"),
+    ]
+
+
+def test_a_report_that_cannot_be_written_stops_no_training(reports, monkeypatch):
+    """A warning with a file name of another encoding; a disk that is full for a while."""
+    append = StatusFile.append
+
+    def full(status, report):
+        if report.step:
+            raise OSError("no space left on device")
+        append(status, report)
+
+    monkeypatch.setattr(StatusFile, "append", full)
+    assert WorkerReport(warning="caf\udce9").warning == "caf\\udce9"
+    assert reports()[-1].result.status == "trained"
