@@ -50,3 +50,20 @@ def test_the_extra_that_the_hub_and_parquet_need_is_named_where_they_are():
         assert 'pip install -e ".[offline,data]"' in text
         (line,) = [line for line in text.splitlines() if "`.parquet`" in line]
         assert "`data`" in line
+
+
+def test_the_pages_for_contributors_name_what_exists():
+    sources = [file.read_text(encoding="utf-8") for file in (ROOT / "loragen").rglob("*.py")]
+    names = set(re.findall(r"\w+", "\n".join(sources)))
+    for page in ("architecture.md", "training-step.md"):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        for path in re.findall(r"`([\w/]+\.py)`", text):
+            places = [folder / path for folder in (ROOT, ROOT / "loragen", *_rooms())]
+            assert any(place.is_file() for place in places), f"{page}: {path}"
+        for name in re.findall(r"`([\w.]*(?:[a-z]_|[a-z][A-Z])\w*)(?:\([^`]*\))?`", text):
+            assert set(name.split(".")) <= names, f"{page}: {name}"
+
+
+def _rooms() -> list[Path]:
+    """A table's cell names a second file of a room by its last part alone."""
+    return [file.parent for file in (ROOT / "loragen" / "core").glob("*/__init__.py")]
