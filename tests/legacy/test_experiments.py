@@ -198,4 +198,4 @@ class TestRecordedSettings:
         run = legacy_run()
         (run / "a.yaml").write_text("{", encoding="utf-8")
         assert settings_beside(only_run(run))["lora.alpha"].value == 4
-        assert f"{run / 'a.yaml'}: " in caplog.text
+        assert f"{run / 'a.yaml'}:1:2: not YAML" in caplog.text
