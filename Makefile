@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 	$(BIN)/loragen demo --output $(OUT) --seed $(SEED) --force
 
 test: check
-	$(BIN)/python -m pytest -n auto --dist loadfile --cov
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --cov
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
