@@ -18,6 +18,7 @@ from loragen.cli.options import (
     Force,
     GeneratorPath,
     Json,
+    Resume,
     Settings,
     SkipBadRows,
     with_old_files,
@@ -58,14 +59,7 @@ def gen_train(
             "--prompts", help="A directory of data prepare; default: the runs' own datasets."
         ),
     ] = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(
-            "--resume",
-            "--resume-from-checkpoint",
-            help="Resume a run from its newest checkpoint, or from the one named.",
-        ),
-    ] = None,
+    resume: Resume = None,
     test_mode: Annotated[
         bool,
         typer.Option("--test-mode", help="Train six steps of each phase, as a smoke test."),

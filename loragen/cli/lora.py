@@ -17,6 +17,7 @@ from loragen.cli.options import (
     DryRun,
     Force,
     Json,
+    Resume,
     Settings,
     SkipBadRows,
     with_old_files,
@@ -59,14 +60,7 @@ def lora_train(
         bool,
         typer.Option("--track-batches", help="Write which rows each checkpoint was trained on."),
     ] = False,
-    resume: Annotated[
-        Path | None,
-        typer.Option(
-            "--resume",
-            "--resume-from-checkpoint",
-            help="Resume a run from its newest checkpoint, or from the one named.",
-        ),
-    ] = None,
+    resume: Resume = None,
     force: Annotated[
         bool, typer.Option("--force", help="Train again what has been trained already.")
     ] = False,

@@ -53,9 +53,7 @@ class Root(TyperGroup):
         except KeyboardInterrupt as error:
             render.problems(["interrupted"])
             raise typer.Exit(EXIT_INTERRUPTED) from error
-        except (
-            BrokenPipeError
-        ):  # Click ends quietly if the reader of a pipe, such as head, has ended
+        except BrokenPipeError:  # Click ends quietly if the pipe's reader (`head`) has ended
             raise
         except Exception as error:  # a bug of loragen or of a library
             if self.interrupts:  # an interrupted import may raise any error

@@ -38,6 +38,14 @@ DryRun = Annotated[
     typer.Option("--dry-run", help="Check everything and print the resolved YAML; write nothing."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Resume = Annotated[
+    Path | None,
+    typer.Option(
+        "--resume",
+        "--resume-from-checkpoint",
+        help="Resume a run from its newest checkpoint, or from the one named.",
+    ),
+]
 BaseModelName = Annotated[
     str | None,
     typer.Option("--base-model", help="A hub id, a directory, or demo (comes with loragen)."),

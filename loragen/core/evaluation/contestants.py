@@ -7,6 +7,7 @@ Light: the columns of the table are chosen before torch is imported. A new colum
 import logging
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -147,7 +148,7 @@ class EvaluationSetup:
         )
 
 
-class Contestant:
+class Contestant(ABC):
     """One column of the table."""
 
     name: ClassVar[str]
@@ -169,13 +170,13 @@ class Contestant:
         """Returns whether an evaluation of so many datasets reads the training runs."""
         return cls.needs_sources and (datasets == 1 or not cls.sources_if_alone)
 
+    @abstractmethod
     def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
         """Yields one entry, or one for each draw of prompts, whose mean score is reported.
 
         `targets` are all datasets of the evaluation. The labels of `target.rows` may be used for
         scoring only.
         """
-        raise NotImplementedError
 
 
 class BaseAlone(Contestant):
