@@ -285,10 +285,11 @@ def _dry_run(
 
     from loragen.core.lora.train import checkpoint_sizes, count_values
 
-    values = count_values(config)
-    sizes = checkpoint_sizes(config, values)
+    values, trained = count_values(config)
+    sizes = checkpoint_sizes(config, values, trained)
+    training = "" if trained == values else f", of which {trained:,} are trained"
     render.note(
-        f"the adapter has {values:,} values; {len(sizes)} checkpoints a dataset, "
+        f"the adapter has {values:,} values{training}; {len(sizes)} checkpoints a dataset, "
         f"{sum(sizes) / 1e6:,.1f} MB"
     )
     for line in _launch_commands(config, sys.argv[1:]):

@@ -95,6 +95,11 @@ class LoraSection(Section):
     target_modules: str | list[str] = Field(
         "all-linear", description="all-linear, or the modules' names."
     )
+    freeze_a: bool = Field(
+        False,
+        description="Train B alone (LoRA-FA, arXiv 2308.03303). Adapters of one seed share A, and "
+        "their combinations are exact: the mean of B A is the mean of B, times A.",
+    )
 
 
 class LoraTrainingSection(Section):

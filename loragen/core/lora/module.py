@@ -48,7 +48,7 @@ class LoraModule(ResumableModule):
         """Whether the next checkpoint holds the optimizer's state, which a resumed run needs."""
         self.step_loss: Tensor | float = 0.0
         """This process's share of the mean loss (nats per answer token) of the current step."""
-        self._trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._adapter = {n: p for n, p in model.named_parameters() if "lora_" in n}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the share of these rows in the mean loss of the step.
@@ -73,7 +73,10 @@ class LoraModule(ResumableModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(
-            self._trainable.values(), lr=1.0, weight_decay=self.weight_decay, fused=self.fused
+            [p for p in self._adapter.values() if p.requires_grad],
+            lr=1.0,
+            weight_decay=self.weight_decay,
+            fused=self.fused,
         )
         if self.resumed_optimizer:
             optimizer.load_state_dict(self.resumed_optimizer)
@@ -86,9 +89,9 @@ class LoraModule(ResumableModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]  # torch overloads it
-        """Returns the adapter's tensors alone. Collecting the state of the whole model and leaving
+        """Returns the adapter's tensors alone, a frozen A too. Collecting the state of the whole model and leaving
         most of it out would take longer than writing the file."""
-        return {f"model.{name}": p.detach() for name, p in self._trainable.items()}
+        return {f"model.{name}": p.detach() for name, p in self._adapter.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if not self.saves_optimizer:

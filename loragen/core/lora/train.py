@@ -231,29 +231,35 @@ def new_adapter(base: LanguageModel, config: LoraTrainConfig) -> Any:
         raise UsageError(
             f"lora.target_modules: {listing(missing)} not found in the base, only {listing(known)}"
         )
+    if config.lora.freeze_a:
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.requires_grad_(False)
     # The name that the user gave: PEFT would record the path from which the weights were loaded.
     model.peft_config["default"].base_model_name_or_path = config.base_model
     return model
 
 
-def count_values(config: LoraTrainConfig) -> int:
-    """Returns the number of trainable values of an adapter, without loading the base's weights.
+def count_values(config: LoraTrainConfig) -> tuple[int, int]:
+    """Returns the number of values of an adapter, and of those that train, without loading the
+    base's weights.
 
     Raises UsageError if target_modules names nothing of the base.
     """
     with torch.device("meta"):
         model = new_adapter(empty_base(config.base_model), config)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sizes = [(p.numel(), p.requires_grad) for n, p in model.named_parameters() if "lora_" in n]
+    return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
 
 
-def checkpoint_sizes(config: LoraTrainConfig, values: int) -> list[int]:
+def checkpoint_sizes(config: LoraTrainConfig, values: int, trained: int) -> list[int]:
     """Returns the size (bytes) of the tensors in each checkpoint that a run keeps, in the order of
-    steps, for an adapter of so many `values`."""
+    steps, for an adapter of so many `values`, of which `trained` train."""
     settings, last = config.checkpoints, config.training.max_steps
     width = {"bf16-true": 2, "64-true": 8}.get(config.trainer.precision, 4)
     moments = 2  # of AdamW, each as large as the adapter
     return [
-        values * width * (1 + moments * settings.carries_optimizer(final=step == last))
+        width * (values + moments * trained * settings.carries_optimizer(final=step == last))
         for step in range(1, last + 1)
         if settings.keeps(step, final=step == last)
     ]

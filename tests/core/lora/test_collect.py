@@ -282,11 +282,12 @@ def test_several_devices_train_each_dataset_in_a_worker(
 def test_the_values_of_an_adapter_are_known_without_weights(lora_config, collection):
     run = collection.runs["colors"]
     config = load(LoraTrainConfig, run / "config.yaml", environment={})
-    values = count_values(config)
+    values, trained = count_values(config)
+    assert trained == values
     files = checkpoint_files(run)
     document = torch.load(files[-1], weights_only=True)
     assert values == sum(tensor.numel() for tensor in document["state_dict"].values())
-    sizes = checkpoint_sizes(config, values)
+    sizes = checkpoint_sizes(config, values, trained)
     assert len(sizes) == len(files)
     assert sizes[-1] < files[-1].stat().st_size < sizes[-1] * 1.5 + 50_000
 

@@ -212,6 +212,19 @@ class TestSameness:
         for key in one:
             assert one[key].equal(other[key]) == ("lora_A" in key), key
 
+    def test_a_frozen_a_is_shared_by_all_datasets_and_saved(self, train_lora, dataset, lora_config):
+        animals = dataset([{"prompt": "q", "response": "cat"}] * 5, "animals.jsonl")
+        settings = {"lora.freeze_a": True}
+        one = train_lora(settings)
+        other = last_tensors(train_lora(settings, file=animals, name="animals"))
+        for key, tensor in last_tensors(one).items():
+            assert tensor.equal(other[key]) == ("lora_A" in key), key
+        values, trained = training.count_values(lora_config(settings))
+        (optimizer,) = checkpoint(one, 8)["optimizer_states"]
+        assert len(optimizer["state"]) == len(last_tensors(one)) / 2
+        assert trained == sum(t.numel() for k, t in last_tensors(one).items() if "lora_B" in k)
+        assert trained < values
+
     def test_the_same_run_twice_is_equal_bit_for_bit(self, train_lora):
         settings = {"lora.dropout": 0.3, "checkpoints.first_step": 1}
         one, other = train_lora(settings), train_lora(settings)
