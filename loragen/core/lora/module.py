@@ -89,8 +89,8 @@ class LoraModule(ResumableModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:  # type: ignore[override]  # torch overloads it
-        """Returns the adapter's tensors alone, a frozen A too. Collecting the state of the whole model and leaving
-        most of it out would take longer than writing the file."""
+        """Returns the adapter's tensors alone, a frozen A too. Collecting the state of the whole
+        model and leaving most of it out would take longer than writing the file."""
         return {f"model.{name}": p.detach() for name, p in self._adapter.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
