@@ -110,7 +110,7 @@ class TestTrain:
         assert result.stdout == f"runs/{run.name}\n"
         names = [f.name for f in sorted((run / "checkpoints").iterdir())]
         assert names == [f"checkpoint-step-00{step}.ckpt" for step in (4, 5, 6)]
-        assert (run / "final_model" / "config.json").is_file()
+        assert (run / "adapter" / "adapter_config.json").is_file()
         assert "step 6/6" in result.stderr
         assert list(loragen.work.iterdir()) == [loragen.work / "runs"]
 

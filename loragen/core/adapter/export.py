@@ -84,18 +84,24 @@ def merged_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         for name, layer in model.get_base_model().named_modules()
         if hasattr(layer, "get_delta_weight")
     }
-    state = {}
+    state: dict[str, torch.Tensor] = {}
+    unchanged: dict[Any, torch.Tensor] = {}  # tied weights stay one tensor, which is saved once
     for key, value in model.get_base_model().state_dict().items():
         if "lora_" in key:
             continue
-        layer, merged = layers.get(key), value
-        if layer is not None and getattr(layer, "lora_variant", None):  # DoRA also rescales W
+        layer = layers.get(key)
+        if layer is None:
+            own = value.data_ptr(), value.shape, value.stride()
+            if own not in unchanged:
+                unchanged[own] = value.to(dtype).cpu()
+            converted = unchanged[own]
+        elif getattr(layer, "lora_variant", None):  # DoRA also rescales W
             copy = deepcopy(layer)
             copy.merge()
-            merged = copy.get_base_layer().weight.detach()
-        elif layer is not None:
-            merged = value + layer.get_delta_weight("default").to(value)
-        state[key.replace(".base_layer.", ".")] = merged.to(dtype).cpu()
+            converted = copy.get_base_layer().weight.detach().to(dtype).cpu()
+        else:
+            converted = (value + layer.get_delta_weight("default").to(value)).to(dtype).cpu()
+        state[key.replace(".base_layer.", ".")] = converted
     return state
 
 

@@ -186,7 +186,9 @@ class LoraTrainConfig(Section):
         False, description="Write tracking/: which rows each step and checkpoint was trained on."
     )
     final_model: Literal["merged", "none"] = Field(
-        "merged", description="merged: also a whole model in the base's dtype, adapter merged in."
+        "none",
+        description="merged: also write the base with the adapter merged in; `lora export --merge` "
+        "does so later.",
     )
     loggers: Loggers = Field({"tensorboard": {}, "swanlab": {}})
     trainer: TrainerSection = TrainerSection()

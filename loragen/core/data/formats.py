@@ -6,6 +6,7 @@ All functions raise DataError with the problem of a document; the caller adds fi
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from string import ascii_uppercase
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ class RowFormat(ABC):
     optional: tuple[str, ...] = ()
     """Keys of texts that are part of the prompt, if the row has them."""
 
-    @property
+    @cached_property
     def name(self) -> str:
         return "/".join(self.keys) + "".join(f"[/{key}]" for key in self.optional)
 
@@ -199,7 +200,12 @@ def question_of(document: Any) -> Question:
 
 
 def _labelled_format_of(document: Keys) -> RowFormat | None:
-    fitting = (known for known in FORMATS if all(key in document for key in known.keys))
+    return _labelled_format(tuple(document))
+
+
+@lru_cache(maxsize=256)  # nearly all rows of a dataset have the same keys
+def _labelled_format(keys: tuple[str, ...]) -> RowFormat | None:
+    fitting = (known for known in FORMATS if all(key in keys for key in known.keys))
     return next(fitting, None)
 
 

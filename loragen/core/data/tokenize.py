@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
+from heapq import nlargest
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -15,6 +16,9 @@ import numpy as np
 from loragen.core.data.dataset import BadRow, Dataset, Row, refuse_bad
 from loragen.core.data.formats import Turn
 from loragen.core.errors import DataError
+
+MAX_CACHED = 16_384
+"""Rows that stay in tokens in each process: some 150 MiB where a row has 300 tokens."""
 
 
 class Example(NamedTuple):
@@ -79,10 +83,11 @@ def tokenize_row(tokenizer: Any, row: Row, max_length: int) -> TokenizedRow:
 
 
 class TokenizedRows(Sequence[Example]):
-    """The rows whose answer fits into `max_length`, each tokenised when it is first used.
+    """The rows whose answer fits into `max_length`, each tokenised when it is used.
 
     `rows` are those rows, and `too_long` the others. Only answers that are long in characters are
-    tokenised for this distinction.
+    tokenised for this distinction. The newest `MAX_CACHED` rows are kept in tokens, so that memory
+    does not grow with the dataset's tokens.
     """
 
     def __init__(self, rows: Sequence[Row], tokenizer: Any, max_length: int) -> None:
@@ -99,11 +104,10 @@ class TokenizedRows(Sequence[Example]):
                 self.too_long.append(BadRow(row.line, _too_long(answer, max_length)))
         self._all = self.rows
         self._indices: Sequence[int] = range(len(self.rows))  # of `rows` in `_all`
-        self._cache: dict[int, Example] = {}
-        self._cut: set[int] = set()
+        self._cache: dict[int, tuple[Example, bool]] = {}  # with whether its prompt was cut
 
     def subset(self, indices: Sequence[int]) -> "TokenizedRows":
-        """Returns some of the rows, in that order. A row is tokenised once for all subsets."""
+        """Returns some of the rows, in that order; all subsets share what is tokenised."""
         part = copy(self)
         part._indices = [self._indices[index] for index in indices]
         part.rows = [self.rows[index] for index in indices]
@@ -122,23 +126,31 @@ class TokenizedRows(Sequence[Example]):
         """Returns examples. Raises DataError if an answer does not fit after all."""
         if isinstance(index, slice):
             return [self[one] for one in range(len(self))[index]]
+        return self._tokenized(index)[0]
+
+    def is_cut(self, index: int) -> bool:
+        """Returns whether a row loses the start of its prompt."""
+        return self._tokenized(index)[1]
+
+    def longest(self, indices: Iterable[int], count: int) -> list[int]:
+        """Returns those `count` of the indices whose rows have the most characters: nothing is
+        tokenised for it."""
+
+        def characters(index: int) -> int:
+            row = self.rows[index]
+            turns = sum(len(text) for turn in row.history for text in turn)
+            return len(row.prompt) + len(row.response) + len(row.system or "") + turns
+
+        return nlargest(count, indices, key=characters)
+
+    def _tokenized(self, index: int) -> tuple[Example, bool]:
         own = self._indices[index]
         if own not in self._cache:
-            tokenized = tokenize_row(self._tokenizer, self._all[own], self._max_length)
-            self._cache[own] = tokenized.example
-            if tokenized.cut:
-                self._cut.add(own)
+            row = tokenize_row(self._tokenizer, self._all[own], self._max_length)
+            if len(self._cache) >= MAX_CACHED:
+                del self._cache[next(iter(self._cache))]  # the oldest
+            self._cache[own] = row.example, bool(row.cut)
         return self._cache[own]
-
-    @property
-    def num_tokenized(self) -> int:
-        """The number of rows that were tokenised so far."""
-        return sum(own in self._cache for own in self._indices)
-
-    @property
-    def num_cut(self) -> int:
-        """The number of rows among them that have lost the start of their prompt."""
-        return sum(own in self._cut for own in self._indices)
 
 
 def _too_long(answer: Sequence[int], max_length: int) -> str:

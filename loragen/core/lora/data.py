@@ -5,6 +5,8 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
+from math import ceil
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -21,18 +23,25 @@ from loragen.core.run.directory import DatasetRecord
 
 log = logging.getLogger(__name__)
 
-DRAWN = "drawn:"
-"""The prefix of a hash of those rows alone that a run draws; older manifests hash all rows."""
+FIRST, DRAWN = "first:", "drawn:"
+"""The prefixes of a hash of tokens: of the rows that a run draws first, and, in older manifests, of
+all rows that it draws. Manifests that are older still hash all rows, without a prefix."""
+CHECKED = 512
+"""Rows that are tokenised before a run begins, of those that it draws first and of the validation
+rows: enough to notice another tokenizer or chat template. All others are tokenised by the step that
+draws them."""
+LONGEST = 64
+"""Rows with the most characters, which are tokenised too: they decide whether rows are packed."""
 
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """The rows of a run, tokenised when they are first used."""
+    """The rows of a run, tokenised when they are used."""
 
     training: TokenizedRows
     validation: TokenizedRows
-    drawn: Sequence[Example]
-    """The training rows that the steps of the whole run draw, in the order of the file."""
+    longest: Sequence[Example]
+    """Of the training rows that the steps of the run draw, the `LONGEST` in characters."""
     record: DatasetRecord
     """The dataset as the manifest records it."""
 
@@ -42,13 +51,14 @@ def load_rows(
     dataset: Dataset,
     tokenizer: Any,
     validation: Dataset | None = None,
-    hash_all_rows: bool = False,
+    recorded: str = "",
 ) -> TrainingRows:
-    """Reads a dataset, splits off the validation rows and tokenises the rows that a run draws.
+    """Reads a dataset and splits off the validation rows.
 
-    `validation` is `config.data.validation`, if that is open already. With `hash_all_rows` the
-    record hashes the tokens of all rows, as older manifests do. Raises UsageError for a missing
-    file, DataError for bad rows (unless they are to be skipped) or no rows to train on.
+    All rows are validated, and few of them tokenised. `validation` is `config.data.validation`, if
+    that is open already. `recorded` is the hash of tokens in the manifest of a run that resumes: it
+    decides which rows are hashed again. Raises UsageError for a missing file, DataError for bad
+    rows (unless they are to be skipped) or no rows to train on.
     """
     if config.data.validation and validation is None:
         validation = Dataset.at(config.data.validation)
@@ -61,25 +71,38 @@ def load_rows(
     train_rows, val_rows = rows.subset(train_indices), rows.subset(val_indices)
     # The steps draw the first rows of a stream of shuffled epochs, which may be all rows.
     num_drawn = min(len(train_rows), config.training.max_steps * config.training.batch_size)
-    indices = sorted(batch_indices(len(train_rows), num_drawn, config.seed, step=0))
-    drawn = [train_rows[index] for index in indices]
+    drawn = batch_indices(len(train_rows), num_drawn, config.seed, step=0)
+    first, longest = sorted(drawn[:CHECKED]), train_rows.longest(drawn, LONGEST)
+    if recorded.startswith(DRAWN):
+        tokens = DRAWN + _tokens_hash(train_rows, sorted(drawn), val_rows, len(val_rows))
+    elif recorded and not recorded.startswith(FIRST):
+        tokens = examples_hash(rows)
+    else:
+        tokens = FIRST + _tokens_hash(train_rows, first, val_rows, CHECKED)
     record = DatasetRecord(
         name=dataset.name,
         path=dataset.location,
         sha256=dataset.sha256,
         rows=len(rows),
-        tokens=examples_hash(list(rows))
-        if hash_all_rows
-        else DRAWN + examples_hash([*drawn, *val_rows]),
+        tokens=tokens,
         too_long=[row.line for row in rows.too_long],
         validation=validation.sha256 if validation else "",
     )
-    _warn_of_cut(config, dataset, rows)
+    _warn_of_cut(config, dataset, train_rows, {*first, *longest})
     if validation:
         val_rows = _fitting_rows(config, validation, tokenizer)
-        list(val_rows)  # tokenises all, so that those that are cut can be counted
-        _warn_of_cut(config, validation, val_rows)
-    return TrainingRows(train_rows, val_rows, drawn, record)
+    if val_rows:
+        looked_at = {*range(min(CHECKED, len(val_rows)))}
+        looked_at |= {*val_rows.longest(range(len(val_rows)), LONGEST)}
+        _warn_of_cut(config, validation or dataset, val_rows, looked_at)
+    return TrainingRows(train_rows, val_rows, [train_rows[i] for i in longest], record)
+
+
+def _tokens_hash(
+    training: TokenizedRows, indices: Sequence[int], validation: TokenizedRows, num_val: int
+) -> str:
+    """Returns a hash of some training rows and of the first validation rows, in tokens."""
+    return examples_hash(chain((training[i] for i in indices), validation[:num_val]))
 
 
 def _fitting_rows(config: LoraTrainConfig, dataset: Dataset, tokenizer: Any) -> TokenizedRows:
@@ -91,14 +114,20 @@ def _fitting_rows(config: LoraTrainConfig, dataset: Dataset, tokenizer: Any) -> 
     return rows
 
 
-def _warn_of_cut(config: LoraTrainConfig, dataset: Dataset, rows: TokenizedRows) -> None:
-    if rows.num_cut:
+def _warn_of_cut(
+    config: LoraTrainConfig, dataset: Dataset, rows: TokenizedRows, looked_at: set[int]
+) -> None:
+    """Logs one warning if rows lose the start of their prompt; `looked_at` are the indices of those
+    that are tokenised to find out, the longest among them."""
+    if num_cut := sum(map(rows.is_cut, looked_at)):
+        which = "" if len(looked_at) == len(rows) else f"looked at (of {len(rows)}) "
         log.warning(
-            "%s: %d of %d rows are longer than data.max_length %d and lose the start of their "
-            "prompt; see `loragen data preview`",
+            "%s: %d of %d rows %sare longer than data.max_length %d and lose the start of their "
+            "prompt; `loragen data preview` counts all of them",
             dataset,
-            rows.num_cut,
-            rows.num_tokenized,
+            num_cut,
+            len(looked_at),
+            which,
             config.data.max_length,
         )
 
@@ -118,6 +147,8 @@ class MicroBatches(TorchDataset[Batch]):
     num_accumulation: int = 1
     process_index: int = 0
     num_processes: int = 1
+    window: int | None = None
+    """The model's sliding window in tokens, if it has one."""
 
     def __getitem__(self, k: int) -> Batch:
         step, accumulation = divmod(k, self.num_accumulation)
@@ -127,7 +158,32 @@ class MicroBatches(TorchDataset[Batch]):
             batch, self.process_index, self.num_processes, accumulation, self.num_accumulation
         )
         rows = [self.rows[index] for index in mine]
-        return collate(rows, self.pad_id, self.cost, step_label_tokens)
+        cost = cost_within(self.window, self.cost, rows)
+        return collate(rows, self.pad_id, cost, step_label_tokens)
+
+
+@dataclass(frozen=True)
+class ValidationBatches(TorchDataset[Batch]):
+    """All validation rows, in order."""
+
+    rows: Sequence[Example]
+    pad_id: int
+    cost: Cost | None
+    batch_size: int
+    window: int | None = None
+
+    def __len__(self) -> int:
+        return ceil(len(self.rows) / self.batch_size)
+
+    def __getitem__(self, k: int) -> Batch:
+        rows = self.rows[k * self.batch_size : (k + 1) * self.batch_size]
+        return collate(rows, self.pad_id, cost_within(self.window, self.cost, rows))
+
+
+def cost_within(window: int | None, cost: Cost | None, rows: Sequence[Example]) -> Cost | None:
+    """Returns the cost of packing these rows, or None if one of them is longer than the model's
+    sliding window, in which packed rows would see less than they see alone."""
+    return None if window and max(len(row.ids) for row in rows) > window else cost
 
 
 class LoraDataModule(LightningDataModule):
@@ -163,7 +219,17 @@ class LoraDataModule(LightningDataModule):
         rounds = trainer.accumulate_grad_batches * trainer.world_size
         rows = self.config.training.batch_size // rounds
         model = trainer.lightning_module.model
-        return packing_cost(model, self.rows.drawn, self.pad_id, rows)
+        return packing_cost(model, self.rows.longest, self.pad_id, rows)
+
+    @property
+    def window(self) -> int | None:
+        """The sliding window (tokens) of a model that is packed. The packing check sees the longest
+        rows in characters, and another row may have more tokens."""
+        if self.cost is None:
+            return None
+        assert self.trainer is not None
+        model: Any = self.trainer.lightning_module.model
+        return getattr(model.config.get_text_config(), "sliding_window", None)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         trainer = self.trainer
@@ -181,6 +247,7 @@ class LoraDataModule(LightningDataModule):
             accumulation,
             trainer.global_rank,
             trainer.world_size,
+            self.window,
         )
         return DataLoader(
             batches,
@@ -202,10 +269,9 @@ class LoraDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Every process gets all validation rows, so that all make the same decisions."""
-        rows, size = self.rows.validation, self.config.training.batch_size
-        starts = range(0, len(rows), size)
-        batches = [collate(rows[at : at + size], self.pad_id, self.cost) for at in starts]
-        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a map-style dataset
+        size = self.config.training.batch_size
+        batches = ValidationBatches(self.rows.validation, self.pad_id, self.cost, size, self.window)
+        return DataLoader(batches, batch_size=None)
 
 
 def ignore_interrupts(worker: int) -> None:  # noqa: ARG001  # signature fixed by DataLoader

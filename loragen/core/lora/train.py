@@ -32,7 +32,7 @@ from loragen.core.data.dataset import Dataset
 from loragen.core.data.tokenize import pad_id
 from loragen.core.errors import Interrupted, UsageError, listing
 from loragen.core.files import written_atomically
-from loragen.core.lora.data import DRAWN, LoraDataModule, TrainingRows, load_rows
+from loragen.core.lora.data import LoraDataModule, TrainingRows, load_rows
 from loragen.core.lora.module import LoraModule, StepCheckpoints, StepMetrics
 from loragen.core.lora.provenance import Provenance
 from loragen.core.lora.tasks import IGNORED_ON_RESUME, with_absolute_paths
@@ -73,8 +73,7 @@ def train_adapter(
             training.max_steps,
         )
     recorded = resume.manifest.dataset.tokens if resume else ""
-    hash_all_rows = bool(recorded) and not recorded.startswith(DRAWN)
-    rows = load_rows(config, dataset, base.tokenizer, validation, hash_all_rows)
+    rows = load_rows(config, dataset, base.tokenizer, validation, recorded)
     manifest = LoraManifest(
         base_model=config.base_model,
         base_dtype=dtype_name(base.model.dtype),

@@ -1,11 +1,12 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from loragen.core.adapter.export import merged_state
+from loragen.core.adapter.export import merged_state, save_merged
 from loragen.core.adapter.files import (
     Adapter,
     adapter_state,
@@ -245,6 +246,19 @@ def test_every_kind_of_lora_that_peft_writes_is_attached_and_merged(
     assert all(torch.allclose(merged[k], reference[k], atol=1e-6) for k in merged.keys() - tied)
     live = {key: value for key, value in before.items() if "lora_" in key}
     assert equal(file_keys(live), adapter.tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merged_model_holds_tied_weights_once(base, tmp_path, dtype):
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    save_merged(get_peft_model(base.model, lora), replace(base, dtype=dtype), tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert base.model.config.tie_word_embeddings
+    assert "lm_head.weight" not in stored
+    assert stored["model.embed_tokens.weight"].dtype == dtype
 
 
 @pytest.mark.parametrize("options", [{"bias": "all"}, {"modules_to_save": ["norm"]}])

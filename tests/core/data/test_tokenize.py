@@ -1,5 +1,6 @@
 import unicodedata
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -125,8 +126,37 @@ def test_rows_are_tokenised_when_they_are_used(tokenizer, monkeypatch):
     assert part[0] == examples[3] == tokenize_row(tokenizer, rows[3], 30).example
     assert part[:2] == [examples[3], examples[0]]
     assert made == [4, 1]
-    assert (examples.num_cut, part.num_cut, examples.subset([0]).num_cut) == (1, 1, 0)
-    assert (examples.num_tokenized, part.num_tokenized) == (2, 2)
+    assert [examples.is_cut(index) for index in (0, 3)] == [False, True]
+    assert [part.is_cut(index) for index in (0, 1)] == [True, False]
+    assert made == [4, 1]
+
+
+def test_the_longest_rows_are_found_without_a_tokenizer():
+    rows = [
+        row("a" * 5, "r"),
+        row("a", "r" * 9),
+        row("a", "r", system="s" * 7),
+        row("a", "r", history=(Turn("h" * 3, "h" * 3),)),
+    ]
+    examples = TokenizedRows(rows, SimpleNamespace(), 64)
+    assert examples.longest(range(4), 3) == [1, 2, 3]
+    assert examples.longest([3, 0], 3) == [3, 0]
+    assert examples.subset([2, 1]).longest(range(2), 1) == [1]
+
+
+def test_few_rows_stay_in_memory_as_tokens(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenize, "MAX_CACHED", 2)
+    made = []
+    monkeypatch.setattr(
+        tokenize, "tokenize_row", lambda *args: made.append(args[1].line) or tokenize_row(*args)
+    )
+    rows = [Row(prompt="x", response="red", line=n) for n in range(4)]
+    examples = TokenizedRows(rows, tokenizer, 30)
+    assert list(examples) == [tokenize_row(tokenizer, one, 30).example for one in rows]
+    assert [examples[3], examples[2]]
+    assert made == [0, 1, 2, 3]
+    assert examples[0]
+    assert made[4:] == [0]
 
 
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=4), st.integers(4, 24))

@@ -1,10 +1,15 @@
+import re
 from types import SimpleNamespace
 
 import pytest
 
+from loragen.core.data.batches import batch_indices
 from loragen.core.data.dataset import Dataset
+from loragen.core.data.tokenize import Example, TokenizedRows, examples_hash
 from loragen.core.errors import UsageError
-from loragen.core.lora.data import LoraDataModule, MicroBatches, load_rows
+from loragen.core.lora import data
+from loragen.core.lora.data import LoraDataModule, MicroBatches, ValidationBatches, load_rows
+from loragen.core.lora.packing import Cost
 from loragen.core.lora.train import new_adapter
 
 
@@ -61,19 +66,68 @@ class Counting:
         return self.tokenizer.apply_chat_template(*args, **kwargs)
 
 
-def test_only_the_rows_that_a_run_draws_are_tokenised(lora_config, dataset, tokenizer):
-    file = dataset([{"prompt": f"q {i}", "response": "red"} for i in range(50)])
-    config = lora_config({"training.max_steps": 2, "data.val_ratio": 0.1})
+def test_a_row_is_tokenised_by_the_step_that_draws_it(lora_config, dataset, tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "CHECKED", 3)
+    monkeypatch.setattr(data, "LONGEST", 2)
+    questions = [{"prompt": f"q {i}" + "q" * (i in (7, 23)), "response": "red"} for i in range(50)]
+    file = dataset(questions)
+    config = lora_config({"training.max_steps": 25, "data.val_ratio": 0.1})
     counting = Counting(tokenizer)
     rows = load_rows(config, Dataset(file, "colors"), counting)
-    assert counting.templates == 2 * 4 + 5  # two steps of four rows, and the validation rows
+    assert counting.templates <= 2 * (3 + 2)  # the first and the longest of both splits
     assert (len(rows.training), len(rows.validation), rows.record.rows) == (45, 5, 50)
-    assert rows.record.tokens.startswith("drawn:")
+    assert rows.record.tokens.startswith("first:")
+    before = counting.templates
     batches = MicroBatches(rows.training, 0, None, batch_size=4, seed=config.seed)
-    assert [batches[step].step_label_tokens for step in (0, 1)]
-    assert counting.templates == 2 * 4 + 5
-    assert batches[2]
-    assert counting.templates > 2 * 4 + 5
+    drawn = batch_indices(45, 4, config.seed, step=20)
+    assert batches[20].step_label_tokens == sum(rows.training[i].num_label_tokens for i in drawn)
+    assert before < counting.templates <= before + 4
+
+
+def test_the_hash_of_tokens_that_a_manifest_has_is_computed_again(
+    lora_config, dataset, tokenizer, monkeypatch
+):
+    """Older manifests hash all rows, or all that the run draws."""
+    monkeypatch.setattr(data, "CHECKED", 3)
+    config = lora_config({"training.max_steps": 2, "data.val_ratio": 0.1})
+    opened = Dataset(dataset([{"prompt": f"q {i}", "response": "red"} for i in range(50)]))
+    rows = load_rows(config, opened, tokenizer)
+    training, validation = rows.training, rows.validation
+    indices = batch_indices(45, 8, config.seed, step=0)
+    first, all_drawn = ([training[i] for i in sorted(some)] for some in (indices[:3], indices))
+    assert rows.record.tokens == "first:" + examples_hash([*first, *validation[:3]])
+    found = load_rows(config, opened, tokenizer, recorded="drawn:0").record.tokens
+    assert found == "drawn:" + examples_hash([*all_drawn, *validation])
+    found = load_rows(config, opened, tokenizer, recorded="0").record.tokens
+    whole = TokenizedRows(opened.rows(), tokenizer, config.data.max_length)
+    assert found == examples_hash(whole)
+
+
+def test_a_batch_with_a_row_beyond_the_sliding_window_is_padded():
+    examples = [Example([1, 2, 3, 4, 5], 1), Example([1, 2, 3, 4, 6, 7], 1)]
+    cost = Cost(token=1.0, pair=1.0)
+    packed = [
+        MicroBatches(examples, 0, cost, batch_size=2, seed=0, window=window)[0].packed
+        for window in (None, 6, 5)
+    ]
+    assert packed == [True, True, False]
+    assert [
+        batch.packed
+        for batch in map(
+            ValidationBatches(examples, 0, cost, batch_size=1, window=5).__getitem__, range(2)
+        )
+    ] == [True, False]
+
+
+def test_of_many_rows_the_longest_show_that_some_are_cut(
+    lora_config, base, dataset, caplog, monkeypatch
+):
+    monkeypatch.setattr(data, "CHECKED", 1)
+    monkeypatch.setattr(data, "LONGEST", 2)
+    file = dataset([{"prompt": "q" * (90 if n == 17 else 3), "response": "red"} for n in range(30)])
+    load_rows(lora_config(), Dataset(file, "colors"), base.tokenizer)
+    (record,) = caplog.records
+    assert re.search(r"1 of \d rows looked at \(of 30\) are longer", record.getMessage())
 
 
 def test_rows_that_lose_a_part_of_their_prompt_are_counted(lora_config, base, dataset, caplog):

@@ -67,12 +67,6 @@ class TestARun:
             "adapter/README.md",
             "adapter/adapter_config.json",
             "adapter/adapter_model.safetensors",
-            "final_model/chat_template.jinja",
-            "final_model/config.json",
-            "final_model/generation_config.json",
-            "final_model/model.safetensors",
-            "final_model/tokenizer.json",
-            "final_model/tokenizer_config.json",
         }
 
     def test_the_manifest_describes_the_run(self, collection):
@@ -108,11 +102,20 @@ class TestARun:
         assert len(optimizer["state"]) == len(adapter)
         assert document["global_step"] == 8
 
-    def test_the_final_model_is_the_base_with_the_adapter_merged(self, collection, base):
+    def test_the_final_model_is_the_base_with_the_adapter_merged(self, train_lora, base):
         from peft import PeftModel
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        run, ids = collection.runs["colors"], torch.arange(20).view(2, 10)
+        run = train_lora({"final_model": "merged"}).directory
+        assert {name for name in files(run) if name.startswith("final_model/")} == {
+            "final_model/chat_template.jinja",
+            "final_model/config.json",
+            "final_model/generation_config.json",
+            "final_model/model.safetensors",
+            "final_model/tokenizer.json",
+            "final_model/tokenizer_config.json",
+        }
+        ids = torch.arange(20).view(2, 10)
         with torch.inference_mode():
             without = base.model(ids).logits
             adapted = PeftModel.from_pretrained(base.model, str(run / "adapter")).eval()
@@ -129,7 +132,7 @@ class TestARun:
     ):
         base.model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
         base.tokenizer.save_pretrained(tmp_path / "half")
-        config = lora_config({"base_model": str(tmp_path / "half")})
+        config = lora_config({"base_model": str(tmp_path / "half"), "final_model": "merged"})
         half = load_training_base(config)
         run = training.train_adapter(config, Dataset(dataset(), "colors"), half, Silent())
         stored = load_file(run.directory / "final_model" / "model.safetensors")
@@ -385,7 +388,7 @@ class TestFailure:
 
         monkeypatch.setattr(training, "save_merged", fail)
         with pytest.raises(type(error)):
-            train_lora()
+            train_lora({"final_model": "merged"})
         (run,) = (tmp_path / "runs").iterdir()
         assert read_manifest(run, LoraManifest).status == status
         assert not (run / "final_model").exists()
@@ -421,8 +424,8 @@ class TestFailure:
         assert "\n" not in str(raised.value)
         assert not (tmp_path / "runs").exists()
 
-    def test_without_a_final_model(self, train_lora):
-        run = train_lora({"final_model": "none"})
+    def test_by_default_no_final_model_is_written(self, train_lora):
+        run = train_lora()
         assert not (run.directory / "final_model").exists()
         assert (run.directory / "adapter").is_dir()
 
