@@ -111,6 +111,11 @@ class LoraTrainingSection(Section):
     packing: bool = Field(
         True, description="Compute the prefix that all rows share once; false pads every row."
     )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Keep each layer's input alone and compute its activations twice: less memory, "
+        "more time, the same result.",
+    )
     val_every: int = Field(25, ge=1, description="Validate every so many steps.")
     patience: int | None = Field(
         None, ge=1, description="Stop when val/loss has not improved for so many steps."
@@ -387,6 +392,11 @@ class BehaviourSection(Section):
     )
     rows_per_adapter: int = Field(8, ge=1, description="Labelled rows per adapter.")
     max_length: int = Field(512, ge=8, description="Longest row in tokens, as in lora train.")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Keep the input of each of the base's layers alone and compute its activations "
+        "twice: less memory, more time, the same result.",
+    )
     reconstruction_weight: float = Field(
         0.1, ge=0, description="Weight of the reconstruction loss beside the base's."
     )

@@ -70,6 +70,7 @@ IGNORED_ON_RESUME = (
     "data.cache_tokenized",
     "data.cache_dir",
     "training.last_every",
+    "behaviour.gradient_checkpointing",
     *HARDWARE,
 )
 

@@ -136,6 +136,7 @@ IGNORED_ON_RESUME = (
     "data.skip_bad_rows",
     "data.workers",
     "checkpoints.last_every",
+    "training.gradient_checkpointing",
     *HARDWARE,
 )
 """Sections and keys in which two runs with the same result may differ."""

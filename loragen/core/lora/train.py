@@ -5,6 +5,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from loragen.core.adapter.files import (
     plain_config,
     write_adapter,
 )
+from loragen.core.base.checkpointing import gradient_checkpointing
 from loragen.core.base.load import (
     LanguageModel,
     dtype_name,
@@ -121,7 +123,8 @@ def train_adapter(
 
         # ---- fit and save
         progress.training_started(dataset.name, training.max_steps)
-        with session, interruption.handle_signals():
+        memory = gradient_checkpointing(model) if training.gradient_checkpointing else nullcontext()
+        with memory, session, interruption.handle_signals():
             fit(trainer, module, data)
             if trainer.is_global_zero:
                 _save_results(config, base, model, manifest, session.directory)

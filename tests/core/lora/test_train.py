@@ -424,6 +424,14 @@ class TestFailure:
         assert "\n" not in str(raised.value)
         assert not (tmp_path / "runs").exists()
 
+    def test_gradient_checkpointing_changes_no_bit(self, train_lora):
+        plain, checkpointed = (
+            train_lora({"training.gradient_checkpointing": wanted, "lora.dropout": 0.1})
+            for wanted in (False, True)
+        )
+        assert plain.manifest.final_loss == checkpointed.manifest.final_loss
+        assert equal(last_tensors(plain), last_tensors(checkpointed))
+
     def test_by_default_no_final_model_is_written(self, train_lora):
         run = train_lora()
         assert not (run.directory / "final_model").exists()

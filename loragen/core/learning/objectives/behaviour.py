@@ -7,6 +7,7 @@ compares this with `torch.func.functional_call` of a PeftModel, once per adapter
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from random import Random
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from loragen.core.adapter.files import module_scaling
 from loragen.core.adapter.layout import Layout
+from loragen.core.base.checkpointing import gradient_checkpointing
 from loragen.core.base.load import empty_base, is_local
 from loragen.core.config import GenTrainConfig
 from loragen.core.data.tokenize import Example
@@ -143,7 +145,11 @@ class Behaviour(Objective):
         self.reconstruction_weight = config.reconstruction_weight
         assert data.base is not None  # needs_base
         self.base_loss = AdaptedBase(
-            data.base.model, data.layout, data.normalization, data.adapter_config
+            data.base.model,
+            data.layout,
+            data.normalization,
+            data.adapter_config,
+            checkpointed=config.gradient_checkpointing,
         )
         self.steps, self.batch_size = config.max_steps, config.batch_size
         self.learning_rate = config.learning_rate or 1e-4
@@ -201,9 +207,14 @@ class AdaptedBase:
         layout: Layout,
         normalization: Normalization,
         adapter_config: Mapping[str, Any],
+        checkpointed: bool = False,
     ) -> None:
-        """Raises LoragenError if the adapter is no plain LoRA on linear modules of the base."""
+        """With `checkpointed`, the base's activations are computed again in the backward pass.
+
+        Raises LoragenError if the adapter is no plain LoRA on linear modules of the base.
+        """
         self.model, self.layout, self.normalization = model, layout, normalization
+        self.checkpointed = checkpointed
         self.injection = Injection(model, layout, adapter_config)
 
     def to(self, device: torch.device) -> None:
@@ -227,7 +238,11 @@ class AdaptedBase:
 
     def _loss_and_logits(self, predicted: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
         adapters = self.layout.unpack_several(self.normalization.denormalize(predicted.float()))
-        with self.injection.injected(adapters):
+        with ExitStack() as stack:
+            stack.enter_context(self.injection.injected(adapters))
+            if self.checkpointed:  # a layer is computed again after this block, with its adapters
+                again = partial(self.injection.injected, adapters)
+                stack.enter_context(gradient_checkpointing(self.model, again))
             logits, tokens = answer_logits(self.model, rows)  # of all answer tokens
         each = len(rows.ids) // len(predicted)
         sequence = torch.arange(len(rows.ids), device=rows.ids.device)[:, None]

@@ -200,6 +200,31 @@ def test_it_is_functional_call_with_each_adapter_in_turn(peft_base):
     assert gradient.abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_checkpointing_changes_no_bit(base, layout, fitted, config, dtype):
+    """Each layer is computed again with the adapters of its own forward pass: two passes come
+    before the first backward pass."""
+    batch = collate([Example([5, 6, 7, 8, 9, 10], 2), Example([5, 6, 11, 12], 1)] * 2, 0)
+    found = []
+    for checkpointed in (False, True):
+        adapted = AdaptedBase(base.model.to(dtype), layout, fitted, config, checkpointed)
+        several = [
+            (0.5 * drawn(seed, 2, layout.tokens, layout.token_dim)).requires_grad_()
+            for seed in (7, 8)
+        ]
+        losses = [adapted(tokens, batch) for tokens in several]
+        for loss in reversed(losses):
+            loss.backward()
+        with torch.no_grad():
+            losses += adapted.accuracy(several[0], batch)
+        found.append([*losses, *(tokens.grad for tokens in several)])
+        for module in base.model.modules():
+            assert not module._forward_hooks  # noqa: SLF001
+            assert "forward" not in vars(module)
+    assert all(one.equal(other) for one, other in zip(*found, strict=True))
+    assert not found[0][-1].equal(found[0][-2])
+
+
 def test_nothing_stays_behind(peft_base):
     model, config, layout = peft_base
     plain, ids = model.unload(), torch.tensor([[1, 2, 3]])
