@@ -6,8 +6,9 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,9 @@ MAX_NAME_BYTES = 120
 """File systems allow 255; this leaves room for suffixes, numbers and temporary names."""
 RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[\d¹²³])(\..*)?", re.IGNORECASE)
 """Names of devices on Windows, which no file may have, with any suffix."""
+HELD_SECONDS = 2.0 if os.name == "nt" else 0.0
+"""How long a renaming is tried again: on Windows it fails while another program, such as a virus
+scanner, has the file open."""
 HUB_TIMEOUT = 10
 """Seconds to wait for the hub's answer."""
 
@@ -27,7 +31,9 @@ HUB_TIMEOUT = 10
 def written_atomically(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, and renames it to `path` once the block has succeeded.
 
-    The block writes a file or makes a directory there; after an error, everything is as before.
+    The block writes a file or makes a directory there; after an error, everything is as before. A
+    process that is killed leaves one of the two versions. A power failure does too if the block has
+    synced its file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -35,9 +41,9 @@ def written_atomically(path: Path) -> Iterator[Path]:
     try:
         yield new
         if path.is_dir():
-            path.rename(old)  # a directory cannot be renamed over another
+            _while_held(path.rename, old)  # a directory cannot be renamed over another
         try:
-            new.replace(path)
+            _while_held(new.replace, path)
         except BaseException:
             if old.exists():
                 old.rename(path)
@@ -45,6 +51,20 @@ def written_atomically(path: Path) -> Iterator[Path]:
     finally:
         if path.exists() or not old.exists():  # keeps the old version if it is the only one
             shutil.rmtree(holder, ignore_errors=True)
+
+
+def _while_held(rename: Callable[[Path], object], target: Path) -> None:
+    """Renames, and tries again for `HELD_SECONDS` as long as another program holds the file."""
+    deadline = time.monotonic() + HELD_SECONDS
+    while True:
+        try:
+            rename(target)
+        except PermissionError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.05)
+        else:
+            return
 
 
 def remove_unfinished(directory: Path) -> None:
@@ -55,9 +75,11 @@ def remove_unfinished(directory: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 with line feeds, atomically."""
-    with written_atomically(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+    """Writes UTF-8 with line feeds, atomically, and syncs it with the disk."""
+    with written_atomically(path) as temporary, temporary.open("wb") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -90,6 +90,9 @@ class Encoder(Protocol):
     An encoder that is not `frozen` is trained with the decoder: gradients reach its parameters with
     ``requires_grad``, its ``state_dict`` holds all that training changes, and its embeddings are
     computed at every step instead of once.
+
+    An encoder may have an attribute `libraries`, the names of the distributions that compute its
+    embeddings beside its own: embeddings are cached under their versions.
     """
 
     Config: ClassVar[type[BaseModel]]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loragen.core import files
 from loragen.core.errors import UsageError
 from loragen.core.files import (
     file_name,
@@ -103,6 +104,34 @@ def test_a_directory_that_cannot_be_replaced_is_not_lost(tmp_path, monkeypatch, 
         assert contents(tmp_path) == {name, f"{name}/old"}
     else:
         assert len(list(tmp_path.rglob("old"))) == 1
+
+
+@pytest.mark.parametrize("old", ["file", "directory"])
+def test_a_file_that_another_program_holds_for_a_moment_is_replaced(tmp_path, monkeypatch, old):
+    """As a virus scanner does on Windows."""
+    monkeypatch.setattr(files, "HELD_SECONDS", 5.0)
+    held, replace = [1, 2], Path.replace
+
+    def scanned(path, target):
+        if held:
+            held.pop()
+            raise PermissionError("a scanner holds a file")
+        return replace(path, target)
+
+    target = tmp_path / "target"
+    target.mkdir() if old == "directory" else target.touch()
+    monkeypatch.setattr(Path, "replace", scanned)
+    write_text(target, "new")
+    assert target.read_text(encoding="utf-8") == "new"
+    assert not held
+
+
+def test_text_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(files.os, "fsync", lambda _: synced.append((tmp_path / "f").exists()))
+    write_text(tmp_path / "f", "new\n")
+    assert synced == [False]
+    assert (tmp_path / "f").read_bytes() == b"new\n"
 
 
 def test_json_is_readable_text(tmp_path):

@@ -53,6 +53,19 @@ def test_one_position_a_prompt_of_unit_length(encoder):
     assert encoder.dim == 16
 
 
+def test_texts_that_are_truncated_are_counted_and_warned_of_once(encoder, caplog):
+    length = encoder.model.max_seq_length
+    fits = "a " * (length - 2)  # with [CLS] and [SEP]
+    assert len(encoder.model.tokenizer(fits)["input_ids"]) == length
+    encoder([fits, "a"])
+    assert not caplog.records
+    encoder([fits, "a " * length, "b " * (length - 1), "a"])
+    encoder(["a " * length])
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"2 of 4 texts have more than the {length} tokens")
+    assert "data.samples_per_prompt" in record.getMessage()
+
+
 def test_it_is_frozen(encoder):
     assert encoder.frozen
     assert not any(p.requires_grad for p in encoder.parameters())

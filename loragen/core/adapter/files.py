@@ -5,6 +5,7 @@ Everywhere in loragen the keys of an adapter's tensors are those of PEFT's files
 """
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -20,6 +21,8 @@ from loragen.core.adapter import CONFIG_FILE, WEIGHTS_FILE
 from loragen.core.config.schema import LoraSection
 from loragen.core.errors import DataError, LoragenError, UsageError, listing
 from loragen.core.files import write_json, write_text, written_atomically
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -172,9 +175,17 @@ def attach_adapter(base: Any, adapter: Adapter, origin: str) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
-    # An adapter of a newer PEFT may have fields that this one lacks. The base's name is left out,
-    # because PEFT would warn if the weights come from elsewhere.
+    # An adapter of a newer PEFT may have fields that this one lacks; an empty one changes nothing.
     known = {field.name for field in fields(LoraConfig) if field.init}
+    unknown = [key for key, value in adapter.config.items() if value and key not in known]
+    if unknown:
+        log.warning(
+            "%s: the installed PEFT has no field %s and ignores it: the adapter may be of a newer "
+            "PEFT, and compute something else there (pip install --upgrade peft)",
+            origin,
+            listing(sorted(unknown)),
+        )
+    # The base's name is left out, because PEFT would warn if the weights come from elsewhere.
     known -= {"base_model_name_or_path", "runtime_config"}
     config = {key: value for key, value in adapter.config.items() if key in known}
     try:

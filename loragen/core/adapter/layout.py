@@ -25,6 +25,8 @@ from loragen.core.files import natural_key
 from loragen.core.protocols import TokenGrid
 
 NO_LAYER = -1
+PACKING_VERSION = 1
+"""Part of the keys of caches: a change of how `Layout.pack` arranges values raises it."""
 
 
 @dataclass(frozen=True)

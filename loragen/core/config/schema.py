@@ -406,7 +406,10 @@ class GenTrainConfig(Section):
     """The configuration of `loragen gen train`."""
 
     seed: int = Field(
-        42, ge=0, description="Initial weights, grouping of prompts, split and batches."
+        42,
+        ge=0,
+        le=2**32 - 1,
+        description="Initial weights, grouping of prompts, split and batches.",
     )
     experiments_dir: str = Field(
         "experiments", description="Directory of the experiment directories."

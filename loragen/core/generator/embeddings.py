@@ -19,12 +19,14 @@ dimensions are too few for one.
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loragen.core.files import written_atomically
 from loragen.core.protocols import Encoder
@@ -40,14 +42,22 @@ MIN_REACH = 0.6
 
 
 @torch.no_grad()
-def write_embeddings(encoder: Encoder, texts: Sequence[str], embeddings: Path, mask: Path) -> None:
+def write_embeddings(
+    encoder: Encoder,
+    texts: Sequence[str],
+    embeddings: Path,
+    mask: Path,
+    device: torch.device | None = None,
+) -> None:
     """Writes two .npy files: ``[texts, positions, dim]`` float32 and ``[texts, positions]`` bool.
 
-    The number of positions is that of the longest text, which is known only at the end: until then
-    the pieces are stored beside the files, each with its own width.
+    The encoder computes on `device`, if that is given, and is back on the CPU afterwards. The
+    number of positions is that of the longest text, which is known only at the end: until then the
+    pieces are stored beside the files, each with its own width.
     """
     embeddings.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=embeddings.parent, prefix=".parts.") as folder:
+    parts = tempfile.TemporaryDirectory(dir=embeddings.parent, prefix=".parts.")
+    with _computing_on(device, encoder), parts as folder:
         pieces: dict[str, list[Path]] = {"embeddings": [], "mask": []}
         for first in range(0, len(texts), TEXTS_AT_ONCE):
             # Float32 instead of half precision: conditions have to be the same in training and in
@@ -58,6 +68,19 @@ def write_embeddings(encoder: Encoder, texts: Sequence[str], embeddings: Path, m
                 np.save(pieces[kind][-1], tensor.cpu().numpy())
         _concatenate(pieces["embeddings"], embeddings)
         _concatenate(pieces["mask"], mask)
+
+
+@contextmanager
+def _computing_on(device: torch.device | None, encoder: Any) -> Iterator[None]:
+    """Moves the encoder to the device for the block, and back to the CPU afterwards."""
+    if device is None or not isinstance(encoder, nn.Module):
+        yield
+        return
+    encoder.to(device)
+    try:
+        yield
+    finally:
+        encoder.to("cpu")
 
 
 def _concatenate(pieces: Sequence[Path], file: Path) -> None:

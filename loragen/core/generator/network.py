@@ -48,8 +48,9 @@ class Normalization:
         for collection in collections:
             datasets += 1
             for tokens in collection:
-                total += tokens / len(collection)
-                squares += np.square(tokens, dtype=np.float64).sum(axis=1) / len(collection)
+                wide = tokens.astype(np.float64)
+                total += wide / len(collection)
+                squares += np.square(wide).sum(axis=1) / len(collection)
         mean = total / datasets
         deviation = np.maximum(squares / datasets - np.square(mean).sum(axis=1), 0)
         owners = layout.owners()

@@ -1,36 +1,47 @@
 """The sources of a training as arrays on disk: tokenised checkpoints and embedded prompts.
 
-They are stored in a cache that may be deleted at any time; its keys are hashes of the contents.
+They are stored in a cache that may be deleted at any time. Its keys are hashes of the contents and
+of the versions of the code that computes the arrays. Of several processes, such as those of DDP,
+one writes an array and the others wait for it.
 """
 
+import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from loragen.core.adapter import WEIGHTS_FILE
 from loragen.core.adapter.algebra import in_form
-from loragen.core.adapter.layout import Layout
+from loragen.core.adapter.layout import PACKING_VERSION, Layout
+from loragen.core.base.load import best_device
 from loragen.core.config.schema import GenTrainConfig
 from loragen.core.errors import DataError
-from loragen.core.files import sha256, sha256_text, written_atomically
+from loragen.core.files import remove_unfinished, sha256, sha256_text, written_atomically
 from loragen.core.generator.embeddings import write_embeddings
 from loragen.core.generator.network import Normalization
 from loragen.core.learning.plan import Plan
 from loragen.core.learning.sources import TrainingSource
 from loragen.core.learning.texts import LabelledRows, labelled_rows, texts_of
+from loragen.core.plugins import describe
 from loragen.core.protocols import Encoder
 from loragen.core.run.checkpoints import load_adapter
 from loragen.core.run.directory import SourceRecord
 
+log = logging.getLogger(__name__)
+
+CACHE_VERSION = 2
+"""Part of all keys of the cache: a change of what this module stores raises it."""
 MIN_SAMPLES = 64
 MAX_AVERAGED = 4  # checkpoints averaged to one sample: enough to reduce the noise of a single one
 
@@ -143,13 +154,16 @@ def _cache(config: GenTrainConfig) -> Iterator[Path]:
 def _tokenized(
     cache: Path, layout: Layout, source: TrainingSource, config: GenTrainConfig
 ) -> tuple[str, np.ndarray]:
-    """Returns a hash of the checkpoints in this layout and form, and their tokens."""
+    """Returns a hash of the checkpoints in this layout and form, which the manifest records, and
+    their tokens."""
     weights = (f / WEIGHTS_FILE if f.is_dir() else f for f in source.checkpoints)
     form = config.layout.target_form
     key = sha256_text(repr(layout.state()), form, *map(sha256, weights))[:32]
-    file = cache / "tokens" / f"{key}.npy"
-    if not file.is_file():
-        shape = (len(source.checkpoints), layout.tokens, layout.token_dim)
+    versions = f"{CACHE_VERSION} {PACKING_VERSION}"
+    file = cache / "tokens" / f"{sha256_text(key, versions)[:32]}.npy"
+    shape = (len(source.checkpoints), layout.tokens, layout.token_dim)
+
+    def write() -> None:
         with written_atomically(file) as temporary:
             array = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
             for row, checkpoint in enumerate(source.checkpoints):
@@ -162,6 +176,8 @@ def _tokenized(
                     raise DataError(f"{checkpoint}: NaN or infinity in its weights")
             array.flush()
             del array
+
+    write_once([file], write)
     tokens: np.ndarray = np.load(file, mmap_mode="r")
     return key, tokens
 
@@ -173,11 +189,35 @@ def _embedded(
     if not encoder.frozen:
         return np.zeros((len(texts), 0, encoder.dim), np.float32), np.zeros((len(texts), 0), bool)
     described = config.encoder.name, repr(config.encoder.options), encoder.fingerprint
-    stem = cache / "embeddings" / sha256_text(sha256_text(*described), *texts)[:32]
+    plugin = describe("encoder", config.encoder.name)
+    versions = [f"{name} {version(name)}" for name in getattr(encoder, "libraries", ())]
+    code = sha256_text(str(CACHE_VERSION), plugin.origin, *versions)
+    stem = cache / "embeddings" / sha256_text(code, sha256_text(*described), *texts)[:32]
     files = [stem.with_suffix(".npy"), stem.with_suffix(".mask.npy")]
-    if not all(file.is_file() for file in files):
-        write_embeddings(encoder, texts, *files)
+    device = torch.device("cpu") if config.trainer.accelerator == "cpu" else best_device()
+    write_once(files, lambda: write_embeddings(encoder, texts, files[0], files[1], device))
     return np.load(files[0], mmap_mode="r"), np.load(files[1], mmap_mode="r")
+
+
+def write_once(files: Sequence[Path], write: Callable[[], None]) -> None:
+    """Calls `write` unless the files, of one folder, are there. Of several processes one writes and
+    the others wait for it. What a process that was killed has left is removed."""
+    if all(file.is_file() for file in files):
+        return
+    folder = files[0].parent
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        log.info("%s: waiting for another process that writes there", folder)
+        lock.acquire()
+    try:
+        remove_unfinished(folder)  # nobody else writes at this moment
+        if not all(file.is_file() for file in files):
+            write()
+    finally:
+        lock.release()
 
 
 class AdapterSamples:

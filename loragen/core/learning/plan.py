@@ -65,10 +65,12 @@ def make_plan(config: GenTrainConfig, found: Sources) -> Plan:
     both = [*sources, *val_sources]
     for source in both:
         _ = source.prompts, source.provenance  # these raise if the dataset has changed
-        if source.base_model != sources[0].base_model:
+        if not source.has_same_base(sources[0]):
+            one, other = source.base_model, sources[0].base_model
+            where = f"on {other}" if one != other else "on other weights of that name"
             raise DataError(
-                f"{source.name} was trained on {source.base_model}, {sources[0].name} on "
-                f"{sources[0].base_model}: a generator serves one base model"
+                f"{source.name} was trained on {one}, {sources[0].name} {where}: "
+                "a generator serves one base model"
             )
     form = config.layout
     sample = load_adapter(sources[0].checkpoints[-1])

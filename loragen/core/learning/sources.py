@@ -150,8 +150,28 @@ class TrainingSource:
             return self.run.manifest.base_model
         return str(self.adapter_config.get("base_model_name_or_path"))
 
+    @property
+    def base_fingerprint(self) -> str:
+        """The hash of the base's weights; empty if it is not recorded, or of a quantised base,
+        whose hash is not that of its weights."""
+        recorded = self.run.manifest.base_fingerprint if self.run else ""
+        if recorded and self.run and self.run.config.base_quantization == "none":
+            return recorded
+        return ""
+
+    def has_same_base(self, other: "TrainingSource") -> bool:
+        """Returns whether the bases have the same weights or, if those are not recorded, the same
+        name. One base may lie in several directories."""
+        weights = self.base_fingerprint, other.base_fingerprint
+        if all(weights):
+            return weights[0] == weights[1]
+        return self.base_model == other.base_model
+
     def release(self) -> None:
-        """Frees the rows that were read; a later access reads the file again."""
+        """Frees the rows and prompts that were read; a later access reads the file again."""
+        _ = self.prompts_sha256
+        for cached in ("groups", "prompts", "provenance"):
+            self.__dict__.pop(cached, None)
         for dataset in (self.labels, self.prompt_dataset):
             if dataset:
                 dataset.release()

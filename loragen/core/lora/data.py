@@ -229,7 +229,8 @@ class LoraDataModule(LightningDataModule):
             return None
         assert self.trainer is not None
         model: Any = self.trainer.lightning_module.model
-        return getattr(model.config.get_text_config(), "sliding_window", None)
+        window: int | None = getattr(model.config.get_text_config(), "sliding_window", None)
+        return window
 
     def train_dataloader(self) -> DataLoader[Batch]:
         trainer = self.trainer

@@ -107,7 +107,8 @@ def traced_run(run: LoraRun, dataset: Dataset | None = None) -> TracedRun:
 
 def row_hash(row: Row) -> str:
     """Returns a hash of a row's content, whatever its file and line."""
-    return sha256_text(row.system or "", row.prompt, row.response)[:16]
+    earlier = (text for turn in row.history for text in turn)
+    return sha256_text(row.system or "", *earlier, row.prompt, row.response)[:16]
 
 
 def tracking_file(directory: Path, dataset: str) -> Path:

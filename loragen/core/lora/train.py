@@ -5,7 +5,7 @@
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,9 @@ def train_adapter(
 
         # ---- fit and save
         progress.training_started(dataset.name, training.max_steps)
-        memory = gradient_checkpointing(model) if training.gradient_checkpointing else nullcontext()
+        memory: AbstractContextManager[Any] = (
+            gradient_checkpointing(model) if training.gradient_checkpointing else nullcontext()
+        )
         with memory, session, interruption.handle_signals():
             fit(trainer, module, data)
             if trainer.is_global_zero:

@@ -287,11 +287,12 @@ class CheckpointCallback(StepCallback):
 
     def save(self, trainer: Trainer, file: Path) -> None:
         """Saves the current step to `file`. Raises LoragenError if a weight is not finite."""
-        for name, weight in trainer.lightning_module.state_dict().items():
-            if not weight.isfinite().all():  # a bad checkpoint must not replace a good one
-                raise _diverged(
-                    f"{name} is not finite", trainer.global_step, self.session.directory
-                )
+        state = trainer.lightning_module.state_dict()
+        # One flag of each weight, which are read together: reading one waits for the GPU.
+        finite = torch.stack([weight.isfinite().all() for weight in state.values()]).tolist()
+        if not all(finite):  # a bad checkpoint must not replace a good one
+            name = list(state)[finite.index(False)]
+            raise _diverged(f"{name} is not finite", trainer.global_step, self.session.directory)
         # Called in all processes, because it has a barrier. Lightning's `weights_only` would leave
         # out the states of optimizer and callbacks.
         trainer.save_checkpoint(file, weights_only=False)

@@ -1,6 +1,7 @@
 """Sentence-BERT (arXiv 1908.10084): one embedding per text, or one per token."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from loragen import LoragenError
 from loragen.core.files import hub_problem, user_path
 
+log = logging.getLogger(__name__)
+
 PACKAGED = "all-MiniLM-L6-v2"
 """The model that the extra `loragen[offline]` contains."""
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -23,7 +26,8 @@ class SentenceBert(nn.Module):
 
     `all-MiniLM-L6-v2` comes from the extra `loragen[offline]` if that is installed (its weights are
     accepted only with the published sha256), otherwise from the hub. Texts beyond the model's
-    maximum length (256 tokens for all-MiniLM-L6-v2) are truncated at their end.
+    maximum length (256 tokens for all-MiniLM-L6-v2) are truncated at their end, which is warned of
+    once.
     """
 
     class Config(BaseModel, extra="forbid"):
@@ -39,7 +43,11 @@ class SentenceBert(nn.Module):
             ge=1,
             description="Maximum positions of a text (tokens); the model still reads all of it.",
         )
-        batch_size: int = Field(64, ge=1, description="Texts per forward pass.")
+        batch_size: int | None = Field(
+            None, ge=1, description="Texts per forward pass; null: 64, and 256 on a GPU."
+        )
+
+    libraries = ("sentence-transformers", "transformers")
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -64,6 +72,7 @@ class SentenceBert(nn.Module):
         finally:
             if bars:
                 logging.enable_progress_bar()
+        self._warned_of_cut = False
         self.model = model.requires_grad_(not config.frozen).eval()
         for name, parameter in self.model.named_parameters():
             # The output of BERT's own pooler is unused: DDP would wait for its gradients.
@@ -93,10 +102,24 @@ class SentenceBert(nn.Module):
         """Returns embeddings ``[texts, positions, dim]`` float32, and a mask ``[texts, positions]``
         that is False on the padding of shorter texts."""
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # reduces padding
+        size = self.config.batch_size or (64 if self.model.device.type == "cpu" else 256)
         rows: dict[int, Tensor] = {}
-        for first in range(0, len(texts), self.config.batch_size):
-            chosen = order[first : first + self.config.batch_size]
-            rows |= zip(chosen, self._embedded([texts[index] for index in chosen]), strict=True)
+        num_cut = 0
+        for first in range(0, len(texts), size):
+            chosen = order[first : first + size]
+            embedded, cut = self._embedded([texts[index] for index in chosen])
+            rows |= zip(chosen, embedded, strict=True)
+            num_cut += cut
+        if num_cut and not self._warned_of_cut:
+            self._warned_of_cut = True
+            log.warning(
+                "%d of %d texts have more than the %d tokens that the encoder %s reads, and lose "
+                "their end; fewer data.samples_per_prompt make shorter texts",
+                num_cut,
+                len(texts),
+                self.model.max_seq_length,
+                self.config.model,
+            )
         lengths = torch.tensor([len(rows[index]) for index in range(len(texts))], dtype=torch.long)
         if not rows:
             return torch.zeros(0, 1, self.dim), torch.zeros(0, 1, dtype=torch.bool)
@@ -104,23 +127,31 @@ class SentenceBert(nn.Module):
         mask = torch.arange(embeddings.shape[1]) < lengths[:, None]
         return embeddings, mask.to(embeddings.device)
 
-    def _embedded(self, texts: Sequence[str]) -> list[Tensor]:
-        """Returns ``[positions, dim]`` for each text."""
+    def _embedded(self, texts: Sequence[str]) -> tuple[list[Tensor], int]:
+        """Returns ``[positions, dim]`` for each text, and how many of them are truncated."""
         model = self.model
         prefix = model.prompts.get(model.default_prompt_name or "") or ""
+        whole = [prefix + text for text in texts]
         features = model.tokenizer(
-            [prefix + text for text in texts],
+            whole,
             padding=True,
             truncation=True,
             max_length=model.max_seq_length,
             return_tensors="pt",
-        ).to(model.device)
-        output = model(dict(features))
+        )
+        lengths = features["attention_mask"].sum(1).tolist()
+        full = [text for text, n in zip(whole, lengths, strict=True) if n == model.max_seq_length]
+        num_cut = 0
+        if full and not self._warned_of_cut:
+            all_ids = model.tokenizer(full)["input_ids"]
+            num_cut = sum(len(ids) > model.max_seq_length for ids in all_ids)
+        output = model(dict(features.to(model.device)))
         if self.config.positions == "sentence":
-            return list(output["sentence_embedding"].float().unsqueeze(1))
+            return list(output["sentence_embedding"].float().unsqueeze(1)), num_cut
         kept = output["attention_mask"].bool()
         tokens = output["token_embeddings"].float()
-        return [row[keep][: self.config.max_tokens] for row, keep in zip(tokens, kept, strict=True)]
+        rows = zip(tokens, kept, strict=True)
+        return [row[keep][: self.config.max_tokens] for row, keep in rows], num_cut
 
 
 def _source(model: str) -> str | Path:

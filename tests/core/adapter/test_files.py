@@ -113,6 +113,28 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_base_unchanged(
     assert equal(state(base.model), before)
 
 
+def test_fields_that_the_installed_peft_lacks_are_warned_of(base, trained, caplog):
+    """An empty one is no option that is in use, and what PEFT itself writes is known."""
+    trained.config |= {"scale_by_depth": 2.0, "lora_shift": None, "lora_twist": {}}
+    attach_adapter(base.model, trained, "some/where")
+    (record,) = caplog.records
+    assert record.getMessage().startswith("some/where: ")
+    assert "scale_by_depth" in record.getMessage()
+    assert "lora_" not in record.getMessage().partition("ignores")[0]
+
+
+def test_an_adapter_of_the_installed_peft_is_not_warned_of(base, trained, tmp_path, caplog):
+    from peft import PeftModel
+
+    write_adapter(tmp_path / "ours", trained, "")
+    theirs = PeftModel.from_pretrained(base.model, str(tmp_path / "ours"))
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    plain = theirs.unload()
+    caplog.clear()
+    attach_adapter(plain, read_adapter(tmp_path / "theirs"), "theirs")
+    assert not caplog.records
+
+
 def test_another_adapter_attaches_after_a_refused_one(base, trained):
     with pytest.raises(LoragenError):
         attach_adapter(base.model, Adapter(trained.config, {}), "x")

@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -6,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loragen.core.adapter.layout import Layout
+from loragen.core.adapter.layout import PACKING_VERSION, Layout
 from loragen.core.errors import DataError, UsageError
 
 MODULES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj", "mlp.up_proj")
@@ -151,6 +152,19 @@ def test_a_token_is_a_piece_of_one_rank_component():
     }
     tokens = Layout.of(adapter, 4).pack(adapter)
     assert tokens.tolist() == [[0, 1, 2, 3], [4, 5, 0, 0], [0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+def test_another_way_of_packing_has_another_version():
+    """Caches hold packed adapters: if this fails, raise PACKING_VERSION."""
+    adapter = {
+        key(layer, module, matrix): torch.arange(6.0).view(*shape) + layer
+        for layer in (0, 1)
+        for module in ("q", "v")
+        for matrix, shape in (("lora_A", (2, 3)), ("lora_B", (3, 2)))
+    }
+    packed = Layout.of(adapter, 2).pack(adapter).numpy().tobytes()
+    found = hashlib.sha256(packed).hexdigest()[:16]
+    assert (PACKING_VERSION, found) == (1, "c792e4bdd5d9a47f")
 
 
 def test_layers_are_in_numeric_order():

@@ -293,3 +293,11 @@ def test_a_value_on_the_command_line_is_one_problem_too(value):
     for layer in ({"settings": [f"seed={value}"]}, {"environment": {"LORAGEN_SEED": value}}):
         (problem,) = problems_of(load, LoraTrainConfig, **{"environment": {}, **layer})
         assert "not YAML" in problem
+
+
+@pytest.mark.parametrize("model", [LoraTrainConfig, GenTrainConfig])
+def test_a_seed_has_32_bits(model):
+    """More would overflow the generator of random numbers at the first step."""
+    assert load(model, None, ["seed=4294967295"], environment={}).seed == 2**32 - 1
+    with pytest.raises(UsageError, match="seed"):
+        load(model, None, ["seed=8589934592"], environment={})

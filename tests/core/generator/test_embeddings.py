@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from loragen.core.generator import embeddings as module
 from loragen.core.generator.embeddings import Familiarity, text_vectors, write_embeddings
@@ -43,6 +44,26 @@ def test_parts_of_any_width_make_the_whole(tmp_path, texts, at_once):
     assert np.array_equal(mask, there.numpy())
     assert encoder.most <= at_once
     assert sorted(file.name for file in (tmp_path / "cache").iterdir()) == ["e.npy", "m.npy"]
+
+
+def test_the_encoder_computes_on_the_device_and_comes_back(tmp_path):
+    class Moving(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.moves, self.letters = [], Letters()
+
+        def to(self, device):
+            self.moves.append(str(device))
+            return self
+
+        def forward(self, texts):
+            self.moves.append("embedded")
+            return self.letters(texts)
+
+    encoder, files = Moving(), (tmp_path / "e.npy", tmp_path / "m.npy")
+    write_embeddings(encoder, ["a"], *files, torch.device("cuda"))
+    write_embeddings(encoder, ["a"], *files)
+    assert encoder.moves == ["cuda", "embedded", "cpu", "embedded"]
 
 
 def test_an_encoder_that_fails_leaves_nothing(tmp_path):

@@ -72,6 +72,17 @@ def test_a_tensor_that_never_changes_keeps_its_values(value):
     assert torch.allclose(fitted.denormalize(zeros)[still], torch.from_numpy(tokens[0])[still])
 
 
+def test_a_frozen_matrix_of_any_values_has_the_scale_one():
+    """Three equal float32 matrices have no deviation, although a third of them is rounded."""
+    tokens = collection(3, 3)
+    frozen = torch.from_numpy(LAYOUT.owners() == 1)
+    tokens[:, frozen] = tokens[0, frozen]
+    fitted = Normalization.fit(LAYOUT, [tokens, tokens])
+    assert fitted.scale[frozen].eq(1.0).all()
+    assert fitted.scale[~frozen].ne(1.0).any()
+    assert fitted.mean[frozen].equal(torch.from_numpy(tokens[0])[frozen])
+
+
 def test_one_checkpoint_alone_is_its_own_mean():
     tokens = collection(1, 4)
     fitted = Normalization.fit(LAYOUT, [tokens])

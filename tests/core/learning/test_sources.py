@@ -1,7 +1,10 @@
 import json
 import logging
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
+from time import sleep
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from loragen.core.data.prompts import Grouping, prepare, read_prepared
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import sha256
 from loragen.core.learning import arrays as module
-from loragen.core.learning.arrays import source_arrays
+from loragen.core.learning.arrays import source_arrays, write_once
 from loragen.core.learning.plan import make_plan
 from loragen.core.learning.sources import (
     PromptDirectories,
@@ -289,9 +292,25 @@ class TestCommonLayout:
         with pytest.raises(DataError, match=r"not the adapter of colors: .*lora_A.*has shape"):
             plan(config)
 
+    def test_adapters_of_other_weights_of_that_name_are_refused(self, run, copied, gen_config):
+        manifest = read_manifest(copied[0], LoraManifest)
+        write_manifest(copied[0], manifest.model_copy(update={"base_fingerprint": "other"}))
+        config = gen_config({"sources": [{"run": str(run)}, {"run": str(copied[0])}]})
+        with pytest.raises(DataError, match=r"on other weights of that name: a generator serves"):
+            plan(config)
+        write_manifest(copied[0], manifest.model_copy(update={"base_fingerprint": ""}))
+        assert len(plan(config).sources) == 2
+
+    def test_one_base_may_have_two_names(self, run, copied, gen_config):
+        manifest = read_manifest(copied[0], LoraManifest)
+        write_manifest(copied[0], manifest.model_copy(update={"base_model": "a/copy/of/it"}))
+        config = gen_config({"sources": [{"run": str(run)}, {"run": str(copied[0])}]})
+        assert plan(config).base_model == read_manifest(run, LoraManifest).base_model
+
     def test_adapters_of_another_base_are_refused(self, run, copied, gen_config):
         manifest = read_manifest(copied[0], LoraManifest)
-        write_manifest(copied[0], manifest.model_copy(update={"base_model": "other/base"}))
+        other = {"base_model": "other/base", "base_fingerprint": "other"}
+        write_manifest(copied[0], manifest.model_copy(update=other))
         config = gen_config({"sources": [{"run": str(run)}, {"run": str(copied[0])}]})
         with pytest.raises(DataError, match=r"other/base.*a generator serves one base model"):
             plan(config)
@@ -371,6 +390,62 @@ class TestPrepared:
         other.fingerprint = "other weights"
         ready(other)
         assert len(other.texts) == 16
+
+    @pytest.mark.parametrize("name", ["CACHE_VERSION", "PACKING_VERSION"])
+    def test_another_version_of_the_code_reads_no_old_cache(
+        self, ready, monkeypatch, name, tmp_path
+    ):
+        ready(Encoder())
+        before = {*(tmp_path / "cache" / "tokens").glob("*.npy")}
+        monkeypatch.setattr(module, name, 99)
+        encoder = Encoder()
+        ready(encoder)
+        after = {*(tmp_path / "cache" / "tokens").glob("*.npy")}
+        assert len(after) == 2 * len(before)
+        assert len(encoder.texts) == (16 if name == "CACHE_VERSION" else 0)
+
+    def test_another_version_of_a_library_embeds_anew(self, ready, monkeypatch):
+        first, second = Encoder(), Encoder()
+        first.libraries = second.libraries = ("torch",)
+        ready(first)
+        monkeypatch.setattr(module, "version", lambda name: f"{name} 99")
+        ready(second)
+        assert len(second.texts) == 16
+
+    def test_what_a_killed_process_has_left_is_removed(self, ready, tmp_path):
+        left = [tmp_path / "cache/tokens/.key.npy.abc", tmp_path / "cache/embeddings/.parts.abc"]
+        for folder in left:
+            folder.mkdir(parents=True)
+            (folder / "half.npy").touch()
+        ready(Encoder())
+        assert not any(folder.exists() for folder in left)
+
+    def test_one_process_writes_and_the_others_wait(self, tmp_path, caplog):
+        """Threads hold the lock of a file as processes do."""
+        caplog.set_level(logging.INFO)
+        file, writing, written = tmp_path / "cache" / "a.npy", Event(), []
+
+        def write():
+            written.append(1)
+            writing.set()
+            sleep(1.2)
+            file.touch()
+
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(write_once, [file], write)
+            writing.wait(9)
+            second = pool.submit(write_once, [file], write)
+            first.result(9)
+            second.result(9)
+        assert written == [1]
+        assert "waiting for another process" in caplog.text
+        write_once([file], write)
+        assert written == [1]
+
+    def test_prompts_do_not_stay_in_memory(self, gen_config):
+        work = plan(gen_config())
+        with source_arrays(work, Encoder()):
+            assert not any({"prompts", "groups"} & vars(one).keys() for one in work.sources)
 
     def test_a_cache_that_is_thrown_away_is_made_again(self, ready, tmp_path):
         first = ready(Encoder())

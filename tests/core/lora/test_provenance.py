@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from loragen.core.data.dataset import Dataset, Row
+from loragen.core.data.formats import Turn
 from loragen.core.errors import DataError, UsageError
 from loragen.core.lora.provenance import row_hash, traced_run
 from loragen.core.run.directory import LoraManifest, Run, read_manifest
@@ -135,5 +136,12 @@ def test_a_moved_file_is_found_at_the_given_path(run, file, tmp_path):
 def test_the_row_hash_separates_the_fields():
     row = Row(prompt="a", response="bc", line=1)
     assert row_hash(row) == row_hash(replace(row, line=9))
-    others = [{"prompt": "ab", "response": "c"}, {"system": "x"}, {"response": "bd"}]
-    assert len({row_hash(replace(row, **other)) for other in [{}, *others]}) == 4
+    others = [
+        {"prompt": "ab", "response": "c"},
+        {"system": "x"},
+        {"response": "bd"},
+        {"history": (Turn("x", "y"),)},
+        {"history": (Turn("x", "z"),)},
+        {"history": (Turn("x", "y"), Turn("x", "y"))},
+    ]
+    assert len({row_hash(replace(row, **other)) for other in [{}, *others]}) == 7

@@ -219,7 +219,7 @@ def test_gradient_checkpointing_changes_no_bit(base, layout, fitted, config, dty
             losses += adapted.accuracy(several[0], batch)
         found.append([*losses, *(tokens.grad for tokens in several)])
         for module in base.model.modules():
-            assert not module._forward_hooks  # noqa: SLF001
+            assert not module._forward_hooks
             assert "forward" not in vars(module)
     assert all(one.equal(other) for one, other in zip(*found, strict=True))
     assert not found[0][-1].equal(found[0][-2])
