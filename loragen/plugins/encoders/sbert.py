@@ -139,12 +139,11 @@ class SentenceBert(nn.Module):
             max_length=model.max_seq_length,
             return_tensors="pt",
         )
-        lengths = features["attention_mask"].sum(1).tolist()
-        full = [text for text, n in zip(whole, lengths, strict=True) if n == model.max_seq_length]
-        num_cut = 0
-        if full and not self._warned_of_cut:
-            all_ids = model.tokenizer(full)["input_ids"]
-            num_cut = sum(len(ids) > model.max_seq_length for ids in all_ids)
+        most, num_cut = model.max_seq_length, 0
+        if most and not self._warned_of_cut:
+            lengths = features["attention_mask"].sum(1).tolist()
+            full = [text for text, length in zip(whole, lengths, strict=True) if length == most]
+            num_cut = sum(len(model.tokenizer(text)["input_ids"]) > most for text in full)
         output = model(dict(features.to(model.device)))
         if self.config.positions == "sentence":
             return list(output["sentence_embedding"].float().unsqueeze(1)), num_cut
