@@ -16,6 +16,7 @@ from loragen.cli.options import (
     DataRoot,
     DryRun,
     Force,
+    IgnoreFinalPunctuation,
     Json,
     Resume,
     Settings,
@@ -150,12 +151,14 @@ def lora_eval(
         int | None, typer.Option("--limit", min=1, help="Evaluate only the first N rows.")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
+    ignore_final_punctuation: IgnoreFinalPunctuation = False,
     json: Json = False,
 ) -> None:
     """Evaluate an adapter, or the base without one, on labelled rows.
 
-    Reports the exact match of the greedy answer; and choice accuracy by log-likelihood if rows have
-    choices or the dataset has a closed set of answers.
+    Reports the exact match of the greedy answer and the mean loss of the responses' tokens (nats);
+    and choice accuracy by log-likelihood if rows have choices or the dataset has a closed set of
+    answers.
     """
     from loragen.core.data.dataset import Dataset
 
@@ -178,7 +181,14 @@ def lora_eval(
     base = load_base(base_name)
     base.model.to(best_device())
     model = attach_adapter(base.model, read, str(adapter)) if read else base.model
-    scores = evaluate_model(model, base.tokenizer, rows, batch_size, closed=tested.closed_answers)
+    scores = evaluate_model(
+        model,
+        base.tokenizer,
+        rows,
+        batch_size,
+        closed=tested.closed_answers,
+        ignore_final_punctuation=ignore_final_punctuation,
+    )
     document = {
         "dataset": tested.name,
         "file": str(tested),

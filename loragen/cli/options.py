@@ -64,6 +64,12 @@ DataRoot = Annotated[
     str | None,
     typer.Option("--data-root", help="The directory in which dataset names are looked up."),
 ]
+IgnoreFinalPunctuation = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-final-punctuation", help="Compare answers without punctuation at their end."
+    ),
+]
 SkipBadRows = Annotated[
     bool,
     typer.Option("--skip-bad-rows", help="Leave bad rows out, with a warning that counts them."),

@@ -67,6 +67,20 @@ def answer_ids(tokenizer: Any, response: str) -> list[int]:
     return [*ids, tokenizer.eos_token_id]
 
 
+def end_ids(tokenizer: Any) -> list[int]:
+    """Returns the tokens that end an answer: the tokenizer's end token, and the special token that
+    the chat template writes after an answer, which may be another one."""
+    found = {tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        answer = "an answer"
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+        after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(answer)[2]
+        ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
+        added = tokenizer.added_tokens_decoder
+        found |= {one for one in ids[:1] if one in added and added[one].special}
+    return sorted(one for one in found if one is not None)
+
+
 def tokenize_row(tokenizer: Any, row: Row, max_length: int) -> TokenizedRow:
     """Returns a row in tokens. One that is too long loses the start of its prompt, never any of its
     answer.

@@ -1,16 +1,28 @@
-"""Accuracy of a causal language model on labelled rows: exact match and choice accuracy."""
+"""Accuracy and loss of a causal language model on labelled rows.
+
+One forward pass over prompts and responses gives the loss of every response, and the most likely
+token at each of its positions. A row whose tokens are all the most likely ones is answered right by
+greedy decoding, without decoding. Where the first other token already excludes every answer that
+counts, the row is wrong; only the few rows in between are decoded on from there.
+"""
 
 import time
+import unicodedata
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loragen.core.data.dataset import Row, allowed_answers, closed_answers
-from loragen.core.data.tokenize import Example, answer_ids, pad_id, prompt_ids
-from loragen.core.lora.packing import answer_losses, collate
+from loragen.core.data.tokenize import Example, answer_ids, end_ids, pad_id, prompt_ids
+from loragen.core.lora.packing import answer_logits, collate, token_losses
+
+SLACK = 8
+"""The tokens by which a decoded answer may exceed the longest that counts: another tokenisation of
+the same text may be longer, and an answer counts only if it ends."""
 
 
 @dataclass(frozen=True)
@@ -19,17 +31,23 @@ class Scores:
 
     rows: int
     exact_match: float
-    """Share of rows whose greedy answer equals the response, both stripped."""
+    """Share of rows whose greedy answer equals the response, both `normalized`."""
     choice_accuracy: float | None
     """Share of rows whose response is the most likely of its choices; None without choices."""
     format_validity: float | None
     """Share of answers that are allowed, right or not; None if every text is allowed."""
     choices: int | None
     """The size of the closed answer set; None if there is none."""
+    loss: float
+    """Mean cross entropy (nats) of the responses' tokens, end tokens included, each given the true
+    tokens before it."""
     seconds: float
+    hits: tuple[bool, ...] = ()
+    """Whether each row is an exact match."""
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Returns everything but the single rows."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "hits"}
 
 
 def evaluate_model(
@@ -39,6 +57,7 @@ def evaluate_model(
     batch_size: int = 32,
     choices: bool = True,
     closed: list[str] | None = None,
+    ignore_final_punctuation: bool = False,
 ) -> Scores:
     """Scores a causal language model, with or without an adapter, on labelled rows.
 
@@ -46,103 +65,241 @@ def evaluate_model(
     rows; by default it is derived from `rows`. `choices=False` leaves out the choice accuracy,
     which costs a forward pass per choice.
     """
-    started = time.perf_counter()
-    answers = [text.strip() for text in generate(model, tokenizer, rows, batch_size)]
-    hits = [given == row.response.strip() for given, row in zip(answers, rows, strict=True)]
-    closed = closed or closed_answers(rows)
-    accuracy = choice_accuracy(model, tokenizer, rows, closed, batch_size) if choices else None
-    return Scores(
-        rows=len(rows),
-        exact_match=sum(hits) / len(rows),
-        choice_accuracy=accuracy,
-        format_validity=format_validity(answers, rows, closed),
-        choices=len(closed) if closed else None,
-        seconds=round(time.perf_counter() - started, 3),
+    return TestRows(tokenizer, rows, closed, ignore_final_punctuation).score(
+        model, batch_size, choices
     )
 
 
-@torch.inference_mode()
-def generate(model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int) -> list[str]:
-    """Returns the greedy answers, each at most as long as the longest response."""
-    max_new_tokens = max(len(answer_ids(tokenizer, row.response)) for row in rows)
-    padding = pad_id(tokenizer)
-    prompts = [prompt_ids(tokenizer, row.prompt, row.system, row.history) for row in rows]
-    order = sorted(range(len(rows)), key=lambda row: len(prompts[row]))  # needs little padding
-    texts = [""] * len(rows)
-    for first in range(0, len(rows), batch_size):
-        batch = order[first : first + batch_size]
-        length = max(len(prompts[row]) for row in batch)
-        ids = torch.full((len(batch), length), padding)  # padded on the left
-        attention = torch.zeros_like(ids)
-        for index, row in enumerate(batch):
-            ids[index, length - len(prompts[row]) :] = torch.tensor(prompts[row])
-            attention[index, length - len(prompts[row]) :] = 1
-        generated = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=attention.to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=padding,
-            eos_token_id=tokenizer.eos_token_id,
+class TestRows:
+    """Labelled rows, tokenised once for all models that are tested on them."""
+
+    __test__ = False  # not a test class of pytest
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        rows: Sequence[Row],
+        closed: list[str] | None = None,
+        ignore_final_punctuation: bool = False,
+    ) -> None:
+        """`closed` and `ignore_final_punctuation` are those of `evaluate_model`."""
+        self.tokenizer, self.rows = tokenizer, rows
+        self.closed = closed or closed_answers(rows)
+        self.allowed = allowed_answers(rows, self.closed)
+        self.ignore_final_punctuation = ignore_final_punctuation
+        self.prompts = [prompt_ids(tokenizer, row.prompt, row.system, row.history) for row in rows]
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        """The rows in tokens; nothing is cut."""
+        return [self._example(index, row.response) for index, row in enumerate(self.rows)]
+
+    def _example(self, row: int, answer: str) -> Example:
+        ids = answer_ids(self.tokenizer, answer)
+        return Example([*self.prompts[row], *ids], len(ids))
+
+    def normalized(self, text: str) -> str:
+        return normalized(text, self.ignore_final_punctuation)
+
+    def score(self, model: Any, batch_size: int = 32, choices: bool = True) -> Scores:
+        """Scores one model, as `evaluate_model`."""
+        started = time.perf_counter()
+        padding = pad_id(self.tokenizer)
+        losses, predicted = answer_predictions(model, self.examples, padding, batch_size)
+        answers = self._answers(model, predicted, batch_size)
+        hits = tuple(
+            given == self.normalized(row.response)
+            for given, row in zip(answers, self.rows, strict=True)
         )
-        answers = tokenizer.batch_decode(generated[:, length:], skip_special_tokens=True)
-        for row, answer in zip(batch, answers, strict=True):
-            texts[row] = answer
-    return texts
+        validity = None
+        if self.allowed is not None:
+            valid = [
+                given in map(self.normalized, known)
+                for given, known in zip(answers, self.allowed, strict=True)
+            ]
+            validity = sum(valid) / len(valid)
+        return Scores(
+            rows=len(self.rows),
+            exact_match=sum(hits) / len(hits),
+            choice_accuracy=self._choice_accuracy(model, batch_size) if choices else None,
+            format_validity=validity,
+            choices=len(self.closed) if self.closed else None,
+            loss=round(float(torch.cat(losses).mean()), 6),
+            seconds=round(time.perf_counter() - started, 3),
+            hits=hits,
+        )
+
+    def _answers(
+        self, model: Any, predicted: Sequence[list[int]], batch_size: int
+    ) -> list[str | None]:
+        """Returns the greedy answers, normalised; None where it is none that counts.
+
+        `predicted` are the most likely tokens at the positions of each response.
+        """
+        ends = set(end_token_ids(model, self.tokenizer))
+        answers: list[str | None] = [None] * len(self.rows)
+        undecided: list[int] = []
+        begun: dict[int, list[int]] = {}
+        for index, (example, ids) in enumerate(zip(self.examples, predicted, strict=True)):
+            wanted = example.ids[-example.num_label_tokens :]
+            differs = next((i for i, one in enumerate(ids) if one != wanted[i]), None)
+            if differs is None:
+                answers[index] = self.normalized(self.rows[index].response)
+            elif ids[differs] in ends:
+                answers[index] = self._text(wanted[:differs])
+            else:
+                begun[index] = [*wanted[:differs], ids[differs]]
+                if self._may_count(index, begun[index]):
+                    undecided.append(index)
+        if undecided:
+            longest = max(
+                len(answer_ids(self.tokenizer, text))
+                for text in {text for index in undecided for text in self._counting(index)}
+            )
+            sequences = [[*self.prompts[index], *begun[index]] for index in undecided]
+            found = greedy(model, self.tokenizer, sequences, longest + SLACK, batch_size)
+            for index, (more, ended) in zip(undecided, found, strict=True):
+                if ended:
+                    answers[index] = self._text([*begun[index], *more])
+        return answers
+
+    def _counting(self, index: int) -> list[str]:
+        """Returns the answers that count for a row: its response, and those that are allowed."""
+        return [self.rows[index].response, *(self.allowed[index] if self.allowed else ())]
+
+    def _may_count(self, index: int, begun: list[int]) -> bool:
+        """Returns whether an answer that begins with these tokens may be one that counts."""
+        # The last bytes of a token may be half a character. In NFKD, unlike NFKC, a character does
+        # not merge with an accent that follows.
+        text = self.tokenizer.decode(begun, skip_special_tokens=True).rstrip("\ufffd")
+        start = unicodedata.normalize("NFKD", self.normalized(text))
+        return any(
+            unicodedata.normalize("NFKD", self.normalized(one)).startswith(start)
+            for one in self._counting(index)
+        )
+
+    def _text(self, ids: list[int]) -> str:
+        return self.normalized(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _choice_accuracy(self, model: Any, batch_size: int) -> float | None:
+        """Returns the share of rows whose response has the highest log-likelihood of its choices:
+        the row's own, else the closed set. None if some row has neither."""
+        if self.allowed is None:
+            return None
+        candidates = [(i, text) for i, allowed in enumerate(self.allowed) for text in allowed]
+        examples = [self._example(index, text) for index, text in candidates]
+        scores = log_likelihoods(model, examples, pad_id(self.tokenizer), batch_size)
+        best: dict[int, tuple[float, str]] = {}
+        for (index, text), score in zip(candidates, scores.tolist(), strict=True):
+            best[index] = max(best.get(index, (float("-inf"), "")), (score, text))
+        right = [best[index][1] == row.response for index, row in enumerate(self.rows)]
+        return sum(right) / len(right)
 
 
-def format_validity(
-    answers: Sequence[str], rows: Sequence[Row], closed: list[str] | None
-) -> float | None:
-    """Returns the share of `answers` that are one of their row's choices, or of the closed set,
-    apart from surrounding white space; None if some row has neither."""
-    allowed = allowed_answers(rows, closed)
-    if allowed is None:
-        return None
-    valid = [
-        given.strip() in {one.strip() for one in known}
-        for given, known in zip(answers, allowed, strict=True)
-    ]
-    return sum(valid) / len(rows)
+def normalized(text: str, ignore_final_punctuation: bool = False) -> str:
+    """Returns a text as answers are compared: in Unicode's form NFKC, every run of white space as
+    one space and none at the ends; on request without punctuation at its end, unless it has nothing
+    else. Case counts."""
+    text = " ".join(unicodedata.normalize("NFKC", text).split())
+    if ignore_final_punctuation:
+        kept = text
+        while kept and unicodedata.category(kept[-1]).startswith("P"):
+            kept = kept[:-1].rstrip()
+        text = kept or text
+    return text
 
 
-def choice_accuracy(
-    model: Any, tokenizer: Any, rows: Sequence[Row], closed: list[str] | None, batch_size: int = 32
-) -> float | None:
-    """Returns the share of rows whose response has the highest log-likelihood of its choices: the
-    row's own, else the closed set. None if some row has neither."""
-    options = allowed_answers(rows, closed)
-    if options is None:
-        return None
-    examples, owners = [], []
-    for index, (row, candidates) in enumerate(zip(rows, options, strict=True)):
-        prompt = prompt_ids(tokenizer, row.prompt, row.system, row.history)
-        for candidate in candidates:
-            answer = answer_ids(tokenizer, candidate)
-            examples.append(Example([*prompt, *answer], len(answer)))
-            owners.append((index, candidate))
-    scores = log_likelihoods(model, examples, pad_id(tokenizer), batch_size)
-    best: dict[int, tuple[float, str]] = {}
-    for (index, candidate), score in zip(owners, scores.tolist(), strict=True):
-        best[index] = max(best.get(index, (float("-inf"), "")), (score, candidate))
-    return sum(best[i][1] == row.response for i, row in enumerate(rows)) / len(rows)
+# ---------------------------------------------------------------------------- forward passes
 
 
 @torch.inference_mode()
+def answer_predictions(
+    model: Any, examples: Sequence[Example], padding: int, batch_size: int
+) -> tuple[list[Tensor], list[list[int]]]:
+    """Returns, for each example, the cross entropies (nats) of its label tokens ``[labels]``, and
+    the most likely token at each of their positions, given the true tokens before it."""
+    losses, predicted = [torch.empty(0)] * len(examples), [list[int]()] * len(examples)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))  # little padding
+    for first in range(0, len(order), batch_size):
+        indices = order[first : first + batch_size]
+        batch = collate([examples[i] for i in indices], padding).to(model.device)
+        logits, tokens = answer_logits(model, batch)  # (answers, vocabulary), (answers,)
+        lengths = [examples[i].num_label_tokens for i in indices]
+        of_rows = token_losses(logits, tokens).float().cpu().split(lengths)
+        most_likely = logits.argmax(-1).cpu().split(lengths)
+        for i, loss, ids in zip(indices, of_rows, most_likely, strict=True):
+            losses[i], predicted[i] = loss, ids.tolist()
+    return losses, predicted
+
+
 def log_likelihoods(
     model: Any, examples: Sequence[Example], padding: int, batch_size: int
 ) -> Tensor:
     """Returns the log-likelihood (nats) of each example's answer, given its prompt,
     ``[examples]``."""
-    sums = []
-    for first in range(0, len(examples), batch_size):
-        several = examples[first : first + batch_size]
-        batch = collate(several, padding).to(model.device)
-        lengths = torch.tensor([item.num_label_tokens for item in several])
-        owner = torch.repeat_interleave(torch.arange(len(several)), lengths)  # (answers,)
-        losses = answer_losses(model, batch).float().cpu()
-        sums.append(-torch.zeros(len(several)).index_add_(0, owner, losses))
-    return torch.cat(sums)
+    losses, _ = answer_predictions(model, examples, padding, batch_size)
+    return torch.stack([-one.sum() for one in losses])
+
+
+# ---------------------------------------------------------------------------- decoding
+
+
+def generate(model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int) -> list[str]:
+    """Returns the greedy answers as texts, each of at most as many tokens as the longest
+    response."""
+    prompts = [prompt_ids(tokenizer, row.prompt, row.system, row.history) for row in rows]
+    longest = max(len(answer_ids(tokenizer, row.response)) for row in rows)
+    found = greedy(model, tokenizer, prompts, longest, batch_size)
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in found]
+
+
+@torch.inference_mode()
+def greedy(
+    model: Any,
+    tokenizer: Any,
+    sequences: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[tuple[list[int], bool]]:
+    """Continues each sequence by the most likely tokens. Returns the new tokens before the first
+    end token, and whether there is one within `max_new_tokens`."""
+    from transformers import GenerationConfig
+
+    padding, ends = pad_id(tokenizer), end_token_ids(model, tokenizer)
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=padding, eos_token_id=ends
+    )
+    # `generate` fills what `settings` leave open (repetition_penalty, no_repeat_ngram_size, ...)
+    # from the configuration that the base ships, so that one is taken away.
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    shipped, base.generation_config = getattr(base, "generation_config", None), GenerationConfig()
+    found: list[tuple[list[int], bool]] = [([], False)] * len(sequences)
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # little padding
+    try:
+        for first in range(0, len(order), batch_size):
+            indices = order[first : first + batch_size]
+            length = max(len(sequences[i]) for i in indices)
+            ids = torch.full((len(indices), length), padding)  # padded on the left
+            attention = torch.zeros_like(ids)
+            for row, i in enumerate(indices):
+                ids[row, length - len(sequences[i]) :] = torch.tensor(sequences[i])
+                attention[row, length - len(sequences[i]) :] = 1
+            generated = base.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=attention.to(model.device),
+                generation_config=settings,
+            )
+            for i, new in zip(indices, generated[:, length:].tolist(), strict=True):
+                end = next((at for at, token in enumerate(new) if token in ends), None)
+                found[i] = (new[:end], end is not None)
+    finally:
+        base.generation_config = shipped
+    return found
+
+
+def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Returns every token that ends an answer: those of the tokenizer and its chat template, and
+    those of the generation configuration that the base ships."""
+    shipped = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    several = shipped if isinstance(shipped, list | tuple) else [shipped]
+    return sorted({*end_ids(tokenizer), *(one for one in several if one is not None)})

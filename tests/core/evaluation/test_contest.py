@@ -41,7 +41,9 @@ def outcome(targets):
 
     def make(accuracies, name="colors", validity=0.5, group="all"):
         cells = {
-            column: Cell([Scores(10, value, None, validity, 3, 0.1) for value in values], [0.5])
+            column: Cell(
+                [Scores(10, value, None, validity, 3, 1.0, 0.1) for value in values], [0.5]
+            )
             for column, values in accuracies.items()
         }
         dataset = copy(targets[0].dataset)

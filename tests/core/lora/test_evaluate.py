@@ -1,12 +1,23 @@
+from collections import Counter
+from copy import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from loragen.core.data.dataset import Dataset, Row
 from loragen.core.data.tokenize import answer_ids, pad_id, prompt_ids, tokenize_row
-from loragen.core.lora.evaluate import choice_accuracy, evaluate_model, generate, log_likelihoods
+from loragen.core.lora.evaluate import (
+    evaluate_model,
+    generate,
+    greedy,
+    log_likelihoods,
+    normalized,
+)
 from loragen.core.lora.packing import answer_losses, collate
 
 
@@ -48,9 +59,9 @@ class Oracle(nn.Module):
                 logits[r, t, self.next_token(ids[: t + 1])] = 1.0
         return SimpleNamespace(logits=self.head(logits))
 
-    def generate(self, input_ids, attention_mask, max_new_tokens, **_):
+    def generate(self, input_ids, attention_mask, generation_config):
         rows = [list(map(int, ids)) for ids in input_ids]
-        for _ in range(max_new_tokens):
+        for _ in range(generation_config.max_new_tokens):
             for ids in rows:
                 ids.append(self.next_token(ids))
         return torch.tensor(rows)
@@ -68,6 +79,122 @@ def test_exact_match_is_the_share_of_rows_answered_as_labelled(tokenizer, oracle
     assert scores.exact_match == 0.75
     assert (scores.rows, scores.choice_accuracy, scores.choices) == (4, None, None)
     assert scores.as_dict()["exact_match"] == 0.75
+
+
+def shipping(model, **settings):
+    """The model, with a generation configuration that its authors could have shipped."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig(**settings)
+    return model
+
+
+SHIPPED = (
+    {"repetition_penalty": 3.0},
+    {"no_repeat_ngram_size": 1},
+    {"do_sample": True, "temperature": 5.0},
+    {"num_beams": 3},
+    {"suppress_tokens": list(range(100))},
+)
+
+
+@pytest.mark.parametrize("settings", SHIPPED)
+def test_greedy_is_greedy_whatever_the_base_ships(base, settings):
+    """The argmax of one forward pass after another, without a cache and without padding."""
+    rows = [row("q" * n, "some longer answer") for n in (1, 7, 20, 3)]
+    tokenizer, model = base.tokenizer, base.model
+    expected = []
+    for one in rows:
+        ids = prompt_ids(tokenizer, one.prompt)
+        start, end = len(ids), len(ids) + len(answer_ids(tokenizer, one.response))
+        while len(ids) < end and ids[-1] != tokenizer.eos_token_id:
+            with torch.inference_mode():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        expected.append(tokenizer.decode(ids[start:], skip_special_tokens=True))
+    shipped = shipping(model, **settings).generation_config
+    assert generate(model, tokenizer, rows, 3) == expected
+    assert model.generation_config is shipped
+
+
+def test_exact_match_is_that_of_decoding_every_answer(base):
+    """Rows are answered by one forward pass where that decides, and decoded where it does not."""
+    tokenizer, model = base.tokenizer, base.model
+    asked = [row("x" * n, "-") for n in range(1, 13)]
+    prompts = [prompt_ids(tokenizer, one.prompt) for one in asked]
+    long = [ids for ids, _ in greedy(model, tokenizer, prompts, 20, 12)]
+    counts = Counter(token for ids in long for token in set(ids))
+    some = next(token for token, count in counts.most_common() if count < 12)
+    shipping(model, eos_token_id=[tokenizer.eos_token_id, some])  # so that some answers end
+    decoded = greedy(model, tokenizer, prompts, 20, 12)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in decoded]
+    ended = [end for _, end in decoded]
+    assert 0 < sum(ended) < 12
+    labels = [text if n % 3 else text[:-1] for n, text in enumerate(texts)]
+    rows = [replace(one, response=label or "-") for one, label in zip(asked, labels, strict=True)]
+    expected = tuple(
+        end and normalized(text) == normalized(one.response)
+        for end, text, one in zip(ended, texts, rows, strict=True)
+    )
+    assert evaluate_model(model, tokenizer, rows).hits == expected
+    assert 0 < sum(expected) < sum(ended)
+
+
+@pytest.mark.parametrize("where", ["generation config", "chat template"])
+def test_every_end_token_of_the_base_ends_an_answer(tokenizer, oracle, where):
+    """Models of the field end a turn with another token than the tokenizer's end token."""
+    turn = "<|user|>"  # any special token may be the end of a turn
+    ours = copy(tokenizer)
+    model = oracle({"a": f"red{turn} and more", "b": f"green cat{turn}cat"})
+    rows = [row("a", "red"), row("b", "green cat")]
+    assert evaluate_model(model, ours, rows).exact_match == 0.0
+    if where == "chat template":
+        ours.chat_template = tokenizer.chat_template.replace(
+            "{% endfor %}",
+            "{% if message['role'] == 'assistant' %}{{ '<|user|>' }}{% endif %}{% endfor %}",
+        )
+    else:
+        ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(turn)]
+        shipping(model, eos_token_id=ends)
+    assert evaluate_model(model, ours, rows).exact_match == 1.0
+
+
+def test_answers_are_compared_in_a_normal_form():
+    assert normalized(" \uff21\u00a0 b\tc\n") == "A b c"
+    assert normalized("red.") != normalized("red") != normalized("Red")
+    assert normalized("red. !", True) == normalized("red\u3002", True) == "red"
+    assert normalized("a.b", True) == "a.b"
+    assert normalized("?", True) == "?"
+
+
+@given(st.text(), st.booleans())
+def test_the_normal_form_of_a_normal_form_is_itself(text, ignored):
+    once = normalized(text, ignored)
+    assert normalized(once, ignored) == once
+
+
+def test_final_punctuation_counts_unless_it_is_to_be_ignored(tokenizer, oracle):
+    rows = [row("a", "red"), row("b", "cat")] * 2
+    model = oracle({"a": "red.", "b": "ca.t"})
+    assert evaluate_model(model, tokenizer, rows).exact_match == 0.0
+    lenient = evaluate_model(model, tokenizer, rows, ignore_final_punctuation=True)
+    assert lenient.exact_match == lenient.format_validity == 0.5
+
+
+def test_an_answer_that_goes_on_is_not_the_response(tokenizer, oracle):
+    rows = [row("a", "red"), row("b", "cat")]
+    model = oracle({"a": "red\nblue", "b": "cat\n"})
+    assert evaluate_model(model, tokenizer, rows).hits == (False, True)
+
+
+def test_the_loss_is_the_mean_over_the_tokens_of_all_responses(base):
+    rows = [row("a", "red"), row("bb", "green cat"), row("c" * 20, "x")]
+    examples = [tokenize_row(base.tokenizer, r, 64).example for r in rows]
+    with torch.inference_mode():
+        batch = collate(examples, pad_id(base.tokenizer))
+        wanted = answer_losses(base.model, batch).mean().item()
+    for size in (1, 2, 32):
+        found = evaluate_model(base.model, base.tokenizer, rows, size).loss
+        assert found == pytest.approx(wanted, abs=1e-5)
 
 
 def test_generation_gives_the_answers_in_the_order_of_rows(tokenizer, oracle):
@@ -112,8 +239,7 @@ def test_choice_accuracy_is_of_the_most_likely_choice(tokenizer, oracle):
         row("c", "cat", choices=["cat", "dog"]),
     ]
     model = oracle({"a": "red", "b": "blue", "c": "cat"})
-    assert choice_accuracy(model, tokenizer, rows, None, 2) == pytest.approx(2 / 3)
-    scores = evaluate_model(model, tokenizer, rows)
+    scores = evaluate_model(model, tokenizer, rows, batch_size=2)
     assert scores.choice_accuracy == pytest.approx(2 / 3)
     assert scores.choices is None
 
