@@ -17,6 +17,7 @@ from loragen.cli.options import (
     DryRun,
     Force,
     GeneratorPath,
+    IgnoreFinalPunctuation,
     Json,
     Resume,
     Settings,
@@ -26,6 +27,7 @@ from loragen.cli.options import (
 from loragen.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from loragen.core.evaluation.targets import PromptsFrom
     from loragen.core.generator.network import DecoderSummary
     from loragen.core.learning.plan import Plan
 
@@ -41,6 +43,13 @@ class Format(StrEnum):
     peft = "peft"
     safetensors = "safetensors"
     pt = "pt"
+
+
+class PromptOrigin(StrEnum):
+    """The rows of an evaluated dataset whose prompts the generator reads."""
+
+    train = "train"
+    tested = "tested"
 
 
 @app.command("train")
@@ -263,9 +272,30 @@ def gen_eval(
     multi_task: Annotated[
         bool, typer.Option("--multi-task", help="Add one LoRA trained on all training datasets.")
     ] = False,
+    best_single: Annotated[
+        bool, typer.Option("--best-single", help="Add the best collected adapter, by tested rows.")
+    ] = False,
     oracle: Annotated[
         bool, typer.Option("--oracle", help="Add a LoRA trained on each dataset's own labels.")
     ] = False,
+    label_curve: Annotated[
+        bool, typer.Option("--label-curve", help="Add LoRAs trained on 5 to 300 labelled rows.")
+    ] = False,
+    oracle_dir: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--oracle-dir", help="A folder of runs that may hold oracles already. Repeatable."
+        ),
+    ] = None,
+    split: Annotated[
+        str, typer.Option("--split", help="The split on which named datasets are tested.")
+    ] = "test",
+    prompts_from: Annotated[
+        PromptOrigin | None,
+        typer.Option(
+            "--prompts-from", help="Whose prompts are read. Default: train, if there is one."
+        ),
+    ] = None,
     draws: Annotated[
         int, typer.Option("--draws", min=2, help="Adapters per dataset, each from other prompts.")
     ] = 5,
@@ -283,6 +313,14 @@ def gen_eval(
         int, typer.Option("--seed", min=0, help="Seed of the draws of prompts and of shots.")
     ] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
+    choices: Annotated[
+        bool,
+        typer.Option(
+            "--choices/--no-choices",
+            help="Measure choice accuracy: a forward pass per row and choice.",
+        ),
+    ] = True,
+    ignore_final_punctuation: IgnoreFinalPunctuation = False,
     skip_bad_rows: SkipBadRows = False,
     cache_dir: Annotated[
         Path,
@@ -297,23 +335,46 @@ def gen_eval(
 ) -> None:
     """Compare generated adapters with baselines, on any datasets.
 
-    The columns are base, mean_adapter, nearest_adapter, few_shot, random_prompts and generated;
-    multi_task and oracle are added on demand, trained once and kept. See docs/evaluating.md.
+    The columns are base, few_shot, mean, nearest, ridge, arrow, generated, and the controls
+    other_prompts and gibberish_prompts; multi_task, best_single, oracle and the label curve are
+    added on demand. What is trained is trained once and kept. See docs/evaluating.md.
     """
     from loragen.cli.progress import terminal_progress
-    from loragen.core.evaluation.contestants import MULTI_TASK, ORACLE, choose
+    from loragen.core.evaluation.contestants import (
+        BEST_SINGLE,
+        LABEL_CURVE,
+        MULTI_TASK,
+        ORACLE,
+        choose,
+    )
     from loragen.core.evaluation.targets import check_oracles, find_targets
     from loragen.core.files import refuse_existing, refuse_file
     from loragen.core.run.directory import experiment_name, generator_file
 
-    also = [name for name, wanted in ((MULTI_TASK, multi_task), (ORACLE, oracle)) if wanted]
+    demanded = (
+        (multi_task, [MULTI_TASK]),
+        (best_single, [BEST_SINGLE]),
+        (oracle, [ORACLE]),
+        (label_curve, LABEL_CURVE),
+    )
+    also = [name for wanted, names in demanded if wanted for name in names]
     contestants = choose((columns or "").split(","), also)
     file = generator_file(model)
     if output:
         refuse_file(output)
         refuse_existing(output, force, marker="results.json")
-    targets = find_targets(dataset, Path(data_root or "."), limit, skip_bad_rows)
-    if any(contestant.name == ORACLE for contestant in contestants):
+    for folder in oracle_dir or ():
+        if not folder.is_dir():
+            raise UsageError(f"--oracle-dir: {folder}: no such directory")
+    origins: dict[PromptOrigin, PromptsFrom] = {
+        PromptOrigin.train: "train split",
+        PromptOrigin.tested: "tested rows",
+    }
+    origin = origins[prompts_from] if prompts_from else None
+    targets = find_targets(
+        dataset, Path(data_root or "."), limit, skip_bad_rows, split, prompts_from=origin
+    )
+    if any(contestant.name in (ORACLE, *LABEL_CURVE) for contestant in contestants):
         check_oracles(targets)
 
     from loragen.core.evaluation.contest import evaluate_generator
@@ -323,11 +384,20 @@ def gen_eval(
         file,
         targets,
         contestants,
-        options=EvaluationOptions(draws, prompts, shots, seed, batch_size),
+        options=EvaluationOptions(
+            draws,
+            prompts,
+            shots,
+            seed,
+            batch_size,
+            choices,
+            ignore_final_punctuation,
+        ),
         base_model=base_model,
         cache=cache_dir,
         progress=terminal_progress(),
         strict=columns is not None,
+        oracle_dirs=oracle_dir or (),
     )
     if output:
         from loragen.core.evaluation.report import write_results

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -17,15 +17,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from loragen.core.analysis.checkpoints import evenly_spaced
 from loragen.core.config import DEMO, GenTrainConfig, LoraTrainConfig, Override, load
 from loragen.core.data.dataset import Dataset
 from loragen.core.evaluation.contest import hold_contest, training_sources
 from loragen.core.evaluation.contestants import (
-    CONTESTANTS,
+    MULTI_TASK,
+    ORACLE,
     EvaluationOptions,
     EvaluationSetup,
     TrainedAdapter,
+    choose,
 )
 from loragen.core.evaluation.report import write_results
 from loragen.core.evaluation.targets import Target
@@ -54,8 +55,8 @@ PROMPTS = 16
 MULTI_TASK_STEPS, MULTI_TASK_VAL_EVERY, MULTI_TASK_PATIENCE = 2400, 200, 400
 NO_RESUME = 1_000_000
 """The interval of last.ckpt in steps; a training of seconds is never resumed."""
-NOVELTY_CHECKPOINTS = 5
-"""The number of checkpoints of each dataset that novelty reads; all 50 would take 10 s."""
+COLUMNS = choose([], also=[MULTI_TASK, ORACLE])
+"""Without the columns for which every collected adapter, or another training, would be needed."""
 
 
 def demo_results(demo: Demo, pool: Executor, progress: Progress) -> dict[str, Any]:
@@ -109,8 +110,7 @@ def demo_results(demo: Demo, pool: Executor, progress: Progress) -> dict[str, An
     def submit(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         return pool.submit(_call, shared, function, *arguments)
 
-    results = hold_contest(shared.setup(), CONTESTANTS, targets, submit)
-    results["novelty"]["checkpoints_of_each"] = NOVELTY_CHECKPOINTS
+    results = hold_contest(shared.setup(), COLUMNS, targets, submit)
     results |= {
         "seed": demo.seed,
         "held_out": [list(pair) for pair in demo.world.held_out_pairs(demo.seed)],
@@ -174,7 +174,9 @@ class DemoSetup:
     def setup(self) -> EvaluationSetup:
         generator, sources = _load_generator(self.generator)
         options = EvaluationOptions(prompts=PROMPTS, choices=False, keep=self.keep)
-        return EvaluationSetup(base(), generator, sources, self.multi_task, self.oracles, options)
+        return EvaluationSetup(
+            base(), generator, sources, self.multi_task, self.oracles, options=options
+        )
 
 
 def _call(shared: DemoSetup, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -186,11 +188,7 @@ def _call(shared: DemoSetup, function: Callable[..., Any], *arguments: Any) -> A
 def _load_generator(file: Path) -> tuple[Generator, list[TrainingSource]]:
     """Returns the generator and its training sources, loaded once per process."""
     generator = Generator.load(file)
-    sources = [
-        replace(source, checkpoints=evenly_spaced(source.checkpoints, NOVELTY_CHECKPOINTS))
-        for source in training_sources(generator)
-    ]
-    return generator, sources
+    return generator, training_sources(generator)
 
 
 def adapter_config(runs: Path, seed: int) -> LoraTrainConfig:

@@ -362,7 +362,8 @@ class TestEval:
         assert document["columns"] == ["base", "generated"]
         assert document["options"]["draws"] == 2
         assert [one["rows"] for one in document["datasets"]] == [4, 4]
-        assert document["novelty"]["within_a_dataset"] > 0
+        assert set(document["novelty"]["groups"]["all"]) == {"delta_w", "factors"}
+        assert [len(one["correct"]["generated"]) for one in document["datasets"]] == [2, 2]
 
     def test_without_the_training_runs_what_needs_them_is_left_out(
         self, loragen, arguments, experiment, tmp_path, monkeypatch
@@ -379,13 +380,13 @@ class TestEval:
         assert "warning: " in result.stderr
         results = json.loads(result.stdout)
         assert results["columns"] == [
-            "base", "mean_adapter", "few_shot", "random_prompts", "generated",
+            "base", "few_shot", "mean", "generated", "other_prompts", "gibberish_prompts",
         ]  # fmt: skip
         assert results["novelty"] is None
         first = ("gen", "eval", "--model", "moved.pt", *arguments[4:6], "--limit", 4, "--json")
         alone = json.loads(loragen(*first).stdout)
-        assert alone["columns"] == ["base", "mean_adapter", "few_shot", "generated"]
-        asked = loragen(*moved, "--columns", "nearest_adapter")
+        assert alone["columns"] == ["base", "few_shot", "mean", "generated", "gibberish_prompts"]
+        asked = loragen(*moved, "--columns", "nearest")
         assert asked.exit_code == 2
         assert "elsewhere" in asked.stderr
 
@@ -411,8 +412,10 @@ class TestEval:
         result = loragen("gen", "eval", "--model", run.directory, *wanted, "--json")
         assert result.exit_code == 0, result.output
         results = json.loads(result.stdout)
-        assert "nearest_adapter" in results["columns"]
-        assert results["datasets"][0]["novelty"]["nearest"] in ("theirs/step-2", "theirs/step-3")
+        assert "nearest" in results["columns"]
+        assert "ridge" not in results["columns"]
+        assert "ridge needs 2 training datasets; arrow needs 2" in result.stderr
+        assert results["datasets"][0]["novelty"]["delta_w"] >= 0
 
     def test_a_folder_of_two_splits_can_have_an_oracle(self, loragen, experiment, collection):
         for split in ("train", "test"):
@@ -432,6 +435,8 @@ class TestEval:
         "more, message",
         [
             (("--columns", "bse"), "Did you mean 'base'?"),
+            (("--oracle-dir", "nowhere"), "--oracle-dir: nowhere: no such directory"),
+            (("--prompts-from", "train"), "no train split to take prompts from"),
             (("--dataset", "nothing.jsonl"), "nothing.jsonl: "),
             (("--model", "nowhere"), "nowhere: "),
         ],

@@ -2,19 +2,24 @@
 results are means, intervals, significant differences, novelty and costs."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-
 from loragen.core.adapter import KEY_PREFIX
-from loragen.core.adapter.files import Adapter, attach_adapter, module_scaling, swap_adapter
+from loragen.core.adapter.files import (
+    Adapter,
+    attach_adapter,
+    module_scaling,
+    swap_adapter,
+    write_adapter,
+)
 from loragen.core.base.load import best_device, load_base, quiet_libraries
 from loragen.core.config.schema import GenDataSection, SourceSection
 from loragen.core.data.dataset import Dataset
@@ -25,23 +30,29 @@ from loragen.core.evaluation.contestants import (
     Entry,
     EvaluationOptions,
     EvaluationSetup,
+    Labelled,
     MultiTask,
     Oracle,
+    Routed,
+    TrainedAdapter,
     draws_of,
 )
-from loragen.core.evaluation.report import MEASURES
-from loragen.core.evaluation.statistics import NoveltyReport, interval, novelty
+from loragen.core.evaluation.novelty import Novelty, novelty
+from loragen.core.evaluation.statistics import bits_of, summaries, summary
 from loragen.core.evaluation.targets import Target
-from loragen.core.evaluation.training import train_multi_task, train_oracles
+from loragen.core.evaluation.training import train_labelled, train_multi_task, train_oracles
 from loragen.core.generator.model import Generator
 from loragen.core.learning.sources import PromptDirectories, TrainingSource, open_source
-from loragen.core.lora.evaluate import Scores, evaluate_model
+from loragen.core.lora.evaluate import Scores, TestRows
 from loragen.core.progress import Progress
-from loragen.core.run.directory import SourceRecord
+from loragen.core.run.directory import MANIFEST, GeneratorManifest, SourceRecord, read_manifest
 
 log = logging.getLogger(__name__)
 
 ALL_CHECKPOINTS = 2**31
+ROUTED_ROWS = 8
+"""Rows answered at once by several adapters: PEFT's router computes the output of all of them for
+every token."""
 
 Submit = Callable[..., Future[Any]]
 """`submit(function, *arguments)` runs `function(setup, *arguments)` in another process, which has
@@ -56,10 +67,16 @@ class Cell:
     seconds: list[float] = field(default_factory=list)
     """The time to obtain each adapter; empty if there was nothing to obtain."""
 
-    def values(self, measure: str) -> list[float] | None:
-        """Returns a field of `Scores` for each entry; None if one of them lacks it."""
+    def mean(self, measure: str) -> float | None:
+        """Returns the mean of a field of `Scores` over the entries; None if one of them lacks
+        it."""
         found = [getattr(score, measure) for score in self.scores]
-        return None if None in found else found
+        return None if None in found else fmean(found)
+
+    def keep_best(self) -> None:
+        """Keeps the entry with the most exact matches, among equals that of the lowest loss."""
+        if self.scores:
+            self.scores = [max(self.scores, key=lambda score: (score.exact_match, -score.loss))]
 
 
 @dataclass(frozen=True)
@@ -80,11 +97,13 @@ def evaluate_generator(
     cache: Path,
     progress: Progress,
     strict: bool,
+    oracle_dirs: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Evaluates a generator's file; returns the whole comparison as plain data.
 
-    If the generator's training runs cannot be read, the contestants that need them are left out
-    with a warning. Raises LoragenError instead if `strict`, or if one of them is trained.
+    An oracle is not trained again if its run is in one of `oracle_dirs`, or beside the generator's
+    training runs. If those cannot be read, or are too few, the contestants that need them are left
+    out with a warning. Raises LoragenError instead if `strict`, or if one of them is trained.
     """
     quiet_libraries()
     generator = Generator.load(file)
@@ -99,20 +118,51 @@ def evaluate_generator(
         if strict and any(one.reads_sources(len(targets)) for one in contestants):
             raise
         log.warning(
-            "the training runs cannot be read, so there is no nearest adapter, no novelty and, for "
-            "a single dataset, no random prompts: %s",
+            "the training runs cannot be read, so columns that need them and novelty are left out: "
+            "%s",
             error.problems[0],
         )
     chosen = [one for one in contestants if sources or not one.reads_sources(len(targets))]
+    if sources and (few := [one for one in chosen if len(sources) < one.fewest_sources]):
+        problem = "; ".join(
+            f"{one.name} needs {one.fewest_sources} training datasets" for one in few
+        )
+        if strict:
+            raise UsageError(f"{problem}; the generator has {len(sources)}")
+        log.warning("%s and is left out; the generator has %d", problem, len(sources))
+        chosen = [one for one in chosen if one not in few]
     base = load_base(base_model or generator.base_model)
-    multi_task, oracles = None, {}
+    multi_task, oracles, labelled = None, {}, {}
     if MultiTask in chosen:
         multi_task = train_multi_task(sources, base, cache, progress)
     if Oracle in chosen:
-        oracles = train_oracles(targets, sources, base, cache, progress)
+        oracles = train_oracles(targets, sources, base, cache, progress, oracle_dirs)
+    if sizes := [one.size for one in chosen if issubclass(one, Labelled)]:
+        labelled = train_labelled(
+            targets, sizes, sources, base, cache, progress, oracle_dirs, options.seed
+        )
     base.model.to(best_device())
-    setup = EvaluationSetup(base, generator, sources, multi_task, oracles, options)
-    return {"generator": str(file), **hold_contest(setup, chosen, targets)}
+    setup = EvaluationSetup(base, generator, sources, multi_task, oracles, labelled, options)
+    results = {"generator": str(file), **hold_contest(setup, chosen, targets)}
+    if multi_task:
+        results["multi_task"]["generator_seconds"] = seconds = _training_seconds(file)
+        if seconds and multi_task.seconds < seconds:
+            log.warning(
+                "multi_task: all its trainings took %.0f s, less than the %.0f s of the "
+                "generator's: it may need more steps",
+                multi_task.seconds,
+                seconds,
+            )
+    return results
+
+
+def _training_seconds(file: Path) -> float | None:
+    """Returns the time of a generator's training; None if its manifest is not there."""
+    homes = [home for home in file.absolute().parents[:3] if (home / MANIFEST).is_file()]
+    try:
+        return read_manifest(homes[0], GeneratorManifest).seconds if homes else None
+    except LoragenError:
+        return None
 
 
 def training_sources(
@@ -158,18 +208,13 @@ def hold_contest(
 
     The contest runs in this process, or in the processes of `submit`, with the same result.
     """
-    report: NoveltyReport | None = None
+    report: Novelty | None = None
     if submit is None:
         outcomes = score_contestants(setup, contestants, targets, targets)
         report = novelty(setup, targets) if setup.sources else None
     else:
-        # Each dataset is compared with many others, and embedded once, in one of the processes.
-        compared = [target.prompts for target in targets]
-        compared += [source.prompts for source in setup.sources]
-        embedded = [submit(_embeddings, prompts) for prompts in compared]
         novelties = submit(novelty, targets) if setup.sources else None
-        known = {key: mean for one in embedded for key, mean in one.result().items()}
-        parts = [submit(_score_one, contestants, one, targets, known) for one in targets]
+        parts = [submit(_score_one, contestants, one, targets) for one in targets]
         outcomes = []
         for part in parts:
             outcomes.append(part.result())
@@ -178,19 +223,12 @@ def hold_contest(
     return results_document(outcomes, setup, report)
 
 
-def _embeddings(setup: EvaluationSetup, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    setup.mean_embedding(prompts)
-    return setup.embeddings
-
-
 def _score_one(
     setup: EvaluationSetup,
     contestants: Sequence[type[Contestant]],
     target: Target,
     targets: Sequence[Target],
-    embeddings: Mapping[str, np.ndarray],
 ) -> DatasetScores:
-    setup.embeddings.update(embeddings)
     return score_contestants(setup, contestants, [target], targets)[0]
 
 
@@ -202,45 +240,129 @@ def score_contestants(
 ) -> list[DatasetScores]:
     """Returns every contestant's scores on `targets`; the base model is left unchanged.
 
-    `among` are all datasets of the evaluation, of which `targets` may be a part. Raises
-    LoragenError if an adapter does not fit the base model, UsageError if a dataset has too few
-    prompts.
+    `among` are all datasets of the evaluation, of which `targets` may be a part. A contestant that
+    has nothing to enter for some dataset is left out. Raises LoragenError if an adapter does not
+    fit the base model, UsageError if a dataset has too few prompts.
     """
-    entrants = [contestant(setup) for contestant in contestants]
-    model = attach_adapter(setup.base.model, setup.mean_adapter(), "the mean adapter")
-    outcomes = []
+    options, tokenizer = setup.options, setup.base.tokenizer
+    tests = [
+        TestRows(tokenizer, target.rows, target.closed, options.ignore_final_punctuation)
+        for target in targets
+    ]
+    outcomes = [DatasetScores(target, {}) for target in targets]
+    stage = Stage(setup.base.model)
     try:
-        for target in targets:
-            cells: dict[str, Cell] = {}
-            for entrant in entrants:
-                cells[entrant.name] = cell = Cell()
-                for entry in entrant.entries(target, among):
-                    cell.scores.append(_score(model, setup, target, entry))
-                    if entry.seconds is not None:
-                        cell.seconds.append(entry.seconds)
-            outcomes.append(DatasetScores(target, cells))
-            _log(outcomes[-1], len(outcomes), len(targets))
+        for number, contestant in enumerate(contestants, start=1):
+            started, entrant = time.perf_counter(), contestant(setup)
+            cells = [
+                _cell(stage, setup, entrant, target, among, test)
+                for target, test in zip(targets, tests, strict=True)
+            ]
+            if not all(cell.scores for cell in cells):
+                log.warning("%s: nothing to enter for some dataset; left out", entrant.name)
+                continue
+            for outcome, cell in zip(outcomes, cells, strict=True):
+                outcome.cells[entrant.name] = cell
+            log.info(
+                "column %d/%d, %s: %.2f on %d datasets, %.0f s",
+                number,
+                len(contestants),
+                entrant.name,
+                fmean(cell.mean("exact_match") or 0.0 for cell in cells),
+                len(targets),
+                time.perf_counter() - started,
+            )
     finally:
-        model.unload()
+        stage.clear()
     return outcomes
 
 
-def _score(model: Any, setup: EvaluationSetup, target: Target, entry: Entry) -> Scores:
-    """Scores an entry on a model with an adapter attached, whose weights are replaced."""
-    with ExitStack() as stack:
-        if entry.adapter is None:
-            stack.enter_context(model.disable_adapter())
+def _cell(
+    stage: "Stage",
+    setup: EvaluationSetup,
+    entrant: Contestant,
+    target: Target,
+    among: Sequence[Target],
+    test: TestRows,
+) -> Cell:
+    """Scores all entries of a contestant for one dataset."""
+    cell, options = Cell(), setup.options
+    for entry in entrant.entries(target, among):
+        asked = test
+        if entry.rows is not None:
+            asked = TestRows(
+                setup.base.tokenizer, entry.rows, test.closed, options.ignore_final_punctuation
+            )
+        size = options.batch_size
+        if isinstance(entry.adapter, Routed):
+            size = min(size, ROUTED_ROWS)
+        with stage.showing(entry, f"{entrant.name} for {target.name}") as model:
+            cell.scores.append(asked.score(model, size, options.choices))
+        if entry.seconds is not None:
+            cell.seconds.append(entry.seconds)
+    if entrant.best:
+        cell.keep_best()
+    return cell
+
+
+class Stage:
+    """The base model with what is tested on it. Of adapters of one shape, only the weights are
+    replaced; the base is unchanged once the stage is cleared."""
+
+    def __init__(self, base: Any) -> None:
+        self.base = base
+        self._model: Any = None
+        """A `PeftModel` around the base; None: nothing is attached."""
+        self._adapter: Adapter | Routed | None = None
+        """What was attached; the weights of an `Adapter` may have been replaced since."""
+
+    @contextmanager
+    def showing(self, entry: Entry, origin: str) -> Iterator[Any]:
+        """Yields the model of an entry. Raises LoragenError if its adapter does not fit."""
+        shown, now = entry.adapter, self._adapter
+        if shown is None:
+            self.clear()
+            yield self.base
+            return
+        if isinstance(shown, Routed):
+            if now is not shown:
+                self.clear()
+                self._model, self._adapter = routed_model(self.base, shown), shown
+        elif isinstance(now, Adapter) and _shapes(now) == _shapes(shown):
+            swap_adapter(self._model, rescaled(shown, now.config), origin)
         else:
-            adapter = rescaled(entry.adapter, setup.generator.adapter_config)
-            swap_adapter(model, adapter, f"an adapter for {target.name}")
-        return evaluate_model(
-            model,
-            setup.base.tokenizer,
-            target.rows if entry.rows is None else entry.rows,
-            setup.options.batch_size,
-            choices=setup.options.choices,
-            closed=target.closed,
-        )
+            self.clear()
+            self._model, self._adapter = attach_adapter(self.base, shown, origin), shown
+        yield self._model
+
+    def clear(self) -> None:
+        if self._model is not None:
+            self._model.unload()
+        self._model = self._adapter = None
+
+
+def _shapes(adapter: Adapter) -> dict[str, Any]:
+    return {key: tensor.shape for key, tensor in adapter.tensors.items()}
+
+
+def routed_model(base: Any, routed: Routed) -> Any:
+    """Returns a `PeftModel` of the base with PEFT's Arrow router over several adapters. Raises
+    LoragenError if they are not alike, or do not fit the base."""
+    from peft import ArrowConfig, create_arrow_model
+
+    settings = ArrowConfig(top_k=routed.top_k, rng_seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"task-{index}" for index in range(len(routed.adapters))]
+        for path, adapter in zip(paths, routed.adapters, strict=True):
+            write_adapter(path, adapter, "")
+        try:
+            model = create_arrow_model(base, list(map(str, paths)), settings)
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise LoragenError(
+                f"arrow: the collected adapters cannot be routed: {reason}"
+            ) from None
+    return model.eval()
 
 
 def rescaled(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
@@ -262,7 +384,7 @@ def rescaled(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
 
 def _log(outcome: DatasetScores, number: int, total: int) -> None:
     accuracies = ", ".join(
-        f"{name} {fmean(score.exact_match for score in cell.scores):.2f}"
+        f"{name} {cell.mean('exact_match'):.2f}"
         for name, cell in outcome.cells.items()
         if name in ("base", GENERATED)
     )
@@ -270,84 +392,79 @@ def _log(outcome: DatasetScores, number: int, total: int) -> None:
 
 
 def results_document(
-    outcomes: Sequence[DatasetScores], setup: EvaluationSetup, report: NoveltyReport | None
+    outcomes: Sequence[DatasetScores], setup: EvaluationSetup, report: Novelty | None
 ) -> dict[str, Any]:
     """Returns the content of results.json, with unweighted means over each group's datasets."""
-    groups: dict[str, list[DatasetScores]] = {}
-    for outcome in outcomes:
-        groups.setdefault(outcome.target.group, []).append(outcome)
-    summaries = {group: _summary(members) for group, members in groups.items()}
-    keys = dict.fromkeys(chain.from_iterable(summaries.values()))
+    names = [list(outcome.cells) for outcome in outcomes]
+    columns = [name for name in names[0] if all(name in others for others in names)]
+    datasets = [_dataset_document(outcome, columns, setup, report) for outcome in outcomes]
     options = asdict(setup.options)
     del options["keep"], options["prompts"]
     return {
         "base_model": setup.base.name,
-        "columns": list(outcomes[0].cells),
-        **{key: {group: of[key] for group, of in summaries.items() if key in of} for key in keys},
-        "seconds": _seconds(outcomes, setup.sources),
-        "multi_task": {"steps": setup.multi_task.steps} if setup.multi_task else None,
-        "novelty": report.as_dict() if report else None,
+        "columns": columns,
+        **summaries(datasets, columns),
+        "seconds": _seconds(outcomes, columns, setup.sources),
+        "multi_task": _multi_task_document(setup.multi_task) if setup.multi_task else None,
+        "novelty": report.as_dict(datasets) if report else None,
         "options": options,
-        "datasets": [_dataset_document(outcome, setup, report) for outcome in outcomes],
+        "datasets": datasets,
     }
 
 
-def _summary(outcomes: Sequence[DatasetScores]) -> dict[str, Any]:
-    """Returns {measure: {column: value}} of one dataset, or averaged over several, without measures
-    that some dataset lacks. A generated column adds its interval and the columns outside of it,
-    both rounded as printed."""
-    columns = list(outcomes[0].cells)
-    summary: dict[str, Any] = {}
-    for measure in MEASURES:
-        # {column: [datasets][draws]}
-        values = {
-            name: [outcome.cells[name].values(measure.field) for outcome in outcomes]
-            for name in columns
-        }
-        if not any(None in of for of in values.values()):
-            summary[measure.name] = {
-                name: round(fmean(fmean(draws or ()) for draws in of), 4)
-                for name, of in values.items()
-            }
-    if GENERATED in columns:
-        draws = [outcome.cells[GENERATED].values("exact_match") or [] for outcome in outcomes]
-        found = interval(draws, [len(outcome.target.rows) for outcome in outcomes])
-        low, high = round(found.low, 4), round(found.high, 4)
-        others = {name: of for name, of in summary["accuracy"].items() if name != GENERATED}
-        summary["interval"] = {GENERATED: [low, high]}
-        summary["beats"] = [name for name, value in others.items() if value < low]
-        summary["beaten_by"] = [name for name, value in others.items() if value > high]
-    return summary
-
-
 def _dataset_document(
-    outcome: DatasetScores, setup: EvaluationSetup, report: NoveltyReport | None
+    outcome: DatasetScores,
+    columns: Sequence[str],
+    setup: EvaluationSetup,
+    report: Novelty | None,
 ) -> dict[str, Any]:
-    target, generated = outcome.target, outcome.cells.get(GENERATED)
-    novelties = report.novelties if report else []
-    new = next((one for one in novelties if one.target.key == target.key), None)
-    return {
+    target, cells = outcome.target, {name: outcome.cells[name] for name in columns}
+    fields = {
+        "accuracy": "exact_match",
+        "choice_accuracy": "choice_accuracy",
+        "format_validity": "format_validity",
+        "loss": "loss",
+    }
+    measured = {
+        measure: {name: cell.mean(of) for name, cell in cells.items()}
+        for measure, of in fields.items()
+    }
+    document = {
         "name": target.name,
         "group": target.group,
         "source": target.dataset.location,
         "rows": len(target.rows),
         "prompts": len(draws_of(target, setup.generator, setup.options)[0]),
         "prompts_from": target.prompts_from,
-        **_summary([outcome]),
-        "draws": generated.values("exact_match") if generated else None,
-        "novelty": {"nearest": new.nearest, "to_nearest": new.to_nearest, "to_mean": new.to_mean}
-        if new
-        else None,
+        **{key: of for key, of in measured.items() if None not in of.values()},
+        "correct": {
+            name: [bits_of(score.hits) for score in cell.scores] for name, cell in cells.items()
+        },
+        "novelty": dict(report.of_targets[target.key]) if report else None,
+    }
+    return {**document, **summary([document], columns)}
+
+
+def _multi_task_document(trained: TrainedAdapter) -> dict[str, Any]:
+    config = trained.run.config
+    return {
+        "steps": trained.steps,
+        "seconds": round(trained.seconds, 1),
+        "trainings": 1 + len(trained.rivals),
+        "learning_rate": config.schedule.options.get("learning_rate"),
+        "rank": config.lora.rank,
     }
 
 
 def _seconds(
-    outcomes: Sequence[DatasetScores], sources: Sequence[TrainingSource]
+    outcomes: Sequence[DatasetScores],
+    columns: Sequence[str],
+    sources: Sequence[TrainingSource],
 ) -> dict[str, Any]:
     """Returns the mean times to train one of the generator's training adapters, to generate an
     adapter, and to obtain the adapter of each column."""
     obtain = {}
-    for name in outcomes[0].cells:
+    for name in columns:
         seconds = [second for outcome in outcomes for second in outcome.cells[name].seconds]
         obtain[name] = round(fmean(seconds), 4) if seconds else None
     runs = [source.run for source in sources if source.run]

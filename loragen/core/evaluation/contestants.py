@@ -5,6 +5,7 @@ Light: the columns of the table are chosen before torch is imported. A new colum
 """
 
 import logging
+import re
 import tempfile
 import time
 from abc import ABC, abstractmethod
@@ -14,6 +15,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from random import Random
+from string import ascii_lowercase
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from loragen.core.data.dataset import Row
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loragen.core.adapter.files import Adapter
+    from loragen.core.adapter.ridge import KernelRidge
     from loragen.core.base.load import LanguageModel
     from loragen.core.generator.model import Generator
     from loragen.core.learning.sources import TrainingSource
@@ -35,16 +38,29 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EMBEDDED_PROMPTS = 32
-"""The number of first prompts whose mean embedding represents a dataset."""
+LABEL_SIZES = (5, 10, 20, 50, 100, 300)
+"""The numbers of labelled rows of the label curve."""
+TEXTS_AT_ONCE = 256
+"""Texts embedded at a time."""
+ADAPTERS_AT_ONCE = 64
+"""Adapters in memory at a time, where all are multiplied with each other."""
 UNLIMITED = 2**31
 """The context length of a model whose configuration states none."""
 
 
-class Entry(NamedTuple):
-    """One adapter to be scored."""
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """Several adapters between which PEFT's Arrow router (arXiv 2405.11157) chooses at every token
+    and module: the `top_k` adapters whose first right singular vector is most like the token."""
 
-    adapter: "Adapter | None"
+    adapters: Sequence["Adapter"]
+    top_k: int = 3
+
+
+class Entry(NamedTuple):
+    """What is scored: the base with one adapter, with several, or alone."""
+
+    adapter: "Adapter | Routed | None"
     """None: the base model alone."""
     seconds: float | None = None
     """The time needed to obtain the adapter for this dataset; None if there is none to obtain."""
@@ -57,11 +73,13 @@ class TrainedAdapter(NamedTuple):
 
     run: "LoraRun"
     checkpoint: Path
+    rivals: Sequence["LoraRun"] = ()
+    """Other runs, over which this one was chosen on validation rows."""
 
     @property
     def seconds(self) -> float:
-        """The wall-clock time of the training."""
-        return self.run.manifest.seconds or 0.0
+        """The wall-clock time of the training, with that of its rivals."""
+        return sum(run.manifest.seconds or 0.0 for run in (self.run, *self.rivals))
 
     @property
     def steps(self) -> int:
@@ -80,7 +98,8 @@ class EvaluationOptions:
     """Options of an evaluation that hold for all contestants."""
 
     draws: int = 5
-    """Adapters generated for each dataset, each from a random draw of its prompts."""
+    """Adapters generated for each dataset, each from a random draw of its prompts; and of each
+    control, from other prompts."""
     prompts: int | None = None
     """Prompts of a draw; None: as many as in the generator's training, at most half of all."""
     shots: int = 4
@@ -91,6 +110,8 @@ class EvaluationOptions:
     """Rows answered at once."""
     choices: bool = True
     """Whether the choice accuracy is measured, which costs a forward pass per row and choice."""
+    ignore_final_punctuation: bool = False
+    """Whether answers are compared without punctuation at their end."""
     keep: Path | None = None
     """The directory that keeps the generated adapters; None: they are deleted."""
 
@@ -115,6 +136,8 @@ class EvaluationSetup:
     multi_task: TrainedAdapter | None = None
     oracles: Mapping[tuple[str, str], TrainedAdapter] = field(default_factory=dict)
     """The oracle adapter of each `Target.key`."""
+    labelled: Mapping[tuple[str, str, int], TrainedAdapter] = field(default_factory=dict)
+    """The adapter trained on a number of labelled rows, by `Target.key` and that number."""
     options: EvaluationOptions = EvaluationOptions()
     embeddings: dict[str, "np.ndarray"] = field(default_factory=dict)
     """Mean prompt embeddings computed so far, ``[dim]`` each, by the hash of the prompts."""
@@ -126,26 +149,38 @@ class EvaluationSetup:
         tensors = self.generator.layout.unpack(self.generator.normalization.mean)
         return Adapter(dict(self.generator.adapter_config), tensors)
 
+    def collected(self, index: int) -> "Adapter":
+        """Returns the last adapter of a training dataset."""
+        from loragen.core.run.checkpoints import load_adapter
+
+        source = self.sources[index]
+        return load_adapter(source.checkpoints[-1], source.adapter_config)
+
     def mean_embedding(self, prompts: Sequence[str]) -> "np.ndarray":
-        """Returns ``[dim]``: the mean embedding of a dataset's first prompts, computed once."""
-        first = list(prompts[:EMBEDDED_PROMPTS])
-        key = sha256_text(*first)
+        """Returns ``[dim]``: the mean embedding of all prompts of a dataset, computed once."""
+        from loragen.core.data.prompts import joined_texts
+        from loragen.core.generator.embeddings import text_vectors
+
+        key = sha256_text(*prompts)
         if key not in self.embeddings:
-            embedded, mask = self.generator.embed(first)  # (texts, positions, dim)
-            weights = mask.unsqueeze(-1).to(embedded)
-            mean = (embedded * weights).sum((0, 1)) / weights.sum()
-            self.embeddings[key] = mean.cpu().numpy()
+            texts = joined_texts(prompts, self.generator.samples_per_prompt)
+            pieces = (texts[at : at + TEXTS_AT_ONCE] for at in range(0, len(texts), TEXTS_AT_ONCE))
+            total = sum(
+                text_vectors(*self.generator.text_encoder(piece)).detach().cpu().double().sum(0)
+                for piece in pieces
+            )
+            self.embeddings[key] = (total / len(texts)).numpy()
         return self.embeddings[key]
 
-    def similarities(self, prompts: Sequence[str], others: Iterable[Sequence[str]]) -> "Tensor":
-        """Returns ``[others]``: cosine similarities of mean prompt embeddings."""
+    def source_embeddings(self) -> "np.ndarray":
+        """Returns ``[datasets, dim]``: the mean embedding of all prompts of each training dataset;
+        the generator's file has them unless its encoder was trained."""
         import numpy as np
-        import torch
 
-        means = torch.from_numpy(np.stack([self.mean_embedding(other) for other in others]))
-        return torch.cosine_similarity(
-            torch.from_numpy(self.mean_embedding(prompts)), means, dim=-1
-        )
+        known = self.generator.familiarity
+        if known and known.datasets == [source.name for source in self.sources]:
+            return known.centres.double().numpy()
+        return np.stack([self.mean_embedding(source.prompts) for source in self.sources])
 
 
 class Contestant(ABC):
@@ -156,9 +191,17 @@ class Contestant(ABC):
     title: ClassVar[str]
     """The column's header; `{shots}` is replaced by the number of few-shot rows."""
     trains: ClassVar[bool] = False
-    """Whether a LoRA is trained for it first; such a column is evaluated on demand only."""
+    """Whether a LoRA is trained for it first."""
+    on_demand: ClassVar[bool] = False
+    """Whether it is evaluated only if it is asked for, since it is expensive."""
+    best: ClassVar[bool] = False
+    """Whether only the entry with the highest score counts, in place of the mean."""
+    control: ClassVar[bool] = False
+    """Whether it is what the generator gives for wrong prompts."""
     needs_sources: ClassVar[bool] = False
     """Whether it reads the generator's training runs, which may be on another machine."""
+    fewest_sources: ClassVar[int] = 1
+    """The number of training datasets without which it cannot be evaluated."""
     sources_if_alone: ClassVar[bool] = False
     """Whether it reads them only if a single dataset is evaluated."""
 
@@ -192,7 +235,7 @@ class MeanAdapter(Contestant):
     """The element-wise mean of all training checkpoints: the best adapter that a generator can give
     if it ignores its prompts."""
 
-    name, title = "mean_adapter", "mean"
+    name, title = "mean", "mean"
 
     def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
         yield _timed(self.setup.mean_adapter)
@@ -201,25 +244,103 @@ class MeanAdapter(Contestant):
 class NearestAdapter(Contestant):
     """The last adapter of the training dataset whose prompts are the most similar on average."""
 
-    name, title, needs_sources = "nearest_adapter", "nearest", True
+    name, title, needs_sources = "nearest", "nearest", True
 
     def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
-        from loragen.core.run.checkpoints import load_adapter
+        import numpy as np
 
         def nearest() -> "Adapter":
-            sources = self.setup.sources
-            similarity = self.setup.similarities(target.prompts, (s.prompts for s in sources))
-            source = sources[int(similarity.argmax())]
-            return load_adapter(source.checkpoints[-1], source.adapter_config)
+            means = self.setup.source_embeddings()  # (N, dim)
+            own = self.setup.mean_embedding(target.prompts)
+            cosines = means @ own / np.maximum(np.linalg.norm(means, axis=1), 1e-12)
+            return self.setup.collected(int(cosines.argmax()))
 
         yield _timed(nearest)
+
+
+class RidgeRegression(Contestant):
+    """A ridge regression from mean prompt embeddings to the last adapters of all training datasets.
+    Its penalty is chosen by leaving out each of them in turn. Nothing is trained, so that what the
+    generator gains over it is what its training gains."""
+
+    name, title, needs_sources, fewest_sources = "ridge", "ridge", True, 2
+
+    @cached_property
+    def regression(self) -> "KernelRidge":
+        """Fitted to adapters whose tensors are scaled as the generator learns them, so that small
+        matrices count as much as large ones."""
+        import torch
+
+        from loragen.core.adapter.ridge import fit_ridge
+
+        layout, scales = self.setup.generator.layout, self.setup.generator.normalization
+        count = len(self.setup.sources)
+        gram = torch.zeros(count, count, dtype=torch.float64)
+
+        def block(first: int) -> "Tensor":
+            members = range(first, min(first + ADAPTERS_AT_ONCE, count))
+            packed = [layout.pack(self.setup.collected(index).tensors) for index in members]
+            return torch.stack([scales.normalize(tokens).flatten() for tokens in packed])
+
+        for i in range(0, count, ADAPTERS_AT_ONCE):
+            rows = block(i)  # (n, values)
+            for j in range(i, count, ADAPTERS_AT_ONCE):
+                products = (rows @ (rows if i == j else block(j)).T).double()
+                gram[i : i + len(products), j : j + products.shape[1]] = products
+                gram[j : j + products.shape[1], i : i + len(products)] = products.T
+        return fit_ridge(self.setup.source_embeddings(), gram.numpy())
+
+    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
+        from loragen.core.adapter.files import Adapter
+
+        regression = self.regression  # fitted once, so that its time does not count
+
+        def predicted() -> "Adapter":
+            own = self.setup.mean_embedding(target.prompts)
+            total: dict[str, Tensor] = {}
+            for index, weight in enumerate(regression.coefficients(own).tolist()):
+                for key, tensor in self.setup.collected(index).tensors.items():
+                    part = weight * tensor.double()
+                    total[key] = total[key] + part if key in total else part
+            config = dict(self.setup.generator.adapter_config)
+            return Adapter(config, {key: tensor.float() for key, tensor in total.items()})
+
+        yield _timed(predicted)
+
+
+class ArrowRouter(Contestant):
+    """PEFT's Arrow router over the last adapters of all training datasets. It reads no prompts
+    beforehand: every token is routed when it is answered."""
+
+    name, title, needs_sources, fewest_sources = "arrow", "arrow", True, 2
+
+    @cached_property
+    def routed(self) -> Routed:
+        """The same adapters for every dataset, read once."""
+        count = len(self.setup.sources)
+        return Routed([self.setup.collected(index) for index in range(count)], min(3, count))
+
+    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
+        yield Entry(self.routed)
+
+
+class BestSingle(Contestant):
+    """The last adapter of the training dataset that answers the *tested rows* best: no way of
+    choosing one collected adapter can do better."""
+
+    name, title = "best_single", "best single"
+    needs_sources = on_demand = best = True
+
+    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
+        for index in range(len(self.setup.sources)):
+            yield Entry(self.setup.collected(index))
 
 
 class MultiTask(Contestant):
     """One LoRA trained on the rows of all training datasets together."""
 
     name, title = "multi_task", "multi-task"
-    trains = needs_sources = True
+    trains = on_demand = needs_sources = True
 
     @cached_property
     def entry(self) -> Entry:
@@ -267,22 +388,6 @@ class FewShot(Contestant):
         return row
 
 
-class RandomPrompts(Contestant):
-    """An adapter generated from the prompts of the least similar dataset: if it answers as well as
-    the generated one, the generator does not use its prompts."""
-
-    name, title = "random_prompts", "random prompts"
-    needs_sources = sources_if_alone = True  # several datasets use each other's prompts
-
-    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
-        others = [t.prompts for t in targets if t.group == target.group and t.name != target.name]
-        others = others or [source.prompts for source in self.setup.sources]
-        least = int(self.setup.similarities(target.prompts, others).argmin())
-        generator = self.setup.generator
-        prompts = others[least][: generator.usual_prompts]
-        yield _timed(lambda: generator.generate(prompts))
-
-
 class GeneratedAdapters(Contestant):
     """Adapters generated from unlabelled prompts of the dataset, one for each draw of prompts."""
 
@@ -307,29 +412,90 @@ class Oracle(Contestant):
     """The LoRA trained on the dataset's own labels: an upper bound."""
 
     name, title = "oracle", "oracle"
-    trains = needs_sources = True
+    trains = on_demand = needs_sources = True
 
     def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
         yield self.setup.oracles[target.key].entry()
 
 
+class OtherPrompts(Contestant):
+    """Control: adapters generated from the prompts of other datasets, drawn at random: if they
+    answer as well as the generated ones, the generator does not use its prompts."""
+
+    name, title = "other_prompts", "other prompts"
+    control = needs_sources = sources_if_alone = True  # several datasets use each other's prompts
+
+    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
+        generator, options = self.setup.generator, self.setup.options
+        pool = {source.name: source.prompts for source in self.setup.sources}
+        pool |= {one.name: one.prompts for one in targets if one.group == target.group}
+        others = [prompts for name, prompts in pool.items() if name != target.name]
+        random = Random(f"other prompts:{options.seed}:{target.name}")
+        random.shuffle(others)
+        for number, own in enumerate(draws_of(target, generator, options)):
+            if others:
+                prompts = others[number % len(others)]
+                drawn = random.sample(list(prompts), min(len(own), len(prompts)))
+                yield _timed(lambda drawn=drawn: generator.generate(drawn))  # type: ignore[misc]  # a default binds it
+
+
+class GibberishPrompts(Contestant):
+    """Control: adapters generated from the dataset's prompts with random letters in place of their
+    letters and digits."""
+
+    name, title, control = "gibberish_prompts", "gibberish", True
+
+    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
+        generator, options = self.setup.generator, self.setup.options
+        random = Random(f"gibberish:{options.seed}:{target.name}")
+        for own in draws_of(target, generator, options):
+            nonsense = [re.sub(r"\w", lambda _: random.choice(ascii_lowercase), one) for one in own]
+            yield _timed(lambda nonsense=nonsense: generator.generate(nonsense))  # type: ignore[misc]  # a default binds it
+
+
+class Labelled(Contestant):
+    """The LoRA trained on a few labelled rows of the dataset, as the oracle is on all."""
+
+    trains = on_demand = needs_sources = True
+    size: ClassVar[int]
+    """The number of labelled rows."""
+
+    def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
+        yield self.setup.labelled[*target.key, self.size].entry()
+
+
+def _labelled(size: int) -> type[Labelled]:
+    members = {"name": f"labels_{size}", "title": f"{size} labels", "size": size}
+    return type(f"Labelled{size}", (Labelled,), members)
+
+
+LABELLED = tuple(map(_labelled, LABEL_SIZES))
 CONTESTANTS: tuple[type[Contestant], ...] = (
     BaseAlone,
+    FewShot,
     MeanAdapter,
     NearestAdapter,
+    RidgeRegression,
+    ArrowRouter,
     MultiTask,
-    FewShot,
-    RandomPrompts,
+    BestSingle,
     GeneratedAdapters,
     Oracle,
+    OtherPrompts,
+    GibberishPrompts,
+    *LABELLED,
 )
 """All contestants, in the order of the table's columns."""
 NAMES = tuple(contestant.name for contestant in CONTESTANTS)
 GENERATED, MULTI_TASK, ORACLE = GeneratedAdapters.name, MultiTask.name, Oracle.name
+BASE, BEST_SINGLE = BaseAlone.name, BestSingle.name
+CONTROLS = tuple(contestant.name for contestant in CONTESTANTS if contestant.control)
+LABEL_CURVE = {contestant.name: contestant.size for contestant in LABELLED}
+"""The number of labelled rows of each column of the label curve."""
 
 
 def choose(wanted: Sequence[str], also: Iterable[str] = ()) -> list[type[Contestant]]:
-    """Returns the contestants named, in the table's order; by default, all that train nothing.
+    """Returns the contestants named, in the table's order; by default, all that are cheap.
 
     `also` are further names. `-` and `_` are the same. Raises UsageError for an unknown name.
     """
@@ -340,7 +506,7 @@ def choose(wanted: Sequence[str], also: Iterable[str] = ()) -> list[type[Contest
                 f"--columns: unknown column '{name}'.{did_you_mean(name, NAMES)} "
                 f"There are: {listing(NAMES)}"
             )
-    names = names or [contestant.name for contestant in CONTESTANTS if not contestant.trains]
+    names = names or [contestant.name for contestant in CONTESTANTS if not contestant.on_demand]
     return [contestant for contestant in CONTESTANTS if contestant.name in {*names, *also}]
 
 

@@ -1,31 +1,26 @@
 """The results of an evaluation as tables, remarks, Markdown and a picture. Light."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from itertools import pairwise
+from math import exp, log
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loragen.core.evaluation.contestants import GENERATED, ORACLE, titles
+from loragen.core.evaluation.contestants import GENERATED, LABEL_CURVE, ORACLE, titles
 from loragen.core.files import write_json, write_text, written_atomically
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-
-class Measure(NamedTuple):
-    name: str
-    """The key in the results."""
-    title: str
-    """The header of its table."""
-    field: str
-    """The field of `Scores`."""
-
-
-MEASURES = (
-    Measure("accuracy", "exact match", "exact_match"),
-    Measure("choice_accuracy", "choice accuracy", "choice_accuracy"),
-    Measure("format_validity", "format validity", "format_validity"),
-)
+MEASURES = {
+    "accuracy": "exact match",
+    "choice_accuracy": "choice accuracy",
+    "format_validity": "format validity",
+    "loss": "loss (nats a token)",
+}
+"""The header of the table of each measure."""
+KEYS = (*MEASURES, "interval", "differences", "beats", "beaten_by", "margins", "headroom")
 
 
 class TableRow(NamedTuple):
@@ -33,7 +28,7 @@ class TableRow(NamedTuple):
 
     name: str
     values: Mapping[str, Any]
-    """{measure: {column: value}}, the interval and the significant differences."""
+    """{key of `statistics.summary`: value}"""
 
 
 class Table(NamedTuple):
@@ -43,86 +38,187 @@ class Table(NamedTuple):
 
 def table_rows(document: Mapping[str, Any]) -> list[TableRow]:
     """Returns one row per group; if there is one group, its datasets and their average."""
-    keys = (*(measure.name for measure in MEASURES), "interval", "beats", "beaten_by")
-    averages = {
-        group: {key: document[key][group] for key in keys if group in document.get(key, {})}
-        for group in document["accuracy"]
-    }
+    averages = [
+        TableRow(name.replace("_", " "), values) for name, values in _averages(document).items()
+    ]
     if len(averages) > 1:
-        return [TableRow(group.replace("_", " "), of) for group, of in averages.items()]
+        return averages
     datasets = [TableRow(one["name"], one) for one in document["datasets"]]
     if len(datasets) == 1:
         return datasets
-    return [*datasets, TableRow(f"mean of {len(datasets)}", *averages.values())]
+    return [*datasets, TableRow(f"mean of {len(datasets)}", averages[0].values)]
+
+
+def _averages(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns {group: {key: value}}."""
+    return {
+        group: {key: document[key][group] for key in KEYS if group in document.get(key, {})}
+        for group in document["accuracy"]
+    }
 
 
 def tables(document: Mapping[str, Any]) -> Iterator[Table]:
-    """Yields a table for each measure that some row has, and one of times to obtain an adapter."""
-    names, above = document["columns"], titles(document["options"]["shots"])
-    header = [above[name] for name in names]
-    for measure in MEASURES:
-        rows = []
-        for row in table_rows(document):
-            if measure.name in row.values:
-                cells = [f"{row.values[measure.name][name]:.2f}" for name in names]
-                if measure.name == "accuracy":
-                    for name, (low, high) in row.values.get("interval", {}).items():
-                        cells[names.index(name)] += f" [{low:.2f}, {high:.2f}]"
-                rows.append([row.name, *cells])
-        if rows:
-            yield Table([measure.title, *header], rows)
+    """Yields a table for each measure that some row has, of the differences from the generated
+    adapter, of the recovered headroom, of the label curve, and of times to obtain an adapter."""
+    above = titles(document["options"]["shots"])
+    names = [name for name in document["columns"] if name not in LABEL_CURVE]
+    header = [above.get(name, name) for name in names]
+    rows = table_rows(document)
+    for measure, title in MEASURES.items():
+        found = []
+        for row in rows:
+            if measure in row.values:
+                cells = [f"{row.values[measure][name]:.2f}" for name in names]
+                if measure == "accuracy" and GENERATED in names:
+                    cells[names.index(GENERATED)] += f" {_interval(row.values['interval'])}"
+                found.append([row.name, *cells])
+        if found:
+            yield Table([title, *header], found)
+    averages = rows if len(rows) == 1 or len(_averages(document)) > 1 else rows[-1:]
+    if others := [name for name in names if name != GENERATED and GENERATED in names]:
+        yield Table(
+            ["generated minus", *(above.get(name, name) for name in others)],
+            [[row.name, *_differences(row, others)] for row in averages],
+        )
+    if kept := [row for row in averages if row.values.get("headroom", {}).get("datasets")]:
+        yield Table(
+            ["recovered headroom", *header],
+            [
+                [f"{row.name} ({of['datasets']} of {of['of']})"]
+                + [f"{of['columns'][name]['mean']:.2f}" for name in names]
+                for row in kept
+                for of in [row.values["headroom"]]
+            ],
+        )
+    if sizes := {LABEL_CURVE[name]: name for name in document["columns"] if name in LABEL_CURVE}:
+        yield Table(
+            ["LoRA trained on", *(f"{size} labels" for size in sizes)],
+            [
+                [row.name, *(f"{row.values['accuracy'][name]:.2f}" for name in sizes.values())]
+                for row in rows
+            ],
+        )
     obtain = document["seconds"]["obtain"]
     seconds = ["-" if obtain[name] is None else f"{obtain[name]:.3g}" for name in names]
     yield Table(["seconds to obtain", *header], [["an adapter", *seconds]])
 
 
+def _interval(intervals: Mapping[str, Sequence[float]]) -> str:
+    low, high = intervals[GENERATED]
+    return f"[{low:.2f}, {high:.2f}]"
+
+
+def _differences(row: TableRow, others: Sequence[str]) -> list[str]:
+    found = [row.values["differences"][name] for name in others]
+    return [f"{one['mean']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}]" for one in found]
+
+
+def worth_in_labels(accuracies: Mapping[str, float]) -> float | None:
+    """Returns the number of labelled rows at which the label curve first reaches the accuracy of
+    the generated adapter, interpolated between logarithms; None if it does not. It is the smallest
+    number tried if the curve begins above."""
+    curve = [(LABEL_CURVE[name], accuracies[name]) for name in LABEL_CURVE if name in accuracies]
+    reached = accuracies[GENERATED]
+    if curve and curve[0][1] >= reached:
+        return float(curve[0][0])
+    for (fewer, below), (more, above) in pairwise(curve):
+        if above >= reached:
+            share = (reached - below) / (above - below)
+            return exp(log(fewer) + share * (log(more) - log(fewer)))
+    return None
+
+
 def remarks(document: Mapping[str, Any]) -> list[str]:
-    """Returns lines about the significant differences, the costs, the novelty and the method."""
+    """Returns lines about the significant differences, the controls, the worth of the generated
+    adapter, the costs, the novelty and the method."""
     above = titles(document["options"]["shots"])
-    found = [_differences(row, above) for row in table_rows(document) if "beats" in row.values]
-    seconds, novelty = document["seconds"], document["novelty"]
-    if seconds["ratio"]:
-        how = f" ({seconds['trained']})" if "trained" in seconds else ""
-        found.append(
-            f"cost: {seconds['train_adapter']:.3g} s to train an adapter{how}, "
-            f"{seconds['generate_adapter']:.3g} s to generate one: {seconds['ratio']:.0f} to 1"
-        )
-    if novelty:
-        within, few = novelty["within_a_dataset"], novelty.get("checkpoints_of_each")
-        sample = f" (of {few} of each dataset's, evenly spaced)" if few else ""
+    rows = table_rows(document)
+    found = [_claims(row, above) for row in rows if "beats" in row.values]
+    averages = rows if len(rows) == 1 or len(_averages(document)) > 1 else rows[-1:]
+    for row in averages:
+        for name, one in row.values.get("margins", {}).items():
+            found.append(
+                f"{row.name}: control {above[name]}: its loss is {one['mean']:.3f} nats "
+                f"[{one['low']:.3f}, {one['high']:.3f}] above that of the right prompts, and above "
+                f"it on {one['positive']:.0%} of the datasets"
+            )
+        if GENERATED in row.values.get("headroom", {}).get("columns", {}):
+            of = row.values["headroom"]
+            one = of["columns"][GENERATED]
+            found.append(
+                f"{row.name}: where the oracle leads the base by 0.15 or more ({of['datasets']} of "
+                f"{of['of']} datasets), generated recovers {one['mean']:.2f} of the lead (median "
+                f"{one['median']:.2f}; above 0 on {one['positive']:.0%})"
+            )
+        accuracies = row.values["accuracy"]
+        if GENERATED in accuracies and (curve := [n for n in LABEL_CURVE if n in accuracies]):
+            worth = worth_in_labels(accuracies)
+            often = f"about {worth:.0f}" if worth else f"more than {LABEL_CURVE[curve[-1]]}"
+            found.append(f"{row.name}: a generated adapter is worth {often} labelled rows")
+    found += _costs(document)
+    if novelty := document["novelty"]:
+        yard = novelty["collected"]
         several = len(novelty["groups"]) > 1
+
+        def yardstick(kind: str) -> str:
+            return f" (of a collected one, of the others': {yard[kind]:.2f})" if yard else ""
+
         found += [
-            f"novelty{' of ' + group.replace('_', ' ') if several else ''}: the generated ΔW is "
-            f"{of['to_nearest']:.3g} from the nearest training checkpoint{sample} and "
-            f"{of['to_mean']:.3g} from the mean adapter; the checkpoints of a training dataset are "
-            f"{within:.3g} from their mean"
+            f"novelty{' of ' + group.replace('_', ' ') if several else ''}: outside of the span of "
+            f"the collected adapters is {of['delta_w']:.2f} of the norm of the generated ΔW"
+            f"{yardstick('delta_w')}, and {of['factors']:.2f} of that of its factors A and B"
+            f"{yardstick('factors')}"
             for group, of in novelty["groups"].items()
         ]
     if GENERATED in document["columns"]:
-        datasets, draws = document["datasets"], document["options"]["draws"]
+        datasets, options = document["datasets"], document["options"]
         origins = " or ".join(dict.fromkeys(f"its {one['prompts_from']}" for one in datasets))
         counts = sorted({one["prompts"] for one in datasets})
         prompts = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
         found.append(
-            f"generated: the mean of {draws} adapters per dataset, each from {prompts} unlabelled "
-            f"prompts of {origins}; [95 % interval]; the values of the other columns have no "
-            "interval and are compared as they are"
+            f"generated: the mean of {options['draws']} adapters per dataset, each from {prompts} "
+            f"unlabelled prompts of {origins}; [95 % interval] of a paired bootstrap over "
+            "datasets, rows and draws"
         )
     return found
 
 
-def _differences(row: TableRow, above: Mapping[str, str]) -> str:
-    """Returns a line that names the columns below, above and inside the generated interval."""
-    others = [name for name in row.values["accuracy"] if name != GENERATED]
+def _claims(row: TableRow, above: Mapping[str, str]) -> str:
+    """Returns a line that names the columns that differ significantly from the generated one."""
+    others = [name for name in row.values["differences"] if name not in LABEL_CURVE]
     beats, beaten = row.values["beats"], row.values["beaten_by"]
-    inside = [name for name in others if name not in (*beats, *beaten)]
     kinds = {
-        "beats": beats,
-        "is beaten by": beaten,
-        "shows no significant difference from": inside,
+        "beats": [name for name in others if name in beats],
+        "is beaten by": [name for name in others if name in beaten],
+        "shows no significant difference from": [
+            name for name in others if name not in (*beats, *beaten)
+        ],
     }
-    parts = [f"{verb} {', '.join(above[name] for name in of)}" for verb, of in kinds.items() if of]
+    parts = [
+        f"{verb} {', '.join(above.get(name, name) for name in of)}"
+        for verb, of in kinds.items()
+        if of
+    ]
     return f"{row.name}: generated {'; '.join(parts) or 'is the only column'}"
+
+
+def _costs(document: Mapping[str, Any]) -> Iterator[str]:
+    seconds, joint = document["seconds"], document["multi_task"]
+    if seconds["ratio"]:
+        how = f" ({seconds['trained']})" if "trained" in seconds else ""
+        yield (
+            f"cost: {seconds['train_adapter']:.3g} s to train an adapter{how}, "
+            f"{seconds['generate_adapter']:.3g} s to generate one: {seconds['ratio']:.0f} to 1"
+        )
+    for one in joint if isinstance(joint, list) else [joint] if joint else []:
+        if one.get("trainings"):
+            of_generator = one.get("generator_seconds")
+            beside = f"; the generator's took {of_generator:.0f} s" if of_generator else ""
+            yield (
+                f"multi-task: rank {one['rank']}, learning rate {one['learning_rate']:g}, chosen "
+                f"on validation rows among {one['trainings']} trainings of {one['seconds']:.0f} s "
+                f"in all{beside}"
+            )
 
 
 def markdown(document: Mapping[str, Any], title: str) -> str:
@@ -146,7 +242,7 @@ def write_results(document: Mapping[str, Any], title: str, directory: Path) -> N
     if find_spec("matplotlib"):
         draw_accuracies(document, title, picture)
     else:
-        log.warning("%s: left out without matplotlib; pip install 'loragen[plots]'", picture)
+        logger.warning("%s: left out without matplotlib; pip install 'loragen[plots]'", picture)
     write_text(directory / "results.md", markdown(document, title))
     write_json(directory / "results.json", document)
 
@@ -156,8 +252,8 @@ PANELS_A_ROW, MOST_PANELS = 3, 12
 
 
 def draw_accuracies(document: Mapping[str, Any], title: str, file: Path) -> None:
-    """Draws the exact match of every column and the 95 % interval of generated adapters, in a panel
-    per row of the table; of more than `MOST_PANELS` rows, only the average is drawn."""
+    """Draws the exact match of every column with its 95 % interval, in a panel per row of the
+    table; of more than `MOST_PANELS` rows, only the average is drawn."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -189,12 +285,12 @@ def draw_accuracies(document: Mapping[str, Any], title: str, file: Path) -> None
 
 
 def _draw_panel(axis: Any, row: TableRow, above: Mapping[str, str]) -> None:
-    accuracy, intervals = row.values["accuracy"], row.values.get("interval", {})
+    accuracy, intervals = row.values["accuracy"], row.values["interval"]
     for position, (name, value) in enumerate(accuracy.items()):
-        low, high = intervals.get(name, (value, value))
-        bar = [[value - low], [high - value]] if name in intervals else None
+        low, high = intervals[name]
+        bar = [[max(value - low, 0)], [max(high - value, 0)]]
         axis.barh(position, value, color=COLOURS.get(name, COLOUR), xerr=bar, capsize=3)
         axis.text(max(value, high) + 0.03, position, f"{value:.2f}", va="center", fontsize=9)
     axis.set(title=row.name, xlim=(0, 1.18), xticks=[0, 0.5, 1])
-    axis.set_yticks(range(len(accuracy)), [above[name] for name in accuracy])
+    axis.set_yticks(range(len(accuracy)), [above.get(name, name) for name in accuracy])
     axis.spines[["top", "right"]].set_visible(False)

@@ -1,157 +1,241 @@
-"""The 95 % interval of a mean accuracy, and the novelty of generated adapters.
+"""What the results of an evaluation say: means, paired bootstrap intervals, recovered headroom and
+margins over the controls; and several evaluations as one.
 
-Novelty: a generator that memorises returns a training checkpoint, and one that ignores its prompts
-returns their mean. Distances from both are measured between ΔW = s · B A over all modules, and
-reported beside the distance of a training run's checkpoints from their own mean. Checkpoints are
-read one at a time, twice, so that memory does not grow with their number.
+Everything is computed from the datasets of results.json, so that the results of several generators,
+as of k-fold experiments, are combined without running anything again.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from math import hypot, inf, sqrt
-from statistics import fmean, variance
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 from scipy.stats import norm
 from scipy.stats import t as student
-from torch import Tensor
 
-from loragen.core.adapter.algebra import Factors, distance, inner, inner_products
-from loragen.core.adapter.files import Adapter
-from loragen.core.analysis.checkpoints import Checkpoint, read_checkpoint
-from loragen.core.evaluation.contestants import EvaluationSetup, draws_of
-from loragen.core.evaluation.targets import Target
+from loragen.core.errors import UsageError, listing
+from loragen.core.evaluation.contestants import BASE, CONTROLS, GENERATED, NAMES, ORACLE
 
+MEASURES = ("accuracy", "choice_accuracy", "format_validity", "loss")
 CONFIDENCE = 0.95
-Z = float(norm.ppf((1 + CONFIDENCE) / 2))
+REPLICATES = 4000
+LEAST_HEADROOM = 0.15
+"""The least lead of the oracle over the base for which a share of it is computed."""
 
 
-class Interval(NamedTuple):
+class Estimate(NamedTuple):
+    """A mean with its 95 % interval."""
+
+    mean: float
     low: float
     high: float
 
 
-def interval(scores: Sequence[Sequence[float]], rows: Sequence[int]) -> Interval:
-    """Returns the 95 % interval of the mean over datasets of the mean over draws.
+class Bootstrap:
+    """Paired replicates of mean accuracies: datasets, their rows and the draws of prompts are drawn
+    again, with replacement. A replicate has the same datasets and rows for all columns.
 
-    `scores[dataset][draw]` are shares from 0 to 1 of `rows[dataset]` tested rows. The interval is
-    the wider of two:
-
-    - with the datasets fixed and the prompts and rows drawn again. Prompts: a t-interval (Student
-      1908) of the variances within datasets, pooled, with sum(draws - 1) degrees of freedom. Rows:
-      the binomial error, of shares with one hit and one miss added (Agresti and Coull 1998), so
-      that a share of 1 has an error. The half widths add in squares;
-    - over datasets, if there are several: the t-interval of the variance between their means,
-      with datasets - 1 degrees of freedom. A dataset's mean has the noise of its own draws and
-      rows, so this covers every source of chance; only by luck is it narrower than the first.
-
-    A single draw of a single dataset gives no estimate, and the interval is [0, 1].
+    Rows and draws are drawn for each dataset, and datasets are drawn among the results (a nested
+    bootstrap; Davison and Hinkley 1997). A single dataset is kept as it is.
     """
 
-    def quantile(freedom: int) -> float:
-        return float(student.ppf((1 + CONFIDENCE) / 2, freedom))
+    def __init__(self, rows: Sequence[int], seed: int = 0) -> None:
+        """`rows` are the numbers of tested rows of the datasets."""
+        self.rows, self.seed = rows, seed
 
-    means = [fmean(draws) for draws in scores]
-    halves: list[float] = []
-    if freedom := sum(len(draws) - 1 for draws in scores):
-        squares = [variance(draws) / len(draws) for draws in scores if len(draws) > 1]
-        drawn = quantile(freedom) * (sqrt(sum(squares)) / len(scores))
-        likely = [(mean * n + 1) / (n + 2) for mean, n in zip(means, rows, strict=True)]
-        binomial = [p * (1 - p) / (n + 2) for p, n in zip(likely, rows, strict=True)]
-        halves.append(hypot(drawn, Z * sqrt(sum(binomial)) / len(scores)))
-    if len(means) > 1:
-        halves.append(quantile(len(means) - 1) * sqrt(variance(means) / len(means)))
-    mean, half = fmean(means), max(halves, default=1.0)
-    return Interval(max(0.0, mean - half), min(1.0, mean + half))
+    def means(self, columns: Mapping[str, Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
+        """Returns ``[REPLICATES]`` for each column of ``[draws, rows]`` bool for each dataset:
+        which rows are right."""
+        inside = {name: np.empty((REPLICATES, len(self.rows))) for name in columns}
+        for index, count in enumerate(self.rows):
+            random = np.random.default_rng((self.seed, index))
+            weights = random.multinomial(count, np.full(count, 1 / count), REPLICATES) / count
+            for name, hits in columns.items():
+                draws = len(hits[index])
+                right = weights @ hits[index].T.astype(float)  # (REPLICATES, draws)
+                if draws > 1:
+                    again = random.multinomial(draws, np.full(draws, 1 / draws), REPLICATES)
+                    inside[name][:, index] = (right * again).sum(1) / draws
+                else:
+                    inside[name][:, index] = right[:, 0]
+        return {name: self.over_datasets(values) for name, values in inside.items()}
+
+    def over_datasets(self, inside: np.ndarray) -> np.ndarray:
+        """Returns ``[REPLICATES]``: means over datasets that are drawn again, of the replicates
+        ``[REPLICATES, datasets]`` of each dataset."""
+        drawn, of_dataset = self._drawn
+        means: np.ndarray = inside[of_dataset, drawn].mean(1)
+        return means
+
+    @cached_property
+    def _drawn(self) -> tuple[np.ndarray, np.ndarray]:
+        """The datasets of each replicate, and the replicate of each of them; a dataset that is
+        drawn twice has two different ones."""
+        count = len(self.rows)
+        random = np.random.default_rng((self.seed, count, 1))
+        if count == 1:
+            return np.zeros((REPLICATES, 1), int), np.arange(REPLICATES)[:, None]
+        shape = (REPLICATES, count)
+        return random.integers(count, size=shape), random.integers(REPLICATES, size=shape)
+
+    def estimate(self, mean: float, replicates: np.ndarray) -> Estimate:
+        """Returns the mean with the expanded percentile interval of its replicates (Hesterberg
+        2015): plain percentiles are too narrow for few datasets. Those of two or three datasets
+        span nearly all replicates."""
+        count = len(self.rows)
+        tail = (1 - CONFIDENCE) / 2
+        if count > 1:
+            tail = float(norm.cdf(np.sqrt(count / (count - 1)) * student.ppf(tail, count - 1)))
+        low, high = np.quantile(replicates, (tail, 1 - tail))
+        return Estimate(round(mean, 4), round(float(low), 4), round(float(high), 4))
 
 
-Deltas = dict[str, Factors]
-"""{module: (A, s·B)}"""
+def hits_of(dataset: Mapping[str, Any], column: str) -> np.ndarray:
+    """Returns ``[draws, rows]`` bool: the rows that a column answers right."""
+    return np.array([[bit == "1" for bit in bits] for bits in dataset["correct"][column]])
 
 
-@dataclass(frozen=True)
-class Novelty:
-    """Distances of ΔW from the adapter generated with a dataset's first draw of prompts."""
-
-    target: Target
-    to_nearest: float
-    nearest: str
-    """`dataset/checkpoint` of the nearest training checkpoint."""
-    to_mean: float
-    """The distance to the mean adapter of all training checkpoints."""
+def bits_of(hits: Sequence[bool]) -> str:
+    """Returns rows as results.json holds them: a digit for each, 1 if it is right."""
+    return "".join("01"[hit] for hit in hits)
 
 
-@dataclass(frozen=True)
-class NoveltyReport:
-    novelties: list[Novelty]
-    within: float
-    """The mean distance of a training checkpoint to the element-wise mean of its dataset."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns plain data with the mean over each group."""
-        groups: dict[str, dict[str, float]] = {}
-        for group in dict.fromkeys(one.target.group for one in self.novelties):
-            members = [one for one in self.novelties if one.target.group == group]
-            groups[group] = {
-                "to_nearest": fmean(one.to_nearest for one in members),
-                "to_mean": fmean(one.to_mean for one in members),
+def summary(datasets: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, Any]:
+    """Returns what one dataset, or several, say of each column, as results.json holds it; a measure
+    that some dataset lacks is left out."""
+    found: dict[str, Any] = {}
+    for measure in MEASURES:
+        if all(measure in one for one in datasets):
+            found[measure] = {
+                name: round(fmean(one[measure][name] for one in datasets), 4) for name in columns
             }
-        return {"within_a_dataset": self.within, "groups": groups}
+    bootstrap = Bootstrap([one["rows"] for one in datasets])
+    hits = {name: [hits_of(one, name) for one in datasets] for name in columns}
+    means = {name: fmean(float(one.mean()) for one in of) for name, of in hits.items()}
+    replicates = bootstrap.means(hits)
+    found["interval"] = {
+        name: list(bootstrap.estimate(means[name], replicates[name])[1:]) for name in columns
+    }
+    if GENERATED in columns:
+        differences = {
+            name: bootstrap.estimate(
+                means[GENERATED] - means[name], replicates[GENERATED] - replicates[name]
+            )
+            for name in columns
+            if name != GENERATED
+        }
+        found["differences"] = {name: one._asdict() for name, one in differences.items()}
+        found["beats"] = [name for name, one in differences.items() if one.low > 0]
+        found["beaten_by"] = [name for name, one in differences.items() if one.high < 0]
+        if controls := [name for name in CONTROLS if name in columns]:
+            found["margins"] = {name: _margin(datasets, name, bootstrap) for name in controls}
+    if BASE in columns and ORACLE in columns:
+        found["headroom"] = _headroom(datasets, columns)
+    return found
 
 
-def novelty(setup: EvaluationSetup, targets: Sequence[Target]) -> NoveltyReport:
-    """Measures how far generated adapters are from everything seen in training."""
-    generator = setup.generator
-    first = [draws_of(target, generator, setup.options)[0] for target in targets]
-    generated = DeltaSet([generator.generate(prompts) for prompts in first])
-    nearest: list[tuple[float, str]] = [(inf, "")] * len(targets)
-    within = []
-    for source in setup.sources:
-        # The mean is that of the factors, element by element, in float64.
-        mean: Deltas = {}
-        for file in source.checkpoints:
-            for module, (a, b) in read_checkpoint(file, source.adapter_config).deltas().items():
-                a, b = a.double() / len(source.checkpoints), b / len(source.checkpoints)
-                before = mean.get(module)
-                mean[module] = (before[0] + a, before[1] + b) if before else (a, b)
-        spread = []
-        for file in source.checkpoints:
-            deltas = read_checkpoint(file, source.adapter_config).deltas()
-            squares = [distance(factors, mean[module]) ** 2 for module, factors in deltas.items()]
-            spread.append(sqrt(sum(squares)))
-            found = [(far, f"{source.name}/{file.stem}") for far in generated.distances(deltas)]
-            nearest = list(map(min, nearest, found))
-        within.append(fmean(spread))
-    to_mean = generated.distances(_deltas(setup.mean_adapter()))
-    novelties = [
-        Novelty(target, near, label, far)
-        for target, (near, label), far in zip(targets, nearest, to_mean, strict=True)
-    ]
-    return NoveltyReport(novelties, fmean(within))
+def _margin(
+    datasets: Sequence[Mapping[str, Any]], control: str, bootstrap: Bootstrap
+) -> dict[str, float]:
+    """Returns loss(control) - loss(generated) in nats, with its interval over datasets, and the
+    share of datasets in which it is above 0."""
+    margins = np.array([one["loss"][control] - one["loss"][GENERATED] for one in datasets])
+    again = bootstrap.over_datasets(np.broadcast_to(margins, (REPLICATES, len(margins))))
+    estimate = bootstrap.estimate(float(margins.mean()), again)
+    return {**estimate._asdict(), "positive": round(float((margins > 0).mean()), 4)}
 
 
-class DeltaSet:
-    """The ΔW of several adapters of one shape, whose distances to another are computed at once."""
-
-    def __init__(self, adapters: Sequence[Adapter]) -> None:
-        self.adapters = [_deltas(adapter) for adapter in adapters]
-        self.squares = torch.tensor([_square(one) for one in self.adapters], dtype=torch.float64)
-
-    def distances(self, deltas: Deltas) -> list[float]:
-        """Returns ‖ΔW - ΔW′‖ of each adapter, by ‖ΔW‖² + ‖ΔW′‖² - 2 ⟨ΔW, ΔW′⟩ in float64."""
-        products = torch.zeros(len(self.adapters), dtype=torch.float64)
-        for module, factors in deltas.items():
-            ours = [adapter[module] for adapter in self.adapters]
-            products += inner_products(ours, [factors]).squeeze(1)
-        squares: Tensor = self.squares + _square(deltas) - 2 * products
-        return list(squares.clamp(min=0).sqrt().tolist())
-
-
-def _deltas(adapter: Adapter) -> Deltas:
-    return Checkpoint(adapter.tensors, adapter.config).deltas()
+def _headroom(datasets: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, Any]:
+    """Returns, for each column, the share (column - base) / (oracle - base) of the oracle's lead,
+    over the datasets where that lead is large enough to divide by."""
+    accuracies = [one["accuracy"] for one in datasets]
+    leads = [(of, of[ORACLE] - of[BASE]) for of in accuracies]
+    kept = [(of, lead) for of, lead in leads if lead >= LEAST_HEADROOM - 1e-9]
+    document: dict[str, Any] = {"datasets": len(kept), "of": len(datasets), "columns": {}}
+    for name in columns if kept else ():
+        shares = [(of[name] - of[BASE]) / lead for of, lead in kept]
+        document["columns"][name] = {
+            "mean": round(fmean(shares), 4),
+            "median": round(median(shares), 4),
+            "positive": round(fmean(share > 0 for share in shares), 4),
+        }
+    return document
 
 
-def _square(deltas: Deltas) -> float:
-    """Returns ‖ΔW‖² over all modules."""
-    return sum(inner(factors, factors) for factors in deltas.values())
+def summaries(datasets: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, Any]:
+    """Returns {key of `summary`: {group: value}}, for each group of datasets."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for one in datasets:
+        groups.setdefault(one["group"], []).append(one)
+    by_group = {group: summary(members, columns) for group, members in groups.items()}
+    keys = dict.fromkeys(key for of in by_group.values() for key in of)
+    return {key: {group: of[key] for group, of in by_group.items() if key in of} for key in keys}
+
+
+def novelty_means(datasets: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Returns the mean novelty of each group of datasets."""
+    groups: dict[str, list[Mapping[str, float]]] = {}
+    for one in datasets:
+        if one["novelty"]:
+            groups.setdefault(one["group"], []).append(one["novelty"])
+    return {
+        group: {key: round(fmean(one[key] for one in of), 6) for key in of[0]}
+        for group, of in groups.items()
+    }
+
+
+def combine(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the results of several evaluations, as of the generators of a k-fold experiment, as
+    one document: all their datasets, in the columns that all of them have, with new statistics.
+
+    Raises UsageError if there are none, if they are of several base models, or if two have the same
+    dataset.
+    """
+    if not documents:
+        raise UsageError("no results to combine")
+    bases = sorted({one["base_model"] for one in documents})
+    if len(bases) > 1:
+        raise UsageError(f"results of several base models cannot be combined: {listing(bases)}")
+    columns = [name for name in NAMES if all(name in one["columns"] for one in documents)]
+    others = [name for name in documents[0]["columns"] if name not in NAMES]
+    columns += [name for name in others if all(name in one["columns"] for one in documents)]
+    datasets = [one for document in documents for one in document["datasets"]]
+    keys = [(one["group"], one["name"]) for one in datasets]
+    if twice := sorted({name for group, name in keys if keys.count((group, name)) > 1}):
+        raise UsageError(f"{listing(twice)}: in several of the results to combine")
+    parts = [(one, len(one["datasets"])) for one in documents]
+
+    def mean(values: Sequence[tuple[float | None, int]]) -> float | None:
+        """Returns the mean of the values that are known, weighted by their datasets."""
+        known = [(value, weight) for value, weight in values if value is not None]
+        total = sum(weight for _, weight in known)
+        return round(sum(v * w for v, w in known) / total, 4) if known else None
+
+    seconds: dict[str, Any] = {
+        key: mean([(one["seconds"][key], weight) for one, weight in parts])
+        for key in ("train_adapter", "generate_adapter")
+    }
+    trained, generated = seconds.values()
+    seconds["ratio"] = round(trained / generated, 1) if trained and generated else None
+    seconds["obtain"] = {
+        name: mean([(one["seconds"]["obtain"][name], weight) for one, weight in parts])
+        for name in columns
+    }
+    novel = [(one["novelty"], weight) for one, weight in parts if one["novelty"]]
+    collected = {
+        key: mean([(one["collected"].get(key), weight) for one, weight in novel])
+        for key in dict.fromkeys(key for one, _ in novel for key in one["collected"])
+    }
+    means = novelty_means(datasets)
+    return {
+        "generators": [one.get("generator") for one in documents],
+        "base_model": bases[0],
+        "columns": columns,
+        **summaries(datasets, columns),
+        "seconds": seconds,
+        "multi_task": [one["multi_task"] for one in documents if one["multi_task"]] or None,
+        "novelty": {"collected": collected, "groups": means} if novel else None,
+        "options": documents[0]["options"],
+        "datasets": datasets,
+    }

@@ -65,9 +65,14 @@ class Target:
 
 
 def find_targets(
-    names: Sequence[str], root: Path, limit: int | None = None, skip_bad_rows: bool = False
+    names: Sequence[str],
+    root: Path,
+    limit: int | None = None,
+    skip_bad_rows: bool = False,
+    split: str = "test",
+    prompts_from: PromptsFrom | None = None,
 ) -> list[Target]:
-    """Finds the datasets to be tested: names below `root`, whose test split is read, or files;
+    """Finds the datasets to be tested: names below `root`, whose split `split` is read, or files;
     `limit` keeps the first rows of each.
 
     Raises LoragenError with the problems of all datasets at once: datasets that are missing, bad
@@ -77,9 +82,19 @@ def find_targets(
     problems: list[str] = []
     for name in dict.fromkeys(names):
         try:
-            tested = Dataset.find(name, root, split="test")
+            tested = Dataset.find(name, root, split=split)
             train = _train_split(name, root, tested)
-            targets.append(Target.of(tested, train, limit=limit, skip_bad_rows=skip_bad_rows))
+            if prompts_from == "train split" and train is None:
+                raise UsageError(f"{name}: no train split to take prompts from")
+            targets.append(
+                Target.of(
+                    tested,
+                    train,
+                    prompts_from=prompts_from,
+                    limit=limit,
+                    skip_bad_rows=skip_bad_rows,
+                )
+            )
         except LoragenError as error:
             if len(names) == 1:
                 raise

@@ -10,35 +10,42 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from random import Random
 
 from loragen.core.base.load import LanguageModel, base_dtype, load_training_base
 from loragen.core.config import LoraTrainConfig
 from loragen.core.config.schema import CheckpointsSection, PluginSection
-from loragen.core.data.dataset import Dataset
+from loragen.core.data.dataset import Dataset, Row
 from loragen.core.errors import UsageError
 from loragen.core.evaluation.contestants import TrainedAdapter
 from loragen.core.evaluation.targets import Target
 from loragen.core.files import sha256_text, write_text
 from loragen.core.learning.sources import TrainingSource
-from loragen.core.lora.tasks import Task, earlier_runs
+from loragen.core.lora.tasks import IGNORED_ON_RESUME, Task, earlier_runs
 from loragen.core.lora.train import train_adapter
 from loragen.core.plugins import create
 from loragen.core.progress import Progress
-from loragen.core.run.directory import CHECKPOINTS, LoraRun, checkpoint_name
+from loragen.core.run.directory import CHECKPOINTS, LoraRun, checkpoint_name, checkpoint_step
 from loragen.core.run.loggers import METRICS, read_metrics
 
 log = logging.getLogger(__name__)
 
+RATES = (0.3, 1.0, 3.0)
+"""The learning rates that the multi-task LoRA tries, in units of the highest of one adapter's
+schedule."""
+RANKS = 4
+"""Its rank, in units of one adapter's, that it tries with the best of these rates."""
 VALIDATION_SHARE = 0.05
 """Share of the rows of all datasets that early stopping validates on."""
 MOST_STEPS = 4
-"""The limit of the multi-task training, as a multiple of the steps of all training adapters."""
+"""The limit of each multi-task training, as a multiple of the steps of all training adapters."""
 
 
 def train_multi_task(
     sources: Sequence[TrainingSource], base: LanguageModel, cache: Path, progress: Progress
 ) -> TrainedAdapter:
-    """Trains one LoRA on the rows of all of the generator's training datasets together.
+    """Trains a LoRA on the rows of all of the generator's training datasets together, at each of
+    `multi_task_configs`; returns the one with the lowest validation loss, and those it has beaten.
 
     Raises UsageError if the training adapters have no run or no dataset, DataError for bad rows.
     """
@@ -47,18 +54,34 @@ def train_multi_task(
     if missing := [source.name for source in sources if source.labels is None]:
         problem = "its dataset is unknown; leave out --multi-task"
         raise UsageError(*(f"{name}: {problem}" for name in missing))
-    documents = [asdict(row) for data in datasets for row in data.rows(skip_bad_rows=True)]
-    for document in documents:
-        del document["line"]
-    text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in documents)
-    file = cache / "multi-task" / f"{sha256_text(text)[:32]}.jsonl"
-    if not file.is_file():
-        write_text(file, text)
+    rows = [row for data in datasets for row in data.rows(skip_bad_rows=True)]
+    dataset = _dataset_of(rows, cache / "multi-task", "multi-task")
     most_steps = MOST_STEPS * sum(run.manifest.max_steps for run in runs)
-    config = multi_task_config(_recipe(runs[0].config, base, cache), most_steps)
-    dataset = Dataset(file, "multi-task")
-    run = _train_once(config, dataset, _TrainingBase(config, base), progress)
-    return TrainedAdapter(run, best_checkpoint(run))
+    recipe = _recipe(runs[0].config, base, cache)
+    training_base = _TrainingBase(recipe, base)
+
+    def best_of(configs: Sequence[LoraTrainConfig]) -> list[LoraRun]:
+        """Trains all; returns the runs, the best first."""
+        trained = [_train_once(config, dataset, training_base, progress) for config in configs]
+        return sorted(trained, key=lambda run: min(validation_losses(run).values()))
+
+    first, *others = best_of([multi_task_config(recipe, most_steps, rate) for rate in RATES])
+    wider = first.config.model_copy(deep=True)
+    wider.lora.rank, wider.lora.alpha = RANKS * wider.lora.rank, RANKS * wider.lora.alpha
+    known = min(validation_losses(first).values())
+    (wide,) = best_of([wider])
+    if min(validation_losses(wide).values()) < known:
+        first, others = wide, [first, *others]
+    else:
+        others.append(wide)
+    log.info(
+        "multi-task: rank %d, learning rate %g, %d steps; chosen on validation rows among %d",
+        first.config.lora.rank,
+        first.config.schedule.options["learning_rate"],
+        checkpoint_step(best_checkpoint(first)),
+        1 + len(others),
+    )
+    return TrainedAdapter(first, best_checkpoint(first), tuple(others))
 
 
 def train_oracles(
@@ -67,17 +90,73 @@ def train_oracles(
     base: LanguageModel,
     cache: Path,
     progress: Progress,
+    known_runs: Sequence[Path] = (),
 ) -> dict[tuple[str, str], TrainedAdapter]:
     """Trains a LoRA on the labelled train split of every dataset, with the configuration of the
-    generator's own training adapters. Returns them by `Target.key`."""
-    config = _recipe(_run_of(sources[0]).config, base, cache)
-    config.checkpoints = CheckpointsSection(first_step=config.training.max_steps, optimizer="none")
-    training_base, oracles = _TrainingBase(config, base), {}
+    generator's own training adapters. Returns them by `Target.key`.
+
+    A run of the same training is used if it is in the cache, in a folder of `known_runs`, or beside
+    the generator's training runs, as that of a held-out dataset is.
+    """
+    config, training_base, folders = _labels_recipe(sources, base, cache, known_runs)
+    oracles = {}
     for target in targets:
         assert target.train is not None  # `check_oracles`
-        run = _train_once(config, target.train, training_base, progress)
+        run = _train_once(config, target.train, training_base, progress, folders)
         oracles[target.key] = TrainedAdapter(run, run.checkpoints[-1])
     return oracles
+
+
+def train_labelled(
+    targets: Sequence[Target],
+    sizes: Sequence[int],
+    sources: Sequence[TrainingSource],
+    base: LanguageModel,
+    cache: Path,
+    progress: Progress,
+    known_runs: Sequence[Path] = (),
+    seed: int = 0,
+) -> dict[tuple[str, str, int], TrainedAdapter]:
+    """Trains a LoRA on random labelled rows of every dataset's train split, for each number of
+    them, otherwise as its oracle. Smaller samples are parts of larger ones; where a train split has
+    fewer rows, all are taken, which is the oracle."""
+    config, training_base, folders = _labels_recipe(sources, base, cache, known_runs)
+    found = {}
+    for target in targets:
+        assert target.train is not None  # `check_oracles`
+        rows = list(target.train_rows)
+        Random(f"labels:{seed}:{target.name}").shuffle(rows)
+        for size in sizes:
+            dataset = target.train
+            if size < len(rows):
+                name = f"{target.name}-{size}-labels"
+                dataset = _dataset_of(rows[:size], cache / "labels", name)
+            run = _train_once(config, dataset, training_base, progress, folders)
+            found[*target.key, size] = TrainedAdapter(run, run.checkpoints[-1])
+    return found
+
+
+def _labels_recipe(
+    sources: Sequence[TrainingSource], base: LanguageModel, cache: Path, known_runs: Sequence[Path]
+) -> tuple[LoraTrainConfig, "_TrainingBase", list[Path]]:
+    """Returns the configuration of an oracle, its base, and the folders of earlier runs."""
+    runs = [_run_of(source) for source in sources]
+    config = _recipe(runs[0].config, base, cache)
+    config.checkpoints = CheckpointsSection(first_step=config.training.max_steps, optimizer="none")
+    folders = [*known_runs, *(run.directory.parent for run in runs)]
+    return config, _TrainingBase(config, base), list(dict.fromkeys(folders))
+
+
+def _dataset_of(rows: Sequence[Row], folder: Path, name: str) -> Dataset:
+    """Returns a dataset of these rows, in a file named after its content."""
+    documents = [asdict(row) for row in rows]
+    for document in documents:
+        del document["line"]
+    text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in documents)
+    file = folder / f"{sha256_text(text)[:32]}.jsonl"
+    if not file.is_file():
+        write_text(file, text)
+    return Dataset(file, name)
 
 
 def _run_of(source: TrainingSource) -> LoraRun:
@@ -89,13 +168,17 @@ def _run_of(source: TrainingSource) -> LoraRun:
     return source.run
 
 
-def multi_task_config(config: LoraTrainConfig, most_steps: int) -> LoraTrainConfig:
-    """Returns the configuration of one dataset's adapter, with the schedule's highest learning rate
-    as a constant, and early stopping after as many steps without improvement as that one has."""
+def multi_task_config(
+    config: LoraTrainConfig, most_steps: int, rate: float = 1.0
+) -> LoraTrainConfig:
+    """Returns the configuration of one dataset's adapter, with `rate` times the schedule's highest
+    learning rate as a constant, and early stopping after as many steps without improvement as that
+    one has."""
     steps, own = config.training.max_steps, config.model_copy(deep=True)
     schedule = create("schedule", config.schedule.name, config.schedule.options)
     highest = max(schedule(step, steps).learning_rate for step in range(1, steps + 1))
-    own.schedule = PluginSection.model_validate({"name": "constant", "learning_rate": highest})
+    chosen = {"name": "constant", "learning_rate": rate * highest}
+    own.schedule = PluginSection.model_validate(chosen)
     own.data.val_ratio, own.data.validation = VALIDATION_SHARE, None
     own.training.max_steps, own.training.patience = most_steps, steps
     own.training.val_every = max(1, steps // 5)
@@ -106,13 +189,18 @@ def multi_task_config(config: LoraTrainConfig, most_steps: int) -> LoraTrainConf
 
 def best_checkpoint(run: LoraRun) -> Path:
     """Returns the checkpoint with the lowest validation loss; early stopping ends after it."""
-    losses = {
+    losses = validation_losses(run)
+    best = min(losses, key=lambda step: losses[step])
+    return run.directory / CHECKPOINTS / checkpoint_name(best)
+
+
+def validation_losses(run: LoraRun) -> dict[int, float]:
+    """Returns {step: validation loss}."""
+    return {
         int(entry["step"]): entry["val/loss"]
         for entry in read_metrics(run.directory / METRICS)
         if "val/loss" in entry
     }
-    best = min(losses, key=lambda step: losses[step])
-    return run.directory / CHECKPOINTS / checkpoint_name(best)
 
 
 def _recipe(config: LoraTrainConfig, base: LanguageModel, cache: Path) -> LoraTrainConfig:
@@ -147,12 +235,22 @@ class _TrainingBase:
 
 
 def _train_once(
-    config: LoraTrainConfig, dataset: Dataset, base: _TrainingBase, progress: Progress
+    config: LoraTrainConfig,
+    dataset: Dataset,
+    base: _TrainingBase,
+    progress: Progress,
+    folders: Sequence[Path] = (),
 ) -> LoraRun:
-    known = earlier_runs(config, Task(dataset, dataset.name)).finished
-    if known and known.manifest.base_fingerprint == base.fingerprint:
-        log.info("%s: already trained, %s", dataset.name, known.directory)
-        return known
+    """Trains an adapter, or finds it in the cache or in one of the `folders` of runs, whose last
+    checkpoint counts, whichever others were kept."""
+    task = Task(dataset, dataset.name)
+    for folder in (Path(config.runs_dir), *folders):
+        ignored = () if folder == Path(config.runs_dir) else ("checkpoints",)
+        there = config.model_copy(update={"runs_dir": str(folder)})
+        known = earlier_runs(there, task, (*IGNORED_ON_RESUME, *ignored)).finished
+        if known and known.manifest.base_fingerprint == base.fingerprint:
+            log.info("%s: already trained, %s", dataset.name, known.directory)
+            return known
     try:
         return train_adapter(config, dataset, base.model, progress)
     finally:

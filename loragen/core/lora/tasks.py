@@ -1,7 +1,7 @@
 """The tasks of a `lora train` command: its datasets, the settings that decide their results, and
 the earlier runs that have the same result. This module imports nothing heavy."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
@@ -203,12 +203,14 @@ class EarlierRuns(NamedTuple):
     """The run may also be running at this moment."""
 
 
-def earlier_runs(config: LoraTrainConfig, task: Task) -> EarlierRuns:
+def earlier_runs(
+    config: LoraTrainConfig, task: Task, ignored: Collection[str] = IGNORED_ON_RESUME
+) -> EarlierRuns:
     """Finds the earlier runs of a task. Every manifest is read once.
 
     Two runs are the same if they agree in the bytes of the dataset, the name of the base model and
-    every setting that decides the result. Nothing heavy is loaded, so the base's weights are not
-    compared.
+    every setting that decides the result, which are all but those `ignored`. Nothing heavy is
+    loaded, so the base's weights are not compared.
     """
     validation = task.validation
     if config.data.validation and validation is None:
@@ -224,7 +226,7 @@ def earlier_runs(config: LoraTrainConfig, task: Task) -> EarlierRuns:
                 and manifest.dataset.validation == (validation.sha256 if validation else "")
                 and same_base(manifest.base_model, config.base_model)
                 and same_dtype(then, manifest.base_dtype, config)
-                and not differences(then, config, IGNORED_ON_RESUME)
+                and not differences(then, config, ignored)
             )
         except LoragenError:  # a run that is damaged or of another version does not count
             continue

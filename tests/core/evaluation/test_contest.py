@@ -13,6 +13,7 @@ from loragen.core.evaluation import contest
 from loragen.core.evaluation.contest import (
     Cell,
     DatasetScores,
+    Stage,
     evaluate_generator,
     hold_contest,
     rescaled,
@@ -21,18 +22,35 @@ from loragen.core.evaluation.contest import (
 )
 from loragen.core.evaluation.contestants import (
     CONTESTANTS,
+    LABEL_CURVE,
     NAMES,
+    Entry,
     EvaluationOptions,
+    Routed,
     TrainedAdapter,
     choose,
 )
-from loragen.core.evaluation.report import markdown, remarks, table_rows, tables, write_results
+from loragen.core.evaluation.report import (
+    markdown,
+    remarks,
+    table_rows,
+    tables,
+    worth_in_labels,
+    write_results,
+)
+from loragen.core.evaluation.statistics import combine
 from loragen.core.lora.evaluate import Scores, evaluate_model
 from loragen.core.progress import Silent
 from loragen.core.run.checkpoints import read_checkpointed_adapter
 from loragen.core.run.directory import LoraManifest, Run
 
-OTHERS = ("base", "mean_adapter", "oracle")
+ROWS = 10
+
+
+def scored(accuracy, validity=0.5, loss=1.0):
+    """Scores of ten rows, the first of them right."""
+    hits = tuple(row < round(ROWS * accuracy) for row in range(ROWS))
+    return Scores(ROWS, sum(hits) / ROWS, None, validity, 3, loss, 0.1, hits)
 
 
 @pytest.fixture
@@ -48,7 +66,8 @@ def outcome(targets):
         }
         dataset = copy(targets[0].dataset)
         dataset.name = name
-        return DatasetScores(replace(targets[0], dataset=dataset, group=group), cells)
+        target = replace(targets[0], dataset=dataset, group=group, rows=targets[0].rows[:ROWS])
+        return DatasetScores(target, cells)
 
     return make
 
@@ -65,7 +84,8 @@ def adapter_of(run):
 def test_every_column_is_scored_and_the_base_is_unchanged(setup, targets, collection):
     oracles = {one.key: adapter_of(collection.runs[one.name]) for one in targets}
     joint = adapter_of(collection.runs["colors"])
-    shared = replace(setup(batch_size=8), multi_task=joint, oracles=oracles)
+    labelled = {(*one.key, size): joint for one in targets for size in LABEL_CURVE.values()}
+    shared = replace(setup(batch_size=8), multi_task=joint, oracles=oracles, labelled=labelled)
     before = {key: value.clone() for key, value in shared.base.model.state_dict().items()}
     outcomes = score_contestants(shared, CONTESTANTS, targets, targets)
     after = shared.base.model.state_dict()
@@ -73,6 +93,7 @@ def test_every_column_is_scored_and_the_base_is_unchanged(setup, targets, collec
     for one in outcomes:
         assert tuple(one.cells) == NAMES
         assert len(one.cells["generated"].scores) == 2
+        assert len(one.cells["best_single"].scores) == 1
         assert one.cells["oracle"].seconds == [oracles[one.target.key].seconds]
         assert one.cells["base"].seconds == []
     results = document(outcomes, shared)
@@ -94,7 +115,7 @@ def test_a_score_is_the_one_that_lora_eval_would_give(setup, base, targets, coll
 
 
 def test_a_contest_in_parts_has_the_results_of_one_in_this_process(setup, targets):
-    contestants = choose(["nearest_adapter", "random_prompts", "generated"])
+    contestants = choose(["nearest", "ridge", "other_prompts", "generated"])
 
     def submit(function, *arguments):
         future = Future()
@@ -152,45 +173,118 @@ def test_an_adapter_of_another_alpha_answers_with_its_own(base, collection, othe
     assert rescaled(ours, ours.config) is ours
 
 
-def test_only_columns_outside_the_interval_differ_significantly(outcome, setup):
-    accuracies = {
-        "base": [0.1],
-        "mean_adapter": [0.6],
-        "oracle": [1.0],
-        "generated": [0.5, 0.6, 0.7],
-    }
+def test_the_best_of_all_entries_counts_where_only_it_should():
+    cell = Cell([scored(0.5), scored(0.7, loss=2.0), scored(0.7)])
+    assert cell.mean("exact_match") == pytest.approx(1.9 / 3)
+    cell.keep_best()
+    (best,) = cell.scores
+    assert (best.exact_match, best.loss) == (0.7, 1.0)
+
+
+def test_a_contestant_with_nothing_to_enter_is_left_out(setup, targets, caplog):
+    """The control of other prompts, where no other dataset is known."""
+    shared = replace(setup(), sources=[setup().sources[1]])
+    (alone,) = [one for one in targets if one.name == shared.sources[0].name]
+    (outcome,) = score_contestants(shared, choose(["base", "other_prompts"]), [alone], [alone])
+    assert list(outcome.cells) == ["base"]
+    assert "other_prompts: nothing to enter" in caplog.text
+
+
+def test_the_router_answers_by_several_adapters_and_leaves_the_base_as_it_was(base, setup):
+    """Of two equal adapters whatever is routed is that adapter."""
+    adapter = setup().collected(0)
+    tokens = torch.arange(8).unsqueeze(0)
+
+    def logits(model):
+        with torch.inference_mode():
+            return model(tokens).logits
+
+    plain = logits(base.model)
+    stage = Stage(base.model)
+    with stage.showing(Entry(adapter), "it") as model:
+        expected = logits(model)
+    with stage.showing(Entry(Routed([adapter, adapter], 2)), "both") as model:
+        torch.testing.assert_close(logits(model), expected)
+    other = setup().collected(1)
+    with stage.showing(Entry(Routed([adapter, other], 2)), "both") as model:
+        assert not torch.allclose(logits(model), expected)
+    with stage.showing(Entry(None), "nothing") as model:
+        assert torch.equal(logits(model), plain)
+    with stage.showing(Entry(adapter), "it again") as model:
+        torch.testing.assert_close(logits(model), expected)
+    stage.clear()
+    assert torch.equal(logits(base.model), plain)
+
+
+def test_an_adapter_of_another_rank_is_attached_in_place_of_the_first(base, setup):
+    adapter = setup().collected(0)
+    wide = Adapter(
+        {**adapter.config, "r": 4, "lora_alpha": 8},
+        {
+            key: torch.cat([tensor, 0 * tensor], dim=1 if "lora_B" in key else 0)
+            for key, tensor in adapter.tensors.items()
+        },
+    )
+    tokens = torch.arange(8).unsqueeze(0)
+    stage, found = Stage(base.model), []
+    for one in (adapter, wide, adapter):
+        with stage.showing(Entry(one), "it") as model, torch.inference_mode():
+            found.append(model(tokens).logits)
+    stage.clear()
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2])
+
+
+def test_remarks_say_what_differs_significantly(outcome, setup):
+    accuracies = {"base": [0.1], "mean": [0.6], "oracle": [1.0], "generated": [0.5, 0.6, 0.7]}
     results = document([outcome(accuracies)], setup())
     assert results["beats"] == {"all": ["base"]}
     assert results["beaten_by"] == {"all": ["oracle"]}
-    (line,) = [remark for remark in remarks(results) if remark.startswith("colors")]
+    (line,) = [remark for remark in remarks(results) if remark.startswith("colors: generated b")]
     assert "beats base; is beaten by oracle; shows no significant difference from mean" in line
+    (share,) = [remark for remark in remarks(results) if "recovers" in remark]
+    assert "(1 of 1 datasets), generated recovers 0.56 of the lead" in share
 
 
-def test_remarks_of_cost_and_novelty(outcome, setup):
-    results = document([outcome({"base": [0.1], "generated": [0.5, 0.6]})], setup())
+def test_remarks_of_cost_novelty_and_controls(outcome, setup):
+    accuracies = {"base": [0.1], "generated": [0.5, 0.6], "gibberish_prompts": [0.1]}
+    results = document([outcome(accuracies)], setup())
     results["novelty"] = {
-        "within_a_dataset": 1.0,
-        "groups": {"all": {"to_nearest": 2.0, "to_mean": 3.0}},
+        "collected": {"delta_w": 0.8, "factors": 0.9},
+        "groups": {"all": {"delta_w": 0.25, "factors": 0.0}},
     }
     results["seconds"] |= {"train_adapter": 4.0, "generate_adapter": 2.0, "ratio": 2.0}
     plain = "\n".join(remarks(results))
     assert "cost: 4 s to train an adapter, 2 s" in plain
-    assert "from the nearest training checkpoint and 3 from the mean" in plain
+    assert "is 0.25 of the norm of the generated ΔW (of a collected one, of the others': 0.80)" in (
+        plain
+    )
     assert "the mean of 2 adapters per dataset" in plain
-    results["novelty"]["checkpoints_of_each"] = 5
+    assert "control gibberish: its loss is 0.000 nats" in plain
     results["seconds"]["trained"] = "side by side"
-    more = "\n".join(remarks(results))
-    assert "an adapter (side by side), 2 s" in more
-    assert "checkpoint (of 5 of each dataset's, evenly spaced) and 3 from the mean" in more
+    assert "an adapter (side by side), 2 s" in "\n".join(remarks(results))
 
 
-def test_equal_values_beat_nobody(outcome, setup):
-    accuracies = {"base": [1 / 3], "generated": [1 / 3, 1 / 3]}
+@pytest.mark.parametrize(
+    "generated, expected",
+    [(0.0, 5.0), (0.2, 5.0), (0.3, pytest.approx(50**0.5)), (0.9, None), (0.8, 20.0)],
+)
+def test_a_generated_adapter_is_worth_the_labels_of_an_equal_one(generated, expected):
+    curve = {"labels_5": 0.2, "labels_10": 0.4, "labels_20": 0.8, "generated": generated}
+    assert worth_in_labels(curve) == expected
+
+
+def test_the_label_curve_has_a_table_of_its_own(outcome, setup):
+    accuracies = {"generated": [0.5, 0.5], "labels_5": [0.1], "labels_10": [0.9]}
     results = document([outcome(accuracies)], setup())
-    assert (results["beats"], results["beaten_by"]) == ({"all": []}, {"all": []})
+    first, *others = tables(results)
+    assert first.header == ["exact match", "generated"]
+    (curve,) = [table for table in others if table.header[0] == "LoRA trained on"]
+    assert curve == (["LoRA trained on", "5 labels", "10 labels"], [["colors", "0.10", "0.90"]])
+    assert any("is worth about 7 labelled rows" in remark for remark in remarks(results))
 
 
-def test_averages_are_over_datasets_and_their_interval_covers_both_kinds_of_chance(outcome, setup):
+def test_averages_are_over_datasets(outcome, setup):
     results = document(
         [
             outcome({"base": [0.0], "generated": [0.2, 0.4]}, "colors"),
@@ -199,8 +293,11 @@ def test_averages_are_over_datasets_and_their_interval_covers_both_kinds_of_chan
         setup(),
     )
     assert results["accuracy"]["all"] == {"base": 0.25, "generated": 0.6}
-    assert results["interval"]["all"]["generated"] == [0.0, 1.0]  # of two datasets, little is known
     assert [line.name for line in table_rows(results)] == ["colors", "animals", "mean of 2"]
+    both = combine([results])
+    assert both["accuracy"] == results["accuracy"]
+    assert both["differences"] == results["differences"]
+    assert markdown(both, "Folds").startswith("# Folds\n\n| exact match | base | generated |\n")
 
 
 def test_several_groups_replace_their_datasets(outcome, setup):
@@ -229,7 +326,7 @@ def test_the_three_files_have_the_same_content(setup, targets, tmp_path):
     text = (tmp_path / "out" / "results.md").read_text("utf-8")
     assert text == markdown(results, "A title")
     assert text.startswith("# A title\n\n| exact match | base | generated |\n| --- | --- | --- |\n")
-    assert "- novelty: the generated ΔW is " in text
+    assert "- novelty: outside of the span of the collected adapters is " in text
     assert (tmp_path / "out" / "results.png").stat().st_size > 5_000
 
 

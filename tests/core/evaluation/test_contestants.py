@@ -10,11 +10,14 @@ from loragen.core.data.dataset import Dataset, Row
 from loragen.core.data.formats import Turn
 from loragen.core.errors import UsageError
 from loragen.core.evaluation.contestants import (
+    BestSingle,
     FewShot,
     GeneratedAdapters,
+    GibberishPrompts,
     MeanAdapter,
     NearestAdapter,
-    RandomPrompts,
+    OtherPrompts,
+    RidgeRegression,
     choose,
     draws_of,
     titles,
@@ -45,9 +48,10 @@ def target(rows, train_rows=(), prompts=()):
     return Target("all", dataset, rows, prompts, "tested rows", train_rows=train_rows)
 
 
-def test_by_default_all_that_need_no_training():
+def test_by_default_all_that_are_cheap():
     assert names(choose([])) == [
-        "base", "mean_adapter", "nearest_adapter", "few_shot", "random_prompts", "generated",
+        "base", "few_shot", "mean", "nearest", "ridge", "arrow", "generated", "other_prompts",
+        "gibberish_prompts",
     ]  # fmt: skip
 
 
@@ -66,13 +70,30 @@ def test_the_header_has_the_number_of_shots():
 
 
 def test_known_embeddings_are_not_computed_again(setup, targets, monkeypatch):
-    prompts = [one.prompts for one in targets]
     first = setup()
-    similarities = first.similarities(prompts[0], prompts)
+    known = first.mean_embedding(targets[0].prompts)
     second = replace(setup(), embeddings=first.embeddings)
-    monkeypatch.delattr(type(second.generator), "embed")
-    assert torch.equal(second.similarities(prompts[0], prompts), similarities)
-    assert similarities.argmax() == 0
+    monkeypatch.delattr(type(second.generator), "text_encoder")
+    assert second.mean_embedding(targets[0].prompts) is known
+
+
+def test_the_mean_embedding_is_of_all_prompts(setup, targets):
+    """In pieces of any size; the last prompts count like the first."""
+    prompts = targets[0].prompts
+    own = setup().mean_embedding(prompts)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("loragen.core.evaluation.contestants.TEXTS_AT_ONCE", 2)
+        assert setup().mean_embedding(prompts) == pytest.approx(own, abs=1e-6)
+    changed = [*prompts[:-1], "another last prompt altogether"]
+    assert setup().mean_embedding(changed) != pytest.approx(own, abs=1e-6)
+
+
+def test_the_generators_file_knows_the_embeddings_of_its_training_datasets(setup):
+    known = setup().source_embeddings()
+    unknown = setup()
+    unknown.generator.familiarity = None
+    assert known.shape == (2, 16)
+    assert unknown.source_embeddings() == pytest.approx(known, abs=0.1)  # texts join other prompts
 
 
 class TestFewShot:
@@ -121,14 +142,57 @@ def test_the_nearest_adapter_of_a_training_dataset_is_its_own(setup, targets, co
         assert equal(only(contestant, one).adapter.tensors, trained.tensors)
 
 
-def test_random_prompts_are_another_datasets(setup, targets):
+class TestRidgeRegression:
+    def test_its_adapter_is_a_blend_of_the_collected_ones(self, setup, targets):
+        shared = setup()
+        contestant = RidgeRegression(shared)
+        tensors = only(contestant, targets[0]).adapter.tensors
+        own = shared.mean_embedding(targets[0].prompts)
+        weights = contestant.regression.coefficients(own)
+        assert weights.sum() == pytest.approx(1)
+        for key, tensor in tensors.items():
+            parts = [shared.collected(index).tensors[key] for index in range(2)]
+            blend = sum(w * part for w, part in zip(weights.tolist(), parts, strict=True))
+            torch.testing.assert_close(tensor, blend)
+
+    def test_adapters_are_read_in_blocks(self, setup, monkeypatch):
+        whole = RidgeRegression(setup()).regression
+        monkeypatch.setattr("loragen.core.evaluation.contestants.ADAPTERS_AT_ONCE", 1)
+        assert RidgeRegression(setup()).regression.penalty == whole.penalty
+
+
+def test_best_single_enters_every_collected_adapter(setup, targets):
+    entries = list(BestSingle(setup()).entries(targets[0], targets))
+    assert len(entries) == 2
+    assert not equal(entries[0].adapter.tensors, entries[1].adapter.tensors)
+
+
+def test_other_prompts_are_another_datasets(setup, targets):
+    shared = setup(draws=3)
+    read = []
+    shared.generator.generate = lambda prompts: read.append(prompts)
+    for among in (targets, targets[:1]):  # the others are tested datasets, or training datasets
+        list(OtherPrompts(shared).entries(targets[0], among))
+        assert len(read) == 3
+        for prompts in read:
+            assert set(prompts) <= set(targets[1].prompts)
+            assert len(prompts) == len(draws_of(targets[0], shared.generator, shared.options)[0])
+        first, read[:] = read[:], []
+        list(OtherPrompts(shared).entries(targets[0], among))
+        assert read == first
+        read.clear()
+
+
+def test_gibberish_has_the_shape_of_the_prompts_and_none_of_their_words(setup, targets):
     shared = setup()
-    entry = only(RandomPrompts(shared), targets[0], targets)
-    usual = shared.generator.usual_prompts
-    foreign = shared.generator.generate(targets[1].prompts[:usual])
-    assert equal(entry.adapter.tensors, foreign.tensors)
-    alone = only(RandomPrompts(shared), targets[0], targets[:1])  # then of a training dataset
-    assert equal(alone.adapter.tensors, foreign.tensors)
+    read = []
+    shared.generator.generate = lambda prompts: read.append(prompts)
+    list(GibberishPrompts(shared).entries(targets[0], targets))
+    draws = draws_of(targets[0], shared.generator, shared.options)
+    assert [list(map(len, prompts)) for prompts in read] == [list(map(len, d)) for d in draws]
+    for nonsense, prompts in zip(read, draws, strict=True):
+        assert not set(" ".join(nonsense).split()) & set(" ".join(prompts).split())
+        assert [one[-1] for one in nonsense] == [one[-1] for one in prompts] == ["?"] * len(prompts)
 
 
 class TestGeneratedAdapters:

@@ -19,6 +19,18 @@ def test_a_name_is_tested_on_its_test_split_and_gives_prompts_of_the_other(root)
     assert target.train.source == root / "colors" / "train.jsonl"
 
 
+def test_another_split_is_tested_and_gives_its_own_prompts_on_request(root):
+    write_lines(root / "colors" / "unseen.jsonl", rows_of(COLORS, 5))
+    (target,) = find_targets(["colors"], root, split="unseen", prompts_from="tested rows")
+    assert (target.name, len(target.rows), len(target.prompts)) == ("colors", 5, 5)
+    assert target.train.source == root / "colors" / "train.jsonl"
+
+
+def test_prompts_of_a_train_split_need_one(root):
+    with pytest.raises(UsageError, match="no train split to take prompts from"):
+        find_targets([str(root / "colors" / "test.jsonl")], root, prompts_from="train split")
+
+
 def test_a_file_has_no_other_split(root):
     (target,) = find_targets([str(root / "colors" / "test.jsonl")], root)
     assert (target.prompts_from, len(target.prompts)) == ("tested rows", 8)

@@ -13,29 +13,43 @@ from loragen.core.evaluation.targets import find_targets
 from loragen.core.evaluation.training import (
     best_checkpoint,
     multi_task_config,
+    train_labelled,
     train_multi_task,
     train_oracles,
+    validation_losses,
 )
 from loragen.core.progress import Silent
 from loragen.core.run.directory import LoraManifest, Run
 from tests.conftest import ANIMALS, COLORS, rows_of, write_lines
 
 
-def test_the_multi_task_lora_has_all_rows_and_is_trained_once(setup, base, tmp_path):
+def test_the_multi_task_lora_has_all_rows_and_is_the_best_of_several_trained_once(
+    setup, base, tmp_path
+):
     sources = setup().sources
     first = train_multi_task(sources, base, tmp_path, Silent())
-    assert first.run.manifest.dataset.rows == 32
+    runs = [first.run, *first.rivals]
+    assert all(run.manifest.dataset.rows == 32 for run in runs)
     answers = {row.response for row in Dataset(next((tmp_path / "multi-task").iterdir())).rows()}
     assert answers == {*ANIMALS, *COLORS}
     assert first.steps <= 4 * 2 * 8
+    rates = [run.config.schedule.options["learning_rate"] for run in runs]
+    ranks = sorted(run.config.lora.rank for run in runs)
+    assert set(rates) == {pytest.approx(3e-3), pytest.approx(1e-2), pytest.approx(3e-2)}
+    assert ranks == [2, 2, 2, 8]
+    lowest = [min(validation_losses(run).values()) for run in runs]
+    assert lowest[0] == min(lowest)
+    assert first.seconds == sum(run.manifest.seconds for run in runs)
     again = train_multi_task(sources, base, tmp_path, Silent())
-    assert again == first
-    assert len(list((tmp_path / "runs").iterdir())) == 1
+    assert again.checkpoint == first.checkpoint
+    assert len(list((tmp_path / "runs").iterdir())) == 4
 
 
 def test_it_is_trained_at_the_highest_rate_until_it_gets_no_better(lora_config):
     config = multi_task_config(lora_config(), most_steps=100)
     assert config.schedule.name == "constant"
+    third = multi_task_config(lora_config(), 100, 0.3).schedule.options["learning_rate"]
+    assert third == pytest.approx(3e-3)
     assert config.schedule.options["learning_rate"] == 1e-2
     assert (config.training.max_steps, config.training.patience) == (100, 8)
     assert config.data.val_ratio > 0
@@ -68,6 +82,44 @@ def test_an_oracle_learns_the_train_split_and_other_data_train_another(
         found = find_targets(["colors"], root)
     again = train_oracles(found, setup().sources, base, cache, Silent())
     assert (again == first) is not changed
+
+
+def test_a_collected_run_of_the_same_training_is_the_oracle(setup, base, collection, tmp_path):
+    """As in a k-fold experiment, where the adapter of a held-out dataset is collected already."""
+    for split in ("train", "test"):
+        file = tmp_path / "data" / "colors" / f"{split}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(collection.file("colors"), file)
+    found = find_targets(["colors"], tmp_path / "data")
+    own = [source for source in setup().sources if source.name == "animals"]
+    beside = train_oracles(found, own, base, tmp_path / "cache", Silent())["all", "colors"]
+    assert beside.run.directory.name == collection.runs["colors"].name
+    assert beside.checkpoint.stem == "checkpoint-step-008"
+    shutil.copytree(beside.run.directory, tmp_path / "named" / beside.run.directory.name)
+    named = [tmp_path / "named"]
+    oracles = train_oracles(found, own, base, tmp_path / "cache", Silent(), named)
+    assert oracles["all", "colors"].run.directory.parent == tmp_path / "named"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_label_curve_trains_on_nested_samples_and_ends_at_the_oracle(setup, base, tmp_path):
+    root, cache = tmp_path / "data", tmp_path / "cache"
+    for split in ("train", "test"):
+        write_lines(root / "colors" / f"{split}.jsonl", rows_of(COLORS, 12))
+    found = find_targets(["colors"], root)
+    sources = setup().sources
+    curve = train_labelled(found, [2, 5, 300], sources, base, cache, Silent())
+    rows = {size: one.run.manifest.dataset.rows for (*_, size), one in curve.items()}
+    assert rows == {2: 2, 5: 5, 300: 12}
+    files = {size: one.run.manifest.dataset.path for (*_, size), one in curve.items()}
+    few, more = ({row.prompt for row in Dataset.at(files[size]).rows()} for size in (2, 5))
+    assert few < more
+    oracle = train_oracles(found, sources, base, cache, Silent())["all", "colors"]
+    assert curve["all", "colors", 300] == oracle
+    assert (
+        train_labelled(found, [2], sources, base, cache, Silent())["all", "colors", 2]
+        == (curve["all", "colors", 2])
+    )
 
 
 def test_an_oracle_is_trained_on_the_base_in_the_dtype_of_lora_train_and_found_again(
