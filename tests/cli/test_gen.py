@@ -346,7 +346,8 @@ class TestEval:
         assert result.exit_code == 0, result.output
         header, *rows = result.stdout.split("\n\n")[0].splitlines()
         assert header.split("  ")[0] == "exact match"
-        assert "4-shot  random prompts  generated" in header
+        assert "base  4-shot  mean  nearest  ridge  arrow  generated" in header
+        assert header.endswith("other prompts  gibberish")
         assert [row.split()[0] for row in rows] == ["animals", "colors", "mean"]
         assert "generated: " in result.stdout
         assert {file.name for file in (loragen.work / "out").iterdir()} == {
@@ -436,13 +437,16 @@ class TestEval:
         [
             (("--columns", "bse"), "Did you mean 'base'?"),
             (("--oracle-dir", "nowhere"), "--oracle-dir: nowhere: no such directory"),
-            (("--prompts-from", "train"), "no train split to take prompts from"),
             (("--dataset", "nothing.jsonl"), "nothing.jsonl: "),
             (("--model", "nowhere"), "nowhere: "),
         ],
     )
     def test_what_cannot_start_is_a_usage_error(self, fails, arguments, more, message):
         assert message in fails(2, *arguments, *more)
+
+    def test_prompts_of_a_train_split_need_one(self, fails, arguments):
+        problems = fails(2, *arguments, "--prompts-from", "train", lines=2)
+        assert problems[0].endswith("no train split to take prompts from")
 
     def test_too_few_prompts_are_an_error_before_training(self, loragen, fails, experiment):
         line = json.dumps({"prompt": "One?", "response": "one"}) + "\n"

@@ -158,6 +158,8 @@ class EvaluationSetup:
 
     def mean_embedding(self, prompts: Sequence[str]) -> "np.ndarray":
         """Returns ``[dim]``: the mean embedding of all prompts of a dataset, computed once."""
+        import torch
+
         from loragen.core.data.prompts import joined_texts
         from loragen.core.generator.embeddings import text_vectors
 
@@ -165,11 +167,9 @@ class EvaluationSetup:
         if key not in self.embeddings:
             texts = joined_texts(prompts, self.generator.samples_per_prompt)
             pieces = (texts[at : at + TEXTS_AT_ONCE] for at in range(0, len(texts), TEXTS_AT_ONCE))
-            total = sum(
-                text_vectors(*self.generator.text_encoder(piece)).detach().cpu().double().sum(0)
-                for piece in pieces
-            )
-            self.embeddings[key] = (total / len(texts)).numpy()
+            with torch.inference_mode():
+                vectors = [text_vectors(*self.generator.text_encoder(one)).cpu() for one in pieces]
+            self.embeddings[key] = torch.cat(vectors).double().mean(0).numpy()
         return self.embeddings[key]
 
     def source_embeddings(self) -> "np.ndarray":
@@ -427,15 +427,15 @@ class OtherPrompts(Contestant):
 
     def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
         generator, options = self.setup.generator, self.setup.options
-        pool = {source.name: source.prompts for source in self.setup.sources}
-        pool |= {one.name: one.prompts for one in targets if one.group == target.group}
+        pool = {source.name: list(source.prompts) for source in self.setup.sources}
+        pool |= {one.name: list(one.prompts) for one in targets if one.group == target.group}
         others = [prompts for name, prompts in pool.items() if name != target.name]
         random = Random(f"other prompts:{options.seed}:{target.name}")
         random.shuffle(others)
         for number, own in enumerate(draws_of(target, generator, options)):
             if others:
                 prompts = others[number % len(others)]
-                drawn = random.sample(list(prompts), min(len(own), len(prompts)))
+                drawn = random.sample(prompts, min(len(own), len(prompts)))
                 yield _timed(lambda drawn=drawn: generator.generate(drawn))  # type: ignore[misc]  # a default binds it
 
 

@@ -125,7 +125,8 @@ def outside_of_others(gram: Tensor) -> Tensor:
     """Returns ``[n]``: the share of the norm of each of n vectors that is outside of the span of
     the others, 1 / (G⁻¹)_ii being its square."""
     inverse = torch.linalg.inv(_regular(gram)).diagonal()
-    return (1 / inverse / gram.diagonal().clamp(min=1e-300)).clamp(0, 1).sqrt()
+    found: Tensor = (1 / inverse / gram.diagonal().clamp(min=1e-300)).clamp(0, 1).sqrt()
+    return found
 
 
 def _regular(gram: Tensor) -> Tensor:

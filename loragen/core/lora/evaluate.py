@@ -114,7 +114,7 @@ class TestRows:
         validity = None
         if self.allowed is not None:
             valid = [
-                given in map(self.normalized, known)
+                given in [self.normalized(one) for one in known]
                 for given, known in zip(answers, self.allowed, strict=True)
             ]
             validity = sum(valid) / len(valid)
@@ -225,8 +225,8 @@ def answer_predictions(
         batch = collate([examples[i] for i in indices], padding).to(model.device)
         logits, tokens = answer_logits(model, batch)  # (answers, vocabulary), (answers,)
         lengths = [examples[i].num_label_tokens for i in indices]
-        of_rows = token_losses(logits, tokens).float().cpu().split(lengths)
-        most_likely = logits.argmax(-1).cpu().split(lengths)
+        of_rows = torch.split(token_losses(logits, tokens).float().cpu(), lengths)
+        most_likely = torch.split(logits.argmax(-1).cpu(), lengths)
         for i, loss, ids in zip(indices, of_rows, most_likely, strict=True):
             losses[i], predicted[i] = loss, ids.tolist()
     return losses, predicted
@@ -266,13 +266,13 @@ def greedy(
     from transformers import GenerationConfig
 
     padding, ends = pad_id(tokenizer), end_token_ids(model, tokenizer)
-    settings = GenerationConfig(
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]  # untyped in transformers
         do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=padding, eos_token_id=ends
     )
-    # `generate` fills what `settings` leave open (repetition_penalty, no_repeat_ngram_size, ...)
+    # `generate` fills what its settings leave open (repetition_penalty, no_repeat_ngram_size, ...)
     # from the configuration that the base ships, so that one is taken away.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    shipped, base.generation_config = getattr(base, "generation_config", None), GenerationConfig()
+    shipped, base.generation_config = getattr(base, "generation_config", None), settings
     found: list[tuple[list[int], bool]] = [([], False)] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # little padding
     try:

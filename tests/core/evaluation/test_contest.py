@@ -59,9 +59,7 @@ def outcome(targets):
 
     def make(accuracies, name="colors", validity=0.5, group="all"):
         cells = {
-            column: Cell(
-                [Scores(10, value, None, validity, 3, 1.0, 0.1) for value in values], [0.5]
-            )
+            column: Cell([scored(value, validity) for value in values], [0.5])
             for column, values in accuracies.items()
         }
         dataset = copy(targets[0].dataset)
@@ -267,7 +265,7 @@ def test_remarks_of_cost_novelty_and_controls(outcome, setup):
 
 @pytest.mark.parametrize(
     "generated, expected",
-    [(0.0, 5.0), (0.2, 5.0), (0.3, pytest.approx(50**0.5)), (0.9, None), (0.8, 20.0)],
+    [(0.0, 5.0), (0.2, 5.0), (0.3, pytest.approx(50**0.5)), (0.9, None), (0.8, pytest.approx(20))],
 )
 def test_a_generated_adapter_is_worth_the_labels_of_an_equal_one(generated, expected):
     curve = {"labels_5": 0.2, "labels_10": 0.4, "labels_20": 0.8, "generated": generated}

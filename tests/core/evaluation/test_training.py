@@ -35,7 +35,7 @@ def test_the_multi_task_lora_has_all_rows_and_is_the_best_of_several_trained_onc
     assert first.steps <= 4 * 2 * 8
     rates = [run.config.schedule.options["learning_rate"] for run in runs]
     ranks = sorted(run.config.lora.rank for run in runs)
-    assert set(rates) == {pytest.approx(3e-3), pytest.approx(1e-2), pytest.approx(3e-2)}
+    assert {round(rate, 6) for rate in rates} == {3e-3, 1e-2, 3e-2}
     assert ranks == [2, 2, 2, 8]
     lowest = [min(validation_losses(run).values()) for run in runs]
     assert lowest[0] == min(lowest)
