@@ -186,7 +186,7 @@ def lora_eval(
         base.tokenizer,
         rows,
         batch_size,
-        closed=tested.closed_answers,
+        closed=tested.closed_answers or [],
         ignore_final_punctuation=ignore_final_punctuation,
     )
     document = {

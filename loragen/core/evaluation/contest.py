@@ -246,7 +246,7 @@ def score_contestants(
     """
     options, tokenizer = setup.options, setup.base.tokenizer
     tests = [
-        TestRows(tokenizer, target.rows, target.closed, options.ignore_final_punctuation)
+        TestRows(tokenizer, target.rows, target.closed or [], options.ignore_final_punctuation)
         for target in targets
     ]
     outcomes = [DatasetScores(target, {}) for target in targets]
@@ -291,7 +291,10 @@ def _cell(
         asked = test
         if entry.rows is not None:
             asked = TestRows(
-                setup.base.tokenizer, entry.rows, test.closed, options.ignore_final_punctuation
+                setup.base.tokenizer,
+                entry.rows,
+                test.closed or [],
+                options.ignore_final_punctuation,
             )
         size = options.batch_size
         if isinstance(entry.adapter, Routed):

@@ -61,9 +61,9 @@ def evaluate_model(
 ) -> Scores:
     """Scores a causal language model, with or without an adapter, on labelled rows.
 
-    `closed` is `Dataset.closed_answers` of the whole dataset, if `rows` are only some of its
-    rows; by default it is derived from `rows`. `choices=False` leaves out the choice accuracy,
-    which costs a forward pass per choice.
+    `closed` are the `Dataset.closed_answers` of the whole dataset, or an empty list if those are
+    free, if `rows` are only some of its rows; by default it is derived from `rows`.
+    `choices=False` leaves out the choice accuracy, which costs a forward pass per choice.
     """
     return TestRows(tokenizer, rows, closed, ignore_final_punctuation).score(
         model, batch_size, choices
@@ -84,7 +84,7 @@ class TestRows:
     ) -> None:
         """`closed` and `ignore_final_punctuation` are those of `evaluate_model`."""
         self.tokenizer, self.rows = tokenizer, rows
-        self.closed = closed or closed_answers(rows)
+        self.closed = closed_answers(rows) if closed is None else closed or None
         self.allowed = allowed_answers(rows, self.closed)
         self.ignore_final_punctuation = ignore_final_punctuation
         self.prompts = [prompt_ids(tokenizer, row.prompt, row.system, row.history) for row in rows]

@@ -264,6 +264,15 @@ def test_format_validity_counts_allowed_answers(tokenizer, oracle):
     assert evaluate_model(model, tokenizer, rows[3:], closed=["cat", "dog"]).format_validity == 0.0
 
 
+def test_few_rows_of_a_dataset_with_free_answers_have_free_answers(tokenizer, oracle):
+    """Alone, these four rows would look like a closed set."""
+    rows = [
+        row(prompt, response) for prompt, response in zip("abcd", ["cat", "dog"] * 2, strict=True)
+    ]
+    scores = evaluate_model(oracle({"a": "cat"}), tokenizer, rows, closed=[])
+    assert (scores.choice_accuracy, scores.format_validity, scores.choices) == (None, None, None)
+
+
 def test_without_choices_there_is_no_choice_accuracy(tokenizer, oracle):
     rows = [row("a", "cat"), row("b", "dog")] * 2
     scores = evaluate_model(oracle({}), tokenizer, rows, choices=False)
