@@ -41,6 +41,7 @@ TINY_LORA = {
 }
 TINY_GENERATOR = {
     "encoder.batch_size": 4,
+    "decoder.name": "hyperconv",
     "decoder.blocks": 1,
     "decoder.hidden_dim": 16,
     "decoder.rank": 4,
@@ -55,6 +56,13 @@ TINY_GENERATOR = {
     "loggers": {},
     "trainer.accelerator": "cpu",
 }
+TRANSFER = {
+    "training.objective": "transfer",
+    "decoder.name": "mixture",
+    "decoder.hidden_dim": 16,
+    "behaviour.batch_size": 1,
+}
+"""Settings of a `gen train`, beside those above."""
 
 
 @pytest.fixture(autouse=True)

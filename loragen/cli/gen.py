@@ -455,15 +455,15 @@ def _decoder_summary(work: "Plan") -> "DecoderSummary":
     from loragen.core.base.load import quiet_libraries
     from loragen.core.data.prompts import joined_texts
     from loragen.core.generator.network import summarize_decoder
-    from loragen.core.plugins import create, find
+    from loragen.core.plugins import create
 
     quiet_libraries()
     data, encoder, decoder = work.config.data, work.config.encoder, work.config.decoder
     first = joined_texts(work.sources[0].prompts, data.samples_per_prompt)[:1]
     positions, dim = create("encoder", encoder.name, encoder.options)(first)[0].shape[1:]
     condition = (data.prompts_per_condition, positions, dim)
-    transfers = any(find("objective", one).transfer_only for one in work.config.training.phases)
-    return summarize_decoder(decoder.name, decoder.options, work.layout, condition, transfers)
+    datasets = len(work.sources)
+    return summarize_decoder(decoder.name, decoder.options, work.layout, condition, datasets)
 
 
 def _output_paths(

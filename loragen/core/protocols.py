@@ -136,6 +136,8 @@ class Decoder(Protocol):
 
     ``decoder(condition, mask)`` maps ``[batch, prompts, positions, dim]`` and a boolean mask
     ``[batch, prompts, positions]`` to ``[batch, tokens, token_dim]``, for any number of prompts.
+    The first line of the class's docstring tells what makes an adapter: `gen train --dry-run` and
+    every adapter's card quote it.
     """
 
     Config: ClassVar[type[BaseModel]]
@@ -164,23 +166,37 @@ class StartsFromSamples(Protocol):
     def start_from(self, samples: Samples) -> None: ...
 
 
-@runtime_checkable
-class Transfers(Protocol):
-    """A decoder that can predict the adapter of one dataset from other datasets alone.
+class CollectedAdapters(Protocol):
+    """The collected adapters of the N training datasets, one of each, normalised, float32.
 
-    It is then trained for datasets that it has never seen. The other datasets are its support set:
-    each is given by its condition and by the coordinates of its adapters.
+    They stay on disk, memory-mapped: a collection of thousands need not fit into memory.
     """
 
-    @classmethod
-    def transfer_parameters(cls, config: Any) -> Sequence[str] | None:
-        """Returns prefixes of the names of all parameters that `predict` trains, the others being
-        frozen; None if a decoder with these options cannot transfer."""
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(N, tokens, token_dim)``"""
         ...
 
-    def coordinates(self, samples: Samples) -> Tensor:
-        """Returns ``[samples, R]``, detached, after `start_from`. Samples are on the CPU, whatever
-        device the decoder is on."""
+    def read(self, datasets: Sequence[int], tokens: slice) -> Tensor:
+        """Returns ``[datasets, tokens, token_dim]``: those tokens of those datasets' adapters."""
+        ...
+
+
+@runtime_checkable
+class Transfers(Protocol):
+    """A decoder that makes adapters from the collected adapters of other datasets.
+
+    These, and the prompts of their datasets, are its support set. Training leaves the dataset whose
+    adapter is predicted out of it, so that the decoder learns to serve datasets that were never
+    collected (the objective `transfer`). The adapters are stored beside the decoder's state dict
+    and are not part of it.
+
+    Adapters are normalised by a scale alone, without a mean, because the mean would contain what is
+    left out. What does not read the left-out adapter is therefore independent of it, to the bit.
+    """
+
+    def use_adapters(self, adapters: CollectedAdapters) -> None:
+        """Is called once, before anything else and before the state dict is loaded."""
         ...
 
     def predict(
@@ -189,24 +205,29 @@ class Transfers(Protocol):
         mask: Tensor,
         support_conditions: Tensor,
         support_mask: Tensor,
-        support_coordinates: Tensor,
+        support: Tensor,
+        left_out: Tensor,
     ) -> Tensor:
         """Returns ``[batch, tokens, token_dim]`` for `condition` and `mask`, as in `Decoder`.
 
-        The adapters are predicted from D >= 1 other datasets, the support set: their conditions
-        ``[D, prompts, positions, dim]`` with a mask, and their coordinates ``[D, R]``.
+        `support` ``[M]`` are indices of datasets, given by their conditions ``[M, prompts,
+        positions, dim]`` with a mask. ``left_out[b, m]`` says that adapter b must be predicted
+        without dataset m; at least one is left.
         """
         ...
 
-    def fit(
-        self, support_conditions: Iterable[tuple[Tensor, Tensor]], support_coordinates: Tensor
-    ) -> None:
-        """Changes the decoder itself, and its state dict, to give what `predict` gives with this
-        support set.
+    def fit(self, support_conditions: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Changes the decoder's state dict so that its forward pass gives what `predict` gives with
+        all N datasets and none left out.
 
-        `support_conditions` are D conditions ``[1, prompts, positions, dim]`` with their masks,
-        `support_coordinates` is ``[D, R]``. `predict` does not change: training may continue.
+        `support_conditions` are their conditions ``[1, prompts, positions, dim]`` with masks, in
+        order. `predict` does not change: training may continue.
         """
+        ...
+
+    def coefficients(self, condition: Tensor, mask: Tensor) -> Tensor:
+        """Returns ``[batch, N]``, after `fit`: each adapter's share in the generated ones, which is
+        told to the user. A decoder with several coefficients for an adapter returns their mean."""
         ...
 
 
@@ -264,8 +285,8 @@ class Objective(Protocol):
     """The largest gradient norm if `trainer.gradient_clip_val` is null."""
     learning_rate_key: ClassVar[str] = "learning rate"
     """The configuration key of its learning rate, for messages."""
-    transfer_only: ClassVar[bool] = False
-    """Whether it trains only what the decoder's `Transfers.transfer_parameters` names."""
+    leaves_out: ClassVar[bool] = False
+    """Whether it trains decoders that are `Transfers`, and these alone."""
 
     steps: int
     """Optimizer steps of the phase."""
@@ -306,9 +327,6 @@ class Objective(Protocol):
         The last phase's objective validates throughout the training.
         """
         ...
-
-    def prepare(self, network: Any) -> None:
-        """May freeze parameters of the network, for the whole training."""
 
     def finalize(self, network: Any) -> None:
         """May change the network before it is validated or saved; training continues with it."""

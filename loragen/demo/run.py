@@ -262,7 +262,7 @@ def generator_config(
             "seed": seed,
             "experiments_dir": str(experiments),
             "sources": [{"run": str(run), "prompts": str(rows)} for run, rows in runs],
-            "decoder": {"name": "hyperconv", "blocks": 1, "hidden_dim": 128, "rank": 32},
+            "decoder": {"name": "mixture", "hidden_dim": 256},
             "layout": {"token_dim": 128},
             "data": {
                 "batch_size": 16,

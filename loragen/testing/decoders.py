@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +37,12 @@ def check_decoder(cls: Any, **options: Any) -> None:
     Gradients reach every trainable parameter and the condition. The state dict, saved and loaded
     with `weights_only=True`, gives an equal decoder.
 
-    A decoder that can transfer with these options has to keep the promises of `Transfers` too. Its
-    coordinates are finite `[samples, R]`, without gradients. For a support set of one dataset or of
-    several, `predict` keeps the promises of the output above, and its gradients reach all of
-    `transfer_parameters`. After `fit`, which forgets earlier calls, the decoder itself gives what
-    `predict` gave and still gives, and so does a decoder with the loaded state dict.
+    A decoder that combines collected adapters has to keep the promises of `Transfers` too; it is
+    fitted to a few before the checks above. For a support set of one dataset or of several,
+    `predict` keeps the promises of the output, and its gradients reach every trainable parameter.
+    What is left out changes nothing, neither its adapter nor its prompts. After `fit`, which
+    forgets earlier calls, the decoder itself gives what `predict` gave and still gives, and so does
+    a decoder with the loaded state dict; its coefficients are finite `[batch, N]`.
 
     Raises AssertionError naming the promise that is broken.
     """
@@ -49,8 +50,15 @@ def check_decoder(cls: Any, **options: Any) -> None:
 
     torch.manual_seed(0)
     config = validated_options(cls, options)
-    decoder, fresh = (built(cls, config, CONDITION_DIM, grid()) for _ in range(2))
+    transfers = hasattr(cls, "use_adapters")
+    if transfers:
+        promised = [name for name in vars(Transfers) if not name.startswith("_")]
+        missing = [name for name in promised if not hasattr(cls, name)]
+        assert not missing, f"{cls.__name__} has use_adapters, but no {', '.join(missing)}"
+    decoder, fresh = (_ready(cls, config, ExampleAdapters()) for _ in range(2))
     disturb(decoder.parameters())
+    if transfers:
+        decoder.fit(_one_by_one(*example_conditions(DATASETS, 3, seed=1)))
     _check_output(decoder, "output")
     _check_state_dict(decoder, fresh)
     trained = trainable(decoder)
@@ -60,7 +68,8 @@ def check_decoder(cls: Any, **options: Any) -> None:
     _check_gradients(output, "output", trained)
     assert condition.grad is not None and condition.grad.any(), "the output ignores the condition"
     assert condition.grad.isfinite().all(), "the gradient of the condition is not finite"
-    _check_transfer(cls, config)
+    if transfers:
+        _check_transfer(cls, config)
 
 
 def grid(layers: int = 2, modules: int = 2, positions: int = 3, token_dim: int = 8) -> TokenGrid:
@@ -84,18 +93,38 @@ def example_conditions(batch: int, prompts: int, seed: int = 0) -> tuple[Tensor,
     return condition, mask
 
 
-class ExampleSamples:
-    """One adapter of each dataset, with the protocol `Samples`."""
+class ExampleAdapters:
+    """One adapter of each dataset, with the protocols `Samples` and `CollectedAdapters`."""
 
-    def __init__(self) -> None:
+    def __init__(self, noisy: Sequence[int] = ()) -> None:
+        """The adapters of the datasets in `noisy` are others than in any other instance."""
         import torch
 
         generator = torch.Generator().manual_seed(0)
         self.shape = (DATASETS, grid().tokens, grid().token_dim)
         self._values = torch.randn(self.shape, generator=generator)
+        for index in noisy:
+            self._values[index] = torch.randn(self.shape[1:])
 
     def __getitem__(self, tokens: slice) -> Tensor:
         return self._values[:, tokens]
+
+    def read(self, datasets: Sequence[int], tokens: slice) -> Tensor:
+        return self._values[list(datasets), tokens]
+
+
+def _ready(cls: Any, config: Any, adapters: ExampleAdapters) -> Any:
+    """Returns a decoder as a training prepares it before the first step."""
+    decoder = built(cls, config, CONDITION_DIM, grid())
+    if isinstance(decoder, Transfers):
+        decoder.use_adapters(adapters)
+    if isinstance(decoder, StartsFromSamples):
+        decoder.start_from(adapters)
+    return decoder
+
+
+def _one_by_one(condition: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return ((condition[i : i + 1], mask[i : i + 1]) for i in range(len(condition)))
 
 
 def _check_output(decode: Decode, what: str) -> None:
@@ -154,57 +183,57 @@ def _check_gradients(given: Tensor, what: str, tensors: Mapping[str, Tensor]) ->
 
 
 def _check_transfer(cls: Any, config: Any) -> None:
-    """Calls the decoder in the order of a training, if it can transfer with these options."""
+    """Calls the decoder in the order of a training."""
     import torch
 
-    if not hasattr(cls, "transfer_parameters"):
-        return
-    promised = [name for name in vars(Transfers) if not name.startswith("_")]
-    missing = [name for name in promised if not hasattr(cls, name)]
-    assert not missing, f"{cls.__name__} has transfer_parameters, but no {', '.join(missing)}"
-    prefixes = cls.transfer_parameters(config)
-    if prefixes is None:
-        return
-    decoder = built(cls, config, CONDITION_DIM, grid())
-    if isinstance(decoder, StartsFromSamples):
-        decoder.start_from(ExampleSamples())
-    for name, parameter in decoder.named_parameters():
-        parameter.requires_grad_(name.startswith(tuple(prefixes)))
-    trained = trainable(decoder)
-    assert trained, f"no parameter's name starts with one of transfer_parameters, {prefixes}"
-    disturb(trained.values())
-
-    targets: Tensor = decoder.coordinates(ExampleSamples())
-    shape = list(targets.shape)
-    assert targets.ndim == 2 and shape[0] == DATASETS, (
-        f"coordinates of {DATASETS} samples must be [{DATASETS}, R], not {shape}"
-    )
-    assert targets.isfinite().all(), "coordinates gives values that are not finite"
-    assert not targets.requires_grad, (
-        "coordinates carries gradients, and no second step could follow them: detach() it"
-    )
-
+    decoder = _ready(cls, config, ExampleAdapters())
+    disturb(decoder.parameters())
     known, known_mask = example_conditions(DATASETS, 3, seed=1)
 
-    def predict(condition: Tensor, mask: Tensor, datasets: int = DATASETS) -> Tensor:
-        others = known[:datasets], known_mask[:datasets], targets[:datasets]
-        predicted: Tensor = decoder.predict(condition, mask, *others)
+    def predict(
+        condition: Tensor,
+        mask: Tensor,
+        by: Any = decoder,
+        others: Tensor = known,
+        datasets: int = DATASETS,
+        without: int | None = None,
+    ) -> Tensor:
+        left_out = torch.zeros(len(condition), datasets, dtype=torch.bool)
+        if without is not None:
+            left_out[:, without] = True
+        support = torch.arange(datasets)
+        given = others[:datasets], known_mask[:datasets], support, left_out
+        predicted: Tensor = by.predict(condition, mask, *given)
         return predicted
 
     for datasets in (1, DATASETS):
         decode = partial(predict, datasets=datasets)
-        _check_output(decode, f"predict (other datasets: {datasets})")
+        _check_output(decode, f"predict (support: {datasets} datasets)")
+    condition, mask = example_conditions(3, 3)
+
+    left_out = predict(condition, mask, without=2)
+    assert not left_out.equal(predict(condition, mask)), "left_out changes nothing in predict"
+    other = _ready(cls, config, ExampleAdapters(noisy=[2]))
+    other.load_state_dict(decoder.state_dict())
+    assert predict(condition, mask, by=other, without=2).equal(left_out), (
+        "the adapter of a dataset that is left out changes what predict gives"
+    )
+    noisy = known.clone()
+    noisy[2] = torch.randn_like(noisy[2])
+    assert predict(condition, mask, others=noisy, without=2).equal(left_out), (
+        "the prompts of a dataset that is left out change what predict gives"
+    )
+
     decoder.train()
-    _check_gradients(predict(*example_conditions(2, 3)), "predict", trained)
+    _check_gradients(predict(*example_conditions(2, 3)), "predict", trainable(decoder))
     decoder.eval()
 
-    condition, mask = example_conditions(3, 3)
     with torch.no_grad():
         expected = predict(condition, mask)
-        one_by_one = [(known[i : i + 1], known_mask[i : i + 1]) for i in range(DATASETS)]
-        for coordinates in (-targets, targets):  # a training fits the decoder many times
-            decoder.fit(iter(one_by_one), coordinates)
+        for conditions in (-known, known):  # a training fits the decoder many times
+            decoder.fit(_one_by_one(conditions, known_mask))
         still, decoded = predict(condition, mask), decoder(condition, mask)
+        shares = decoder.coefficients(condition, mask)
     tolerance = FIT_TOLERANCE * float(expected.abs().max())
     assert (off := largest_difference(still, expected)) <= tolerance, (
         f"fit changes what predict gives, and so what is trained: by {off:.1e}"
@@ -212,4 +241,7 @@ def _check_transfer(cls: Any, config: Any) -> None:
     assert (off := largest_difference(decoded, expected)) <= tolerance, (
         f"after fit the decoder does not give what predict gave: off by {off:.1e}"
     )
-    _check_state_dict(decoder, built(cls, config, CONDITION_DIM, grid()))
+    assert list(shares.shape) == [len(condition), DATASETS] and shares.isfinite().all(), (
+        f"coefficients must be finite [{len(condition)}, {DATASETS}], not {list(shares.shape)}"
+    )
+    _check_state_dict(decoder, _ready(cls, config, ExampleAdapters()))

@@ -45,7 +45,6 @@ def check_objective(cls: Any, data: Any, network: Any, **options: Any) -> None:
             f"{name}: two processes share a batch of {size} pairs as {shares}"
         )
 
-    objective.prepare(network)
     loss, metrics = objective.loss(network, batch)
     assert loss.ndim == 0 and loss.isfinite(), f"{name}.loss gives {loss}, not a finite scalar"
     assert loss.requires_grad, f"{name}.loss carries no gradient"

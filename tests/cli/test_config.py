@@ -76,7 +76,7 @@ class TestShow:
         result = loragen("config", "show", "gen", "--set", "layout.token_dim=8", "--json")
         document = json.loads(result.stdout)
         assert document["layout.token_dim"] == {"value": 8, "origin": "--set"}
-        assert document["decoder.blocks"] == {"value": 3, "origin": "default"}
+        assert document["decoder.name"] == {"value": "auto", "origin": "default"}
 
 
 class TestValidate:

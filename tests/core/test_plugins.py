@@ -18,7 +18,7 @@ def loragen_schedules():
 BUILT_IN = {
     "logger": ["swanlab", "tensorboard"],
     "encoder": ["sbert"],
-    "decoder": ["hyperconv"],
+    "decoder": ["hyperconv", "mixture"],
     "schedule": ["constant", "cosine", "linear", "two-stage"],
     "objective": ["behaviour", "reconstruction", "transfer"],
 }

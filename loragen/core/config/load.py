@@ -16,7 +16,16 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from loragen.core.config.schema import MODELS, GenTrainConfig, PluginSection, command_of, phases_in
+from loragen.core.config.schema import (
+    AUTO,
+    MODELS,
+    NAMELESS,
+    GenTrainConfig,
+    NoOptions,
+    PluginSection,
+    command_of,
+    phases_in,
+)
 from loragen.core.config.yaml_file import Loc, dotted, paths, read_yaml
 from loragen.core.errors import ConfigError, PluginError, UsageError, did_you_mean, listing
 from loragen.core.plugins import describe, find
@@ -222,7 +231,7 @@ def _insert(layers: Layers, override: Override, model: type[BaseModel]) -> None:
         if not isinstance(child, dict | list):
             child = node[key] = {}
         node = child
-    if _names_plugin(model, keys) and node.get("name") not in (None, override.value):
+    if _names_plugin(model, keys) and _name_in(node, model, keys) not in (None, override.value):
         node.clear()  # the options beside the old name belong to the other plugin
         replaced = keys[:-1]
     node[keys[-1]] = override.value
@@ -235,6 +244,14 @@ def _insert(layers: Layers, override: Override, model: type[BaseModel]) -> None:
 # ---- plugins
 
 
+def _name_in(section: dict[str, Any], model: type[BaseModel], keys: Loc) -> str | None:
+    """Returns the plugin's name in a section, or that of the plugin whose options it has."""
+    default = model.model_fields[str(keys[0])].default.name
+    nameless = NAMELESS.get(default) if section else None
+    name: str | None = section.get("name", nameless)
+    return name
+
+
 def _fill_in_plugin_names(model: type[BaseModel], tree: dict[str, Any]) -> None:
     """Writes the default plugin's name if none is given, and `{}` for a logger's `null`.
 
@@ -243,7 +260,9 @@ def _fill_in_plugin_names(model: type[BaseModel], tree: dict[str, Any]) -> None:
     for key, info in model.model_fields.items():
         section = tree.setdefault(key, {}) if isinstance(info.default, PluginSection) else None
         if isinstance(section, dict):  # a name may be any YAML scalar
-            tree[key] = {**section, "name": str(section.get("name", info.default.name))}
+            default = info.default.name
+            default = NAMELESS.get(default, default) if section else default
+            tree[key] = {**section, "name": str(section.get("name", default))}
     loggers = tree.setdefault("loggers", model.model_fields["loggers"].default)
     if isinstance(loggers, dict):
         tree["loggers"] = {
@@ -262,10 +281,11 @@ def _check_plugins(model: type[BaseModel], layers: Layers, complete: bool) -> li
         if not isinstance(options, dict):
             return options
         try:
+            chosen_later = (kind, name) == ("decoder", AUTO)
             if not options and not complete:
-                describe(kind, name)
+                _ = chosen_later or describe(kind, name)
                 return options
-            plugin_config = find(kind, name).Config
+            plugin_config = NoOptions if chosen_later else find(kind, name).Config
             return plugin_config.model_validate(options).model_dump(mode="json")
         except PluginError as error:
             origin = origin_of((*keys, "name"), layers.origins)
@@ -291,7 +311,7 @@ def _check_plugins(model: type[BaseModel], layers: Layers, complete: bool) -> li
     if model is GenTrainConfig and isinstance(training, dict):
         objective, all_options = training.get("objective"), training.get("objective_options")
         for name in phases_in(objective) if isinstance(objective, str) else ():
-            if name != "auto":
+            if name != AUTO:
                 check("objective", name, {}, ("training", "objective"))
         if isinstance(all_options, dict):
             training["objective_options"] = {

@@ -15,6 +15,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
+AUTO = "auto"
+"""The name of a decoder, or of an objective, that is chosen once the sources are known."""
+NAMELESS = {AUTO: "hyperconv"}
+"""The plugin that options without a name belong to, if it is not the default itself."""
+
+
+class NoOptions(BaseModel, extra="forbid"):
+    """The options of `auto`."""
+
+
 class PluginSection(BaseModel):
     """`{name: ..., option: value, ...}`: the options are checked by the chosen plugin's Config.
 
@@ -419,7 +429,12 @@ class GenTrainConfig(Section):
         [], description="Datasets held out entirely, for val_unseen/ metrics."
     )
     encoder: PluginSection = PluginSection(name="sbert")
-    decoder: PluginSection = PluginSection(name="hyperconv")
+    decoder: PluginSection = Field(
+        PluginSection(name=AUTO),
+        description="mixture: an affine combination of the collected adapters; hyperconv: the "
+        "convolutional decoder of Drag-and-Drop LLMs; another installed one; auto: mixture for the "
+        "objective transfer, otherwise hyperconv. Options without a name are those of hyperconv.",
+    )
     layout: LayoutSection = LayoutSection()
     data: GenDataSection = GenDataSection()
     training: GenTrainingSection = GenTrainingSection()

@@ -9,7 +9,14 @@ from typing import Any, Literal, Union
 from pydantic import BaseModel, ConfigDict, create_model
 
 from loragen.core.config.load import ENV_PREFIX, Layers, load, merge_layers, validate_layers
-from loragen.core.config.schema import MODELS, PluginSection
+from loragen.core.config.schema import (
+    AUTO,
+    MODELS,
+    NAMELESS,
+    GenTrainConfig,
+    NoOptions,
+    PluginSection,
+)
 from loragen.core.config.yaml_file import Loc, commented, dotted, leaves
 from loragen.core.errors import PluginError, listing
 from loragen.core.plugins import find, names
@@ -102,6 +109,8 @@ def commented_defaults(command: str) -> str:
 
 
 def _plugin_meaning(kind: str, name: str, keys: Loc) -> str:
+    if name == AUTO:
+        return str(GenTrainConfig.model_fields[kind].description) if keys else ""
     fields = find(kind, name).Config.model_fields
     if not keys:
         return "" if fields else "It has no options."
@@ -121,8 +130,12 @@ def json_schema(command: str) -> dict[str, Any]:
         default = info.default
         if isinstance(default, PluginSection):  # without a name, the default plugin's
             sections: list[Any] = []
-            for name, config in _plugin_configs(key).items():
-                named: Any = (Literal[name], name if name == default.name else ...)
+            nameless = NAMELESS.get(default.name, default.name)
+            configs = _plugin_configs(key)
+            if default.name == AUTO:
+                configs[AUTO] = NoOptions
+            for name, config in configs.items():
+                named: Any = (Literal[name], name if name == nameless else ...)
                 section = create_model(f"{key}_{name}", __base__=config, name=named)
                 sections.append(section)
             union: Any = Union[tuple(sections)]  # noqa: UP007  # `|` cannot join a tuple

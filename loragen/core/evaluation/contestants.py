@@ -146,7 +146,7 @@ class EvaluationSetup:
         """Returns the mean of all training checkpoints, from the generator's normalisation."""
         from loragen.core.adapter.files import Adapter
 
-        tensors = self.generator.layout.unpack(self.generator.normalization.mean)
+        tensors = self.generator.layout.unpack(self.generator.mean_adapter)
         return Adapter(dict(self.generator.adapter_config), tensors)
 
     def collected(self, index: int) -> "Adapter":

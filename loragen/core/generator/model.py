@@ -18,17 +18,25 @@ from loragen.core.adapter.layout import Layout
 from loragen.core.data.prompts import joined_texts
 from loragen.core.errors import DataError, LoragenError
 from loragen.core.files import sha256_text, written_atomically
+from loragen.core.generator.collected import Collected
 from loragen.core.generator.embeddings import Familiarity
 from loragen.core.generator.generated import GeneratedAdapter, Origin
-from loragen.core.generator.network import Network, Normalization, new_network
+from loragen.core.generator.network import Network, Normalization, method, new_network
 from loragen.core.generator.requests import draw_prompts, nonempty_prompts
 from loragen.core.plugins import create
-from loragen.core.protocols import Encoder
+from loragen.core.protocols import Encoder, Transfers
 from loragen.core.run.checkpoints import load_weights_only
-from loragen.core.run.directory import CHECKPOINTS, experiment_name, generator_file
+from loragen.core.run.directory import (
+    CHECKPOINTS,
+    GENERATOR_FILE,
+    MANIFEST,
+    experiment_name,
+    generator_file,
+)
 
-FORMAT_VERSION = 2
-"""Version 1 had other networks, and did not standardise conditions."""
+FORMAT_VERSION = 3
+"""Version 1 did not standardise conditions. In version 2 the objective `transfer` trained parts of
+`hyperconv` to combine principal directions."""
 CHECKPOINT_KEY = "generator"
 """The key of a Lightning checkpoint that holds `Generator.describe_in_checkpoint`."""
 AVERAGED = "averaged.module."
@@ -44,6 +52,9 @@ DESCRIBED = (
     "format_version",
 )
 """Fields of a `Generator` that its file stores under their names."""
+
+MAX_TOLD = 5
+"""The most coefficients that are stored with a generated adapter."""
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +90,8 @@ class Generator:
     network: Network
     encoder_state: dict[str, Tensor] | None = None
     """The encoder's weights if they were trained; None if it is frozen."""
+    collected: Collected | None = None
+    """The adapters that the decoder combines, in a file of their own; None if it combines none."""
     familiarity: Familiarity | None = None
     """Computes the out-of-distribution score of prompts; None if that is not possible."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -114,10 +127,11 @@ class Generator:
         given = nonempty_prompts(prompts)
         subsets = draw_prompts(given, draws, prompts_per_draw, seed, self.usual_prompts)
         tokens = torch.zeros(self.layout.tokens, self.layout.token_dim)
-        distances = []
+        distances, coefficients = [], []
         for subset in subsets:
             condition, mask = self.embed(subset)
             tokens += self._decode(condition, mask) / len(subsets)
+            coefficients += self._coefficients(condition, mask)
             if self.familiarity:
                 distances.append(self.familiarity.distance(condition, mask))
         distances.sort(key=lambda distance: distance.ratio)
@@ -129,6 +143,9 @@ class Generator:
             base_model=self.base_model,
             encoder=self.encoder.name,
             decoder=self.decoder.name,
+            method=method(self.decoder.name),
+            trained_for=self.provenance.get("trained_for", ""),
+            coefficients=_largest(coefficients, self.datasets),
             prompts=len(given),
             prompts_sha256=sha256_text(*given),
             draws=draws,
@@ -156,6 +173,17 @@ class Generator:
         self.network.eval()
         normalized = self.network(condition.unsqueeze(0), mask.unsqueeze(0)).squeeze(0)
         return self.normalization.denormalize(normalized)
+
+    @torch.inference_mode()
+    def _coefficients(self, condition: Tensor, mask: Tensor) -> list[Tensor]:
+        """Returns one tensor, the coefficients ``[datasets]``, if the decoder has any."""
+        found = self.network.coefficients(condition.unsqueeze(0), mask.unsqueeze(0))
+        return [] if found is None else [found[0]]
+
+    @property
+    def mean_adapter(self) -> Tensor:
+        """The mean of the collected adapters, ``[tokens, token_dim]``."""
+        return self.collected.mean() if self.collected else self.normalization.mean
 
     @property
     def usual_prompts(self) -> int:
@@ -192,7 +220,8 @@ class Generator:
         return encoder
 
     def save(self, file: str | Path) -> None:
-        """Writes a file that `torch.load(file, weights_only=True)` reads."""
+        """Writes a file that `torch.load(file, weights_only=True)` reads, and beside it, in
+        `collected_file(file)`, the adapters that the decoder combines, if it does."""
 
         def on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
             return {key: tensor.detach().cpu() for key, tensor in state.items()}
@@ -202,6 +231,8 @@ class Generator:
             "state_dict": on_cpu(self.network.state_dict()),
             "encoder_state": on_cpu(self.encoder_state) if self.encoder_state else None,
         }
+        if self.collected:  # first, so that the generator is complete once its file is there
+            self.collected.save(collected_file(Path(file)))
         with written_atomically(Path(file)) as temporary:
             torch.save(document, temporary)
 
@@ -213,6 +244,7 @@ class Generator:
             "encoder": {"name": self.encoder.name, "options": self.encoder.options},
             "decoder": {"name": self.decoder.name, "options": self.decoder.options},
             "layout": self.layout.state(),
+            "collected": self.collected.fingerprint if self.collected else None,
             "normalization": {"mean": self.normalization.mean, "scale": self.normalization.scale},
             "familiarity": dict(vars(self.familiarity)) if self.familiarity else None,
         }
@@ -249,7 +281,7 @@ class Generator:
             if version != FORMAT_VERSION:
                 remedy = "train it again" if version < FORMAT_VERSION else "upgrade loragen"
                 raise DataError(f"format {version}, expected format {FORMAT_VERSION}; {remedy}")
-            return cls._from_document(document, name)
+            return cls._from_document(document, name, collected_file(file))
         except DataError as error:
             raise DataError(f"{file}: {error}") from error
         except KeyError as error:
@@ -259,9 +291,15 @@ class Generator:
             raise DataError(f"{file}: not a generator file: {reason}") from error
 
     @classmethod
-    def _from_document(cls, document: dict[str, Any], name: str) -> "Generator":
+    def _from_document(cls, document: dict[str, Any], name: str, collected: Path) -> "Generator":
         decoder, layout = Choice(**document["decoder"]), Layout.from_state(document["layout"])
+        normalization = Normalization(**document["normalization"])
         network = new_network(decoder.name, decoder.options, document["condition_dim"], layout)
+        adapters = None
+        if document["collected"]:
+            adapters = Collected.load(collected, normalization.scale, document["collected"])
+            if isinstance(network.decoder, Transfers):
+                network.decoder.use_adapters(adapters)
         try:
             network.load_state_dict(document["state_dict"])
         except RuntimeError as error:
@@ -280,13 +318,33 @@ class Generator:
             encoder=Choice(**document["encoder"]),
             decoder=decoder,
             layout=layout,
-            normalization=Normalization(**document["normalization"]),
+            normalization=normalization,
             network=network.eval(),
+            collected=adapters,
             encoder_state=document.get("encoder_state"),
             familiarity=Familiarity(**familiarity) if familiarity else None,
             name=name,
             **{key: document[key] for key in DESCRIBED},
         )
+
+
+def collected_file(file: Path) -> Path:
+    """Returns the path of the adapters that a generator's decoder combines: beside the generator's
+    file, of which a checkpoint belongs to the one of its experiment."""
+    experiment = file.absolute().parent.parent
+    if file.parent.name == CHECKPOINTS and (experiment / MANIFEST).is_file():
+        file = experiment / GENERATOR_FILE
+    return file.with_suffix(".collected.safetensors")
+
+
+def _largest(coefficients: Sequence[Tensor], datasets: Sequence[str]) -> dict[str, float]:
+    """Returns the mean over draws of the coefficients that are largest in size, at most five, by
+    dataset."""
+    if not coefficients:
+        return {}
+    mean = torch.stack(list(coefficients)).mean(0)
+    order = mean.abs().argsort(descending=True)[:MAX_TOLD].tolist()
+    return {datasets[index]: round(float(mean[index]), 3) for index in order}
 
 
 def _of_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:

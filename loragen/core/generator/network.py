@@ -4,10 +4,11 @@
 `summarize_decoder` lists the modules and the memory of a decoder before it is built.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,6 +64,15 @@ class Normalization:
         scale = np.where(moves, np.sqrt(variance), 1.0)[owners][:, None]
         return cls(torch.from_numpy(mean).float(), torch.from_numpy(scale).float())
 
+    def without_mean(self) -> "Normalization":
+        """Returns the normalization of decoders that combine adapters, which needs no mean.
+
+        The scales are rounded to powers of two, so that dividing by one and multiplying again
+        changes no bit: a prediction is then independent of an adapter that it leaves out, although
+        that one counts in the scale.
+        """
+        return Normalization(torch.zeros_like(self.mean), self.scale.log2().round().exp2())
+
     def normalize(self, tokens: Tensor) -> Tensor:
         return (tokens.to(self.mean) - self.mean) / self.scale
 
@@ -77,9 +87,7 @@ class Normalization:
         return Normalization(self.mean.to(device), self.scale.to(device))
 
 
-def importance(
-    layout: Layout, normalization: Normalization, collections: Sequence[np.ndarray]
-) -> Tensor:
+def importance(layout: Layout, collections: Sequence[np.ndarray]) -> Tensor:
     """Returns the weight of each token's error, ``[tokens, 1]`` float32, with mean 1 over values.
 
     The weight is ``1 / (1 + v)``; v is the token's variance within datasets over that between
@@ -87,17 +95,19 @@ def importance(
     mostly noise. This follows the importance of Drag-and-Drop LLMs (arXiv 2506.16406), which is the
     variance between checkpoints. It is one pass, with one checkpoint in memory at a time.
     """
-    within, total = np.zeros(layout.tokens), np.zeros(layout.tokens)
-    common = normalization.mean.numpy()
+    within, squared_means = np.zeros(layout.tokens), np.zeros(layout.tokens)
+    total = np.zeros((layout.tokens, layout.token_dim))
     for collection in collections:
-        own, squares = np.zeros(common.shape), np.zeros(layout.tokens)
+        own, squares = np.zeros(total.shape), np.zeros(layout.tokens)
         for tokens in collection:
-            deviation = tokens - common
-            own += deviation / len(collection)
-            squares += np.square(deviation).sum(axis=1) / len(collection)
-        total += squares
-        within += np.maximum(squares - np.square(own).sum(axis=1), 0)
-    between = np.maximum(total - within, 1e-30 + 1e-12 * total)
+            own += np.divide(tokens, len(collection), dtype=np.float64)
+            squares += np.square(tokens, dtype=np.float64).sum(axis=1) / len(collection)
+        squared = np.square(own).sum(axis=1)
+        within += np.maximum(squares - squared, 0)
+        squared_means += squared
+        total += own
+    between = squared_means - np.square(total).sum(axis=1) / len(collections)
+    between = np.maximum(between, 1e-30 + 1e-12 * squared_means)
     weights = 1 / (1 + within / between)
     values = layout.mask().sum(dim=1).numpy()  # of each token, without padding
     return torch.from_numpy(weights / np.average(weights, weights=values)).float()[:, None]
@@ -130,7 +140,8 @@ class Network(nn.Module):
         mask: Tensor,
         support_conditions: Tensor,
         support_mask: Tensor,
-        support_coordinates: Tensor,
+        support: Tensor,
+        left_out: Tensor,
     ) -> Tensor:
         """Returns the result of `Transfers.predict` for conditions that are not standardised."""
         assert isinstance(self.decoder, Transfers)
@@ -139,21 +150,20 @@ class Network(nn.Module):
             mask,
             self._standardized(support_conditions),
             support_mask,
-            support_coordinates,
+            support,
+            left_out,
         )
 
-    def fit_transfer(
-        self, support_conditions: Iterable[tuple[Tensor, Tensor]], support_coordinates: Tensor
-    ) -> None:
+    def fit(self, support_conditions: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Calls `Transfers.fit` with conditions that are not standardised yet."""
         assert isinstance(self.decoder, Transfers)
-        standardized = ((self._standardized(one), mask) for one, mask in support_conditions)
-        self.decoder.fit(standardized, support_coordinates)
+        self.decoder.fit((self._standardized(one), mask) for one, mask in support_conditions)
 
-    def train_transfer_only(self, prefixes: Sequence[str]) -> None:
-        """Freezes the decoder's parameters except those whose names start with a prefix."""
-        for name, parameter in self.decoder.named_parameters():
-            parameter.requires_grad_(name.startswith(tuple(prefixes)))
+    def coefficients(self, condition: Tensor, mask: Tensor) -> Tensor | None:
+        """Returns `Transfers.coefficients` ``[batch, N]``; None for a decoder without any."""
+        if not isinstance(self.decoder, Transfers):
+            return None
+        return self.decoder.coefficients(self._standardized(condition), mask)
 
     def _standardized(self, condition: Tensor) -> Tensor:
         return (condition - self.condition_mean) / self.condition_spread
@@ -242,13 +252,12 @@ def summarize_decoder(
     options: Mapping[str, Any],
     layout: Layout,
     condition: tuple[int, int, int],
-    transfers: bool = False,
+    datasets: int = 1,
 ) -> DecoderSummary:
     """Summarises a decoder for `layout` and a condition ``[prompts, positions, dim]``.
 
-    With `transfers`, only the parameters that a transfer trains count as trained. The decoder runs
-    on torch's meta device: nothing is computed or allocated. Raises UsageError if the options do
-    not fit the layout.
+    `datasets` are those trained on. The decoder runs on torch's meta device: nothing is computed or
+    allocated. Raises UsageError if the options do not fit the layout.
     """
     stages: list[StageSummary] = []
 
@@ -262,17 +271,32 @@ def summarize_decoder(
 
     with torch.device("meta"):
         network = new_network(decoder, options, condition[-1], layout).to("meta")
+        if isinstance(network.decoder, Transfers):
+            network.decoder.use_adapters(_Unread((datasets, layout.tokens, layout.token_dim)))
         mask = torch.ones(1, *condition[:2], dtype=torch.bool)
         for name, module in _stages(network.decoder, ""):
             module.register_forward_hook(recorder(name))
         network.eval()(torch.empty(1, *condition), mask)
-    if transfers:
-        cls = find("decoder", decoder)
-        network.train_transfer_only(cls.transfer_parameters(cls.Config(**options)))
     sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]
     trained = sum(size for size, requires_grad in sizes if requires_grad)
     choices = network.decoder.choices() if isinstance(network.decoder, DescribesChoices) else []
     return DecoderSummary(condition, stages, sum(size for size, _ in sizes), trained, choices)
+
+
+class _Unread(NamedTuple):
+    """Collected adapters of which only the shape is known."""
+
+    shape: tuple[int, int, int]
+
+    def read(self, datasets: Sequence[int], tokens: slice) -> Tensor:
+        return torch.empty(len(datasets), len(range(*tokens.indices(self.shape[1]))), self.shape[2])
+
+
+def method(decoder: str) -> str:
+    """Returns the first line of a decoder's docstring, without the full stop: what makes an
+    adapter."""
+    text = inspect.cleandoc(find("decoder", decoder).__doc__ or "not described")
+    return text.partition("\n")[0].removesuffix(".")
 
 
 def _stages(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

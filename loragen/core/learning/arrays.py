@@ -33,8 +33,8 @@ from loragen.core.generator.network import Normalization
 from loragen.core.learning.plan import Plan
 from loragen.core.learning.sources import TrainingSource
 from loragen.core.learning.texts import LabelledRows, labelled_rows, texts_of
-from loragen.core.plugins import describe
-from loragen.core.protocols import Encoder
+from loragen.core.plugins import describe, find
+from loragen.core.protocols import Encoder, Transfers
 from loragen.core.run.checkpoints import load_adapter
 from loragen.core.run.directory import SourceRecord
 
@@ -72,6 +72,9 @@ class SourceArrays:
     """A hash of all prompts, which the sources of one dataset share."""
     record: SourceRecord | None = None
     """The entry in the manifest."""
+    mean: np.ndarray | None = None
+    """``[tokens, token_dim]`` float32: the mean of the checkpoints; None if the decoder combines no
+    adapters."""
 
     def texts_of(self, checkpoint: int) -> Sequence[int]:
         """Returns the indices of the texts that a checkpoint may be paired with."""
@@ -103,7 +106,7 @@ def source_arrays(
         for i, source in enumerate(sources):
             texts, own = texts_of(source), rows[i]
             embeddings, mask = _embedded(cache, encoder, config, texts.texts)
-            key, tokens = _tokenized(cache, plan.layout, source, config)
+            key, tokens, mean = _tokenized(cache, plan.layout, source, config)
             record = SourceRecord(
                 name=source.name,
                 checkpoints=key,
@@ -127,6 +130,7 @@ def source_arrays(
                     rows=own,
                     prompts_sha256=source.prompts_sha256,
                     record=record,
+                    mean=mean,
                 )
             )
             source.release()
@@ -153,9 +157,9 @@ def _cache(config: GenTrainConfig) -> Iterator[Path]:
 
 def _tokenized(
     cache: Path, layout: Layout, source: TrainingSource, config: GenTrainConfig
-) -> tuple[str, np.ndarray]:
-    """Returns a hash of the checkpoints in this layout and form, which the manifest records, and
-    their tokens."""
+) -> tuple[str, np.ndarray, np.ndarray | None]:
+    """Returns a hash of the checkpoints in this layout and form, which the manifest records, their
+    tokens, and the mean of these if the decoder combines adapters."""
     weights = (f / WEIGHTS_FILE if f.is_dir() else f for f in source.checkpoints)
     form = config.layout.target_form
     key = sha256_text(repr(layout.state()), form, *map(sha256, weights))[:32]
@@ -179,7 +183,16 @@ def _tokenized(
 
     write_once([file], write)
     tokens: np.ndarray = np.load(file, mmap_mode="r")
-    return key, tokens
+    if not issubclass(find("decoder", config.decoder.name), Transfers):
+        return key, tokens, None
+
+    def write_mean() -> None:
+        with written_atomically(mean) as temporary, temporary.open("wb") as stream:
+            np.save(stream, tokens.mean(axis=0, dtype=np.float64).astype(np.float32))
+
+    mean = file.with_suffix(".mean.npy")
+    write_once([mean], write_mean)
+    return key, tokens, np.load(mean, mmap_mode="r")
 
 
 def _embedded(
@@ -232,11 +245,8 @@ class AdapterSamples:
         self.normalization = normalization
         each = ceil(MIN_SAMPLES / len(collections))
         self._groups: list[tuple[np.ndarray, np.ndarray]] = []
-        self.datasets: list[int] = []
-        """The index of each sample's dataset."""
-        for index, collection in enumerate(collections):
+        for collection in collections:
             count = min(each, len(collection))
-            self.datasets += [index] * count
             for group in np.array_split(np.arange(len(collection)), count):
                 spaced = np.linspace(len(group) - 1, 0, min(MAX_AVERAGED, len(group))).round()
                 self._groups.append((collection, group[spaced.astype(np.int64)]))

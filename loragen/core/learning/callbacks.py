@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from loragen.core.generator.model import CHECKPOINT_KEY, Generator
+from loragen.core.generator.model import CHECKPOINT_KEY, Generator, collected_file
 from loragen.core.learning.data import PairBatch
 from loragen.core.learning.plan import Phases
 from loragen.core.progress import Step, Validation
@@ -256,4 +256,6 @@ class GeneratorCheckpoints(CheckpointCallback):
     def save(self, trainer: Trainer, file: Path) -> None:
         module: Any = trainer.lightning_module
         module.finalize()
+        if self.generator.collected and trainer.is_global_zero:
+            self.generator.collected.save(collected_file(file))
         super().save(trainer, file)

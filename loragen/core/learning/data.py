@@ -30,14 +30,16 @@ from loragen.core.lora.packing import Batch, collate
 
 
 class SupportSet(NamedTuple):
-    """Conditions of D datasets that have no adapter in the batch, to predict its adapters from."""
+    """Conditions of M datasets, to predict the adapters of a batch from."""
 
     condition: Tensor
-    """``[D, prompts, positions, dim]``"""
+    """``[M, prompts, positions, dim]``"""
     mask: Tensor
-    """``[D, prompts, positions]`` bool"""
+    """``[M, prompts, positions]`` bool"""
     datasets: Tensor
-    """``[D]`` int64: indices of the sources."""
+    """``[M]`` int64: indices of the sources."""
+    left_out: Tensor
+    """``[batch, M]`` bool: whether a dataset is the adapter's own, and left out."""
 
 
 class PairBatch(NamedTuple):
@@ -213,8 +215,7 @@ class TrainingData(LightningDataModule):
         """The weight of each token's error, ``[tokens, 1]``, with mean 1 over the values."""
         if not self.config.training.importance:
             return torch.ones(self.layout.tokens, 1)
-        collections = [source.tokens for source in self.sources]
-        return importance(self.layout, self.normalization, collections)
+        return importance(self.layout, [source.tokens for source in self.sources])
 
     @property
     def pad_id(self) -> int:

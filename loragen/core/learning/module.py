@@ -33,8 +33,6 @@ class GeneratorModule(ResumableModule):
     ) -> None:
         """`encoder` is None if it is frozen."""
         super().__init__()
-        for phase in phases:
-            phase.objective.prepare(network)
         self.network = network
         self.encoder = encoder.train() if encoder else None
         # The phases are not registered as submodules: their objectives hold nothing that training

@@ -13,11 +13,12 @@ from typing import Any
 from loragen.core.adapter.files import module_scaling
 from loragen.core.adapter.layout import Layout
 from loragen.core.config import GenTrainConfig
-from loragen.core.config.schema import phases_in
+from loragen.core.config.schema import AUTO, PluginSection, phases_in
 from loragen.core.errors import DataError, PluginError, UsageError
+from loragen.core.generator.network import method
 from loragen.core.learning.sources import Sources, TrainingSource
 from loragen.core.plugins import create, find, names
-from loragen.core.protocols import Automatic, Objective, Rate, Schedule
+from loragen.core.protocols import Automatic, Objective, Rate, Schedule, Transfers
 from loragen.core.run.checkpoints import load_adapter
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ class Plan:
     """The sources of a training and its objective."""
 
     config: GenTrainConfig
-    """The configuration, with an objective in place of `auto`."""
+    """The configuration, with an objective and a decoder in place of `auto`."""
     sources: list[TrainingSource]
     val_sources: list[TrainingSource]
     """Datasets for validation alone."""
@@ -51,7 +52,8 @@ class Plan:
             f"{len(self.sources)} datasets, {checkpoints} checkpoints of {self.layout.values:,} "
             f"values -> {self.layout.tokens:,} tokens of {self.layout.token_dim} "
             f"(fill {self.layout.values / (self.layout.tokens * self.layout.token_dim):.1%})\n"
-            f"objective: {self.config.training.objective} ({self.reason})"
+            f"objective: {self.config.training.objective} ({self.reason})\n"
+            f"decoder: {self.config.decoder.name}: {method(self.config.decoder.name)}"
         )
 
 
@@ -94,35 +96,59 @@ def make_plan(config: GenTrainConfig, found: Sources) -> Plan:
                 )
     if config.training.importance and len(sources) < 2:
         raise UsageError("training.importance compares datasets: it needs two at least")
-    objective, reason = choose_objective(config, sources)
-    return Plan(with_objective(config, objective), sources, val_sources, layout, reason)
+    config, reason = choose_method(config, sources)
+    return Plan(config, sources, val_sources, layout, reason)
 
 
-def choose_objective(config: GenTrainConfig, sources: Sequence[TrainingSource]) -> tuple[str, str]:
-    """Returns `training.objective`, or for `auto` the first that can be trained, and the reason.
+def choose_method(
+    config: GenTrainConfig, sources: Sequence[TrainingSource]
+) -> tuple[GenTrainConfig, str]:
+    """Returns the configuration with objective and decoder in place of `auto`, and the reason.
 
-    Raises UsageError if the configured objective, or every one of `auto`, cannot be trained.
+    For the objective, `auto` is the first that can be trained; for the decoder, the one that the
+    objective trains. Raises UsageError if the configured objective, or every one of `auto`, cannot
+    be trained.
     """
 
-    def obstacle(phases: str) -> str | None:
-        found = (find("objective", one).obstacle(config, sources) for one in phases_in(phases))
+    def obstacle(objective: str) -> str | None:
+        phases = [find("objective", one) for one in phases_in(objective)]
+        with_decoder = config.model_copy(update={"decoder": decoder_for(config, objective)})
+        name = with_decoder.decoder.name
+        transfers = issubclass(find("decoder", name), Transfers)
+        if {phase.leaves_out for phase in phases} == {False, True}:
+            return "the objectives train different decoders, and cannot follow each other"
+        if transfers and not phases[0].leaves_out:
+            return f"the decoder {name} is trained on left-out datasets (objective transfer)"
+        if phases[0].leaves_out and not transfers:
+            return f"the decoder {name} cannot transfer"
+        found = (phase.obstacle(with_decoder, sources) for phase in phases)
         return next((problem for problem in found if problem), None)
 
     objective = config.training.objective
     if objective != "auto":
         if problem := obstacle(objective):
             raise UsageError(f"training.objective {objective}: {problem}")
-        return objective, "as configured"
+        return with_method(config, objective), "as configured"
     refused: dict[str, str] = {}
     for automatic in automatic_objectives():
         problem = obstacle(automatic.phases)
         if problem is None:
+            found = with_method(config, automatic.phases)
             others = [f"no {phases}: {why}" for phases, why in refused.items()]
             if len(set(refused.values())) == 1 < len(refused):  # the same reason for all
-                return automatic.phases, next(iter(refused.values()))
-            return automatic.phases, "; ".join([automatic.reason, *others])
+                return found, next(iter(refused.values()))
+            return found, "; ".join([automatic.reason, *others])
         refused[automatic.phases] = problem
     raise UsageError(f"training.objective auto: {'; '.join(refused.values())}; name another one")
+
+
+def decoder_for(config: GenTrainConfig, objective: str) -> PluginSection:
+    """Returns the configured decoder, or for `auto` the one that an objective trains."""
+    if config.decoder.name != AUTO:
+        return config.decoder
+    leaves_out = any(find("objective", one).leaves_out for one in phases_in(objective))
+    name = "mixture" if leaves_out else "hyperconv"
+    return PluginSection(name=name, **find("decoder", name).Config().model_dump(mode="json"))
 
 
 def automatic_objectives() -> list[Automatic]:
@@ -138,10 +164,11 @@ def automatic_objectives() -> list[Automatic]:
     return sorted(found)
 
 
-def with_objective(config: GenTrainConfig, objective: str) -> GenTrainConfig:
-    """Returns a copy with this objective, and with the gradient clipping that it needs."""
+def with_method(config: GenTrainConfig, objective: str) -> GenTrainConfig:
+    """Returns a copy with this objective, its decoder and the gradient clipping that it needs."""
     found = config.model_copy(deep=True)
     found.training.objective = objective
+    found.decoder = decoder_for(found, objective)
     if found.trainer.gradient_clip_val is None:
         limits = [find("objective", name).gradient_clip_val for name in found.training.phases]
         found.trainer.gradient_clip_val = next((one for one in limits if one is not None), None)

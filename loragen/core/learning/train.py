@@ -19,9 +19,10 @@ from loragen.core.base.load import (
     quiet_libraries,
 )
 from loragen.core.config import GenTrainConfig, LoraTrainConfig
-from loragen.core.config.schema import SourceSection
+from loragen.core.config.schema import AUTO, SourceSection
 from loragen.core.config.show import HARDWARE
 from loragen.core.files import user_path
+from loragen.core.generator.collected import Collected
 from loragen.core.generator.embeddings import Familiarity
 from loragen.core.generator.model import Choice, Generator
 from loragen.core.generator.network import Network, Normalization, new_network
@@ -41,11 +42,11 @@ from loragen.core.learning.callbacks import (
 )
 from loragen.core.learning.data import TrainingData
 from loragen.core.learning.module import GeneratorModule
-from loragen.core.learning.plan import Phases, Plan, make_phases, make_plan, with_objective
+from loragen.core.learning.plan import Phases, Plan, make_phases, make_plan, with_method
 from loragen.core.learning.sources import Sources, TrainingSource, open_sources
 from loragen.core.plugins import create
 from loragen.core.progress import Progress
-from loragen.core.protocols import Encoder, StartsFromSamples
+from loragen.core.protocols import Encoder, StartsFromSamples, Transfers
 from loragen.core.run.checkpoints import AtomicCheckpointIO, load_weights_only
 from loragen.core.run.directory import (
     GENERATOR_FILE,
@@ -210,10 +211,15 @@ def new_generator(
 ) -> Generator:
     """Returns a generator before its first step, initialised from the collected adapters."""
     collections = [source.tokens for source in sources]
-    normalization = Normalization.fit(plan.layout, collections)
+    normalization, collected = Normalization.fit(plan.layout, collections), None
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         network = new_network(config.decoder.name, config.decoder.options, encoder.dim, plan.layout)
+        if isinstance(network.decoder, Transfers):
+            normalization = normalization.without_mean()
+            adapters = [source.mean for source in sources if source.mean is not None]
+            collected = Collected(adapters, normalization.scale)
+            network.decoder.use_adapters(collected)
         if isinstance(network.decoder, StartsFromSamples):
             network.decoder.start_from(AdapterSamples(collections, normalization))
     network.fit_conditions((texts, mask) for _, texts, mask in embedded(encoder, sources))
@@ -229,6 +235,7 @@ def new_generator(
         samples_per_prompt=config.data.samples_per_prompt,
         prompts_per_condition=config.data.prompts_per_condition,
         network=network,
+        collected=collected,
         familiarity=Familiarity.fit(embedded(encoder, sources)),
     )
 
@@ -275,11 +282,13 @@ class GeneratorPoint(ResumePoint[GeneratorManifest, GenTrainConfig]):
     kind, ignored_on_resume = GeneratorManifest, IGNORED_ON_RESUME
 
     def resumed(self, config: GenTrainConfig) -> GenTrainConfig:
-        """Returns the configuration with the objective that `auto` stood for when the run began,
-        since the files on this machine may have changed."""
+        """Returns the configuration with the objective and the decoder that `auto` stood for when
+        the run began, since the files on this machine may have changed."""
         given = config.training.objective
-        objective = self.config.training.objective if given == "auto" else given
-        return with_objective(config, objective)
+        objective = self.config.training.objective if given == AUTO else given
+        if config.decoder.name == AUTO:
+            config = config.model_copy(update={"decoder": self.config.decoder})
+        return with_method(config, objective)
 
     def differences(self, config: GenTrainConfig) -> list[str]:
         return super().differences(self.resumed(config))

@@ -5,4 +5,8 @@ from loragen import hookimpl
 
 @hookimpl
 def loragen_decoders() -> dict[str, str]:
-    return {"hyperconv": "loragen.plugins.decoders.hyperconv:HyperConv"}
+    decoders = "loragen.plugins.decoders"
+    return {
+        "hyperconv": f"{decoders}.hyperconv:HyperConv",
+        "mixture": f"{decoders}.mixture:Mixture",
+    }

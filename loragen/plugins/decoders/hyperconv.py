@@ -6,8 +6,6 @@ coefficients of directions of weight space, which start as the principal compone
 collected adapters.
 """
 
-import math
-from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -17,10 +15,9 @@ from torch import Tensor, nn
 
 from loragen.core.protocols import Samples, TokenGrid
 from loragen.plugins.decoders.feature_maps import FeatureMaps
+from loragen.plugins.decoders.reading import ConditionReader
 
 MIN_DIRECTIONS, MAX_DIRECTIONS = 4, 32
-INITIAL_PENALTY = 0.3
-EPSILON = 1e-6
 CHUNK = 2**24  # values of all samples at a time: 64 MiB in float32
 
 
@@ -43,11 +40,6 @@ class HyperConv(nn.Module):
     training begins with a linear model of the collection. The directions have
     ``R · tokens · token_dim`` parameters; `rank: auto` uses as many directions as `max_parameters`
     allows, between 4 and 32. The other parameters are a few million for any adapter.
-
-    Transfer (`predict`) trains `read` and the penalty λ of a ridge regression from the readings of
-    the support set ``X [D, F]`` to its coefficients ``Y [D, R]``; the corrections stay 0::
-
-        W = X₁ᵀ (X₁ X₁ᵀ / F + λ I)⁻¹ Y / F      X₁ = [X, 1]
     """
 
     class Config(BaseModel, extra="forbid"):
@@ -110,43 +102,6 @@ class HyperConv(nn.Module):
             directions.mul_(0.1)
             directions[:, : found.shape[1]] = found
 
-    @classmethod
-    def transfer_parameters(cls, config: Config) -> Sequence[str] | None:
-        return None if config.shapes else ("body.read.", "body.steer.ridge.")
-
-    def coordinates(self, samples: Samples) -> Tensor:
-        """Returns the coefficients of the directions that approximate each sample best."""
-        return coordinates_along(self._cells.project.directions.detach(), samples)
-
-    def predict(
-        self,
-        condition: Tensor,
-        mask: Tensor,
-        support_conditions: Tensor,
-        support_mask: Tensor,
-        support_coordinates: Tensor,
-    ) -> Tensor:
-        cells = self._cells
-        readings = cells.read(support_conditions, support_mask)  # (D, F)
-        weights = cells.steer.ridge(readings, support_coordinates)  # (F + 1, R)
-        common = with_constant(cells.read(condition, mask)) @ weights  # (B, R)
-        layers, kinds, _ = cells.expand.place.shape
-        return cells.project(common[:, None, None].expand(-1, layers, kinds, -1))
-
-    @torch.no_grad()
-    def fit(
-        self, support_conditions: Iterable[tuple[Tensor, Tensor]], support_coordinates: Tensor
-    ) -> None:
-        readings = torch.cat([self._cells.read(one, mask) for one, mask in support_conditions])
-        weights = self._cells.steer.ridge(readings, support_coordinates)  # (F + 1, R)
-        self._cells.steer.common.weight.copy_(weights[:-1].T)
-        self._cells.steer.common.bias.copy_(weights[-1])
-
-    @property
-    def _cells(self) -> "CellMap":
-        assert isinstance(self.body, CellMap)  # transfer_parameters is None otherwise
-        return self.body
-
 
 class CellMap(nn.Module):
     """The derived geometry: a map over the cells, whose channels give the coefficients."""
@@ -185,9 +140,7 @@ class CellMap(nn.Module):
             most = self.config.max_parameters
             why = f"max_parameters {most:,} over that, within {limits} (rank: auto)"
         then = "train (train_directions)"
-        if self.steer.ridge.log_penalty.requires_grad:
-            then = "stay fixed: transfer trains the reading of the condition alone"
-        elif not self.config.train_directions:
+        if not self.config.train_directions:
             then = "stay fixed (train_directions: false)"
         size = f"{layers} layers x {kinds} kinds of matrix x {width} channels"
         return [
@@ -195,31 +148,6 @@ class CellMap(nn.Module):
             f"{num_directions} directions of {tokens * dim:,} values: {why}",
             f"the directions start as the principal components of the checkpoints and {then}",
         ]
-
-
-class ConditionReader(nn.Module):
-    """Maps a set of prompts to one vector, which does not depend on their order.
-
-    Each prompt is read on its own and the readings are averaged, so that a few unusual prompts have
-    little weight. A reading is linear, plus the output of a hidden layer that starts at zero: a new
-    prompt is mostly a mixture of prompts seen in training.
-    """
-
-    def __init__(self, dim: int, hidden: int, dropout: float) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(dim, hidden)
-        last = nn.Linear(hidden, hidden)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.bend = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), last)
-
-    def forward(self, condition: Tensor, mask: Tensor) -> Tensor:
-        kept = mask.unsqueeze(-1)  # (B, prompts, positions, 1)
-        condition = self.dropout(condition)
-        read = self.linear(condition) + self.bend(condition)  # (B, prompts, positions, hidden)
-        total = torch.where(kept, read, 0.0).sum(dim=(1, 2))
-        return total / kept.sum(dim=(1, 2)).clamp(min=1)  # (B, hidden)
 
 
 class Expander(nn.Module):
@@ -283,15 +211,11 @@ class AxisConv(nn.Module):
 
 
 class Steering(nn.Module):
-    """The coefficients of the directions: common to all cells at first, then corrected by cell.
-
-    The common ones are learned, or fitted to a support set by ridge regression (transfer).
-    """
+    """The coefficients of the directions: common to all cells at first, then corrected by cell."""
 
     def __init__(self, hidden: int, width: int, num_directions: int) -> None:
         super().__init__()
         self.common = nn.Linear(hidden, num_directions)
-        self.ridge = Ridge(hidden).requires_grad_(False)  # only transfer trains it
         self.norm = nn.LayerNorm(width)
         self.correct = nn.Linear(width, num_directions)
         nn.init.zeros_(self.correct.weight)
@@ -299,37 +223,6 @@ class Steering(nn.Module):
 
     def forward(self, read: Tensor, x: Tensor) -> Tensor:
         return self.common(read)[:, None, None] + self.correct(self.norm(x))  # (B, N, L, R)
-
-
-class Ridge(nn.Module):
-    """Ridge regression in closed form, differentiable, with a learned penalty λ."""
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.features = features
-        self.log_penalty = nn.Parameter(torch.tensor(math.log(INITIAL_PENALTY)))
-
-    def forward(self, readings: Tensor, coefficients: Tensor) -> Tensor:
-        """Maps ``readings [D, F]`` and ``coefficients [D, R]`` to weights ``[F + 1, R]``.
-
-        The last row is for a constant feature. The dual form solves a D x D system.
-        """
-        with torch.autocast(readings.device.type, enabled=False):
-            x = with_constant(readings)  # (D, F + 1)
-            kernel = x @ x.T / self.features
-            penalty = self.log_penalty.exp() * torch.eye(len(x), dtype=x.dtype, device=x.device)
-            matrix, right = kernel + penalty, coefficients.to(x.dtype)
-            if x.device.type == "mps":  # wrong gradients up to torch 2.12 (pytorch#175192)
-                solved = torch.linalg.solve(matrix.cpu(), right.cpu()).to(x.device)
-            else:
-                solved = torch.linalg.solve(matrix, right)
-            return x.T @ solved / self.features
-
-
-def with_constant(features: Tensor) -> Tensor:
-    """Appends a column of ones to ``[D, F]``; returns float32 at least, for the solver."""
-    wide = features.to(torch.promote_types(features.dtype, torch.float32))
-    return torch.cat([wide, wide.new_ones(len(wide), 1)], dim=1)
 
 
 class Directions(nn.Module):
@@ -387,20 +280,3 @@ def principal_directions(samples: Samples, most: int) -> Tensor:
     for chunk in chunks:
         directions[chunk] = torch.einsum("sk,std->tkd", weights, samples[chunk])
     return directions
-
-
-def coordinates_along(directions: Tensor, samples: Samples) -> Tensor:
-    """Returns ``[S, R]``: the coefficients of ``directions [tokens, R, token_dim]`` that give each
-    sample by least squares. Memory holds the result and one chunk, on the CPU."""
-    count, tokens, dim = samples.shape
-    num_directions = directions.shape[1]
-    step = max(1, CHUNK // (count * dim))
-    gram = torch.zeros(num_directions, num_directions, dtype=torch.float64)
-    inner = torch.zeros(num_directions, count, dtype=torch.float64)
-    for first in range(0, tokens, step):
-        chunk = slice(first, first + step)
-        along = directions[chunk].cpu().transpose(0, 1).flatten(1).double()  # (R, values)
-        gram += along @ along.T
-        inner += along @ samples[chunk].flatten(1).double().T
-    ridge = EPSILON * gram.diagonal().mean() * torch.eye(num_directions, dtype=torch.float64)
-    return torch.linalg.solve(gram + ridge, inner).T.float()

@@ -36,7 +36,7 @@ def test_what_is_saved_generates_the_same_after_loading(generator, tmp_path):
 
 def test_the_file_is_plain_data_and_tensors(file):
     document = torch.load(file, weights_only=True)
-    assert document["format_version"] == 2
+    assert document["format_version"] == 3
     assert document["encoder"]["name"] == "sbert"
     assert document["decoder"]["name"] == "hyperconv"
     assert document["layout"]["token_dim"] == 16
@@ -87,9 +87,9 @@ def test_a_moved_encoder_with_the_same_weights_is_accepted(generator, sbert_dir,
 
 
 def test_a_newer_format_is_refused(file, tmp_path):
-    document = {**torch.load(file, weights_only=True), "format_version": 3}
+    document = {**torch.load(file, weights_only=True), "format_version": 4}
     torch.save(document, tmp_path / "new.pt")
-    with pytest.raises(DataError, match=r"new\.pt: format 3.*upgrade"):
+    with pytest.raises(DataError, match=r"new\.pt: format 4.*upgrade"):
         Generator.load(tmp_path / "new.pt")
 
 
@@ -101,10 +101,11 @@ def test_a_file_without_familiarity_still_generates(generator, file, tmp_path):
     assert adapter.origin.distance is adapter.origin.warning() is None
 
 
-def test_a_file_of_the_first_format_is_refused(file, tmp_path):
-    document = {**torch.load(file, weights_only=True), "format_version": 1}
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_file_of_an_older_format_is_refused(file, tmp_path, version):
+    document = {**torch.load(file, weights_only=True), "format_version": version}
     torch.save(document, tmp_path / "old.pt")
-    with pytest.raises(DataError, match=r"old\.pt: format 1.*train it again"):
+    with pytest.raises(DataError, match=rf"old\.pt: format {version}.*train it again"):
         Generator.load(tmp_path / "old.pt")
 
 

@@ -212,15 +212,16 @@ def test_frozen_parameters_are_not_trained(layout):
     found = summarize_decoder(
         "hyperconv", {"rank": 3, "train_directions": False}, layout, CONDITION
     )
-    assert found.parameters - found.trained == 12 * 3 * 8 + 1  # and the penalty of a transfer
+    assert found.parameters - found.trained == 12 * 3 * 8
     assert "train_directions: false" in found.choices[-1]
 
 
-def test_transfer_trains_the_reader_alone(layout):
-    found = summarize_decoder("hyperconv", {"rank": 3}, layout, CONDITION, transfers=True)
-    (read,) = [stage for stage in found.stages if stage.name == "read"]
-    assert found.trained == read.parameters + 1  # the penalty
-    assert "transfer" in found.choices[-1]
+def test_a_mixture_has_a_coefficient_for_every_dataset(layout):
+    found = summarize_decoder("mixture", {"hidden_dim": 10}, layout, CONDITION, datasets=700)
+    assert [stage.name for stage in found.stages] == ["read", "coefficients_of", "mix"]
+    assert [stage.shape for stage in found.stages] == [(10,), (1, 700), (12, 8)]
+    assert found.trained == found.parameters  # the adapters are none of them
+    assert found.choices[0] == "700 coefficients, one for each dataset: ridge"
 
 
 def test_chosen_sizes_are_described(layout):

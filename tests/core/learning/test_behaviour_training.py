@@ -1,6 +1,7 @@
 """Training through the base model, from the first step to the generator's file."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,14 +9,29 @@ import torch
 from loragen.core.adapter.files import read_adapter, write_adapter
 from loragen.core.base import load as precision
 from loragen.core.config import GenTrainConfig
-from loragen.core.errors import UsageError
+from loragen.core.errors import DataError, UsageError
+from loragen.core.generator.generated import adapter_card
+from loragen.core.generator.model import Generator
 from loragen.core.learning.sources import open_sources
 from loragen.core.learning.texts import labelled_rows
 from loragen.core.learning.train import GeneratorPoint, train
 from loragen.core.progress import Silent
-from loragen.core.run.directory import GENERATOR_FILE, GeneratorManifest, read_manifest
+from loragen.core.run.checkpoints import load_adapter
+from loragen.core.run.directory import (
+    GENERATOR_FILE,
+    GeneratorManifest,
+    checkpoint_files,
+    read_manifest,
+)
 from loragen.core.run.loggers import read_metrics
-from tests.conftest import COLORS, configured, generator_settings, rows_of, write_lines
+from tests.conftest import (
+    COLORS,
+    TRANSFER,
+    configured,
+    generator_settings,
+    rows_of,
+    write_lines,
+)
 from tests.core.learning.test_resume import Kill, StopAt, assert_equal
 
 BOTH = "reconstruction-then-behaviour"
@@ -69,12 +85,46 @@ class TestObjectives:
     def test_a_transfer_in_double_precision(self, trained):
         run = trained(
             {
-                "training.objective": "transfer",
-                "behaviour.batch_size": 1,
+                **TRANSFER,
                 "trainer.precision": "64-true",
             }
         )
         assert run.manifest.status == "success"
+
+    def test_a_mixture_is_saved_with_the_adapters_that_it_combines(
+        self, trained, collection, tmp_path
+    ):
+        run = trained({"training.objective": "transfer", **TRANSFER})
+        results = tmp_path / "moved"
+        shutil.copytree(run.directory / "results" / "final_model", results)
+        assert sorted(file.name for file in results.iterdir()) == [
+            "generator_model.collected.safetensors",
+            "generator_model.pt",
+        ]
+        generator = Generator.load(results / "generator_model.pt")
+        adapter = generator.generate(["Question 1 about red?"])
+        shares = adapter.origin.coefficients
+        assert shares.keys() == {"animals", "colors"}
+        assert sum(shares.values()) == pytest.approx(1, abs=2e-3)
+        collected = {
+            name: [load_adapter(file).tensors for file in checkpoint_files(run)]
+            for name, run in collection.runs.items()
+        }
+        for key, made in adapter.tensors.items():
+            means = {
+                name: torch.stack([t[key] for t in c]).mean(0) for name, c in collected.items()
+            }
+            expected = sum(shares[name] * mean for name, mean in means.items())
+            assert made.allclose(expected, atol=2e-3), key  # coefficients are rounded
+        card = adapter_card(adapter.origin)
+        assert "**method**: An affine combination of the collected adapters" in card
+        assert "trained for 4 steps of transfer" in card
+        assert "**largest coefficients**: " in card
+        for checkpoint in (run.directory / "checkpoints").iterdir():
+            assert Generator.load(checkpoint).generate(["red?"]).origin.coefficients
+        (results / "generator_model.collected.safetensors").unlink()
+        with pytest.raises(DataError, match=r"generator_model\.pt: .*adapters are missing"):
+            Generator.load(results / "generator_model.pt")
 
     @pytest.mark.parametrize(
         ("objective", "trained_for"),
@@ -86,8 +136,8 @@ class TestObjectives:
         ],
     )
     def test_each_is_trained(self, trained, objective, trained_for):
-        batch = {"behaviour.batch_size": 1} if objective == "transfer" else {}
-        run = trained({"training.objective": objective, **batch})
+        more = TRANSFER if objective == "transfer" else {}
+        run = trained({"training.objective": objective, **more})
         has_base = objective != "reconstruction"
         assert run.manifest.steps == (8 if objective == BOTH else 4)
         assert provenance(run)["trained_for"] == trained_for

@@ -28,6 +28,8 @@ BOTH_PHASES = {
 
 TRANSFER = {
     "training.objective": "transfer",
+    "decoder.name": "mixture",
+    "decoder.hidden_dim": 16,
     "training.val_rows": 4,
     "behaviour.max_steps": 3,
     "behaviour.batch_size": 2,

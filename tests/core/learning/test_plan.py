@@ -8,6 +8,7 @@ from loragen.core.adapter.files import read_adapter, write_adapter
 from loragen.core.config import GenTrainConfig
 from loragen.core.errors import UsageError
 from loragen.core.learning.objectives import behaviour as module
+from loragen.core.learning.objectives import transfer
 from loragen.core.learning.plan import make_phases, make_plan
 from loragen.core.learning.sources import open_sources
 
@@ -19,7 +20,8 @@ def planned(gen_config):
     """`planned({...})`: the plan of an objective that is `auto` by default."""
 
     def make(settings=None):
-        config = gen_config({"training.objective": "auto", **(settings or {})})
+        ours = {"training.objective": "auto", "decoder.name": "auto"}
+        config = gen_config({**ours, **(settings or {})})
         return make_plan(config, open_sources(config))
 
     return make
@@ -38,34 +40,64 @@ def unlabelled(collection, tmp_path):
 def test_auto_is_both_where_the_base_and_the_labels_are_here(planned):
     found = planned()
     assert found.config.training.objective == BOTH
+    assert found.config.decoder.name == "hyperconv"
     assert f"objective: {BOTH} (" in found.summary()
-    assert "no transfer: 2 datasets; behaviour.batch_size 8" in found.reason
+    assert "decoder: hyperconv: A hyper-convolutional decoder" in found.summary()
+    assert "no transfer: 2 datasets; it needs 16" in found.reason
 
 
-def test_auto_is_transfer_where_there_are_datasets_enough(planned):
-    found = planned({"behaviour.batch_size": 1})
+def test_auto_is_a_mixture_by_transfer_where_there_are_datasets_enough(planned, monkeypatch):
+    monkeypatch.setattr(transfer, "MIN_FOR_AUTO", 2)
+    found = planned()
     assert found.config.training.objective == "transfer"
+    assert found.config.decoder.options["coefficients"] == "ridge"
     assert "enough datasets" in found.reason
+    assert "decoder: mixture: An affine combination of the collected adapters" in found.summary()
+
+
+@pytest.mark.parametrize(
+    ("settings", "objective", "decoder"),
+    [
+        ({"training.objective": "transfer"}, "transfer", "mixture"),
+        ({"training.objective": "behaviour"}, "behaviour", "hyperconv"),
+        ({"decoder.name": "mixture"}, "transfer", "mixture"),
+        ({"decoder.name": "hyperconv"}, BOTH, "hyperconv"),
+    ],
+)
+def test_objective_and_decoder_follow_each_other(
+    planned, monkeypatch, settings, objective, decoder
+):
+    monkeypatch.setattr(transfer, "MIN_FOR_AUTO", 2)
+    config = planned(settings).config
+    assert (config.training.objective, config.decoder.name) == (objective, decoder)
 
 
 @pytest.mark.parametrize(("given", "resolved"), [(None, 1.0), (0.0, 0.0), (0.5, 0.5)])
 def test_a_transfer_clips_its_gradients_by_default(planned, given, resolved):
-    ours = {"behaviour.batch_size": 1, "trainer.gradient_clip_val": given}
+    clip = {"trainer.gradient_clip_val": given}
+    ours = {"training.objective": "transfer", **clip}
     assert planned(ours).config.trainer.gradient_clip_val == resolved
-    others = {"training.objective": BOTH, "trainer.gradient_clip_val": given}
+    others = {"training.objective": BOTH, **clip}
     assert planned(others).config.trainer.gradient_clip_val == given
 
 
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({}, "2 datasets; behaviour.batch_size 8"),
-        ({"training.objective": "reconstruction-then-transfer"}, "not combined"),
-        ({"behaviour.batch_size": 1, "encoder.frozen": False}, "the encoder is trained"),
+        ({"sources": "one"}, "transfer: 1 datasets; it needs 2"),
+        ({"training.objective": "reconstruction-then-transfer"}, "train different decoders"),
+        ({"encoder.frozen": False}, "transfer: the encoder is trained"),
+        ({"decoder.name": "hyperconv"}, "the decoder hyperconv cannot transfer"),
+        (
+            {"training.objective": "reconstruction", "decoder.name": "mixture"},
+            "the decoder mixture is trained on left-out datasets",
+        ),
     ],
 )
-def test_a_transfer_that_cannot_be_is_refused(planned, settings, problem):
-    with pytest.raises(UsageError, match=f"transfer: .*{problem}"):
+def test_a_transfer_that_cannot_be_is_refused(planned, collection, settings, problem):
+    if "sources" in settings:
+        settings = {"sources": [{"run": str(collection.runs["animals"])}]}
+    with pytest.raises(UsageError, match=problem):
         planned({"training.objective": "transfer", **settings})
 
 

@@ -13,8 +13,7 @@ from loragen.core.learning import train as module
 from loragen.core.learning.train import GeneratorPoint, train
 from loragen.core.progress import Silent
 from loragen.core.run.directory import GENERATOR_FILE, GeneratorManifest, read_manifest
-from loragen.plugins.decoders import hyperconv
-from tests.conftest import configured, generator_settings
+from tests.conftest import TRANSFER, configured, generator_settings
 from tests.core.run.resuming import Kill, StopAt, assert_same_course, entries, same
 
 WORSE_AND_WORSE = {  # the best step is an early one
@@ -118,11 +117,10 @@ class TestExact:
                 "encoder.frozen": False,
             },
             {
-                "training.objective": "transfer",
+                **TRANSFER,
                 "training.condition_noise": 0.3,
                 "training.ema_decay": 0.9,
                 "behaviour.max_steps": 6,
-                "behaviour.batch_size": 1,
             },
         ],
         ids=str,
@@ -132,22 +130,6 @@ class TestExact:
         run = stopped(3, settings)
         assert resume(run, settings)[0] == 3
         assert_equal(unbroken(settings), run)
-
-    def test_a_transfer_goes_on_along_the_directions_that_it_had(
-        self, unbroken, stopped, resume, monkeypatch
-    ):
-        """Principal components have no sign of their own: another library may turn them."""
-        settings = {
-            "training.objective": "transfer",
-            "training.last_every": 1,
-            "behaviour.max_steps": 4,
-            "behaviour.batch_size": 1,
-        }
-        whole, run = unbroken(settings), stopped(3, settings)
-        found = hyperconv.principal_directions
-        monkeypatch.setattr(hyperconv, "principal_directions", lambda *a: -found(*a))
-        resume(run, settings)
-        assert_equal(whole, run)
 
     @pytest.mark.parametrize("step", [4, 6, 7])
     def test_the_best_so_far_is_kept(self, unbroken, stopped, resume, step):

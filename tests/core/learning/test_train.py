@@ -22,7 +22,7 @@ from loragen.core.plugins import create
 from loragen.core.progress import Silent
 from loragen.core.run.directory import GeneratorManifest, generator_file, read_manifest
 from loragen.core.run.loggers import read_metrics
-from tests.conftest import configured, generator_settings
+from tests.conftest import TRANSFER, configured, generator_settings
 
 PROMPTS = ["Question 1 about red?", "Question 2 about red?"]
 
@@ -283,11 +283,10 @@ def test_what_was_read_ahead_is_not_embedded_again(gen_config, tmp_path, monkeyp
 
 def test_a_transfer_is_refused_where_the_encoder_turns_out_to_train(gen_config, monkeypatch):
     """Whatever a plugin calls the option by which it does."""
-    settings = {"training.objective": "transfer", "behaviour.batch_size": 1}
     untrained = create("encoder", "sbert", gen_config().encoder.options)
     monkeypatch.setattr(type(untrained), "frozen", False)
     with pytest.raises(UsageError, match="transfer: the encoder is trained"):
-        train(gen_config(settings), Silent())
+        train(gen_config(TRANSFER), Silent())
 
 
 class TestTrainedEncoder:

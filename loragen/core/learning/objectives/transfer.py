@@ -1,7 +1,7 @@
 """Transfer: behaviour, with every adapter predicted from other datasets alone (leave-one-out).
 
 Each prediction is made as if the adapter's own dataset had never been collected, so the generator
-is trained for new datasets. The other datasets of a prediction are its support set.
+is trained for new datasets. The datasets that it may use are its support set.
 """
 
 from collections.abc import Sequence
@@ -9,12 +9,13 @@ from random import Random
 from typing import Any, cast
 
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from loragen.core.config import GenTrainConfig
 from loragen.core.errors import UsageError
 from loragen.core.generator.network import Network
-from loragen.core.learning.arrays import AdapterSamples
+from loragen.core.learning.arrays import SourceArrays
 from loragen.core.learning.data import (
     PairBatch,
     SupportSet,
@@ -26,39 +27,45 @@ from loragen.core.learning.data import (
 from loragen.core.learning.objectives.behaviour import Behaviour, BehaviourBatches
 from loragen.core.learning.sources import TrainingSource
 from loragen.core.plugins import find
-from loragen.core.protocols import Automatic, Transfers
+from loragen.core.protocols import Automatic
 
-DATASETS_PER_LEFT_OUT = 2
-"""For every dataset that a step leaves out, another one is needed to predict from."""
-MAX_SUPPORT = 64
-"""Datasets of a support set: a limit, so that a step does not grow with their number."""
+MIN_DATASETS = 2
+"""Of fewer, nothing is left to predict from."""
+MIN_FOR_AUTO = 16
+"""Of fewer, a new dataset seldom has a relative among the collected ones."""
 MAX_TEXTS = 256
 """Texts of each dataset when the decoder is fitted: more would hardly move a mean."""
 ENCODER_TRAINS = "the encoder is trained (frozen: false)"
 
 
 class TransferBatches(BehaviourBatches):
-    """Adds a support set to every micro-batch: datasets that have no adapter in it."""
+    """Adds a support set to every micro-batch, and leaves each adapter's own dataset out of it."""
+
+    max_support: int | None = None
+    """The most datasets of a support set; None: all."""
 
     def __getitem__(self, k: int) -> PairBatch:
-        left_out = {self.sources[index].prompts_sha256 for _, index in self.drawn(k)[1]}
-        random = Random(f"others:{self.seed}:{k}")
-        others = [i for i, one in enumerate(self.sources) if one.prompts_sha256 not in left_out]
-        chosen = sorted(random.sample(others, min(MAX_SUPPORT, len(others))))
+        random, datasets = Random(f"others:{self.seed}:{k}"), range(len(self.sources))
+        chosen = list(datasets)
+        if self.max_support is not None and self.max_support < len(chosen):
+            chosen = sorted(random.sample(chosen, self.max_support))
         conditions = []
         for source in (self.sources[index] for index in chosen):
             texts = draw_texts(source.train_texts, self.prompts, f"prompts:{random.random()}")
             conditions.append(condition_of(source, texts))
         condition, mask = stack_conditions(conditions)
-        batch = super().__getitem__(k)
-        return batch._replace(support=SupportSet(condition, mask, torch.tensor(chosen)))
+        own = [[self._same(index, one) for one in chosen] for _, index in self.own(k)[1]]
+        support = SupportSet(condition, mask, torch.tensor(chosen), torch.tensor(own))
+        return super().__getitem__(k)._replace(support=support)
+
+    def _same(self, one: int, other: int) -> bool:
+        """Returns whether two sources are of the same dataset."""
+        first, second = self.sources[one], self.sources[other]
+        return one == other or (first.prompts_sha256 == second.prompts_sha256 != "")
 
 
 class Transfer(Behaviour):
-    """Minimises the base model's loss with adapters that other datasets predict.
-
-    Only what the decoder's `Transfers.transfer_parameters` names is trained.
-    """
+    """Minimises the base model's loss with adapters that other datasets predict."""
 
     batch_type = TransferBatches
     automatic = Automatic(
@@ -70,81 +77,66 @@ class Transfer(Behaviour):
     # A dataset that resembles no other one has a large gradient, which would drown the rest:
     # without the limit the measured results are worse (docs/generating.md).
     gradient_clip_val = 1.0
-    transfer_only = True
+    leaves_out = True
+
+    class Config(BaseModel, extra="forbid"):
+        """The other options are in the section `behaviour`."""
+
+        max_support: int | None = Field(
+            None,
+            ge=MIN_DATASETS,
+            description="Most datasets that a step predicts from, drawn at random; null: all. A "
+            "step reads all their adapters.",
+        )
 
     @classmethod
     def obstacle(cls, config: GenTrainConfig, sources: Sequence[TrainingSource]) -> str | None:
         if problem := super().obstacle(config, sources):
             return problem
-        if config.training.objective not in ("auto", "transfer"):
-            return "it freezes most of the decoder, and is not combined with other objectives"
-        decoder = find("decoder", config.decoder.name)
-        options = decoder.Config(**config.decoder.options)
-        if not issubclass(decoder, Transfers) or decoder.transfer_parameters(options) is None:
-            return f"the decoder {config.decoder.name} cannot transfer, as it is configured"
         encoder = find("encoder", config.encoder.name)
         if not getattr(encoder.Config(**config.encoder.options), "frozen", True):
             return ENCODER_TRAINS
-        needed = config.behaviour.batch_size * DATASETS_PER_LEFT_OUT
+        needed = MIN_FOR_AUTO if config.training.objective == "auto" else MIN_DATASETS
         datasets = len({source.prompts_sha256 for source in sources})
         if datasets < needed:
-            return (
-                f"{datasets} datasets; behaviour.batch_size {config.behaviour.batch_size} leaves "
-                f"too few others, it needs {needed}"
-            )
+            return f"{datasets} datasets; it needs {needed}, to predict each from the others"
         return None
 
-    def __init__(self, options: Behaviour.Config, data: TrainingData) -> None:
+    def __init__(self, options: Any, data: TrainingData) -> None:
         """Raises UsageError if the encoder is trained, whatever its option is called."""
         super().__init__(options, data)
         if any(source.texts for source in data.sources):
             raise UsageError(f"training.objective transfer: {ENCODER_TRAINS}; choose another one")
         self.learning_rate = data.config.behaviour.learning_rate or 5e-4
-        self.samples = AdapterSamples(
-            [source.tokens for source in data.sources], data.normalization
-        )
-        self._coordinates: Tensor | None = None
+        self.max_support = options.max_support
 
-    def prepare(self, network: Network) -> None:
-        """Freezes all but the parameters that the decoder's prediction trains."""
-        decoder = find("decoder", self.data.config.decoder.name)
-        options = decoder.Config(**self.data.config.decoder.options)
-        network.train_transfer_only(decoder.transfer_parameters(options))
+    def batches(self, process_index: int, num_processes: int) -> TransferBatches:
+        batches = cast(TransferBatches, super().batches(process_index, num_processes))
+        batches.max_support = self.max_support
+        return batches
 
     def predict(self, network: Network, batch: PairBatch) -> Tensor:
         support = cast(SupportSet, batch.support)
-        coordinates = self.coordinates(network)[support.datasets]
         return network.predict(
-            batch.condition, batch.mask, support.condition, support.mask, coordinates
+            batch.condition,
+            batch.mask,
+            support.condition,
+            support.mask,
+            support.datasets,
+            support.left_out,
         )
-
-    def coordinates(self, network: Network) -> Tensor:
-        """Returns the mean coordinates of each dataset's adapters, ``[datasets, R]``.
-
-        They are computed once, along the directions that the network has then. These are frozen,
-        and a resumed run loads them from its checkpoint. The result is on the device of the
-        network, which a trainer may change.
-        """
-        if self._coordinates is None:
-            decoder: Any = network.decoder
-            found = decoder.coordinates(self.samples)  # (samples, R)
-            owner = torch.tensor(self.samples.datasets, device=found.device)
-            sums = found.new_zeros(len(self.data.sources), found.shape[1])
-            self._coordinates = sums.index_add_(0, owner, found) / torch.bincount(owner)[:, None]
-        self._coordinates = self._coordinates.to(network.condition_mean.device)
-        return self._coordinates
 
     @torch.no_grad()
     def finalize(self, network: Network) -> None:
         """Fits the network to all datasets, so that its forward pass gives what it has learned to
         predict."""
-        coordinates, was_training = self.coordinates(network), network.training
+        was_training, device = network.training, network.condition_mean.device
         network.eval()
-        conditions = (
-            condition_of(source, draw_texts(source.train_texts, MAX_TEXTS, f"known:{i}"))
-            for i, source in enumerate(self.data.sources)
-        )
-        device = coordinates.device
-        support = ((one[None].to(device), mask[None].to(device)) for one, mask in conditions)
-        network.fit_transfer(support, coordinates)
+        conditions = (known_condition(source, i) for i, source in enumerate(self.data.sources))
+        network.fit((one[None].to(device), mask[None].to(device)) for one, mask in conditions)
         network.train(was_training)
+
+
+def known_condition(source: SourceArrays, index: int) -> tuple[Tensor, Tensor]:
+    """Returns the condition by which a fitted network knows a training dataset."""
+    return condition_of(source, draw_texts(source.train_texts, MAX_TEXTS, f"known:{index}"))

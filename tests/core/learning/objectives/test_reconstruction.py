@@ -123,7 +123,7 @@ class TestImportance:
     @given(st.lists(st.floats(0, 10), min_size=LAYOUT.tokens, max_size=LAYOUT.tokens))
     def test_weights_have_a_mean_of_one_over_the_values(self, within):
         collections = scattered(within, 1.0)
-        weights = importance(LAYOUT, Normalization.fit(LAYOUT, collections), collections)
+        weights = importance(LAYOUT, collections)
         assert weights.shape == (LAYOUT.tokens, 1)
         assert weights.gt(0).all()
         whole = (weights * LAYOUT.mask()).sum() / LAYOUT.values
@@ -132,21 +132,20 @@ class TestImportance:
     def test_where_the_checkpoints_of_a_dataset_scatter_an_error_counts_less(self):
         within = np.linspace(0.0, 3.0, LAYOUT.tokens)
         collections = scattered(within, 1.0, checkpoints=200, datasets=50)
-        weights = importance(LAYOUT, Normalization.fit(LAYOUT, collections), collections)[:, 0]
+        weights = importance(LAYOUT, collections)[:, 0]
         assert (weights.diff() < 0).all()
         assert torch.allclose(weights / weights[0], torch.tensor(1 / (1 + within**2)).float(), 0.4)
 
     def test_every_dataset_weighs_the_same(self):
         collections = scattered(np.ones(LAYOUT.tokens), 1.0)
         repeated = [np.repeat(collections[0], 3, axis=0), *collections[1:]]
-        fitted = Normalization.fit(LAYOUT, collections)
-        one, other = (importance(LAYOUT, fitted, found) for found in (collections, repeated))
+        one, other = (importance(LAYOUT, found) for found in (collections, repeated))
         assert torch.allclose(one, other, atol=1e-6)
 
     @pytest.mark.parametrize("datasets", [1, 3])
     def test_adapters_that_are_all_alike_count_alike(self, datasets):
         collections = [np.ones((2, *SHAPE), np.float32) * LAYOUT.mask().numpy()] * datasets
-        weights = importance(LAYOUT, Normalization.fit(LAYOUT, collections), collections)
+        weights = importance(LAYOUT, collections)
         assert torch.allclose(weights, torch.ones(LAYOUT.tokens, 1))
 
 
