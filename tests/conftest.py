@@ -41,7 +41,6 @@ TINY_LORA = {
 }
 TINY_GENERATOR = {
     "encoder.batch_size": 4,
-    "decoder.name": "hyperconv",
     "decoder.blocks": 1,
     "decoder.hidden_dim": 16,
     "decoder.rank": 4,
@@ -58,8 +57,7 @@ TINY_GENERATOR = {
 }
 TRANSFER = {
     "training.objective": "transfer",
-    "decoder.name": "mixture",
-    "decoder.hidden_dim": 16,
+    "decoder": {"name": "mixture", "hidden_dim": 16},
     "behaviour.batch_size": 1,
 }
 """Settings of a `gen train`, beside those above."""

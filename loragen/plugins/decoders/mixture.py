@@ -128,7 +128,7 @@ class Coefficients(nn.Module):
         Query b has the coefficient 0 for what it leaves out, which does not influence the others.
         They are computed in float32 at least.
         """
-        with torch.autocast(query.device.type, enabled=False):
+        with _without_autocast(query.device):
             dtype = torch.promote_types(query.dtype, torch.float32)
             kept = (~left_out).to(dtype)  # (B, M)
             query, known = query.to(dtype), known.to(dtype)
@@ -195,9 +195,14 @@ class Mix(nn.Module):
             used = (coefficients != 0).any(0).any(0).nonzero()[:, 0]
             coefficients = coefficients[..., used]
             datasets = [datasets[index] for index in used.tolist()]
-        with torch.autocast(coefficients.device.type, enabled=False):
+        with _without_autocast(coefficients.device):
             mixed: Tensor = _Combination.apply(coefficients, self.adapters, datasets, self.runs)
         return mixed
+
+
+def _without_autocast(device: torch.device) -> torch.autocast:
+    known = torch.amp.is_autocast_available(device.type)  # the device "meta" is not
+    return torch.autocast(device.type if known else "cpu", enabled=False)
 
 
 Runs = Sequence[tuple[slice, int]]

@@ -28,8 +28,7 @@ BOTH_PHASES = {
 
 TRANSFER = {
     "training.objective": "transfer",
-    "decoder.name": "mixture",
-    "decoder.hidden_dim": 16,
+    "decoder": {"name": "mixture", "hidden_dim": 16},
     "training.val_rows": 4,
     "behaviour.max_steps": 3,
     "behaviour.batch_size": 2,

@@ -20,7 +20,7 @@ def planned(gen_config):
     """`planned({...})`: the plan of an objective that is `auto` by default."""
 
     def make(settings=None):
-        ours = {"training.objective": "auto", "decoder.name": "auto"}
+        ours = {"training.objective": "auto", "decoder": {"name": "auto"}}
         config = gen_config({**ours, **(settings or {})})
         return make_plan(config, open_sources(config))
 
@@ -60,8 +60,8 @@ def test_auto_is_a_mixture_by_transfer_where_there_are_datasets_enough(planned, 
     [
         ({"training.objective": "transfer"}, "transfer", "mixture"),
         ({"training.objective": "behaviour"}, "behaviour", "hyperconv"),
-        ({"decoder.name": "mixture"}, "transfer", "mixture"),
-        ({"decoder.name": "hyperconv"}, BOTH, "hyperconv"),
+        ({"decoder": {"name": "mixture"}}, "transfer", "mixture"),
+        ({"decoder": {"name": "hyperconv"}}, BOTH, "hyperconv"),
     ],
 )
 def test_objective_and_decoder_follow_each_other(
@@ -87,9 +87,9 @@ def test_a_transfer_clips_its_gradients_by_default(planned, given, resolved):
         ({"sources": "one"}, "transfer: 1 datasets; it needs 2"),
         ({"training.objective": "reconstruction-then-transfer"}, "train different decoders"),
         ({"encoder.frozen": False}, "transfer: the encoder is trained"),
-        ({"decoder.name": "hyperconv"}, "the decoder hyperconv cannot transfer"),
+        ({"decoder": {"name": "hyperconv"}}, "the decoder hyperconv cannot transfer"),
         (
-            {"training.objective": "reconstruction", "decoder.name": "mixture"},
+            {"training.objective": "reconstruction", "decoder": {"name": "mixture"}},
             "the decoder mixture is trained on left-out datasets",
         ),
     ],
