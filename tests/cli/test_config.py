@@ -39,8 +39,9 @@ class TestInit:
 
     def test_the_options_of_a_plugin_are_explained(self, loragen):
         lines = [line.strip() for line in loragen("config", "init", "gen").stdout.splitlines()]
-        assert (
-            "kernel_size: 3  # Kernel of the convolutions along layers, kinds or map axes." in lines
+        assert "positions: sentence  # " in "\n".join(lines)
+        assert any(
+            line.startswith("name: auto  # mixture: an affine combination") for line in lines
         )
         (swanlab,) = [line for line in lines if line.startswith("workspace:")]
         assert swanlab.startswith("workspace: null  # Team or user")

@@ -55,7 +55,8 @@ class TestTrain:
     def test_a_dry_run_shows_every_step_of_the_decoder(self, loragen, config_file):
         dry = ("gen", "train", "-c", config_file, "--dry-run")
         result = loragen(*dry)
-        header, *table = result.stderr.splitlines()[2:]
+        made, header, *table = result.stderr.splitlines()[2:]
+        assert made.startswith("decoder: hyperconv: A hyper-convolutional decoder, after Drag-and-")
         assert header.split() == ["decoder's", "step", "shape", "parameters", "MiB", "a", "pair"]
         names = [line.split()[0] for line in table[:4]]
         assert names == ["condition", "read", "expand", "blocks.0"]
