@@ -8,13 +8,17 @@ SEED   ?= 0
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format docs clean
+.PHONY: demo test check format docs model clean
 
 demo: $(VENV)/installed
 	$(BIN)/loragen demo --output $(OUT) --seed $(SEED) --force
 
-test: check
+test: check model
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --cov
+
+# A real model for the tests on one, fetched once; without it they are skipped.
+model: $(VENV)/installed
+	@$(BIN)/python examples/real-tasks/fetch_model.py || echo "The tests on a real model are skipped."
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """What every test needs: the machine's settings stay out, and nothing leaks to the next test."""
 
+import importlib.util
 import json
 import logging
 import os
@@ -21,6 +22,19 @@ hypothesis.settings.register_profile("ours", deadline=None)  # the machine may b
 hypothesis.settings.load_profile("ours")
 
 ROOT = Path(__file__).parent.parent
+
+
+def example_module(path):
+    """A script below `examples/`, as a module."""
+    file = ROOT / "examples" / path
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SMOLLM = example_module("real-tasks/fetch_model.py").default_directory()
+"""Found before `clean_environment` hides LORAGEN_TEST_CACHE."""
 COLORS, ANIMALS = ("red", "green", "blue"), ("cat", "dog", "cow")
 TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
@@ -143,6 +157,14 @@ def shared():
     if not (folder / "models").is_dir():
         pytest.skip("../shared is not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm_dir():
+    """SmolLM2-135M-Instruct, a real language model; skips where `make test` could not fetch it."""
+    if not (SMOLLM / "config.json").is_file():
+        pytest.skip("SmolLM2 is not here: python examples/real-tasks/fetch_model.py fetches it")
+    return SMOLLM
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,9 @@ Resume = Annotated[
 ]
 BaseModelName = Annotated[
     str | None,
-    typer.Option("--base-model", help="A hub id, a directory, or demo (comes with loragen)."),
+    typer.Option(
+        "--base-model", help="A hub id, a directory, a GGUF file, or demo (comes with loragen)."
+    ),
 ]
 GeneratorPath = Annotated[
     Path,

@@ -19,6 +19,7 @@ import lightning
 import torch
 from torch import Tensor
 
+from loragen.core.adapter.export import front_matter, how_to_load
 from loragen.core.adapter.files import Adapter, peft_config, plain_config, write_adapter
 from loragen.core.config import LoraTrainConfig, Override, dump, load
 from loragen.core.data.dataset import Dataset
@@ -254,9 +255,10 @@ def _write_run(
         }
         torch.save(document, directory / CHECKPOINTS / checkpoint_name(usable.step))
     card = (
-        f"---\nbase_model: {config.base_model}\nlibrary_name: peft\ntags: [lora, loragen]\n---\n\n"
-        f"# {manifest.dataset.name}\n\nA LoRA adapter (rank {config.lora.rank}, step "
-        f"{manifest.steps[-1]}), converted by `loragen ckpt convert`.\n"
+        f"{front_matter(config.base_model)}\n# {manifest.dataset.name}\n\n"
+        f"A LoRA adapter (rank {config.lora.rank}, step {manifest.steps[-1]}), converted by "
+        f"`loragen ckpt convert`.\n\n"
+        f"{how_to_load(config.base_model)}"
     )
     write_adapter(directory / "adapter", Adapter(manifest.adapter_config, tensors), card)
     for pattern in TRACKING_FILES:  # copied unchanged, although they name the original checkpoints

@@ -1,5 +1,6 @@
 """Exports adapters for use without loragen: as a PEFT directory, or merged into the base model."""
 
+import json
 from contextlib import suppress
 from copy import deepcopy
 from importlib.metadata import version
@@ -11,10 +12,12 @@ import torch
 from loragen.core.adapter import MERGED_MARKER
 from loragen.core.adapter.files import Adapter, attach_adapter, write_adapter
 from loragen.core.base.load import LanguageModel, load_base
-from loragen.core.base.names import resolve_base
+from loragen.core.base.names import absolute_base, is_gguf, is_path, resolve_base
 from loragen.core.config import DEMO
 from loragen.core.errors import UsageError
-from loragen.core.files import write_json, write_text, written_atomically
+from loragen.core.files import user_path, write_json, write_text, written_atomically
+
+HUB = "https://huggingface.co/"
 
 
 def prepare_export(
@@ -108,21 +111,18 @@ def merged_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def _resolvable(name: str) -> str:
     """Returns the path or hub id by which plain transformers and PEFT find a base model."""
     with suppress(UsageError):  # a path of another machine; the adapter can be written
-        source = resolve_base(name)
-        return str(Path(source).absolute()) if Path(source).is_dir() else source
+        return absolute_base(resolve_base(name))
     return name
 
 
 def _card(adapter: Adapter, source: Path, merged: bool) -> str:
     """Returns the README.md of an export."""
     config, base = adapter.config, adapter.config["base_model_name_or_path"]
-    library, what = ("transformers", "merged into") if merged else ("peft", "for")
-    origin = "" if Path(base).is_dir() else f"base_model: {base}\n"  # only a hub id is valid there
     card = (
-        f"---\n{origin}library_name: {library}\ntags: [lora, loragen]\n---\n\n"
-        f"# {source.absolute().name}\n\n"
-        f"A LoRA adapter (rank {config['r']}, alpha {config['lora_alpha']:g}) {what} {base}, "
-        f"written by `loragen lora export`.\n"
+        f"{front_matter(base, merged)}\n# {source.absolute().name}\n\n"
+        f"A LoRA adapter (rank {config['r']}, alpha {config['lora_alpha']:g}) "
+        f"{'merged into' if merged else 'for'} {describe_base(base)}, written by "
+        f"`loragen lora export`.\n\n{how_to_load(base, merged)}"
     )
     if base == _resolvable(DEMO) and not merged:
         card += (
@@ -130,3 +130,83 @@ def _card(adapter: Adapter, source: Path, merged: bool) -> str:
             "installed package. On another machine, put its path there into adapter_config.json.\n"
         )
     return card
+
+
+# ---------------------------------------------------------------------------- model cards
+
+
+def front_matter(base_model: str, merged: bool = False, *tags: str) -> str:
+    """Returns the metadata of a model card (README.md), in the hub's format.
+
+    The hub expects a hub id as `base_model`: that of the base, or the one that a GGUF file says it
+    was made from. A path or `demo` would be a broken link there.
+    """
+    hub_id = base_model
+    if is_gguf(base_model):
+        hub_id = _record(base_model).get("repository", "").removeprefix(HUB)
+        hub_id = hub_id if hub_id.count("/") == 1 else ""
+    elif base_model == DEMO or is_path(base_model) or Path(base_model).is_dir():
+        hub_id = ""
+    link = f"base_model: {json.dumps(hub_id)}\n" if hub_id else ""
+    library = "transformers" if merged else "peft"
+    tagged = ", ".join(("lora", "loragen", *tags))
+    return f"---\n{link}library_name: {library}\ntags: [{tagged}]\n---\n"
+
+
+def describe_base(base_model: str) -> str:
+    """Returns the name of a base for a model card; of a GGUF file also what its metadata say."""
+    if not is_gguf(base_model):
+        return base_model
+    record = _record(base_model)
+    says = [
+        record[key] for key in ("name", "organization", "license", "repository") if key in record
+    ]
+    if "base_model" in record:
+        says.append(f"tuned from {record['base_model']}")
+    origin = f"; its metadata: {', '.join(says)}" if says else ""
+    digest = f", sha256 {record['sha256']}" if record else ""
+    return f"{base_model} (a GGUF file, dequantised to float32{digest}{origin})"
+
+
+def how_to_load(base_model: str, merged: bool = False) -> str:
+    """Returns the section of a model card that loads the adapter without loragen."""
+    if merged:
+        return """## How to load it
+
+The adapter is merged into the base model's weights:
+`AutoModelForCausalLM.from_pretrained("DIRECTORY OF THIS FILE")`.
+"""
+    arguments, find, note = json.dumps(base_model), "", ""
+    if base_model == DEMO:
+        find = "from loragen.core.base.names import resolve_base\n"
+        arguments = f'resolve_base("{DEMO}")'
+        note = """
+The base `demo` is the tiny model that ships with loragen; `resolve_base` returns its path.
+`loragen lora export DIRECTORY --output OTHER` writes an adapter with that path in it.
+"""
+    elif is_gguf(base_model):
+        path = Path(base_model)
+        arguments = (
+            f'{json.dumps(str(path.parent))}, gguf_file={json.dumps(path.name)}, dtype="float32"'
+        )
+        note = """
+transformers reads the GGUF file with the package gguf. The weights that the file was quantised from
+are another base: `loragen lora export DIRECTORY --output OTHER --base-model OWNER/NAME` writes the
+adapter for them, without any change of its values.
+"""
+    return f"""## How to load it
+
+```python
+{find}from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({arguments})
+model = PeftModel.from_pretrained(base, "DIRECTORY OF THIS FILE")
+```
+{note}"""
+
+
+def _record(gguf_file: str) -> dict[str, str]:
+    from loragen.core.base.gguf import read_record
+
+    return read_record(user_path(gguf_file))

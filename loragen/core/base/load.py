@@ -12,7 +12,7 @@ from typing import Any, get_args
 import torch
 from safetensors import SafetensorError
 
-from loragen.core.base.names import BaseDtype, resolve_base
+from loragen.core.base.names import BaseDtype, is_gguf, resolve_base
 from loragen.core.config import DEMO, LoraTrainConfig
 from loragen.core.errors import LoragenError, UsageError, did_you_mean
 from loragen.core.files import hub_problem
@@ -62,7 +62,8 @@ def load_base(
     quiet_libraries()
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    source, cache = resolve_base(name), _cache_options(name)
+    source = _loadable(name)
+    cache = _cache_options(source)
     try:
         config = AutoConfig.from_pretrained(source, **cache)
         stored = getattr(config, "dtype", None) or torch.float32
@@ -87,8 +88,8 @@ def empty_base(name: str, local_files_only: bool = False) -> LanguageModel:
     quiet_libraries()
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    source = resolve_base(name)
-    cache = {"local_files_only": True} if local_files_only else _cache_options(name)
+    source = _loadable(name)
+    cache = {"local_files_only": True} if local_files_only else _cache_options(source)
     try:
         config = AutoConfig.from_pretrained(source, **cache)
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # untyped in transformers
@@ -106,14 +107,25 @@ def load_tokenizer(name: str) -> Any:
     quiet_libraries()
     from transformers import AutoTokenizer
 
-    source = resolve_base(name)
+    source = _loadable(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **_cache_options(name))
+        tokenizer = AutoTokenizer.from_pretrained(source, **_cache_options(source))
         if not tokenizer("a").input_ids:  # if files are missing, transformers makes an empty one
             raise ValueError("its tokenizer returns no tokens; is tokenizer.json missing?")
     except (OSError, ValueError) as error:
         raise _not_loaded(name, source, error) from error
     return tokenizer
+
+
+def _loadable(name: str) -> str:
+    """Returns what transformers loads: a directory, to which a GGUF file is dequantised, or a hub
+    id. Raises UsageError if there is no such path, LoragenError if the GGUF file is broken."""
+    source = resolve_base(name)
+    if not is_gguf(source):
+        return source
+    from loragen.core.base.gguf import dequantized
+
+    return str(dequantized(Path(source)))
 
 
 def _not_loaded(name: str, source: str, error: Exception) -> LoragenError:
@@ -122,13 +134,13 @@ def _not_loaded(name: str, source: str, error: Exception) -> LoragenError:
         return LoragenError(f"base model {name} does not load: {reason}")
     return UsageError(
         f"base model {name}: not a directory, and {hub_problem() or f'the hub says: {reason}'}"
-        f"{did_you_mean(name, [DEMO])} (--base-model takes a directory, too, or demo)"
+        f"{did_you_mean(name, [DEMO])} (--base-model also takes a directory, a GGUF file, or demo)"
     )
 
 
 def is_local(name: str) -> bool:
-    """Returns whether a base is on this machine, as a directory or in the hub's cache, with its
-    weights, because a dry run has downloaded the configuration alone."""
+    """Returns whether a base is on this machine, as a directory, as a GGUF file or in the hub's
+    cache, with its weights, because a dry run has downloaded the configuration alone."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
@@ -136,12 +148,12 @@ def is_local(name: str) -> bool:
     except UsageError:  # a directory that does not exist
         return False
     cached = (try_to_load_from_cache(source, file) for file in WEIGHTS)
-    return Path(source).is_dir() or any(isinstance(file, str) for file in cached)
+    return Path(source).exists() or any(isinstance(file, str) for file in cached)
 
 
-def _cache_options(name: str) -> dict[str, bool]:
+def _cache_options(source: str) -> dict[str, bool]:
     """Returns the options by which `from_pretrained` uses only its cache if the hub is offline."""
-    offline = not Path(resolve_base(name)).is_dir() and hub_problem()
+    offline = not Path(source).is_dir() and hub_problem()
     return {"local_files_only": True} if offline else {}
 
 

@@ -176,7 +176,7 @@ class LoraTrainConfig(Section):
     """The configuration of `loragen lora train`."""
 
     base_model: str = Field(
-        "Qwen/Qwen2.5-0.5B-Instruct", description="A hub id, a directory, or demo."
+        "Qwen/Qwen2.5-0.5B-Instruct", description="A hub id, a directory, a GGUF file, or demo."
     )
     base_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",

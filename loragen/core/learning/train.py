@@ -18,10 +18,10 @@ from loragen.core.base.load import (
     load_training_base,
     quiet_libraries,
 )
+from loragen.core.base.names import absolute_base
 from loragen.core.config import GenTrainConfig, LoraTrainConfig
 from loragen.core.config.schema import AUTO, SourceSection
 from loragen.core.config.show import HARDWARE
-from loragen.core.files import user_path
 from loragen.core.generator.collected import Collected
 from loragen.core.generator.embeddings import Familiarity
 from loragen.core.generator.model import Choice, Generator
@@ -322,9 +322,8 @@ def with_found_sources(plan: Plan) -> GenTrainConfig:
     config.sources = [absolute(source) for source in plan.sources]
     config.val_sources = [absolute(source) for source in plan.val_sources]
     config.data.checkpoint_dir = None
-    base = config.behaviour.base_model
-    if base and user_path(base).is_dir():
-        config.behaviour.base_model = str(user_path(base).absolute())
+    if config.behaviour.base_model:
+        config.behaviour.base_model = absolute_base(config.behaviour.base_model)
     if config.data.prompts is not None:
         config.data.prompts = str(Path(config.data.prompts).absolute())
     return config

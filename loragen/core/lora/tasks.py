@@ -8,8 +8,8 @@ from pathlib import Path
 from traceback import clear_frames
 from typing import Literal, NamedTuple
 
-from loragen.core.base.names import resolve_base
-from loragen.core.config import DEMO, LoraTrainConfig
+from loragen.core.base.names import absolute_base, resolve_base
+from loragen.core.config import LoraTrainConfig
 from loragen.core.config.load import Problem, problems_at
 from loragen.core.config.schema import LauncherSection, LoraDataSection
 from loragen.core.config.show import HARDWARE, differences
@@ -143,10 +143,10 @@ IGNORED_ON_RESUME = (
 
 
 def same_base(one: str, other: str) -> bool:
-    """Returns whether two names are of one base model; a directory may have several names."""
+    """Returns whether two names are of one base model; a path may have several names."""
     paths = [user_path(name) for name in (one, other)]
     return one == other or (
-        all(path.is_dir() for path in paths) and paths[0].resolve() == paths[1].resolve()
+        all(path.exists() for path in paths) and paths[0].resolve() == paths[1].resolve()
     )
 
 
@@ -163,9 +163,7 @@ def with_absolute_paths(config: LoraTrainConfig) -> LoraTrainConfig:
     """Returns the configuration with absolute paths of base model and validation file: a run may be
     resumed, and an adapter loaded, from another directory."""
     absolute = config.model_copy(deep=True)
-    base = user_path(config.base_model)
-    if config.base_model != DEMO and base.is_dir():
-        absolute.base_model = str(base.absolute())
+    absolute.base_model = absolute_base(config.base_model)
     if config.data.validation:
         absolute.data.validation = location(parsed_source(config.data.validation))
     return absolute

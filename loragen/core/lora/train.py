@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback
 
-from loragen.core.adapter.export import save_merged
+from loragen.core.adapter.export import describe_base, front_matter, how_to_load, save_merged
 from loragen.core.adapter.files import (
     Adapter,
     adapter_state,
@@ -187,9 +187,10 @@ def _save_results(
 ) -> None:
     """Writes adapter/ and, if the configuration asks for it, final_model/."""
     card = (
-        f"---\nbase_model: {config.base_model}\nlibrary_name: peft\ntags: [lora, loragen]\n---\n\n"
-        f"# {run.name}\n\nA LoRA adapter trained by `loragen lora train` "
-        f"(rank {config.lora.rank}, {config.training.max_steps} steps, seed {config.seed}).\n"
+        f"{front_matter(config.base_model)}\n# {run.name}\n\n"
+        f"A LoRA adapter trained by `loragen lora train` (rank {config.lora.rank}, "
+        f"{config.training.max_steps} steps, seed {config.seed}) for "
+        f"{describe_base(config.base_model)}.\n\n{how_to_load(config.base_model)}"
     )
     write_adapter(run / "adapter", Adapter(manifest.adapter_config, adapter_state(model)), card)
     if config.base_quantization != "none":
