@@ -19,8 +19,8 @@ ANIMALS = ("horse", "tiger", "eagle", "salmon", "rabbit", "spider")
 ANIMALS += ("whale", "donkey", "pigeon", "lizard", "goat", "wolf")
 THINGS = ("hammer", "pencil", "bottle", "window", "carpet", "ladder")
 THINGS += ("mirror", "basket", "candle", "trumpet", "sofa", "key")
-HELD_OUT = 4
-"""The last words of each kind, on which nothing is trained."""
+TRAINED = 8
+"""Nothing is trained on the later words of each kind."""
 
 
 def rows_of_kinds(first, last):
@@ -30,6 +30,11 @@ def rows_of_kinds(first, last):
         for kind, words in kinds
         for word in words
     ]
+
+
+def tokenized(base, rows):
+    lines = [Row(**row, line=line) for line, row in enumerate(rows, start=1)]
+    return [tokenize_row(base.tokenizer, row, 1024).example for row in lines]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,7 @@ def train(smollm_dir, tmp_path):
         "loggers": {},
         "trainer.accelerator": "cpu",
     }
-    rows = rows_of_kinds(0, len(ANIMALS) - HELD_OUT)
+    rows = rows_of_kinds(0, TRAINED)
     file = write_lines(tmp_path / "kinds.jsonl", rows)
 
     def run(more, base=None):
@@ -79,8 +84,7 @@ def test_a_prompt_goes_through_the_chat_template(base):
 
 
 def test_packed_rows_have_the_losses_of_padded_ones(base):
-    rows = [Row(**row, line=line) for line, row in enumerate(rows_of_kinds(0, 6), start=1)]
-    examples = [tokenize_row(base.tokenizer, row, 1024).example for row in rows]
+    examples = tokenized(base, rows_of_kinds(0, 6))
     padding = pad_id(base.tokenizer)
     cost = packing_cost(base.model, examples, padding, rows=8)
     assert cost is not None
@@ -92,19 +96,23 @@ def test_packed_rows_have_the_losses_of_padded_ones(base):
     torch.testing.assert_close(losses.sum(), sum(alone), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_one_step_in_each_dtype(base, train, dtype):
-    """The first loss is that of the base, since a new adapter changes nothing."""
-    run = train({"training.max_steps": 1, "base_dtype": dtype})
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-3), ("bfloat16", 0.2)])
+def test_one_step_in_each_dtype(base, train, dtype, tolerance):
+    """A new adapter changes nothing: the first loss is that of the base on all 16 rows."""
+    run = train({"training.max_steps": 1, "training.batch_size": 16, "base_dtype": dtype})
+    batch = collate(tokenized(base, rows_of_kinds(0, TRAINED)), pad_id(base.tokenizer))
+    with torch.no_grad():
+        expected = answer_losses(base.model, batch).mean().item()
     assert run.manifest.base_dtype == dtype
-    adapter = read_checkpointed_adapter(run.directory)
-    moved = [t for key, t in adapter.tensors.items() if ".lora_B." in key]
-    assert all(tensor.isfinite().all() and tensor.abs().max() > 0 for tensor in moved)
-    assert run.manifest.final_loss == pytest.approx(4.0, abs=1.0)
+    assert run.manifest.final_loss == pytest.approx(expected, abs=tolerance)
+    tensors = read_checkpointed_adapter(run.directory).tensors
+    for moved in (tensor for key, tensor in tensors.items() if ".lora_B." in key):
+        assert moved.isfinite().all()
+        assert moved.abs().max() > 0
 
 
 def test_a_task_is_learned_in_20_steps(base, train):
-    rows = rows_of_kinds(len(ANIMALS) - HELD_OUT, len(ANIMALS))
+    rows = rows_of_kinds(TRAINED, len(ANIMALS))
     tested = [Row(**row, line=line) for line, row in enumerate(rows, start=1)]
     before = evaluate_model(base.model, base.tokenizer, tested, choices=False)
     run = train({"training.max_steps": 20}, base)

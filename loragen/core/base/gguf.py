@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+import struct
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 RECORD = "gguf.json"
 """The file of a dequantised directory that says where it comes from."""
-LIBRARY_ERRORS = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError)
+LIBRARY_ERRORS = (OSError, ValueError, LookupError, RuntimeError, TypeError, struct.error)
 """What transformers and gguf raise for files that are damaged or not supported."""
 METADATA = ("architecture", "name", "organization", "license")
 OWN_REPOSITORY = ("repo_url", "source.repo_url", "source.url", "source.huggingface.repository")

@@ -132,9 +132,10 @@ class TestErrors:
         file.write_text("not a model")
         assert "not a GGUF file" in self.refused(file, LoragenError, cache)
 
-    def test_a_file_that_is_cut(self, file, tmp_path, cache):
+    @pytest.mark.parametrize("end", [5000, -100], ids=["metadata", "tensors"])
+    def test_a_file_that_is_cut(self, file, tmp_path, cache, end):
         cut = tmp_path / "cut.gguf"
-        cut.write_bytes(file.read_bytes()[:5000])
+        cut.write_bytes(file.read_bytes()[:end])
         assert "does not load" in self.refused(cut, LoragenError, cache)
 
     def test_an_architecture_that_transformers_does_not_know(self, base_dir, tmp_path, cache):
