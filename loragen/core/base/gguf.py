@@ -48,11 +48,11 @@ def dequantized(file: Path) -> Path:
             size = file.stat().st_size / 1e6
             log.info("dequantising %s (%.0f MB), once, into %s", file, size, directory)
             with written_atomically(directory) as temporary:
-                convert(file, temporary)
+                write_dequantized(file, temporary)
     return directory
 
 
-def convert(file: Path, output: Path) -> None:
+def write_dequantized(file: Path, output: Path) -> None:
     """Writes the model of a GGUF file, in float32, and its tokenizer as a Hugging Face directory.
 
     Float32 holds every dequantised value exactly. Raises as `dequantized` does.

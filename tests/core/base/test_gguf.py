@@ -97,7 +97,7 @@ class TestCache:
     def test_a_file_is_dequantised_once(self, file, monkeypatch):
         directory = gguf.dequantized(file)
         assert json.loads((directory / gguf.RECORD).read_text("utf-8"))["file"] == file.name
-        monkeypatch.setattr(gguf, "convert", lambda *_: pytest.fail("dequantised again"))
+        monkeypatch.setattr(gguf, "write_dequantized", lambda *_: pytest.fail("dequantised again"))
         monkeypatch.setattr(gguf, "find_spec", lambda _: None)  # the extra is not needed any more
         assert gguf.dequantized(file) == directory
         assert load_base(str(file)).model is not None
