@@ -208,7 +208,16 @@ def test_a_user_trains_evaluates_and_merges(file, dataset, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     runner = CliRunner()
     base, rows = ["--base-model", str(file)], str(dataset())
-    tiny = ["--test-mode", "--set", "loggers={}", "--set", "trainer.accelerator=cpu", "--json"]
+    tiny = [
+        "--test-mode",
+        "--set",
+        "final_model=merged",
+        "--set",
+        "loggers={}",
+        "--set",
+        "trainer.accelerator=cpu",
+        "--json",
+    ]
     trained = runner.invoke(app, ["lora", "train", *base, "--dataset", rows, *tiny])
     assert trained.exit_code == 0, trained.output
     (document,) = json.loads(trained.stdout)
