@@ -18,6 +18,7 @@ from loragen.core.lora.packing import (
     IGNORED,
     PADDING,
     PREFIX,
+    TOLERANCE,
     Cost,
     answer_logits,
     answer_losses,
@@ -26,6 +27,7 @@ from loragen.core.lora.packing import (
     cheapest_bins,
     cheapest_packing,
     collate,
+    in_float32,
     model_cost,
     packing_cost,
     rows_right,
@@ -417,10 +419,28 @@ def test_losses_and_gradients_are_those_of_padded_rows(kind, attention):
         assert (other - gradient).norm() < 1e-5 * gradient.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def differences(model, rows=SIMILAR):
+    """The mean differences (nats) of packed and padded losses, as the model computes them and in
+    float32."""
+    cost = Cost(token=1.0, pair=0.0)  # all in one sequence
+    in_order = [rows[index] for index in cheapest_packing(rows, cost)[1][0]]
+
+    @torch.no_grad()
+    def difference():
+        alone, together = collate(in_order, 0), collate(rows, 0, cost)
+        return float((answer_losses(model, alone) - answer_losses(model, together)).abs().mean())
+
+    native = difference()
+    with in_float32(model):
+        return native, difference()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", PACKED)
 def test_rounding_does_not_prevent_packing(kind, dtype):
-    assert packing_cost(tiny(*PACKED[kind], dtype=dtype), SIMILAR, 0, 5)
+    model = tiny(*PACKED[kind], dtype=dtype)
+    assert packing_cost(model, SIMILAR, 0, 5)
+    assert differences(model)[1] < TOLERANCE / 100
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -431,6 +451,111 @@ def test_a_model_that_cannot_be_packed_is_logged_once(kind, dtype, caplog):
     assert packing_cost(model, SIMILAR, 0, 5) is None
     (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("loragen")]
     assert message.startswith("rows are padded, not packed: this base model ")
+
+
+SHARP = {**SIZES, "num_hidden_layers": 6, "initializer_range": 0.6}
+"""A model whose losses depend on every bit, as those of a trained model of many layers do."""
+LONG = [
+    Example([5, 6, 7, 8, *((7 * row + 5 * i) % VOCABULARY for i in range(20 + row))], 6)
+    for row in range(8)
+]
+
+
+class Forgetful(transformers.LlamaForCausalLM):
+    """Restarted positions do not reach it: rows after the first are too far from the prefix."""
+
+    def forward(self, *args, position_ids=None, **options):
+        return super().forward(*args, **options)
+
+
+class Unmasked(transformers.LlamaForCausalLM):
+    """Takes a 4-D mask and does not use it: a row sees the rows before it."""
+
+    def forward(self, *args, attention_mask=None, **options):
+        return super().forward(*args, **options)
+
+
+def sharp(model_class, dtype, **changes):
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = model_class(transformers.LlamaConfig(**{**SHARP, **changes}))
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def test_bfloat16_may_change_the_losses_as_much_as_a_wrong_mask():
+    """What a real model does: only float32 tells the two apart."""
+    right = sharp(transformers.LlamaForCausalLM, torch.bfloat16)
+    rounding, exact = differences(right, LONG)
+    assert rounding > 10 * TOLERANCE
+    assert exact < TOLERANCE / 10
+    assert packing_cost(right, LONG, 0, 8)
+    for wrong in (Forgetful, Unmasked):
+        model = sharp(wrong, torch.bfloat16)
+        assert differences(model, LONG)[1] > 100 * TOLERANCE
+        assert packing_cost(model, LONG, 0, 8) is None
+
+
+@pytest.mark.parametrize("wrong", [Forgetful, Unmasked])
+def test_an_error_below_the_rounding_of_bfloat16_is_found(wrong):
+    """With small weights the attention is nearly even, and a wrong layout changes little."""
+    rounding, _ = differences(sharp(transformers.LlamaForCausalLM, torch.bfloat16), LONG)
+    model = sharp(wrong, torch.bfloat16, initializer_range=0.1)
+    assert TOLERANCE < differences(model, LONG)[1] < rounding
+    assert packing_cost(model, LONG, 0, 8) is None
+
+
+def test_rows_that_training_packs_are_tried_packed_even_if_the_longest_are_not():
+    """Mamba's rows of 200 tokens are cheaper alone; its shorter ones would share a sequence."""
+    long = [Example([5, *(i % VOCABULARY for i in range(row, row + 200))], 2) for row in range(2)]
+    model = tiny(*PADDED["gpt-neo"])
+    assert len(cheapest_packing(long, model_cost(model))[1]) == 2
+    assert packing_cost(model, [*SIMILAR, *long], 0, 2) is None
+
+
+def test_only_the_layer_that_computes_is_in_float32():
+    model = with_lora(tiny(*PACKED["llama"], dtype=torch.bfloat16))
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    layers = model.base_model.model.model.layers
+    seen = []
+    for layer in layers:
+        layer.register_forward_hook(
+            lambda *_: seen.append([{p.dtype for p in one.parameters()} for one in layers])
+        )
+    with in_float32(model):
+        losses = answer_losses(model, collate(SIMILAR, 0))
+    wide, narrow = {torch.float32}, {torch.bfloat16}
+    assert seen[0][0] == wide
+    assert seen[0][1] == narrow
+    assert seen[1] == [narrow, wide]
+    assert all(weight.equal(weights[name]) for name, weight in model.state_dict().items())
+    assert {p.dtype for p in model.parameters()} == narrow
+    assert (losses - answer_losses(model.float(), collate(SIMILAR, 0))).abs().max() < 1e-6
+
+
+def test_the_weights_are_narrow_again_after_an_error():
+    model = tiny(*PACKED["llama"], dtype=torch.bfloat16)
+    with pytest.raises(IndexError), in_float32(model):
+        answer_losses(model, collate([Example([5, 6, VOCABULARY + 5], 1)], 0))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_base_in_4_bits_computes_in_float32():
+    bits = pytest.importorskip("bitsandbytes", reason="quantised bases need bitsandbytes")
+    model = tiny(*PACKED["llama"], dtype=torch.bfloat16)
+    for layer in model.model.layers:
+        plain = layer.mlp.up_proj
+        layer.mlp.up_proj = bits.nn.Linear4bit(
+            plain.in_features, plain.out_features, bias=False, quant_type="nf4",
+            compute_dtype=torch.bfloat16,
+        )  # fmt: skip
+        layer.mlp.up_proj.load_state_dict({"weight": plain.weight})
+        layer.mlp.up_proj.to("cpu")
+    assert type(model.model.layers[0].mlp.up_proj.weight).__name__ == "Params4bit"
+    before = answer_losses(model, collate(SIMILAR, 0))
+    native, exact = differences(model)
+    assert exact < 1e-6 < native
+    assert packing_cost(model, SIMILAR, 0, 5)
+    assert answer_losses(model, collate(SIMILAR, 0)).equal(before)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "bloom"])
