@@ -93,8 +93,8 @@ class Measured:
     losses: list[float]
     """The losses of all steps, in nats per answer token."""
     peak_gib: float
-    packed: bool | None = None
-    """Of loragen: whether its check allowed packing."""
+    refused: bool = False
+    """Of loragen: whether its check refused packing."""
     checkpoint_mib: float = 0.0
     checkpoint_seconds: float = 0.0
     """The seconds to write one checkpoint, with the optimizer's state."""
@@ -326,7 +326,7 @@ def _loragen(job: dict[str, Any], arm: Arm) -> Measured:
     return clock.measured(
         [job["batch_size"]] * job["steps"],
         losses,
-        packed=arm.packed and not refusals,
+        refused=bool(refusals),
         checkpoint_mib=file.stat().st_size / 2**20,
         checkpoint_seconds=_seconds_to_write(file),
     )
@@ -484,7 +484,7 @@ def _table(results: dict[str, list[Measured]], batch_size: int) -> dict[str, dic
             "cpu_ratio": median(a.cpu_per_row / b.cpu_per_row for a, b in pairs),
             "peak_gib": max(one.peak_gib for one in rounds),
             "loss_differs": None if own_batches else max(abs(a - b) for a, b in curves),
-            "packed": rounds[0].packed,
+            "refused": rounds[0].refused,
         }
     return table
 
@@ -510,7 +510,7 @@ def _print(name: str, facts: dict[str, Any], table: dict[str, dict[str, Any]]) -
             f"{line['ratio']:6.2f}  ({line['ratio_least']:.2f}-{line['ratio_most']:.2f}) "
             f"{line['cpu_ratio']:10.2f} {line['peak_gib']:9.2f}  "
             f"{'own batches' if differs is None else format(differs, '.1e')}"
-            f"{'  padded' if line['packed'] is False else ''}"
+            f"{'  packing refused' if line['refused'] else ''}"
         )
 
 

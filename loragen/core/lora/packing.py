@@ -217,8 +217,9 @@ def rows_right(logits: Tensor, batch: Batch) -> Tensor:
 # ---------------------------------------------------------------------------- packing check
 
 
-TOLERANCE = 5e-4
-"""The mean difference (nats) of the answer tokens' losses in float32 that rounding may cause."""
+TOLERANCE = 1e-4
+"""The mean difference (nats) of the answer tokens' losses in float32 that rounding may cause.
+Measured on real models: 5e-6 at most; on models that cannot be packed: 5e-2 and more."""
 
 
 def packing_cost(model: Any, examples: Sequence[Example], pad_id: int, rows: int) -> Cost | None:

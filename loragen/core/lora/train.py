@@ -65,6 +65,8 @@ def train_adapter(
     are checked. Raises DataError for bad rows, UsageError if the adapter does not fit the base or
     the run cannot be resumed, Interrupted on Ctrl+C, once the step is saved.
     """
+    from peft.helpers import disable_input_dtype_casting
+
     # ---- setup: rows, manifest, adapter
     config = with_absolute_paths(config)
     training = config.training
@@ -108,15 +110,14 @@ def train_adapter(
         trainer = _new_trainer(config, base, session, manifest, rows, interruption, on_start)
         data = LoraDataModule(rows, config, pad_id(base.tokenizer))
         data.check_divisible(trainer.world_size, trainer.accumulate_grad_batches)
+        mixed = "mixed" in trainer_precision(config, base.model)
         module = LoraModule(
             model,
             create("schedule", config.schedule.name, config.schedule.options),
             max_steps=training.max_steps,
             weight_decay=training.weight_decay,
             # Lightning clips no gradients of a fused optimizer in mixed precision.
-            fused=not (
-                config.trainer.gradient_clip_val and "mixed" in trainer_precision(config, model)
-            ),
+            fused=not (config.trainer.gradient_clip_val and mixed),
         )
         if resume:
             resume.restore(trainer, module)
@@ -126,7 +127,9 @@ def train_adapter(
         memory: AbstractContextManager[Any] = (
             gradient_checkpointing(model) if training.gradient_checkpointing else nullcontext()
         )
-        with memory, session, interruption.handle_signals():
+        # PEFT would widen every input to the adapter's float32, and autocast narrow it again.
+        casts = disable_input_dtype_casting(model, active=mixed)
+        with memory, casts, session, interruption.handle_signals():
             fit(trainer, module, data)
             if trainer.is_global_zero:
                 _save_results(config, base, model, manifest, session.directory)

@@ -440,7 +440,7 @@ def differences(model, rows=SIMILAR):
 def test_rounding_does_not_prevent_packing(kind, dtype):
     model = tiny(*PACKED[kind], dtype=dtype)
     assert packing_cost(model, SIMILAR, 0, 5)
-    assert differences(model)[1] < TOLERANCE / 100
+    assert differences(model)[1] < TOLERANCE / 50
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -486,26 +486,26 @@ def test_bfloat16_may_change_the_losses_as_much_as_a_wrong_mask():
     """What a real model does: only float32 tells the two apart."""
     right = sharp(transformers.LlamaForCausalLM, torch.bfloat16)
     rounding, exact = differences(right, LONG)
-    assert rounding > 10 * TOLERANCE
-    assert exact < TOLERANCE / 10
+    assert rounding > 100 * TOLERANCE
+    assert exact < TOLERANCE / 4
     assert packing_cost(right, LONG, 0, 8)
     for wrong in (Forgetful, Unmasked):
         model = sharp(wrong, torch.bfloat16)
-        assert differences(model, LONG)[1] > 100 * TOLERANCE
+        assert differences(model, LONG)[1] > 1000 * TOLERANCE
         assert packing_cost(model, LONG, 0, 8) is None
 
 
-@pytest.mark.parametrize("wrong", [Forgetful, Unmasked])
-def test_an_error_below_the_rounding_of_bfloat16_is_found(wrong):
+@pytest.mark.parametrize(("wrong", "weights"), [(Forgetful, 0.02), (Unmasked, 0.01)])
+def test_an_error_below_the_rounding_of_bfloat16_is_found(wrong, weights):
     """With small weights the attention is nearly even, and a wrong layout changes little."""
     rounding, _ = differences(sharp(transformers.LlamaForCausalLM, torch.bfloat16), LONG)
-    model = sharp(wrong, torch.bfloat16, initializer_range=0.1)
-    assert TOLERANCE < differences(model, LONG)[1] < rounding
+    model = sharp(wrong, torch.bfloat16, initializer_range=weights)
+    assert TOLERANCE < differences(model, LONG)[1] < rounding / 3
     assert packing_cost(model, LONG, 0, 8) is None
 
 
 def test_rows_that_training_packs_are_tried_packed_even_if_the_longest_are_not():
-    """Mamba's rows of 200 tokens are cheaper alone; its shorter ones would share a sequence."""
+    """Rows of 200 tokens are cheaper alone; shorter ones would share a sequence."""
     long = [Example([5, *(i % VOCABULARY for i in range(row, row + 200))], 2) for row in range(2)]
     model = tiny(*PADDED["gpt-neo"])
     assert len(cheapest_packing(long, model_cost(model))[1]) == 2
