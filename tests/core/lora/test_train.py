@@ -1,3 +1,4 @@
+import contextlib
 import json
 import shutil
 
@@ -445,3 +446,31 @@ def test_the_adapter_of_a_moved_run_is_read(collection, tmp_path):
     adapter = read_checkpointed_adapter(moved / "checkpoints" / "checkpoint-step-005.ckpt")
     assert adapter.config["r"] == 2
     assert len(adapter.tensors) == 28
+
+
+def test_under_autocast_nothing_but_autocast_casts_the_input(lora_config, dataset, monkeypatch):
+    """PEFT's own cast to the adapter's float32 and back changes no bit."""
+    config = lora_config({"base_dtype": "bfloat16"})
+    inputs, adapters = [], []
+
+    def note(module, given):
+        if isinstance(module, torch.nn.Linear) and module.weight.requires_grad:
+            inputs[-1].add((module.in_features == config.lora.rank, given[0].dtype))
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        for casts in (False, True):
+            if casts:
+                monkeypatch.setattr("peft.helpers.disable_input_dtype_casting", kept_casts)
+            inputs.append(set())
+            base = load_training_base(config)
+            run = training.train_adapter(config, Dataset(dataset(), "colors"), base, Silent())
+            adapters.append(last_tensors(run))
+    finally:
+        handle.remove()
+    assert (False, torch.float32) in inputs[1]
+    assert equal(*adapters)
+
+
+def kept_casts(model, active):
+    return contextlib.nullcontext()
