@@ -495,7 +495,7 @@ def test_bfloat16_may_change_the_losses_as_much_as_a_wrong_mask():
         assert packing_cost(model, LONG, 0, 8) is None
 
 
-@pytest.mark.parametrize(("wrong", "weights"), [(Forgetful, 0.02), (Unmasked, 0.01)])
+@pytest.mark.parametrize(("wrong", "weights"), [(Forgetful, 0.04), (Unmasked, 0.01)])
 def test_an_error_below_the_rounding_of_bfloat16_is_found(wrong, weights):
     """With small weights the attention is nearly even, and a wrong layout changes little."""
     rounding, _ = differences(sharp(transformers.LlamaForCausalLM, torch.bfloat16), LONG)
