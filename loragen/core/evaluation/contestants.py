@@ -273,14 +273,18 @@ class RidgeRegression(Contestant):
 
         from loragen.core.adapter.ridge import fit_ridge
 
-        layout, scales = self.setup.generator.layout, self.setup.generator.normalization
-        count = len(self.setup.sources)
+        generator, count = self.setup.generator, len(self.setup.sources)
+        layout, mean, scale = (
+            generator.layout,
+            generator.mean_adapter,
+            generator.normalization.scale,
+        )
         gram = torch.zeros(count, count, dtype=torch.float64)
 
         def block(first: int) -> "Tensor":
             members = range(first, min(first + ADAPTERS_AT_ONCE, count))
             packed = [layout.pack(self.setup.collected(index).tensors) for index in members]
-            return torch.stack([scales.normalize(tokens).flatten() for tokens in packed])
+            return torch.stack([((tokens - mean) / scale).flatten() for tokens in packed])
 
         for i in range(0, count, ADAPTERS_AT_ONCE):
             rows = block(i)  # (n, values)
