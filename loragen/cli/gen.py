@@ -272,6 +272,14 @@ def gen_eval(
     multi_task: Annotated[
         bool, typer.Option("--multi-task", help="Add one LoRA trained on all training datasets.")
     ] = False,
+    multi_task_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--multi-task-steps",
+            min=1,
+            help="The most steps of each of its trainings. Default: 4 times the collection's.",
+        ),
+    ] = None,
     best_single: Annotated[
         bool, typer.Option("--best-single", help="Add the best collected adapter, by tested rows.")
     ] = False,
@@ -398,6 +406,7 @@ def gen_eval(
         progress=terminal_progress(),
         strict=columns is not None,
         oracle_dirs=oracle_dir or (),
+        multi_task_steps=multi_task_steps,
     )
     if output:
         from loragen.core.evaluation.report import write_results

@@ -98,12 +98,14 @@ def evaluate_generator(
     progress: Progress,
     strict: bool,
     oracle_dirs: Sequence[Path] = (),
+    multi_task_steps: int | None = None,
 ) -> dict[str, Any]:
     """Evaluates a generator's file; returns the whole comparison as plain data.
 
-    An oracle is not trained again if its run is in one of `oracle_dirs`, or beside the generator's
-    training runs. If those cannot be read, or are too few, the contestants that need them are left
-    out with a warning. Raises LoragenError instead if `strict`, or if one of them is trained.
+    `multi_task_steps` limits each training of the multi-task LoRA. An oracle is not trained again
+    if its run is in one of `oracle_dirs`, or beside the generator's training runs. If those cannot
+    be read, or are too few, the contestants that need them are left out with a warning. Raises
+    LoragenError instead if `strict`, or if one of them is trained.
     """
     quiet_libraries()
     generator = Generator.load(file)
@@ -134,7 +136,7 @@ def evaluate_generator(
     base = load_base(base_model or generator.base_model)
     multi_task, oracles, labelled = None, {}, {}
     if MultiTask in chosen:
-        multi_task = train_multi_task(sources, base, cache, progress)
+        multi_task = train_multi_task(sources, base, cache, progress, multi_task_steps)
     if Oracle in chosen:
         oracles = train_oracles(targets, sources, base, cache, progress, oracle_dirs)
     if sizes := [one.size for one in chosen if issubclass(one, Labelled)]:

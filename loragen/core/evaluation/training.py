@@ -42,11 +42,17 @@ MOST_STEPS = 4
 
 
 def train_multi_task(
-    sources: Sequence[TrainingSource], base: LanguageModel, cache: Path, progress: Progress
+    sources: Sequence[TrainingSource],
+    base: LanguageModel,
+    cache: Path,
+    progress: Progress,
+    most_steps: int | None = None,
 ) -> TrainedAdapter:
     """Trains a LoRA on the rows of all of the generator's training datasets together, at each of
-    `multi_task_configs`; returns the one with the lowest validation loss, and those it has beaten.
+    `RATES`, and again with a larger rank at the best of them; returns the one with the lowest
+    validation loss, and those it has beaten.
 
+    `most_steps` limits each of the trainings; by default, `MOST_STEPS` times the collection.
     Raises UsageError if the training adapters have no run or no dataset, DataError for bad rows.
     """
     runs = [_run_of(source) for source in sources]
@@ -56,7 +62,7 @@ def train_multi_task(
         raise UsageError(*(f"{name}: {problem}" for name in missing))
     rows = [row for data in datasets for row in data.rows(skip_bad_rows=True)]
     dataset = _dataset_of(rows, cache / "multi-task", "multi-task")
-    most_steps = MOST_STEPS * sum(run.manifest.max_steps for run in runs)
+    limit = most_steps or MOST_STEPS * sum(run.manifest.max_steps for run in runs)
     recipe = _recipe(runs[0].config, base, cache)
     training_base = _TrainingBase(recipe, base)
 
@@ -65,7 +71,7 @@ def train_multi_task(
         trained = [_train_once(config, dataset, training_base, progress) for config in configs]
         return sorted(trained, key=lambda run: min(validation_losses(run).values()))
 
-    first, *others = best_of([multi_task_config(recipe, most_steps, rate) for rate in RATES])
+    first, *others = best_of([multi_task_config(recipe, limit, rate) for rate in RATES])
     wider = first.config.model_copy(deep=True)
     wider.lora.rank, wider.lora.alpha = RANKS * wider.lora.rank, RANKS * wider.lora.alpha
     known = min(validation_losses(first).values())
@@ -180,6 +186,7 @@ def multi_task_config(
     chosen = {"name": "constant", "learning_rate": rate * highest}
     own.schedule = PluginSection.model_validate(chosen)
     own.data.val_ratio, own.data.validation = VALIDATION_SHARE, None
+    own.lora.freeze_a = False  # that is for adapters that are to be added up
     own.training.max_steps, own.training.patience = most_steps, steps
     own.training.val_every = max(1, steps // 5)
     every = own.training.val_every  # one per validation; the best is used

@@ -45,6 +45,11 @@ def test_the_multi_task_lora_has_all_rows_and_is_the_best_of_several_trained_onc
     assert len(list((tmp_path / "runs").iterdir())) == 4
 
 
+def test_its_steps_can_be_limited(setup, base, tmp_path):
+    trained = train_multi_task(setup().sources, base, tmp_path, Silent(), most_steps=3)
+    assert all(run.manifest.max_steps == 3 for run in (trained.run, *trained.rivals))
+
+
 def test_it_is_trained_at_the_highest_rate_until_it_gets_no_better(lora_config):
     config = multi_task_config(lora_config(), most_steps=100)
     assert config.schedule.name == "constant"
