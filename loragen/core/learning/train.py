@@ -22,6 +22,7 @@ from loragen.core.base.names import absolute_base
 from loragen.core.config import GenTrainConfig, LoraTrainConfig
 from loragen.core.config.schema import AUTO, SourceSection
 from loragen.core.config.show import HARDWARE
+from loragen.core.errors import listing
 from loragen.core.generator.collected import Collected
 from loragen.core.generator.embeddings import Familiarity
 from loragen.core.generator.model import Choice, Generator
@@ -96,7 +97,7 @@ def train(
     plan = make_plan(config, sources or open_sources(config))
     config = with_found_sources(plan)
     log.info("%s; reading checkpoints and prompts", plan.summary())
-    base = _training_base(plan, resume) if plan.needs_base else None
+    base = training_base(plan, resume) if plan.needs_base else None
     encoder: Encoder = create("encoder", config.encoder.name, config.encoder.options)
     tokenizer = base.tokenizer if base else None
     with source_arrays(plan, encoder, tokenizer) as (arrays, val_arrays):
@@ -196,14 +197,24 @@ def embed_prompts_ahead(config: GenTrainConfig) -> None:
     embed_ahead(open_sources(config).training, encoder, config)
 
 
-def _training_base(plan: Plan, resume: "GeneratorPoint | None") -> LanguageModel:
+def training_base(plan: Plan, resume: "GeneratorPoint | None") -> LanguageModel:
     """Returns the base in the dtype that `lora train` would choose for it. A resumed run keeps its
-    dtype, since the choice depends on the hardware."""
+    dtype, since the choice depends on the hardware. Other weights than those that the adapters were
+    trained on are warned of."""
     config = plan.config
     settings = LoraTrainConfig(base_model=config.behaviour.base_model or plan.base_model)
     settings.trainer.accelerator = config.trainer.accelerator
     dtype = (resume.manifest.base_dtype if resume else "") or "auto"
-    return load_training_base(settings.model_copy(update={"base_dtype": dtype}))
+    base = load_training_base(settings.model_copy(update={"base_dtype": dtype}))
+    others = [s.name for s in plan.sources if s.base_fingerprint not in ("", base.fingerprint)]
+    if others:
+        log.warning(
+            "the base model %s has other weights than the one that the adapters of %s were "
+            "trained on",
+            base.name,
+            listing(others, 3),
+        )
+    return base
 
 
 def new_generator(

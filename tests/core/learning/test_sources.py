@@ -26,6 +26,7 @@ from loragen.core.learning.sources import (
     open_sources,
 )
 from loragen.core.learning.texts import texts_of
+from loragen.core.learning.train import training_base
 from loragen.core.lora.provenance import traced_run
 from loragen.core.run.checkpoints import load_adapter
 from loragen.core.run.directory import LoraManifest, checkpoint_step, read_manifest, write_manifest
@@ -300,6 +301,15 @@ class TestCommonLayout:
             plan(config)
         write_manifest(copied[0], manifest.model_copy(update={"base_fingerprint": ""}))
         assert len(plan(config).sources) == 2
+
+    def test_a_base_that_has_changed_is_warned_of(self, run, copied, gen_config, caplog):
+        training_base(plan(gen_config({"sources": [{"run": str(run)}]})), None)
+        assert not caplog.records
+        manifest = read_manifest(copied[0], LoraManifest)
+        write_manifest(copied[0], manifest.model_copy(update={"base_fingerprint": "other"}))
+        training_base(plan(gen_config({"sources": [{"run": str(copied[0])}]})), None)
+        (record,) = caplog.records
+        assert "has other weights than the one" in record.getMessage()
 
     def test_one_base_may_have_two_names(self, run, copied, gen_config):
         manifest = read_manifest(copied[0], LoraManifest)
