@@ -87,7 +87,7 @@ def test_each_phase_has_its_own_loss_and_metrics(training):
 def test_noise_is_for_training_alone(training):
     objective = Listed(1.0)
     module, _ = training(objective, condition_noise=0.2)
-    others = SupportSet(CONDITION, BATCH.mask, torch.arange(2))
+    others = SupportSet(CONDITION, BATCH.mask, torch.arange(2), torch.eye(2, dtype=torch.bool))
     module.training_step(BATCH._replace(support=others), 0)
     module.validation_step(BATCH, 0, 0)
     trained, validated = module.network.decoder.conditions
