@@ -595,7 +595,7 @@ def test_the_cost_counts_the_layers_and_not_the_embeddings():
     cost = model_cost(tiny(*PACKED["llama"]))
     inner = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48  # q, o; k, v; the MLP
     assert cost.token == pytest.approx(2 * inner, rel=0.02)  # and the norms
-    assert cost.pair == 4 * 32
+    assert cost.pair == 3 * 4 * 32
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
