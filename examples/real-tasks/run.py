@@ -43,6 +43,8 @@ COLUMNS = (
     *("base", "few_shot", "mean", "nearest", "ridge", "arrow", "multi_task", "best_single"),
     *("other_prompts", "gibberish_prompts", "generated", "oracle"),
 )
+MULTI_TASK_STEPS = 600
+"""The most steps of each of the four trainings of `multi_task`."""
 CURVE_COLUMNS = (
     *("base", "labels_5", "labels_10", "labels_20", "labels_50", "labels_100"),
     *("generated", "oracle"),
@@ -54,6 +56,7 @@ RECOVERED = {"near": 0.80, "far": 0.35}
 POSITIVE_MARGINS = 0.80
 
 QUICK_TASKS, QUICK_HELD_OUT = 16, 4
+QUICK_MULTI_TASK_STEPS = 90
 QUICK_SETTINGS = ("behaviour.max_steps=60",)
 """Settings of `gen train` with --quick."""
 ADAPTERS_AT_ONCE = 4
@@ -317,6 +320,7 @@ def evaluate(
     """Trains the generator of a fold, and evaluates it on the tasks held out. Returns the results
     of `gen eval`, and under `curve` those of the label curve."""
     folder = experiment.output / "folds" / fold.name
+    steps = QUICK_MULTI_TASK_STEPS if experiment.settings["quick"] else MULTI_TASK_STEPS
     results = {"columns": folder / "results", "curve": folder / "curve"}
     if fold.protocol != "near":
         del results["curve"]
@@ -331,6 +335,7 @@ def evaluate(
         command += [part for name in held_out for part in ("--dataset", name)]
         command += ["--columns", ",".join(columns), "--no-choices"]
         command += ["--split", "unseen", "--prompts-from", "tested"]
+        command += ["--multi-task-steps", str(steps)] if "multi_task" in columns else []
         command += ["--limit", str(ROWS), "--draws", str(DRAWS), "--prompts", str(PROMPTS)]
         command += ["--seed", str(experiment.seed), "--output", str(directory)]
         command += ["--cache-dir", str(experiment.output / "cache")]
