@@ -24,6 +24,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ QUICK_MULTI_TASK_STEPS = 90
 QUICK_SETTINGS = ("behaviour.max_steps=60",)
 """Settings of `gen train` with --quick."""
 ADAPTERS_AT_ONCE = 4
-"""Adapters that one process trains, so that the base is loaded for several."""
+"""The most adapters that one process trains, so that the base is loaded for several."""
 
 
 @dataclass(frozen=True)
@@ -295,7 +296,8 @@ def collected(
     file = experiment.output / "runs.json"
     known: dict[str, str] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     left = [name for name in names if not Path(known.get(name, "missing")).is_dir()]
-    groups = [left[i : i + ADAPTERS_AT_ONCE] for i in range(0, len(left), ADAPTERS_AT_ONCE)]
+    size = min(ADAPTERS_AT_ONCE, ceil(len(left) / experiment.jobs)) or 1
+    groups = [left[i : i + size] for i in range(0, len(left), size)]
 
     def trained(group: Sequence[str]) -> dict[str, str]:
         datasets = [part for name in group for part in ("--dataset", name)]
