@@ -35,8 +35,11 @@ RATES = (0.3, 1.0, 3.0)
 schedule."""
 RANKS = 4
 """Its rank, in units of one adapter's, that it tries with the best of these rates."""
-VALIDATION_SHARE = 0.05
-"""Share of the rows of all datasets that early stopping validates on."""
+VALIDATION_SHARE, VALIDATION_ROWS = 0.05, 128
+"""Share of the rows of all datasets that early stopping validates on, and their most."""
+PATIENCE = 0.1
+"""Share of its most steps without improvement after which it stops: many datasets are learned more
+slowly than one, but it waits as long as the training of one adapter in any case."""
 MOST_STEPS = 4
 """The limit of each multi-task training, as a multiple of the steps of all training adapters."""
 
@@ -71,7 +74,8 @@ def train_multi_task(
         trained = [_train_once(config, dataset, training_base, progress) for config in configs]
         return sorted(trained, key=lambda run: min(validation_losses(run).values()))
 
-    first, *others = best_of([multi_task_config(recipe, limit, rate) for rate in RATES])
+    configs = [multi_task_config(recipe, limit, len(rows), rate) for rate in RATES]
+    first, *others = best_of(configs)
     wider = first.config.model_copy(deep=True)
     wider.lora.rank, wider.lora.alpha = RANKS * wider.lora.rank, RANKS * wider.lora.alpha
     known = min(validation_losses(first).values())
@@ -87,6 +91,10 @@ def train_multi_task(
         checkpoint_step(best_checkpoint(first)),
         1 + len(others),
     )
+    for run in (first, *others):  # the others are large, and never read again
+        for file in run.checkpoints:
+            if file != best_checkpoint(run):
+                file.unlink()
     return TrainedAdapter(first, best_checkpoint(first), tuple(others))
 
 
@@ -175,20 +183,20 @@ def _run_of(source: TrainingSource) -> LoraRun:
 
 
 def multi_task_config(
-    config: LoraTrainConfig, most_steps: int, rate: float = 1.0
+    config: LoraTrainConfig, most_steps: int, rows: int, rate: float = 1.0
 ) -> LoraTrainConfig:
-    """Returns the configuration of one dataset's adapter, with `rate` times the schedule's highest
-    learning rate as a constant, and early stopping after as many steps without improvement as that
-    one has."""
+    """Returns the configuration of one dataset's adapter for so many `rows` of all datasets, with
+    `rate` times the schedule's highest learning rate as a constant, and early stopping."""
     steps, own = config.training.max_steps, config.model_copy(deep=True)
     schedule = create("schedule", config.schedule.name, config.schedule.options)
     highest = max(schedule(step, steps).learning_rate for step in range(1, steps + 1))
     chosen = {"name": "constant", "learning_rate": rate * highest}
     own.schedule = PluginSection.model_validate(chosen)
-    own.data.val_ratio, own.data.validation = VALIDATION_SHARE, None
+    own.data.val_ratio, own.data.validation = min(VALIDATION_SHARE, VALIDATION_ROWS / rows), None
     own.lora.freeze_a = False  # that is for adapters that are to be added up
-    own.training.max_steps, own.training.patience = most_steps, steps
-    own.training.val_every = max(1, steps // 5)
+    own.training.max_steps = most_steps
+    own.training.patience = max(steps, round(PATIENCE * most_steps))
+    own.training.val_every = max(1, own.training.patience // 5)
     every = own.training.val_every  # one per validation; the best is used
     own.checkpoints = CheckpointsSection(first_step=every, every=every, optimizer="none")
     return own

@@ -40,6 +40,7 @@ def test_the_multi_task_lora_has_all_rows_and_is_the_best_of_several_trained_onc
     lowest = [min(validation_losses(run).values()) for run in runs]
     assert lowest[0] == min(lowest)
     assert first.seconds == sum(run.manifest.seconds for run in runs)
+    assert all(run.checkpoints == [best_checkpoint(run)] for run in runs)
     again = train_multi_task(sources, base, tmp_path, Silent())
     assert again.checkpoint == first.checkpoint
     assert len(list((tmp_path / "runs").iterdir())) == 4
@@ -51,13 +52,16 @@ def test_its_steps_can_be_limited(setup, base, tmp_path):
 
 
 def test_it_is_trained_at_the_highest_rate_until_it_gets_no_better(lora_config):
-    config = multi_task_config(lora_config(), most_steps=100)
+    config = multi_task_config(lora_config(), most_steps=200, rows=400)
     assert config.schedule.name == "constant"
-    third = multi_task_config(lora_config(), 100, 0.3).schedule.options["learning_rate"]
+    third = multi_task_config(lora_config(), 200, 400, 0.3).schedule.options["learning_rate"]
     assert third == pytest.approx(3e-3)
     assert config.schedule.options["learning_rate"] == 1e-2
-    assert (config.training.max_steps, config.training.patience) == (100, 8)
-    assert config.data.val_ratio > 0
+    assert (config.training.max_steps, config.training.patience) == (200, 20)
+    assert multi_task_config(lora_config(), most_steps=50, rows=400).training.patience == 8
+    assert config.data.val_ratio == 0.05
+    many = multi_task_config(lora_config(), most_steps=200, rows=12800)
+    assert many.data.val_ratio == pytest.approx(0.01)
     LoraTrainConfig.model_validate(config.model_dump())
 
 
