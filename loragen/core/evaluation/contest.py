@@ -251,6 +251,8 @@ def score_contestants(
         TestRows(tokenizer, target.rows, target.closed or [], options.ignore_final_punctuation)
         for target in targets
     ]
+    for test in tests:
+        test.pack(setup.base.model, options.batch_size)
     outcomes = [DatasetScores(target, {}) for target in targets]
     stage = Stage(setup.base.model)
     try:

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from loragen.core.data.dataset import Row, allowed_answers, closed_answers
 from loragen.core.data.tokenize import Example, answer_ids, end_ids, pad_id, prompt_ids
-from loragen.core.lora.packing import answer_logits, collate, token_losses
+from loragen.core.lora.packing import (
+    Cost,
+    answer_logits,
+    cheapest_packing,
+    collate,
+    packing_cost,
+    token_losses,
+)
 
 SLACK = 8
 """The tokens by which a decoded answer may exceed the longest that counts: another tokenisation of
@@ -87,6 +94,8 @@ class TestRows:
         self.closed = closed_answers(rows) if closed is None else closed or None
         self.allowed = allowed_answers(rows, self.closed)
         self.ignore_final_punctuation = ignore_final_punctuation
+        self.cost: Cost | None = None
+        """The cost of packed batches, once they are known to be right; None: they are padded."""
         self.prompts = [prompt_ids(tokenizer, row.prompt, row.system, row.history) for row in rows]
 
     @cached_property
@@ -98,6 +107,11 @@ class TestRows:
         ids = answer_ids(self.tokenizer, answer)
         return Example([*self.prompts[row], *ids], len(ids))
 
+    def pack(self, model: Any, batch_size: int) -> None:
+        """Packs the rows for all models that are tested on them, if this base can be packed. The
+        check takes two batches, which the rows' shared prefix soon saves."""
+        self.cost = packing_cost(model, self.examples, pad_id(self.tokenizer), batch_size)
+
     def normalized(self, text: str) -> str:
         return normalized(text, self.ignore_final_punctuation)
 
@@ -105,7 +119,7 @@ class TestRows:
         """Scores one model, as `evaluate_model`."""
         started = time.perf_counter()
         padding = pad_id(self.tokenizer)
-        losses, predicted = answer_predictions(model, self.examples, padding, batch_size)
+        losses, predicted = answer_predictions(model, self.examples, padding, batch_size, self.cost)
         answers = self._answers(model, predicted, batch_size)
         hits = tuple(
             given == self.normalized(row.response)
@@ -214,15 +228,25 @@ def normalized(text: str, ignore_final_punctuation: bool = False) -> str:
 
 @torch.inference_mode()
 def answer_predictions(
-    model: Any, examples: Sequence[Example], padding: int, batch_size: int
+    model: Any,
+    examples: Sequence[Example],
+    padding: int,
+    batch_size: int,
+    cost: Cost | None = None,
 ) -> tuple[list[Tensor], list[list[int]]]:
     """Returns, for each example, the cross entropies (nats) of its label tokens ``[labels]``, and
-    the most likely token at each of their positions, given the true tokens before it."""
+    the most likely token at each of their positions, given the true tokens before it.
+
+    `cost` is that of the model's packed batches; None: they are padded.
+    """
     losses, predicted = [torch.empty(0)] * len(examples), [list[int]()] * len(examples)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))  # little padding
     for first in range(0, len(order), batch_size):
         indices = order[first : first + batch_size]
-        batch = collate([examples[i] for i in indices], padding).to(model.device)
+        several = [examples[i] for i in indices]
+        batch = collate(several, padding, cost).to(model.device)
+        if cost:
+            indices = [indices[i] for one in cheapest_packing(several, cost)[1] for i in one]
         logits, tokens = answer_logits(model, batch)  # (answers, vocabulary), (answers,)
         lengths = [examples[i].num_label_tokens for i in indices]
         of_rows = torch.split(token_losses(logits, tokens).float().cpu(), lengths)

@@ -12,6 +12,8 @@ from torch import nn
 from loragen.core.data.dataset import Dataset, Row
 from loragen.core.data.tokenize import answer_ids, pad_id, prompt_ids, tokenize_row
 from loragen.core.lora.evaluate import (
+    TestRows,
+    answer_predictions,
     evaluate_model,
     generate,
     greedy,
@@ -195,6 +197,21 @@ def test_the_loss_is_the_mean_over_the_tokens_of_all_responses(base):
     for size in (1, 2, 32):
         found = evaluate_model(base.model, base.tokenizer, rows, size).loss
         assert found == pytest.approx(wanted, abs=1e-5)
+
+
+def test_packed_rows_have_the_scores_of_padded_ones(base):
+    """In the order of the rows, whatever sequences they are packed into."""
+    rows = [row("the same beginning " + "x" * n, f"answer {n}") for n in (9, 1, 5, 0, 7, 3, 2)]
+    padded, packed = TestRows(base.tokenizer, rows), TestRows(base.tokenizer, rows)
+    packed.pack(base.model, 4)
+    assert packed.cost
+    examples, padding = padded.examples, pad_id(base.tokenizer)
+    wanted = answer_predictions(base.model, examples, padding, 4)
+    found = answer_predictions(base.model, examples, padding, 4, packed.cost)
+    assert found[1] == wanted[1]
+    for one, other in zip(found[0], wanted[0], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert packed.score(base.model).loss == pytest.approx(padded.score(base.model).loss, abs=1e-5)
 
 
 def test_generation_gives_the_answers_in_the_order_of_rows(tokenizer, oracle):
