@@ -270,7 +270,12 @@ def generator_config(
                 "samples_per_prompt": 1,
                 "cache_dir": str(cache),
             },
-            "training": {"condition_noise": 0.5, "val_every_epochs": 4, "val_rows": 16},
+            "training": {
+                "objective": "transfer",
+                "condition_noise": 0.5,
+                "val_every_epochs": 4,
+                "val_rows": 16,
+            },
             "behaviour": {"max_steps": 200, "learning_rate": 1e-3},
             "loggers": {"tensorboard": {}},
             "trainer": {"accelerator": "cpu"},
