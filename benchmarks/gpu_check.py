@@ -294,7 +294,7 @@ def generation(check: Check) -> Iterator[Facts]:
     from loragen.core.lora.evaluate import evaluate_model
     from loragen.core.run.directory import GENERATOR_FILE
 
-    files = sorted((check.directory / "experiments").rglob(GENERATOR_FILE))
+    files = sorted((check.directory / "experiments").rglob(str(GENERATOR_FILE)))
     if not files:
         raise Skipped("no generator was trained above")
     dataset, said = _datasets(check)[0], []
