@@ -294,7 +294,9 @@ def generation(check: Check) -> Iterator[Facts]:
     from loragen.core.lora.evaluate import evaluate_model
     from loragen.core.run.directory import GENERATOR_FILE
 
-    files = sorted((check.directory / "experiments").rglob(str(GENERATOR_FILE)))
+    home = check.directory / "experiments"
+    # One of each decoder: gradient checkpointing gives the same generator again.
+    files = {f.relative_to(home).parts[0]: f for f in sorted(home.rglob(str(GENERATOR_FILE)))}
     if not files:
         raise Skipped("no generator was trained above")
     dataset, said = _datasets(check)[0], []
@@ -303,8 +305,7 @@ def generation(check: Check) -> Iterator[Facts]:
     base.model.to(check.device)
     before = evaluate_model(base.model, base.tokenizer, rows, choices=False).loss
     yield {"base_loss": before}
-    for file in files:
-        name = file.relative_to(check.directory / "experiments").parts[0]
+    for name, file in files.items():
         began = time.perf_counter()
         generator = Generator.load(file)
         loaded = time.perf_counter()
