@@ -184,8 +184,9 @@ class TestExperiment:
 
     @pytest.fixture
     def experiment(self, run, tasks, base_dir, sbert_dir, tmp_path, monkeypatch):
-        """`experiment(*arguments)` runs all stages in this process; `experiment.commands` are the
-        commands that ran."""
+        """`experiment(*arguments)` runs all stages in this process, one after the other because
+        models cannot be loaded in two threads at once; `experiment.commands` are the commands that
+        ran."""
         commands = []
 
         def in_this_process(self, name, command):
@@ -218,7 +219,7 @@ class TestExperiment:
 
         def start(*arguments):
             given = ["--tasks", tasks, "--model", base_dir, "--output", tmp_path / "out"]
-            given += ["--lora", files[0], "--generator", files[1], "--quick"]
+            given += ["--lora", files[0], "--generator", files[1], "--quick", "--jobs", "1"]
             run.main([str(one) for one in (*given, *arguments)])
             return tmp_path / "out"
 
