@@ -53,6 +53,9 @@ ALL_CHECKPOINTS = 2**31
 ROUTED_ROWS = 8
 """Rows answered at once by several adapters: PEFT's router computes the output of all of them for
 every token."""
+TARGETS_A_TASK = 4
+"""Datasets that a process scores at a time: attaching all collected adapters to the router takes
+longer than answering one dataset with it."""
 
 Submit = Callable[..., Future[Any]]
 """`submit(function, *arguments)` runs `function(setup, *arguments)` in another process, which has
@@ -216,22 +219,17 @@ def hold_contest(
         report = novelty(setup, targets) if setup.sources else None
     else:
         novelties = submit(novelty, targets) if setup.sources else None
-        parts = [submit(_score_one, contestants, one, targets) for one in targets]
+        parts = [
+            submit(score_contestants, contestants, targets[first : first + TARGETS_A_TASK], targets)
+            for first in range(0, len(targets), TARGETS_A_TASK)
+        ]
         outcomes = []
         for part in parts:
-            outcomes.append(part.result())
-            _log(outcomes[-1], len(outcomes), len(targets))
+            for outcome in part.result():
+                outcomes.append(outcome)
+                _log(outcome, len(outcomes), len(targets))
         report = novelties.result() if novelties else None
     return results_document(outcomes, setup, report)
-
-
-def _score_one(
-    setup: EvaluationSetup,
-    contestants: Sequence[type[Contestant]],
-    target: Target,
-    targets: Sequence[Target],
-) -> DatasetScores:
-    return score_contestants(setup, contestants, [target], targets)[0]
 
 
 def score_contestants(
