@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -440,7 +440,7 @@ class OtherPrompts(Contestant):
             if others:
                 prompts = others[number % len(others)]
                 drawn = random.sample(prompts, min(len(own), len(prompts)))
-                yield _timed(lambda drawn=drawn: generator.generate(drawn))  # type: ignore[misc]  # a default binds it
+                yield _timed(partial(generator.generate, drawn))
 
 
 class GibberishPrompts(Contestant):
@@ -454,7 +454,7 @@ class GibberishPrompts(Contestant):
         random = Random(f"gibberish:{options.seed}:{target.name}")
         for own in draws_of(target, generator, options):
             nonsense = [re.sub(r"\w", lambda _: random.choice(ascii_lowercase), one) for one in own]
-            yield _timed(lambda nonsense=nonsense: generator.generate(nonsense))  # type: ignore[misc]  # a default binds it
+            yield _timed(partial(generator.generate, nonsense))
 
 
 class Labelled(Contestant):
