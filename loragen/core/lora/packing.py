@@ -69,17 +69,22 @@ def collate(
     pad_id: int,
     cost: Cost | None = None,
     step_label_tokens: int | None = None,
+    groups: int = 1,
+    multiple: int = 1,
 ) -> Batch:
     """Returns a batch of rows: packed if the model has a `cost` of packed batches, else one row per
     sequence, padded on the right.
 
     Packed sequences hold the shared prefix and the remainders of several rows, in as many sequences
-    as cost least. `step_label_tokens` defaults to the label tokens of `examples`.
+    as cost least. `step_label_tokens` defaults to the label tokens of `examples`. The rows may be
+    those of several adapters, in as many `groups` of equally many rows: each has equally many
+    sequences of its own, in the order of the groups. The length of the sequences is a `multiple`.
     """
     shared, bins = 0, [[index] for index in range(len(examples))]
     if cost:
-        shared, bins = cheapest_packing(examples, cost)
+        shared, bins = cheapest_packing(examples, cost, groups)
     length = shared + max(sum(len(examples[i].ids) - shared for i in one) for one in bins)
+    length += -length % multiple
     ids = torch.full((len(bins), length), pad_id)
     positions = torch.zeros_like(ids)
     segments = torch.full_like(ids, PADDING)
@@ -103,23 +108,36 @@ def collate(
     return Batch(ids, positions, segments, shifted_labels, step_label_tokens, packed)
 
 
-def cheapest_packing(examples: Sequence[Example], cost: Cost) -> tuple[int, list[list[int]]]:
+def cheapest_packing(
+    examples: Sequence[Example], cost: Cost, groups: int = 1
+) -> tuple[int, list[list[int]]]:
     """Returns the length of the prefix that all rows share, and the indices of the rows of each
     sequence. The last token of a prompt is not shared, because it predicts the row's own answer."""
     shared = shared_prefix([ids[: len(ids) - num_labels - 1] for ids, num_labels in examples])
-    return shared, cheapest_bins([len(item.ids) - shared for item in examples], shared, cost)
+    remainders = [len(item.ids) - shared for item in examples]
+    return shared, cheapest_bins(remainders, shared, cost, groups)
 
 
-def cheapest_bins(remainders: Sequence[int], shared: int, cost: Cost) -> list[list[int]]:
+def cheapest_bins(
+    remainders: Sequence[int], shared: int, cost: Cost, groups: int = 1
+) -> list[list[int]]:
     """Returns the indices of the rows of each sequence, given the lengths of their remainders.
 
     More sequences mean more copies of the prefix and less attention, so the cost first falls and
-    then rises: the search ends after four numbers of sequences that cost more than the best.
+    then rises: the search ends after four numbers of sequences that cost more than the best. No
+    sequence has rows of two of the `groups`, each of which has as many sequences as the others.
     """
     best, least, worse = [list(range(len(remainders)))], float("inf"), 0
-    for count in range(1, len(remainders) + 1):
-        bins = balanced_bins(remainders, count)
-        price = cost.of(count, shared + max(sum(remainders[i] for i in one) for one in bins))
+    size = len(remainders) // groups
+    starts = range(0, len(remainders), size)
+    for count in range(1, size + 1):
+        bins = [
+            [start + index for index in one]
+            for start in starts
+            for one in balanced_bins(remainders[start : start + size], count)
+        ]
+        length = shared + max(sum(remainders[i] for i in one) for one in bins)
+        price = cost.of(len(bins), length)
         if price < least:
             best, least, worse = bins, price, 0
         elif (worse := worse + 1) == 4:

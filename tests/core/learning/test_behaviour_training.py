@@ -174,7 +174,8 @@ class TestObjectives:
         assert second == pytest.approx([0.5 * rate for rate in first])
 
     def test_a_phase_that_made_it_worse_is_told(self, gen_config, caplog):
-        train(gen_config({**SMALL, "behaviour.learning_rate": 10.0}), Silent())
+        settings = {"behaviour.learning_rate": 0.3, "behaviour.max_steps": 2}
+        train(gen_config({**SMALL, **settings}), Silent())
         (warning,) = [one for one in caplog.messages if "increased" in one]
         assert warning.startswith("val/behaviour increased during the phase behaviour")
         assert "of reconstruction" in warning

@@ -1,3 +1,4 @@
+import logging
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,7 +14,10 @@ from loragen.core.errors import UsageError
 from loragen.core.learning.arrays import SourceArrays
 from loragen.core.learning.data import PairBatches, Split, TrainingData, draw_texts
 from loragen.core.learning.plan import Phase, Phases
+from loragen.core.learning.texts import LabelledRows
+from loragen.core.lora.packing import answer_losses
 from loragen.core.protocols import Objective
+from tests.core.lora.test_packing import PACKED, PADDED, SIMILAR, tiny
 
 
 def arrays(code, checkpoints=3, texts=8, positions=1, held_out=2):
@@ -199,3 +203,27 @@ def test_drawn_texts_are_different_ones(count, wanted, draw):
     drawn = draw_texts(range(count), wanted, draw)
     assert len(drawn) == len(set(drawn)) == min(count, wanted)
     assert drawn == draw_texts(range(count), wanted, draw)
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_packed"),
+    [(PACKED["llama"], True), (PADDED["bloom"], False), (PADDED["mistral"], False)],
+    ids=["llama", "positions in the scores", "short window"],
+)
+def test_rows_are_packed_if_the_base_can_be(kind, is_packed, caplog):
+    """Those of training and of validation. The base is asked once."""
+    caplog.set_level(logging.INFO, "loragen")
+    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=2)
+    base = SimpleNamespace(model=tiny(*kind), tokenizer=tokenizer)
+    rows = LabelledRows(SIMILAR, SIMILAR[1:])
+    config = GenTrainConfig(training={"objective": "behaviour"})
+    ours = TrainingData(config, None, None, {}, [replace(arrays(1), rows=rows)], base=base)
+    batch = ours.collate(SIMILAR[:2] * 3, adapters=3)
+    (held_out,) = ours.val_dataloader()[0]
+    assert batch.packed == held_out.rows.packed == is_packed
+    assert len(batch.ids) == (3 if is_packed else 6)
+    assert len(held_out.rows.ids) == (1 if is_packed else 4)
+    assert sum("rows are padded" in one for one in caplog.messages) == (not is_packed)
+    losses, alone = (answer_losses(base.model, ours.collate(r)) for r in (SIMILAR, SIMILAR[:1]))
+    assert losses.isfinite().all()
+    assert (losses[:, None] - alone).abs().min(0).values.max() < 1e-5

@@ -115,6 +115,20 @@ def test_a_token_attends_to_its_own_row_and_the_prefix_only(rows, cost):
             assert batch.positions[sequence, seen].tolist() == list(range(position + 1))
 
 
+@given(examples(), st.integers(1, 4), COSTS, st.sampled_from([1, 8]))
+def test_every_group_has_its_rows_in_equally_many_sequences(rows, copies, cost, multiple):
+    """In the order of the groups, which here have the same rows with other answers."""
+    groups = [[Example([*ids, i], num + 1) for ids, num in rows] for i in range(copies)]
+    together = [row for group in groups for row in group]
+    for packing in (None, cost):
+        batch = collate(together, PAD, packing, groups=copies, multiple=multiple)
+        assert batch.ids.shape[1] % multiple == 0
+        parts = zip(*(tensor.chunk(copies) for tensor in batch[:4]), strict=True)
+        for part, group in zip(parts, groups, strict=True):
+            assert len(part[0]) == len(batch.ids) // copies
+            assert rows_of(part) == wanted_of(group)
+
+
 @given(examples())
 def test_the_shared_prefix_is_the_longest_without_any_last_prompt_token(rows):
     shared, _ = cheapest_packing(rows, Cost(1.0, 1.0))
@@ -570,6 +584,17 @@ def test_a_sliding_window_has_to_hold_every_row():
     for window, fits in ((longest, True), (longest - 1, False)):
         model = tiny(name, {**settings, "sliding_window": window})
         assert (packing_cost(model, SIMILAR, 0, 5) is not None) == fits
+
+
+def test_packing_may_be_tried_within_inference_mode():
+    """As the first validation does; the weights can be trained through afterwards."""
+    model = tiny(*PACKED["llama"], dtype=torch.bfloat16)
+    with torch.inference_mode():
+        assert packing_cost(model, SIMILAR, 0, 5)
+    assert not any(weight.is_inference() for weight in model.parameters())
+    embedded = model.get_input_embeddings()(torch.tensor([[5, 6]])).requires_grad_()
+    model(inputs_embeds=embedded).logits.sum().backward()
+    assert embedded.grad.abs().max() > 0
 
 
 def test_packing_is_tried_in_eval_mode_and_the_modes_are_restored():

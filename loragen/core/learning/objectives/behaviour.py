@@ -5,7 +5,7 @@ gradients into their weights: ``h + s · B (A x)`` as two batched products per m
 compares this with `torch.func.functional_call` of a PeftModel, once per adapter.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from random import Random
@@ -43,7 +43,6 @@ from loragen.core.lora.packing import (
     IGNORED,
     Batch,
     answer_logits,
-    collate,
     rows_right,
     token_losses,
 )
@@ -69,15 +68,16 @@ class BehaviourBatches(DistributedBatches):
         batch_size: int,
         rows_per_adapter: int,
         prompts: int,
-        pad_id: int,
+        collate: Callable[[Sequence[Example], int], Batch],
         seed: int,
         split: Split = Split(),  # noqa: B008  # immutable
     ) -> None:
         """`batch_size` counts the adapters of a micro-batch of all processes, `prompts` the texts
-        of a condition. The sources have labelled rows."""
+        of a condition. The sources have labelled rows; `collate` makes a batch of the rows of so
+        many adapters."""
         super().__init__(len(sources), batch_size, seed, split, "behaviour.batch_size")
         self.sources, self.rows_per_adapter = sources, rows_per_adapter
-        self.prompts, self.pad_id = prompts, pad_id
+        self.prompts, self.collate = prompts, collate
 
     def __getitem__(self, k: int) -> PairBatch:
         step, drawn = self.own(k)
@@ -91,7 +91,7 @@ class BehaviourBatches(DistributedBatches):
             pairs.append(pair_of(source, texts, checkpoint))
             assert source.rows is not None
             examples += draw_rows(source.rows.training, self.rows_per_adapter, random)
-        return stack_pairs(pairs)._replace(rows=collate(examples, self.pad_id))
+        return stack_pairs(pairs)._replace(rows=self.collate(examples, len(pairs)))
 
 
 def draw_rows(rows: Sequence[Example], count: int, random: Random) -> list[Example]:
@@ -165,7 +165,7 @@ class Behaviour(Objective):
             batch_size=config.behaviour.batch_size,
             rows_per_adapter=config.behaviour.rows_per_adapter,
             prompts=config.data.prompts_per_condition,
-            pad_id=self.data.pad_id,
+            collate=self.data.collate,
             seed=config.seed,
             split=self.data.split(process_index, num_processes),
         )
@@ -224,9 +224,9 @@ class AdaptedBase:
     def __call__(self, predicted: Tensor, rows: Batch) -> Tensor:
         """Returns the mean over adapters of the mean loss of an adapter's answer tokens, in nats.
 
-        `predicted` is ``[adapters, tokens, token_dim]``, normalised; `rows` has equally many rows
-        for every adapter, in the order of the adapters. The mean is the same for any split of the
-        adapters over devices.
+        `predicted` is ``[adapters, tokens, token_dim]``, normalised; `rows` has equally many
+        sequences for every adapter, in the order of the adapters. The mean is the same for any
+        split of the adapters over devices.
         """
         return self._loss_and_logits(predicted, rows)[0]
 

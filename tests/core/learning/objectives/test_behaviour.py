@@ -1,10 +1,11 @@
 from collections import Counter
+from functools import partial
 from random import Random
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loragen.core.adapter.files import (
@@ -30,7 +31,7 @@ from loragen.core.learning.objectives.behaviour import (
 )
 from loragen.core.learning.texts import LabelledRows
 from loragen.core.lora.evaluate import evaluate_model
-from loragen.core.lora.packing import answer_losses, collate
+from loragen.core.lora.packing import Cost, answer_losses, collate
 
 
 def drawn(seed, *shape):
@@ -131,6 +132,35 @@ class TestAdaptedBase:
         assert accuracy.item() == pytest.approx(wanted)
         assert 0 < wanted < 1
         assert loss.equal(behaviour(predicted, batch))
+
+    @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(several=st.integers(1, 3), each=st.integers(1, 4), seed=st.integers(0, 99))
+    @pytest.mark.parametrize("pair", [0.0, 0.1, 1e9])
+    def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(
+        self, layout, behaviour, pair, several, each, seed
+    ):
+        """Of every adapter, with checkpoints too: in one sequence, in some, and in one per row."""
+        found, random = [], Random(seed)
+        for _ in range(several * each):
+            prompt, answer = (random.choices(range(3, 40), k=random.randint(1, 6)) for _ in "pa")
+            found.append(Example([5, 6, 7, *prompt, *answer], len(answer)))
+        alone = collate(found, PAD)
+        together = collate(found, PAD, Cost(1.0, pair), groups=several)
+        predicted = (0.2 * adapters(layout, several)).requires_grad_()
+
+        def results(batch):
+            loss, accuracy = behaviour.accuracy(predicted, batch)
+            (gradient,) = torch.autograd.grad(behaviour(predicted, batch), predicted)
+            return loss.item(), accuracy.item(), gradient.flatten(1)
+
+        loss, accuracy, gradient = results(alone)
+        size = gradient.norm(dim=1)
+        assert (size > 1e-3).all()
+        for behaviour.checkpointed in (False, True):
+            other_loss, other_accuracy, other = results(together)
+            assert other_loss == pytest.approx(loss, rel=1e-5)
+            assert other_accuracy == pytest.approx(accuracy)
+            assert ((other - gradient).norm(dim=1) < 1e-4 * size).all()
 
     def test_gradients_reach_every_adapter_and_not_the_base(self, base, layout, behaviour):
         predicted = adapters(layout, 2).requires_grad_()
@@ -278,10 +308,14 @@ def arrays(code, checkpoints=3, texts=8, tracked=None, rows=6):
     return SourceArrays(name, tokens, embeddings, mask, **split, rows=labelled, prompts_sha256=name)
 
 
+def padded(rows, adapters, cost=None):
+    return collate(rows, PAD, cost, groups=adapters)
+
+
 def batches(sources=None, kind=BehaviourBatches, **settings):
     sources = sources or [arrays(1), arrays(2, checkpoints=9)]
-    ours = {"batch_size": 4, "rows_per_adapter": 3, "prompts": 2, "pad_id": PAD, "seed": 1}
-    return kind(sources, **ours | settings)
+    ours = {"batch_size": 4, "rows_per_adapter": 3, "prompts": 2, "seed": 1}
+    return kind(sources, **{**ours, "collate": padded, **settings})
 
 
 def equal(one, other):
@@ -370,3 +404,22 @@ def test_processes_and_micro_batches_share_one_batch(processes, accumulation):
             assert mine.tokens.equal(whole.tokens[own])
             assert mine.condition.equal(whole.condition[own])
             assert mine.rows.ids.equal(rows[own].flatten(0, 1))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_each_adapter_has_packed_sequences_of_its_own_rows(processes):
+    """Equally many for each, also where another process has other lengths."""
+    sources = [arrays(code, rows=9) for code in (1, 2, 3, 4)]
+    pack = partial(padded, cost=Cost(1.0, 0.0))
+    for process in range(processes):
+        split = Split(process_index=process, num_processes=processes)
+        settings = {"batch_size": 4, "rows_per_adapter": 5, "split": split}
+        packed = batches(sources, collate=pack, **settings)[2]
+        unpacked = batches(sources, **settings)[2]
+        assert packed.rows.packed
+        assert len(packed.rows.ids) < len(unpacked.rows.ids) == 5 * len(packed.tokens)
+        each = len(packed.rows.ids) // len(packed.tokens)
+        for index, tokens in enumerate(packed.tokens):
+            own = packed.rows.ids[index * each : (index + 1) * each]
+            found = own[own >= 100]  # the first token of every row
+            assert found.tolist() == [int(tokens[0, 0]) // 100 * 100] * 5
