@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from heapq import nlargest
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,7 +23,7 @@ from loragen.core.adapter.files import (
 )
 from loragen.core.base.load import best_device, load_base, quiet_libraries
 from loragen.core.config.schema import GenDataSection, SourceSection
-from loragen.core.data.dataset import Dataset
+from loragen.core.data.dataset import Dataset, Row
 from loragen.core.errors import LoragenError, UsageError
 from loragen.core.evaluation.contestants import (
     GENERATED,
@@ -57,6 +58,10 @@ TARGETS_A_TASK = 4
 """Datasets that a process scores at a time: attaching all collected adapters to the router takes
 longer than answering one dataset with it."""
 
+FIRST_ROWS, FINALISTS = 10, 4
+"""Where the best of many entries counts, all of them answer so many tested rows, and so many of
+them, those that are `seeded` and then the best, answer all rows."""
+
 Submit = Callable[..., Future[Any]]
 """`submit(function, *arguments)` runs `function(setup, *arguments)` in another process, which has
 an equal setup."""
@@ -79,7 +84,12 @@ class Cell:
     def keep_best(self) -> None:
         """Keeps the entry with the most exact matches, among equals that of the lowest loss."""
         if self.scores:
-            self.scores = [max(self.scores, key=lambda score: (score.exact_match, -score.loss))]
+            self.scores = [max(self.scores, key=quality)]
+
+
+def quality(score: Scores) -> tuple[float, float]:
+    """Returns what the best of several scores is the largest in."""
+    return score.exact_match, -score.loss
 
 
 @dataclass(frozen=True)
@@ -287,22 +297,32 @@ def _cell(
     among: Sequence[Target],
     test: TestRows,
 ) -> Cell:
-    """Scores all entries of a contestant for one dataset."""
+    """Scores all entries of a contestant for one dataset; where only the best one counts, those of
+    a shortlist."""
     cell, options = Cell(), setup.options
-    for entry in entrant.entries(target, among):
-        asked = test
-        if entry.rows is not None:
-            asked = TestRows(
-                setup.base.tokenizer,
-                entry.rows,
-                test.closed or [],
-                options.ignore_final_punctuation,
-            )
-        size = options.batch_size
-        if isinstance(entry.adapter, Routed):
-            size = min(size, ROUTED_ROWS)
+
+    def rows_of(rows: Sequence[Row]) -> TestRows:
+        punctuation = options.ignore_final_punctuation
+        return TestRows(setup.base.tokenizer, rows, test.closed or [], punctuation)
+
+    def scores_of(entry: Entry, asked: TestRows, choices: bool) -> Scores:
+        routed = isinstance(entry.adapter, Routed)
+        size = min(options.batch_size, ROUTED_ROWS) if routed else options.batch_size
         with stage.showing(entry, f"{entrant.name} for {target.name}") as model:
-            cell.scores.append(asked.score(model, size, options.choices))
+            return asked.score(model, size, choices)
+
+    entries: Iterable[Entry] = entrant.entries(target, among)
+    if entrant.best and len(test.rows) > FIRST_ROWS:
+        few = rows_of(test.rows[:: -(-len(test.rows) // FIRST_ROWS)])
+        few.cost = test.cost
+        entries = nlargest(
+            FINALISTS,
+            entries,
+            key=lambda entry: (entry.seeded, quality(scores_of(entry, few, choices=False))),
+        )
+    for entry in entries:
+        asked = test if entry.rows is None else rows_of(entry.rows)
+        cell.scores.append(scores_of(entry, asked, options.choices))
         if entry.seconds is not None:
             cell.seconds.append(entry.seconds)
     if entrant.best:

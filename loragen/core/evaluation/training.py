@@ -33,8 +33,6 @@ log = logging.getLogger(__name__)
 RATES = (0.3, 1.0, 3.0)
 """The learning rates that the multi-task LoRA tries, in units of the highest of one adapter's
 schedule."""
-RANKS = 4
-"""Its rank, in units of one adapter's, that it tries with the best of these rates."""
 VALIDATION_SHARE, VALIDATION_ROWS = 0.05, 128
 """Share of the rows of all datasets that early stopping validates on, and their most."""
 PATIENCE = 0.1
@@ -52,41 +50,27 @@ def train_multi_task(
     most_steps: int | None = None,
 ) -> TrainedAdapter:
     """Trains a LoRA on the rows of all of the generator's training datasets together, at each of
-    `RATES`, and again with a larger rank at the best of them; returns the one with the lowest
-    validation loss, and those it has beaten.
+    `RATES`; returns the one with the lowest validation loss, and those it has beaten.
 
     `most_steps` limits each of the trainings; by default, `MOST_STEPS` times the collection.
     Raises UsageError if the training adapters have no run or no dataset, DataError for bad rows.
     """
-    runs = [_run_of(source) for source in sources]
+    collected = [_run_of(source) for source in sources]
     datasets = [source.labels for source in sources if source.labels]
     if missing := [source.name for source in sources if source.labels is None]:
         problem = "its dataset is unknown; leave out --multi-task"
         raise UsageError(*(f"{name}: {problem}" for name in missing))
     rows = [row for data in datasets for row in data.rows(skip_bad_rows=True)]
     dataset = _dataset_of(rows, cache / "multi-task", "multi-task")
-    limit = most_steps or MOST_STEPS * sum(run.manifest.max_steps for run in runs)
-    recipe = _recipe(runs[0].config, base, cache)
+    limit = most_steps or MOST_STEPS * sum(run.manifest.max_steps for run in collected)
+    recipe = _recipe(collected[0].config, base, cache)
     training_base = _TrainingBase(recipe, base)
 
-    def best_of(configs: Sequence[LoraTrainConfig]) -> list[LoraRun]:
-        """Trains all; returns the runs, the best first."""
-        trained = [_train_once(config, dataset, training_base, progress) for config in configs]
-        return sorted(trained, key=lambda run: min(validation_losses(run).values()))
-
     configs = [multi_task_config(recipe, limit, len(rows), rate) for rate in RATES]
-    first, *others = best_of(configs)
-    wider = first.config.model_copy(deep=True)
-    wider.lora.rank, wider.lora.alpha = RANKS * wider.lora.rank, RANKS * wider.lora.alpha
-    known = min(validation_losses(first).values())
-    (wide,) = best_of([wider])
-    if min(validation_losses(wide).values()) < known:
-        first, others = wide, [first, *others]
-    else:
-        others.append(wide)
+    runs = [_train_once(config, dataset, training_base, progress) for config in configs]
+    first, *others = sorted(runs, key=lambda run: min(validation_losses(run).values()))
     log.info(
-        "multi-task: rank %d, learning rate %g, %d steps; chosen on validation rows among %d",
-        first.config.lora.rank,
+        "multi-task: learning rate %g, %d steps; chosen on validation rows among %d trainings",
         first.config.schedule.options["learning_rate"],
         checkpoint_step(best_checkpoint(first)),
         1 + len(others),

@@ -24,6 +24,7 @@ from loragen.core.evaluation.contestants import (
     CONTESTANTS,
     LABEL_CURVE,
     NAMES,
+    Contestant,
     Entry,
     EvaluationOptions,
     Routed,
@@ -177,6 +178,53 @@ def test_the_best_of_all_entries_counts_where_only_it_should():
     cell.keep_best()
     (best,) = cell.scores
     assert (best.exact_match, best.loss) == (0.7, 1.0)
+
+
+class TestShortlist:
+    """Of many entries of which the best counts, few are scored on all rows."""
+
+    @pytest.fixture
+    def asked(self, monkeypatch):
+        """`[(rows, choices)]` of every scoring. Entry number n is the n-th scored, and the larger n
+        the better it is."""
+        calls = []
+
+        def score(self, model, batch_size, choices):
+            calls.append((len(self.rows), choices))
+            return scored(min(1.0, len(calls) / 10))
+
+        monkeypatch.setattr(contest.TestRows, "score", score)
+        return calls
+
+    def enter(self, setup, targets, seeded, count=6):
+        class Many(Contestant):
+            name, title, best = "many", "many", True
+
+            def entries(self, target, targets):
+                for number in range(count):
+                    yield Entry(None, float(number), seeded=number == seeded)
+
+        (outcome,) = score_contestants(setup(choices=True), [Many], targets[:1], targets)
+        return outcome.cells["many"]
+
+    def test_the_seeded_entry_and_the_best_of_the_first_rows_answer_all(
+        self, setup, targets, asked, monkeypatch
+    ):
+        monkeypatch.setattr(contest, "FIRST_ROWS", 5)
+        monkeypatch.setattr(contest, "FINALISTS", 3)
+        cell = self.enter(setup, targets, seeded=0)
+        every = len(targets[0].rows)
+        few = [rows for rows, choices in asked if not choices]
+        assert len(few) == 6
+        assert all(0 < rows <= 5 < every for rows in few)
+        assert asked[6:] == [(every, True)] * 3
+        assert sorted(cell.seconds) == [0.0, 4.0, 5.0]
+        assert len(cell.scores) == 1
+
+    def test_few_rows_are_answered_by_all(self, setup, targets, asked, monkeypatch):
+        monkeypatch.setattr(contest, "FIRST_ROWS", len(targets[0].rows))
+        self.enter(setup, targets, seeded=0)
+        assert asked == [(len(targets[0].rows), True)] * 6
 
 
 def test_a_contestant_with_nothing_to_enter_is_left_out(setup, targets, caplog):

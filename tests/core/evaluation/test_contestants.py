@@ -161,10 +161,14 @@ class TestRidgeRegression:
         assert RidgeRegression(setup()).regression.penalty == whole.penalty
 
 
-def test_best_single_enters_every_collected_adapter(setup, targets):
-    entries = list(BestSingle(setup()).entries(targets[0], targets))
-    assert len(entries) == 2
-    assert not equal(entries[0].adapter.tensors, entries[1].adapter.tensors)
+def test_best_single_enters_every_collected_adapter_the_nearest_as_seeded(setup, targets):
+    for tested in targets:
+        entries = list(BestSingle(setup()).entries(tested, targets))
+        assert len(entries) == 2
+        assert not equal(entries[0].adapter.tensors, entries[1].adapter.tensors)
+        (seeded,) = [entry for entry in entries if entry.seeded]
+        nearest = only(NearestAdapter(setup()), tested)
+        assert equal(seeded.adapter.tensors, nearest.adapter.tensors)
 
 
 def test_other_prompts_are_another_datasets(setup, targets):

@@ -34,16 +34,14 @@ def test_the_multi_task_lora_has_all_rows_and_is_the_best_of_several_trained_onc
     assert answers == {*ANIMALS, *COLORS}
     assert first.steps <= 4 * 2 * 8
     rates = [run.config.schedule.options["learning_rate"] for run in runs]
-    ranks = sorted(run.config.lora.rank for run in runs)
     assert {round(rate, 6) for rate in rates} == {3e-3, 1e-2, 3e-2}
-    assert ranks == [2, 2, 2, 8]
     lowest = [min(validation_losses(run).values()) for run in runs]
     assert lowest[0] == min(lowest)
     assert first.seconds == sum(run.manifest.seconds for run in runs)
     assert all(run.checkpoints == [best_checkpoint(run)] for run in runs)
     again = train_multi_task(sources, base, tmp_path, Silent())
     assert again.checkpoint == first.checkpoint
-    assert len(list((tmp_path / "runs").iterdir())) == 4
+    assert len(list((tmp_path / "runs").iterdir())) == 3
 
 
 def test_its_steps_can_be_limited(setup, base, tmp_path):
