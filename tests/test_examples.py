@@ -1,7 +1,8 @@
-"""The experiment of examples/real-tasks: its tasks, its folds, and its stages on a tiny base."""
+"""The experiments of examples/real-tasks and examples/commonsense: tasks, folds, and all stages."""
 
 import importlib.util
 import json
+import shutil
 import sys
 from itertools import chain
 from pathlib import Path
@@ -14,7 +15,8 @@ from loragen.cli.main import app
 from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
 from tests.conftest import ANIMALS, COLORS, TINY_GENERATOR, TINY_LORA, rows_of, write_lines
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "real-tasks"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLE = EXAMPLES / "real-tasks"
 
 
 def module_of(name):
@@ -64,15 +66,16 @@ class TestTasks:
 
     def test_there_are_about_thirty_in_the_families_of_the_protocol(self, run, written):
         output, tasks = written
-        families = run.families_of(output)
+        families, design = run.families_of(output), run.Design.of(EXAMPLE, quick=False)
         assert 28 <= len(tasks) <= 32
         assert families.keys() == tasks.keys()
-        assert set(run.FAR_FAMILIES) <= set(families.values())
+        assert set(design.far) <= set(families.values())
 
     def test_each_has_rows_enough_and_none_twice(self, run, written):
+        prompts_read = run.Design.of(EXAMPLE, quick=False).prompts
         for name, splits in written[1].items():
             assert 60 <= len(splits["train"]) <= 300, name
-            assert run.PROMPTS < len(splits["unseen"]) <= 100, name
+            assert prompts_read < len(splits["unseen"]) <= 100, name
             for rows in splits.values():
                 prompts = [row["prompt"] for row in rows]
                 assert len(set(prompts)) == len(prompts), name
@@ -152,14 +155,27 @@ class TestFolds:
                 assert sum(FAMILIES[name] == family for name in fold.held_out) <= 2
 
     def test_a_far_fold_holds_a_whole_family_out(self, run):
-        kind, place = run.far_folds(FAMILIES)
+        kind, place = run.far_folds(FAMILIES, ["kind", "place", "letters"])
         assert {FAMILIES[name] for name in kind.held_out} == {"kind"}
         assert len(kind.held_out) == len(place.held_out) == 7
         assert "kind" not in {FAMILIES[name] for name in kind.training}
         (sums,) = run.far_folds(FAMILIES, ["sums"])
         assert sums.name == "far-sums"
         with pytest.raises(SystemExit, match=r"sum: .*kind, place, sums"):
-            run.far_folds(FAMILIES, ["sum"])
+            run.far_folds(FAMILIES, ["sum"], strict=True)
+
+    def test_every_task_is_held_out_alone_without_a_number_of_folds(self, run):
+        folds = run.near_folds(FAMILIES, None)
+        assert [fold.held_out for fold in folds] == [[name] for name in run.in_order(FAMILIES)]
+        assert {fold.protocol for fold in folds} == {"leave-one-out"}
+        assert all(len(fold.training) == len(FAMILIES) - 1 for fold in folds)
+
+    def test_datasets_without_families_are_families_of_their_own(self, run, tmp_path):
+        for name in ("boolq", "piqa"):
+            write_lines(tmp_path / name / f"{name}_train_formatted.jsonl", rows_of(ANIMALS))
+        assert run.families_of(tmp_path) == {"boolq": "boolq", "piqa": "piqa"}
+        with pytest.raises(SystemExit, match="no tasks"):
+            run.families_of(tmp_path / "boolq" / "none")
 
     def test_quick_keeps_the_largest_families(self, run):
         more = FAMILIES | {"kind-7": "kind", "kind-8": "kind"}
@@ -197,12 +213,6 @@ class TestExperiment:
             return result.stdout
 
         monkeypatch.setattr(run.Experiment, "run", in_this_process)
-        monkeypatch.setattr(run, "QUICK_TASKS", 4)
-        monkeypatch.setattr(run, "QUICK_HELD_OUT", 1)
-        monkeypatch.setattr(run, "QUICK_SETTINGS", ())
-        monkeypatch.setattr(run, "ROWS", 4)
-        monkeypatch.setattr(run, "DRAWS", 2)
-        monkeypatch.setattr(run, "PROMPTS", 3)
         monkeypatch.setattr(run, "CURVE_COLUMNS", ("base", "labels_5", "generated", "oracle"))
         lora, generator = {}, {"encoder.model": str(sbert_dir)}
         for nested, flat in ((lora, TINY_LORA), (generator, generator | TINY_GENERATOR)):
@@ -213,13 +223,19 @@ class TestExperiment:
                     nested.setdefault(section, {})[name] = value
                 else:
                     nested[section] = value
-        files = [tmp_path / "lora.yaml", tmp_path / "generator.yaml"]
-        for file, document in zip(files, (lora, generator), strict=True):
-            file.write_text(yaml.safe_dump(document), encoding="utf-8")
+        design = {"split": "unseen", "prompts_from": "tested", "rows": 4, "draws": 2, "prompts": 3}
+        design |= {"multi_task_steps": 6, "recovered": {"near": 0.8}}
+        design |= {"folds": 4, "curve_tasks": 1, "quick": {"most_folds": 1}}
+        example = tmp_path / "example"
+        example.mkdir()
 
-        def start(*arguments):
+        def start(*arguments, quick=True, **changes):
+            documents = {"lora": lora, "generator": generator, "experiment": design | changes}
+            for name, document in documents.items():
+                text = yaml.safe_dump(document)
+                (example / f"{name}.yaml").write_text(text, encoding="utf-8")
             given = ["--tasks", tasks, "--model", base_dir, "--output", tmp_path / "out"]
-            given += ["--lora", files[0], "--generator", files[1], "--quick", "--jobs", "1"]
+            given += ["--example", example, *(["--quick"] if quick else []), "--jobs", "1"]
             run.main([str(one) for one in (*given, *arguments)])
             return tmp_path / "out"
 
@@ -241,6 +257,7 @@ class TestExperiment:
         assert "near: 1 held-out task\n" in text
         assert "generated beats ridge" in text
         assert "labelled rows" in text
+        assert "all trainings of multi task took" in text
         assert (out / "results.png").stat().st_size > 1000
         # The adapter of a held-out task is its oracle: it is not trained again.
         assert len(list((out / "runs").iterdir())) == 4
@@ -255,6 +272,29 @@ class TestExperiment:
         with pytest.raises(SystemExit, match=r"other settings.*seed"):
             experiment("--seed", "1")
 
+    def test_every_dataset_is_held_out_alone(self, experiment, tasks):
+        """The experiment of examples/commonsense, without families, label curve and targets."""
+        (tasks / "tasks.json").unlink()
+        shutil.rmtree(tasks / "reds")
+        changes = {"folds": None, "curve_tasks": 0, "recovered": {}}
+        out = experiment(quick=False, **changes)
+        train, evaluate = ["gen", "train"], ["gen", "eval"]
+        assert experiment.commands[1:] == [train, evaluate] * 3
+        document = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        names = ["blues", "cats", "dogs"]
+        assert document["folds"] == {f"leave-one-out-{name}": [name] for name in names}
+        results = document["protocols"]["leave-one-out"]
+        assert sorted(one["name"] for one in results["datasets"]) == names
+        text = (out / "results.md").read_text(encoding="utf-8")
+        assert "leave-one-out: 3 held-out tasks" in text
+        assert "| format validity |" in text
+        assert "generated is beaten by: " in text
+        assert "met**" not in text
+
+    def test_another_example_needs_tasks(self, run, tmp_path):
+        with pytest.raises(SystemExit, match="--tasks is missing"):
+            run.main(["--example", str(tmp_path), "--output", str(tmp_path / "out")])
+
     def test_targets_are_those_of_the_protocol(self, run):
         headroom = {"columns": {"generated": {"mean": 0.5}}}
         of = {
@@ -263,7 +303,7 @@ class TestExperiment:
             "headroom": headroom,
             "margins": {"other_prompts": {"positive": 0.9}},
         }
-        near, far = (dict(run.targets(protocol, of)) for protocol in ("near", "far"))
+        near, far = (dict(run.targets(*one)) for one in (("near", of, 0.80), ("far", of, 0.35)))
         assert [what for what, met in near.items() if not met] == [
             "generated beats multi task",
             "generated recovers 0.80 of the headroom (0.50)",
@@ -272,8 +312,13 @@ class TestExperiment:
         assert len(far) == 7
 
 
-def test_the_configurations_are_understood():
-    lora = load(LoraTrainConfig, EXAMPLE / "lora.yaml", environment={})
+@pytest.mark.parametrize("example", ["real-tasks", "commonsense"])
+def test_the_configurations_are_understood(run, example):
+    lora = load(LoraTrainConfig, EXAMPLES / example / "lora.yaml", environment={})
     assert lora.lora.freeze_a
     assert lora.checkpoints.first_step == 1 + lora.schedule.options["stage1_steps"]
-    assert load(GenTrainConfig, EXAMPLE / "generator.yaml", environment={}).loggers == {}
+    generator = load(GenTrainConfig, EXAMPLES / example / "generator.yaml", environment={})
+    assert generator.loggers == {}
+    design, quick = (run.Design.of(EXAMPLES / example, quick) for quick in (False, True))
+    assert (design.most_folds, quick.most_folds) == (None, 1)
+    assert quick.multi_task_steps < design.multi_task_steps <= 200
