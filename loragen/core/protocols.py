@@ -227,7 +227,8 @@ class Transfers(Protocol):
 
     def coefficients(self, condition: Tensor, mask: Tensor) -> Tensor:
         """Returns ``[batch, N]``, after `fit`: each adapter's share in the generated ones, which is
-        told to the user. A decoder with several coefficients for an adapter returns their mean."""
+        told to the user. A decoder with several coefficients for an adapter returns their mean.
+        What they lack to 1 is the share of an adapter that is trained on all datasets together."""
         ...
 
 

@@ -276,7 +276,7 @@ def generator_config(
                 "val_every_epochs": 4,
                 "val_rows": 16,
             },
-            "behaviour": {"max_steps": 200, "learning_rate": 1e-3},
+            "behaviour": {"max_steps": 200, "learning_rate": 1e-3, "rows_per_adapter": 8},
             "loggers": {"tensorboard": {}},
             "trainer": {"accelerator": "cpu"},
         },

@@ -18,7 +18,7 @@ def loragen_schedules():
 BUILT_IN = {
     "logger": ["swanlab", "tensorboard"],
     "encoder": ["sbert"],
-    "decoder": ["hyperconv", "mixture"],
+    "decoder": ["hyperconv", "mixture", "neighbours"],
     "schedule": ["constant", "cosine", "linear", "two-stage"],
     "objective": ["behaviour", "reconstruction", "transfer"],
 }

@@ -372,7 +372,7 @@ class GenTrainingSection(Section):
         description="Write last.ckpt, from which a killed run resumes, every so many steps.",
     )
     val_rows: int = Field(
-        32,
+        8,
         ge=0,
         description="Held-out rows of every dataset to evaluate generated adapters on, if the "
         "objective loads the base; 0: none.",
@@ -388,7 +388,7 @@ class BehaviourSection(Section):
     """Settings of the phase that trains through the base model."""
 
     base_model: str | None = Field(None, description="null: the one that the runs were trained on.")
-    max_steps: int = Field(400, ge=1, description="Optimizer steps.")
+    max_steps: int = Field(200, ge=1, description="Optimizer steps.")
     learning_rate: float | None = Field(
         None,
         gt=0,
@@ -400,7 +400,7 @@ class BehaviourSection(Section):
         ge=1,
         description="Adapters per micro-batch, all devices together, each of another dataset.",
     )
-    rows_per_adapter: int = Field(8, ge=1, description="Labelled rows per adapter.")
+    rows_per_adapter: int = Field(4, ge=1, description="Labelled rows per adapter.")
     max_length: int = Field(512, ge=8, description="Longest row in tokens, as in lora train.")
     gradient_checkpointing: bool = Field(
         False,
@@ -431,9 +431,11 @@ class GenTrainConfig(Section):
     encoder: PluginSection = PluginSection(name="sbert")
     decoder: PluginSection = Field(
         PluginSection(name=AUTO),
-        description="mixture: an affine combination of the collected adapters; hyperconv: the "
-        "convolutional decoder of Drag-and-Drop LLMs; another installed one; auto: mixture for the "
-        "objective transfer, otherwise hyperconv. Options without a name are those of hyperconv.",
+        description="mixture: an affine combination of the collected adapters; neighbours: that of "
+        "the most similar dataset, or one of all datasets; hyperconv: the convolutional decoder of "
+        "Drag-and-Drop LLMs; another installed one; auto: for the objective transfer the better of "
+        "the first two on left-out datasets, otherwise hyperconv. Options without a name are those "
+        "of hyperconv.",
     )
     layout: LayoutSection = LayoutSection()
     data: GenDataSection = GenDataSection()

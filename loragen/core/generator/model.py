@@ -55,6 +55,8 @@ DESCRIBED = (
 
 MAX_TOLD = 5
 """The most coefficients that are stored with a generated adapter."""
+ALL_DATASETS = "all datasets together"
+"""The name of an adapter that is trained on all datasets, beside the names of datasets."""
 
 log = logging.getLogger(__name__)
 
@@ -339,12 +341,14 @@ def collected_file(file: Path) -> Path:
 
 def _largest(coefficients: Sequence[Tensor], datasets: Sequence[str]) -> dict[str, float]:
     """Returns the mean over draws of the coefficients that are largest in size, at most five, by
-    dataset."""
+    dataset. What they lack to 1 belongs to an adapter of all datasets (`Transfers`)."""
     if not coefficients:
         return {}
     mean = torch.stack(list(coefficients)).mean(0)
+    mean = torch.cat([mean, 1 - mean.sum(0, keepdim=True)])
     order = mean.abs().argsort(descending=True)[:MAX_TOLD].tolist()
-    return {datasets[index]: round(float(mean[index]), 3) for index in order}
+    found = {[*datasets, ALL_DATASETS][index]: round(float(mean[index]), 3) for index in order}
+    return {name: share for name, share in found.items() if share or name != ALL_DATASETS}
 
 
 def _of_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -63,6 +63,8 @@ class PairBatch(NamedTuple):
     """The prompt texts of every condition if the encoder is trained; `condition` is empty then."""
     support: SupportSet | None = None
     """The datasets that the adapters are predicted from, for the objective `transfer`."""
+    source: int | None = None
+    """In validation on held-out texts: the index of the training source that they are of."""
 
 
 class Split(NamedTuple):
@@ -296,6 +298,8 @@ class TrainingData(LightningDataModule):
             texts = range(len(source.embeddings)) if sources is val_sources else source.val_texts
             drawn = draw_texts(texts, self.config.data.prompts_per_condition, draw)
             batch = stack_pairs([pair_of(source, drawn, len(source.tokens) - 1)])
+            if sources is not val_sources:
+                batch = batch._replace(source=self.sources.index(source))
             count = self.config.training.val_rows
             if self.base and source.rows and source.rows.validation and count:
                 batch = batch._replace(rows=self.collate(source.rows.validation[:count]))

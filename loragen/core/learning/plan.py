@@ -23,6 +23,9 @@ from loragen.core.run.checkpoints import load_adapter
 
 log = logging.getLogger(__name__)
 
+TRANSFERRING = ("neighbours", "mixture")
+"""The decoders that `auto` chooses from for an objective that leaves datasets out."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -36,6 +39,8 @@ class Plan:
     layout: Layout
     reason: str
     """Why this objective was chosen."""
+    candidates: Sequence[str]
+    """The decoders of which the training takes the best one, if `auto` stands for several."""
 
     @property
     def base_model(self) -> str:
@@ -47,13 +52,19 @@ class Plan:
         return any(find("objective", name).needs_base for name in self.config.training.phases)
 
     def summary(self) -> str:
+        decoder = f"{self.config.decoder.name}: {method(self.config.decoder.name)}"
+        if self.candidates:
+            decoder = (
+                f"{' or '.join(self.candidates)}: the one with which more rows of left-out "
+                f"datasets are answered right before its training; shown: {decoder}"
+            )
         checkpoints = sum(len(source.checkpoints) for source in self.sources)
         return (
             f"{len(self.sources)} datasets, {checkpoints} checkpoints of {self.layout.values:,} "
             f"values -> {self.layout.tokens:,} tokens of {self.layout.token_dim} "
             f"(fill {self.layout.values / (self.layout.tokens * self.layout.token_dim):.1%})\n"
             f"objective: {self.config.training.objective} ({self.reason})\n"
-            f"decoder: {self.config.decoder.name}: {method(self.config.decoder.name)}"
+            f"decoder: {decoder}"
         )
 
 
@@ -96,8 +107,10 @@ def make_plan(config: GenTrainConfig, found: Sources) -> Plan:
                 )
     if config.training.importance and len(sources) < 2:
         raise UsageError("training.importance compares datasets: it needs two at least")
+    several = config.decoder.name == AUTO
     config, reason = choose_method(config, sources)
-    return Plan(config, sources, val_sources, layout, reason)
+    candidates = TRANSFERRING if several and config.decoder.name in TRANSFERRING else ()
+    return Plan(config, sources, val_sources, layout, reason, candidates)
 
 
 def choose_method(
@@ -143,11 +156,15 @@ def choose_method(
 
 
 def decoder_for(config: GenTrainConfig, objective: str) -> PluginSection:
-    """Returns the configured decoder, or for `auto` the one that an objective trains."""
+    """Returns the configured decoder, or for `auto` the first that an objective trains."""
     if config.decoder.name != AUTO:
         return config.decoder
     leaves_out = any(find("objective", one).leaves_out for one in phases_in(objective))
-    name = "mixture" if leaves_out else "hyperconv"
+    return default_decoder(TRANSFERRING[0] if leaves_out else "hyperconv")
+
+
+def default_decoder(name: str) -> PluginSection:
+    """Returns a decoder with its default options."""
     return PluginSection(name=name, **find("decoder", name).Config().model_dump(mode="json"))
 
 

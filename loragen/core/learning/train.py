@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, Trainer
 
 from loragen.core.base.load import (
     LanguageModel,
+    best_device,
     dtype_name,
     load_training_base,
     quiet_libraries,
@@ -43,7 +44,15 @@ from loragen.core.learning.callbacks import (
 )
 from loragen.core.learning.data import TrainingData
 from loragen.core.learning.module import GeneratorModule
-from loragen.core.learning.plan import Phases, Plan, make_phases, make_plan, with_method
+from loragen.core.learning.objectives.transfer import Transfer
+from loragen.core.learning.plan import (
+    Phases,
+    Plan,
+    default_decoder,
+    make_phases,
+    make_plan,
+    with_method,
+)
 from loragen.core.learning.sources import Sources, TrainingSource, open_sources
 from loragen.core.plugins import create
 from loragen.core.progress import Progress
@@ -108,6 +117,9 @@ def train(
         scales = generator.layout, generator.normalization, generator.adapter_config
         data = TrainingData(config, *scales, arrays, val_arrays, base)
         data.phases = phases = make_phases(config, data)
+        if plan.candidates:
+            config, generator = best_decoder(plan, config, data, encoder)
+            manifest = new_manifest(plan, config, [*arrays, *val_arrays], encoder, base)
         selection = select_by(
             phases.last.objective.metric, bool(data.sources_with_val_texts), bool(val_arrays)
         )
@@ -249,6 +261,31 @@ def new_generator(
         collected=collected,
         familiarity=Familiarity.fit(embedded(encoder, sources)),
     )
+
+
+def best_decoder(
+    plan: Plan, config: GenTrainConfig, data: TrainingData, encoder: Encoder
+) -> tuple[GenTrainConfig, Generator]:
+    """Returns the untrained generator, of all candidates for its decoder, with which the base
+    answers most rows of left-out datasets right, and the configuration with that decoder.
+
+    Of equally good ones the first is taken, also for objectives that do not compare them.
+    """
+    names, objective = plan.candidates, data.phases.phases[0].objective
+    configs = [config.model_copy(update={"decoder": default_decoder(name)}) for name in names]
+    generators = [new_generator(plan, one, data.sources, encoder) for one in configs]
+    best = 0
+    if isinstance(objective, Transfer):
+        device = torch.device("cpu") if config.trainer.accelerator == "cpu" else best_device()
+        objective.to(device)
+        shares = [objective.accuracy_on_left_out(one.network.to(device)) for one in generators]
+        for one in generators:
+            one.network.cpu()
+        best = shares.index(max(shares))
+        told = ", ".join(f"{name} {share:.1%}" for name, share in zip(names, shares, strict=True))
+        log.info("rows of left-out datasets answered right before training: %s", told)
+    log.info("decoder: %s", names[best])
+    return configs[best], generators[best]
 
 
 def new_manifest(

@@ -9,4 +9,5 @@ def loragen_decoders() -> dict[str, str]:
     return {
         "hyperconv": f"{decoders}.hyperconv:HyperConv",
         "mixture": f"{decoders}.mixture:Mixture",
+        "neighbours": f"{decoders}.neighbours:Neighbours",
     }

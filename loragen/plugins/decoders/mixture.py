@@ -1,21 +1,19 @@
 """Mixture: an adapter is an affine combination of the collected ones; prompts choose the shares."""
 
 import math
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from loragen.core.protocols import CollectedAdapters, TokenGrid
+from loragen.plugins.decoders.combination import Combination, centred, without_autocast
 from loragen.plugins.decoders.reading import ConditionReader
 
-CHUNK = 2**24  # values of all adapters at a time: 64 MiB in float32
-INITIAL = {"ridge": 0.3, "softmax": 0.1}  # of the penalty, of the temperature
+INITIAL_PENALTY = 0.3
 SHARED = {  # the axes of a token grid on which tokens must agree to have the same coefficients
     "adapter": (),
     "layer": ("layer",),
@@ -41,16 +39,10 @@ class Mixture(nn.Module):
 
     class Config(BaseModel, extra="forbid"):
         hidden_dim: int = Field(768, ge=1, description="Features F that are read from a prompt.")
-        coefficients: Literal["ridge", "softmax"] = Field(
-            "ridge",
-            description="ridge: kernel ridge regression with a free intercept and a learned "
-            "penalty; softmax: of the cosine similarity over a learned temperature.",
-        )
         share: Literal["adapter", "layer", "kind", "cell"] = Field(
             "adapter",
             description="What shares coefficients: the whole adapter, a layer, a kind of matrix "
-            "(q_proj's lora_A), or a matrix of a layer (cell); each has its own penalty or "
-            "temperature.",
+            "(q_proj's lora_A), or a matrix of a layer (cell); each has its own penalty.",
         )
         dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the condition.")
 
@@ -64,17 +56,17 @@ class Mixture(nn.Module):
         group = np.zeros(grid.tokens, np.int64)
         if axes:
             group = np.unique(np.stack(axes), axis=1, return_inverse=True)[1].reshape(-1)
-        self.coefficients_of = Coefficients(config.coefficients, int(group.max()) + 1)
-        self.mix = Mix(group)
+        self.ridge = Ridge(int(group.max()) + 1)
+        self.combine = Combination(group)
         self.register_buffer("readings", torch.zeros(0, config.hidden_dim))
 
     def use_adapters(self, adapters: CollectedAdapters) -> None:
-        self.mix.adapters = adapters
+        self.combine.adapters = adapters
         self.readings = self.readings.new_zeros(adapters.shape[0], self.config.hidden_dim)
 
     def forward(self, condition: Tensor, mask: Tensor) -> Tensor:
         """Returns ``[batch, tokens, token_dim]``: before `fit`, the mean of the adapters."""
-        return self.mix(self._coefficients(condition, mask), range(len(self.readings)))
+        return self.combine(self._coefficients(condition, mask), range(len(self.readings)))
 
     def predict(
         self,
@@ -86,8 +78,8 @@ class Mixture(nn.Module):
         left_out: Tensor,
     ) -> Tensor:
         known = self.read(support_conditions, support_mask)  # (M, F)
-        coefficients = self.coefficients_of(self.read(condition, mask), known, left_out)
-        return self.mix(coefficients, support.tolist())
+        coefficients = self.ridge(self.read(condition, mask), known, left_out)
+        return self.combine(coefficients, support.tolist())
 
     @torch.no_grad()
     def fit(self, support_conditions: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -98,29 +90,34 @@ class Mixture(nn.Module):
 
     def _coefficients(self, condition: Tensor, mask: Tensor) -> Tensor:
         none = self.readings.new_zeros(len(condition), len(self.readings), dtype=torch.bool)
-        found: Tensor = self.coefficients_of(self.read(condition, mask), self.readings, none)
+        found: Tensor = self.ridge(self.read(condition, mask), self.readings, none)
         return found
 
     def choices(self) -> list[str]:
-        groups, adapters = len(self.coefficients_of.log_scale), len(self.readings)
+        groups, adapters = len(self.ridge.log_penalty), len(self.readings)
         each = "" if groups == 1 else f" for each of {groups} groups (share: {self.config.share})"
         return [
-            f"{adapters} coefficients{each}, one for each dataset: {self.config.coefficients}",
+            f"{adapters} coefficients{each}, one for each dataset",
             "the adapters stay on disk, in a file beside the generator's",
         ]
 
 
-class Coefficients(nn.Module):
-    """Maps readings to coefficients that sum to 1, by one of `METHODS`.
+class Ridge(nn.Module):
+    """Kernel ridge regression with a free intercept, as coefficients of the targets.
 
-    Each of the G groups has a positive number of its own, the penalty or temperature, whose
-    logarithm is learned.
+    Each of the G groups has a penalty λ of its own, whose logarithm is learned. With the linear
+    kernel of the centred readings ``K = Z Zᵀ / F`` and ``k = Z z / F`` the coefficients are ::
+
+        ω = 1 / M + (K + λ I)⁻¹ k
+
+    which is the textbook prediction ``ȳ + (Y - ȳ)ᵀ (K + λ I)⁻¹ k`` for any targets Y, written as
+    shares of them: the second term sums to 0, since the rows of K and k do. (Hastie, Tibshirani and
+    Friedman, The Elements of Statistical Learning, sections 3.4.1 and 12.3.7.)
     """
 
-    def __init__(self, method: str, groups: int) -> None:
+    def __init__(self, groups: int) -> None:
         super().__init__()
-        self.method = METHODS[method]
-        self.log_scale = nn.Parameter(torch.full((groups,), math.log(INITIAL[method])))
+        self.log_penalty = nn.Parameter(torch.full((groups,), math.log(INITIAL_PENALTY)))
 
     def forward(self, query: Tensor, known: Tensor, left_out: Tensor) -> Tensor:
         """Maps ``query [B, F]``, ``known [M, F]`` and ``left_out [B, M]`` to ``[B, G, M]``.
@@ -128,121 +125,17 @@ class Coefficients(nn.Module):
         Query b has the coefficient 0 for what it leaves out, which does not influence the others.
         They are computed in float32 at least.
         """
-        with _without_autocast(query.device):
-            dtype = torch.promote_types(query.dtype, torch.float32)
-            kept = (~left_out).to(dtype)  # (B, M)
-            query, known = query.to(dtype), known.to(dtype)
-            centre = kept @ known / kept.sum(1, keepdim=True)  # (B, F)
-            deviation = (known - centre[:, None]) * kept[..., None]  # (B, M, F)
-            return self.method(query - centre, deviation, kept, self.log_scale.to(dtype).exp())
-
-
-def ridge(query: Tensor, known: Tensor, kept: Tensor, penalty: Tensor) -> Tensor:
-    """Returns the coefficients of kernel ridge regression with a free intercept, ``[B, G, M]``.
-
-    With the linear kernel of the centred readings ``K = Z Zᵀ / F`` and ``k = Z z / F``::
-
-        ω = 1 / M + (K + λ I)⁻¹ k
-
-    which is the textbook prediction ``ȳ + (Y - ȳ)ᵀ (K + λ I)⁻¹ k`` for any targets Y, written as
-    shares of them: the second term sums to 0, since the rows of K and k do. `query` ``[B, F]`` and
-    `known` ``[B, M, F]`` are centred on what is `kept` ``[B, M]``; `penalty` λ is ``[G]``. (Hastie,
-    Tibshirani and Friedman, The Elements of Statistical Learning, sections 3.4.1 and 12.3.7.)
-    """
-    features = query.shape[-1]
-    kernel = known @ known.transpose(1, 2) / features  # (B, M, M)
-    right = (known @ query[..., None] / features)[:, None]  # (B, 1, M, 1)
-    matrix = kernel[:, None] + penalty[:, None, None] * torch.eye(
-        kernel.shape[-1], dtype=kernel.dtype, device=kernel.device
-    )
-    right = right.expand(-1, len(penalty), -1, -1)
-    if kernel.device.type == "mps":  # wrong gradients up to torch 2.12 (pytorch#175192)
-        solved = torch.linalg.solve(matrix.cpu(), right.cpu()).to(kernel.device)
-    else:
-        solved = torch.linalg.solve(matrix, right)  # (B, G, M, 1)
-    shares = kept / kept.sum(1, keepdim=True)
-    return shares[:, None] + solved[..., 0] * kept[:, None]
-
-
-def softmax(query: Tensor, known: Tensor, kept: Tensor, temperature: Tensor) -> Tensor:
-    """Returns the softmax of the cosine similarities of centred readings, ``[B, G, M]``."""
-    similarity = nn.functional.cosine_similarity(query[:, None], known, dim=-1)  # (B, M)
-    logits = similarity[:, None] / temperature[:, None]
-    return logits.masked_fill(kept[:, None] == 0, -torch.inf).softmax(-1)
-
-
-METHODS = {"ridge": ridge, "softmax": softmax}
-
-
-class Mix(nn.Module):
-    """Combines collected adapters, read from disk in pieces.
-
-    Memory holds the result and `CHUNK` values, whatever the number of adapters; the gradient reads
-    them a second time.
-    """
-
-    adapters: CollectedAdapters
-
-    def __init__(self, group: np.ndarray) -> None:
-        """`group` ``[tokens]`` is the group of each token's coefficients."""
-        super().__init__()
-        edges = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(group)]
-        self.runs = [(slice(first, last), int(group[first])) for first, last in pairwise(edges)]
-
-    def forward(self, coefficients: Tensor, datasets: Sequence[int]) -> Tensor:
-        """Maps ``coefficients [B, G, M]`` of M of the datasets to ``[B, tokens, token_dim]``."""
-        if not coefficients.requires_grad and coefficients.device.type != "meta":
-            used = (coefficients != 0).any(0).any(0).nonzero()[:, 0]
-            coefficients = coefficients[..., used]
-            datasets = [datasets[index] for index in used.tolist()]
-        with _without_autocast(coefficients.device):
-            mixed: Tensor = _Combination.apply(coefficients, self.adapters, datasets, self.runs)
-        return mixed
-
-
-def _without_autocast(device: torch.device) -> torch.autocast:
-    known = torch.amp.is_autocast_available(device.type)  # the device "meta" is not
-    return torch.autocast(device.type if known else "cpu", enabled=False)
-
-
-Runs = Sequence[tuple[slice, int]]
-"""Consecutive tokens of one group, and that group."""
-
-
-class _Combination(torch.autograd.Function):
-    """Sums ``coefficients [B, G, M]`` times adapters, each token with those of its group."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        coefficients: Tensor,
-        adapters: CollectedAdapters,
-        datasets: Sequence[int],
-        runs: Runs,
-    ) -> Tensor:
-        ctx.read = adapters, datasets, runs
-        ctx.coefficients = coefficients.shape, coefficients.dtype
-        _, tokens, dim = adapters.shape
-        mixed = coefficients.new_empty(len(coefficients), tokens, dim)
-        for here, group, values in _pieces(ctx, coefficients):
-            mixed[:, here] = (coefficients[:, group] @ values).unflatten(1, (-1, dim))
-        return mixed
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        shape, dtype = ctx.coefficients
-        gradient = slope.new_zeros(shape, dtype=dtype)
-        for here, group, values in _pieces(ctx, gradient):
-            gradient[:, group] += slope[:, here].to(dtype).flatten(1) @ values.T
-        return gradient, None, None, None
-
-
-def _pieces(ctx: Any, like: Tensor) -> Iterable[tuple[slice, int, Tensor]]:
-    """Yields tokens of one group, the group, and ``[M, values]``: those tokens of the adapters."""
-    adapters, datasets, runs = ctx.read
-    step = max(1, CHUNK // (max(1, len(datasets)) * adapters.shape[2]))
-    for run, group in runs:
-        for first in range(run.start, run.stop, step):
-            here = slice(first, min(first + step, run.stop))
-            yield here, group, adapters.read(datasets, here).to(like).flatten(1)
+        with without_autocast(query.device):
+            query, known, kept = centred(query, known, left_out)
+            penalty = self.log_penalty.to(query.dtype).exp()  # (G,)
+            kernel = known @ known.transpose(1, 2) / query.shape[-1]  # (B, M, M)
+            right = (known @ query[..., None] / query.shape[-1])[:, None]  # (B, 1, M, 1)
+            one = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
+            matrix = kernel[:, None] + penalty[:, None, None] * one
+            right = right.expand(-1, len(penalty), -1, -1)
+            if kernel.device.type == "mps":  # wrong gradients up to torch 2.12 (pytorch#175192)
+                solved = torch.linalg.solve(matrix.cpu(), right.cpu()).to(kernel.device)
+            else:
+                solved = torch.linalg.solve(matrix, right)  # (B, G, M, 1)
+            shares = kept / kept.sum(1, keepdim=True)
+            return shares[:, None] + solved[..., 0] * kept[:, None]

@@ -97,20 +97,25 @@ def test_a_copy_of_a_network_reads_the_same_adapters(ours):
     assert copy.deepcopy(ours) is ours
 
 
-@pytest.mark.parametrize("method", ["ridge", "softmax"])
-@pytest.mark.parametrize("share", ["adapter", "cell"])
-def test_a_prediction_does_not_depend_on_the_adapter_that_it_leaves_out(method, share):
+@pytest.mark.parametrize(
+    ("decoder", "options"),
+    [
+        ("mixture", {"hidden_dim": 16, "share": "adapter"}),
+        ("mixture", {"hidden_dim": 16, "share": "cell"}),
+        ("neighbours", {"temperature": 1.0}),
+    ],
+)
+def test_a_prediction_does_not_depend_on_the_adapter_that_it_leaves_out(decoder, options):
     """Not a bit: neither through a mean nor through a scale."""
     chance = torch.Generator().manual_seed(0)
     condition, known = (torch.randn(n, 3, 1, DIM, generator=chance) for n in (1, DATASETS))
     mask, known_mask = (torch.ones(n, 3, 1, dtype=torch.bool) for n in (1, DATASETS))
     left_out = torch.tensor([[False, False, True, False, False]])
-    options = {"hidden_dim": 16, "coefficients": method, "share": share}
 
     def predicted(values, left_out):
         normalization = fitted(values)
         torch.manual_seed(1)
-        network: Network = new_network("mixture", options, DIM, LAYOUT)
+        network: Network = new_network(decoder, options, DIM, LAYOUT).eval()
         network.decoder.use_adapters(Collected(values, normalization.scale))
         support = torch.arange(DATASETS)
         made = network.predict(condition, mask, known, known_mask, support, left_out)

@@ -218,10 +218,10 @@ def test_frozen_parameters_are_not_trained(layout):
 
 def test_a_mixture_has_a_coefficient_for_every_dataset(layout):
     found = summarize_decoder("mixture", {"hidden_dim": 10}, layout, CONDITION, datasets=700)
-    assert [stage.name for stage in found.stages] == ["read", "coefficients_of", "mix"]
+    assert [stage.name for stage in found.stages] == ["read", "ridge", "combine"]
     assert [stage.shape for stage in found.stages] == [(10,), (1, 700), (12, 8)]
     assert found.trained == found.parameters  # the adapters are none of them
-    assert found.choices[0] == "700 coefficients, one for each dataset: ridge"
+    assert found.choices[0] == "700 coefficients, one for each dataset"
 
 
 def test_chosen_sizes_are_described(layout):

@@ -12,6 +12,7 @@ from loragen.core.config import GenTrainConfig
 from loragen.core.errors import DataError, UsageError
 from loragen.core.generator.generated import adapter_card
 from loragen.core.generator.model import Generator
+from loragen.core.learning.objectives.transfer import Transfer
 from loragen.core.learning.sources import open_sources
 from loragen.core.learning.texts import labelled_rows
 from loragen.core.learning.train import GeneratorPoint, train
@@ -125,6 +126,32 @@ class TestObjectives:
         (results / "generator_model.collected.safetensors").unlink()
         with pytest.raises(DataError, match=r"generator_model\.pt: .*adapters are missing"):
             Generator.load(results / "generator_model.pt")
+
+    @pytest.mark.parametrize(
+        ("right", "decoder"), [((0.5, 0.25), "neighbours"), ((0.25, 0.5), "mixture")]
+    )
+    def test_auto_trains_the_decoder_that_answers_left_out_datasets_best(
+        self, collection, sbert_dir, tmp_path, monkeypatch, caplog, right, decoder
+    ):
+        shares = iter(right)
+        monkeypatch.setattr(Transfer, "accuracy_on_left_out", lambda *_: next(shares))
+        settings = {**generator_settings(collection, sbert_dir, tmp_path), **SMALL}
+        settings = {k: v for k, v in settings.items() if not k.startswith("decoder.")}
+        settings |= {"training.objective": "transfer", "decoder": {"name": "auto"}}
+        with caplog.at_level("INFO", "loragen"):
+            run = train(configured(GenTrainConfig, settings), Silent())
+        assert "neighbours 50.0%" in caplog.text or "neighbours 25.0%" in caplog.text
+        assert run.config.decoder.name == Generator.load(run.directory).decoder.name == decoder
+        assert {one.name for one in run.manifest.plugins if one.kind == "decoder"} == {decoder}
+        point = GeneratorPoint.find(run.directory)
+        assert point.resumed(configured(GenTrainConfig, settings)).decoder.name == decoder
+
+    def test_shares_of_neighbours_sum_to_1_with_that_of_all_datasets(self, trained):
+        run = trained({**TRANSFER, "decoder": {"name": "neighbours", "temperature": 1.0}})
+        found = Generator.load(run.directory).generate(["Question 1 about red?"])
+        shares = found.origin.coefficients
+        assert shares.keys() == {"animals", "colors", "all datasets together"}
+        assert sum(shares.values()) == pytest.approx(1, abs=2e-3)
 
     @pytest.mark.parametrize(
         ("objective", "trained_for"),

@@ -43,22 +43,28 @@ def test_auto_is_both_where_the_base_and_the_labels_are_here(planned):
     assert found.config.decoder.name == "hyperconv"
     assert f"objective: {BOTH} (" in found.summary()
     assert "decoder: hyperconv: A hyper-convolutional decoder" in found.summary()
-    assert "no transfer: 2 datasets; it needs 16" in found.reason
+    assert "no transfer: 2 datasets; it needs 3" in found.reason
 
 
-def test_auto_is_a_mixture_by_transfer_where_there_are_datasets_enough(planned, monkeypatch):
+def test_auto_is_by_transfer_where_there_are_datasets_enough(planned, monkeypatch):
     monkeypatch.setattr(transfer, "MIN_FOR_AUTO", 2)
     found = planned()
     assert found.config.training.objective == "transfer"
-    assert found.config.decoder.options["coefficients"] == "ridge"
+    assert found.candidates == ("neighbours", "mixture")
     assert "enough datasets" in found.reason
+    assert "decoder: neighbours or mixture: the one" in found.summary()
+
+
+def test_a_configured_decoder_is_compared_with_no_other(planned):
+    found = planned({"training.objective": "transfer", "decoder": {"name": "mixture"}})
+    assert not found.candidates
     assert "decoder: mixture: An affine combination of the collected adapters" in found.summary()
 
 
 @pytest.mark.parametrize(
     ("settings", "objective", "decoder"),
     [
-        ({"training.objective": "transfer"}, "transfer", "mixture"),
+        ({"training.objective": "transfer"}, "transfer", "neighbours"),
         ({"training.objective": "behaviour"}, "behaviour", "hyperconv"),
         ({"decoder": {"name": "mixture"}}, "transfer", "mixture"),
         ({"decoder": {"name": "hyperconv"}}, BOTH, "hyperconv"),

@@ -5,6 +5,7 @@ is trained for new datasets. The datasets that it may use are its support set.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from random import Random
 from typing import Any, cast
 
@@ -22,17 +23,22 @@ from loragen.core.learning.data import (
     TrainingData,
     condition_of,
     draw_texts,
+    pair_of,
     stack_conditions,
+    stack_pairs,
 )
-from loragen.core.learning.objectives.behaviour import Behaviour, BehaviourBatches
+from loragen.core.learning.objectives.behaviour import Behaviour, BehaviourBatches, draw_rows
 from loragen.core.learning.sources import TrainingSource
+from loragen.core.lora.packing import collate
 from loragen.core.plugins import find
 from loragen.core.protocols import Automatic
 
 MIN_DATASETS = 2
 """Of fewer, nothing is left to predict from."""
-MIN_FOR_AUTO = 16
-"""Of fewer, a new dataset seldom has a relative among the collected ones."""
+MIN_FOR_AUTO = 3
+"""Of fewer, leaving one out leaves one adapter, and nothing to choose from."""
+COMPARED_DATASETS, COMPARED_ROWS = 64, 8
+"""The most datasets, and the rows of each, on which decoders are compared."""
 MAX_TEXTS = 256
 """Texts of each dataset when the decoder is fitted: more would hardly move a mean."""
 ENCODER_TRAINS = "the encoder is trained (frozen: false)"
@@ -54,14 +60,16 @@ class TransferBatches(BehaviourBatches):
             texts = draw_texts(source.train_texts, self.prompts, f"prompts:{random.random()}")
             conditions.append(condition_of(source, texts))
         condition, mask = stack_conditions(conditions)
-        own = [[self._same(index, one) for one in chosen] for _, index in self.own(k)[1]]
+        same = partial(same_dataset, self.sources)
+        own = [[same(index, one) for one in chosen] for _, index in self.own(k)[1]]
         support = SupportSet(condition, mask, torch.tensor(chosen), torch.tensor(own))
         return super().__getitem__(k)._replace(support=support)
 
-    def _same(self, one: int, other: int) -> bool:
-        """Returns whether two sources are of the same dataset."""
-        first, second = self.sources[one], self.sources[other]
-        return one == other or (first.prompts_sha256 == second.prompts_sha256 != "")
+
+def same_dataset(sources: Sequence[SourceArrays], one: int, other: int) -> bool:
+    """Returns whether two sources, given by their indices, are of the same dataset."""
+    first, second = sources[one].prompts_sha256, sources[other].prompts_sha256
+    return one == other or (first == second != "")
 
 
 class Transfer(Behaviour):
@@ -125,6 +133,48 @@ class Transfer(Behaviour):
             support.datasets,
             support.left_out,
         )
+
+    def predict_for_validation(self, network: Network, batch: PairBatch) -> Tensor:
+        """Leaves the batch's own dataset out, as for a new one."""
+        sources, count = self.data.sources, self.data.config.data.prompts_per_condition
+        conditions = [
+            condition_of(source, draw_texts(source.train_texts, count, f"known:{index}"))
+            for index, source in enumerate(sources)
+        ]
+        device = batch.condition.device
+        known, known_mask = stack_conditions(conditions)
+        own = batch.source
+        left_out = [own is not None and same_dataset(sources, own, i) for i in range(len(sources))]
+        return network.predict(
+            batch.condition,
+            batch.mask,
+            known.to(device),
+            known_mask.to(device),
+            torch.arange(len(sources)),
+            torch.tensor([left_out], device=device),
+        )
+
+    @torch.no_grad()
+    def accuracy_on_left_out(self, network: Network) -> float:
+        """Returns the share of training rows that the base answers right with the adapter of their
+        dataset, predicted from the others; the same rows for every network."""
+        network.eval()
+        sources = self.data.sources
+        step = -(-len(sources) // COMPARED_DATASETS)
+        shares = []
+        for index in range(0, len(sources), step):
+            source, device = sources[index], network.condition_mean.device
+            count = self.data.config.data.prompts_per_condition
+            texts = draw_texts(source.train_texts, count, f"compared:{index}")
+            batch = stack_pairs([pair_of(source, texts, len(source.tokens) - 1)])
+            condition, mask = batch.condition.to(device), batch.mask.to(device)
+            batch = batch._replace(condition=condition, mask=mask, source=index)
+            assert source.rows is not None
+            examples = draw_rows(source.rows.training, COMPARED_ROWS, Random(f"compared:{index}"))
+            rows = collate(examples, self.data.pad_id).to(device)
+            predicted = self.predict_for_validation(network, batch)
+            shares.append(float(self.base_loss.accuracy(predicted, rows)[1]))
+        return sum(shares) / len(shares)
 
     @torch.no_grad()
     def finalize(self, network: Network) -> None:

@@ -1,0 +1,141 @@
+"""Neighbours: the adapters of similar datasets, or a multi-task adapter where none is similar."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+
+from loragen.core.protocols import CollectedAdapters, Samples, TokenGrid
+from loragen.plugins.decoders.combination import Combination, centred, without_autocast
+
+RATE = 128.0
+"""How much faster the multi-task adapter learns than the learning rate says. Its values have the
+size 1 as a generator's do (the standard deviation of the collected adapters), and move by 0.06 in a
+step at 5e-4: like a LoRA's B, of size 0.02, at a learning rate of 1e-3."""
+SMALLEST = 1e-3
+"""Smaller shares are 0, so that few adapters are read."""
+
+
+class Neighbours(nn.Module):
+    """The adapters of the most similar datasets, or one of all datasets where none is similar.
+
+    ::
+
+        reading      [B, dim]       the mean embedding of the prompts
+        similarity   [B, N]         its cosine with those of the N datasets, less their mean
+        shares       [B, N + 1] =   softmax([similarity, threshold] / temperature)
+        adapter      [B, tokens, token_dim] = shares @ [collected adapters, multi-task adapter]
+
+    A combination of adapters of different tasks often solves neither task, so the temperature is
+    low: one close neighbour is taken whole. The multi-task adapter is trained through the base on
+    the rows of all datasets, and starts as the mean of the collected ones. Nothing else is trained:
+    it has seen the task of every training dataset, so shares that are learned beside it would trust
+    it too much.
+
+    The adapters of the most similar tasks are combined by LoraRetriever, too (arXiv 2402.09997).
+    """
+
+    class Config(BaseModel, extra="forbid"):
+        temperature: float = Field(
+            0.05, gt=0, description="Of the softmax; a low one takes the most similar one whole."
+        )
+        threshold: float = Field(
+            0.4,
+            ge=-1,
+            le=1,
+            description="A collected adapter of this similarity has the share of the multi-task "
+            "adapter.",
+        )
+
+    readings: Tensor
+    differs: Tensor
+
+    def __init__(self, config: Config, condition_dim: int, grid: TokenGrid) -> None:
+        super().__init__()
+        self.config, self.grid = config, grid
+        self.combine = Combination(np.zeros(grid.tokens, np.int64))
+        self.multi_task = nn.Parameter(torch.zeros(grid.tokens, grid.token_dim))  # over RATE
+        self.register_buffer("readings", torch.zeros(0, condition_dim))
+        self.register_buffer("differs", torch.ones(grid.tokens, 1, dtype=torch.bool))
+
+    def use_adapters(self, adapters: CollectedAdapters) -> None:
+        self.combine.adapters = adapters
+        self.readings = self.readings.new_zeros(adapters.shape[0], self.readings.shape[1])
+
+    @torch.no_grad()
+    def start_from(self, samples: Samples) -> None:
+        """Starts the multi-task adapter as the mean. What is the same in all adapters, as a frozen
+        A, stays."""
+        for first in range(0, self.grid.tokens, 1024):
+            here = slice(first, first + 1024)
+            values = samples[here]  # (samples, tokens, token_dim)
+            self.multi_task[here] = values.mean(0) / RATE
+            self.differs[here] = (values != values[0]).any(0).any(-1, keepdim=True)
+
+    def forward(self, condition: Tensor, mask: Tensor) -> Tensor:
+        """Returns ``[batch, tokens, token_dim]``."""
+        return self._adapter(self._shares(condition, mask), range(len(self.readings)))
+
+    def predict(
+        self,
+        condition: Tensor,
+        mask: Tensor,
+        support_conditions: Tensor,
+        support_mask: Tensor,
+        support: Tensor,
+        left_out: Tensor,
+    ) -> Tensor:
+        """Returns what `Transfers.predict` does, but in training the multi-task adapter alone."""
+        if self.training:
+            return self._multi_task().expand(len(condition), -1, -1)
+        known = _reading(support_conditions, support_mask)
+        shares = self._shares_of(_reading(condition, mask), known, left_out)
+        return self._adapter(shares, support.tolist())
+
+    @torch.no_grad()
+    def fit(self, support_conditions: Iterable[tuple[Tensor, Tensor]]) -> None:
+        self.readings.copy_(torch.cat([_reading(*one) for one in support_conditions]))
+
+    def coefficients(self, condition: Tensor, mask: Tensor) -> Tensor:
+        return self._shares(condition, mask)[:, :-1]
+
+    def choices(self) -> list[str]:
+        count = len(self.readings)
+        return [
+            f"the most similar of {count} adapters; they stay on disk, beside the generator",
+            "one more adapter is trained on the rows of all datasets, for where none is similar",
+        ]
+
+    def _multi_task(self) -> Tensor:
+        """Returns the multi-task adapter, ``[tokens, token_dim]``."""
+        return RATE * torch.where(self.differs, self.multi_task, self.multi_task.detach())
+
+    def _shares(self, condition: Tensor, mask: Tensor) -> Tensor:
+        none = self.readings.new_zeros(len(condition), len(self.readings), dtype=torch.bool)
+        return self._shares_of(_reading(condition, mask), self.readings, none)
+
+    def _shares_of(self, query: Tensor, known: Tensor, left_out: Tensor) -> Tensor:
+        """Maps ``query [B, dim]``, ``known [M, dim]``, ``left_out [B, M]`` to ``[B, M + 1]``."""
+        with without_autocast(query.device):
+            query, known, kept = centred(query, known, left_out)
+            similarity = nn.functional.cosine_similarity(query[:, None], known, dim=-1)  # (B, M)
+            similarity = similarity.masked_fill(kept == 0, -torch.inf)
+            threshold = similarity.new_full((len(query), 1), self.config.threshold)
+            logits = torch.cat([similarity, threshold], 1) / self.config.temperature
+            shares = logits.softmax(-1)
+            shares = torch.where(shares < SMALLEST, 0.0, shares)
+            return shares / shares.sum(1, keepdim=True)
+
+    def _adapter(self, shares: Tensor, datasets: Iterable[int]) -> Tensor:
+        """Maps ``shares [B, M + 1]`` to ``[B, tokens, token_dim]``."""
+        collected = self.combine(shares[:, None, :-1], list(datasets))
+        return collected + shares[:, -1, None, None] * self._multi_task()
+
+
+def _reading(condition: Tensor, mask: Tensor) -> Tensor:
+    """Returns the mean of ``[batch, prompts, positions, dim]`` over what is not masked."""
+    kept = mask.unsqueeze(-1)
+    total = torch.where(kept, condition, 0.0).sum(dim=(1, 2))
+    return total / kept.sum(dim=(1, 2)).clamp(min=1)  # (batch, dim)

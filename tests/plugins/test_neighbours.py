@@ -1,0 +1,115 @@
+import pytest
+import torch
+
+from loragen.core.plugins import create, find
+from loragen.plugins.decoders import neighbours
+from loragen.testing import check_decoder, grid
+from tests.plugins.test_decoders import assert_each_part_matters
+
+DATASETS, DIM = 6, 8
+
+
+class Adapters:
+    """Memory-mapped adapters of six datasets, and the samples that training starts from."""
+
+    def __init__(self, values):
+        self.values, self.shape, self.asked = values, tuple(values.shape), []
+
+    def read(self, datasets, tokens):
+        self.asked += datasets
+        return self.values[list(datasets), tokens]
+
+    def __getitem__(self, tokens):
+        return self.values[:, tokens]
+
+
+def fitted(values=None, **options):
+    """A decoder that knows six datasets, each by prompts in a direction of its own."""
+    shape = grid()
+    module = create("decoder", "neighbours", options, DIM, shape)
+    if values is None:
+        values = torch.randn(DATASETS, shape.tokens, shape.token_dim)
+    adapters = Adapters(values)
+    module.use_adapters(adapters)
+    module.start_from(adapters)
+    module.fit((one, torch.ones(1, 1, 1, dtype=torch.bool)) for one in prompts())
+    return module.eval()
+
+
+def prompts():
+    """``[datasets, 1, 1, 1, dim]``"""
+    return torch.eye(DIM)[:DATASETS, None, None, None]
+
+
+def made(module, *directions):
+    """The adapter for prompts that are the sum of the directions of datasets, or none of them."""
+    condition = sum((prompts()[one] for one in directions), torch.zeros(1, 1, 1, DIM))
+    if not directions:
+        condition = torch.eye(DIM)[-1:, None, None]
+    return module(condition, torch.ones(1, 1, 1, dtype=torch.bool))[0].detach()
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.5}, {"temperature": 1, "threshold": 0.0}])
+def test_contract(options):
+    check_decoder(find("decoder", "neighbours"), **options)
+
+
+def test_the_adapter_of_a_similar_dataset_is_taken_whole():
+    module = fitted()
+    assert made(module, 2).allclose(module.combine.adapters.values[2], atol=1e-6)
+    assert set(module.combine.adapters.asked) == {2}
+
+
+def test_prompts_unlike_all_get_the_multi_task_adapter():
+    module = fitted()
+    with torch.no_grad():
+        module.multi_task.normal_()
+    assert made(module).allclose(neighbours.RATE * module.multi_task, atol=1e-5)
+    assert not module.combine.adapters.asked
+
+
+def test_two_equally_similar_datasets_have_equal_shares():
+    module = fitted()
+    condition, mask = prompts()[1] + prompts()[4], torch.ones(1, 1, 1, dtype=torch.bool)
+    shares = module.coefficients(condition, mask)[0]
+    assert float(shares[1]) == pytest.approx(float(shares[4]), abs=1e-5)
+    assert shares[1] > 0.45
+    assert shares[[0, 2, 3, 5]].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("threshold", [-1, 1])
+def test_the_threshold_divides_between_neighbours_and_the_multi_task_adapter(threshold):
+    module = fitted(threshold=threshold)
+    with torch.no_grad():
+        module.multi_task.zero_()
+    expected = module.combine.adapters.values[0] * (0.5 if threshold == 1 else 1.0)
+    assert made(module, 0).allclose(expected, atol=0.05)
+
+
+def test_it_starts_at_the_mean_and_keeps_what_all_adapters_share():
+    values = torch.randn(DATASETS, grid().tokens, grid().token_dim)
+    values[:, ::2] = values[0, ::2]  # a frozen A
+    module = fitted(values)
+    assert made(module).allclose(values.mean(0), atol=1e-5)
+    module.train()
+    one = torch.ones(1, 1, 1, dtype=torch.bool)
+    module.predict(prompts()[0], one, None, None, None, None).square().mean().backward()
+    moved = module.multi_task.grad.any(-1)
+    assert not moved[::2].any() and moved[1::2].all()
+
+
+def test_in_training_it_predicts_with_the_multi_task_adapter_alone():
+    module = fitted().train()
+    one = torch.ones(3, 1, 1, dtype=torch.bool)
+    predicted = module.predict(prompts()[:3, 0], one, None, None, None, None)
+    assert predicted.equal(module._multi_task().expand(3, -1, -1))
+    assert not module.combine.adapters.asked
+
+
+def test_each_trained_part_matters():
+    module = fitted(temperature=1)
+
+    def generated():
+        return module(prompts()[:, 0] + 0.5, torch.ones(DATASETS, 1, 1, dtype=torch.bool))
+
+    assert_each_part_matters(module, generated)
