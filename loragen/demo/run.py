@@ -21,6 +21,7 @@ from loragen.core.config import DEMO, GenTrainConfig, LoraTrainConfig, Override,
 from loragen.core.data.dataset import Dataset
 from loragen.core.evaluation.contest import hold_contest, training_sources
 from loragen.core.evaluation.contestants import (
+    ARROW,
     MULTI_TASK,
     ORACLE,
     EvaluationOptions,
@@ -55,8 +56,9 @@ PROMPTS = 16
 MULTI_TASK_STEPS, MULTI_TASK_VAL_EVERY, MULTI_TASK_PATIENCE = 2400, 200, 400
 NO_RESUME = 1_000_000
 """The interval of last.ckpt in steps; a training of seconds is never resumed."""
-COLUMNS = choose([], also=[MULTI_TASK, ORACLE])
-"""Without the columns for which every collected adapter, or another training, would be needed."""
+COLUMNS = [one for one in choose([], also=[MULTI_TASK, ORACLE]) if one.name != ARROW]
+"""Without the columns for which all collected adapters have to be loaded with the base, or another
+adapter to be trained."""
 
 
 def demo_results(demo: Demo, pool: Executor, progress: Progress) -> dict[str, Any]:

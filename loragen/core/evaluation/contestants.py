@@ -499,7 +499,8 @@ CONTESTANTS: tuple[type[Contestant], ...] = (
 )
 """All contestants, in the order of the table's columns."""
 NAMES = tuple(contestant.name for contestant in CONTESTANTS)
-GENERATED, MULTI_TASK, ORACLE = GeneratedAdapters.name, MultiTask.name, Oracle.name
+ARROW, MULTI_TASK, ORACLE = ArrowRouter.name, MultiTask.name, Oracle.name
+GENERATED = GeneratedAdapters.name
 BASE, BEST_SINGLE = BaseAlone.name, BestSingle.name
 CONTROLS = tuple(contestant.name for contestant in CONTESTANTS if contestant.control)
 LABEL_CURVE = {contestant.name: contestant.size for contestant in LABELLED}
