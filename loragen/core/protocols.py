@@ -193,6 +193,9 @@ class Transfers(Protocol):
 
     Adapters are normalised by a scale alone, without a mean, because the mean would contain what is
     left out. What does not read the left-out adapter is therefore independent of it, to the bit.
+
+    A class with `trains_one_adapter = True` trains a single adapter for all datasets: in training,
+    `predict` returns that one alone, ``[1, tokens, token_dim]``, for a batch of any size.
     """
 
     def use_adapters(self, adapters: CollectedAdapters) -> None:

@@ -102,7 +102,7 @@ def test_in_training_it_predicts_with_the_multi_task_adapter_alone():
     module = fitted().train()
     one = torch.ones(3, 1, 1, dtype=torch.bool)
     predicted = module.predict(prompts()[:3, 0], one, None, None, None, None)
-    assert predicted.equal(module._multi_task().expand(3, -1, -1))
+    assert predicted.equal(module._multi_task()[None])
     assert not module.combine.adapters.asked
 
 

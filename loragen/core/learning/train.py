@@ -119,6 +119,7 @@ def train(
         data.phases = phases = make_phases(config, data)
         if plan.candidates:
             config, generator = best_decoder(plan, config, data, encoder)
+            data.config = config
             manifest = new_manifest(plan, config, [*arrays, *val_arrays], encoder, base)
         selection = select_by(
             phases.last.objective.metric, bool(data.sources_with_val_texts), bool(val_arrays)

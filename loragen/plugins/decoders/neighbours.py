@@ -49,6 +49,7 @@ class Neighbours(nn.Module):
             "adapter.",
         )
 
+    trains_one_adapter = True
     readings: Tensor
     differs: Tensor
 
@@ -87,9 +88,8 @@ class Neighbours(nn.Module):
         support: Tensor,
         left_out: Tensor,
     ) -> Tensor:
-        """Returns what `Transfers.predict` does, but in training the multi-task adapter alone."""
         if self.training:
-            return self._multi_task().expand(len(condition), -1, -1)
+            return self._multi_task()[None]
         known = _reading(support_conditions, support_mask)
         shares = self._shares_of(_reading(condition, mask), known, left_out)
         return self._adapter(shares, support.tolist())

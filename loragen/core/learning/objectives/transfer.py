@@ -29,7 +29,6 @@ from loragen.core.learning.data import (
 )
 from loragen.core.learning.objectives.behaviour import Behaviour, BehaviourBatches, draw_rows
 from loragen.core.learning.sources import TrainingSource
-from loragen.core.lora.packing import collate
 from loragen.core.plugins import find
 from loragen.core.protocols import Automatic
 
@@ -171,7 +170,7 @@ class Transfer(Behaviour):
             batch = batch._replace(condition=condition, mask=mask, source=index)
             assert source.rows is not None
             examples = draw_rows(source.rows.training, COMPARED_ROWS, Random(f"compared:{index}"))
-            rows = collate(examples, self.data.pad_id).to(device)
+            rows = self.data.collate(examples).to(device)
             predicted = self.predict_for_validation(network, batch)
             shares.append(float(self.base_loss.accuracy(predicted, rows)[1]))
         return sum(shares) / len(shares)
