@@ -70,7 +70,7 @@ class BehaviourBatches(DistributedBatches):
         rows_per_adapter: int,
         prompts: int,
         collate: Callable[[Sequence[Example], int], Batch],
-        one_adapter: bool,
+        one_adapter: bool = False,
         seed: int,
         split: Split = Split(),  # noqa: B008  # immutable
     ) -> None:

@@ -5,7 +5,7 @@ is trained for new datasets. The datasets that it may use are its support set.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from random import Random
 from typing import Any, cast
 
@@ -133,15 +133,21 @@ class Transfer(Behaviour):
             support.left_out,
         )
 
+    @cached_property
+    def known(self) -> tuple[Tensor, Tensor]:
+        """One condition of every training dataset, ``[N, prompts, positions, dim]``, and a mask."""
+        count = self.data.config.data.prompts_per_condition
+        return stack_conditions(
+            [
+                condition_of(source, draw_texts(source.train_texts, count, f"known:{index}"))
+                for index, source in enumerate(self.data.sources)
+            ]
+        )
+
     def predict_for_validation(self, network: Network, batch: PairBatch) -> Tensor:
         """Leaves the batch's own dataset out, as for a new one."""
-        sources, count = self.data.sources, self.data.config.data.prompts_per_condition
-        conditions = [
-            condition_of(source, draw_texts(source.train_texts, count, f"known:{index}"))
-            for index, source in enumerate(sources)
-        ]
-        device = batch.condition.device
-        known, known_mask = stack_conditions(conditions)
+        sources, device = self.data.sources, batch.condition.device
+        known, known_mask = self.known
         own = batch.source
         left_out = [own is not None and same_dataset(sources, own, i) for i in range(len(sources))]
         return network.predict(
@@ -157,6 +163,7 @@ class Transfer(Behaviour):
     def accuracy_on_left_out(self, network: Network) -> float:
         """Returns the share of training rows that the base answers right with the adapter of their
         dataset, predicted from the others; the same rows for every network."""
+        was_training = network.training
         network.eval()
         sources = self.data.sources
         step = -(-len(sources) // COMPARED_DATASETS)
@@ -173,6 +180,7 @@ class Transfer(Behaviour):
             rows = self.data.collate(examples).to(device)
             predicted = self.predict_for_validation(network, batch)
             shares.append(float(self.base_loss.accuracy(predicted, rows)[1]))
+        network.train(was_training)
         return sum(shares) / len(shares)
 
     @torch.no_grad()

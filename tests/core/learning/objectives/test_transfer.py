@@ -34,7 +34,8 @@ class Known(Transfer):
     """Without a base model."""
 
     def __init__(self, sources):
-        self.data = SimpleNamespace(sources=sources)
+        config = SimpleNamespace(data=SimpleNamespace(prompts_per_condition=2))
+        self.data = SimpleNamespace(sources=sources, config=config)
 
 
 @pytest.fixture
@@ -62,6 +63,17 @@ def test_an_adapter_is_predicted_from_the_support_set(transfer):
     batch = PairBatch(condition, mask, torch.zeros(1, 4, 2), support=support)
     asked = transfer.predict(Network(), batch)
     assert all(a.equal(b) for a, b in zip(asked, (condition, mask, *support), strict=True))
+
+
+@pytest.mark.parametrize("own", [0, 2, None])
+def test_validation_leaves_the_dataset_of_the_prompts_out(transfer, own):
+    condition, mask = torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1, dtype=torch.bool)
+    batch = PairBatch(condition, mask, torch.zeros(1, 4, 2), source=own)
+    *_, known, known_mask, support, left_out = transfer.predict_for_validation(Network(), batch)
+    assert known.shape == (DATASETS, 2, 1, 2) and known_mask.all()
+    assert [one.unique().tolist() for one in known] == [[0], [1], [2]]
+    assert support.tolist() == [0, 1, 2]
+    assert left_out.tolist() == [[index == own for index in range(DATASETS)]]
 
 
 def test_it_is_fitted_to_all_of_them_without_dropout(transfer):
