@@ -363,8 +363,11 @@ class GenTrainingSection(Section):
     importance: bool = Field(
         False, description="Weigh tokens that the checkpoints of a dataset agree on more."
     )
-    val_every_epochs: int = Field(
-        1, ge=1, description="Validate every so many epochs, and after the last step."
+    val_every_epochs: int | None = Field(
+        None,
+        ge=1,
+        description="Validate every so many epochs, and after the last step; null: every "
+        "epoch, but not more than eight times in all.",
     )
     last_every: int = Field(
         50,

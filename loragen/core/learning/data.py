@@ -28,6 +28,8 @@ from loragen.core.learning.arrays import SourceArrays
 from loragen.core.learning.plan import Phases
 from loragen.core.lora.packing import Batch, Cost, collate, packing_cost
 
+MOST_VALIDATIONS = 8
+"""A validation through the base takes the time of several steps."""
 PACKED_MULTIPLE = 32
 """Packed sequences have a length of a multiple of it, because oneDNN keeps what it compiles for
 every number of tokens: 200 of them take 1 GiB on the CPU in bfloat16, for four linear layers of the
@@ -257,8 +259,10 @@ class TrainingData(LightningDataModule):
         """Optimizer steps from one validation to the next; None if nothing is held out."""
         if not (self.val_sources or self.sources_with_val_texts):
             return None
-        every = self.config.training.val_every_epochs * self.phases.steps_per_epoch
-        return min(every, self.phases.total)
+        epochs, epoch = self.config.training.val_every_epochs, self.phases.steps_per_epoch
+        total = self.phases.total
+        every = epochs * epoch if epochs else max(epoch, ceil(total / MOST_VALIDATIONS))
+        return min(every, total)
 
     @property
     def validates_rows(self) -> bool:
