@@ -182,6 +182,20 @@ class CollectedAdapters(Protocol):
         ...
 
 
+class SupportSet(NamedTuple):
+    """Conditions of M datasets, to predict the adapters of a batch from."""
+
+    condition: Tensor
+    """``[M, prompts, positions, dim]``"""
+    mask: Tensor
+    """``[M, prompts, positions]`` bool"""
+    datasets: Tensor
+    """``[M]`` int64: their indices among the N datasets."""
+    left_out: Tensor
+    """``[batch, M]`` bool: whether adapter b must be predicted without dataset m; at least
+    one is left."""
+
+
 @runtime_checkable
 class Transfers(Protocol):
     """A decoder that makes adapters from the collected adapters of other datasets.
@@ -202,21 +216,8 @@ class Transfers(Protocol):
         """Is called once, before anything else and before the state dict is loaded."""
         ...
 
-    def predict(
-        self,
-        condition: Tensor,
-        mask: Tensor,
-        support_conditions: Tensor,
-        support_mask: Tensor,
-        support: Tensor,
-        left_out: Tensor,
-    ) -> Tensor:
-        """Returns ``[batch, tokens, token_dim]`` for `condition` and `mask`, as in `Decoder`.
-
-        `support` ``[M]`` are indices of datasets, given by their conditions ``[M, prompts,
-        positions, dim]`` with a mask. ``left_out[b, m]`` says that adapter b must be predicted
-        without dataset m; at least one is left.
-        """
+    def predict(self, condition: Tensor, mask: Tensor, support: SupportSet) -> Tensor:
+        """Returns ``[batch, tokens, token_dim]`` for `condition` and `mask`, as in `Decoder`."""
         ...
 
     def fit(self, support_conditions: Iterable[tuple[Tensor, Tensor]]) -> None:

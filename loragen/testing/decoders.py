@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from loragen.core.protocols import StartsFromSamples, TokenGrid, Transfers
+from loragen.core.protocols import StartsFromSamples, SupportSet, TokenGrid, Transfers
 from loragen.testing._common import (
     TOLERANCE,
     built,
@@ -202,8 +202,8 @@ def _check_transfer(cls: Any, config: Any) -> None:
         if without is not None:
             left_out[:, without] = True
         support = torch.arange(datasets)
-        given = others[:datasets], known_mask[:datasets], support, left_out
-        predicted: Tensor = by.predict(condition, mask, *given)
+        given = SupportSet(others[:datasets], known_mask[:datasets], support, left_out)
+        predicted: Tensor = by.predict(condition, mask, given)
         return predicted
 
     for datasets in (1, DATASETS):

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loragen.core.plugins import create, find
+from loragen.core.protocols import SupportSet
 from loragen.plugins.decoders import combination
 from loragen.plugins.decoders.mixture import Ridge
 from loragen.testing import check_decoder, grid
@@ -22,6 +23,9 @@ class Adapters:
     def read(self, datasets, tokens):
         self.asked += datasets
         return self.values[list(datasets), tokens]
+
+    def __getitem__(self, tokens):
+        return self.values[:, tokens]
 
 
 def fitted(values=None, **options):
@@ -150,7 +154,7 @@ def test_each_trained_part_matters():
     target = module.combine.adapters.values
 
     def predicted():
-        return module.predict(known, mask, known, mask, torch.arange(DATASETS), own)
+        return module.predict(known, mask, SupportSet(known, mask, torch.arange(DATASETS), own))
 
     for _ in range(5):
         optimizer.zero_grad()

@@ -5,22 +5,9 @@ from loragen.core.plugins import create, find
 from loragen.plugins.decoders import neighbours
 from loragen.testing import check_decoder, grid
 from tests.plugins.test_decoders import assert_each_part_matters
+from tests.plugins.test_mixture import Adapters
 
 DATASETS, DIM = 6, 8
-
-
-class Adapters:
-    """Memory-mapped adapters of six datasets, and the samples that training starts from."""
-
-    def __init__(self, values):
-        self.values, self.shape, self.asked = values, tuple(values.shape), []
-
-    def read(self, datasets, tokens):
-        self.asked += datasets
-        return self.values[list(datasets), tokens]
-
-    def __getitem__(self, tokens):
-        return self.values[:, tokens]
 
 
 def fitted(values=None, **options):
@@ -93,7 +80,7 @@ def test_it_starts_at_the_mean_and_keeps_what_all_adapters_share():
     assert made(module).allclose(values.mean(0), atol=1e-5)
     module.train()
     one = torch.ones(1, 1, 1, dtype=torch.bool)
-    module.predict(prompts()[0], one, None, None, None, None).square().mean().backward()
+    module.predict(prompts()[0], one, None).square().mean().backward()
     moved = module.multi_task.grad.any(-1)
     assert not moved[::2].any() and moved[1::2].all()
 
@@ -101,7 +88,7 @@ def test_it_starts_at_the_mean_and_keeps_what_all_adapters_share():
 def test_in_training_it_predicts_with_the_multi_task_adapter_alone():
     module = fitted().train()
     one = torch.ones(3, 1, 1, dtype=torch.bool)
-    predicted = module.predict(prompts()[:3, 0], one, None, None, None, None)
+    predicted = module.predict(prompts()[:3, 0], one, None)
     assert predicted.equal(module._multi_task()[None])
     assert not module.combine.adapters.asked
 

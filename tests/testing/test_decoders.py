@@ -114,10 +114,10 @@ class Transferring(nn.Module):
         values = self.adapters.read(datasets, slice(None))
         return torch.einsum("bm,mtd->btd", weights, values)
 
-    def predict(self, condition, mask, known, known_mask, support, left_out):
-        features = self.features(known, known_mask)
-        weights = self.weights(self.features(condition, mask), features, left_out)
-        return self.mixed(weights, support.tolist())
+    def predict(self, condition, mask, support):
+        features = self.features(support.condition, support.mask)
+        weights = self.weights(self.features(condition, mask), features, support.left_out)
+        return self.mixed(weights, support.datasets.tolist())
 
     @torch.no_grad()
     def fit(self, known):

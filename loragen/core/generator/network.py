@@ -18,7 +18,7 @@ from loragen.core.adapter.layout import Layout
 from loragen.core.errors import UsageError
 from loragen.core.generator.embeddings import chunks
 from loragen.core.plugins import create, find
-from loragen.core.protocols import DescribesChoices, Transfers
+from loragen.core.protocols import DescribesChoices, SupportSet, Transfers
 
 MIN_SPREAD = 1e-6
 FLOAT = 4  # bytes
@@ -134,25 +134,11 @@ class Network(nn.Module):
         tokens: Tensor = self.decoder(self._standardized(condition), mask)
         return tokens
 
-    def predict(
-        self,
-        condition: Tensor,
-        mask: Tensor,
-        support_conditions: Tensor,
-        support_mask: Tensor,
-        support: Tensor,
-        left_out: Tensor,
-    ) -> Tensor:
+    def predict(self, condition: Tensor, mask: Tensor, support: SupportSet) -> Tensor:
         """Returns the result of `Transfers.predict` for conditions that are not standardised."""
         assert isinstance(self.decoder, Transfers)
-        return self.decoder.predict(
-            self._standardized(condition),
-            mask,
-            self._standardized(support_conditions),
-            support_mask,
-            support,
-            left_out,
-        )
+        known = support._replace(condition=self._standardized(support.condition))
+        return self.decoder.predict(self._standardized(condition), mask, known)
 
     def fit(self, support_conditions: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Calls `Transfers.fit` with conditions that are not standardised yet."""

@@ -27,6 +27,7 @@ from loragen.core.generator.network import Normalization, importance
 from loragen.core.learning.arrays import SourceArrays
 from loragen.core.learning.plan import Phases
 from loragen.core.lora.packing import Batch, Cost, collate, packing_cost
+from loragen.core.protocols import SupportSet
 
 MOST_VALIDATIONS = 8
 """A validation through the base takes the time of several steps."""
@@ -34,19 +35,6 @@ PACKED_MULTIPLE = 32
 """Packed sequences have a length of a multiple of it, because oneDNN keeps what it compiles for
 every number of tokens: 200 of them take 1 GiB on the CPU in bfloat16, for four linear layers of the
 sizes of SmolLM2."""
-
-
-class SupportSet(NamedTuple):
-    """Conditions of M datasets, to predict the adapters of a batch from."""
-
-    condition: Tensor
-    """``[M, prompts, positions, dim]``"""
-    mask: Tensor
-    """``[M, prompts, positions]`` bool"""
-    datasets: Tensor
-    """``[M]`` int64: indices of the sources."""
-    left_out: Tensor
-    """``[batch, M]`` bool: whether a dataset is the adapter's own, and left out."""
 
 
 class PairBatch(NamedTuple):

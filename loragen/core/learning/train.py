@@ -118,7 +118,7 @@ def train(
         data = TrainingData(config, *scales, arrays, val_arrays, base)
         data.phases = phases = make_phases(config, data)
         if plan.candidates:
-            config, generator = best_decoder(plan, config, data, encoder)
+            config, generator = best_decoder(plan, config, data, encoder, generator)
             data.config = config
             manifest = new_manifest(plan, config, [*arrays, *val_arrays], encoder, base)
         selection = select_by(
@@ -265,16 +265,18 @@ def new_generator(
 
 
 def best_decoder(
-    plan: Plan, config: GenTrainConfig, data: TrainingData, encoder: Encoder
+    plan: Plan, config: GenTrainConfig, data: TrainingData, encoder: Encoder, first: Generator
 ) -> tuple[GenTrainConfig, Generator]:
     """Returns the untrained generator, of all candidates for its decoder, with which the base
     answers most rows of left-out datasets right, and the configuration with that decoder.
 
-    Of equally good ones the first is taken, also for objectives that do not compare them.
+    `first` is the generator with the first candidate. Of equally good ones the first is taken,
+    also for objectives that do not compare them.
     """
     names, objective = plan.candidates, data.phases.phases[0].objective
     configs = [config.model_copy(update={"decoder": default_decoder(name)}) for name in names]
-    generators = [new_generator(plan, one, data.sources, encoder) for one in configs]
+    others = (new_generator(plan, one, data.sources, encoder) for one in configs[1:])
+    generators = [first, *others]
     best = 0
     if isinstance(objective, Transfer):
         device = torch.device("cpu") if config.trainer.accelerator == "cpu" else best_device()

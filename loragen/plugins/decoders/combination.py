@@ -89,16 +89,3 @@ def _pieces(ctx: Any, like: Tensor) -> Iterable[tuple[slice, int, Tensor]]:
         for first in range(run.start, run.stop, step):
             here = slice(first, min(first + step, run.stop))
             yield here, group, adapters.read(datasets, here).to(like).flatten(1)
-
-
-def centred(query: Tensor, known: Tensor, left_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Subtracts from readings the mean of the known ones that are not left out.
-
-    Maps ``query [B, F]``, ``known [M, F]`` and ``left_out [B, M]``, all in float32 at least, to the
-    centred ``[B, F]`` and ``[B, M, F]``, which is 0 for what is left out, and to ``[B, M]``: 1 for
-    what is kept, 0 for what is left out.
-    """
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    query, known, kept = query.to(dtype), known.to(dtype), (~left_out).to(dtype)
-    centre = kept @ known / kept.sum(1, keepdim=True)  # (B, F)
-    return query - centre, (known - centre[:, None]) * kept[..., None], kept

@@ -9,9 +9,9 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from loragen.core.protocols import CollectedAdapters, TokenGrid
-from loragen.plugins.decoders.combination import Combination, centred, without_autocast
-from loragen.plugins.decoders.reading import ConditionReader
+from loragen.core.protocols import CollectedAdapters, SupportSet, TokenGrid
+from loragen.plugins.decoders.combination import Combination, without_autocast
+from loragen.plugins.decoders.reading import ConditionReader, centred
 
 INITIAL_PENALTY = 0.3
 SHARED = {  # the axes of a token grid on which tokens must agree to have the same coefficients
@@ -68,18 +68,10 @@ class Mixture(nn.Module):
         """Returns ``[batch, tokens, token_dim]``: before `fit`, the mean of the adapters."""
         return self.combine(self._coefficients(condition, mask), range(len(self.readings)))
 
-    def predict(
-        self,
-        condition: Tensor,
-        mask: Tensor,
-        support_conditions: Tensor,
-        support_mask: Tensor,
-        support: Tensor,
-        left_out: Tensor,
-    ) -> Tensor:
-        known = self.read(support_conditions, support_mask)  # (M, F)
-        coefficients = self.ridge(self.read(condition, mask), known, left_out)
-        return self.combine(coefficients, support.tolist())
+    def predict(self, condition: Tensor, mask: Tensor, support: SupportSet) -> Tensor:
+        known = self.read(support.condition, support.mask)  # (M, F)
+        coefficients = self.ridge(self.read(condition, mask), known, support.left_out)
+        return self.combine(coefficients, support.datasets.tolist())
 
     @torch.no_grad()
     def fit(self, support_conditions: Iterable[tuple[Tensor, Tensor]]) -> None:

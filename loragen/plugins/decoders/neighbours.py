@@ -7,8 +7,9 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from loragen.core.protocols import CollectedAdapters, Samples, TokenGrid
-from loragen.plugins.decoders.combination import Combination, centred, without_autocast
+from loragen.core.protocols import CollectedAdapters, Samples, SupportSet, TokenGrid
+from loragen.plugins.decoders.combination import Combination, without_autocast
+from loragen.plugins.decoders.reading import centred, mean_over_prompts
 
 RATE = 128.0
 """How much faster the multi-task adapter learns than the learning rate says. Its values have the
@@ -79,24 +80,17 @@ class Neighbours(nn.Module):
         """Returns ``[batch, tokens, token_dim]``."""
         return self._adapter(self._shares(condition, mask), range(len(self.readings)))
 
-    def predict(
-        self,
-        condition: Tensor,
-        mask: Tensor,
-        support_conditions: Tensor,
-        support_mask: Tensor,
-        support: Tensor,
-        left_out: Tensor,
-    ) -> Tensor:
+    def predict(self, condition: Tensor, mask: Tensor, support: SupportSet) -> Tensor:
         if self.training:
             return self._multi_task()[None]
-        known = _reading(support_conditions, support_mask)
-        shares = self._shares_of(_reading(condition, mask), known, left_out)
-        return self._adapter(shares, support.tolist())
+        known = mean_over_prompts(support.condition, support.mask)
+        own = mean_over_prompts(condition, mask)
+        shares = self._shares_of(own, known, support.left_out)
+        return self._adapter(shares, support.datasets.tolist())
 
     @torch.no_grad()
     def fit(self, support_conditions: Iterable[tuple[Tensor, Tensor]]) -> None:
-        self.readings.copy_(torch.cat([_reading(*one) for one in support_conditions]))
+        self.readings.copy_(torch.cat([mean_over_prompts(*one) for one in support_conditions]))
 
     def coefficients(self, condition: Tensor, mask: Tensor) -> Tensor:
         return self._shares(condition, mask)[:, :-1]
@@ -114,7 +108,7 @@ class Neighbours(nn.Module):
 
     def _shares(self, condition: Tensor, mask: Tensor) -> Tensor:
         none = self.readings.new_zeros(len(condition), len(self.readings), dtype=torch.bool)
-        return self._shares_of(_reading(condition, mask), self.readings, none)
+        return self._shares_of(mean_over_prompts(condition, mask), self.readings, none)
 
     def _shares_of(self, query: Tensor, known: Tensor, left_out: Tensor) -> Tensor:
         """Maps ``query [B, dim]``, ``known [M, dim]``, ``left_out [B, M]`` to ``[B, M + 1]``."""
@@ -132,10 +126,3 @@ class Neighbours(nn.Module):
         """Maps ``shares [B, M + 1]`` to ``[B, tokens, token_dim]``."""
         collected = self.combine(shares[:, None, :-1], list(datasets))
         return collected + shares[:, -1, None, None] * self._multi_task()
-
-
-def _reading(condition: Tensor, mask: Tensor) -> Tensor:
-    """Returns the mean of ``[batch, prompts, positions, dim]`` over what is not masked."""
-    kept = mask.unsqueeze(-1)
-    total = torch.where(kept, condition, 0.0).sum(dim=(1, 2))
-    return total / kept.sum(dim=(1, 2)).clamp(min=1)  # (batch, dim)

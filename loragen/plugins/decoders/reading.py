@@ -23,8 +23,26 @@ class ConditionReader(nn.Module):
         self.bend = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), last)
 
     def forward(self, condition: Tensor, mask: Tensor) -> Tensor:
-        kept = mask.unsqueeze(-1)  # (B, prompts, positions, 1)
         condition = self.dropout(condition)
         read = self.linear(condition) + self.bend(condition)  # (B, prompts, positions, hidden)
-        total = torch.where(kept, read, 0.0).sum(dim=(1, 2))
-        return total / kept.sum(dim=(1, 2)).clamp(min=1)  # (B, hidden)
+        return mean_over_prompts(read, mask)  # (B, hidden)
+
+
+def mean_over_prompts(values: Tensor, mask: Tensor) -> Tensor:
+    """Returns the mean ``[B, dim]`` of ``[B, prompts, positions, dim]`` over what `mask` keeps."""
+    kept = mask.unsqueeze(-1)  # (B, prompts, positions, 1)
+    total = torch.where(kept, values, 0.0).sum(dim=(1, 2))
+    return total / kept.sum(dim=(1, 2)).clamp(min=1)
+
+
+def centred(query: Tensor, known: Tensor, left_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Subtracts from readings the mean of the known ones that are not left out.
+
+    Maps ``query [B, F]``, ``known [M, F]`` and ``left_out [B, M]``, all in float32 at least, to the
+    centred ``[B, F]`` and ``[B, M, F]``, which is 0 for what is left out, and to ``[B, M]``: 1 for
+    what is kept, 0 for what is left out.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    query, known, kept = query.to(dtype), known.to(dtype), (~left_out).to(dtype)
+    centre = kept @ known / kept.sum(1, keepdim=True)  # (B, F)
+    return query - centre, (known - centre[:, None]) * kept[..., None], kept

@@ -10,6 +10,7 @@ from loragen.core.errors import DataError
 from loragen.core.generator import collected
 from loragen.core.generator.collected import Collected
 from loragen.core.generator.network import Network, Normalization, new_network
+from loragen.core.protocols import SupportSet
 
 DATASETS, DIM = 5, 6
 LAYOUT = Layout.of(
@@ -118,7 +119,7 @@ def test_a_prediction_does_not_depend_on_the_adapter_that_it_leaves_out(decoder,
         network: Network = new_network(decoder, options, DIM, LAYOUT).eval()
         network.decoder.use_adapters(Collected(values, normalization.scale))
         support = torch.arange(DATASETS)
-        made = network.predict(condition, mask, known, known_mask, support, left_out)
+        made = network.predict(condition, mask, SupportSet(known, known_mask, support, left_out))
         return normalization.denormalize(made).detach()
 
     values, noisy = adapters(), adapters()

@@ -6,10 +6,10 @@ from torch import nn
 
 from loragen.core.config.schema import GenTrainingSection
 from loragen.core.generator.network import Network
-from loragen.core.learning.data import PairBatch, SupportSet
+from loragen.core.learning.data import PairBatch
 from loragen.core.learning.module import GeneratorModule, new_optimizer
 from loragen.core.learning.plan import Phase, Phases
-from loragen.core.protocols import Objective
+from loragen.core.protocols import Objective, SupportSet
 
 CONDITION = torch.randn(2, 3, 1, 5, generator=torch.Generator().manual_seed(0))
 BATCH = PairBatch(CONDITION, torch.ones(2, 3, 1, dtype=torch.bool), torch.zeros(2, 4, 2))

@@ -1,7 +1,9 @@
 """Transfer: behaviour, with every adapter predicted from other datasets alone (leave-one-out).
 
 Each prediction is made as if the adapter's own dataset had never been collected, so the generator
-is trained for new datasets. The datasets that it may use are its support set.
+is trained for new datasets. The datasets that it may use are its support set. A decoder that trains
+a single adapter for all datasets (`Transfers`) trains it on the rows of all; it leaves datasets out
+in validation alone.
 """
 
 from collections.abc import Sequence
@@ -19,18 +21,15 @@ from loragen.core.generator.network import Network
 from loragen.core.learning.arrays import SourceArrays
 from loragen.core.learning.data import (
     PairBatch,
-    SupportSet,
     TrainingData,
     condition_of,
     draw_texts,
-    pair_of,
     stack_conditions,
-    stack_pairs,
 )
 from loragen.core.learning.objectives.behaviour import Behaviour, BehaviourBatches, draw_rows
 from loragen.core.learning.sources import TrainingSource
 from loragen.core.plugins import find
-from loragen.core.protocols import Automatic
+from loragen.core.protocols import Automatic, SupportSet
 
 MIN_DATASETS = 2
 """Of fewer, nothing is left to predict from."""
@@ -123,15 +122,8 @@ class Transfer(Behaviour):
         return batches
 
     def predict(self, network: Network, batch: PairBatch) -> Tensor:
-        support = cast(SupportSet, batch.support)
-        return network.predict(
-            batch.condition,
-            batch.mask,
-            support.condition,
-            support.mask,
-            support.datasets,
-            support.left_out,
-        )
+        assert batch.support is not None
+        return network.predict(batch.condition, batch.mask, batch.support)
 
     @cached_property
     def known(self) -> tuple[Tensor, Tensor]:
@@ -145,19 +137,19 @@ class Transfer(Behaviour):
         )
 
     def predict_for_validation(self, network: Network, batch: PairBatch) -> Tensor:
-        """Leaves the batch's own dataset out, as for a new one."""
-        sources, device = self.data.sources, batch.condition.device
-        known, known_mask = self.known
-        own = batch.source
+        return self._predict_left_out(network, batch.condition, batch.mask, batch.source)
+
+    def _predict_left_out(
+        self, network: Network, condition: Tensor, mask: Tensor, own: int | None
+    ) -> Tensor:
+        """Returns the adapter of one condition, ``[1, tokens, token_dim]``, without the training
+        dataset `own` and other sources of it, as for a new dataset; None: it is new."""
+        sources, device = self.data.sources, condition.device
+        known, known_mask = (tensor.to(device) for tensor in self.known)
         left_out = [own is not None and same_dataset(sources, own, i) for i in range(len(sources))]
-        return network.predict(
-            batch.condition,
-            batch.mask,
-            known.to(device),
-            known_mask.to(device),
-            torch.arange(len(sources)),
-            torch.tensor([left_out], device=device),
-        )
+        without = torch.tensor([left_out], device=device)
+        support = SupportSet(known, known_mask, torch.arange(len(sources)), without)
+        return network.predict(condition, mask, support)
 
     @torch.no_grad()
     def accuracy_on_left_out(self, network: Network) -> float:
@@ -172,13 +164,11 @@ class Transfer(Behaviour):
             source, device = sources[index], network.condition_mean.device
             count = self.data.config.data.prompts_per_condition
             texts = draw_texts(source.train_texts, count, f"compared:{index}")
-            batch = stack_pairs([pair_of(source, texts, len(source.tokens) - 1)])
-            condition, mask = batch.condition.to(device), batch.mask.to(device)
-            batch = batch._replace(condition=condition, mask=mask, source=index)
+            condition, mask = (one[None].to(device) for one in condition_of(source, texts))
             assert source.rows is not None
             examples = draw_rows(source.rows.training, COMPARED_ROWS, Random(f"compared:{index}"))
             rows = self.data.collate(examples).to(device)
-            predicted = self.predict_for_validation(network, batch)
+            predicted = self._predict_left_out(network, condition, mask, index)
             shares.append(float(self.base_loss.accuracy(predicted, rows)[1]))
         network.train(was_training)
         return sum(shares) / len(shares)
