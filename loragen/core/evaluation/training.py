@@ -180,7 +180,7 @@ def multi_task_config(
     own.lora.freeze_a = False  # that is for adapters that are to be added up
     own.training.max_steps = most_steps
     own.training.patience = max(steps, round(PATIENCE * most_steps))
-    own.training.val_every = max(1, own.training.patience // 5)
+    own.training.val_every = max(1, own.training.patience // 3)
     every = own.training.val_every  # one per validation; the best is used
     own.checkpoints = CheckpointsSection(first_step=every, every=every, optimizer="none")
     return own
