@@ -434,11 +434,12 @@ class GenTrainConfig(Section):
     encoder: PluginSection = PluginSection(name="sbert")
     decoder: PluginSection = Field(
         PluginSection(name=AUTO),
-        description="mixture: an affine combination of the collected adapters; neighbours: that of "
-        "the most similar dataset, or one of all datasets; hyperconv: the convolutional decoder of "
-        "Drag-and-Drop LLMs; another installed one; auto: for the objective transfer the better of "
-        "the first two on left-out datasets, otherwise hyperconv. Options without a name are those "
-        "of hyperconv.",
+        description="mixture: an affine combination of the collected adapters; neighbours: one "
+        "of all datasets, moved towards that of the most similar one; hyperconv: the output of the "
+        "convolutional decoder of Drag-and-Drop LLMs; another installed one; auto: for the "
+        "objective transfer mixture if it makes the adapters of left-out datasets, else "
+        "neighbours; for other objectives hyperconv. Options without a name are those of "
+        "hyperconv.",
     )
     layout: LayoutSection = LayoutSection()
     data: GenDataSection = GenDataSection()

@@ -24,7 +24,8 @@ from loragen.core.run.checkpoints import load_adapter
 log = logging.getLogger(__name__)
 
 TRANSFERRING = ("neighbours", "mixture")
-"""The decoders that `auto` chooses from for an objective that leaves datasets out."""
+"""What `auto` stands for with an objective that leaves datasets out: the second where adapters add
+up, otherwise the first."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ class Plan:
     layout: Layout
     reason: str
     """Why this objective was chosen."""
-    candidates: Sequence[str]
-    """The decoders of which the training takes the best one, if `auto` stands for several."""
+    tries_mixture: bool
+    """Whether the training first tries if a mixture of the other adapters makes that of a dataset,
+    since `auto` then stands for the decoder `mixture`."""
 
     @property
     def base_model(self) -> str:
@@ -53,11 +55,8 @@ class Plan:
 
     def summary(self) -> str:
         decoder = f"{self.config.decoder.name}: {method(self.config.decoder.name)}"
-        if self.candidates:
-            decoder = (
-                f"{' or '.join(self.candidates)}: the one with which more rows of left-out "
-                f"datasets are answered right before its training; shown: {decoder}"
-            )
+        if self.tries_mixture:
+            decoder += f"; or {TRANSFERRING[1]}, if it makes the adapters of left-out datasets"
         checkpoints = sum(len(source.checkpoints) for source in self.sources)
         return (
             f"{len(self.sources)} datasets, {checkpoints} checkpoints of {self.layout.values:,} "
@@ -107,10 +106,10 @@ def make_plan(config: GenTrainConfig, found: Sources) -> Plan:
                 )
     if config.training.importance and len(sources) < 2:
         raise UsageError("training.importance compares datasets: it needs two at least")
-    several = config.decoder.name == AUTO
+    automatic = config.decoder.name == AUTO
     config, reason = choose_method(config, sources)
-    candidates = TRANSFERRING if several and config.decoder.name in TRANSFERRING else ()
-    return Plan(config, sources, val_sources, layout, reason, candidates)
+    tries_mixture = automatic and config.decoder.name in TRANSFERRING
+    return Plan(config, sources, val_sources, layout, reason, tries_mixture)
 
 
 def choose_method(

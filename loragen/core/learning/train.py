@@ -46,6 +46,7 @@ from loragen.core.learning.data import TrainingData
 from loragen.core.learning.module import GeneratorModule
 from loragen.core.learning.objectives.transfer import Transfer
 from loragen.core.learning.plan import (
+    TRANSFERRING,
     Phases,
     Plan,
     default_decoder,
@@ -70,6 +71,9 @@ from loragen.core.run.resume import ResumePoint, restore_weights
 
 log = logging.getLogger(__name__)
 
+ADDS_UP = 0.8
+"""Share of what collected adapters answer right that a mixture of others must answer, for `auto` to
+stand for the decoder `mixture`: then a new dataset's adapter is mostly a mixture, too."""
 IGNORED_ON_RESUME = (
     "experiments_dir",
     "loggers",
@@ -117,8 +121,8 @@ def train(
         scales = generator.layout, generator.normalization, generator.adapter_config
         data = TrainingData(config, *scales, arrays, val_arrays, base)
         data.phases = phases = make_phases(config, data)
-        if plan.candidates:
-            config, generator = best_decoder(plan, config, data, encoder, generator)
+        if plan.tries_mixture:
+            config, generator = decoder_of_left_out(plan, config, data, encoder, generator)
             data.config = config
             manifest = new_manifest(plan, config, [*arrays, *val_arrays], encoder, base)
         selection = select_by(
@@ -264,31 +268,32 @@ def new_generator(
     )
 
 
-def best_decoder(
+def decoder_of_left_out(
     plan: Plan, config: GenTrainConfig, data: TrainingData, encoder: Encoder, first: Generator
 ) -> tuple[GenTrainConfig, Generator]:
-    """Returns the untrained generator, of all candidates for its decoder, with which the base
-    answers most rows of left-out datasets right, and the configuration with that decoder.
+    """Returns an untrained generator with the decoder `mixture`, and the configuration with it, if
+    its adapters of left-out datasets answer at least `ADDS_UP` of what the collected ones do.
 
-    `first` is the generator with the first candidate. Of equally good ones the first is taken,
-    also for objectives that do not compare them.
+    Otherwise returns `first`, the generator of the plan, also for objectives that cannot tell.
     """
-    names, objective = plan.candidates, data.phases.phases[0].objective
-    configs = [config.model_copy(update={"decoder": default_decoder(name)}) for name in names]
-    others = (new_generator(plan, one, data.sources, encoder) for one in configs[1:])
-    generators = [first, *others]
-    best = 0
+    objective = data.phases.phases[0].objective
     if isinstance(objective, Transfer):
+        mixture = config.model_copy(update={"decoder": default_decoder(TRANSFERRING[1])})
+        generator = new_generator(plan, mixture, data.sources, encoder)
         device = torch.device("cpu") if config.trainer.accelerator == "cpu" else best_device()
         objective.to(device)
-        shares = [objective.accuracy_on_left_out(one.network.to(device)) for one in generators]
-        for one in generators:
-            one.network.cpu()
-        best = shares.index(max(shares))
-        told = ", ".join(f"{name} {share:.1%}" for name, share in zip(names, shares, strict=True))
-        log.info("rows of left-out datasets answered right before training: %s", told)
-    log.info("decoder: %s", names[best])
-    return configs[best], generators[best]
+        predicted, collected = objective.accuracy_on_left_out(generator.network.to(device))
+        generator.network.cpu()
+        log.info(
+            "training rows answered right: %.1f%% with a mixture of the other datasets' adapters, "
+            "%.1f%% with the dataset's own",
+            100 * predicted,
+            100 * collected,
+        )
+        if predicted >= ADDS_UP * collected > 0:
+            config, first = mixture, generator
+    log.info("decoder: %s", config.decoder.name)
+    return config, first
 
 
 def new_manifest(

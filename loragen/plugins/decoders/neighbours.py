@@ -1,4 +1,4 @@
-"""Neighbours: the adapters of similar datasets, or a multi-task adapter where none is similar."""
+"""Neighbours: a multi-task adapter, moved towards the adapter of the most similar dataset."""
 
 from collections.abc import Iterable
 
@@ -20,20 +20,22 @@ SMALLEST = 1e-3
 
 
 class Neighbours(nn.Module):
-    """The adapters of the most similar datasets, or one of all datasets where none is similar.
+    """One adapter of all datasets, moved towards those of the most similar ones.
 
     ::
 
         reading      [B, dim]       the mean embedding of the prompts
         similarity   [B, N]         its cosine with those of the N datasets, less their mean
-        shares       [B, N + 1] =   softmax([similarity, threshold] / temperature)
-        adapter      [B, tokens, token_dim] = shares @ [collected adapters, multi-task adapter]
+        weight       [B] =          pull * the highest similarity, at least 0 and at most 1
+        nearest      [B, tokens, token_dim] = softmax(similarity / temperature) @ collected adapters
+        adapter      [B, tokens, token_dim] = weight * nearest + (1 - weight) * multi-task adapter
 
-    A combination of adapters of different tasks often solves neither task, so the temperature is
-    low: one close neighbour is taken whole. The multi-task adapter is trained through the base on
-    the rows of all datasets, and starts as the mean of the collected ones. Nothing else is trained:
-    it has seen the task of every training dataset, so shares that are learned beside it would trust
-    it too much.
+    A combination of the adapters of two tasks often solves neither task, so the temperature is low:
+    one close neighbour is taken whole. The multi-task adapter can follow the instruction of a task
+    that resembles no other; part of the way to a neighbour's adapter it does so better, also where
+    neither alone does. It is trained through the base on the rows of all datasets, and starts as
+    the mean of the collected ones. Nothing else is trained: the multi-task adapter has seen the
+    task of every training dataset, so a weight that is learned beside it would trust it too much.
 
     The adapters of the most similar tasks are combined by LoraRetriever, too (arXiv 2402.09997).
     """
@@ -42,12 +44,12 @@ class Neighbours(nn.Module):
         temperature: float = Field(
             0.05, gt=0, description="Of the softmax; a low one takes the most similar one whole."
         )
-        threshold: float = Field(
-            0.4,
-            ge=-1,
+        pull: float = Field(
+            0.5,
+            ge=0,
             le=1,
-            description="A collected adapter of this similarity has the share of the multi-task "
-            "adapter.",
+            description="The weight of the most similar adapters, for each unit of similarity; the "
+            "rest is the multi-task adapter.",
         )
 
     trains_one_adapter = True
@@ -98,8 +100,8 @@ class Neighbours(nn.Module):
     def choices(self) -> list[str]:
         count = len(self.readings)
         return [
-            f"the most similar of {count} adapters; they stay on disk, beside the generator",
-            "one more adapter is trained on the rows of all datasets, for where none is similar",
+            "a multi-task adapter is trained on the rows of all datasets",
+            f"it is moved towards the most similar of {count} adapters, kept beside the generator",
         ]
 
     def _multi_task(self) -> Tensor:
@@ -116,11 +118,11 @@ class Neighbours(nn.Module):
             query, known, kept = centred(query, known, left_out)
             similarity = nn.functional.cosine_similarity(query[:, None], known, dim=-1)  # (B, M)
             similarity = similarity.masked_fill(kept == 0, -torch.inf)
-            threshold = similarity.new_full((len(query), 1), self.config.threshold)
-            logits = torch.cat([similarity, threshold], 1) / self.config.temperature
-            shares = logits.softmax(-1)
-            shares = torch.where(shares < SMALLEST, 0.0, shares)
-            return shares / shares.sum(1, keepdim=True)
+            weight = (self.config.pull * similarity.amax(1, keepdim=True)).clamp(0, 1)  # (B, 1)
+            nearest = (similarity / self.config.temperature).softmax(-1)
+            nearest = torch.where(nearest < SMALLEST, 0.0, nearest)
+            nearest = nearest / nearest.sum(1, keepdim=True)
+            return torch.cat([weight * nearest, 1 - weight], 1)
 
     def _adapter(self, shares: Tensor, datasets: Iterable[int]) -> Tensor:
         """Maps ``shares [B, M + 1]`` to ``[B, tokens, token_dim]``."""

@@ -9,8 +9,10 @@ in validation alone.
 from collections.abc import Sequence
 from functools import cached_property, partial
 from random import Random
+from statistics import fmean
 from typing import Any, cast
 
+import numpy as np
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
@@ -36,7 +38,7 @@ MIN_DATASETS = 2
 MIN_FOR_AUTO = 3
 """Of fewer, leaving one out leaves one adapter, and nothing to choose from."""
 COMPARED_DATASETS, COMPARED_ROWS = 64, 8
-"""The most datasets, and the rows of each, on which decoders are compared."""
+"""The most datasets, and the rows of each, on which left-out adapters are tried."""
 MAX_TEXTS = 256
 """Texts of each dataset when the decoder is fitted: more would hardly move a mean."""
 ENCODER_TRAINS = "the encoder is trained (frozen: false)"
@@ -152,14 +154,14 @@ class Transfer(Behaviour):
         return network.predict(condition, mask, support)
 
     @torch.no_grad()
-    def accuracy_on_left_out(self, network: Network) -> float:
+    def accuracy_on_left_out(self, network: Network) -> tuple[float, float]:
         """Returns the share of training rows that the base answers right with the adapter of their
-        dataset, predicted from the others; the same rows for every network."""
+        dataset as it is predicted from the others, and with the collected adapter itself."""
         was_training = network.training
         network.eval()
         sources = self.data.sources
         step = -(-len(sources) // COMPARED_DATASETS)
-        shares = []
+        shares: list[tuple[float, float]] = []
         for index in range(0, len(sources), step):
             source, device = sources[index], network.condition_mean.device
             count = self.data.config.data.prompts_per_condition
@@ -169,9 +171,14 @@ class Transfer(Behaviour):
             examples = draw_rows(source.rows.training, COMPARED_ROWS, Random(f"compared:{index}"))
             rows = self.data.collate(examples).to(device)
             predicted = self._predict_left_out(network, condition, mask, index)
-            shares.append(float(self.base_loss.accuracy(predicted, rows)[1]))
+            collected = torch.from_numpy(np.array(source.tokens[-1]))[None].to(device)
+            of_predicted, of_collected = (
+                float(self.base_loss.accuracy(one, rows)[1]) for one in (predicted, collected)
+            )
+            shares.append((of_predicted, of_collected))
         network.train(was_training)
-        return sum(shares) / len(shares)
+        predicted_share, collected_share = map(fmean, zip(*shares, strict=True))
+        return predicted_share, collected_share
 
     @torch.no_grad()
     def finalize(self, network: Network) -> None:
