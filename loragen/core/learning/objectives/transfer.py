@@ -171,7 +171,8 @@ class Transfer(Behaviour):
             examples = draw_rows(source.rows.training, COMPARED_ROWS, Random(f"compared:{index}"))
             rows = self.data.collate(examples).to(device)
             predicted = self._predict_left_out(network, condition, mask, index)
-            collected = torch.from_numpy(np.array(source.tokens[-1]))[None].to(device)
+            own = torch.from_numpy(np.array(source.tokens[-1]))[None].to(device)
+            collected = self.base_loss.normalization.normalize(own)
             of_predicted, of_collected = (
                 float(self.base_loss.accuracy(one, rows)[1]) for one in (predicted, collected)
             )
