@@ -145,6 +145,31 @@ class TestObjectives:
         point = GeneratorPoint.find(run.directory)
         assert point.resumed(configured(GenTrainConfig, settings)).decoder.name == decoder
 
+    def test_auto_compares_with_the_collected_adapters_as_they_are(
+        self, collection, sbert_dir, tmp_path, monkeypatch
+    ):
+        """The base is asked twice for each dataset: as predicted, and as collected."""
+        asked, compare = [], Transfer.accuracy_on_left_out
+
+        def comparing(objective, network):
+            loss = objective.base_loss
+            answered = loss.accuracy
+            monkeypatch.setattr(
+                loss, "accuracy", lambda *given: asked.append(given[0]) or answered(*given)
+            )
+            found = compare(objective, network)
+            for source, adapter in zip(objective.data.sources, asked[1::2], strict=True):
+                expected = torch.tensor(source.tokens[-1])
+                assert loss.normalization.denormalize(adapter[0]).allclose(expected, atol=1e-5)
+            return found
+
+        monkeypatch.setattr(Transfer, "accuracy_on_left_out", comparing)
+        settings = {**generator_settings(collection, sbert_dir, tmp_path), **SMALL}
+        settings = {k: v for k, v in settings.items() if not k.startswith("decoder.")}
+        settings |= {"training.objective": "transfer", "decoder": {"name": "auto"}}
+        train(configured(GenTrainConfig, settings), Silent())
+        assert len(asked) >= 4
+
     def test_shares_of_neighbours_sum_to_1_with_that_of_all_datasets(self, trained):
         run = trained({**TRANSFER, "decoder": {"name": "neighbours", "temperature": 1.0}})
         found = Generator.load(run.directory).generate(["Question 1 about red?"])
