@@ -204,16 +204,16 @@ def swap_adapter(model: Any, adapter: Adapter, origin: str) -> None:
     """Loads other weights into a model of `attach_adapter`, which is faster than attaching again.
 
     Raises LoragenError naming the first tensor that is missing, unexpected or of another shape, and
-    if the adapter also trains weights of the base.
+    if the adapter also has weights of the base.
     """
     from peft import set_peft_model_state_dict
 
     expected = {key: value.shape for key, value in adapter_state(model).items()}
-    of_base = [key for key in expected if "lora_" not in key]
+    of_base = [key for key in {**expected, **adapter.tensors} if "lora_" not in key]
     if of_base:
         raise LoragenError(
-            f"{origin}: bias or modules_to_save trains weights of the base itself "
-            f"({listing(of_base, 2)}); only LoRA matrices are supported"
+            f"{origin}: has weights of the base itself ({listing(of_base, 2)}), from bias, "
+            "modules_to_save or save_embedding_layers; only LoRA matrices are supported"
         )
     problem = shape_mismatch(expected, {key: t.shape for key, t in adapter.tensors.items()})
     if problem:
