@@ -237,11 +237,13 @@ class TestInfer:
         arguments = ("gen", "infer", "--model", experiment, "--output", "adapter")
         assert loragen(*arguments, *PROMPT).exit_code == 0
         before = read_adapter(loragen.work / "adapter").tensors
-        (loragen.work / "adapter" / "mine.txt").touch()
+        own = loragen.work / "adapter" / "mine.txt"
+        own.touch()
         other = ("--prompt", "something else entirely")
         assert "exists already" in fails(2, *arguments, *other)
+        assert "mine.txt" in fails(2, *arguments, *other, "--force")
+        own.unlink()
         assert loragen(*arguments, *other, "--force").exit_code == 0
-        assert not (loragen.work / "adapter" / "mine.txt").exists()
         after = read_adapter(loragen.work / "adapter").tensors
         assert any(not after[key].equal(before[key]) for key in before)
 

@@ -642,6 +642,12 @@ class TestExport:
         assert "mine exists" in fails(2, *export)
         assert fails.loragen(*export, "--force").exit_code == 0
         assert "--force" in fails(2, *export, "--merge", "--force")
+        merged = ("lora", "export", run, "--output", "merged", "--merge", "--force")
+        for arguments in (merged, merged, (*export, "--force")):  # merged: also over itself
+            assert fails.loragen(*arguments).exit_code == 0
+        for name, arguments in (("mine", (*export, "--force")), ("merged", merged)):
+            (fails.loragen.work / name / ".git").mkdir()
+            assert ".git" in fails(2, *arguments)
         model = shutil.copytree(collection.base, tmp_path / "model")
         error = fails(2, "lora", "export", run, "--output", model, "--merge", "--force")
         assert "--force" in error

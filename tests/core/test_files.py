@@ -152,6 +152,16 @@ def test_an_existing_output_needs_force(tmp_path):
         refuse_existing(tmp_path, force=False, marker="mark")
 
 
+def test_a_directory_with_files_of_others_is_not_replaced(tmp_path):
+    for name in ("mark", "a-1.json"):
+        (tmp_path / name).touch()
+    refuse_existing(tmp_path, force=True, marker="mark", written=("mark", "a*.json"))
+    (tmp_path / ".git").mkdir()
+    for written in (("mark", "a*.json"), ("[!.]*",)):
+        with pytest.raises(UsageError, match=r"also has \.git, which --force would delete"):
+            refuse_existing(tmp_path, force=True, marker="mark", written=written)
+
+
 def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path):
     (tmp_path / "f").write_bytes(b"x" * 3_000_000)
     assert sha256(tmp_path / "f") == hashlib.sha256(b"x" * 3_000_000).hexdigest()

@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from loragen.core.adapter import CONFIG_FILE
+from loragen.core.adapter import ADAPTER_FILES, CONFIG_FILE, MERGED_FILES
 from loragen.core.data.dataset import BadRow, Dataset, bad_lines
 from loragen.core.data.documents import Source, read_documents
 from loragen.core.data.formats import question_of
@@ -133,7 +133,8 @@ def output_path(output: Path, name: str, suffix: str) -> Path:
 def check_output(path: Path, overwrite: bool, marker: str = CONFIG_FILE) -> None:
     """Raises UsageError if something at `path` must not be replaced.
 
-    With `overwrite`, a weights file may be replaced, and a directory that contains `marker`.
+    With `overwrite`, a weights file may be replaced, and a directory that contains `marker` and
+    nothing that loragen has not written.
     """
     refuse_file(path.parent)
     if path.suffix in OTHER_WEIGHTS:
@@ -144,7 +145,8 @@ def check_output(path: Path, overwrite: bool, marker: str = CONFIG_FILE) -> None
     if path.suffix in FILE_SUFFIXES:
         refuse_existing_file(path, overwrite)
     else:
-        refuse_existing(path, overwrite, marker)
+        written = ADAPTER_FILES if marker == CONFIG_FILE else MERGED_FILES
+        refuse_existing(path, overwrite, marker, written)
 
 
 def nonempty_prompts(prompts: str | Sequence[str]) -> list[str]:
