@@ -16,7 +16,10 @@ def run_demo(
     seed: Annotated[
         int,
         typer.Option(
-            "--seed", min=0, help="Seed of the held-out pairs and of every initialisation."
+            "--seed",
+            min=0,
+            max=2**32 - 1,
+            help="Seed of the held-out pairs and of every initialisation.",
         ),
     ] = 0,
     world: Annotated[

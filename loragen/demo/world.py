@@ -34,6 +34,9 @@ PROMPT_REPEATS = 2
 """Rows about each training creature whose prompts the generator reads, a part of those that the
 adapters are trained on: more would mostly take time to embed."""
 
+MARKER = "data/color-word/train.jsonl"
+"""The file by which `--force` recognises a demo. A world.yaml may be the user's own, beside other
+data."""
 WRITTEN = (
     *("data", "runs", "oracles", "multi_task", "experiments", "cache", "generated"),
     *("world.yaml", "results.json", "results.md", "results.png"),
@@ -314,7 +317,7 @@ def prepare_demo(out: Path, seed: int, world_file: Path | None, force: bool) -> 
     """
     demo = Demo(out, seed, World.load(world_file))
     world_text = (world_file or WORLD_FILE).read_text(encoding="utf-8")
-    refuse_existing(out, force, marker="world.yaml")
+    refuse_existing(out, force, MARKER)
     for path in (out / name for name in WRITTEN):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -128,11 +128,14 @@ def test_a_whole_attribute_may_be_held_out_but_not_everything(tmp_path):
 
 
 def test_a_directory_that_is_no_demo_is_not_changed(tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
+    """A copy of world.yaml, which the README asks for, does not make it one."""
+    kept = {"thesis.tex", "world.yaml", "data"}
+    for name in kept:
+        (tmp_path / name).write_text("years of work", encoding="utf-8")
     for force in (False, True):
         with pytest.raises(UsageError, match=str(tmp_path.name)):
             prepare_demo(tmp_path, 0, None, force)
-    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+    assert {file.name for file in tmp_path.iterdir()} == kept
 
 
 def test_force_replaces_an_earlier_demo_and_nothing_else(tmp_path):
