@@ -1,4 +1,5 @@
 import hashlib
+import json
 import shutil
 import sys
 from importlib.util import find_spec
@@ -108,6 +109,19 @@ def test_an_empty_directory_is_one_line(tmp_path):
     with pytest.raises(LoragenError, match="does not load") as error:
         create("encoder", "sbert", {"model": str(tmp_path)})
     assert "\n" not in str(error.value)
+
+
+def test_code_of_a_model_directory_is_not_run(sbert_dir, tmp_path):
+    """A generator's file names its encoder: loading it must not run what a stranger has written."""
+    model, ran = shutil.copytree(sbert_dir, tmp_path / "sbert"), tmp_path / "ran"
+    code = f"from pathlib import Path\nPath({str(ran)!r}).touch()\nclass Module: ...\n"
+    (model / "stranger.py").write_text(code, encoding="utf-8")
+    modules = json.loads((model / "modules.json").read_text(encoding="utf-8"))
+    modules[-1]["type"] = "stranger.Module"
+    (model / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    with pytest.raises(LoragenError, match=r"does not load: .*stranger\.Module"):
+        create("encoder", "sbert", {"model": str(model)})
+    assert not ran.exists()
 
 
 @pytest.fixture
