@@ -317,9 +317,8 @@ class GenTrainingSection(Section):
     objective: str = Field(
         "auto",
         description="reconstruction: collected weights; behaviour: the base's loss; transfer: the "
-        "base's loss with each adapter predicted from the other datasets alone; another installed "
-        "one; A-then-B: one after the other; auto: what base, labels and the number of datasets "
-        "allow.",
+        "same, for decoders that combine collected adapters; another installed one; A-then-B: one "
+        "after the other; auto: what base, labels and the number of datasets allow.",
     )
     objective_options: dict[str, dict[str, Any]] = Field(
         {}, description="Options of an objective of another package: its name -> its options."
