@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from loragen.core.protocols import CollectedAdapters, Samples, SupportSet, TokenGrid
-from loragen.plugins.decoders.combination import Combination, without_autocast
+from loragen.plugins.decoders.combination import CHUNK, Combination, without_autocast
 from loragen.plugins.decoders.reading import centred, mean_over_prompts
 
 RATE = 128.0
@@ -72,8 +72,10 @@ class Neighbours(nn.Module):
     def start_from(self, samples: Samples) -> None:
         """Starts the multi-task adapter as the mean. What is the same in all adapters, as a frozen
         A, stays."""
-        for first in range(0, self.grid.tokens, 1024):
-            here = slice(first, first + 1024)
+        count, tokens, dim = samples.shape
+        step = max(1, CHUNK // (count * dim))
+        for first in range(0, tokens, step):
+            here = slice(first, first + step)
             values = samples[here]  # (samples, tokens, token_dim)
             self.multi_task[here] = values.mean(0) / RATE
             self.differs[here] = (values != values[0]).any(0).any(-1, keepdim=True)
