@@ -58,7 +58,7 @@ class Neighbours(nn.Module):
 
     def __init__(self, config: Config, condition_dim: int, grid: TokenGrid) -> None:
         super().__init__()
-        self.config, self.grid = config, grid
+        self.config = config
         self.combine = Combination(np.zeros(grid.tokens, np.int64))
         self.multi_task = nn.Parameter(torch.zeros(grid.tokens, grid.token_dim))  # over RATE
         self.register_buffer("readings", torch.zeros(0, condition_dim))
