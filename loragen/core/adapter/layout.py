@@ -156,10 +156,12 @@ class Layout:
     def unpack_several(self, tokens: Tensor) -> dict[str, Tensor]:
         """Returns the adapters of ``[adapters, tokens, token_dim]``, as ``{file key: [adapters,
         ...shape]}``: views in the dtype of the tokens, through which gradients flow."""
-        flat = tokens.flatten(1)  # (D, tokens * token_dim)
         adapters = {}
-        for spec, start in zip(self.tensors, self.starts, strict=True):
-            values = flat[:, start * self.token_dim :][:, : spec.size]
+        # The gradient of `split` is put together once; that of an index is as large as all tokens.
+        for spec, own in zip(
+            self.tensors, tokens.split_with_sizes(self.counts, dim=1), strict=True
+        ):
+            values = own.flatten(1)[:, : spec.size]
             shape = spec.shape[::-1] if spec.by_columns else spec.shape
             several = values.reshape(-1, *shape)
             adapters[spec.key] = several.mT if spec.by_columns else several
