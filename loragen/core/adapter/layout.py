@@ -155,7 +155,7 @@ class Layout:
 
     def unpack_several(self, tokens: Tensor) -> dict[str, Tensor]:
         """Returns the adapters of ``[adapters, tokens, token_dim]``, as ``{file key: [adapters,
-        ...shape]}``: views in the dtype of the tokens, through which gradients flow."""
+        ...shape]}`` in the dtype of the tokens; gradients flow through them."""
         adapters = {}
         # The gradient of `split` is put together once; that of an index is as large as all tokens.
         for spec, own in zip(
