@@ -134,7 +134,7 @@ def check_output(path: Path, overwrite: bool, marker: str = CONFIG_FILE) -> None
     """Raises UsageError if something at `path` must not be replaced.
 
     With `overwrite`, a weights file may be replaced, and a directory that contains `marker` and
-    nothing that loragen has not written.
+    nothing but `ADAPTER_FILES` or `MERGED_FILES`.
     """
     refuse_file(path.parent)
     if path.suffix in OTHER_WEIGHTS:

@@ -122,7 +122,7 @@ def train(
         data = TrainingData(config, *scales, arrays, val_arrays, base)
         data.phases = phases = make_phases(config, data)
         if plan.tries_mixture:
-            config, generator = decoder_of_left_out(plan, config, data, encoder, generator)
+            config, generator = try_mixture(plan, config, data, encoder, generator)
             data.config = config
             manifest = new_manifest(plan, config, [*arrays, *val_arrays], encoder, base)
         selection = select_by(
@@ -268,7 +268,7 @@ def new_generator(
     )
 
 
-def decoder_of_left_out(
+def try_mixture(
     plan: Plan, config: GenTrainConfig, data: TrainingData, encoder: Encoder, first: Generator
 ) -> tuple[GenTrainConfig, Generator]:
     """Returns an untrained generator with the decoder `mixture`, and the configuration with it, if

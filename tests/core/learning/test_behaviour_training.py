@@ -48,6 +48,13 @@ SMALL = {
 }
 
 
+def automatic(collection, sbert_dir, home):
+    """A short training by transfer that chooses its decoder."""
+    ours = {**generator_settings(collection, sbert_dir, home), **SMALL}
+    plain = {key: value for key, value in ours.items() if not key.startswith("decoder.")}
+    return {**plain, "training.objective": "transfer", "decoder": {"name": "auto"}}
+
+
 @pytest.fixture(scope="module")
 def trained(collection, sbert_dir, tmp_path_factory):
     """`trained({...})` trains in both phases, 4 steps each, once, and gives the run. Nobody writes
@@ -134,9 +141,7 @@ class TestObjectives:
         self, collection, sbert_dir, tmp_path, monkeypatch, caplog, right, decoder
     ):
         monkeypatch.setattr(Transfer, "accuracy_on_left_out", lambda *_: right)
-        settings = {**generator_settings(collection, sbert_dir, tmp_path), **SMALL}
-        settings = {k: v for k, v in settings.items() if not k.startswith("decoder.")}
-        settings |= {"training.objective": "transfer", "decoder": {"name": "auto"}}
+        settings = automatic(collection, sbert_dir, tmp_path)
         with caplog.at_level("INFO", "loragen"):
             run = train(configured(GenTrainConfig, settings), Silent())
         assert "70.0% with the dataset's own" in caplog.text
@@ -164,9 +169,7 @@ class TestObjectives:
             return found
 
         monkeypatch.setattr(Transfer, "accuracy_on_left_out", comparing)
-        settings = {**generator_settings(collection, sbert_dir, tmp_path), **SMALL}
-        settings = {k: v for k, v in settings.items() if not k.startswith("decoder.")}
-        settings |= {"training.objective": "transfer", "decoder": {"name": "auto"}}
+        settings = automatic(collection, sbert_dir, tmp_path)
         train(configured(GenTrainConfig, settings), Silent())
         assert len(asked) >= 4
 
