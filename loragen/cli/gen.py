@@ -484,7 +484,6 @@ def _output_paths(
     force: bool,
 ) -> list[Path]:
     """Returns the path of each adapter. Raises UsageError if any of them cannot be written."""
-    from loragen.core.adapter import CONFIG_FILE, MERGED_MARKER
     from loragen.core.generator.requests import (
         FILE_SUFFIXES,
         check_output,
@@ -500,5 +499,5 @@ def _output_paths(
         raise UsageError("--merge: it writes directories, not files; name a directory")
     paths = [output_path(home, name, f".{file_format}" if files else "") for name in names]
     for path in paths:
-        check_output(path, force, MERGED_MARKER if merge else CONFIG_FILE)
+        check_output(path, force, merge)
     return paths

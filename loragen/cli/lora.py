@@ -225,15 +225,11 @@ def lora_export(
     An adapter loads with `peft.PeftModel.from_pretrained(base, DIR)`; a merged model, in the base's
     own dtype and with its tokenizer, with `AutoModelForCausalLM.from_pretrained(DIR)`.
     """
-    from loragen.core.adapter import ADAPTER_FILES, CONFIG_FILE, MERGED_FILES, MERGED_MARKER
-    from loragen.core.files import refuse_existing
+    from loragen.core.adapter import refuse_existing_adapter
 
     if not checkpoint.exists():
         raise UsageError(f"{checkpoint}: no such adapter or checkpoint")
-    if merge:
-        refuse_existing(output, force, marker=MERGED_MARKER, written=MERGED_FILES)
-    else:
-        refuse_existing(output, force, marker=CONFIG_FILE, written=ADAPTER_FILES)
+    refuse_existing_adapter(output, force, merge)
 
     from loragen.core.adapter.export import export_adapter, export_merged, prepare_export
     from loragen.core.run.checkpoints import is_run_or_adapter, read_checkpointed_adapter

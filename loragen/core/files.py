@@ -10,7 +10,6 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -88,12 +87,14 @@ def write_json(path: Path, document: Any) -> None:
     write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
-def refuse_existing(path: Path, force: bool, marker: str, written: Sequence[str] = ("*",)) -> None:
+def refuse_existing(
+    path: Path, force: bool, marker: str, written: Sequence[str] | None = None
+) -> None:
     """Raises UsageError if `path` exists. An empty directory may be replaced; with `force` also
     an earlier output of the same kind, a directory with the file `marker` in it.
 
-    Where the whole directory is replaced, `written` are the patterns of the names that such an
-    output has: nothing else that lies there, such as .git, may be lost.
+    Where the whole directory is replaced, `written` are the names of the files that such an output
+    has: nothing else that lies there, such as .git, may be lost.
     """
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
@@ -101,8 +102,9 @@ def refuse_existing(path: Path, force: bool, marker: str, written: Sequence[str]
         raise UsageError(f"{path} exists already; choose another path or add --force")
     if not (path / marker).is_file():
         raise UsageError(f"{path} has no {marker}: --force replaces only earlier outputs")
-    names = sorted(one.name for one in path.iterdir())
-    if others := [name for name in names if not any(fnmatchcase(name, one) for one in written)]:
+    if written is None:
+        return
+    if others := sorted({one.name for one in path.iterdir()} - {*written}):
         raise UsageError(
             f"{path} also has {listing(others, 3)}, which --force would delete; choose another path"
         )

@@ -646,8 +646,8 @@ class TestExport:
         for arguments in (merged, merged, (*export, "--force")):  # merged: also over itself
             assert fails.loragen(*arguments).exit_code == 0
         for name, arguments in (("mine", (*export, "--force")), ("merged", merged)):
-            (fails.loragen.work / name / ".git").mkdir()
-            assert ".git" in fails(2, *arguments)
+            (fails.loragen.work / name / "notes.txt").touch()
+            assert "notes.txt" in fails(2, *arguments)
         model = shutil.copytree(collection.base, tmp_path / "model")
         error = fails(2, "lora", "export", run, "--output", model, "--merge", "--force")
         assert "--force" in error

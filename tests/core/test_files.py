@@ -155,11 +155,10 @@ def test_an_existing_output_needs_force(tmp_path):
 def test_a_directory_with_files_of_others_is_not_replaced(tmp_path):
     for name in ("mark", "a-1.json"):
         (tmp_path / name).touch()
-    refuse_existing(tmp_path, force=True, marker="mark", written=("mark", "a*.json"))
+    refuse_existing(tmp_path, force=True, marker="mark", written=("mark", "a-1.json"))
     (tmp_path / ".git").mkdir()
-    for written in (("mark", "a*.json"), ("[!.]*",)):
-        with pytest.raises(UsageError, match=r"also has \.git, which --force would delete"):
-            refuse_existing(tmp_path, force=True, marker="mark", written=written)
+    with pytest.raises(UsageError, match=r"also has \.git, which --force would delete"):
+        refuse_existing(tmp_path, force=True, marker="mark", written=("mark", "a-1.json"))
 
 
 def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path):

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from loragen.core.adapter import MERGED_MARKER
+from loragen.core.adapter import write_merged_marker
 from loragen.core.adapter.files import Adapter, attach_adapter, write_adapter
 from loragen.core.base.load import LanguageModel, load_base
 from loragen.core.base.names import absolute_base, is_gguf, is_path, resolve_base
 from loragen.core.config import DEMO
 from loragen.core.errors import UsageError
-from loragen.core.files import user_path, write_json, write_text, written_atomically
+from loragen.core.files import user_path, write_text, written_atomically
 
 HUB = "https://huggingface.co/"
 
@@ -56,7 +56,7 @@ def export_merged(adapter: Adapter, source: Path, output: Path) -> None:
         save_merged(model, base, temporary)
         write_text(temporary / "README.md", _card(adapter, source, merged=True))
         document = {"adapter": str(source), "base_model": name, "loragen": version("loragen")}
-        write_json(temporary / MERGED_MARKER, document)
+        write_merged_marker(temporary, document)
 
 
 def save_merged(model: Any, base: LanguageModel, directory: Path) -> None:

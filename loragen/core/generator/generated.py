@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from loragen.core.adapter import MERGED_MARKER
+from loragen.core.adapter import write_merged_marker
 from loragen.core.adapter.export import describe_base, front_matter, how_to_load, save_merged
 from loragen.core.adapter.files import (
     Adapter,
@@ -19,7 +19,7 @@ from loragen.core.adapter.files import (
 )
 from loragen.core.base.load import load_base
 from loragen.core.errors import listing
-from loragen.core.files import write_json, write_text, written_atomically
+from loragen.core.files import write_text, written_atomically
 from loragen.core.generator.requests import check_output
 
 
@@ -173,7 +173,7 @@ class Merger:
     def save(self, adapter: GeneratedAdapter, output: Path, overwrite: bool = False) -> None:
         """Writes a Hugging Face model directory in the base's stored dtype, with its tokenizer,
         completely or not at all. Raises LoragenError if the adapter does not fit the base."""
-        check_output(output, overwrite, MERGED_MARKER)
+        check_output(output, overwrite, merged=True)
         if self._model is None:
             self._model = adapter.attach(self.base.model)
         else:
@@ -186,4 +186,4 @@ class Merger:
         with written_atomically(output) as temporary:
             save_merged(self._model, self.base, temporary)
             write_text(temporary / "README.md", adapter_card(adapter.origin, merged=True))
-            write_json(temporary / MERGED_MARKER, document)
+            write_merged_marker(temporary, document)

@@ -9,12 +9,12 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from loragen.core.adapter import ADAPTER_FILES, CONFIG_FILE, MERGED_FILES
+from loragen.core.adapter import refuse_existing_adapter
 from loragen.core.data.dataset import BadRow, Dataset, bad_lines
 from loragen.core.data.documents import Source, read_documents
 from loragen.core.data.formats import question_of
 from loragen.core.errors import DataError, UsageError, listing
-from loragen.core.files import file_name, refuse_existing, refuse_existing_file, refuse_file
+from loragen.core.files import file_name, refuse_existing_file, refuse_file
 
 FILE_SUFFIXES = (".safetensors", ".pt")
 OTHER_WEIGHTS = (".bin", ".ckpt", ".gguf", ".npz", ".pth")
@@ -130,11 +130,11 @@ def output_path(output: Path, name: str, suffix: str) -> Path:
     return output / f"{name}{suffix}"
 
 
-def check_output(path: Path, overwrite: bool, marker: str = CONFIG_FILE) -> None:
+def check_output(path: Path, overwrite: bool, merged: bool = False) -> None:
     """Raises UsageError if something at `path` must not be replaced.
 
-    With `overwrite`, a weights file may be replaced, and a directory that contains `marker` and
-    nothing but `ADAPTER_FILES` or `MERGED_FILES`.
+    With `overwrite`, a weights file may be replaced, and the directory of an adapter, or with
+    `merged` of a merged model, that contains nothing that loragen has not written.
     """
     refuse_file(path.parent)
     if path.suffix in OTHER_WEIGHTS:
@@ -145,8 +145,7 @@ def check_output(path: Path, overwrite: bool, marker: str = CONFIG_FILE) -> None
     if path.suffix in FILE_SUFFIXES:
         refuse_existing_file(path, overwrite)
     else:
-        written = ADAPTER_FILES if marker == CONFIG_FILE else MERGED_FILES
-        refuse_existing(path, overwrite, marker, written)
+        refuse_existing_adapter(path, overwrite, merged)
 
 
 def nonempty_prompts(prompts: str | Sequence[str]) -> list[str]:
