@@ -6,7 +6,6 @@ when it runs, so that `--help` answers at once.
 
 import os
 import signal
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +13,7 @@ from typer.core import TyperGroup
 
 from loragen import __version__
 from loragen.cli import ckpt, config, data, demo, gen, lora, plugins, render
+from loragen.cli.streams import lost_output, make_streams_last
 from loragen.core.errors import EXIT_FAILED, EXIT_INTERRUPTED, LoragenError, one_line
 
 # torch reads this when it is loaded. With threads that spin while they wait, two trainings on one
@@ -53,8 +53,6 @@ class Root(TyperGroup):
         except KeyboardInterrupt as error:
             render.problems(["interrupted"])
             raise typer.Exit(EXIT_INTERRUPTED) from error
-        except BrokenPipeError:  # Click ends quietly if the pipe's reader (`head`) has ended
-            raise
         except Exception as error:  # a bug of loragen or of a library
             if self.interrupts:  # an interrupted import may raise any error
                 render.problems(["interrupted"])
@@ -123,7 +121,11 @@ def main() -> None:
         signal.default_int_handler(number, frame)
 
     signal.signal(signal.SIGINT, count_interrupt)
-    if sys.platform == "win32":  # a console in a legacy code page cannot print ‖ΔW‖
-        for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # the stream is a TextIOWrapper
-    app()
+    make_streams_last()
+    try:
+        app()
+    except SystemExit as ended:
+        if problem := lost_output():
+            render.problems([f"stdout: {problem}"])
+            raise SystemExit(ended.code or EXIT_FAILED) from ended
+        raise

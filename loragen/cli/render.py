@@ -28,8 +28,10 @@ def is_first_process() -> bool:
 
 
 def answer_json(document: Any) -> None:
-    """Prints one JSON document; NaN and infinity become null, since JSON has neither."""
-    answer(json.dumps(_finite(document), indent=2, ensure_ascii=False))
+    """Prints one JSON document; NaN and infinity become null, since JSON has neither. Where stdout
+    has another encoding than UTF-8, other characters than those of ASCII are escaped."""
+    unicode = (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
+    answer(json.dumps(_finite(document), indent=2, ensure_ascii=not unicode))
 
 
 def note(text: str) -> None:

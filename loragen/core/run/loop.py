@@ -38,7 +38,9 @@ from loragen.core.run.directory import (
 from loragen.core.run.loggers import RunLoggers
 from loragen.core.run.resume import ResumePoint
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+HANGUP = getattr(signal, "SIGHUP", None)
+"""The terminal, or the connection to it, was closed. Windows has no such signal."""
+SIGNALS = tuple(number for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if number is not None)
 HARDWARE_EVERY = 10
 """Steps between two readings of the sensors, each of which costs about a millisecond."""
 
@@ -192,8 +194,9 @@ def hardware_usage() -> dict[str, float]:
 
 
 class Interruption:
-    """Remembers Ctrl+C, or a scheduler's SIGTERM, until the step is finished and saved. A second
-    signal raises KeyboardInterrupt at once."""
+    """Remembers Ctrl+C, a scheduler's SIGTERM, or SIGHUP of a terminal that is closed, until the
+    step is finished and saved. A second signal raises KeyboardInterrupt at once, but for SIGHUP,
+    which the shell and the terminal may both send. Under `nohup` SIGHUP stays ignored."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -218,10 +221,11 @@ class Interruption:
         a handler of SIGTERM that would end it between two accumulation rounds."""
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                signal.signal(number, self._remember)
+                if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN:
+                    signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and number != HANGUP:
             raise KeyboardInterrupt
         self.requested = True
 
