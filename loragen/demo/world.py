@@ -19,11 +19,11 @@ from itertools import product
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from loragen.core.config.yaml_file import read_yaml
 from loragen.core.errors import ConfigError
-from loragen.core.files import refuse_existing, write_text
+from loragen.core.files import read_bytes, refuse_existing, write_text
 
 WORLD_FILE = Path(__file__).with_name("world.yaml")
 BASE_DIR = Path(__file__).with_name("base")
@@ -150,15 +150,8 @@ class World:
     def load(cls, path: Path | None = None) -> "World":
         """Reads a world file, by default the shipped one. Raises ConfigError with all faults."""
         path = path or WORLD_FILE
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            reason = error.strerror or type(error).__name__
-            raise ConfigError(f"{path}: cannot read the world file: {reason}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"{path}: not YAML: {reason}") from error
-        if not isinstance(content, dict):
+        content, _ = read_yaml(path, "world file")
+        if not content:
             raise ConfigError(
                 f"{path}: the keys attributes and styles are missing; copy {WORLD_FILE}"
             )
@@ -316,7 +309,7 @@ def prepare_demo(out: Path, seed: int, world_file: Path | None, force: bool) -> 
     for a faulty world file, UsageError if `out` has files but no earlier demo.
     """
     demo = Demo(out, seed, World.load(world_file))
-    world_text = (world_file or WORLD_FILE).read_text(encoding="utf-8")
+    world_text = read_bytes(world_file or WORLD_FILE).decode("utf-8-sig")
     refuse_existing(out, force, MARKER)
     for path in (out / name for name in WRITTEN):
         if path.is_dir() and not path.is_symlink():

@@ -4,7 +4,6 @@ A run directory is `experiments/<name>/<dataset>/<run>/` with `models/`, `checkp
 a bare folder of checkpoints, such as the output of a Hugging Face Trainer, is accepted as well.
 """
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +17,7 @@ from loragen.core.adapter import CONFIG_FILE, WEIGHTS_FILE
 from loragen.core.config.load import origin_of
 from loragen.core.config.yaml_file import Loc, dotted, leaves, read_yaml
 from loragen.core.errors import ConfigError, DataError, UsageError, listing
-from loragen.core.files import natural_key
+from loragen.core.files import natural_key, read_json
 from loragen.core.run.directory import CHECKPOINTS, MANIFEST
 from loragen.legacy.translate import translate
 
@@ -367,7 +366,7 @@ def settings_in_adapter_config(run: LegacyRun) -> RecordedSettings:
     if file is None:
         return {}
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
         alpha, rank = float(config["lora_alpha"]), int(config["r"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file}: not the configuration of a LoRA adapter: {error!r}") from None

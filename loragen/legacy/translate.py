@@ -18,6 +18,7 @@ from loragen.core.config.load import Layers, has_key, origin_of, validate_layers
 from loragen.core.config.schema import MODELS, command_of
 from loragen.core.config.yaml_file import Loc, commented, dotted, inline, paths, read_yaml
 from loragen.core.errors import ConfigError, did_you_mean, listing
+from loragen.core.files import read_bytes, utf8_text
 from loragen.legacy.formats import (
     ABSENT,
     ANY_VALUE,
@@ -405,7 +406,7 @@ def migrate_config(file: Path, command: str | None = None) -> MigratedConfig:
     tree, origins = read_yaml(file)
     translation = translate(tree, origins, command)
     if translation is None:
-        return MigratedConfig(file.read_text(encoding="utf-8-sig"), None)
+        return MigratedConfig(utf8_text(file, read_bytes(file)), None)
     whose = translation.format.command
     given = Layers(translation.tree, translation.origins, translation.problems)
     wanted = dict(translation.tree)  # validation adds the defaults to the tree

@@ -87,7 +87,7 @@ def changed(**changes):
         ({"attributes": {}, "styles": {}}, "attributes"),
         (changed(held_out=[["color", "wrod"]]), "wrod"),
         (changed(colours={}), "colours"),
-        ([1, 2], "attributes and styles"),
+        ([1, 2], "expected a mapping"),
     ],
 )
 def test_a_faulty_world_file_is_one_line_with_its_name(tmp_path, content, message):

@@ -20,7 +20,7 @@ from torch import Tensor
 from loragen.core.adapter import CONFIG_FILE, WEIGHTS_FILE
 from loragen.core.config.schema import LoraSection
 from loragen.core.errors import DataError, LoragenError, UsageError, listing
-from loragen.core.files import write_json, write_text, written_atomically
+from loragen.core.files import read_json, write_json, write_text, written_atomically
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +51,7 @@ def read_adapter(directory: Path) -> Adapter:
         if not (directory / name).is_file():
             raise UsageError(f"{directory}: not a PEFT adapter (it has no {name})")
     file = directory / CONFIG_FILE
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file}: not JSON: {error}") from None
+    config = read_json(file)
     if not isinstance(config, dict):
         raise DataError(f"{file}: expected a JSON object, found {type(config).__name__}")
     kind = config.get("peft_type", "LORA")

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticCustomError
 
 from loragen.core.config.schema import (
     AUTO,
@@ -26,7 +27,14 @@ from loragen.core.config.schema import (
     command_of,
     phases_in,
 )
-from loragen.core.config.yaml_file import Loc, dotted, paths, read_yaml
+from loragen.core.config.yaml_file import (
+    AmbiguousNumberError,
+    Loc,
+    dotted,
+    parse_yaml,
+    paths,
+    read_yaml,
+)
 from loragen.core.errors import ConfigError, PluginError, UsageError, did_you_mean, listing
 from loragen.core.plugins import describe, find
 
@@ -121,7 +129,7 @@ def validate_layers(
     problems = list(layers.problems)
     _fill_in_plugin_names(model, layers.tree)
     try:
-        draft = model.model_validate(layers.tree)
+        draft = validated(model, layers.tree)
     except ValidationError as error:
         problems = [*problems_of(model, error, layers.origins), *problems]
     if check is not None and not problems:
@@ -202,8 +210,10 @@ def _parse_keys(parts: Iterable[str]) -> Loc:
 
 def _parse_value(text: str, origin: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):  # 2025-13-01 raises ValueError
+        return parse_yaml(text)
+    except AmbiguousNumberError as error:
+        raise UsageError(f"{origin}: {error.problem}") from None
+    except (yaml.YAMLError, RecursionError):
         raise UsageError(f"{origin}: the value is not YAML; put quotes around it") from None
 
 
@@ -286,7 +296,7 @@ def _check_plugins(model: type[BaseModel], layers: Layers, complete: bool) -> li
                 _ = chosen_later or describe(kind, name)
                 return options
             plugin_config = NoOptions if chosen_later else find(kind, name).Config
-            return plugin_config.model_validate(options).model_dump(mode="json")
+            return validated(plugin_config, options).model_dump(mode="json")
         except PluginError as error:
             origin = origin_of((*keys, "name"), layers.origins)
             others = ", auto, or several as A-then-B" if kind == "objective" else ""
@@ -322,6 +332,29 @@ def _check_plugins(model: type[BaseModel], layers: Layers, complete: bool) -> li
 
 
 # ---- problems
+
+
+def validated(model: type[Model], values: Any) -> Model:
+    """Returns the model of plain values. Raises ValidationError, also for `yes`, `on` or `true` as
+    a number: pydantic would take it for 1."""
+    problems: list[Any] = []
+    try:
+        made = model.model_validate(values)
+    except ValidationError as error:
+        problems = list(error.errors())
+    try:
+        model.model_validate(values, strict=True)
+    except ValidationError as error:
+        no_number = PydanticCustomError("bool", "Expected a number, not yes or no")
+        found = {
+            detail["loc"]: {**detail, "type": no_number}
+            for detail in error.errors()
+            if detail["type"] in ("int_type", "float_type") and isinstance(detail["input"], bool)
+        }
+        problems = [one for one in problems if one["loc"] not in found] + [*found.values()]
+    if problems:
+        raise ValidationError.from_exception_data(model.__name__, problems)
+    return made
 
 
 def problems_of(

@@ -1,19 +1,24 @@
 """YAML files: read with the position of every key, written with a comment beside every key."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from loragen.core.errors import ConfigError, UsageError
-from loragen.core.files import absent
+from loragen.core.errors import ConfigError, DataError
+from loragen.core.files import read_bytes, utf8_text
 
 Loc = tuple[str | int, ...]
 """The keys and list indices that lead to a value, as in pydantic's errors."""
 MAX_DEPTH = 50
 """The deepest nesting accepted; `a: &a [*a]` has no end."""
 MERGE_TAG = "tag:yaml.org,2002:merge"
+
+
+class AmbiguousNumberError(yaml.MarkedYAMLError):
+    """A number that is not the one it looks like: `010` is 8, and `1:30` is 90."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -36,30 +41,48 @@ class _Loader(yaml.SafeLoader):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep)
+            value = super().construct_object(node, deep)
+            if type(value) in (int, float) and re.search(r"^[-+]?0[0-7_]+$|:", node.value):
+                raise AmbiguousNumberError(
+                    problem=f"{node.value} is {value} in YAML: write that, or put quotes around it",
+                    problem_mark=node.start_mark,
+                )
+            return value
         except ValueError as error:  # a text that only looks like a date or number: 2025-13-01
             raise yaml.MarkedYAMLError(
                 problem=f"{error}; put quotes around it", problem_mark=node.start_mark
             ) from None
 
 
-def read_yaml(file: Path) -> tuple[dict[str, Any], dict[Loc, str]]:
-    """Reads a YAML mapping and the position (`file:line:column`) of each of its keys.
+def parse_yaml(text: str) -> Any:
+    """Returns a value written as YAML. Raises yaml.YAMLError; MarkedYAMLError with a hint for what
+    only looks like a date or a number, and for `010`, which is 8 in YAML."""
+    return _Loader(text).get_single_data()
+
+
+def read_yaml(
+    file: Path, what: str = "configuration file"
+) -> tuple[dict[str, Any], dict[Loc, str]]:
+    """Reads a YAML mapping and the position (`file:line:column`) of each of its keys; `what` is the
+    kind of file that a missing one would have been.
 
     Raises UsageError for a missing file and ConfigError for YAML that does not parse, is not a
     mapping, or has a key twice.
     """
-    if not file.is_file():
-        raise UsageError(absent(file, "configuration file"))
+    content = read_bytes(file, what)
     try:
-        loader = _Loader(file.read_text(encoding="utf-8-sig"))  # Windows editors may write a BOM
+        loader = _Loader(utf8_text(file, content))
         node = loader.get_single_node()
         tree = {} if node is None else loader.construct_document(node)  # resolves `<<` in `node`
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
+        if isinstance(error, AmbiguousNumberError):
+            raise ConfigError(f"{place}: {error.problem}") from None
         raise ConfigError(f"{place}: not YAML: {error.problem or error.context}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except DataError as error:
+        raise ConfigError(*error.problems) from None
+    except yaml.YAMLError as error:
         raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise ConfigError(f"{file}: not YAML: nested too deeply") from None

@@ -24,13 +24,12 @@ from loragen.core.data.documents import (
     file_documents,
     location,
     parsed_source,
-    read_bytes,
     read_documents,
     text_lines,
 )
 from loragen.core.data.formats import Turn, format_of, question_of, texts
 from loragen.core.errors import DataError, LoragenError, UsageError, did_you_mean, listing
-from loragen.core.files import absent
+from loragen.core.files import absent, is_stream, path_problem, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +120,7 @@ class Dataset:
     def __init__(self, source: Source, name: str | None = None) -> None:
         self.source = source
         self.name = name or (_name_of(source) if isinstance(source, Path) else source.name)
+        self.is_stream = isinstance(source, Path) and is_stream(source)
         self._warned = False
 
     @classmethod
@@ -138,7 +138,11 @@ class Dataset:
         if not name_or_file.strip():
             raise UsageError("no dataset: its name is empty; give a name or a file")
         source = parsed_source(name_or_file, split)
-        if isinstance(source, HubDataset) or source.is_file():
+        if isinstance(source, HubDataset) or is_stream(source):
+            return cls(source)
+        if problem := path_problem(source):
+            raise UsageError(f"dataset '{name_or_file:.60}...': {problem}")
+        if source.is_file():
             return cls(source)
         if source.suffix.lower() in SUFFIXES:
             raise UsageError(f"{source}: no such file")
@@ -284,15 +288,20 @@ class Dataset:
 
     @property
     def _is_text(self) -> bool:
+        """Whether the source has a prompt a line: a .txt file, or a stream without JSON in it."""
+        if self.is_stream:
+            return not re.match(rb"(\xef\xbb\xbf)?\s*[{[]|PAR1", self._content)
         return isinstance(self.source, Path) and self.source.suffix.lower() == ".txt"
 
     def _found_prompts(self, of_rows: bool) -> tuple[list[Prompt], list[BadRow]]:
         if isinstance(self.source, Path) and not of_rows:
-            if not self.source.is_file():
+            if not self.is_stream and not self.source.is_file():
                 raise UsageError(absent(self.source, "prompt file"))
             if self._is_text:
-                lines = text_lines(self.source, self._content)
-                return [Prompt(line, text.strip()) for line, text in lines], []
+                lines = list(text_lines(self.source, self._content))
+                found = [Prompt(line, text.strip()) for line, text in lines if "\0" not in text]
+                damaged = "holds a NUL character, which is no text"
+                return found, [BadRow(line, damaged) for line, text in lines if "\0" in text]
         return self._contents.prompts, self._contents.bad_prompts
 
 
@@ -380,7 +389,10 @@ def _unknown(name: str, root: Path, split: str) -> UsageError:
 
 
 def _name_of(file: Path) -> str:
-    """Returns `arc` for `arc_train_formatted.jsonl`, `colors` for `colors/train.jsonl`."""
+    """Returns `arc` for `arc_train_formatted.jsonl`, `colors` for `colors/train.jsonl`, `stdin` for
+    a stream."""
+    if is_stream(file):
+        return "stdin"
     stem = file.stem.removesuffix("_formatted")
     for split in SPLITS:
         stem = stem.removesuffix(f"_{split}")

@@ -14,7 +14,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loragen.core.errors import DataError, UsageError
-from loragen.core.files import file_name, hub_problem
+from loragen.core.files import (
+    RepeatedKeyError,
+    file_name,
+    hub_problem,
+    is_stream,
+    nature,
+    not_utf8,
+    parse_json,
+    read_bytes,
+    utf8_text,
+    without_repeated_keys,
+)
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 NESTED_KEYS = ("messages", "conversations", "choices", "history")
@@ -23,6 +34,13 @@ MAX_CELL_LENGTH = 2**31 - 1
 JSON_LIMITS = (ValueError, RecursionError)
 """The errors that json raises beyond its limits: 4,300 digits, or some thousand brackets."""
 HUB_ID = r"[\w.-]+/[\w.-]+"
+NO_STREAM = "a training reads its data again when it resumes: save the stream as a file"
+ARRAY = "a JSON array, whose name ends in .json"
+SEPARATORS = {
+    "\t": "columns separated by tabs (TSV); save them with commas, as .csv",
+    ";": "columns separated by semicolons; save them with commas, as .csv",
+    "|": "columns separated by '|'; save them with commas, as .csv",
+}
 
 
 class Document(NamedTuple):
@@ -71,7 +89,8 @@ def parsed_source(text: str, split: str = "train") -> Source:
 
 def location(source: Source) -> str:
     """Returns the text from which `parsed_source` finds the source in any working directory."""
-    return str(source.absolute() if isinstance(source, Path) else source)
+    named = isinstance(source, Path) and not is_stream(source)
+    return str(Path(str(source)).absolute() if named else source)
 
 
 def read_documents(source: Source) -> Iterator[Document]:
@@ -85,20 +104,17 @@ def read_documents(source: Source) -> Iterator[Document]:
     return file_documents(source, read_bytes(source))
 
 
-def read_bytes(file: Path) -> bytes:
-    """Returns the content of a file. Raises UsageError if it is missing."""
-    if not file.is_file():
-        raise UsageError(f"{file}: no such file")
-    return file.read_bytes()
-
-
 def file_documents(file: Path, content: bytes) -> Iterator[Document]:
     """Yields the documents in the `content` of a file, whose suffix decides how it is read.
 
     Raises UsageError for a missing package, DataError if nothing can be read.
     """
     readers = {".json": _json, ".csv": _csv, ".parquet": _parquet}
-    return readers.get(file.suffix.lower(), _json_lines)(file, content)
+    suffix = file.suffix.lower()
+    if is_stream(file):
+        start = content.lstrip()[:4]
+        suffix = ".parquet" if start == b"PAR1" else ".json" if start[:1] == b"[" else ".jsonl"
+    return readers.get(suffix, _json_lines)(file, content)
 
 
 def read_hub(identifier: str, config: str | None, split: str) -> Iterable[dict[str, Any]]:
@@ -128,59 +144,117 @@ def read_hub(identifier: str, config: str | None, split: str) -> Iterable[dict[s
 def text_lines(file: Path, content: bytes) -> Iterator[tuple[int, str]]:
     """Yields (number from 1, text) of each line of UTF-8 text that is not blank.
 
-    A byte order mark is left out, and only a line feed ends a line, so that the separators of
-    Unicode may stand in a text. Raises DataError for other encodings.
+    Byte order marks are left out, and only a line feed ends a line, so that the separators of
+    Unicode may stand in a text. Raises DataError that says what the file is for any other.
     """
-    start = 3 if content.startswith(b"\xef\xbb\xbf") else 0
-    stream = io.BytesIO(content)
-    stream.seek(start)
-    for number, line in enumerate(stream, start=1):  # without a list of all lines in memory
+    if what := nature(content):
+        raise DataError(f"{file}: not UTF-8 text; it is {what}")
+    start = 0
+    for number, line in enumerate(io.BytesIO(content), start=1):  # without a list of all lines
         try:
-            text = line.decode().removesuffix("\n")
+            text = line.decode().removeprefix("\ufeff").removesuffix("\n")
         except UnicodeDecodeError as error:
-            raise _not_utf8(file, error, start) from None
+            raise not_utf8(file, content, start + error.start) from None
         start += len(line)
         if text.strip():
             yield number, text
 
 
-def _whole_text(file: Path, content: bytes) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(file, error) from None
-
-
-def _not_utf8(file: Path, error: UnicodeDecodeError, start: int = 0) -> DataError:
-    return DataError(f"{file}: not UTF-8 text ({error.reason} at byte {start + error.start})")
-
-
 def _json_lines(file: Path, content: bytes) -> Iterator[Document]:
+    first = True
     for line, text in text_lines(file, content):
         try:
-            yield Document(line, json.loads(text))
+            value = parse_json(text)
+            if first and isinstance(value, list):
+                raise DataError(f"{file}: not JSON lines; it is {ARRAY}")
+            yield Document(line, value)
         except json.JSONDecodeError as error:
-            yield Document(line, None, f"not JSON: {error.msg} at column {error.colno}")
+            if first and (what := _instead_of_json_lines(content)):
+                raise DataError(f"{file}: not JSON lines; it is {what}") from None
+            yield Document(line, None, f"not JSON: {_json_problem(text, error)}")
         except JSON_LIMITS as error:
             yield Document(line, None, _beyond_limits(error))
+        first = False
+
+
+def _instead_of_json_lines(content: bytes) -> str | None:
+    """Returns what text, whose first line is not JSON, is instead; None if that is not clear."""
+    text = content.decode("utf-8-sig", errors="replace").strip()
+    start, header = text[:1], text.partition("\n")[0]
+    if "\r" in header.strip():
+        return "text whose lines end with a carriage return; save it with line feeds"
+    if start in "[{":
+        try:
+            value, end = json.JSONDecoder().raw_decode(text)
+        except JSON_LIMITS:
+            single = re.match(r"\{\s*'", text)
+            return (
+                "dictionaries that Python has printed (json.dumps writes JSON)" if single else None
+            )
+        if isinstance(value, list):
+            return ARRAY
+        if "\n" in text[:end]:
+            return "JSON over several lines; a row has one line (jq -c . FILE)"
+        return "several rows on one line; each has its own (jq -c . FILE)"
+    lines = text.splitlines()
+    for mark, kind in (*SEPARATORS.items(), (",", "CSV, whose name ends in .csv")):
+        if len(lines) > 1 and mark in header and header.count(mark) == lines[1].count(mark):
+            return kind if mark == "," else f"text with {kind}"
+    return None
+
+
+def _json_problem(text: str, error: json.JSONDecodeError) -> str:
+    """Returns json's reason, or what it does not say: NUL bytes, or that the text is cut off."""
+    if "\0" in text:
+        return "NUL bytes in it; the file is damaged, or was not written to its end"
+    cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
+    return f"{error.msg} at column {error.colno}{' (the row is cut off)' if cut else ''}"
 
 
 def _json(file: Path, content: bytes) -> Iterator[Document]:
+    text = utf8_text(file, content)
     try:
-        document = json.loads(_whole_text(file, content))
+        document = parse_json(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # the file has JSON lines under another name
             yield from _json_lines(file, content)
             return
-        raise DataError(f"{file}:{error.lineno}: not JSON: {error.msg}") from None
+        reason = _json_problem(text, error)
+        raise DataError(f"{file}:{error.lineno}: not JSON: {reason}") from None
+    except RepeatedKeyError as error:
+        if not text.lstrip().startswith("["):
+            raise DataError(f"{file}:1: {error}") from None
+        yield from _items_of_list(text)
+        return
     except JSON_LIMITS as error:
         raise DataError(f"{file}: {_beyond_limits(error)}") from None
     if not isinstance(document, list):
-        raise DataError(f"{file}:1: expected a list of rows, found {type(document).__name__}")
+        members = document.items() if isinstance(document, dict) else ()
+        lists = [key for key, value in members if isinstance(value, list)]
+        inside = f"; the rows may be in its '{lists[0]}'" if len(lists) == 1 else ""
+        found = type(document).__name__
+        raise DataError(f"{file}:1: expected a list of rows, found {found}{inside}")
     yield from (Document(index, item) for index, item in enumerate(document, start=1))
 
 
+def _items_of_list(text: str) -> Iterator[Document]:
+    """Yields the items of a JSON list, of which some have a key twice."""
+    plain, strict = json.JSONDecoder(), json.JSONDecoder(object_pairs_hook=without_repeated_keys)
+    index, at, end = 0, text.index("[") + 1, text.rindex("]")
+    while text[at:end].strip(" \t\r\n,"):
+        index += 1
+        at += len(text[at:end]) - len(text[at:end].lstrip(" \t\r\n,"))
+        try:
+            value, at = strict.raw_decode(text, at)
+            yield Document(index, value)
+        except RepeatedKeyError as error:
+            _, at = plain.raw_decode(text, at)
+            yield Document(index, None, str(error))
+
+
 def _beyond_limits(error: Exception) -> str:
+    if isinstance(error, RepeatedKeyError):
+        return str(error)
     deep = isinstance(error, RecursionError)
     return "nested too deeply" if deep else "a number in it is too long"
 
@@ -188,6 +262,13 @@ def _beyond_limits(error: Exception) -> str:
 def _csv(file: Path, content: bytes) -> Iterator[Document]:
     records = iter(_csv_records(file, content))
     header = next(records, (1, []))[1]
+    if content.lstrip()[:1] in (b"{", b"["):
+        raise DataError(f"{file}: not CSV; it is JSON (.jsonl if a row has a line, else .json)")
+    kind = next((kind for mark, kind in SEPARATORS.items() if mark in "".join(header)), None)
+    if len(header) == 1 and kind:
+        raise DataError(f"{file}:1: not comma-separated; it has {kind}")
+    if blank := [key for key in header if key != key.strip()]:
+        raise DataError(f"{file}:1: the header has {blank[0]!r}: take the white space away")
     twice = sorted({key for key in header if key and header.count(key) > 1})
     if twice:
         raise DataError(f"{file}:1: the header names '{twice[0]}' twice")
@@ -201,7 +282,7 @@ def _csv(file: Path, content: bytes) -> Iterator[Document]:
 
 def _csv_records(file: Path, content: bytes) -> list[tuple[int, list[str]]]:
     """Returns (first line, cells) of each record that is not empty; a cell may span lines."""
-    reader = csv.reader(io.StringIO(_whole_text(file, content), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(utf8_text(file, content), newline=""), strict=True)
     records, line = [], 1
     limit = csv.field_size_limit(MAX_CELL_LENGTH)  # the default is 131,072 characters
     try:
@@ -233,8 +314,17 @@ def _parquet(file: Path, content: bytes) -> Iterator[Document]:
         raise UsageError(
             f"{file}: Parquet needs pyarrow, which is not installed: pip install 'loragen[data]'"
         ) from None
+    if not content.startswith(b"PAR1"):
+        text = "text, perhaps JSON lines (.jsonl)" if content[:1] in (b"{", b"[") else None
+        if what := nature(content) or text:
+            raise DataError(f"{file}: not a Parquet file; it is {what}")
+    elif not content.endswith(b"PAR1"):
+        raise DataError(f"{file}: a Parquet file without its end: it is truncated")
     try:
         with ParquetFile(pa.BufferReader(content)) as table:
+            names = table.schema_arrow.names
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise DataError(f"{file}: two columns are called '{twice[0]}'")
             rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
             yield from (Document(line, row) for line, row in enumerate(rows, start=1))
     except (pa.ArrowException, OSError) as error:

@@ -228,6 +228,8 @@ def _text(document: Keys, key: str) -> str:
     value = document.get(key)
     if not isinstance(value, str):
         raise DataError(f"'{key}': expected a text, found {_kind(value)}")
+    if "\0" in value:
+        raise DataError(f"'{key}': holds a NUL character, which is no text")
     try:
         value.encode()
     except UnicodeEncodeError:

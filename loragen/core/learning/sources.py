@@ -17,7 +17,7 @@ from loragen.core.config.load import Problem, problems_at
 from loragen.core.config.schema import GenDataSection, GenTrainConfig, SourceSection
 from loragen.core.data.batches import train_val_split
 from loragen.core.data.dataset import Dataset
-from loragen.core.data.documents import parsed_source
+from loragen.core.data.documents import NO_STREAM, parsed_source
 from loragen.core.data.prompts import (
     PreparedPrompts,
     PromptGroups,
@@ -27,7 +27,7 @@ from loragen.core.data.prompts import (
     text_key,
 )
 from loragen.core.errors import DataError, UsageError, listing
-from loragen.core.files import absent, natural_key, sha256_text, user_path
+from loragen.core.files import absent, is_stream, natural_key, sha256_text, user_path
 from loragen.core.lora.provenance import Provenance, traced_run
 from loragen.core.run.directory import (
     CHECKPOINTS,
@@ -412,6 +412,8 @@ def _directory_named(section: SourceSection) -> Path:
 
 def _check_prompts(text: str) -> None:
     source = parsed_source(text)
+    if isinstance(source, Path) and is_stream(source):
+        raise UsageError(f"{source}: {NO_STREAM}")
     if isinstance(source, Path) and not source.exists():
         raise UsageError(f"{source}: no such prompt file")
 

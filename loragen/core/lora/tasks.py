@@ -14,7 +14,7 @@ from loragen.core.config.load import Problem, problems_at
 from loragen.core.config.schema import LauncherSection, LoraDataSection
 from loragen.core.config.show import HARDWARE, differences
 from loragen.core.data.dataset import Dataset, dataset_names
-from loragen.core.data.documents import location, parsed_source
+from loragen.core.data.documents import NO_STREAM, location, parsed_source
 from loragen.core.errors import Interrupted, LoragenError, UsageError, one_line
 from loragen.core.files import user_path
 from loragen.core.progress import Progress
@@ -62,6 +62,8 @@ def find_tasks(config: LoraTrainConfig, named: Sequence[str], every: bool) -> li
             "no dataset: give --dataset NAME|FILE or --all, or data.dataset in the YAML"
         )
     validation = Dataset.at(config.data.validation) if config.data.validation else None
+    if validation and validation.is_stream:
+        raise UsageError(f"data.validation {validation}: {NO_STREAM}")
     tasks: list[Task] = []
     files: set[str] = set()
     problems: list[str] = []
@@ -70,6 +72,9 @@ def find_tasks(config: LoraTrainConfig, named: Sequence[str], every: bool) -> li
             dataset = Dataset.find(argument, root)
         except UsageError as error:
             problems += error.problems
+            continue
+        if dataset.is_stream:
+            problems.append(f"dataset {argument}: {NO_STREAM}")
             continue
         tasks.append(Task(dataset, argument, validation))
         source = dataset.source

@@ -1,6 +1,5 @@
 """Run directories: their names, their files, and the manifest that describes what is in them."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,7 +13,7 @@ from loragen.core.adapter import WEIGHTS_FILE
 from loragen.core.base.names import BaseDtype
 from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
 from loragen.core.errors import DataError, UsageError
-from loragen.core.files import natural_key, write_json
+from loragen.core.files import natural_key, read_json, write_json
 from loragen.core.plugins import describe
 
 FORMAT_VERSION = 1
@@ -177,7 +176,7 @@ def read_manifest(directory: Path, kind: type[ManifestT]) -> ManifestT:
     if not file.is_file():
         raise UsageError(f"{directory}: not a run directory (it has no {MANIFEST})")
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = read_json(file)
         found = document.get("kind") if isinstance(document, dict) else None
         if found in COMMANDS and found != wanted:
             raise OtherRunError(
