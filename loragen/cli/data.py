@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loragen.cli import render
-from loragen.cli.options import BaseModelName, DataRoot, Force, Json, SkipBadRows
+from loragen.cli.options import BaseModelName, DataRoot, Force, Json, SkipBadRows, TrustRemoteCode
 from loragen.core.errors import EXIT_FAILED, UsageError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def data_preview(
         ),
     ],
     base_model: BaseModelName = None,
+    trust_remote_code: TrustRemoteCode = False,
     data_root: DataRoot = "data_to_lora/cs",
     limit: Annotated[int, typer.Option("--limit", min=0, help="The number of rows to show.")] = 3,
     max_length: Annotated[
@@ -52,7 +53,7 @@ def data_preview(
     from loragen.core.base.load import load_tokenizer
     from loragen.core.data.tokenize import preview
 
-    tokenizer = load_tokenizer(base_model or defaults.base_model)
+    tokenizer = load_tokenizer(base_model or defaults.base_model, trust_remote_code)
     found = preview(tokenizer, dataset, max_length or defaults.data.max_length, limit)
     if json:
         render.answer_json(found.as_dict())

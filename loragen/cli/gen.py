@@ -22,6 +22,7 @@ from loragen.cli.options import (
     Resume,
     Settings,
     SkipBadRows,
+    TrustRemoteCode,
     with_old_files,
 )
 from loragen.core.errors import UsageError
@@ -68,6 +69,7 @@ def gen_train(
             "--prompts", help="A directory of data prepare; default: the runs' own datasets."
         ),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     resume: Resume = None,
     test_mode: Annotated[
         bool,
@@ -89,6 +91,7 @@ def gen_train(
     given = [
         (("data", "checkpoint_dir"), checkpoint_dir or None, "--checkpoint-dir"),
         (("data", "prompts"), prompts, "--prompts"),
+        (("trust_remote_code",), trust_remote_code or None, "--trust-remote-code"),
         (("training", "max_steps"), steps, "--test-mode"),
         (("behaviour", "max_steps"), steps, "--test-mode"),
     ]
@@ -177,6 +180,7 @@ def gen_infer(
         typer.Option("--merge", help="Write whole Hugging Face models: base and adapter merged."),
     ] = False,
     base_model: BaseModelName = None,
+    trust_remote_code: TrustRemoteCode = False,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Read only the first N prompts.")
     ] = None,
@@ -219,7 +223,7 @@ def gen_infer(
 
     quiet_libraries()
     generator = Generator.load(file)
-    merger = Merger(base_model or generator.base_model) if merge else None
+    merger = Merger(base_model or generator.base_model, trust_remote_code) if merge else None
     _ = generator.text_encoder  # loaded now, so that its time does not count
     documents: list[dict[str, Any]] = []
     for one, path in zip(wanted, paths, strict=True):
@@ -265,6 +269,7 @@ def gen_eval(
     ],
     data_root: DataRoot = "data_to_lora/cs",
     base_model: BaseModelName = None,
+    trust_remote_code: TrustRemoteCode = False,
     columns: Annotated[
         str | None,
         typer.Option("--columns", help="Only these columns, with commas: base,generated,..."),
@@ -402,6 +407,7 @@ def gen_eval(
             ignore_final_punctuation,
         ),
         base_model=base_model,
+        trust_remote_code=trust_remote_code,
         cache=cache_dir,
         progress=terminal_progress(),
         strict=columns is not None,

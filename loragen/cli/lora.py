@@ -21,6 +21,7 @@ from loragen.cli.options import (
     Resume,
     Settings,
     SkipBadRows,
+    TrustRemoteCode,
     with_old_files,
 )
 from loragen.core.errors import DataError, Interrupted, LoragenError, UsageError
@@ -43,6 +44,7 @@ def lora_train(
     every: Annotated[bool, typer.Option("--all", help="Every dataset below --data-root.")] = False,
     config: ConfigFile = None,
     base_model: BaseModelName = None,
+    trust_remote_code: TrustRemoteCode = False,
     data_root: DataRoot = None,
     skip_bad_rows: SkipBadRows = False,
     batch_size: Annotated[
@@ -86,6 +88,7 @@ def lora_train(
 
     given = [
         (("base_model",), base_model, "--base-model"),
+        (("trust_remote_code",), trust_remote_code or None, "--trust-remote-code"),
         (("data", "root"), data_root, "--data-root"),
         (("data", "skip_bad_rows"), skip_bad_rows or None, "--skip-bad-rows"),
         (("training", "batch_size"), batch_size, "--batch-size"),
@@ -145,6 +148,7 @@ def lora_eval(
         bool, typer.Option("--no-adapter", help="Evaluate the base model without an adapter.")
     ] = False,
     base_model: BaseModelName = None,
+    trust_remote_code: TrustRemoteCode = False,
     data_root: DataRoot = "data_to_lora/cs",
     skip_bad_rows: SkipBadRows = False,
     limit: Annotated[
@@ -178,7 +182,7 @@ def lora_eval(
     base_name = base_model or (read.config.get("base_model_name_or_path") if read else None)
     if not base_name:
         raise UsageError("--base-model: no base model is recorded; give one")
-    base = load_base(base_name)
+    base = load_base(base_name, trust_remote_code=trust_remote_code)
     base.model.to(best_device())
     model = attach_adapter(base.model, read, str(adapter)) if read else base.model
     scores = evaluate_model(
@@ -216,6 +220,7 @@ def lora_export(
         typer.Option("--merge", help="Write a whole Hugging Face model instead of an adapter."),
     ] = False,
     base_model: BaseModelName = None,
+    trust_remote_code: TrustRemoteCode = False,
     alpha: Alpha = None,
     force: Force = False,
     json: Json = False,
@@ -241,7 +246,10 @@ def lora_export(
 
         adapter = read_lone_adapter(checkpoint, base_model, alpha)
     adapter = prepare_export(adapter, checkpoint, base_model, alpha)
-    (export_merged if merge else export_adapter)(adapter, checkpoint, output)
+    if merge:
+        export_merged(adapter, checkpoint, output, trust_remote_code)
+    else:
+        export_adapter(adapter, checkpoint, output)
     if json:
         render.answer_json(
             {
@@ -292,9 +300,10 @@ def _dry_run(
         elif unfinished:
             render.note(f"{task.name}: an unfinished run is in {unfinished.directory}")
 
-    from loragen.core.lora.train import checkpoint_sizes, count_values
+    from loragen.core.lora.train import check_memory, checkpoint_sizes, count_values
 
     values, trained = count_values(config)
+    check_memory(config, values, trained)
     sizes = checkpoint_sizes(config, values, trained)
     training = "" if trained == values else f", of which {trained:,} are trained"
     render.note(

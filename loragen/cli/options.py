@@ -52,6 +52,12 @@ BaseModelName = Annotated[
         "--base-model", help="A hub id, a directory, a GGUF file, or demo (comes with loragen)."
     ),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run the Python code that comes with the base model, if any."
+    ),
+]
 GeneratorPath = Annotated[
     Path,
     typer.Option(

@@ -43,14 +43,16 @@ def export_adapter(adapter: Adapter, source: Path, output: Path) -> None:
     write_adapter(output, adapter, _card(adapter, source, merged=False))
 
 
-def export_merged(adapter: Adapter, source: Path, output: Path) -> None:
+def export_merged(
+    adapter: Adapter, source: Path, output: Path, trust_remote_code: bool = False
+) -> None:
     """Writes the base model with the adapter merged in, in the base's stored dtype, and its
     tokenizer. The merge is computed in float32.
 
     Raises LoragenError if the adapter does not fit the base.
     """
     name = adapter.config["base_model_name_or_path"]
-    base = load_base(name, torch.float32)
+    base = load_base(name, torch.float32, trust_remote_code=trust_remote_code)
     model = attach_adapter(base.model, adapter, str(source))
     with written_atomically(output) as temporary:
         save_merged(model, base, temporary)

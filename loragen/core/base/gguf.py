@@ -69,6 +69,7 @@ def write_dequantized(file: Path, output: Path) -> None:
     source: dict[str, Any] = {
         "pretrained_model_name_or_path": str(output.absolute()),
         "gguf_file": str(file.absolute()),
+        "trust_remote_code": False,
     }
     try:
         # The caller may be on the meta device. The progress bar is not one that transformers' own

@@ -4,11 +4,13 @@ import hashlib
 import logging
 import os
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
+import psutil
 import torch
 from safetensors import SafetensorError
 
@@ -31,6 +33,11 @@ WEIGHTS = tuple(
     for index in ("", ".index.json")
 )
 """The files with weights of which a base on the hub has one."""
+CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""The files with the limit of memory (bytes) and with what is used of it, of both versions."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 PRECISION_DTYPES = {"bf16-true": "bfloat16", "64-true": "float64"}
 BFLOAT16_FROM = 100_000_000
@@ -49,41 +56,49 @@ class LanguageModel:
     """The dtype of the stored weights, in which a merged model is saved."""
     fingerprint: str
     """A hash of the weights as stored; bases with the same fingerprint train alike."""
+    trust_remote_code: bool = False
+    """Whether Python code that came with it may have run."""
 
 
 def load_base(
-    name: str, dtype: torch.dtype | None = None, quantization: Any | None = None
+    name: str,
+    dtype: torch.dtype | None = None,
+    quantization: Any | None = None,
+    trust_remote_code: bool = False,
 ) -> LanguageModel:
     """Loads a frozen model in `dtype` (default: as stored), on the CPU, in eval mode.
 
-    With a `quantization` configuration of transformers it is on the GPU instead. Raises UsageError
-    if the base cannot be found, LoragenError if it does not load.
+    With a `quantization` configuration of transformers it is on the GPU instead. Code that a base
+    brings along runs with `trust_remote_code` alone. Raises UsageError if the base cannot be found
+    or needs that code, LoragenError if it does not load.
     """
     quiet_libraries()
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source = _loadable(name)
-    cache = _cache_options(source)
+    options = {**_cache_options(source), "trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(source, **cache)
+        config = AutoConfig.from_pretrained(source, **options)
         stored = getattr(config, "dtype", None) or torch.float32
-        options = {"quantization_config": quantization} if quantization else {}
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or stored, **options, **cache
-        )
+        if quantization:
+            options["quantization_config"] = quantization
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or stored, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_loaded(name, source, error) from error
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, trust_remote_code)
     model.requires_grad_(False)
     model.train(False)
-    return LanguageModel(name, model, tokenizer, stored, fingerprint(model))
+    return LanguageModel(name, model, tokenizer, stored, fingerprint(model), trust_remote_code)
 
 
-def empty_base(name: str, local_files_only: bool = False) -> LanguageModel:
+def empty_base(
+    name: str, local_files_only: bool = False, trust_remote_code: bool = False
+) -> LanguageModel:
     """Builds the architecture without its weights, on the current torch device; on `meta` it takes
     no memory. With `local_files_only` nothing is downloaded.
 
-    Raises UsageError if its configuration cannot be found, LoragenError if that is not valid.
+    Raises UsageError if its configuration cannot be found or needs code that is not trusted,
+    LoragenError if it is not valid.
     """
     quiet_libraries()
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -91,25 +106,28 @@ def empty_base(name: str, local_files_only: bool = False) -> LanguageModel:
     source = _loadable(name)
     cache = {"local_files_only": True} if local_files_only else _cache_options(source)
     try:
-        config = AutoConfig.from_pretrained(source, **cache)
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # untyped in transformers
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **cache)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)  # type: ignore[no-untyped-call]  # untyped in transformers
     except (OSError, ValueError) as error:
         raise _not_loaded(name, source, error) from error
     model.requires_grad_(False)
     return LanguageModel(name, model, None, model.dtype, "")
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """Loads the tokenizer of a base without its model.
 
-    Raises UsageError if it cannot be found, LoragenError if it does not load.
+    Raises UsageError if it cannot be found or needs code that is not trusted, LoragenError if it
+    does not load.
     """
     quiet_libraries()
     from transformers import AutoTokenizer
 
     source = _loadable(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **_cache_options(source))
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=trust_remote_code, **_cache_options(source)
+        )
         if not tokenizer("a").input_ids:  # if files are missing, transformers makes an empty one
             raise ValueError("its tokenizer returns no tokens; is tokenizer.json missing?")
     except (OSError, ValueError) as error:
@@ -129,6 +147,11 @@ def _loadable(name: str) -> str:
 
 
 def _not_loaded(name: str, source: str, error: Exception) -> LoragenError:
+    if "trust_remote_code=True" in str(error):  # the only way in which transformers says so
+        return UsageError(
+            f"base model {name}: it needs Python code of its own, which is not run without "
+            "--trust-remote-code (trust_remote_code: true in the YAML); read it first"
+        )
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if Path(source).is_dir():
         return LoragenError(f"base model {name} does not load: {reason}")
@@ -179,15 +202,17 @@ def load_training_base(config: LoraTrainConfig) -> LanguageModel:
     The adapter's own weights stay in float32 unless `trainer.precision` is one of `*-true`.
     Raises UsageError if the hardware does not allow the configured quantisation.
     """
+    name, trusted = config.base_model, config.trust_remote_code
     if config.base_quantization != "none":
-        return load_base(config.base_model, quantization=_bits_and_bytes(config))
-    base = load_base(config.base_model)
+        bits = _bits_and_bytes(config)
+        return load_base(name, quantization=bits, trust_remote_code=trusted)
+    base = load_base(name, trust_remote_code=trusted)
     dtype = base_dtype(config, base.model)
     if base.model.dtype == dtype:
         return base
     # Loaded again, because `.to(dtype)` would also round buffers in float32, such as RoPE's angles.
     stored, base.model = base.fingerprint, None
-    return replace(load_base(config.base_model, dtype), fingerprint=stored)
+    return replace(load_base(name, dtype, trust_remote_code=trusted), fingerprint=stored)
 
 
 def base_dtype(config: LoraTrainConfig, model: Any) -> torch.dtype:
@@ -229,6 +254,18 @@ def best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def free_memory(accelerator: str = "cpu") -> int:
+    """Returns the bytes that are free on the GPU, if `trainer.accelerator` means one, else on this
+    machine or in the control group (container, Slurm job) of this process."""
+    if accelerator != "cpu" and torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    free = [psutil.virtual_memory().available]
+    for limit, used in CGROUP_FILES:
+        with suppress(OSError, ValueError):  # no such file, or its limit is "max"
+            free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return max(0, min(free))
 
 
 def quiet_libraries() -> None:

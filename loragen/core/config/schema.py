@@ -178,6 +178,9 @@ class LoraTrainConfig(Section):
     base_model: str = Field(
         "Qwen/Qwen2.5-0.5B-Instruct", description="A hub id, a directory, a GGUF file, or demo."
     )
+    trust_remote_code: bool = Field(
+        False, description="Run the Python code that comes with the base model, if it has any."
+    )
     base_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="Dtype of the frozen base; auto: bfloat16 for a large one if that is fast.",
@@ -422,6 +425,9 @@ class GenTrainConfig(Section):
         ge=0,
         le=2**32 - 1,
         description="Initial weights, grouping of prompts, split and batches.",
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run the Python code that comes with the base model, if it has any."
     )
     experiments_dir: str = Field(
         "experiments", description="Directory of the experiment directories."

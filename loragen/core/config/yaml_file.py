@@ -13,12 +13,19 @@ from loragen.core.files import read_bytes, utf8_text
 Loc = tuple[str | int, ...]
 """The keys and list indices that lead to a value, as in pydantic's errors."""
 MAX_DEPTH = 50
-"""The deepest nesting accepted; `a: &a [*a]` has no end."""
+"""The deepest nesting accepted."""
+MAX_VALUES = 10_000
+"""The most keys and values of a document, each anchor counted wherever it is used: a few lines of
+anchors that hold each other several times would be more values than fit into memory."""
 MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 class AmbiguousNumberError(yaml.MarkedYAMLError):
     """A number that is not the one it looks like: `010` is 8, and `1:30` is 90."""
+
+
+class TooMuchYAML(yaml.YAMLError):
+    """The document, or a value, is YAML of more depth or values than any configuration has."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -28,6 +35,13 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.repeated: dict[yaml.Node, yaml.Mark] = {}
         """The node of a repeated key -> the position of the first."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Returns the document's root. Raises TooMuchYAML before any value is constructed."""
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None:
+            _count_values(node, {}, ())
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -60,6 +74,30 @@ def parse_yaml(text: str) -> Any:
     return _Loader(text).get_single_data()
 
 
+def _count_values(
+    node: yaml.Node, counts: dict[yaml.Node, int], around: tuple[yaml.Node, ...]
+) -> int:
+    """Returns the number of keys and values of a node, those of an anchor as often as it is used.
+    `counts` are those of nodes that are counted already, `around` the nodes that hold this one."""
+    if node not in counts:
+        if node in around or len(around) > MAX_DEPTH:
+            raise TooMuchYAML(
+                f"nested deeper than {MAX_DEPTH} sections; check for an anchor that contains itself"
+            )
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            parts = [one for pair in node.value for one in pair]
+            merged = [value for key, value in node.value if key.tag == MERGE_TAG]
+            if merged == [node]:  # `a: &a {<<: *a}`, once, has no effect
+                parts.remove(node)
+        counts[node] = 1 + sum(_count_values(one, counts, (*around, node)) for one in parts)
+        if counts[node] > MAX_VALUES:
+            raise TooMuchYAML(
+                f"more than {MAX_VALUES:,} values; check for anchors that contain each other"
+            )
+    return counts[node]
+
+
 def read_yaml(
     file: Path, what: str = "configuration file"
 ) -> tuple[dict[str, Any], dict[Loc, str]]:
@@ -74,6 +112,8 @@ def read_yaml(
         loader = _Loader(utf8_text(file, content))
         node = loader.get_single_node()
         tree = {} if node is None else loader.construct_document(node)  # resolves `<<` in `node`
+    except TooMuchYAML as error:
+        raise ConfigError(f"{file}: {error}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
@@ -94,11 +134,6 @@ def read_yaml(
 
     origins: dict[Loc, str] = {}
     for keys, key in _nodes(node, ()):
-        if len(keys) > MAX_DEPTH:
-            raise ConfigError(
-                f"{file}: nested deeper than {MAX_DEPTH} sections; check for an anchor that "
-                "contains itself"
-            )
         if key in loader.repeated:
             raise ConfigError(
                 f"{position(key.start_mark)}: {dotted(keys)} is given twice; first at "

@@ -107,6 +107,7 @@ def evaluate_generator(
     *,
     options: EvaluationOptions,
     base_model: str | None,
+    trust_remote_code: bool = False,
     cache: Path,
     progress: Progress,
     strict: bool,
@@ -146,7 +147,7 @@ def evaluate_generator(
             raise UsageError(f"{problem}; the generator has {len(sources)}")
         log.warning("%s and is left out; the generator has %d", problem, len(sources))
         chosen = [one for one in chosen if one not in few]
-    base = load_base(base_model or generator.base_model)
+    base = load_base(base_model or generator.base_model, trust_remote_code=trust_remote_code)
     multi_task, oracles, labelled = None, {}, {}
     if MultiTask in chosen:
         multi_task = train_multi_task(sources, base, cache, progress, multi_task_steps)

@@ -207,6 +207,7 @@ def _recipe(config: LoraTrainConfig, base: LanguageModel, cache: Path) -> LoraTr
     without the files that the comparison does not need."""
     own = config.model_copy(deep=True)
     own.base_model, own.runs_dir = base.name, str(cache / "runs")
+    own.trust_remote_code = base.trust_remote_code  # whatever a run from elsewhere says
     own.final_model, own.track_batches, own.loggers = "none", False, {}
     own.data.skip_bad_rows = True  # the targets were read before, which raises for bad rows
     return own

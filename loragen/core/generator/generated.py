@@ -165,9 +165,9 @@ class GeneratedAdapter(Adapter):
 class Merger:
     """Merges adapters into one base, which is loaded once, in float32."""
 
-    def __init__(self, base_model: str) -> None:
-        """Raises UsageError if the base cannot be found, LoragenError if it does not load."""
-        self.base = load_base(base_model, torch.float32)
+    def __init__(self, base_model: str, trust_remote_code: bool = False) -> None:
+        """Raises as `load_base`."""
+        self.base = load_base(base_model, torch.float32, trust_remote_code=trust_remote_code)
         self._model: Any = None
 
     def save(self, adapter: GeneratedAdapter, output: Path, overwrite: bool = False) -> None:

@@ -75,6 +75,7 @@ ADDS_UP = 0.8
 """Share of what collected adapters answer right that a mixture of others must answer, for `auto` to
 stand for the decoder `mixture`: then a new dataset's adapter is mostly a mixture, too."""
 IGNORED_ON_RESUME = (
+    "trust_remote_code",
     "experiments_dir",
     "loggers",
     # The content of the sources is compared by hash, so their paths may differ.
@@ -219,7 +220,10 @@ def training_base(plan: Plan, resume: "GeneratorPoint | None") -> LanguageModel:
     dtype, since the choice depends on the hardware. Other weights than those that the adapters were
     trained on are warned of."""
     config = plan.config
-    settings = LoraTrainConfig(base_model=config.behaviour.base_model or plan.base_model)
+    settings = LoraTrainConfig(
+        base_model=config.behaviour.base_model or plan.base_model,
+        trust_remote_code=config.trust_remote_code,
+    )
     settings.trainer.accelerator = config.trainer.accelerator
     dtype = (resume.manifest.base_dtype if resume else "") or "auto"
     base = load_training_base(settings.model_copy(update={"base_dtype": dtype}))
@@ -310,6 +314,7 @@ def new_manifest(
         val_sources=[str(s.checkpoints[0].parent.absolute()) for s in plan.val_sources],
         base_fingerprint=base.fingerprint if base else "",
         base_dtype=dtype_name(base.model.dtype) if base else "",
+        trust_remote_code=bool(base and base.trust_remote_code),
         source_records=[source.record for source in arrays if source.record],
         encoder_fingerprint=encoder.fingerprint,
         plugins=plugin_records(

@@ -127,6 +127,7 @@ class TaskOutcome:
 
 IGNORED_ON_RESUME = (
     "base_model",  # compared by its fingerprint, or its name
+    "trust_remote_code",
     "base_dtype",  # compared by the dtype that the base computes in
     "runs_dir",
     "collection",

@@ -26,6 +26,7 @@ from loragen.core.base.load import (
     LanguageModel,
     dtype_name,
     empty_base,
+    free_memory,
     load_training_base,
     trainer_precision,
 )
@@ -47,6 +48,9 @@ from loragen.core.run.loop import Interruption, RunSession, StepSeeds, fit, make
 from loragen.core.run.resume import ResumePoint
 
 log = logging.getLogger(__name__)
+
+PRECISION_BYTES = {"bf16-true": 2, "64-true": 8}
+"""The bytes of an adapter's value in training, where they are not 4."""
 
 
 def train_adapter(
@@ -82,6 +86,7 @@ def train_adapter(
         base_model=config.base_model,
         base_dtype=dtype_name(base.model.dtype),
         base_fingerprint=base.fingerprint,
+        trust_remote_code=base.trust_remote_code,
         dataset=rows.record,
         adapter_config={},  # known once PEFT has found the target modules in the base
         seed=config.seed,
@@ -92,6 +97,9 @@ def train_adapter(
     )
     if resume:
         resume.check(config, manifest)
+    bound = config.lora.rank * sum(map(sum, _matrices(base.model)))  # as if it adapted all of them
+    if training_bytes(config, bound, bound) > free_memory(config.trainer.accelerator):
+        check_memory(config, *count_values(config))
     model = new_adapter(base, config)
     try:
         manifest.adapter_config = plain_config(model.peft_config["default"])
@@ -209,10 +217,20 @@ def _save_results(
 def new_adapter(base: LanguageModel, config: LoraTrainConfig) -> Any:
     """Returns a `PeftModel` whose LoRA has the same initial weights for every dataset.
 
-    Raises UsageError if target_modules names nothing of the base.
+    Raises UsageError if target_modules names nothing of the base, or if no matrix of the base has
+    such a rank.
     """
     from peft import get_peft_model, prepare_model_for_kbit_training
 
+    matrices = _matrices(base.model)
+    most = max(map(min, matrices), default=config.lora.rank)
+    if config.lora.rank > most:
+        values = config.lora.rank * sum(map(sum, matrices))
+        raise UsageError(
+            f"lora.rank {config.lora.rank}: no matrix of the base has a rank above {most}; the "
+            f"adapter would take up to {training_bytes(config, values, values) / 1e9:,.1f} GB of "
+            "memory for nothing"
+        )
     if config.base_quantization != "none":
         prepare_model_for_kbit_training(base.model, False)  # type: ignore[no-untyped-call]  # PEFT is untyped
     with torch.random.fork_rng(devices=[]):
@@ -248,6 +266,36 @@ def new_adapter(base: LanguageModel, config: LoraTrainConfig) -> Any:
     return model
 
 
+def _matrices(model: Any) -> list[tuple[int, int]]:
+    """Returns the two sizes of each matrix that an adapter may adapt."""
+    found = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):  # the weight of a quantised one has another shape
+            found.append((module.in_features, module.out_features))
+        elif (weight := getattr(module, "weight", None)) is not None and weight.ndim == 2:
+            found.append((weight.shape[0], weight.shape[1]))
+    return found
+
+
+def training_bytes(config: LoraTrainConfig, values: int, trained: int) -> int:
+    """Returns the memory that an adapter takes in training: its values, and the gradients and both
+    moments of AdamW of those that train. The base and activations are not counted."""
+    width = PRECISION_BYTES.get(config.trainer.precision, 4)
+    return width * (values + 3 * trained)
+
+
+def check_memory(config: LoraTrainConfig, values: int, trained: int) -> None:
+    """Raises UsageError if an adapter of so many values is too large for the memory that is free:
+    the system would end the process without a word."""
+    needed, free = training_bytes(config, values, trained), free_memory(config.trainer.accelerator)
+    if needed > free:
+        raise UsageError(
+            f"lora.rank {config.lora.rank}: the adapter has {values:,} values, whose training "
+            f"takes {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free; lower "
+            "lora.rank, or adapt fewer lora.target_modules"
+        )
+
+
 def count_values(config: LoraTrainConfig) -> tuple[int, int]:
     """Returns the number of values of an adapter, and of those that train, without loading the
     base's weights.
@@ -255,7 +303,9 @@ def count_values(config: LoraTrainConfig) -> tuple[int, int]:
     Raises UsageError if target_modules names nothing of the base.
     """
     with torch.device("meta"):
-        model = new_adapter(empty_base(config.base_model), config)
+        model = new_adapter(
+            empty_base(config.base_model, trust_remote_code=config.trust_remote_code), config
+        )
     sizes = [(p.numel(), p.requires_grad) for n, p in model.named_parameters() if "lora_" in n]
     return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
 
@@ -264,7 +314,7 @@ def checkpoint_sizes(config: LoraTrainConfig, values: int, trained: int) -> list
     """Returns the size (bytes) of the tensors in each checkpoint that a run keeps, in the order of
     steps, for an adapter of so many `values`, of which `trained` train."""
     settings, last = config.checkpoints, config.training.max_steps
-    width = {"bf16-true": 2, "64-true": 8}.get(config.trainer.precision, 4)
+    width = PRECISION_BYTES.get(config.trainer.precision, 4)
     moments = 2  # of AdamW, each as large as the adapter
     return [
         width * (values + moments * trained * settings.carries_optimizer(final=step == last))

@@ -106,6 +106,8 @@ class LoraManifest(Manifest):
     base_dtype: BaseDtype = ""
     """The dtype in which the frozen base computed."""
     base_fingerprint: str = ""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the base was allowed to run."""
     dataset: DatasetRecord
     adapter_config: dict[str, Any]
     seed: int
@@ -132,6 +134,8 @@ class GeneratorManifest(Manifest):
     """The fingerprint of the base that behaviour training computed through; empty if none."""
     base_dtype: BaseDtype = ""
     """The dtype of that base."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with that base was allowed to run."""
     source_records: list[SourceRecord] = []
     encoder_fingerprint: str = ""
     """The fingerprint of the encoder's weights, before any training of them."""

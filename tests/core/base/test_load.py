@@ -272,7 +272,7 @@ class TestQuantization:
             SimpleNamespace(BitsAndBytesConfig=lambda **options: options),
         )
         monkeypatch.setattr(
-            precision, "load_base", lambda _, quantization: asked.update(quantization)
+            precision, "load_base", lambda _, quantization, **_options: asked.update(quantization)
         )
         settings = {"base_quantization": bits, "trainer.accelerator": "auto"}
         load_training_base(lora_config(settings))

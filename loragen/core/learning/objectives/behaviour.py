@@ -21,7 +21,7 @@ from loragen.core.base.checkpointing import gradient_checkpointing
 from loragen.core.base.load import empty_base, is_local
 from loragen.core.config import GenTrainConfig
 from loragen.core.data.tokenize import Example
-from loragen.core.errors import LoragenError, listing
+from loragen.core.errors import LoragenError, listing, one_line
 from loragen.core.generator.network import Network, Normalization
 from loragen.core.learning.arrays import SourceArrays
 from loragen.core.learning.data import (
@@ -129,13 +129,13 @@ class Behaviour(Objective):
         if config.training.objective != "auto":
             return None
         base = config.behaviour.base_model or sources[0].base_model
-        try:
-            if not is_local(base):
-                raise LoragenError
-            with torch.device("meta"):
-                model = empty_base(base, local_files_only=True).model
-        except LoragenError:
+        if not is_local(base):
             return f"the base model {base} is not on this machine"
+        try:
+            with torch.device("meta"):
+                model = empty_base(base, True, config.trust_remote_code).model
+        except LoragenError as error:
+            return one_line(error)
         size = sum(parameter.numel() for parameter in model.parameters())
         has_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
         if size > MAX_ON_CPU and not has_gpu:

@@ -1,0 +1,132 @@
+"""A factory of small base models whose tokenizers, chat templates and files are odd, as those of
+real models are. Every base is the demo's with a few files changed, so that it trains in seconds."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loragen.core.base.names import resolve_base
+from loragen.core.config import DEMO
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""A template whose turns end with a token of their own."""
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+NO_GENERATION_PROMPT = CHATML.partition("{% if add_generation_prompt %}")[0]
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+)
+ALTERNATING = (
+    "{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
+    "{% endfor %}" + CHATML
+)
+"""A template that also refuses a system turn, because the first turn has to be the user's."""
+DATED = "{{ '<|im_start|>system\nToday is ' + strftime_now('%d %B %Y') + '<|im_end|>\n' }}" + CHATML
+SYNTAX_ERROR = "{% for message in messages %}\n{{ message['content'] \n{% endfor %}"
+THINKING = CHATML.replace("assistant\n' }}", "assistant\n<think>\n\n</think>\n\n' }}")
+"""A template whose generation prompt says more than the header of an assistant turn."""
+
+
+def write_base(
+    directory: Path,
+    *,
+    template: str | None = "",
+    added: Sequence[str] = (),
+    adds: Mapping[str, str] | None = None,
+    tokenizer: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    vocabulary: int | None = None,
+) -> Path:
+    """Writes a base model and returns its directory.
+
+    `template` replaces the chat template (None: there is none); a template with the tokens of
+    `CHATML` gets them. `added` are further special tokens, `adds` the tokens that the tokenizer
+    puts at the `start` or `end` of every text by itself. `tokenizer` and `config` are keys of
+    tokenizer_config.json and config.json. `vocabulary` is the number of rows of the embedding; by
+    default there is one for every token.
+    """
+    shutil.copytree(resolve_base(DEMO), directory)
+    if template is None:
+        (directory / "chat_template.jinja").unlink()
+    elif template:
+        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+        added = [*(one for one in CHATML_TOKENS if one in template), *added]
+    tokens = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    known = len(tokens["model"]["vocab"])
+    for number, text in enumerate(added):
+        entry = {**tokens["added_tokens"][0], "id": known + number, "content": text}
+        tokens["added_tokens"].append(entry)
+    if adds:
+        ids = {one["content"]: one["id"] for one in tokens["added_tokens"]}
+        pieces = {
+            place: [{"SpecialToken": {"id": adds[place], "type_id": 0}}] if place in adds else []
+            for place in ("start", "end")
+        }
+        own = [{"Sequence": {"id": "A", "type_id": 0}}]
+        tokens["post_processor"]["single"] = [*pieces["start"], *own, *pieces["end"]]
+        tokens["post_processor"]["special_tokens"] = {
+            one: {"id": one, "ids": [ids[one]], "tokens": [one]} for one in adds.values()
+        }
+    _write(directory / "tokenizer.json", tokens)
+    _change(directory / "tokenizer_config.json", tokenizer or {})
+    _change(directory / "config.json", config or {})
+    rows = vocabulary or known + len(added)
+    if rows != known:
+        _resize(directory, rows)
+    return directory
+
+
+def write_code(directory: Path, proof: Path) -> Path:
+    """Gives a base a modeling file of its own, which writes the file `proof` when it runs."""
+    module = f"""
+from pathlib import Path
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+Path({str(proof)!r}).write_text("the code has run")
+
+
+class StrangerConfig(Qwen2Config):
+    model_type = "stranger"
+
+
+class Stranger(Qwen2ForCausalLM):
+    config_class = StrangerConfig
+"""
+    (directory / "modeling_stranger.py").write_text(module, encoding="utf-8")
+    _change(
+        directory / "config.json",
+        {
+            "model_type": "stranger",
+            "architectures": ["Stranger"],
+            "auto_map": {
+                "AutoConfig": "modeling_stranger.StrangerConfig",
+                "AutoModelForCausalLM": "modeling_stranger.Stranger",
+            },
+        },
+    )
+    return directory
+
+
+def _resize(directory: Path, rows: int) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    model.save_pretrained(directory)
+
+
+def _change(file: Path, keys: Mapping[str, Any]) -> None:
+    _write(file, {**json.loads(file.read_text(encoding="utf-8")), **keys})
+
+
+def _write(file: Path, document: Any) -> None:
+    file.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
