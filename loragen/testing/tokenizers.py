@@ -4,11 +4,9 @@ real models are. Every base is the demo's with a few files changed, so that it t
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-from loragen.core.base.names import resolve_base
-from loragen.core.config import DEMO
 
 CHATML = (
     "{% for message in messages %}"
@@ -54,7 +52,7 @@ def write_base(
     tokenizer_config.json and config.json. `vocabulary` is the number of rows of the embedding; by
     default there is one for every token.
     """
-    shutil.copytree(resolve_base(DEMO), directory)
+    shutil.copytree(str(files("loragen").joinpath("demo", "base")), directory)
     if template is None:
         (directory / "chat_template.jinja").unlink()
     elif template:
