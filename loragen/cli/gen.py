@@ -1,6 +1,7 @@
 """`loragen gen`: train a generator, generate adapters with it, evaluate them."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -109,35 +110,38 @@ def gen_train(
     from loragen.core.learning.plan import make_plan
     from loragen.core.learning.train import GeneratorPoint, train
 
-    point = GeneratorPoint.find(resume) if resume else None
-    if point:
-        resolved = point.resumed(resolved)
-        point.check(resolved)  # before the sources are read
-    if dry_run:
-        work = make_plan(resolved, sources)
-        render.note(work.summary())
-        decoder = _decoder_summary(work)
-        if json:
-            render.answer_json({"config": work.config.model_dump(), "decoder": decoder.as_dict()})
-        else:
-            render.note(decoder_text(decoder))
-            render.answer(dump(work.config).rstrip())
-        return
-    if point and point.is_finished(resolved):
-        render.note(f"{point.directory}: finished at step {point.step}; nothing is left to do")
-        directory, manifest = point.directory, point.manifest
-    else:
-        from loragen.cli.progress import terminal_progress
-
+    found = GeneratorPoint.find(resume, to_write=not dry_run) if resume else nullcontext()
+    with found as point:
         if point:
-            found = point.checkpoint.name if point.checkpoint else "no checkpoint"
-            render.note(f"{point.directory}: found {found}; {point.step} steps are done")
-        trained = train(resolved, terminal_progress(), point, sources)
-        directory, manifest = trained.directory, trained.manifest
-    if json:
-        render.answer_json({"run": str(directory), **manifest.model_dump()})
-    else:
-        render.answer(str(directory))
+            resolved = point.resumed(resolved)
+            point.check(resolved)  # before the sources are read
+        if dry_run:
+            work = make_plan(resolved, sources)
+            render.note(work.summary())
+            decoder = _decoder_summary(work)
+            if json:
+                render.answer_json(
+                    {"config": work.config.model_dump(), "decoder": decoder.as_dict()}
+                )
+            else:
+                render.note(decoder_text(decoder))
+                render.answer(dump(work.config).rstrip())
+            return
+        if point and point.is_finished(resolved):
+            render.note(f"{point.directory}: finished at step {point.step}; nothing is left to do")
+            directory, manifest = point.directory, point.manifest
+        else:
+            from loragen.cli.progress import terminal_progress
+
+            if point:
+                name = point.checkpoint.name if point.checkpoint else "no checkpoint"
+                render.note(f"{point.directory}: found {name}; {point.step} steps are done")
+            trained = train(resolved, terminal_progress(), point, sources)
+            directory, manifest = trained.directory, trained.manifest
+        if json:
+            render.answer_json({"run": str(directory), **manifest.model_dump()})
+        else:
+            render.answer(str(directory))
 
 
 @app.command("infer")

@@ -25,6 +25,7 @@ from loragen.cli.options import (
     with_old_files,
 )
 from loragen.core.errors import DataError, Interrupted, LoragenError, UsageError
+from loragen.core.progress import is_first_process
 
 if TYPE_CHECKING:
     from loragen.core.config import LoraTrainConfig
@@ -355,18 +356,18 @@ def _resume(config: "LoraTrainConfig", task: "Task", path: Path) -> "TaskOutcome
     from loragen.core.lora.train import LoraPoint, load_resumed_base, train_adapter
     from loragen.core.run.directory import LoraRun
 
-    point = LoraPoint.find(path)
-    if point.is_finished(config):
-        render.note(f"{point.directory}: finished at step {point.step}, nothing is left to do")
-        return TaskOutcome(task, "skipped", LoraRun(point.directory, point.manifest))
-    found = point.checkpoint.name if point.checkpoint else "no checkpoint"
-    done = point.step == config.training.max_steps
-    then = "all steps are done" if done else f"the next step is {point.step + 1}"
-    render.note(f"{point.directory}: found {found}; {then}")
-    base = load_resumed_base(point, config)
-    dataset = Dataset(task.dataset.source, point.manifest.dataset.name)
-    run = train_adapter(config, dataset, base, terminal_progress(), point, task.validation)
-    return TaskOutcome(task, "trained", run)
+    with LoraPoint.find(path, to_write=True) as point:
+        if point.is_finished(config):
+            render.note(f"{point.directory}: finished at step {point.step}, nothing is left to do")
+            return TaskOutcome(task, "skipped", LoraRun(point.directory, point.manifest))
+        found = point.checkpoint.name if point.checkpoint else "no checkpoint"
+        done = point.step == config.training.max_steps
+        then = "all steps are done" if done else f"the next step is {point.step + 1}"
+        render.note(f"{point.directory}: found {found}; {then}")
+        base = load_resumed_base(point, config)
+        dataset = Dataset(task.dataset.source, point.manifest.dataset.name)
+        run = train_adapter(config, dataset, base, terminal_progress(), point, task.validation)
+        return TaskOutcome(task, "trained", run)
 
 
 def _report(outcomes: "Sequence[TaskOutcome]", json: bool) -> None:
@@ -375,7 +376,7 @@ def _report(outcomes: "Sequence[TaskOutcome]", json: bool) -> None:
     Other processes than a launcher's first do nothing: if one exited with an error while the first
     still writes its results, torchrun would end the first too.
     """
-    if not render.is_first_process():
+    if not is_first_process():
         return
     documents: list[dict[str, object]] = []
     rows: list[tuple[object, ...]] = []

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loragen.cli import render
-from loragen.core.progress import OutcomeStatus, Progress, Silent, Step, Validation
+from loragen.core.progress import (
+    OutcomeStatus,
+    Progress,
+    Silent,
+    Step,
+    Validation,
+    is_first_process,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -20,7 +27,7 @@ SHOWN_METRICS = ("loss", "behaviour", "accuracy")
 
 def terminal_progress() -> Progress:
     """Returns a progress display on stderr; only the first process of a launcher shows any."""
-    if not render.is_first_process():
+    if not is_first_process():
         return Silent()
     return TerminalProgress() if sys.stderr.isatty() else PlainProgress()
 

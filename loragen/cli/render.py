@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import typer
 
+from loragen.core.progress import is_first_process
+
 CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
 """Control characters except tab and line feed."""
 
@@ -19,12 +21,6 @@ def answer(text: str) -> None:
     """Prints to stdout, from the first process of a launcher only."""
     if is_first_process():
         typer.echo(text)
-
-
-def is_first_process() -> bool:
-    """Returns whether this is process 0 of those that torchrun, Slurm or Lightning have started."""
-    variables = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
-    return all(os.environ.get(variable, "0") == "0" for variable in variables)
 
 
 def answer_json(document: Any) -> None:

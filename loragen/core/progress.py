@@ -1,10 +1,18 @@
 """Events of a command while it trains on one dataset or many. The command line shows them."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 OutcomeStatus = Literal["done", "skipped", "failed", "interrupted"]
+
+
+def is_first_process() -> bool:
+    """Returns whether this is process 0 of those that torchrun, Slurm or Lightning have started:
+    the one that writes and prints."""
+    variables = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    return all(os.environ.get(variable, "0") == "0" for variable in variables)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ from loragen.core.learning.plan import (
 )
 from loragen.core.learning.sources import Sources, TrainingSource, open_sources
 from loragen.core.plugins import create
-from loragen.core.progress import Progress
+from loragen.core.progress import Progress, is_first_process
 from loragen.core.protocols import Encoder, StartsFromSamples, Transfers
 from loragen.core.run.checkpoints import AtomicCheckpointIO, load_weights_only
 from loragen.core.run.directory import (
@@ -107,6 +107,8 @@ def train(
     # Setup: the sources, the generator, the objectives and the trainer.
     quiet_libraries()
     if resume:
+        if is_first_process():
+            resume.acquire()
         config = resume.resumed(config)
     plan = make_plan(config, sources or open_sources(config))
     config = with_found_sources(plan)

@@ -26,6 +26,7 @@ from loragen.core.lora.tasks import Task, TaskOutcome, earlier_runs, with_absolu
 from loragen.core.lora.worker import JobResult, Launcher, StatusFile, TrainingJob, Worker, run_job
 from loragen.core.progress import Progress
 from loragen.core.run.directory import LoraManifest, Run
+from loragen.core.run.lock import writer_of
 
 log = logging.getLogger(__name__)
 
@@ -84,11 +85,11 @@ def _without_training(config: LoraTrainConfig, task: Task, force: bool) -> TaskO
     except Exception as error:  # noqa: BLE001  # an error of this dataset stops no other
         return TaskOutcome.failed(task, error)
     if not force and unfinished:
-        log.info(
-            "%s: there is an unfinished run; unless it is running now: --resume %s",
-            task.name,
-            unfinished.directory,
-        )
+        directory = unfinished.directory
+        if writer := writer_of(directory):
+            log.info("%s: %s is being written by %s; this is another", task.name, directory, writer)
+        else:
+            log.info("%s: there is an unfinished run: --resume %s", task.name, directory)
     return None
 
 

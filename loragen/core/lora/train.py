@@ -40,7 +40,7 @@ from loragen.core.lora.module import LoraModule, StepCheckpoints, StepMetrics
 from loragen.core.lora.provenance import Provenance
 from loragen.core.lora.tasks import IGNORED_ON_RESUME, with_absolute_paths
 from loragen.core.plugins import create
-from loragen.core.progress import Progress
+from loragen.core.progress import Progress, is_first_process
 from loragen.core.run.checkpoints import AtomicCheckpointIO
 from loragen.core.run.directory import LoraManifest, LoraRun, Run, checkpoint_step, plugin_records
 from loragen.core.run.loggers import METRICS, read_metrics
@@ -72,6 +72,8 @@ def train_adapter(
     from peft.helpers import disable_input_dtype_casting
 
     # ---- setup: rows, manifest, adapter
+    if resume and is_first_process():
+        resume.acquire()
     config = with_absolute_paths(config)
     training = config.training
     if config.checkpoints.first_step > training.max_steps:

@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -141,16 +141,17 @@ def run_job(job: TrainingJob, status_file: Path) -> None:
         from loragen.core.base.load import load_training_base
         from loragen.core.lora.train import LoraPoint, load_resumed_base, train_adapter
 
-        point = LoraPoint.find(job.resume) if job.resume else None
-        base = load_resumed_base(point, job.config) if point else load_training_base(job.config)
-        train_adapter(
-            job.config,
-            Dataset(parsed_source(job.location), job.name),
-            base,
-            reporter,
-            point,
-            on_start=lambda directory: status.append(WorkerReport(directory=directory)),
-        )
+        found = LoraPoint.find(job.resume, to_write=True) if job.resume else nullcontext()
+        with found as point:
+            base = load_resumed_base(point, job.config) if point else load_training_base(job.config)
+            train_adapter(
+                job.config,
+                Dataset(parsed_source(job.location), job.name),
+                base,
+                reporter,
+                point,
+                on_start=lambda directory: status.append(WorkerReport(directory=directory)),
+            )
         result = JobResult(status="trained")
     except KeyboardInterrupt:
         result = JobResult(status="interrupted", reason="interrupted")

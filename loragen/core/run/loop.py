@@ -35,6 +35,7 @@ from loragen.core.run.directory import (
     create_run_directory,
     write_manifest,
 )
+from loragen.core.run.lock import RunLock
 from loragen.core.run.loggers import RunLoggers
 from loragen.core.run.resume import ResumePoint
 
@@ -111,6 +112,7 @@ class RunSession(Callback):
         else:
             self._loggers = RunLoggers(config.loggers)
         self._trainer: Trainer | None = None
+        self._lock: RunLock | None = None
         before = (resume.manifest.seconds or 0.0) if resume else 0.0
         self._started = time.monotonic() - before
         self.manifest = manifest
@@ -120,10 +122,13 @@ class RunSession(Callback):
         self._trainer = trainer
         name = ""
         if trainer.is_global_zero and self._resume:
+            self._lock = self._resume.acquire()
             remove_unfinished(self._resume.directory)
             name = str(self._resume.directory)
         elif trainer.is_global_zero:
-            name = str(create_run_directory(self._parent, self._prefix))
+            directory = create_run_directory(self._parent, self._prefix)
+            self._lock = RunLock(directory).acquire()
+            name = str(directory)
         self.directory = Path(trainer.strategy.broadcast(name))
         (self.directory / CHECKPOINTS).mkdir(exist_ok=True)
         if trainer.is_global_zero:
@@ -160,21 +165,31 @@ class RunSession(Callback):
         else:
             self.progress.validated(replace(event, name=self._name))
 
+    def check_lock(self) -> None:
+        """Raises LoragenError if another process has taken the run."""
+        if self._lock:
+            self._lock.check()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Closes the loggers and writes the final manifest, unless `setup` was never reached."""
+        """Closes the loggers, writes the final manifest and frees the run, unless `setup` was never
+        reached."""
         stopped = kind is not None and issubclass(kind, KeyboardInterrupt | Interrupted)
         status: Status = "success" if kind is None else "interrupted" if stopped else "failed"
         self.progress.training_ended(self._name)
-        if self._trainer is None or not hasattr(self, "directory"):
-            return
-        self._loggers.close(status)
-        self.manifest.status = status
-        self.manifest.seconds = round(time.monotonic() - self._started, 2)
-        if self._trainer.is_global_zero:
-            write_manifest(self.directory, self.manifest)
+        try:
+            if self._trainer is None or not hasattr(self, "directory"):
+                return
+            self._loggers.close(status)
+            self.manifest.status = status
+            self.manifest.seconds = round(time.monotonic() - self._started, 2)
+            if self._lock and self._lock.is_ours():  # in process 0
+                write_manifest(self.directory, self.manifest)
+        finally:
+            if self._lock:
+                self._lock.release()
 
 
 def hardware_usage() -> dict[str, float]:
@@ -290,7 +305,9 @@ class CheckpointCallback(StepCallback):
         self.interruption.install_handlers()
 
     def save(self, trainer: Trainer, file: Path) -> None:
-        """Saves the current step to `file`. Raises LoragenError if a weight is not finite."""
+        """Saves the current step to `file`. Raises LoragenError if a weight is not finite, or
+        another process has taken the run."""
+        self.session.check_lock()
         state = trainer.lightning_module.state_dict()
         # One flag of each weight, which are read together: reading one waits for the GPU.
         finite = torch.stack([weight.isfinite().all() for weight in state.values()]).tolist()

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from loragen.core.config.show import differences, other_hardware
 from loragen.core.errors import DataError, UsageError
+from loragen.core.progress import is_first_process
 from loragen.core.run.checkpoints import load_weights_only
 from loragen.core.run.directory import (
     LAST_CHECKPOINT,
@@ -26,7 +27,10 @@ from loragen.core.run.directory import (
     ManifestT,
     Run,
     checkpoint_step,
+    read_manifest,
+    run_directory_of,
 )
+from loragen.core.run.lock import RunLock
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +52,8 @@ class ResumePoint(Run[ManifestT, ConfigT], ABC):
     """None: the run ended before its first checkpoint and starts again."""
     step: int
     """The number of optimizer steps done."""
+    lock: RunLock | None = None
+    """The lock of the run, once `acquire` has taken it."""
 
     kind: ClassVar[type[Any]]
     """The class of the run's manifest."""
@@ -55,11 +61,26 @@ class ResumePoint(Run[ManifestT, ConfigT], ABC):
     """Sections and keys of the configuration that may differ when a run resumes."""
 
     @classmethod
-    def find(cls, path: Path) -> Self:
+    def find(cls, path: Path, to_write: bool = False) -> Self:
         """Returns the run at `path` with its newest checkpoint, or with the checkpoint `path`.
 
-        Raises UsageError if there is no run, DataError if no checkpoint can be read.
+        `to_write` first takes the lock of the run. Raises UsageError if there is no run or another
+        process writes it, DataError if no checkpoint can be read.
         """
+        lock = None
+        if to_write and path.exists() and is_first_process():
+            lock = RunLock(run_directory_of(path)).acquire()
+        try:
+            point = cls._found(path)
+        except BaseException:
+            if lock:
+                lock.release()
+            raise
+        point.lock = lock
+        return point
+
+    @classmethod
+    def _found(cls, path: Path) -> Self:
         run = Run.open(path, cls.kind)
         last = run.directory / LAST_CHECKPOINT
         files = list(run.checkpoints)
@@ -68,6 +89,25 @@ class ResumePoint(Run[ManifestT, ConfigT], ABC):
         checkpoint = path if path.is_file() else newest(files)
         step = has_optimizer_and_step(checkpoint)[1] if checkpoint else 0
         return cls(run.directory, run.manifest, checkpoint, step)
+
+    def acquire(self) -> RunLock:
+        """Takes the lock of the run, unless that is done. Raises UsageError if another process
+        writes it, or has written it since it was found."""
+        if self.lock is None or self.lock.released:
+            lock = RunLock(self.directory).acquire()
+            if read_manifest(self.directory, self.kind) != self.manifest:
+                lock.release()
+                raise UsageError(f"{self.directory}: another process has written it just now")
+            self.lock = lock
+        return self.lock
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Frees the run, if the training that it was found for has not done so."""
+        if self.lock:
+            self.lock.release()
 
     def differences(self, config: ConfigT) -> list[str]:
         """Returns `key is x, the run has y` for every setting that differs and must not."""
