@@ -5,14 +5,23 @@ import io
 import json
 import os
 import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
+import torch
 
 from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
 from loragen.core.data.dataset import Dataset
 from loragen.core.errors import ConfigError, DataError, LoragenError, UsageError
 from loragen.core.files import nature, read_json
+from loragen.core.generator.collected import Collected
+from loragen.core.learning.arrays import write_once
 from loragen.core.lora.tasks import find_tasks
+from loragen.core.run.checkpoints import load_weights_only
+from loragen.core.run.resume import newest
+from loragen.testing.files import cut, flip
 
 ROWS = [{"prompt": f"What colour has {i}?", "response": ["red", "green"][i % 2]} for i in range(4)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -225,7 +234,7 @@ def test_a_name_that_is_too_long_is_one_short_line(tmp_path, length):
 @pytest.fixture
 def pipe():
     """`pipe(bytes)` returns the name of a pipe with that content, as `<(command)` gives it."""
-    if not os.path.isdir("/dev/fd"):  # noqa: PTH112
+    if not Path("/dev/fd").is_dir():
         pytest.skip("no /dev/fd here")
     ends = []
 
@@ -260,6 +269,126 @@ def test_a_training_does_not_take_a_pipe_that_its_resuming_could_not_read(pipe):
 
 
 def test_a_configuration_may_come_through_a_pipe(pipe):
-    from pathlib import Path
-
     assert load(LoraTrainConfig, Path(pipe(b"seed: 7")), environment={}).seed == 7
+
+
+# ---------------------------------------------------------------------------- damaged weights
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    file = tmp_path / "checkpoint-step-001.ckpt"
+    tensors = {"base_model.model.q.lora_A.weight": torch.arange(600.0).reshape(2, 300)}
+    torch.save({"state_dict": tensors, "global_step": 1}, file)
+    return file
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_noticed_or_changes_nothing(checkpoint):
+    whole = load_weights_only(checkpoint)["state_dict"]["base_model.model.q.lora_A.weight"].clone()
+    content = checkpoint.read_bytes()
+    noticed = 0
+    for at in range(0, len(content), 17):
+        damaged = bytearray(content)
+        damaged[at] ^= 0x10
+        checkpoint.write_bytes(damaged)
+        os.utime(checkpoint, ns=(at, at))
+        try:
+            found = load_weights_only(checkpoint)["state_dict"]["base_model.model.q.lora_A.weight"]
+        except DataError as error:
+            noticed += 1
+            assert str(error).startswith(f"{checkpoint}: ")
+            assert "\n" not in str(error)
+        else:
+            assert torch.equal(found, whole)
+    assert noticed > len(content) / 17 / 2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_truncated(checkpoint, share):
+    with pytest.raises(DataError, match="empty" if share == 0 else "truncated"):
+        load_weights_only(cut(checkpoint, share))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS"),
+        (b"<html>log in</html>", "a web page"),
+        (b"\x80\x02}q\x00.", "torch.save did not write it; it is a pickle of Python"),
+        (bytes(400), "NUL bytes"),
+        (safetensors.torch.save({"a": torch.ones(2)}), "a safetensors file"),
+    ],
+)
+def test_a_checkpoint_that_is_something_else_is_named(checkpoint, content, said):
+    checkpoint.write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        load_weights_only(checkpoint)
+
+
+def test_a_checkpoint_whose_checksums_torch_was_told_to_leave_out_is_read(checkpoint):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"global_step": 1}, checkpoint)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert load_weights_only(checkpoint) == {"global_step": 1}
+
+
+def test_resuming_leaves_a_damaged_checkpoint_out(checkpoint, caplog):
+    older = checkpoint.with_name("checkpoint-step-000.ckpt")
+    torch.save({"state_dict": {}, "global_step": 0, "optimizer_states": [{}]}, older)
+    assert newest([older, flip(checkpoint)]) == older
+    assert "damaged" in caplog.text
+    assert "looking for an older one" in caplog.text
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+def test_a_damaged_cache_is_made_anew_with_one_line(tmp_path, caplog, damage):
+    file = tmp_path / "tokens" / "a.npy"
+    calls = []
+
+    def write():
+        calls.append(1)
+        np.save(file, np.arange(100))
+
+    write_once([file], write)
+    write_once([file], write)
+    assert len(calls) == 1
+    damage(file)
+    write_once([file], write)
+    assert len(calls) == 2
+    assert np.array_equal(np.load(file), np.arange(100))
+    (line,) = caplog.messages
+    assert line == f"{file}: damaged or incomplete; it is made anew"
+
+
+@pytest.fixture
+def collected(tmp_path):
+    adapters = [np.full((3, 4), float(n), np.float32) for n in range(5)]
+    made = Collected(adapters, torch.ones(3, 1))
+    made.save(tmp_path / "g.collected.safetensors")
+    return made
+
+
+def test_collected_adapters_are_an_ordinary_safetensors_file(tmp_path, collected):
+    tensors = safetensors.torch.load_file(tmp_path / "g.collected.safetensors")
+    assert torch.equal(tensors["adapters"][4], torch.full((3, 4), 4.0))
+
+
+def test_a_damaged_collected_adapter_is_noticed_when_it_is_read(tmp_path, collected):
+    file = flip(tmp_path / "g.collected.safetensors", at=0.99)  # in the last adapter
+    found = Collected.load(file, collected.scale, collected.fingerprint)
+    assert torch.equal(found.read([0, 3], slice(0, 3))[1], torch.full((3, 4), 3.0))
+    for read in (lambda: found.read([4], slice(0, 1)), found.mean):
+        with pytest.raises(DataError, match="adapter 5 of 5 is not what was written"):
+            read()
+    collected.save(file)
+    assert Collected.load(file, collected.scale, collected.fingerprint).mean()[0, 0] == 2
+
+
+def test_truncated_collected_adapters_are_named(tmp_path, collected):
+    file = cut(tmp_path / "g.collected.safetensors")
+    with pytest.raises(
+        DataError, match=r"g\.collected\.safetensors: not a file of collected adapters, or damaged"
+    ):
+        Collected.load(file, collected.scale, collected.fingerprint)

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import struct
 from functools import cache
 from importlib.metadata import version
@@ -21,10 +22,12 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 
 from loragen.core.errors import LoragenError, UsageError, listing, one_line
-from loragen.core.files import sha256, write_json, written_atomically
+from loragen.core.files import crc32, sha256, write_json, written_atomically
 
 log = logging.getLogger(__name__)
 
+CHECKSUMS = "checksums.json"
+"""The file of a dequantised directory with the CRC-32 of each of the others."""
 RECORD = "gguf.json"
 """The file of a dequantised directory that says where it comes from."""
 LIBRARY_ERRORS = (OSError, ValueError, LookupError, RuntimeError, TypeError, struct.error)
@@ -44,11 +47,17 @@ def dequantized(file: Path) -> Path:
     """
     directory = _directory(file)
     with FileLock(_made(directory.parent) / f".{directory.name}.lock"):
+        if directory.is_dir() and (damaged := _damaged(directory)):
+            log.warning("%s: damaged; it is made anew", directory / damaged)
+            shutil.rmtree(directory)
         if not directory.is_dir():
             size = file.stat().st_size / 1e6
             log.info("dequantising %s (%.0f MB), once, into %s", file, size, directory)
             with written_atomically(directory) as temporary:
                 write_dequantized(file, temporary)
+                checksums = {one.name: crc32(one) for one in temporary.iterdir()}
+                write_json(temporary / CHECKSUMS, checksums)
+            _damaged.cache_clear()
     return directory
 
 
@@ -94,6 +103,21 @@ def write_dequantized(file: Path, output: Path) -> None:
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     write_json(output / RECORD, record)
+
+
+@cache
+def _damaged(directory: Path) -> str | None:
+    """Returns the name of a file that is not as it was written, else None; checked once per
+    process. The weights are read for it, at 2 GB/s."""
+    try:
+        checksums: dict[str, str] = json.loads((directory / CHECKSUMS).read_bytes())
+    except OSError:
+        return None  # an older loragen has written it
+    except ValueError:
+        return CHECKSUMS
+    files = {name: directory / name for name in checksums}
+    wrong = (n for n, one in files.items() if not one.is_file() or crc32(one) != checksums[n])
+    return next(wrong, None)
 
 
 def read_record(file: Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ from loragen.core.base.load import LanguageModel, base_dtype, load_training_base
 from loragen.core.config import LoraTrainConfig
 from loragen.core.config.schema import CheckpointsSection, PluginSection
 from loragen.core.data.dataset import Dataset, Row
-from loragen.core.errors import UsageError
+from loragen.core.errors import DataError, UsageError
 from loragen.core.evaluation.contestants import TrainedAdapter
 from loragen.core.evaluation.targets import Target
 from loragen.core.files import sha256_text, write_text
@@ -25,6 +25,7 @@ from loragen.core.lora.tasks import IGNORED_ON_RESUME, Task, earlier_runs
 from loragen.core.lora.train import train_adapter
 from loragen.core.plugins import create
 from loragen.core.progress import Progress
+from loragen.core.run.checkpoints import load_adapter
 from loragen.core.run.directory import CHECKPOINTS, LoraRun, checkpoint_name, checkpoint_step
 from loragen.core.run.loggers import METRICS, read_metrics
 
@@ -152,7 +153,7 @@ def _dataset_of(rows: Sequence[Row], folder: Path, name: str) -> Dataset:
         del document["line"]
     text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in documents)
     file = folder / f"{sha256_text(text)[:32]}.jsonl"
-    if not file.is_file():
+    if not (file.is_file() and file.read_bytes() == text.encode()):
         write_text(file, text)
     return Dataset(file, name)
 
@@ -249,6 +250,12 @@ def _train_once(
         there = config.model_copy(update={"runs_dir": str(folder)})
         known = earlier_runs(there, task, (*IGNORED_ON_RESUME, *ignored)).finished
         if known and known.manifest.base_fingerprint == base.fingerprint:
+            try:
+                for file in known.checkpoints if not ignored else known.checkpoints[-1:]:
+                    load_adapter(file)
+            except DataError as error:
+                log.warning("%s; it is trained anew", error)
+                continue
             log.info("%s: already trained, %s", dataset.name, known.directory)
             return known
     try:

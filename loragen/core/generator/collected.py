@@ -5,11 +5,13 @@ written and read piece by piece, so that it may be larger than the memory.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from loragen.core.errors import DataError
 from loragen.core.files import written_atomically
 
 SAMPLED = 64  # values of every adapter that enter the fingerprint
+CHECKSUMS = "crc32"
 CHUNK = 2**22  # values of one adapter at a time: 16 MiB
 
 
@@ -30,6 +33,9 @@ class Collected:
         """`adapters` are ``[tokens, token_dim]`` float32, in their own units; `scale` ``[tokens,
         1]`` is that of the generator's `Normalization`."""
         self.adapters, self.scale = adapters, scale
+        self.file: Path | None = None
+        self.unchecked: dict[int, str] = {}
+        """The checksums of the adapters of `file` that have not been read yet."""
 
     def __deepcopy__(self, memo: Any) -> "Collected":
         return self  # a copy of a network, for averaging, reads the same files
@@ -40,13 +46,16 @@ class Collected:
         return len(self.adapters), tokens, dim
 
     def read(self, datasets: Sequence[int], tokens: slice) -> Tensor:
+        for index in {*datasets} & self.unchecked.keys():
+            self.check(index)
         stacked = np.stack([self.adapters[index][tokens] for index in datasets])
         return torch.from_numpy(stacked).div_(self.scale[tokens])
 
     def mean(self) -> Tensor:
         """Returns the mean adapter in its own units, ``[tokens, token_dim]``."""
         total = np.zeros(self.adapters[0].shape)
-        for adapter in self.adapters:
+        for index, adapter in enumerate(self.adapters):
+            self.check(index)
             total += adapter
         return torch.from_numpy(total / len(self.adapters)).float()
 
@@ -60,28 +69,38 @@ class Collected:
         return hashed.hexdigest()
 
     def save(self, file: Path) -> None:
-        """Writes the file, unless it is there with the same adapters."""
-        if file.is_file() and _fingerprint_in(file) == self.fingerprint:
-            return
+        """Writes the file, unless it is there with the same adapters, undamaged."""
+        with suppress(DataError):
+            if file.is_file() and _metadata(file).get("fingerprint") == self.fingerprint:
+                known = Collected.load(file, self.scale, self.fingerprint)
+                for index in range(len(known.adapters)):
+                    known.check(index)
+                return
         count, tokens, dim = self.shape
-        header = {
-            "__metadata__": {"format": "pt", "fingerprint": self.fingerprint},
-            "adapters": {
-                "dtype": "F32",
-                "shape": self.shape,
-                "data_offsets": (0, 4 * count * tokens * dim),
-            },
+        metadata = {"format": "pt", "fingerprint": self.fingerprint}
+        adapters = {
+            "dtype": "F32",
+            "shape": self.shape,
+            "data_offsets": (0, 4 * count * tokens * dim),
         }
+        checksums = ["0" * 8] * count  # each has the same width, so that they can be written last
+
+        def header() -> bytes:
+            described = {**metadata, CHECKSUMS: " ".join(checksums)}
+            text = json.dumps({"__metadata__": described, "adapters": adapters}).encode()
+            return text + b" " * (-len(text) % 8)
+
         # `safetensors.torch.save_file` would need the whole tensor in memory.
-        described = json.dumps(header).encode()
-        described += b" " * (-len(described) % 8)
-        step = max(1, CHUNK // dim)
         with written_atomically(file) as temporary, temporary.open("wb") as stream:
-            stream.write(len(described).to_bytes(8, "little") + described)
-            for adapter in self.adapters:
-                for first in range(0, tokens, step):
-                    piece = adapter[first : first + step]
-                    stream.write(np.ascontiguousarray(piece, "<f4").tobytes())
+            stream.write(len(header()).to_bytes(8, "little") + header())
+            for index, adapter in enumerate(self.adapters):
+                checksum = 0
+                for piece in _pieces(adapter):
+                    stream.write(piece)
+                    checksum = crc32(piece, checksum)
+                checksums[index] = f"{checksum:08x}"
+            stream.seek(8)
+            stream.write(header())
 
     @classmethod
     def load(cls, file: Path, scale: Tensor, fingerprint: str) -> "Collected":
@@ -91,17 +110,43 @@ class Collected:
             raise DataError(
                 f"its collected adapters are missing: no {file.name} beside it; copy both files"
             )
-        if _fingerprint_in(file) != fingerprint:
+        metadata = _metadata(file)
+        if metadata.get("fingerprint") != fingerprint:
             raise DataError(f"{file.name} has the adapters of another generator; copy both files")
         with safe_open(file, "pt") as stored:
             adapters = stored.get_tensor("adapters").numpy()  # not read before it is used
-        return cls(list(adapters), scale)
+        found = cls(list(adapters), scale)
+        found.file, found.unchecked = file, dict(enumerate(metadata.get(CHECKSUMS, "").split()))
+        return found
+
+    def check(self, index: int) -> None:
+        """Reads an adapter of a file and compares its checksum, once. Raises DataError if it is not
+        what was written."""
+        if expected := self.unchecked.get(index):
+            checksum = 0
+            for piece in _pieces(self.adapters[index]):
+                checksum = crc32(piece, checksum)
+            if f"{checksum:08x}" != expected:
+                raise DataError(
+                    f"{self.file}: damaged: adapter {index + 1} of {len(self.adapters)} is not "
+                    "what was written (checksum); restore it, or train the generator again"
+                )
+            del self.unchecked[index]
 
 
-def _fingerprint_in(file: Path) -> str:
-    """Returns the fingerprint that a file states. Raises DataError for a damaged file."""
+def _pieces(adapter: np.ndarray) -> Iterator[bytes]:
+    """Yields the bytes of an adapter as they are in the file, 16 MiB at a time."""
+    step = max(1, CHUNK // adapter.shape[1])
+    for first in range(0, len(adapter), step):
+        yield np.ascontiguousarray(adapter[first : first + step], "<f4").tobytes()
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    """Returns the metadata of a file. Raises DataError for a damaged file."""
     try:
         with safe_open(file, "pt") as stored:
-            return str((stored.metadata() or {}).get("fingerprint", ""))
+            return dict(stored.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{file.name}: not a file of collected adapters: {error}") from error
+        raise DataError(
+            f"{file.name}: not a file of collected adapters, or damaged: {error}"
+        ) from error

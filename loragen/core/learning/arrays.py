@@ -27,7 +27,14 @@ from loragen.core.adapter.layout import PACKING_VERSION, Layout
 from loragen.core.base.load import best_device
 from loragen.core.config.schema import GenTrainConfig
 from loragen.core.errors import DataError
-from loragen.core.files import remove_unfinished, sha256, sha256_text, written_atomically
+from loragen.core.files import (
+    crc32,
+    remove_unfinished,
+    sha256,
+    sha256_text,
+    write_text,
+    written_atomically,
+)
 from loragen.core.generator.embeddings import write_embeddings
 from loragen.core.generator.network import Normalization
 from loragen.core.learning.plan import Plan
@@ -40,7 +47,7 @@ from loragen.core.run.directory import SourceRecord
 
 log = logging.getLogger(__name__)
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 """Part of all keys of the cache: a change of what this module stores raises it."""
 MIN_SAMPLES = 64
 MAX_AVERAGED = 4  # checkpoints averaged to one sample: enough to reduce the noise of a single one
@@ -213,9 +220,10 @@ def _embedded(
 
 
 def write_once(files: Sequence[Path], write: Callable[[], None]) -> None:
-    """Calls `write` unless the files, of one folder, are there. Of several processes one writes and
-    the others wait for it. What a process that was killed has left is removed."""
-    if all(file.is_file() for file in files):
+    """Calls `write` unless the files, of one folder, are there as they were written, which their
+    checksums beside them tell. Of several processes one writes and the others wait for it. What a
+    process that was killed has left is removed."""
+    if _intact(files):
         return
     folder = files[0].parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -227,10 +235,26 @@ def write_once(files: Sequence[Path], write: Callable[[], None]) -> None:
         lock.acquire()
     try:
         remove_unfinished(folder)  # nobody else writes at this moment
-        if not all(file.is_file() for file in files):
+        if not _intact(files):
+            if all(file.is_file() for file in files):
+                log.warning("%s: damaged or incomplete; it is made anew", files[0])
             write()
+            for file in files:
+                write_text(_checksum_file(file), f"{crc32(file)}\n")
     finally:
         lock.release()
+
+
+def _intact(files: Sequence[Path]) -> bool:
+    """Returns whether the files are there with the bytes that were written."""
+    pairs = [(file, _checksum_file(file)) for file in files]
+    if not all(file.is_file() and checksum.is_file() for file, checksum in pairs):
+        return False
+    return all(crc32(file).encode() == checksum.read_bytes().strip() for file, checksum in pairs)
+
+
+def _checksum_file(file: Path) -> Path:
+    return file.with_name(f"{file.name}.crc32")
 
 
 class AdapterSamples:
