@@ -32,6 +32,7 @@ from hashlib import sha256
 from math import ceil
 from pathlib import Path
 from statistics import fmean
+from threading import Lock
 from typing import Any
 
 import yaml
@@ -119,9 +120,11 @@ class Experiment:
     settings: dict[str, Any]
     """What decides the results; the same in every call with this output."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """The seconds of every command that is done, also of earlier calls."""
+    """The seconds of every command, over all calls that have ended."""
     running: int = 1
     """The commands that run at a time in this stage; they share the cores."""
+    timing: Lock = field(default_factory=Lock)
+    """Held while `seconds` is changed and written."""
 
     def __post_init__(self) -> None:
         (self.output / "logs").mkdir(parents=True, exist_ok=True)
@@ -160,16 +163,18 @@ class Experiment:
                 command,
                 stdout=subprocess.PIPE,
                 stderr=messages,
-                text=True,
+                encoding="utf-8",
                 check=False,
                 # Threads of several processes that wait for each other on busy cores slow all down.
-                env={"OMP_NUM_THREADS": threads, **os.environ},
+                env={"OMP_NUM_THREADS": threads, **os.environ, "PYTHONUTF8": "1"},
             )
+        with self.timing:
+            took = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            self.seconds[name] = round(took, 1)
+            write_json(self.times, self.seconds)
         if done.returncode:
             last = log.read_text(encoding="utf-8").splitlines()[-5:]
             raise SystemExit("\n".join([f"{name} failed, see {log}:", *last]))
-        self.seconds[name] = round(time.perf_counter() - started, 1)
-        write_json(self.times, self.seconds)
         return done.stdout
 
     def run_all(self, stage: str, work: Mapping[str, Any]) -> dict[str, Any]:
@@ -545,8 +550,7 @@ def curve_table(curve: Mapping[str, Any]) -> list[str]:
     found, accuracy = label_curve(curve), curve["accuracy"]["all"]
     values = [accuracy["base"], *found.values(), accuracy["oracle"], accuracy["generated"]]
     header = ["base", *(f"{size} labels" for size in found), "all labels", "generated"]
-    worth = worth_in_labels(accuracy)
-    rows = f"about {worth:.0f}" if worth else f"more than {max(found)}"
+    rows = worth_in_labels(accuracy)
     return [
         f"## What a generated adapter is worth: {counted(curve)}",
         "",
@@ -575,7 +579,8 @@ def title(column: str) -> str:
 
 
 def signed(estimate: Mapping[str, float]) -> str:
-    return f"{estimate['mean']:+.3f} {span(estimate['low'], estimate['high'])}"
+    mean = f"{estimate['mean']:+.3f}"
+    return f"{mean} {span(estimate['low'], estimate['high'])}" if "low" in estimate else mean
 
 
 def span(low: float, high: float) -> str:

@@ -50,8 +50,9 @@ def test_the_adapter_of_the_most_similar_dataset_is_taken_whole_at_full_pull():
 def test_prompts_unlike_all_get_the_multi_task_adapter():
     module = fitted()
     with torch.no_grad():
-        module.multi_task.normal_()
-    assert made(module).allclose(neighbours.RATE * module.multi_task, atol=1e-5)
+        module.change.normal_(std=0.01)
+    multi_task = module.mean + neighbours.RATE_FACTOR * module.change
+    assert made(module).allclose(multi_task, atol=1e-5)
 
 
 def test_two_equally_similar_datasets_have_equal_shares():
@@ -67,8 +68,9 @@ def test_two_equally_similar_datasets_have_equal_shares():
 def test_the_multi_task_adapter_moves_towards_a_neighbour_by_pull_times_similarity(pull):
     module = fitted(pull=pull)
     with torch.no_grad():
-        module.multi_task.normal_()
-    neighbour, multi_task = module.combine.adapters.values[0], neighbours.RATE * module.multi_task
+        module.change.normal_(std=0.01)
+    neighbour = module.combine.adapters.values[0]
+    multi_task = module.mean + neighbours.RATE_FACTOR * module.change
     same = pull * neighbour + (1 - pull) * multi_task  # the similarity is 1
     assert made(module, 0).allclose(same, atol=1e-4)
     condition, mask = prompts()[0] + torch.eye(DIM)[-1], torch.ones(1, 1, 1, dtype=torch.bool)
@@ -90,8 +92,20 @@ def test_it_starts_at_the_mean_and_keeps_what_all_adapters_share():
     module.train()
     one = torch.ones(1, 1, 1, dtype=torch.bool)
     module.predict(prompts()[0], one, None).square().mean().backward()
-    moved = module.multi_task.grad.any(-1)
+    moved = module.change.grad.any(-1)
     assert not moved[::2].any() and moved[1::2].all()
+
+
+def test_many_equally_similar_datasets_have_shares_that_are_numbers():
+    count, shape = 2000, grid()
+    module = create("decoder", "neighbours", {"pull": 1}, 2, shape).eval()
+    module.use_adapters(Adapters(torch.ones(count, shape.tokens, shape.token_dim)))
+    sides = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).repeat(count // 2, 1)[:, None, None, None]
+    one = torch.ones(1, 1, 1, dtype=torch.bool)
+    module.fit((side, one) for side in sides)
+    shares = module.coefficients(sides[0], one)[0]
+    assert float(shares.sum()) == pytest.approx(1, abs=1e-4)
+    assert shares[1::2].count_nonzero() == 0
 
 
 def test_in_training_it_predicts_with_the_multi_task_adapter_alone():

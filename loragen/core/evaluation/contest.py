@@ -50,7 +50,6 @@ from loragen.core.run.directory import MANIFEST, GeneratorManifest, SourceRecord
 
 log = logging.getLogger(__name__)
 
-ALL_CHECKPOINTS = 2**31
 ROUTED_ROWS = 8
 """Rows answered at once by several adapters: PEFT's router computes the output of all of them for
 every token."""
@@ -191,19 +190,16 @@ def training_sources(
     provenance = generator.provenance
     records = [SourceRecord.model_validate(one) for one in provenance.get("source_records", [])]
     trained_on = [one for one in records if not one.held_out]
-    found = [
-        (SourceSection(checkpoints=one.place, prompts=one.prompts_from), one.count)
-        for one in trained_on
-        if one.place
-    ]
-    if not found or len(found) < len(trained_on):  # older files have only the directories
-        directories = provenance.get("sources", [])
-        found = [(SourceSection(checkpoints=one), ALL_CHECKPOINTS) for one in directories]
-    if not found:
+    if not trained_on:
         raise UsageError("the generator's file does not name the runs that it was trained on")
     prepared = PromptDirectories(GenDataSection(samples_per_prompt=generator.samples_per_prompt))
     opened = {dataset.location: dataset for dataset in datasets}
-    sources = [open_source(section, prepared, count) for section, count in found]
+    sources = [
+        open_source(
+            SourceSection(checkpoints=one.place, prompts=one.prompts_from), prepared, one.count
+        )
+        for one in trained_on
+    ]
     for source in sources:
         if source.labels:
             source.labels = opened.get(source.labels.location, source.labels)

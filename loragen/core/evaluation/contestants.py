@@ -42,8 +42,8 @@ LABEL_SIZES = (5, 10, 20, 50, 100, 300)
 """The numbers of labelled rows of the label curve."""
 TEXTS_AT_ONCE = 256
 """Texts embedded at a time."""
-ADAPTERS_AT_ONCE = 64
-"""Adapters in memory at a time, where all are multiplied with each other."""
+LOADED_BYTES = 2**30
+"""The memory for adapters that are all multiplied with each other, two blocks of them at a time."""
 UNLIMITED = 2**31
 """The context length of a model whose configuration states none."""
 
@@ -143,6 +143,12 @@ class EvaluationSetup:
     options: EvaluationOptions = EvaluationOptions()
     embeddings: dict[str, "np.ndarray"] = field(default_factory=dict)
     """Mean prompt embeddings computed so far, ``[dim]`` each, by the hash of the prompts."""
+
+    @property
+    def adapters_at_once(self) -> int:
+        """The collected adapters, in float32, that `LOADED_BYTES` hold twice; 64 at most."""
+        values = self.generator.mean_adapter.numel()
+        return max(1, min(64, LOADED_BYTES // (2 * 4 * values)))
 
     def mean_adapter(self) -> "Adapter":
         """Returns the mean of all training checkpoints, from the generator's normalisation."""
@@ -286,15 +292,16 @@ class RidgeRegression(Contestant):
             generator.normalization.scale,
         )
         gram = torch.zeros(count, count, dtype=torch.float64)
+        at_once = self.setup.adapters_at_once
 
         def block(first: int) -> "Tensor":
-            members = range(first, min(first + ADAPTERS_AT_ONCE, count))
+            members = range(first, min(first + at_once, count))
             packed = [layout.pack(self.setup.collected(index).tensors) for index in members]
             return torch.stack([((tokens - mean) / scale).flatten() for tokens in packed])
 
-        for i in range(0, count, ADAPTERS_AT_ONCE):
+        for i in range(0, count, at_once):
             rows = block(i)  # (n, values)
-            for j in range(i, count, ADAPTERS_AT_ONCE):
+            for j in range(i, count, at_once):
                 products = (rows @ (rows if i == j else block(j)).T).double()
                 gram[i : i + len(products), j : j + products.shape[1]] = products
                 gram[j : j + products.shape[1], i : i + len(products)] = products.T
@@ -406,8 +413,6 @@ class GeneratedAdapters(Contestant):
     name, title = "generated", "generated"
 
     def entries(self, target: Target, targets: Sequence[Target]) -> Iterator[Entry]:
-        from loragen.core.run.checkpoints import load_adapter
-
         generator, options = self.setup.generator, self.setup.options
         _ = generator.text_encoder  # loaded now, so that its time does not count
         for number, prompts in enumerate(draws_of(target, generator, options)):
@@ -415,9 +420,10 @@ class GeneratedAdapters(Contestant):
                 parent = (options.keep or Path(temporary)) / target.group / target.name
                 directory = parent / f"draw-{number}"
                 started = time.perf_counter()
-                generator.generate(prompts).save(directory)
+                adapter = generator.generate(prompts)
+                adapter.save(directory)
                 seconds = round(time.perf_counter() - started, 4)
-                yield Entry(load_adapter(directory), seconds)
+            yield Entry(adapter, seconds)
 
 
 class Oracle(Contestant):

@@ -21,7 +21,7 @@ from torch import Tensor
 from loragen.core.adapter.algebra import inner_products
 from loragen.core.adapter.files import Adapter
 from loragen.core.analysis.checkpoints import Checkpoint
-from loragen.core.evaluation.contestants import ADAPTERS_AT_ONCE, EvaluationSetup, draws_of
+from loragen.core.evaluation.contestants import EvaluationSetup, draws_of
 from loragen.core.evaluation.statistics import novelty_means
 from loragen.core.evaluation.targets import Target
 
@@ -55,17 +55,19 @@ def novelty(setup: EvaluationSetup, targets: Sequence[Target]) -> Novelty:
     gram = {kind: torch.zeros(count, count, dtype=torch.float64) for kind in KINDS}
     with_new = {kind: torch.zeros(count, len(targets), dtype=torch.float64) for kind in KINDS}
 
+    at_once = max(1, setup.adapters_at_once // 2)  # a ΔW is kept as A and B in float64
+
     def block(first: int) -> list[_Parts]:
-        members = range(first, min(first + ADAPTERS_AT_ONCE, count))
+        members = range(first, min(first + at_once, count))
         return [
             _Parts(setup.collected(i) if i < count - 1 else setup.mean_adapter()) for i in members
         ]
 
-    for i in range(0, count, ADAPTERS_AT_ONCE):
+    for i in range(0, count, at_once):
         rows = block(i)
         for kind in KINDS:
             with_new[kind][i : i + len(rows)] = products(kind, rows, generated)
-        for j in range(i, count, ADAPTERS_AT_ONCE):
+        for j in range(i, count, at_once):
             columns = rows if i == j else block(j)
             for kind in KINDS:
                 found = products(kind, rows, columns)

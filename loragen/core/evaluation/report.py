@@ -113,19 +113,21 @@ def _differences(row: TableRow, others: Sequence[str]) -> list[str]:
     return [f"{one['mean']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}]" for one in found]
 
 
-def worth_in_labels(accuracies: Mapping[str, float]) -> float | None:
-    """Returns the number of labelled rows at which the label curve first reaches the accuracy of
-    the generated adapter, interpolated between logarithms; None if it does not. It is the smallest
-    number tried if the curve begins above."""
+def worth_in_labels(accuracies: Mapping[str, float]) -> str:
+    """Returns in words the number of labelled rows at which the label curve first reaches the
+    accuracy of the generated adapter, interpolated between logarithms: `fewer than 5`, `about 12`
+    or `more than 300`. There has to be a label curve."""
     curve = [(LABEL_CURVE[name], accuracies[name]) for name in LABEL_CURVE if name in accuracies]
     reached = accuracies[GENERATED]
-    if curve and curve[0][1] >= reached:
-        return float(curve[0][0])
+    if curve[0][1] > reached:
+        return f"fewer than {curve[0][0]}"
+    if curve[0][1] == reached:
+        return f"about {curve[0][0]}"
     for (fewer, below), (more, above) in pairwise(curve):
         if above >= reached:
             share = (reached - below) / (above - below)
-            return exp(log(fewer) + share * (log(more) - log(fewer)))
-    return None
+            return f"about {exp(log(fewer) + share * (log(more) - log(fewer))):.0f}"
+    return f"more than {curve[-1][0]}"
 
 
 def remarks(document: Mapping[str, Any]) -> list[str]:
@@ -137,10 +139,11 @@ def remarks(document: Mapping[str, Any]) -> list[str]:
     averages = rows if len(rows) == 1 or len(_averages(document)) > 1 else rows[-1:]
     for row in averages:
         for name, one in row.values.get("margins", {}).items():
+            interval = f" [{one['low']:.3f}, {one['high']:.3f}]" if "low" in one else ""
             found.append(
-                f"{row.name}: control {above[name]}: its loss is {one['mean']:.3f} nats "
-                f"[{one['low']:.3f}, {one['high']:.3f}] above that of the right prompts, and above "
-                f"it on {one['positive']:.0%} of the datasets"
+                f"{row.name}: control {above[name]}: its loss is {one['mean']:.3f} nats{interval} "
+                f"above that of the right prompts, and above it on {one['positive']:.0%} of the "
+                "datasets"
             )
         if GENERATED in row.values.get("headroom", {}).get("columns", {}):
             of = row.values["headroom"]
@@ -151,10 +154,12 @@ def remarks(document: Mapping[str, Any]) -> list[str]:
                 f"{one['median']:.2f}; above 0 on {one['positive']:.0%})"
             )
         accuracies = row.values["accuracy"]
-        if GENERATED in accuracies and (curve := [n for n in LABEL_CURVE if n in accuracies]):
+        if GENERATED in accuracies and any(name in accuracies for name in LABEL_CURVE):
             worth = worth_in_labels(accuracies)
-            often = f"about {worth:.0f}" if worth else f"more than {LABEL_CURVE[curve[-1]]}"
-            found.append(f"{row.name}: a generated adapter is worth {often} labelled rows")
+            found.append(
+                f"{row.name}: a generated adapter does as well as one trained on {worth} labelled "
+                "rows"
+            )
     found += _costs(document)
     if novelty := document["novelty"]:
         yard = novelty["collected"]
@@ -236,15 +241,15 @@ def markdown(document: Mapping[str, Any], title: str) -> str:
 
 
 def write_results(document: Mapping[str, Any], title: str, directory: Path) -> None:
-    """Writes results.png (a warning replaces it if matplotlib is missing), results.md and
-    results.json, each atomically."""
+    """Writes results.json, results.md and results.png (a warning replaces it if matplotlib is
+    missing), each atomically."""
+    write_json(directory / "results.json", document)
+    write_text(directory / "results.md", markdown(document, title))
     picture = directory / "results.png"
     if find_spec("matplotlib"):
         draw_accuracies(document, title, picture)
     else:
         logger.warning("%s: left out without matplotlib; pip install 'loragen[plots]'", picture)
-    write_text(directory / "results.md", markdown(document, title))
-    write_json(directory / "results.json", document)
 
 
 COLOUR, COLOURS = "#8d99ae", {GENERATED: "#d1495b", ORACLE: "#2b2d42"}

@@ -138,12 +138,15 @@ def summary(datasets: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> di
 def _margin(
     datasets: Sequence[Mapping[str, Any]], control: str, bootstrap: Bootstrap
 ) -> dict[str, float]:
-    """Returns loss(control) - loss(generated) in nats, with its interval over datasets, and the
-    share of datasets in which it is above 0."""
+    """Returns loss(control) - loss(generated) in nats, with its interval over datasets (none of a
+    single one: rows have no losses of their own), and the share of datasets in which it is above
+    0."""
     margins = np.array([one["loss"][control] - one["loss"][GENERATED] for one in datasets])
+    positive = round(float((margins > 0).mean()), 4)
+    if len(margins) == 1:
+        return {"mean": round(float(margins[0]), 4), "positive": positive}
     again = bootstrap.over_datasets(np.broadcast_to(margins, (REPLICATES, len(margins))))
-    estimate = bootstrap.estimate(float(margins.mean()), again)
-    return {**estimate._asdict(), "positive": round(float((margins > 0).mean()), 4)}
+    return {**bootstrap.estimate(float(margins.mean()), again)._asdict(), "positive": positive}
 
 
 def _headroom(datasets: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, Any]:
@@ -189,14 +192,18 @@ def combine(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the results of several evaluations, as of the generators of a k-fold experiment, as
     one document: all their datasets, in the columns that all of them have, with new statistics.
 
-    Raises UsageError if there are none, if they are of several base models, or if two have the same
-    dataset.
+    Raises UsageError if there are none, if they are of several base models or were made with
+    different options, or if two have the same dataset.
     """
     if not documents:
         raise UsageError("no results to combine")
     bases = sorted({one["base_model"] for one in documents})
     if len(bases) > 1:
         raise UsageError(f"results of several base models cannot be combined: {listing(bases)}")
+    options = [one["options"] for one in documents]
+    different = [key for key in options[0] if any(of.get(key) != options[0][key] for of in options)]
+    if different := [key for key in different if key != "seed"]:
+        raise UsageError(f"results with different {listing(different)} cannot be combined")
     columns = [name for name in NAMES if all(name in one["columns"] for one in documents)]
     others = [name for name in documents[0]["columns"] if name not in NAMES]
     columns += [name for name in others if all(name in one["columns"] for one in documents)]

@@ -34,9 +34,10 @@ from loragen.core.run.directory import (
     generator_file,
 )
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Version 1 did not standardise conditions. In version 2 the objective `transfer` trained parts of
-`hyperconv` to combine principal directions."""
+`hyperconv` to combine principal directions. In version 3 `neighbours` stored its multi-task adapter
+as one tensor."""
 CHECKPOINT_KEY = "generator"
 """The key of a Lightning checkpoint that holds `Generator.describe_in_checkpoint`."""
 AVERAGED = "averaged.module."
@@ -53,7 +54,7 @@ DESCRIBED = (
 )
 """Fields of a `Generator` that its file stores under their names."""
 
-MAX_TOLD = 5
+MAX_COEFFICIENTS = 5
 """The most coefficients that are stored with a generated adapter."""
 ALL_DATASETS = "all datasets together"
 """The name of an adapter that is trained on all datasets, beside the names of datasets."""
@@ -341,13 +342,16 @@ def collected_file(file: Path) -> Path:
 
 def _largest(coefficients: Sequence[Tensor], datasets: Sequence[str]) -> dict[str, float]:
     """Returns the mean over draws of the coefficients that are largest in size, at most five, by
-    dataset. What they lack to 1 belongs to an adapter of all datasets (`Transfers`)."""
+    dataset, which may have several adapters. What they lack to 1 belongs to an adapter of all
+    datasets (`Transfers`)."""
     if not coefficients:
         return {}
     mean = torch.stack(list(coefficients)).mean(0)
-    mean = torch.cat([mean, 1 - mean.sum(0, keepdim=True)])
-    order = mean.abs().argsort(descending=True)[:MAX_TOLD].tolist()
-    found = {[*datasets, ALL_DATASETS][index]: round(float(mean[index]), 3) for index in order}
+    total = {ALL_DATASETS: 1 - float(mean.sum())}
+    for name, value in zip(datasets, mean.tolist(), strict=True):
+        total[name] = total.get(name, 0.0) + value
+    largest = sorted(total, key=lambda name: -abs(total[name]))[:MAX_COEFFICIENTS]
+    found = {name: round(total[name], 3) for name in largest}
     return {name: share for name, share in found.items() if share or name != ALL_DATASETS}
 
 

@@ -53,7 +53,7 @@ MIN_SAMPLES = 64
 MAX_AVERAGED = 4  # checkpoints averaged to one sample: enough to reduce the noise of a single one
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no truth value
 class SourceArrays:
     """A source as memory-mapped arrays, so that memory does not grow with its size."""
 
@@ -107,7 +107,7 @@ def source_arrays(
                 rows[i] = labelled_rows(source, val_prompts, tokenizer, length, seed)
             elif source.has_labels:
                 found = labelled_rows(source, [], tokenizer, length, seed)
-                rows[i] = LabelledRows([], validation=found.training)
+                rows[i] = LabelledRows([], found.training, found.longest)
     with _cache(config) as cache:
         arrays = []
         for i, source in enumerate(sources):
@@ -282,11 +282,13 @@ class AdapterSamples:
 
     def __getitem__(self, tokens: slice) -> Tensor:
         found = [
-            np.mean([collection[c, tokens] for c in group], axis=0)
+            # The float64 mean of equal float32 values is that value, whatever their number, so that
+            # what is the same in all adapters is so in all samples.
+            np.mean([collection[c, tokens] for c in group], axis=0, dtype=np.float64)
             for collection, group in self._groups
         ]
         mean, scale = self.normalization.mean[tokens], self.normalization.scale[tokens]
-        return (torch.from_numpy(np.stack(found)) - mean) / scale
+        return (torch.from_numpy(np.stack(found).astype(np.float32)) - mean) / scale
 
 
 def conditions(encoder: Encoder, texts: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:

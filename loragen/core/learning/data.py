@@ -220,12 +220,8 @@ class TrainingData(LightningDataModule):
         """The cost of a packed batch of labelled rows; None if they are padded. It is determined by
         the first batch that has rows, when the base is on its device."""
         assert self.base is not None
-        rows = [
-            example
-            for source in (*self.sources, *self.val_sources)
-            if source.rows
-            for example in (*source.rows.training, *source.rows.validation)
-        ]
+        sources = (*self.sources, *self.val_sources)
+        rows = [row for source in sources if source.rows for row in source.rows.longest]
         each = self.config.behaviour.rows_per_adapter
         return packing_cost(self.base.model, rows, pad_id(self.base.tokenizer), each)
 

@@ -7,14 +7,17 @@ from random import Random
 from typing import Any
 
 from loragen.core.data.prompts import joined_text, text_key, whole_groups
-from loragen.core.data.tokenize import Example, examples_hash, tokenize_row
+from loragen.core.data.tokenize import Example, TokenizedRows, examples_hash
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import sha256_text
 from loragen.core.learning.sources import TrainingSource
+from loragen.core.lora.data import CHECKED
 from loragen.core.lora.provenance import Provenance
 from loragen.core.run.directory import checkpoint_step
 
 MAX_ROWS = 4096  # of a dataset: it takes thousands of steps until one is seen twice
+LONGEST = 16
+"""Rows of a dataset that decide with those of the others whether rows are packed."""
 
 
 @dataclass(frozen=True)
@@ -102,21 +105,25 @@ def last_prompts(
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """Tokenised rows of one dataset. No prompt of a validation row is among those to learn from."""
+    """Rows of one dataset, tokenised when they are used. No prompt of a validation row is among
+    those to learn from."""
 
-    training: list[Example]
-    validation: list[Example]
+    training: Sequence[Example]
+    validation: Sequence[Example]
+    longest: Sequence[Example]
+    """Those of all rows that have the most characters."""
 
     @property
     def sha256(self) -> str:
-        """A hash of the tokens and of their use."""
-        return sha256_text(examples_hash(self.training), examples_hash(self.validation))
+        """A hash of the first tokens, enough to notice another tokenizer or other rows."""
+        parts = self.training[:CHECKED], self.validation[:CHECKED]
+        return sha256_text(*map(examples_hash, parts))
 
 
 def labelled_rows(
     source: TrainingSource, val_prompts: Sequence[str], tokenizer: Any, max_length: int, seed: int
 ) -> LabelledRows:
-    """Returns a sample of the source's rows, tokenised; those of `val_prompts` are held out.
+    """Returns a random sample of the source's rows; those of `val_prompts` are held out.
 
     Raises UsageError if the source has no labelled rows or none is left to learn from.
     """
@@ -128,20 +135,19 @@ def labelled_rows(
         )
     if isinstance(labels.source, Path) and not labels.source.is_file():
         raise UsageError(f"{source.name}: its dataset {labels} is missing; its labels are needed")
-    examples: list[tuple[str, Example]] = []
-    rows = labels.good_rows
-    for row in Random(f"rows:{seed}").sample(rows, min(MAX_ROWS, len(rows))):
-        try:
-            tokens = tokenize_row(tokenizer, row, max_length)
-        except DataError:  # its answer does not fit; the training of the adapter skips it too
-            continue
-        examples.append((text_key(row.prompt), tokens.example))
-    if not examples:
+    drawn = Random(f"rows:{seed}").sample(labels.good_rows, min(MAX_ROWS, len(labels.good_rows)))
+    rows = TokenizedRows(drawn, tokenizer, max_length)  # the others do not train an adapter, either
+    if not rows:
         raise UsageError(
             f"{source.name}: no answer fits into {max_length} tokens; raise behaviour.max_length"
         )
     held = {text_key(prompt) for prompt in val_prompts}
-    training = [example for prompt, example in examples if prompt not in held]
+    is_held = [text_key(row.prompt) in held for row in rows.rows]
+    training, validation = (
+        rows.subset([i for i, this in enumerate(is_held) if this == wanted])
+        for wanted in (False, True)
+    )
     if not training:
         raise UsageError(f"{source.name}: no row is left to learn from; lower data.val_ratio")
-    return LabelledRows(training, [example for prompt, example in examples if prompt in held])
+    longest = [rows[i] for i in rows.longest(range(len(rows)), LONGEST)]
+    return LabelledRows(training, validation, longest)

@@ -11,12 +11,12 @@ from loragen.core.protocols import CollectedAdapters, Samples, SupportSet, Token
 from loragen.plugins.decoders.combination import CHUNK, Combination, without_autocast
 from loragen.plugins.decoders.reading import centred, mean_over_prompts
 
-RATE = 128.0
+RATE_FACTOR = 128.0
 """How much faster the multi-task adapter learns than the learning rate says. Its values have the
 size 1 as a generator's do (the standard deviation of the collected adapters), and move by 0.06 in a
 step at 5e-4: like a LoRA's B, of size 0.02, at a learning rate of 1e-3."""
-SMALLEST = 1e-3
-"""Smaller shares are 0, so that few adapters are read."""
+MIN_SHARE = 1e-3
+"""Shares below this part of the largest one are 0, so that few adapters are read."""
 
 
 class Neighbours(nn.Module):
@@ -54,14 +54,16 @@ class Neighbours(nn.Module):
 
     trains_one_adapter = True
     readings: Tensor
+    mean: Tensor
     differs: Tensor
 
     def __init__(self, config: Config, condition_dim: int, grid: TokenGrid) -> None:
         super().__init__()
         self.config = config
         self.combine = Combination(np.zeros(grid.tokens, np.int64))
-        self.multi_task = nn.Parameter(torch.zeros(grid.tokens, grid.token_dim))  # over RATE
+        self.change = nn.Parameter(torch.zeros(grid.tokens, grid.token_dim))
         self.register_buffer("readings", torch.zeros(0, condition_dim))
+        self.register_buffer("mean", torch.zeros(grid.tokens, grid.token_dim))
         self.register_buffer("differs", torch.ones(grid.tokens, 1, dtype=torch.bool))
 
     def use_adapters(self, adapters: CollectedAdapters) -> None:
@@ -77,7 +79,7 @@ class Neighbours(nn.Module):
         for first in range(0, tokens, step):
             here = slice(first, first + step)
             values = samples[here]  # (samples, tokens, token_dim)
-            self.multi_task[here] = values.mean(0) / RATE
+            self.mean[here] = values.mean(0)
             self.differs[here] = (values != values[0]).any(0).any(-1, keepdim=True)
 
     def forward(self, condition: Tensor, mask: Tensor) -> Tensor:
@@ -107,8 +109,9 @@ class Neighbours(nn.Module):
         ]
 
     def _multi_task(self) -> Tensor:
-        """Returns the multi-task adapter, ``[tokens, token_dim]``."""
-        return RATE * torch.where(self.differs, self.multi_task, self.multi_task.detach())
+        """Returns the multi-task adapter, ``[tokens, token_dim]``: the mean of the collected ones,
+        and its change, which weight decay shrinks."""
+        return self.mean + RATE_FACTOR * torch.where(self.differs, self.change, 0.0)
 
     def _shares(self, condition: Tensor, mask: Tensor) -> Tensor:
         none = self.readings.new_zeros(len(condition), len(self.readings), dtype=torch.bool)
@@ -122,7 +125,7 @@ class Neighbours(nn.Module):
             similarity = similarity.masked_fill(kept == 0, -torch.inf)
             weight = (self.config.pull * similarity.amax(1, keepdim=True)).clamp(0, 1)  # (B, 1)
             nearest = (similarity / self.config.temperature).softmax(-1)
-            nearest = torch.where(nearest < SMALLEST, 0.0, nearest)
+            nearest = torch.where(nearest < MIN_SHARE * nearest.amax(1, keepdim=True), 0.0, nearest)
             nearest = nearest / nearest.sum(1, keepdim=True)
             return torch.cat([weight * nearest, 1 - weight], 1)
 

@@ -144,6 +144,8 @@ def test_a_margin_is_the_loss_of_the_control_above_that_of_the_right_prompts():
     found = summary(datasets, columns)["margins"]["gibberish_prompts"]
     assert (found["mean"], found["positive"]) == (pytest.approx(0.3), pytest.approx(0.6667))
     assert found["low"] < 0 < found["high"]
+    alone = summary(datasets[:1], columns)["margins"]["gibberish_prompts"]
+    assert alone == {"mean": 0.5, "positive": 1.0}  # no interval over datasets
 
 
 def result(datasets, columns=("base", "generated"), **more):
@@ -198,5 +200,8 @@ class TestCombine:
             combine([result(datasets[:1]), result(datasets)])
         with pytest.raises(UsageError, match="several base models"):
             combine([result(datasets[:1]), result(datasets[1:], base_model="c")])
+        other = result(datasets[1:], options={"shots": 8, "seed": 1})
+        with pytest.raises(UsageError, match="shots"):
+            combine([result(datasets[:1]), other])
         with pytest.raises(UsageError, match="no results"):
             combine([])

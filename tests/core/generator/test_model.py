@@ -36,7 +36,7 @@ def test_what_is_saved_generates_the_same_after_loading(generator, tmp_path):
 
 def test_the_file_is_plain_data_and_tensors(file):
     document = torch.load(file, weights_only=True)
-    assert document["format_version"] == 3
+    assert document["format_version"] == 4
     assert document["encoder"]["name"] == "sbert"
     assert document["decoder"]["name"] == "hyperconv"
     assert document["layout"]["token_dim"] == 16

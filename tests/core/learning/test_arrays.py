@@ -82,6 +82,14 @@ def test_they_are_normalised():
     assert samples[2:4].unique().tolist() == [2.0]
 
 
+def test_what_all_checkpoints_share_is_the_same_in_all_samples():
+    """A frozen A, whose values are no round numbers; samples are of different numbers of them."""
+    shared = np.random.default_rng(0).normal(size=(1, 4, 2)).astype(np.float32)
+    collections = [np.repeat(shared, count, axis=0) for count in [8] * 20 + [5, 7]]
+    samples = AdapterSamples(collections, Normalization(torch.zeros(4, 2), torch.ones(4, 1)))[0:4]
+    assert samples.eq(torch.from_numpy(shared)).all()
+
+
 @pytest.mark.parametrize("checkpoints", [1, 65, 1000])
 def test_few_are_read_whatever_the_number(checkpoints):
     read = set()

@@ -215,7 +215,7 @@ def test_rows_are_packed_if_the_base_can_be(kind, is_packed, caplog):
     caplog.set_level(logging.INFO, "loragen")
     tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=2)
     base = SimpleNamespace(model=tiny(*kind), tokenizer=tokenizer)
-    rows = LabelledRows(SIMILAR, SIMILAR[1:])
+    rows = LabelledRows(SIMILAR, SIMILAR[1:], SIMILAR)
     config = GenTrainConfig(training={"objective": "behaviour"})
     ours = TrainingData(config, None, None, {}, [replace(arrays(1), rows=rows)], base=base)
     batch = ours.collate(SIMILAR[:2] * 3, adapters=3)

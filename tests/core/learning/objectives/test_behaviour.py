@@ -303,7 +303,8 @@ def arrays(code, checkpoints=3, texts=8, tracked=None, rows=6):
     mask = np.ones((texts, 1), dtype=bool)
     tokens, embeddings = tokens.astype(np.float32), embeddings.astype(np.float32)
     name = f"source {code}"
-    labelled = LabelledRows([Example([100 * code, i + 1, 7], 1) for i in range(rows)], [])
+    examples = [Example([100 * code, i + 1, 7], 1) for i in range(rows)]
+    labelled = LabelledRows(examples, [], examples)
     split = {"train_texts": range(texts), "tracked": tracked}
     return SourceArrays(name, tokens, embeddings, mask, **split, rows=labelled, prompts_sha256=name)
 
