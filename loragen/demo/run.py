@@ -34,8 +34,8 @@ from loragen.core.evaluation.targets import Target
 from loragen.core.evaluation.training import best_checkpoint
 from loragen.core.files import write_text
 from loragen.core.generator.model import Generator
+from loragen.core.learning.arrays import embed_prompts_ahead
 from loragen.core.learning.sources import TrainingSource
-from loragen.core.learning.train import embed_prompts_ahead
 from loragen.core.learning.train import train as train_generator
 from loragen.core.progress import Progress
 from loragen.core.run.directory import LoraRun, generator_file

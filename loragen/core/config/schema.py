@@ -324,7 +324,7 @@ class GenTrainingSection(Section):
         "after the other; auto: what base, labels and the number of datasets allow.",
     )
     objective_options: dict[str, dict[str, Any]] = Field(
-        {}, description="Options of an objective of another package: its name -> its options."
+        {}, description="Options of an objective: its name -> its options."
     )
     max_epochs: int = Field(100, ge=1, description="An epoch shows every checkpoint once.")
     max_steps: int | None = Field(
@@ -403,7 +403,8 @@ class BehaviourSection(Section):
     batch_size: int = Field(
         8,
         ge=1,
-        description="Adapters per micro-batch, all devices together, each of another dataset.",
+        description="Adapters per micro-batch, all devices together, of different datasets if "
+        "there are that many.",
     )
     rows_per_adapter: int = Field(4, ge=1, description="Labelled rows per adapter.")
     max_length: int = Field(512, ge=8, description="Longest row in tokens, as in lora train.")

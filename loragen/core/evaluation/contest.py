@@ -26,6 +26,7 @@ from loragen.core.config.schema import GenDataSection, SourceSection
 from loragen.core.data.dataset import Dataset, Row
 from loragen.core.errors import LoragenError, UsageError
 from loragen.core.evaluation.contestants import (
+    BASE,
     GENERATED,
     Contestant,
     Entry,
@@ -234,7 +235,13 @@ def hold_contest(
         for part in parts:
             for outcome in part.result():
                 outcomes.append(outcome)
-                _log(outcome, len(outcomes), len(targets))
+                accuracies = (
+                    f"{name} {cell.mean('exact_match'):.2f}"
+                    for name, cell in outcome.cells.items()
+                    if name in (BASE, GENERATED)
+                )
+                done, name = len(outcomes), outcome.target.name
+                log.info("%d/%d %s: %s", done, len(targets), name, ", ".join(accuracies))
         report = novelties.result() if novelties else None
     return results_document(outcomes, setup, report)
 
@@ -402,15 +409,6 @@ def rescaled(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
         dict(config),
         {key: tensor * ratios.get(key, 1.0) for key, tensor in adapter.tensors.items()},
     )
-
-
-def _log(outcome: DatasetScores, number: int, total: int) -> None:
-    accuracies = ", ".join(
-        f"{name} {cell.mean('exact_match'):.2f}"
-        for name, cell in outcome.cells.items()
-        if name in ("base", GENERATED)
-    )
-    log.info("%d/%d %s: %s", number, total, outcome.target.name, accuracies)
 
 
 def results_document(

@@ -38,6 +38,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MEASURES = {
+    "accuracy": "exact match",
+    "choice_accuracy": "choice accuracy",
+    "format_validity": "format validity",
+    "loss": "loss (nats a token)",
+}
+"""What is measured of each column, and the header of its table."""
 LABEL_SIZES = (5, 10, 20, 50, 100, 300)
 """The numbers of labelled rows of the label curve."""
 TEXTS_AT_ONCE = 256

@@ -8,18 +8,11 @@ from math import exp, log
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loragen.core.evaluation.contestants import GENERATED, LABEL_CURVE, ORACLE, titles
+from loragen.core.evaluation.contestants import GENERATED, LABEL_CURVE, MEASURES, ORACLE, titles
 from loragen.core.files import write_json, write_text, written_atomically
 
 logger = logging.getLogger(__name__)
 
-MEASURES = {
-    "accuracy": "exact match",
-    "choice_accuracy": "choice accuracy",
-    "format_validity": "format validity",
-    "loss": "loss (nats a token)",
-}
-"""The header of the table of each measure."""
 KEYS = (*MEASURES, "interval", "differences", "beats", "beaten_by", "margins", "headroom")
 
 
@@ -70,7 +63,8 @@ def tables(document: Mapping[str, Any]) -> Iterator[Table]:
             if measure in row.values:
                 cells = [f"{row.values[measure][name]:.2f}" for name in names]
                 if measure == "accuracy" and GENERATED in names:
-                    cells[names.index(GENERATED)] += f" {_interval(row.values['interval'])}"
+                    low, high = row.values["interval"][GENERATED]
+                    cells[names.index(GENERATED)] += f" [{low:.2f}, {high:.2f}]"
                 found.append([row.name, *cells])
         if found:
             yield Table([title, *header], found)
@@ -101,11 +95,6 @@ def tables(document: Mapping[str, Any]) -> Iterator[Table]:
     obtain = document["seconds"]["obtain"]
     seconds = ["-" if obtain[name] is None else f"{obtain[name]:.3g}" for name in names]
     yield Table(["seconds to obtain", *header], [["an adapter", *seconds]])
-
-
-def _interval(intervals: Mapping[str, Sequence[float]]) -> str:
-    low, high = intervals[GENERATED]
-    return f"[{low:.2f}, {high:.2f}]"
 
 
 def _differences(row: TableRow, others: Sequence[str]) -> list[str]:

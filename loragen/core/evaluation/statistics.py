@@ -15,9 +15,8 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from loragen.core.errors import UsageError, listing
-from loragen.core.evaluation.contestants import BASE, CONTROLS, GENERATED, NAMES, ORACLE
+from loragen.core.evaluation.contestants import BASE, CONTROLS, GENERATED, MEASURES, NAMES, ORACLE
 
-MEASURES = ("accuracy", "choice_accuracy", "format_validity", "loss")
 CONFIDENCE = 0.95
 REPLICATES = 4000
 LEAST_HEADROOM = 0.15
@@ -168,24 +167,26 @@ def _headroom(datasets: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> 
 
 def summaries(datasets: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, Any]:
     """Returns {key of `summary`: {group: value}}, for each group of datasets."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for one in datasets:
-        groups.setdefault(one["group"], []).append(one)
-    by_group = {group: summary(members, columns) for group, members in groups.items()}
+    by_group = {group: summary(of, columns) for group, of in grouped(datasets).items()}
     keys = dict.fromkeys(key for of in by_group.values() for key in of)
     return {key: {group: of[key] for group, of in by_group.items() if key in of} for key in keys}
 
 
 def novelty_means(datasets: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Returns the mean novelty of each group of datasets."""
-    groups: dict[str, list[Mapping[str, float]]] = {}
-    for one in datasets:
-        if one["novelty"]:
-            groups.setdefault(one["group"], []).append(one["novelty"])
+    measured = grouped([one for one in datasets if one["novelty"]])
     return {
-        group: {key: round(fmean(one[key] for one in of), 6) for key in of[0]}
-        for group, of in groups.items()
+        group: {key: round(fmean(one["novelty"][key] for one in of), 6) for key in of[0]["novelty"]}
+        for group, of in measured.items()
     }
+
+
+def grouped(datasets: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Returns the datasets of each group."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for one in datasets:
+        groups.setdefault(one["group"], []).append(one)
+    return groups
 
 
 def combine(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -38,9 +38,9 @@ from loragen.core.files import (
 from loragen.core.generator.embeddings import write_embeddings
 from loragen.core.generator.network import Normalization
 from loragen.core.learning.plan import Plan
-from loragen.core.learning.sources import TrainingSource
+from loragen.core.learning.sources import TrainingSource, open_sources
 from loragen.core.learning.texts import LabelledRows, labelled_rows, texts_of
-from loragen.core.plugins import describe, find
+from loragen.core.plugins import create, describe, find
 from loragen.core.protocols import Encoder, Transfers
 from loragen.core.run.checkpoints import load_adapter
 from loragen.core.run.directory import SourceRecord
@@ -144,12 +144,15 @@ def source_arrays(
         yield arrays[: len(plan.sources)], arrays[len(plan.sources) :]
 
 
-def embed_ahead(
-    sources: Sequence[TrainingSource], encoder: Encoder, config: GenTrainConfig
-) -> None:
-    """Embeds the sources' prompts into the cache, from which `source_arrays` reads them."""
+def embed_prompts_ahead(config: GenTrainConfig) -> None:
+    """Embeds the prompts of the sources that exist so far into the cache, from which the
+    `source_arrays` of a later training reads them.
+
+    Raises UsageError or DataError for sources that do not fit.
+    """
     if config.data.cache_tokenized:
-        for source in sources:
+        encoder: Encoder = create("encoder", config.encoder.name, config.encoder.options)
+        for source in open_sources(config).training:
             _embedded(Path(config.data.cache_dir), encoder, config, texts_of(source).texts)
 
 

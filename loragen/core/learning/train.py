@@ -31,7 +31,6 @@ from loragen.core.generator.network import Network, Normalization, new_network
 from loragen.core.learning.arrays import (
     AdapterSamples,
     SourceArrays,
-    embed_ahead,
     embedded,
     source_arrays,
 )
@@ -71,7 +70,7 @@ from loragen.core.run.resume import ResumePoint, restore_weights
 
 log = logging.getLogger(__name__)
 
-ADDS_UP = 0.8
+MIN_MIXTURE_ACCURACY = 0.8
 """Share of what collected adapters answer right that a mixture of others must answer, for `auto` to
 stand for the decoder `mixture`: then a new dataset's adapter is mostly a mixture, too."""
 IGNORED_ON_RESUME = (
@@ -208,15 +207,6 @@ def set_trained_weights(
         generator.familiarity = Familiarity.fit(embedded(encoder, arrays))
 
 
-def embed_prompts_ahead(config: GenTrainConfig) -> None:
-    """Embeds the prompts of the sources that exist so far into the cache of a later training.
-
-    Raises UsageError or DataError for sources that do not fit.
-    """
-    encoder: Encoder = create("encoder", config.encoder.name, config.encoder.options)
-    embed_ahead(open_sources(config).training, encoder, config)
-
-
 def training_base(plan: Plan, resume: "GeneratorPoint | None") -> LanguageModel:
     """Returns the base in the dtype that `lora train` would choose for it. A resumed run keeps its
     dtype, since the choice depends on the hardware. Other weights than those that the adapters were
@@ -278,7 +268,8 @@ def try_mixture(
     plan: Plan, config: GenTrainConfig, data: TrainingData, encoder: Encoder, first: Generator
 ) -> tuple[GenTrainConfig, Generator]:
     """Returns an untrained generator with the decoder `mixture`, and the configuration with it, if
-    its adapters of left-out datasets answer at least `ADDS_UP` of what the collected ones do.
+    its adapters of left-out datasets answer at least `MIN_MIXTURE_ACCURACY` of what the collected
+    ones do.
 
     Otherwise returns `first`, the generator of the plan, also for objectives that cannot tell.
     """
@@ -296,7 +287,7 @@ def try_mixture(
             100 * predicted,
             100 * collected,
         )
-        if predicted >= ADDS_UP * collected > 0:
+        if predicted >= MIN_MIXTURE_ACCURACY * collected > 0:
             config, first = mixture, generator
     log.info("decoder: %s", config.decoder.name)
     return config, first

@@ -20,11 +20,11 @@ class ConditionReader(nn.Module):
         last = nn.Linear(hidden, hidden, bias)
         for parameter in last.parameters():
             nn.init.zeros_(parameter)
-        self.bend = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), last)
+        self.hidden = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), last)
 
     def forward(self, condition: Tensor, mask: Tensor) -> Tensor:
         condition = self.dropout(condition)
-        read = self.linear(condition) + self.bend(condition)  # (B, prompts, positions, hidden)
+        read = self.linear(condition) + self.hidden(condition)  # (B, prompts, positions, hidden)
         return mean_over_prompts(read, mask)  # (B, hidden)
 
 

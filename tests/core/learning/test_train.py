@@ -17,7 +17,8 @@ from loragen.core.generator.model import Generator
 from loragen.core.learning import arrays as prepared
 from loragen.core.learning import callbacks
 from loragen.core.learning import train as module
-from loragen.core.learning.train import embed_prompts_ahead, train
+from loragen.core.learning.arrays import embed_prompts_ahead
+from loragen.core.learning.train import train
 from loragen.core.plugins import create
 from loragen.core.progress import Silent
 from loragen.core.run.directory import GeneratorManifest, generator_file, read_manifest
