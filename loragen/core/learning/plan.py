@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 TRANSFERRING = ("neighbours", "mixture")
 """What `auto` stands for with an objective that leaves datasets out: the second where adapters add
 up, otherwise the first."""
+ONE_PROCESS = ((1, 1), ("1", 1))
+"""`trainer.devices` and `trainer.num_nodes` of a training in one process."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,10 @@ def make_plan(config: GenTrainConfig, found: Sources) -> Plan:
     automatic = config.decoder.name == AUTO
     config, reason = choose_method(config, sources)
     tries_mixture = automatic and config.decoder.name in TRANSFERRING
+    if tries_mixture and (config.trainer.devices, config.trainer.num_nodes) not in ONE_PROCESS:
+        # Each process would decide for itself, by answers that rounding may change.
+        log.warning("decoder.name: auto does not try a mixture on several devices; name it")
+        tries_mixture = False
     return Plan(config, sources, val_sources, layout, reason, tries_mixture)
 
 

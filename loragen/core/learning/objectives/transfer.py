@@ -51,10 +51,12 @@ class TransferBatches(BehaviourBatches):
     """The most datasets of a support set; None: all."""
 
     def __getitem__(self, k: int) -> PairBatch:
-        random, datasets = Random(f"others:{self.seed}:{k}"), range(len(self.sources))
-        chosen = list(datasets)
-        if self.max_support is not None and self.max_support < len(chosen):
-            chosen = sorted(random.sample(chosen, self.max_support))
+        random = Random(f"others:{self.seed}:{k}")
+        datasets = [one.prompts_sha256 or str(index) for index, one in enumerate(self.sources)]
+        drawn = list(dict.fromkeys(datasets))
+        if self.max_support is not None and self.max_support < len(drawn):
+            drawn = random.sample(drawn, self.max_support)
+        chosen = [index for index, dataset in enumerate(datasets) if dataset in drawn]
         conditions = []
         for source in (self.sources[index] for index in chosen):
             texts = draw_texts(source.train_texts, self.prompts, f"prompts:{random.random()}")

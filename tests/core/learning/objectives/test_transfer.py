@@ -119,6 +119,16 @@ def test_a_support_set_may_be_limited():
     assert len(chosen) > 3
 
 
+def test_a_dataset_with_several_runs_counts_once_in_a_limited_support_set():
+    sources = [replace(arrays(i + 1), prompts_sha256=f"dataset {i // 2}") for i in range(6)]
+    found = batches(sources, kind=TransferBatches)
+    found.max_support = 2
+    for k in range(9):
+        support = found[k].support
+        assert len(support.datasets) == 4
+        assert not support.left_out.all(dim=1).any()
+
+
 def test_a_transfer_batch_has_the_adapters_and_rows_of_any_other():
     sources = [arrays(i + 1) for i in range(6)]
     plain, transfer = batches(sources), batches(sources, kind=TransferBatches)
