@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loragen.cli import render
+from loragen.core.errors import shortened
 from loragen.core.progress import (
     OutcomeStatus,
     Progress,
@@ -149,7 +150,7 @@ class TerminalProgress(Silent):
             self._bars.start()
         from rich.markup import escape
 
-        return self._bars.add_task(escape(name), total=total, figures="")
+        return self._bars.add_task(escape(shortened(name, 32)), total=total, figures="")
 
     def _print(self, line: str) -> None:
         if self._bars:

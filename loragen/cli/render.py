@@ -11,8 +11,12 @@ from typing import Any, Literal
 
 import typer
 
+from loragen.core.errors import display_width
+from loragen.core.errors import shortened as cut
 from loragen.core.progress import is_first_process
 
+WIDEST_NAME = 48
+"""`--json` has names in full."""
 CONTROLS = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
 """Control characters except tab and line feed."""
 
@@ -57,17 +61,24 @@ def visible(text: str) -> str:
 
 
 def columns(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Returns a plain-text table with columns of numbers aligned right, others left."""
-    table = [list(header), *([_cell(value) for value in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    """Returns a plain-text table with columns of numbers aligned right, others left. A name in the
+    first column takes `WIDEST_NAME` columns of a terminal at most."""
+    table = [list(header)]
+    for row in rows:
+        name, *others = (visible(_cell(value)) for value in row)
+        table.append([cut(name, WIDEST_NAME), *others])
+    widths = [max(map(display_width, column)) for column in zip(*table, strict=True)]
     numeric = [
         len(table) > 1 and all(map(_is_number, column[1:])) for column in zip(*table, strict=True)
     ]
     lines = []
     for row in table:
         cells = zip(row, widths, numeric, strict=True)
-        text = (cell.rjust(width) if right else cell.ljust(width) for cell, width, right in cells)
-        lines.append("  ".join(text).rstrip())
+        padded = []
+        for cell, width, right in cells:
+            space = " " * (width - display_width(cell))
+            padded.append(space + cell if right else cell + space)
+        lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)
 
 

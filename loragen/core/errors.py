@@ -5,6 +5,7 @@ Any other exception that reaches the user is a bug.
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from unicodedata import combining, east_asian_width
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -69,3 +70,26 @@ def listing(words: Sequence[str], limit: int = 12) -> str:
     shown = ", ".join(words[:limit]) or "none"
     rest = len(words) - limit
     return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def display_width(text: str) -> int:
+    """Returns the number of columns that a terminal takes for the text: two for a character of
+    Chinese, none for a combining accent."""
+    return sum(
+        0 if combining(char) else 2 if east_asian_width(char) in "WF" else 1 for char in text
+    )
+
+
+def shortened(text: str, longest: int) -> str:
+    """Returns the text in one line of at most `longest` columns of a terminal: of a longer one the
+    start and the end, which often has the number that tells names apart."""
+    flat = " ".join(text.split())
+    if display_width(flat) <= longest:
+        return flat
+    start, end = len(flat) * 2 // 3, len(flat) * 2 // 3
+    while display_width(flat[:start]) + display_width(flat[end:]) >= longest:
+        if start > 2 * (len(flat) - end):
+            start -= 1
+        else:
+            end += 1
+    return f"{flat[:start]}…{flat[end:]}"

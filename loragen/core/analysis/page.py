@@ -25,6 +25,7 @@ from loragen.core.analysis.report import (
     SeriesReport,
     by_tensor,
 )
+from loragen.core.errors import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,11 +36,15 @@ INK = "#123457"
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 """The palette of Okabe & Ito, distinguishable with any colour vision, on white and on black."""
 STYLES = ("-", "--", ":", "-.")
+MARKERS = "os^Dvp"
+"""Line styles and markers tell the series apart whose colours are the same."""
+LONGEST_LABEL = 32
 SEQUENTIAL = "viridis"
 SIGNED = "PuOr"
 """The colour map of values from -1 to 1, pale at 0."""
-MOST_NUMBERS = 150
-"""The number of cells of a heat map up to which each shows its number."""
+DIGIT_WIDTH, SMALLEST_NUMBER = 0.62, 4.0
+"""The width of a digit in units of the font size, and the smallest size of a cell's number; with
+less room the cells of a heat map have no numbers."""
 MOST_IN_A_LEGEND = 12
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
@@ -74,7 +79,7 @@ def modules_figure(modules: Sequence[ModuleReport]) -> str:
         shown = range(0, len(layers), max(1, len(layers) // 16))
         names = ["none" if layers[i] == NO_LAYER else str(layers[i]) for i in shown]
         for panel, grid, label in ((norms, norm, "‖ΔW‖"), (ranks, rank, "effective rank")):
-            _heat_map(panel, grid, label)
+            _heat_map(panel, grid, label, inches=6.6)
             panel.set(yticks=range(len(kinds)), yticklabels=kinds, xticks=shown, xticklabels=names)
         ranks.set_xlabel("layer")
 
@@ -83,6 +88,8 @@ def modules_figure(modules: Sequence[ModuleReport]) -> str:
 
 def drift_figure(report: SeriesReport) -> str:
     """Draws ‖ΔW‖ over the checkpoints, and the path length beside the distance from the first."""
+
+    from matplotlib.ticker import MaxNLocator
 
     def draw(figure: "Figure") -> None:
         norm, path = figure.subplots(1, 2)
@@ -95,17 +102,20 @@ def drift_figure(report: SeriesReport) -> str:
         path.plot(x, first, color=COLOURS[0], label="distance from the first")
         path.set(title="drift and path", ylabel="in units of ‖ΔW‖", xlabel=unit)
         path.legend()
+        for panel in (norm, path):
+            panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))  # there is no step 4.25
 
     return _svg(draw, 8.6, 3.0)
 
 
 def sample_figure(sample: ComparedCheckpoints) -> str:
     """Draws the cosine matrix, and the checkpoints on the first two principal axes."""
+    from matplotlib.ticker import MaxNLocator
 
     def draw(figure: "Figure") -> None:
         matrix, plane = figure.subplots(1, 2, width_ratios=(1, 1.25))
         x, unit = _x_positions(sample.checkpoints)
-        _heat_map(matrix, np.array(sample.cosine), "cosine of ΔW")
+        _heat_map(matrix, np.array(sample.cosine), "cosine of ΔW", inches=2.3)
         ticks = np.unique(np.linspace(0, len(sample.checkpoints) - 1, 5).round().astype(int))
         matrix.set(xticks=ticks, yticks=ticks, xticklabels=x[ticks], yticklabels=x[ticks])
         matrix.set(xlabel=unit, ylabel=unit, aspect="equal", title="cosine of ΔW")
@@ -118,7 +128,8 @@ def sample_figure(sample: ComparedCheckpoints) -> str:
         dots = plane.scatter(*points.T, c=x, cmap=SEQUENTIAL, s=22, zorder=3)
         plane.annotate("first", points[0], (4, 6), textcoords="offset points")
         plane.annotate("last", points[-1], (4, 6), textcoords="offset points")
-        plane.figure.colorbar(dots, label=unit).outline.set_visible(False)
+        whole = MaxNLocator(6, integer=True)
+        plane.figure.colorbar(dots, label=unit, ticks=whole).outline.set_visible(False)
         plane.set_title("principal components of ΔW")
 
     return _svg(draw, 8.6, 3.4)
@@ -126,6 +137,7 @@ def sample_figure(sample: ComparedCheckpoints) -> str:
 
 def overlay_figure(reports: Sequence[SeriesReport]) -> str:
     """Draws the drift of several series in one plot."""
+    from matplotlib.ticker import MaxNLocator
 
     def draw(figure: "Figure") -> None:
         panel = figure.subplots()
@@ -134,8 +146,10 @@ def overlay_figure(reports: Sequence[SeriesReport]) -> str:
             x, unit = _x_positions([d.checkpoint for d in report.drift])
             units.add(unit)
             drift = [d.from_first for d in report.drift]
-            panel.plot(x, drift, **_line_style(i), label=report.name)
+            named = shortened(report.name, LONGEST_LABEL)
+            panel.plot(x, drift, **_line_style(i), label=named)
         panel.set(xlabel=" or ".join(sorted(units)), ylabel="‖ΔW − first ΔW‖", title="drift")
+        panel.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         _legend(panel, len(reports))
 
     return _svg(draw, 8.6, 3.2)
@@ -147,7 +161,8 @@ def comparison_figure(comparison: Comparison) -> str:
     def draw(figure: "Figure") -> None:
         matrix, plane = figure.subplots(1, 2, width_ratios=(1, 1.1))
         numbers = np.arange(len(comparison.series))
-        _heat_map(matrix, np.array(comparison.cosine_last), "cosine of ΔW", signed=True)
+        cosine = np.array(comparison.cosine_last)
+        _heat_map(matrix, cosine, "cosine of ΔW", inches=2.3, signed=True)
         matrix.set(title="cosine of the last ΔW", aspect="equal")
         if len(numbers) <= MOST_IN_A_LEGEND:
             matrix.set(xticks=numbers, yticks=numbers)
@@ -162,8 +177,10 @@ def comparison_figure(comparison: Comparison) -> str:
         for i, name in enumerate(comparison.series):
             own, style = points[ends[i] : ends[i + 1]], _line_style(i)
             plane.plot(*own.T, **style, linewidth=1)
-            plane.plot(*own[-1], "o", color=style["color"], label=f"{i + 1} {name}")
-        plane.set_title("principal components of all (dot: the last)")
+            last = {"color": style["color"], "marker": MARKERS[i // len(COLOURS) % len(MARKERS)]}
+            named = f"{i + 1} {shortened(name, LONGEST_LABEL)}"
+            plane.plot(*own[-1], linestyle="", label=named, **last)
+        plane.set_title("principal components of all (mark: the last)")
         _legend(plane, len(numbers))
 
     return _svg(draw, 8.6, 3.8)
@@ -182,8 +199,10 @@ def _points(axes: "Axes", pca: PrincipalComponents) -> np.ndarray:
     return points[:, :2]
 
 
-def _heat_map(panel: "Axes", grid: np.ndarray, label: str, signed: bool = False) -> None:
-    """Colours each cell, and writes its number into it if there are few cells."""
+def _heat_map(
+    panel: "Axes", grid: np.ndarray, label: str, inches: float, signed: bool = False
+) -> None:
+    """Colours each cell, and writes its number into it if all have room in a panel of `inches`."""
     colours = SIGNED if signed else SEQUENTIAL
     image = panel.imshow(grid, cmap=colours, aspect="auto", interpolation="none")
     if signed:
@@ -192,13 +211,15 @@ def _heat_map(panel: "Axes", grid: np.ndarray, label: str, signed: bool = False)
     panel.tick_params(length=0)
     bar = panel.figure.colorbar(image, ax=panel, label=label)
     bar.outline.set_visible(False)
-    if grid.size > MOST_NUMBERS:
+    texts = {at: f"{value:.2g}" for at, value in np.ndenumerate(grid) if isfinite(value)}
+    longest = max(map(len, texts.values()), default=1)
+    size = min(7.0, 72 * inches / grid.shape[1] / (longest + 1) / DIGIT_WIDTH)
+    if size < SMALLEST_NUMBER:
         return
-    for (row, column), value in np.ndenumerate(grid):
-        if isfinite(value):
-            red, green, blue, _ = image.cmap(image.norm(value))
-            ink = "#000000" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.45 else "#ffffff"
-            panel.text(column, row, f"{value:.3g}", ha="center", va="center", color=ink, size=7)
+    for (row, column), text in texts.items():
+        red, green, blue, _ = image.cmap(image.norm(grid[row, column]))
+        ink = "#000000" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.45 else "#ffffff"
+        panel.text(column, row, text, ha="center", va="center", color=ink, size=size)
 
 
 def _legend(panel: "Axes", lines: int) -> None:

@@ -1,6 +1,7 @@
 """The results of an evaluation as tables, remarks, Markdown and a picture. Light."""
 
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import pairwise
@@ -8,6 +9,7 @@ from math import exp, log
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from loragen.core.errors import listing, shortened
 from loragen.core.evaluation.contestants import GENERATED, LABEL_CURVE, MEASURES, ORACLE, titles
 from loragen.core.files import write_json, write_text, written_atomically
 
@@ -243,6 +245,7 @@ def write_results(document: Mapping[str, Any], title: str, directory: Path) -> N
 
 COLOUR, COLOURS = "#8d99ae", {GENERATED: "#d1495b", ORACLE: "#2b2d42"}
 PANELS_A_ROW, MOST_PANELS = 3, 12
+LONGEST_NAME, LONGEST_TITLE = 36, 80
 
 
 def draw_accuracies(document: Mapping[str, Any], title: str, file: Path) -> None:
@@ -258,24 +261,69 @@ def draw_accuracies(document: Mapping[str, Any], title: str, file: Path) -> None
     across = min(len(rows), PANELS_A_ROW)
     down = -(-len(rows) // across)
     height = 0.9 + (0.7 + 0.38 * len(document["columns"])) * down
-    figure, axes = plt.subplots(
-        down,
-        across,
-        figsize=(max(4.2 * across, 7), height),
-        sharey=True,
-        layout="constrained",
-        squeeze=False,
-    )
-    for axis, row in zip(axes.flat, rows, strict=False):
-        _draw_panel(axis, row, titles(document["options"]["shots"]))
-    for axis in axes.flat[len(rows) :]:
-        axis.set_visible(False)
-    axes.flat[0].invert_yaxis()  # the axes share it
-    figure.suptitle(title)
-    figure.supxlabel("exact match")
-    with written_atomically(file) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
+    above = titles(document["options"]["shots"])
+    title = shortened(title, LONGEST_TITLE)
+    labels = [title, *(row.name for row in rows), *above.values(), *document["columns"]]
+    # A `$` in a name is a dollar. What no font can draw has been said in one line.
+    style: Any = {"font.family": _families("".join(labels), file), "text.parse_math": False}
+    with mpl.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure, axes = plt.subplots(
+            down,
+            across,
+            figsize=(max(4.2 * across, 7), height),
+            sharey=True,
+            layout="constrained",
+            squeeze=False,
+        )
+        for axis, row in zip(axes.flat, rows, strict=False):
+            _draw_panel(axis, row, above)
+        for axis in axes.flat[len(rows) :]:
+            axis.set_visible(False)
+        axes.flat[0].invert_yaxis()  # the axes share it
+        figure.suptitle(title)
+        figure.supxlabel("exact match")
+        with written_atomically(file) as temporary:
+            figure.savefig(temporary, dpi=120, format="png")
+        plt.close(figure)
+
+
+def _families(text: str, file: Path) -> list[str]:
+    """Returns matplotlib's default font and, for characters that it lacks (Chinese), installed
+    fonts that have them. Warns once of those that no installed font has."""
+    from matplotlib import font_manager, rcParams
+
+    def characters(path: str) -> set[int]:
+        return {*font_manager.get_font(path).get_charmap()}
+
+    families = list(rcParams["font.family"])
+    missing = {ord(char) for char in text if char.isprintable()}
+    missing -= characters(font_manager.findfont(font_manager.FontProperties()))
+    plain = {
+        entry.name: entry.fname
+        for entry in font_manager.fontManager.ttflist
+        if entry.style == "normal"
+        and str(entry.weight) in ("400", "normal", "regular")
+        and not entry.name.startswith("Last Resort")  # which draws every character as a box
+    }
+    for name, path in plain.items() if missing else ():
+        try:
+            found = missing & characters(path)
+        except (OSError, RuntimeError):  # a font that FreeType does not read
+            continue
+        if found:
+            families.append(name)
+            missing -= found
+        if not missing:
+            break
+    if missing:
+        logger.warning(
+            "%s: no installed font has %s (Noto Sans CJK has Chinese, Japanese and Korean); "
+            "results.md has these names in full",
+            file,
+            listing([chr(code) for code in sorted(missing)], 6),
+        )
+    return families
 
 
 def _draw_panel(axis: Any, row: TableRow, above: Mapping[str, str]) -> None:
@@ -284,7 +332,7 @@ def _draw_panel(axis: Any, row: TableRow, above: Mapping[str, str]) -> None:
         low, high = intervals[name]
         bar = [[max(value - low, 0)], [max(high - value, 0)]]
         axis.barh(position, value, color=COLOURS.get(name, COLOUR), xerr=bar, capsize=3)
-        axis.text(max(value, high) + 0.03, position, f"{value:.2f}", va="center", fontsize=9)
-    axis.set(title=row.name, xlim=(0, 1.18), xticks=[0, 0.5, 1])
+        axis.text(1.2, position, f"{value:.2f}", va="center", ha="right", fontsize=9)
+    axis.set(title=shortened(row.name, LONGEST_NAME), xlim=(0, 1.22), xticks=[0, 0.5, 1])
     axis.set_yticks(range(len(accuracy)), [above.get(name, name) for name in accuracy])
     axis.spines[["top", "right"]].set_visible(False)
