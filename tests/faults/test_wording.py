@@ -3,8 +3,13 @@
 import warnings
 
 import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id
 
 from loragen.cli.render import columns
+from loragen.core.adapter.export import _card, how_to_load
+from loragen.core.adapter.files import Adapter
+from loragen.core.base.names import hub_id
 from loragen.core.errors import display_width, shortened
 from loragen.core.evaluation.report import _families, draw_accuracies
 
@@ -108,3 +113,60 @@ def test_a_dollar_and_a_long_name_are_drawn(tmp_path, caplog):
     pytest.importorskip("matplotlib")
     draw_accuracies(results("costs $x_{$", LONG), "a $\\frac$ title " + LONG, tmp_path / "p.png")
     assert caplog.messages == []
+
+
+# ---------------------------------------------------------------------------- model cards
+
+
+BASES = [
+    "./my: base",
+    "/home/me/secret place/base",
+    "demo",
+    r"C:\\models\\base",
+    "a/b/c",
+    "x: y",
+    "a b/c",
+]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(
+    "base", [*BASES, "gpt2", "Qwen/Qwen2.5-0.5B-Instruct", "~/base", "a//b", "x.gguf"]
+)
+def test_a_card_is_one_that_the_hub_accepts_and_leaks_no_path(tmp_path, monkeypatch, base, merged):
+    monkeypatch.chdir(tmp_path)
+    if base == "./my: base":
+        (tmp_path / "my: base").mkdir()
+    config = {"r": 4, "lora_alpha": 8.0, "base_model_name_or_path": base}
+    card = _card(Adapter(config, {}), tmp_path / "an adapter: of mine", merged)
+    data = ModelCard(card).data.to_dict()
+    assert data["library_name"] == ("transformers" if merged else "peft")
+    assert data["tags"] == ["lora", "loragen"]
+    if base in ("gpt2", "Qwen/Qwen2.5-0.5B-Instruct"):
+        assert data["base_model"] == base
+        validate_repo_id(data["base_model"])
+    else:
+        assert "base_model" not in data
+        assert base not in card or not {*base} & {*"/\\"}
+    assert "secret place" not in card
+
+
+def test_a_hub_id_that_is_a_directory_here_is_a_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "base").mkdir(parents=True)
+    assert hub_id("owner/base") is None
+    assert hub_id("owner/other") == "owner/other"
+
+
+def test_a_card_loads_the_adapter_of_a_local_base(base_dir, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base_dir)
+    made = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    made.save_pretrained(tmp_path / "adapter")
+    code = how_to_load(str(base_dir)).split("```python")[1].split("```")[0]
+    assert str(base_dir) not in code
+    found = {}
+    exec(code.replace("DIRECTORY OF THIS FILE", str(tmp_path / "adapter")), found)
+    assert found["model"].peft_config["default"].r == 2

@@ -1,6 +1,7 @@
 """Exports adapters for use without loragen: as a PEFT directory, or merged into the base model."""
 
 import json
+import re
 from contextlib import suppress
 from copy import deepcopy
 from importlib.metadata import version
@@ -12,9 +13,9 @@ import torch
 from loragen.core.adapter import write_merged_marker
 from loragen.core.adapter.files import Adapter, attach_adapter, write_adapter
 from loragen.core.base.load import LanguageModel, load_base
-from loragen.core.base.names import absolute_base, is_gguf, is_path, resolve_base
+from loragen.core.base.names import absolute_base, hub_id, is_gguf, resolve_base
 from loragen.core.config import DEMO
-from loragen.core.errors import UsageError
+from loragen.core.errors import UsageError, shortened
 from loragen.core.files import user_path, write_text, written_atomically
 
 HUB = "https://huggingface.co/"
@@ -129,7 +130,7 @@ def _card(adapter: Adapter, source: Path, merged: bool) -> str:
     if base == _resolvable(DEMO) and not merged:
         card += (
             "\nThat base is the tiny one that ships with loragen, in `loragen/demo/base` of the "
-            "installed package. On another machine, put its path there into adapter_config.json.\n"
+            "installed package.\n"
         )
     return card
 
@@ -143,23 +144,22 @@ def front_matter(base_model: str, merged: bool = False, *tags: str) -> str:
     The hub expects a hub id as `base_model`: that of the base, or the one that a GGUF file says it
     was made from. A path or `demo` would be a broken link there.
     """
-    hub_id = base_model
+    linked = hub_id(base_model)
     if is_gguf(base_model):
-        hub_id = _record(base_model).get("repository", "").removeprefix(HUB)
-        hub_id = hub_id if hub_id.count("/") == 1 else ""
-    elif base_model == DEMO or is_path(base_model) or Path(base_model).is_dir():
-        hub_id = ""
-    link = f"base_model: {json.dumps(hub_id)}\n" if hub_id else ""
+        linked = hub_id(_record(base_model).get("repository", "").removeprefix(HUB))
+    link = f"base_model: {json.dumps(linked)}\n" if linked else ""
     library = "transformers" if merged else "peft"
     tagged = ", ".join(("lora", "loragen", *tags))
     return f"---\n{link}library_name: {library}\ntags: [{tagged}]\n---\n"
 
 
 def describe_base(base_model: str) -> str:
-    """Returns the name of a base for a model card; of a GGUF file also what its metadata say."""
+    """Returns the name of a base for a model card, without the path of a local one; of a GGUF file
+    also what its metadata say."""
     if not is_gguf(base_model):
-        return base_model
-    record = _record(base_model)
+        own = base_model == DEMO or hub_id(base_model)
+        return base_model if own else f"the base in the directory {_local_name(base_model)}"
+    record = {key: shortened(text, 120) for key, text in _record(base_model).items()}
     says = [
         record[key] for key in ("name", "organization", "license", "repository") if key in record
     ]
@@ -167,7 +167,7 @@ def describe_base(base_model: str) -> str:
         says.append(f"tuned from {record['base_model']}")
     origin = f"; its metadata: {', '.join(says)}" if says else ""
     digest = f", sha256 {record['sha256']}" if record else ""
-    return f"{base_model} (a GGUF file, dequantised to float32{digest}{origin})"
+    return f"{_local_name(base_model)} (a GGUF file, dequantised to float32{digest}{origin})"
 
 
 def how_to_load(base_model: str, merged: bool = False) -> str:
@@ -178,34 +178,47 @@ def how_to_load(base_model: str, merged: bool = False) -> str:
 The adapter is merged into the base model's weights:
 `AutoModelForCausalLM.from_pretrained("DIRECTORY OF THIS FILE")`.
 """
-    arguments, find, note = json.dumps(base_model), "", ""
+    imports, base, note = "PeftModel", f"from_pretrained({json.dumps(base_model)})", ""
+    config = 'PeftConfig.from_pretrained("DIRECTORY OF THIS FILE")'
+    before = ""
     if base_model == DEMO:
-        find = "from loragen.core.base.names import resolve_base\n"
-        arguments = f'resolve_base("{DEMO}")'
+        before = "from loragen.core.base.names import resolve_base\n"
+        base = f'from_pretrained(resolve_base("{DEMO}"))'
         note = """
 The base `demo` is the tiny model that ships with loragen; `resolve_base` returns its path.
 `loragen lora export DIRECTORY --output OTHER` writes an adapter with that path in it.
 """
     elif is_gguf(base_model):
-        path = Path(base_model)
-        arguments = (
-            f'{json.dumps(str(path.parent))}, gguf_file={json.dumps(path.name)}, dtype="float32"'
-        )
+        imports, before = "PeftConfig, PeftModel", "from pathlib import Path\n\n"
+        base = 'from_pretrained(file.parent, gguf_file=file.name, dtype="float32")'
+        config = f"file = Path({config}.base_model_name_or_path)\n"
         note = """
 transformers reads the GGUF file with the package gguf. The weights that the file was quantised from
 are another base: `loragen lora export DIRECTORY --output OTHER --base-model OWNER/NAME` writes the
 adapter for them, without any change of its values.
 """
+    elif not hub_id(base_model):
+        imports, base = "PeftConfig, PeftModel", "from_pretrained(config.base_model_name_or_path)"
+        config = f"config = {config}\n"
+        note = """
+The base is a directory on the machine that made this adapter, and adapter_config.json has its path;
+on another machine, put the path of a copy there.
+"""
     return f"""## How to load it
 
 ```python
-{find}from peft import PeftModel
+{before}from peft import {imports}
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained({arguments})
+{config if "Config" in imports else ""}base = AutoModelForCausalLM.{base}
 model = PeftModel.from_pretrained(base, "DIRECTORY OF THIS FILE")
 ```
 {note}"""
+
+
+def _local_name(path: str) -> str:
+    """Returns the last part of a path, of this system or of another."""
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
 def _record(gguf_file: str) -> dict[str, str]:

@@ -50,3 +50,18 @@ def is_path(name: str) -> bool:
     """Returns whether a model's name can only be a path, not a hub id."""
     rooted = user_path(name).is_absolute() or name.startswith((".", "~"))
     return rooted or "\\" in name or name.count("/") > 1 or is_gguf(name)
+
+
+def hub_id(name: str) -> str | None:
+    """Returns the name if it is an id that the hub accepts and no path of this machine; `demo` and
+    everything else are None."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    if name == DEMO or is_path(name) or user_path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name

@@ -14,7 +14,7 @@ from loragen.core.generator.generated import Merger, Origin, adapter_card
 from loragen.core.run.checkpoints import load_adapter
 
 PROMPTS = [f"Question {i} about red?" for i in range(6)]
-FAR = Origin("g", 2, "owner/base: 1", "sbert", "hyperconv", 3, "0" * 64, datasets=["a", "b"],
+FAR = Origin("g", 2, "owner/base-1", "sbert", "hyperconv", 3, "0" * 64, datasets=["a", "b"],
              nearest_dataset="a", distance=1.7, far=True)  # fmt: skip
 
 
@@ -137,13 +137,13 @@ class TestCard:
     def test_the_front_matter_is_yaml_for_the_hub(self):
         _, front, text = adapter_card(FAR).split("---\n", 2)
         assert yaml.safe_load(front) == {
-            "base_model": "owner/base: 1",
+            "base_model": "owner/base-1",
             "library_name": "peft",
             "tags": ["lora", "loragen", "generated"],
         }
         assert "**Warning**: prompts are out of distribution" in text
         assert "2 datasets: a, b" in text
-        assert 'AutoModelForCausalLM.from_pretrained("owner/base: 1")' in text
+        assert 'AutoModelForCausalLM.from_pretrained("owner/base-1")' in text
 
     def test_only_a_hub_id_is_linked(self, base_dir):
         for base in ("demo", str(base_dir)):
