@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -143,7 +144,10 @@ def lora_eval(
         ),
     ],
     adapter: Annotated[
-        Path | None, typer.Option("--adapter", help="A PEFT directory, a run, or a .ckpt of a run.")
+        Path | None,
+        typer.Option(
+            "--adapter", help="A PEFT directory, a run, a .ckpt of one, or a file of gen infer."
+        ),
     ] = None,
     no_adapter: Annotated[
         bool, typer.Option("--no-adapter", help="Evaluate the base model without an adapter.")
@@ -174,6 +178,7 @@ def lora_eval(
     tested = Dataset.find(dataset, Path(data_root or "."), split="test")
     rows = tested.rows(skip_bad_rows)[:limit]
 
+    from loragen.core.adapter.export import tokenizer_of
     from loragen.core.adapter.files import attach_adapter
     from loragen.core.base.load import best_device, load_base
     from loragen.core.lora.evaluate import evaluate_model
@@ -188,12 +193,16 @@ def lora_eval(
     model = attach_adapter(base.model, read, str(adapter)) if read else base.model
     scores = evaluate_model(
         model,
-        base.tokenizer,
+        tokenizer_of(read, base) if read else base.tokenizer,
         rows,
         batch_size,
         closed=tested.closed_answers or [],
         ignore_final_punctuation=ignore_final_punctuation,
     )
+    if isnan(scores.loss):
+        raise LoragenError(
+            f"{adapter or base_name}: the model's losses are NaN in {base.model.dtype}"
+        )
     document = {
         "dataset": tested.name,
         "file": str(tested),

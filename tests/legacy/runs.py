@@ -44,9 +44,9 @@ def write_checkpoint(container, folder, document, base):
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
-    from loragen.core.adapter.files import file_keys
+    from loragen.core.adapter.checks import file_keys
 
-    step, weights = document["global_step"], file_keys(document["state_dict"])
+    step, weights = document["global_step"], file_keys(document["state_dict"], "x")
     live = {k.replace(".weight", ".default.weight"): v for k, v in weights.items()}
     if container == "torch":
         whole = {"step": step, "lora_state_dict": live}

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from loragen.core.adapter import KEY_PREFIX
+from loragen.core.adapter.checks import factor_keys, module_of
 from loragen.core.files import natural_key
 
 Factors = tuple[Tensor, Tensor]
@@ -20,18 +20,9 @@ TargetForm = Literal["raw", "svd"]
 
 
 def modules(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Factors]]:
-    """Yields (module path, (A, B)) of every linear module with both factors, layer by layer."""
-    for key_a, key_b in _factor_keys(tensors):
-        path = key_a.partition(".lora_A.")[0].removeprefix(KEY_PREFIX)
-        yield path, (tensors[key_a], tensors[key_b])
-
-
-def _factor_keys(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-    """Yields the keys of A and B of every linear module with both factors, layer by layer."""
-    for key in sorted(tensors, key=natural_key):
-        other = key.replace(".lora_A.", ".lora_B.")
-        if other != key and other in tensors and tensors[key].ndim == tensors[other].ndim == 2:
-            yield key, other
+    """Yields (module path, (A, B)) of every module, layer by layer."""
+    for key_a, key_b in factor_keys(sorted(tensors, key=natural_key)):
+        yield module_of(key_a), (tensors[key_a], tensors[key_b])
 
 
 # ---------------------------------------------------------------------------- norms and angles
@@ -127,7 +118,7 @@ def in_form(tensors: Mapping[str, Tensor], form: TargetForm) -> dict[str, Tensor
     """
     found = dict(tensors)
     if form == "svd":
-        for key_a, key_b in _factor_keys(tensors):
+        for key_a, key_b in factor_keys(tensors):
             found[key_a], found[key_b] = canonical(tensors[key_a], tensors[key_b])
     return found
 

@@ -1,9 +1,12 @@
 """Exports adapters for use without loragen: as a PEFT directory, or merged into the base model."""
 
 import json
+import logging
 import re
+import warnings
+from collections import Counter
 from contextlib import suppress
-from copy import deepcopy
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,20 @@ from typing import Any
 import torch
 
 from loragen.core.adapter import write_merged_marker
-from loragen.core.adapter.files import Adapter, attach_adapter, write_adapter
-from loragen.core.base.load import LanguageModel, load_base
+from loragen.core.adapter.files import (
+    PEFT_ERRORS,
+    Adapter,
+    attach_adapter,
+    reason_of,
+    write_adapter,
+)
+from loragen.core.base.load import LanguageModel, load_base, tokenizer_in
 from loragen.core.base.names import absolute_base, hub_id, is_gguf, resolve_base
 from loragen.core.config import DEMO
-from loragen.core.errors import UsageError, shortened
+from loragen.core.errors import LoragenError, UsageError, shortened
 from loragen.core.files import user_path, write_text, written_atomically
+
+log = logging.getLogger(__name__)
 
 HUB = "https://huggingface.co/"
 
@@ -36,7 +47,7 @@ def prepare_export(
     if not name:
         raise UsageError(f"{origin}: its base model is not recorded; give --base-model")
     config["base_model_name_or_path"] = _resolvable(name)
-    return Adapter(config, adapter.tensors)
+    return replace(adapter, config=config)
 
 
 def export_adapter(adapter: Adapter, source: Path, output: Path) -> None:
@@ -48,15 +59,17 @@ def export_merged(
     adapter: Adapter, source: Path, output: Path, trust_remote_code: bool = False
 ) -> None:
     """Writes the base model with the adapter merged in, in the base's stored dtype, and its
-    tokenizer. The merge is computed in float32.
+    tokenizer. The merge is computed in float32, by PEFT.
 
-    Raises LoragenError if the adapter does not fit the base.
+    Raises LoragenError if the adapter does not fit the base or cannot be merged.
     """
     name = adapter.config["base_model_name_or_path"]
     base = load_base(name, torch.float32, trust_remote_code=trust_remote_code)
     model = attach_adapter(base.model, adapter, str(source))
     with written_atomically(output) as temporary:
-        save_merged(model, base, temporary)
+        _merged(model, base.dtype, str(source)).save_pretrained(temporary)
+        tokenizer_of(adapter, base).save_pretrained(temporary)
+        _let_others_read(temporary)
         write_text(temporary / "README.md", _card(adapter, source, merged=True))
         document = {"adapter": str(source), "base_model": name, "loragen": version("loragen")}
         write_merged_marker(temporary, document)
@@ -74,9 +87,48 @@ def save_merged(model: Any, base: LanguageModel, directory: Path) -> None:
     finally:
         plain.config.dtype = kept
     base.tokenizer.save_pretrained(directory)
+    _let_others_read(directory)
+
+
+def _let_others_read(directory: Path) -> None:
+    """Gives the weights the usual permissions; safetensors lets only the owner read them."""
     usual = (directory / "config.json").stat().st_mode
     for weights in directory.glob("*.safetensors"):
-        weights.chmod(usual)  # safetensors lets only the owner read them
+        weights.chmod(usual)
+
+
+def _merged(model: Any, dtype: torch.dtype, origin: str) -> Any:
+    """Merges any kind of adapter into its base, in place, and returns the base in `dtype`.
+
+    A weight that several modules share gets a copy first where an adapter changes one of them: PEFT
+    would add all changes to all of them. Raises LoragenError for an adapter that cannot be merged,
+    and for a result with NaN or infinity.
+    """
+    replicated = model.peft_config["default"].layer_replication  # then layers share all weights
+    modules = list(model.get_base_model().modules())
+    users = Counter(id(weight) for one in modules for weight in one.parameters(recurse=False))
+    for module in modules:
+        layer = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        if layer is not module or replicated:
+            for name, weight in list(layer.named_parameters(recurse=False)):
+                if users[id(weight)] > 1:
+                    setattr(layer, name, torch.nn.Parameter(weight.clone(), requires_grad=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            base = model.merge_and_unload(safe_merge=True).to(dtype)
+        except PEFT_ERRORS as error:
+            raise LoragenError(f"{origin}: PEFT cannot merge it: {reason_of(error)}") from None
+    for name, weight in base.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise LoragenError(f"{origin}: merged, {name} has NaN or infinity in {dtype}")
+    last = base.get_output_embeddings()
+    if last is not None and base.config.tie_word_embeddings:
+        if last.weight.equal(base.get_input_embeddings().weight):
+            base.tie_weights()
+        else:
+            base.config.tie_word_embeddings = False
+    return base
 
 
 def merged_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -101,14 +153,20 @@ def merged_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
             if own not in unchanged:
                 unchanged[own] = value.to(dtype).cpu()
             converted = unchanged[own]
-        elif getattr(layer, "lora_variant", None):  # DoRA also rescales W
-            copy = deepcopy(layer)
-            copy.merge()
-            converted = copy.get_base_layer().weight.detach().to(dtype).cpu()
         else:
             converted = (value + layer.get_delta_weight("default").to(value)).to(dtype).cpu()
         state[key.replace(".base_layer.", ".")] = converted
     return state
+
+
+def tokenizer_of(adapter: Adapter, base: LanguageModel) -> Any:
+    """Returns the tokenizer that lies beside an adapter, such as one with new tokens, else that of
+    its base."""
+    directory = adapter.directory
+    if directory is None or not (directory / "tokenizer_config.json").is_file():
+        return base.tokenizer
+    log.info("%s: its own tokenizer is used", directory)
+    return tokenizer_in(directory)
 
 
 def _resolvable(name: str) -> str:

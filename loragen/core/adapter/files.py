@@ -4,25 +4,47 @@ Everywhere in loragen the keys of an adapter's tensors are those of PEFT's files
 ``base_model.model.<path of the module>.lora_A.weight``.
 """
 
+import hashlib
 import json
 import logging
-import re
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loragen.core.adapter import CONFIG_FILE, WEIGHTS_FILE
+from loragen.core.adapter import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE
+from loragen.core.adapter.checks import (
+    check_config,
+    check_factors,
+    check_finite,
+    factor_keys,
+    file_keys,
+    module_of,
+    warn_of_config,
+)
 from loragen.core.config.schema import LoraSection
 from loragen.core.errors import DataError, LoragenError, UsageError, listing
 from loragen.core.files import read_json, write_json, write_text, written_atomically
 
 log = logging.getLogger(__name__)
+
+PEFT_ERRORS = (
+    AttributeError,
+    ImportError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What PEFT raises for a configuration that it cannot attach."""
 
 
 @dataclass
@@ -31,6 +53,8 @@ class Adapter:
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    directory: Path | None = field(default=None, kw_only=True)
+    """The PEFT directory that it was read from, where a tokenizer may lie beside it."""
 
     def __repr__(self) -> str:
         """Returns one line, since an adapter has hundreds of tensors."""
@@ -45,26 +69,40 @@ class Adapter:
 def read_adapter(directory: Path) -> Adapter:
     """Reads a PEFT adapter directory; the base model is not needed.
 
-    Raises UsageError if there is no adapter, DataError if its files are broken.
+    Raises UsageError if there is no adapter, DataError if its files are broken, no LoRA, or
+    contradict each other (see `checks`).
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
             raise UsageError(f"{directory}: not a PEFT adapter (it has no {name})")
+    config = read_config(directory)
+    file = directory / WEIGHTS_FILE
+    return checked(config, read_safetensors(file)[0], file)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Returns the configuration of a PEFT adapter directory. Raises DataError if it is broken."""
     file = directory / CONFIG_FILE
-    config = read_json(file)
-    if not isinstance(config, dict):
-        raise DataError(f"{file}: expected a JSON object, found {type(config).__name__}")
-    kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise DataError(f"{file}: peft_type is {kind}; only LORA is supported")
-    for name in ("r", "lora_alpha"):
-        if not isinstance(config.get(name), int | float):
-            raise DataError(f"{file}: not a LoRA adapter; {name} must be a number")
-    return Adapter(config, read_safetensors(directory / WEIGHTS_FILE))
+    config: dict[str, Any] = read_json(file)
+    check_config(config, file)
+    return config
+
+
+def checked(config: Mapping[str, Any], tensors: Mapping[str, Tensor], file: Path) -> Adapter:
+    """Returns the adapter of a file, with PEFT's file keys. Raises DataError as `checks` does; an
+    empty `config` is not known."""
+    if not tensors:
+        raise DataError(f"{file}: no LoRA tensors in it (no key has 'lora_')")
+    found = file_keys(tensors, file)
+    check_factors(config or None, found, file)
+    has_config = (file.parent / CONFIG_FILE).is_file()
+    return Adapter(dict(config), found, directory=file.parent if has_config else None)
 
 
 def write_adapter(directory: Path, adapter: Adapter, card: str) -> None:
-    """Writes a directory that `peft.PeftModel.from_pretrained` loads, atomically."""
+    """Writes a directory that `peft.PeftModel.from_pretrained` loads, atomically. Raises DataError
+    for NaN or infinity."""
+    check_finite(adapter.tensors, directory)
     tensors = {key: value.detach().cpu().contiguous() for key, value in adapter.tensors.items()}
     with written_atomically(directory) as temporary:
         temporary.mkdir()
@@ -73,10 +111,12 @@ def write_adapter(directory: Path, adapter: Adapter, card: str) -> None:
         write_text(temporary / "README.md", card)
 
 
-def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """Raises DataError if `file` is not a safetensors file."""
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns tensors and metadata. Raises DataError if `file` is not a safetensors file."""
     try:
-        return dict(load_file(file))
+        with safe_open(file, framework="pt") as opened:
+            metadata = dict(opened.metadata() or {})
+        return dict(load_file(file)), metadata
     except (SafetensorError, OSError) as error:
         raise DataError(f"{file}: not a safetensors file: {error}") from None
 
@@ -87,6 +127,16 @@ def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str
     usual = file.stat().st_mode
     save_file(tensors, file, metadata)  # twice as fast as writing the bytes that `save` returns
     file.chmod(usual)
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Returns the hash of the tensors, whatever the format of their file."""
+    found = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor = tensors[key].contiguous()
+        found.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 # ---------------------------------------------------------------------------- configuration
@@ -120,23 +170,6 @@ def plain_config(config: Any) -> dict[str, Any]:
     return dict(sorted(plain.items()))
 
 
-def module_scaling(config: Mapping[str, Any], module: str) -> float:
-    """Returns the factor of B A: alpha / r, or alpha / √r with rsLoRA.
-
-    As in PEFT (`get_pattern_key`), the first pattern of `alpha_pattern` and of `rank_pattern` that
-    matches the end of the module's path replaces the adapter's value. PEFT itself computes the
-    factor only when the adapter is attached to a base model.
-    """
-
-    def value(patterns: Mapping[str, float] | None, default: float) -> float:
-        matching = (v for p, v in (patterns or {}).items() if re.match(rf"(.*\.)?({p})$", module))
-        return next(matching, default)
-
-    alpha = value(config.get("alpha_pattern"), config["lora_alpha"])
-    rank = value(config.get("rank_pattern"), config["r"])
-    return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
-
-
 # ---------------------------------------------------------------------------- live models
 
 
@@ -148,52 +181,42 @@ def adapter_state(model: Any) -> dict[str, Tensor]:
     return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
-def file_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Converts the keys of a checkpoint to PEFT's file keys, without a live model.
-
-    A Lightning checkpoint adds the prefix ``model.``, and a live model has the adapter's name,
-    ``default``, in its keys, and ``.weight`` after a DoRA vector; a file has none of these. Tensors
-    that are not LoRA's are left out. File keys stay as they are.
-    """
-    tensors = {}
-    for key, tensor in state.items():
-        if "lora_" in key:
-            name = re.sub(r"\.default(?=\.|$)", "", key.removeprefix("model."))
-            tensors[re.sub(r"(lora_magnitude_vector)\.weight$", r"\1", name)] = tensor
-    return tensors
-
-
 def attach_adapter(base: Any, adapter: Adapter, origin: str) -> Any:
-    """Injects an adapter into `base` and returns the `PeftModel`, in eval mode.
+    """Injects an adapter into `base` and returns the `PeftModel`, in eval mode. Any kind of LoRA
+    that PEFT knows is attached.
 
-    Raises LoragenError if the adapter does not fit, naming the first tensor that the base lacks
-    or that has another shape; PEFT itself would skip it or fail with a page of text. The base is
-    then unchanged.
+    Some kinds change the base itself: new tokens resize its vocabulary, biases and modules_to_save
+    replace its weights. Of s · B A, the base is unchanged once the model is unloaded, and after an
+    error. Raises LoragenError if the adapter does not fit, naming the first tensor that the base
+    lacks or that has another shape; PEFT itself would skip it or fail with a page of text.
     """
     from peft import LoraConfig, get_peft_model
 
-    # An adapter of a newer PEFT may have fields that this one lacks; an empty one changes nothing.
-    known = {field.name for field in fields(LoraConfig) if field.init}
-    unknown = [key for key, value in adapter.config.items() if value and key not in known]
-    if unknown:
-        log.warning(
-            "%s: the installed PEFT has no field %s and ignores it: the adapter may be of a newer "
-            "PEFT, and compute something else there (pip install --upgrade peft)",
-            origin,
-            listing(sorted(unknown)),
-        )
+    warn_of_config(adapter.config, origin)
     # The base's name is left out, because PEFT would warn if the weights come from elsewhere.
+    known = {one.name for one in fields(LoraConfig) if one.init}
     known -= {"base_model_name_or_path", "runtime_config"}
     config = {key: value for key, value in adapter.config.items() if key in known}
-    try:
-        model = get_peft_model(base, LoraConfig(**{**config, "inference_mode": True}))
-    except ValueError as error:
-        raise LoragenError(f"{origin}: does not fit this base model: {error}") from None
-    try:
-        swap_adapter(model, adapter, origin)
-    except LoragenError:
-        model.unload()
-        raise
+    _resize_vocabulary(base, adapter, origin)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model = get_peft_model(base, LoraConfig(**{**config, "inference_mode": True}))
+        except PEFT_ERRORS as error:
+            raise LoragenError(
+                f"{origin}: does not fit this base model: {reason_of(error)}"
+            ) from None
+        replicated, types = (
+            config.get("layer_replication"),
+            getattr(base.config, "layer_types", None),
+        )
+        if replicated and types:  # PEFT forgets them
+            base.config.layer_types = [types[i] for layers in replicated for i in range(*layers)]
+        try:
+            swap_adapter(model, adapter, origin)
+        except LoragenError:
+            model.unload()
+            raise
     return model.eval()
 
 
@@ -201,21 +224,60 @@ def swap_adapter(model: Any, adapter: Adapter, origin: str) -> None:
     """Loads other weights into a model of `attach_adapter`, which is faster than attaching again.
 
     Raises LoragenError naming the first tensor that is missing, unexpected or of another shape, and
-    if the adapter also has weights of the base.
+    DataError for NaN or infinity.
     """
-    from peft import set_peft_model_state_dict
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
+    check_finite(adapter.tensors, origin)
+    found = {key: tensor.shape for key, tensor in adapter.tensors.items()}
     expected = {key: value.shape for key, value in adapter_state(model).items()}
-    of_base = [key for key in {**expected, **adapter.tensors} if "lora_" not in key]
-    if of_base:
-        raise LoragenError(
-            f"{origin}: has weights of the base itself ({listing(of_base, 2)}), from bias, "
-            "modules_to_save or save_embedding_layers; only LoRA matrices are supported"
-        )
-    problem = shape_mismatch(expected, {key: t.shape for key, t in adapter.tensors.items()})
-    if problem:
+    if found.keys() > expected.keys():  # PEFT may have saved the base's embeddings, too
+        with_embeddings = get_peft_model_state_dict(model, save_embedding_layers=True)
+        expected |= {k: v.shape for k, v in with_embeddings.items() if k in found}
+    if problem := shape_mismatch(expected, found):
         raise LoragenError(f"{origin}: does not fit this base model: {problem}")
     set_peft_model_state_dict(model, adapter.tensors)
+
+
+def _resize_vocabulary(base: Any, adapter: Adapter, origin: str) -> None:
+    """Gives the base as many tokens as the embeddings have that the adapter brings along."""
+    both = (base.get_input_embeddings(), base.get_output_embeddings())
+    names = tuple(f"{KEY_PREFIX}{n}." for n, one in base.named_modules() if n and one in both)
+    rows = {
+        tensor.shape[0]
+        for key, tensor in adapter.tensors.items()
+        if key.startswith(names) and "lora_" not in key and key.endswith(".weight")
+    }
+    if len(rows) == 1 and rows != {len(both[0].weight)}:
+        log.info(
+            "%s: its vocabulary has %d tokens, the base %d", origin, *rows, len(both[0].weight)
+        )
+        base.resize_token_embeddings(*rows, mean_resizing=False)
+
+
+def reason_of(error: Exception) -> str:
+    """Returns the first line of an error of PEFT."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def check_places(base: Any, tensors: Mapping[str, Tensor], origin: object) -> None:
+    """Raises DataError naming the first module that `base`, which may have no weights, lacks or has
+    in another size."""
+    sizes = {
+        name: sorted(module.weight.shape)
+        for name, module in base.named_modules()
+        if getattr(module, "weight", None) is not None
+    }
+    for key_a, key_b in factor_keys(tensors):
+        path, size = module_of(key_a), [tensors[key_b].shape[0], tensors[key_a].shape[1]]
+        if path not in sizes:
+            raise DataError(f"{origin}: the base has no module {path}")
+        if sizes[path] != sorted(size):
+            raise DataError(
+                f"{origin}: ΔW of {path} is {size}, and its weight in the base is of other sizes, "
+                f"{sizes[path]}"
+            )
 
 
 def shape_mismatch(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from loragen.core.adapter import KEY_PREFIX
+from loragen.core.adapter.checks import not_ba
 from loragen.core.adapter.files import shape_mismatch
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import natural_key
@@ -60,7 +61,7 @@ class TensorSpec:
 
     @property
     def matrix(self) -> str:
-        """The kind of tensor, in PEFT's words: `lora_A`, `lora_B`, `lora_magnitude_vector`."""
+        """The kind of tensor, in PEFT's words: `lora_A`, `lora_B`, `lora_embedding_A`."""
         kind = re.search(r"\.(lora_\w+)", self.key)
         return kind.group(1) if kind else "weight"
 
@@ -86,9 +87,11 @@ class Layout:
     ) -> "Layout":
         """Derives the layout of an adapter; the order of its tensors does not matter.
 
-        Raises DataError for a tensor that is not of floating point, and UsageError naming the
-        number needed if the adapter has more than `max_tokens` tokens.
+        Raises DataError for a tensor that is not of floating point or no factor of ΔW = BA, and
+        UsageError naming the number needed if the adapter has more than `max_tokens` tokens.
         """
+        if reason := not_ba({}, adapter):
+            raise DataError(reason)
         specs = [TensorSpec(key, tuple(t.shape), t.dtype) for key, t in adapter.items()]
         for spec in specs:
             if not spec.dtype.is_floating_point:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loragen.core.adapter import CONFIG_FILE
 from loragen.core.adapter.algebra import Factors, inner_products, modules
-from loragen.core.adapter.files import module_scaling
+from loragen.core.adapter.checks import check_ba, module_scaling
 from loragen.core.analysis.report import PrincipalComponents
 from loragen.core.errors import LoragenError, UsageError
 from loragen.core.files import natural_key
@@ -101,9 +101,11 @@ def _series_at(path: Path) -> CheckpointSeries | None:
 def read_checkpoint(file: Path, config: dict[str, Any] | None = None) -> Checkpoint:
     """Reads a PEFT directory or its weights file with its own configuration, others with `config`.
 
-    Raises DataError if the file does not load or has no LoRA tensors.
+    Raises DataError if the file does not load, has no LoRA tensors, or changes the base by more
+    than BA.
     """
     adapter = load_adapter(file, config)
+    check_ba(adapter.config, adapter.tensors, file)
     return Checkpoint(adapter.tensors, adapter.config or None)
 
 

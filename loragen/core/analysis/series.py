@@ -4,7 +4,6 @@ A series is read as a stream: the first, the previous and the current checkpoint
 whatever the number of files. Comparisons in pairs use a sample of bounded size.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import hypot, isfinite, sqrt
@@ -23,6 +22,8 @@ from loragen.core.adapter.algebra import (
     singular_values,
     stable_rank,
 )
+from loragen.core.adapter.checks import not_finite
+from loragen.core.adapter.files import tensors_hash
 from loragen.core.adapter.layout import NO_LAYER, TensorSpec
 from loragen.core.analysis.checkpoints import (
     Checkpoint,
@@ -125,10 +126,10 @@ def _analyze_series(
     finite = []
     for done, file in enumerate(series.files, start=1):
         checkpoint = series.read(file)
-        not_finite, zero = damage(checkpoint.tensors)
-        report.not_finite += [f"{file.name}: {key}" for key in not_finite]
+        broken, zero = damage(checkpoint.tensors)
+        report.not_finite += [f"{file.name}: {key}" for key in broken]
         report.zero += [f"{file.name}: {key}" for key in zero]
-        finite += [] if not_finite else [file]
+        finite += [] if broken else [file]
         files_of.setdefault(tensors_hash(checkpoint.tensors), []).append(str(file))
         deltas = checkpoint.deltas()
         first, previous = first or deltas, previous or deltas
@@ -195,19 +196,7 @@ def _below(norms: Mapping[Label, float]) -> list[Label]:
 
 def damage(tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
     """Returns (tensors with NaN or infinity, tensors that are all zero)."""
-    not_finite = [key for key, t in tensors.items() if not torch.isfinite(t).all()]
-    zero = [key for key, t in tensors.items() if not t.any()]
-    return not_finite, zero
-
-
-def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Returns the hash of the tensors, whatever the format of their file."""
-    found = hashlib.sha256()
-    for key in sorted(tensors):
-        tensor = tensors[key].contiguous()
-        found.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    return not_finite(tensors), [key for key, t in tensors.items() if not t.any()]
 
 
 def _distance(file: Path, one: Mapping[str, Factors], other: Mapping[str, Factors]) -> float:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from loragen.core.adapter.checks import check_ba
 from loragen.core.adapter.layout import NO_LAYER, Layout, TensorSpec
 from loragen.core.run.checkpoints import load_adapter
 from loragen.core.run.directory import find_checkpoints
@@ -53,10 +54,12 @@ class Tokenized:
 def tokenized(path: Path, token_dim: int, max_tokens: int | Literal["auto"]) -> Tokenized:
     """Tokenises a .ckpt, .pt, .safetensors or PEFT directory, or the newest checkpoint of a folder.
 
-    Raises UsageError if there is none, DataError for a file without LoRA tensors.
+    Raises UsageError if there is none, DataError for a file without LoRA tensors, or with others.
     """
     file = find_checkpoints(path)[-1]
-    adapter = load_adapter(file).tensors
+    read = load_adapter(file)
+    check_ba(read.config, read.tensors, file)
+    adapter = read.tensors
     layout = Layout.of(adapter, token_dim)
     back = layout.unpack(layout.pack(adapter))
     return Tokenized(

@@ -135,6 +135,22 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
+def tokenizer_in(directory: Path) -> Any:
+    """Loads the tokenizer of a directory that need not be a base, such as that of an adapter.
+
+    Raises LoragenError if it does not load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise LoragenError(f"{directory}: its tokenizer does not load: {reason}") from error
+
+
 def _loadable(name: str) -> str:
     """Returns what transformers loads: a directory, to which a GGUF file is dequantised, or a hub
     id. Raises UsageError if there is no such path, LoragenError if the GGUF file is broken."""

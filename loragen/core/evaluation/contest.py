@@ -14,13 +14,8 @@ from statistics import fmean
 from typing import Any
 
 from loragen.core.adapter import KEY_PREFIX
-from loragen.core.adapter.files import (
-    Adapter,
-    attach_adapter,
-    module_scaling,
-    swap_adapter,
-    write_adapter,
-)
+from loragen.core.adapter.checks import module_scaling
+from loragen.core.adapter.files import Adapter, attach_adapter, swap_adapter, write_adapter
 from loragen.core.base.load import best_device, load_base, quiet_libraries
 from loragen.core.config.schema import GenDataSection, SourceSection
 from loragen.core.data.dataset import Dataset, Row

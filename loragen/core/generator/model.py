@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from loragen.core.adapter.checks import check_finite
 from loragen.core.adapter.layout import Layout
 from loragen.core.data.prompts import joined_texts
 from loragen.core.errors import DataError, LoragenError
@@ -125,7 +126,7 @@ class Generator:
         generates all of them in a shared basis, the two means are close while the draws agree.
 
         Raises UsageError if no prompt has text or there are too few for the draws, LoragenError if
-        the encoder is not the one of the training.
+        the encoder is not the one of the training, DataError for NaN or infinity in the result.
         """
         given = nonempty_prompts(prompts)
         subsets = draw_prompts(given, draws, prompts_per_draw, seed, self.usual_prompts)
@@ -162,7 +163,9 @@ class Generator:
             vague=median is not None and median.vague,
             training_prompts=self.usual_prompts,
         )
-        return GeneratedAdapter(dict(self.adapter_config), self.layout.unpack(tokens), origin)
+        tensors = self.layout.unpack(tokens)
+        check_finite(tensors, f"{self.name}: the generated adapter")
+        return GeneratedAdapter(dict(self.adapter_config), tensors, origin)
 
     @torch.inference_mode()
     def embed(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

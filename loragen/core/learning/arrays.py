@@ -42,7 +42,6 @@ from loragen.core.learning.sources import TrainingSource, open_sources
 from loragen.core.learning.texts import LabelledRows, labelled_rows, texts_of
 from loragen.core.plugins import create, describe, find
 from loragen.core.protocols import Encoder, Transfers
-from loragen.core.run.checkpoints import load_adapter
 from loragen.core.run.directory import SourceRecord
 
 log = logging.getLogger(__name__)
@@ -181,13 +180,14 @@ def _tokenized(
         with written_atomically(file) as temporary:
             array = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
             for row, checkpoint in enumerate(source.checkpoints):
+                adapter = source.read(checkpoint)
                 try:
-                    tensors = in_form(load_adapter(checkpoint).tensors, form)
-                    array[row] = layout.pack(tensors).float().numpy()
+                    layout.check(adapter.tensors)
                 except DataError as error:
                     raise DataError(f"{checkpoint}: {error}") from None
+                array[row] = layout.pack(in_form(adapter.tensors, form)).float().numpy()
                 if not np.isfinite(array[row]).all():
-                    raise DataError(f"{checkpoint}: NaN or infinity in its weights")
+                    raise DataError(f"{checkpoint}: some values are too large for float32")
             array.flush()
             del array
 

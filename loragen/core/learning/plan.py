@@ -8,18 +8,23 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 from typing import Any
 
-from loragen.core.adapter.files import module_scaling
+import torch
+
+from loragen.core.adapter.checks import changes_nothing, module_scaling, warn_of_config
+from loragen.core.adapter.files import Adapter, check_places, tensors_hash
 from loragen.core.adapter.layout import Layout
+from loragen.core.base.load import empty_base, is_local
+from loragen.core.base.names import is_gguf
 from loragen.core.config import GenTrainConfig
-from loragen.core.config.schema import AUTO, PluginSection, phases_in
-from loragen.core.errors import DataError, PluginError, UsageError
+from loragen.core.config.schema import AUTO, LayoutSection, PluginSection, phases_in
+from loragen.core.errors import DataError, PluginError, UsageError, listing
 from loragen.core.generator.network import method
 from loragen.core.learning.sources import Sources, TrainingSource
 from loragen.core.plugins import create, find, names
 from loragen.core.protocols import Automatic, Objective, Rate, Schedule, Transfers
-from loragen.core.run.checkpoints import load_adapter
 
 log = logging.getLogger(__name__)
 
@@ -87,14 +92,7 @@ def make_plan(config: GenTrainConfig, found: Sources) -> Plan:
                 "a generator serves one base model"
             )
     form = config.layout
-    sample = load_adapter(sources[0].checkpoints[-1])
-    layout = Layout.of(sample.tensors, form.token_dim, form.max_seq_len)
-    for source in both:
-        last = source.checkpoints[-1]
-        try:
-            layout.check(load_adapter(last).tensors)
-        except DataError as error:
-            raise DataError(f"{last}: not the adapter of {sources[0].name}: {error}") from None
+    layout = _common_layout(sources, val_sources, form)
     # A generator's adapters have one configuration. With another alpha over rank, equal factors
     # would mean another ΔW.
     for path in dict.fromkeys(spec.path for spec in layout.tensors):
@@ -116,6 +114,55 @@ def make_plan(config: GenTrainConfig, found: Sources) -> Plan:
         log.warning("decoder.name: auto does not try a mixture on several devices; name it")
         tries_mixture = False
     return Plan(config, sources, val_sources, layout, reason, tries_mixture)
+
+
+def _common_layout(
+    sources: Sequence[TrainingSource], val_sources: Sequence[TrainingSource], form: LayoutSection
+) -> Layout:
+    """Reads the last adapter of each source and returns the layout that they have in common.
+
+    Raises DataError naming the file of an adapter that is not ΔW = BA, has NaN or infinity, does
+    not fit the base or differs from the first in a tensor; and if there is nothing to learn.
+    """
+    layout: Layout | None = None
+    zero: list[str] = []
+    equal: dict[str, list[str]] = {}
+    for source in (*sources, *val_sources):
+        last = source.checkpoints[-1]
+        adapter = source.read(last)
+        if source.run is None:
+            warn_of_config(adapter.config, last)
+            _check_base(source, adapter, last)
+        if layout is None:
+            layout = Layout.of(adapter.tensors, form.token_dim, form.max_seq_len)
+        try:
+            layout.check(adapter.tensors)
+        except DataError as error:
+            raise DataError(f"{last}: not the adapter of {sources[0].name}: {error}") from None
+        equal.setdefault(tensors_hash(adapter.tensors), []).append(source.name)
+        if changes_nothing(adapter.config, adapter.tensors):
+            zero.append(source.name)
+    assert layout is not None  # there is a source
+    if {source.name for source in sources} <= {*zero}:
+        raise DataError("nothing to learn: all adapters are zero, as before a training")
+    if zero:
+        log.warning("%s: the adapter is zero, as before a training", listing(zero))
+    for same in equal.values():
+        if len(same) > 1 and {source.name for source in sources} <= {*same}:
+            raise DataError("nothing to learn: the adapters of all datasets are equal")
+        if len(same) > 1:
+            log.warning("%s: their adapters are equal, bit for bit", listing(same))
+    return layout
+
+
+def _check_base(source: TrainingSource, adapter: Adapter, file: Path) -> None:
+    """Raises DataError if an adapter that loragen has not trained does not fit its base. A base
+    that is not on this machine cannot be asked."""
+    if is_gguf(source.base_model) or not is_local(source.base_model):
+        return
+    with torch.device("meta"):
+        base = empty_base(source.base_model, local_files_only=True).model
+    check_places(base, adapter.tensors, file)
 
 
 def choose_method(

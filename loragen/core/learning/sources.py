@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loragen.core.adapter import CONFIG_FILE
 from loragen.core.base.names import is_path, resolve_base
@@ -39,6 +39,9 @@ from loragen.core.run.directory import (
     find_checkpoints,
     run_directory_of,
 )
+
+if TYPE_CHECKING:
+    from loragen.core.adapter.files import Adapter
 
 log = logging.getLogger(__name__)
 
@@ -139,9 +142,34 @@ class TrainingSource:
         """PEFT's configuration of the adapters."""
         if self.run:
             return self.run.manifest.adapter_config
-        from loragen.core.adapter.files import read_adapter
+        from loragen.core.adapter.files import read_config
 
-        return read_adapter(self.checkpoints[0]).config
+        return read_config(self.checkpoints[-1])
+
+    def read(self, checkpoint: Path) -> "Adapter":
+        """Returns one of the adapters. Raises DataError if it is not ΔW = BA, has NaN or infinity,
+        or is scaled by another factor than the others."""
+        from loragen.core.adapter.checks import (
+            check_ba,
+            check_finite,
+            factor_keys,
+            module_of,
+            module_scaling,
+        )
+        from loragen.core.run.checkpoints import load_adapter
+
+        adapter = load_adapter(checkpoint, self.adapter_config)
+        check_ba(adapter.config, adapter.tensors, checkpoint)
+        check_finite(adapter.tensors, checkpoint)
+        for key, _ in factor_keys(adapter.tensors):
+            module = module_of(key)
+            own, usual = (module_scaling(c, module) for c in (adapter.config, self.adapter_config))
+            if own != usual:
+                raise DataError(
+                    f"{checkpoint}: ΔW is {own:g} · BA in {module}, and {usual:g} · BA in "
+                    f"{self.checkpoints[-1].name} (lora_alpha, rank)"
+                )
+        return adapter
 
     @property
     def base_model(self) -> str:

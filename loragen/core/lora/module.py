@@ -1,5 +1,6 @@
 """LoRA training as a LightningModule, and the callbacks that log its steps and save checkpoints."""
 
+import logging
 import time
 from typing import Any
 
@@ -23,6 +24,11 @@ from loragen.core.run.loop import (
     step_schedule,
 )
 from loragen.core.run.resume import ResumableModule
+
+log = logging.getLogger(__name__)
+
+UNMOVED = 1e-6
+"""The share of the loss below which a change of it is rounding."""
 
 
 class LoraModule(ResumableModule):
@@ -107,6 +113,7 @@ class StepMetrics(StepCallback):
         self.session, self.manifest, self.provenance = session, manifest, provenance
         self._began = 0.0
         self._tracked: StepLog | None = None
+        self._batch: Batch | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
@@ -116,7 +123,7 @@ class StepMetrics(StepCallback):
             self._tracked = StepLog(file, trainer.global_step)
 
     def on_step(self, trainer: Trainer, pl_module: Any, batch: Batch) -> None:
-        step = trainer.global_step
+        step, self._batch = trainer.global_step, batch
         loss = float(trainer.strategy.reduce(torch.as_tensor(pl_module.step_loss), reduce_op="sum"))
         now = time.perf_counter()
         speed, self._began = batch.step_label_tokens / (now - self._began), now
@@ -140,6 +147,26 @@ class StepMetrics(StepCallback):
         found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         self.session.log_metrics(found, trainer.global_step)
         check_loss("val/loss", found["val/loss"], trainer.global_step, self.session.directory)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Says so if the training has not changed the loss of the last rows."""
+        if self._batch is None or not trainer.is_global_zero:
+            return
+        model, training = pl_module.model, pl_module.model.training
+        model.eval()
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            with_it = float(answer_losses(model, self._batch).mean())
+            with model.disable_adapter():
+                without = float(answer_losses(model, self._batch).mean())
+        model.train(training)
+        if abs(with_it - without) <= UNMOVED * without:
+            log.warning(
+                "%s: nothing was learned: the loss is %.4f with the adapter and without it; the "
+                "learning rate (%g) may be too low",
+                self.session.directory,
+                without,
+                pl_module.schedule(trainer.global_step, pl_module.max_steps).learning_rate,
+            )
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Lightning calls this even if no step was left to train."""

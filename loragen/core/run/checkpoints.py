@@ -1,5 +1,7 @@
 """Checkpoint files: written atomically, and read without running code from them."""
 
+import json
+import logging
 import pickle
 import zipfile
 import zlib
@@ -13,8 +15,15 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from loragen.core.adapter import CONFIG_FILE, WEIGHTS_FILE
-from loragen.core.adapter.files import Adapter, file_keys, read_adapter, read_safetensors
-from loragen.core.errors import DataError, UsageError, one_line
+from loragen.core.adapter.checks import changes_nothing, check_config, check_finite
+from loragen.core.adapter.files import (
+    Adapter,
+    checked,
+    read_adapter,
+    read_config,
+    read_safetensors,
+)
+from loragen.core.errors import DataError, LoragenError, UsageError, one_line
 from loragen.core.files import SNIFFED, nature, written_atomically
 from loragen.core.run.directory import (
     LoraManifest,
@@ -23,9 +32,13 @@ from loragen.core.run.directory import (
     run_directory_of,
 )
 
+log = logging.getLogger(__name__)
+
 CHUNK = 2**20
 DAMAGED = (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError, zlib.error)
 """What zipfile raises for an archive whose own records are damaged."""
+TORCH_WEIGHTS_FILE = "adapter_model.bin"
+"""The weights of an adapter that an old PEFT has written."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -40,52 +53,91 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def load_adapter(path: Path, config: Mapping[str, Any] | None = None) -> Adapter:
     """Returns the adapter of a PEFT directory, or of its weights file, with its own configuration,
-    and that of any other .ckpt, .pt or .safetensors file with the `config` given. Its tensors are
-    on the CPU.
+    and that of any other .ckpt, .pt or .safetensors file with the configuration stored in it, as
+    `gen infer` does, else the `config` given. Its tensors are on the CPU.
 
-    Raises UsageError for a missing path; DataError for a file that does not load or holds no LoRA
-    tensors.
+    Raises UsageError for a missing path; DataError for a file that does not load, or is no LoRA
+    adapter.
     """
-    directory = path.parent if path.name == WEIGHTS_FILE else path
+    directory = path.parent if path.name in (WEIGHTS_FILE, TORCH_WEIGHTS_FILE) else path
     if path.is_dir() or (directory / CONFIG_FILE).is_file():
-        return read_adapter(directory)
+        weights = directory / TORCH_WEIGHTS_FILE
+        if (directory / WEIGHTS_FILE).is_file() or not weights.is_file():
+            return read_adapter(directory)
+        return checked(read_config(directory), load_weights_only(weights), weights)
     if not path.is_file():
         raise UsageError(f"{path}: no such checkpoint")
     if path.suffix == ".safetensors":
-        tensors = file_keys(read_safetensors(path))
+        state, metadata = read_safetensors(path)
+        try:
+            own = json.loads(metadata.get("adapter_config", "null"))
+        except ValueError as error:
+            raise DataError(f"{path}: adapter_config in its metadata: not JSON: {error}") from None
     else:
         document = load_weights_only(path)
-        tensors = file_keys(document.get("state_dict", document))
-    if not tensors:
-        raise DataError(f"{path}: no LoRA tensors in it (no key has 'lora_')")
-    return Adapter(dict(config or {}), tensors)
+        state, own = document.get("state_dict", document), document.get("adapter_config")
+    if own is not None:
+        check_config(own, f"{path}: adapter_config")
+    elif config:
+        check_config(config, f"{path}: the configuration of its run")
+    if not isinstance(state, Mapping):
+        raise DataError(f"{path}: expected tensors by name, found {type(state).__name__}")
+    lora = {key: v for key, v in state.items() if "lora_" in key and isinstance(v, torch.Tensor)}
+    return checked(own or config or {}, lora, path)
 
 
 def read_checkpointed_adapter(path: Path) -> Adapter:
-    """Returns the adapter of a PEFT directory, of a run, or of one of its checkpoints; that of an
-    unfinished run is its last checkpoint.
+    """Returns the adapter of a PEFT directory, of a run, of one of its checkpoints, or of a file
+    that `gen infer` has written; that of an unfinished run is its last checkpoint.
 
-    Raises UsageError if there is none, otherwise as `load_adapter`.
+    Raises UsageError if there is none, DataError for NaN or infinity, otherwise as `load_adapter`.
     """
-    for directory in (path, path / "adapter"):
-        if (directory / WEIGHTS_FILE).is_file():
-            return read_adapter(directory)
+    adapter = _adapter_at(path)
+    check_finite(adapter.tensors, path)
+    if changes_nothing(adapter.config, adapter.tensors):
+        log.warning("%s: the adapter changes nothing: its B A is zero, as before a training", path)
+    return adapter
+
+
+def _adapter_at(path: Path) -> Adapter:
     if not path.exists():
         raise UsageError(f"{path}: no such adapter or checkpoint")
-    manifest = read_manifest(run_directory_of(path), LoraManifest)
+    for directory in (path, path / "adapter"):
+        if _has_weights(directory):
+            return load_adapter(directory)
+    if path.is_file() and (adapter := load_adapter(path)).config:
+        return adapter
+    try:
+        run = run_directory_of(path)
+    except UsageError as error:
+        if path.is_dir():
+            raise
+        raise UsageError(
+            f"{error}, and the file holds no configuration; name the directory with its "
+            f"{CONFIG_FILE}, or make one: loragen lora export {path} --alpha N --base-model NAME "
+            "--output DIR"
+        ) from None
+    manifest = read_manifest(run, LoraManifest)
     file = find_checkpoints(path)[-1] if path.is_dir() else path
     return load_adapter(file, manifest.adapter_config)
 
 
 def is_run_or_adapter(path: Path) -> bool:
-    """Returns whether `path` is an adapter, a run or a checkpoint of one. A missing path counts,
-    so that `read_checkpointed_adapter` reports it."""
-    if not path.exists() or any((path / d / WEIGHTS_FILE).is_file() for d in ("", "adapter")):
+    """Returns whether `path` is an adapter, a run, a checkpoint of one, or a file with its own
+    configuration. A missing path counts, so that `read_checkpointed_adapter` reports it."""
+    if not path.exists() or any(_has_weights(path / d) for d in ("", "adapter")):
         return True
     with suppress(UsageError):
         run_directory_of(path)
         return True
+    with suppress(LoragenError):
+        return path.is_file() and bool(load_adapter(path).config)
     return False
+
+
+def _has_weights(directory: Path) -> bool:
+    torch_file = (directory / CONFIG_FILE).is_file() and (directory / TORCH_WEIGHTS_FILE).is_file()
+    return torch_file or (directory / WEIGHTS_FILE).is_file()
 
 
 def load_weights_only(path: Path) -> dict[str, Any]:

@@ -143,17 +143,15 @@ def test_half_precision_is_computed_in_float64():
     assert norm(factors) == pytest.approx(200.0 * 200.0 * 500, rel=1e-6)
 
 
-def test_modules_are_the_linear_ones_with_both_factors_layer_by_layer():
+def test_modules_are_yielded_layer_by_layer_and_embeddings_too():
     def key(layer, matrix):
         return f"base_model.model.layers.{layer}.q_proj.{matrix}.weight"
 
     tensors = {key(n, m): torch.zeros(2, 2) for n in (10, 9) for m in ("lora_A", "lora_B")}
-    tensors |= {
-        key(11, "lora_A"): torch.zeros(2, 2),  # its lora_B is missing
-        "base_model.model.layers.0.q_proj.lora_magnitude_vector": torch.zeros(2),
-        "base_model.model.embed.lora_embedding_A": torch.zeros(2, 2),
-    }
-    assert [name for name, _ in modules(tensors)] == ["layers.9.q_proj", "layers.10.q_proj"]
+    for matrix in "AB":
+        tensors[f"base_model.model.embed.lora_embedding_{matrix}"] = torch.zeros(2, 2)
+    names = [name for name, _ in modules(tensors)]
+    assert names == ["embed", "layers.9.q_proj", "layers.10.q_proj"]
 
 
 A, B = "base_model.model.m.lora_A.weight", "base_model.model.m.lora_B.weight"

@@ -47,8 +47,8 @@ def adapters(draw, dtypes=DTYPES):
                     shape, draw(st.sampled_from(dtypes)), seed
                 )
     if draw(st.booleans()):
-        adapter["base_model.model.lm_head.lora_A.weight"] = filled((2, 5), dtypes[0], 98)
-        adapter["base_model.model.lm_head.lora_magnitude_vector"] = filled((7,), dtypes[0], 99)
+        adapter["base_model.model.embed_tokens.lora_embedding_A"] = filled((2, 5), dtypes[0], 98)
+        adapter["base_model.model.embed_tokens.lora_embedding_B"] = filled((7, 2), dtypes[0], 99)
     names = draw(st.permutations(sorted(adapter)))
     return {name: adapter[name] for name in names}
 

@@ -7,7 +7,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from loragen.core.adapter.files import file_keys, read_adapter
+from loragen.core.adapter.checks import file_keys
+from loragen.core.adapter.files import read_adapter
 from loragen.core.base.load import load_training_base
 from loragen.core.config import LoraTrainConfig, load
 from loragen.core.data.dataset import Dataset
@@ -97,7 +98,7 @@ class TestARun:
         file = checkpoint_files(collection.runs["colors"])[-1]
         document = torch.load(file, weights_only=True)
         adapter = read_adapter(collection.runs["colors"] / "adapter").tensors
-        assert equal(file_keys(document["state_dict"]), adapter)
+        assert equal(file_keys(document["state_dict"], "x"), adapter)
         assert len(document["state_dict"]) == len(adapter)
         (optimizer,) = document["optimizer_states"]
         assert len(optimizer["state"]) == len(adapter)

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from loragen.core.adapter.files import module_scaling
+from loragen.core.adapter.checks import module_scaling
 from loragen.core.adapter.layout import Layout
 from loragen.core.base.checkpointing import gradient_checkpointing
 from loragen.core.base.load import empty_base, is_local

@@ -8,13 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loragen.core.adapter.files import (
-    Adapter,
-    attach_adapter,
-    file_keys,
-    peft_config,
-    plain_config,
-)
+from loragen.core.adapter.checks import file_keys
+from loragen.core.adapter.files import Adapter, attach_adapter, peft_config, plain_config
 from loragen.core.adapter.layout import Layout
 from loragen.core.config.schema import LoraSection
 from loragen.core.data.dataset import Row
@@ -53,10 +48,10 @@ def layout(base, lora):
     """Of an adapter of the tiny base, which is left as it was."""
     from peft import get_peft_model
 
-    from loragen.core.adapter.files import file_keys, peft_config
+    from loragen.core.adapter.files import peft_config
 
     model = get_peft_model(base.model, peft_config(lora))
-    tensors = file_keys({n: p.detach() for n, p in model.named_parameters() if "lora_" in n})
+    tensors = file_keys({n: p.detach() for n, p in model.named_parameters() if "lora_" in n}, "x")
     model.unload()
     return Layout.of(tensors, 16)
 
@@ -188,7 +183,7 @@ def peft_base(base):
     from peft import get_peft_model
 
     model = get_peft_model(base.model, peft_config(LoraSection(rank=2, alpha=6))).eval()
-    tensors = file_keys({n: p for n, p in model.named_parameters() if p.requires_grad})
+    tensors = file_keys({n: p for n, p in model.named_parameters() if p.requires_grad}, "x")
     return model, plain_config(model.peft_config["default"]), Layout.of(tensors, 16)
 
 
