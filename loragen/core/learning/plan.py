@@ -20,7 +20,7 @@ from loragen.core.base.load import empty_base, is_local
 from loragen.core.base.names import is_gguf
 from loragen.core.config import GenTrainConfig
 from loragen.core.config.schema import AUTO, LayoutSection, PluginSection, phases_in
-from loragen.core.errors import DataError, PluginError, UsageError, listing
+from loragen.core.errors import DataError, LoragenError, PluginError, UsageError, listing
 from loragen.core.generator.network import method
 from loragen.core.learning.sources import Sources, TrainingSource
 from loragen.core.plugins import create, find, names
@@ -125,8 +125,8 @@ def _common_layout(
     not fit the base or differs from the first in a tensor; and if there is nothing to learn.
     """
     layout: Layout | None = None
-    zero: list[str] = []
-    equal: dict[str, list[str]] = {}
+    zero: list[TrainingSource] = []
+    equal: dict[str, list[TrainingSource]] = {}
     for source in (*sources, *val_sources):
         last = source.checkpoints[-1]
         adapter = source.read(last)
@@ -139,29 +139,35 @@ def _common_layout(
             layout.check(adapter.tensors)
         except DataError as error:
             raise DataError(f"{last}: not the adapter of {sources[0].name}: {error}") from None
-        equal.setdefault(tensors_hash(adapter.tensors), []).append(source.name)
+        equal.setdefault(tensors_hash(adapter.tensors), []).append(source)
         if changes_nothing(adapter.config, adapter.tensors):
-            zero.append(source.name)
+            zero.append(source)
     assert layout is not None  # there is a source
-    if {source.name for source in sources} <= {*zero}:
+    if {*sources} <= {*zero}:
         raise DataError("nothing to learn: all adapters are zero, as before a training")
     if zero:
-        log.warning("%s: the adapter is zero, as before a training", listing(zero))
+        listed = listing([source.name for source in zero])
+        log.warning("%s: the adapter is zero, as before a training", listed)
     for same in equal.values():
-        if len(same) > 1 and {source.name for source in sources} <= {*same}:
+        if len(same) > 1 and {*sources} <= {*same}:
             raise DataError("nothing to learn: the adapters of all datasets are equal")
         if len(same) > 1:
-            log.warning("%s: their adapters are equal, bit for bit", listing(same))
+            listed = listing([source.name for source in same])
+            log.warning("%s: their adapters are equal, bit for bit", listed)
     return layout
 
 
 def _check_base(source: TrainingSource, adapter: Adapter, file: Path) -> None:
     """Raises DataError if an adapter that loragen has not trained does not fit its base. A base
-    that is not on this machine cannot be asked."""
+    that is not on this machine, or has code of its own, cannot be asked."""
     if is_gguf(source.base_model) or not is_local(source.base_model):
         return
-    with torch.device("meta"):
-        base = empty_base(source.base_model, local_files_only=True).model
+    try:
+        with torch.device("meta"):
+            base = empty_base(source.base_model, local_files_only=True).model
+    except LoragenError as error:
+        log.debug("%s: not compared with its base: %s", file, error)
+        return
     check_places(base, adapter.tensors, file)
 
 
