@@ -182,7 +182,7 @@ def test_an_adapter_of_another_base_is_refused_before_a_training(base_dir, tmp_p
             tmp_path / name / "step-1",
             tensors=lambda t: {k.replace("layers.1.", "layers.7."): v for k, v in t.items()},
         )
-    with pytest.raises(DataError, match=r"good/step-1: the base has no module .*layers\.7\."):
+    with pytest.raises(DataError, match=r"good/step-1: does not fit .*missing: .*layers\.1\."):
         plan(sources)
 
 
@@ -268,3 +268,23 @@ def test_a_lone_file_without_a_configuration_says_what_to_name(fails, base_dir, 
     text = fails(2, "lora", "eval", "--adapter", lone, "--dataset", dataset())
     assert text.startswith(f"{lone}: ")
     assert "adapter_config.json" in text
+
+
+def test_tensors_that_the_configuration_does_not_name_are_refused(base_dir, tmp_path, dataset):
+    """PEFT would leave them out."""
+    there = peft_adapter(tmp_path / "theirs" / "one", base_dir)
+    rewritten(there, {"target_modules": ["q_proj"]})
+    with pytest.raises(DataError, match=r"one: does not fit .* unexpected: .*v_proj\.lora_A"):
+        plan([{"checkpoints": str(tmp_path / "theirs"), "prompts": str(dataset())}])
+    base = load_base(str(base_dir)).model
+    with pytest.raises(LoragenError, match=r"^here: does not fit .*unexpected: .*v_proj\.lora_A"):
+        attach_adapter(base, read_checkpointed_adapter(there), "here")
+
+
+def test_what_holds_adapters_says_to_name_one(fails, base_dir, tmp_path, dataset, collection):
+    peft_adapter(tmp_path / "several" / "one", base_dir)
+    evaluate = ("lora", "eval", "--dataset", dataset(), "--adapter")
+    assert fails(2, *evaluate, tmp_path / "several").endswith("name one of those in it: one")
+    runs = collection.runs["colors"]
+    assert runs.name in fails(2, *evaluate, runs.parent)
+    assert "it is a whole model: name it as --base-model" in fails(2, *evaluate, base_dir)

@@ -93,6 +93,9 @@ def check_config(config: object, origin: object) -> None:
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise DataError(f"{origin}: peft_type is {kind}; only LORA is supported")
+    base = config.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        raise DataError(f"{origin}: base_model_name_or_path must be a text (it is {base!r})")
     values: list[tuple[str, str, Any]] = []
     for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         values.append((name, name, config.get(name)))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from loragen.core.adapter import write_merged_marker
+from loragen.core.adapter.checks import check_finite
 from loragen.core.adapter.files import (
     PEFT_ERRORS,
     Adapter,
@@ -38,8 +39,9 @@ def prepare_export(
     """Returns the adapter with `base_model` and `alpha`, if given, instead of its own, and with a
     name of the base that transformers resolves from any directory of this machine.
 
-    Raises UsageError if the base is neither recorded nor given.
+    Raises UsageError if the base is neither recorded nor given, DataError for NaN or infinity.
     """
+    check_finite(adapter.tensors, origin)
     config = dict(adapter.config)
     if alpha is not None:
         config["lora_alpha"] = alpha

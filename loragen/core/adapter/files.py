@@ -7,6 +7,7 @@ Everywhere in loragen the keys of an adapter's tensors are those of PEFT's files
 import hashlib
 import json
 import logging
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -23,9 +24,7 @@ from loragen.core.adapter.checks import (
     check_config,
     check_factors,
     check_finite,
-    factor_keys,
     file_keys,
-    module_of,
     warn_of_config,
 )
 from loragen.core.config.schema import LoraSection
@@ -43,6 +42,7 @@ PEFT_ERRORS = (
     RuntimeError,
     TypeError,
     ValueError,
+    re.error,
 )
 """What PEFT raises for a configuration that it cannot attach."""
 
@@ -193,10 +193,7 @@ def attach_adapter(base: Any, adapter: Adapter, origin: str) -> Any:
     from peft import LoraConfig, get_peft_model
 
     warn_of_config(adapter.config, origin)
-    # The base's name is left out, because PEFT would warn if the weights come from elsewhere.
-    known = {one.name for one in fields(LoraConfig) if one.init}
-    known -= {"base_model_name_or_path", "runtime_config"}
-    config = {key: value for key, value in adapter.config.items() if key in known}
+    config = _known_fields(adapter.config)
     _resize_vocabulary(base, adapter, origin)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -261,23 +258,29 @@ def reason_of(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def check_places(base: Any, tensors: Mapping[str, Tensor], origin: object) -> None:
-    """Raises DataError naming the first module that `base`, which may have no weights, lacks or has
-    in another size."""
-    sizes = {
-        name: sorted(module.weight.shape)
-        for name, module in base.named_modules()
-        if getattr(module, "weight", None) is not None
-    }
-    for key_a, key_b in factor_keys(tensors):
-        path, size = module_of(key_a), [tensors[key_b].shape[0], tensors[key_a].shape[1]]
-        if path not in sizes:
-            raise DataError(f"{origin}: the base has no module {path}")
-        if sizes[path] != sorted(size):
-            raise DataError(
-                f"{origin}: ΔW of {path} is {size}, and its weight in the base is of other sizes, "
-                f"{sizes[path]}"
-            )
+def fitting_shapes(base: Any, config: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """Returns the shapes of the tensors of an adapter with this configuration for `base`, which
+    needs no weights and is changed. Raises LoragenError if PEFT cannot attach it."""
+    from peft import LoraConfig, get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            lora = LoraConfig(**{**_known_fields(config), "init_lora_weights": True})
+            model = get_peft_model(base, lora)
+        except PEFT_ERRORS as error:
+            raise LoragenError(reason_of(error)) from None
+        return {key: value.shape for key, value in adapter_state(model).items()}
+
+
+def _known_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a configuration that the installed PEFT knows. The base's name is left
+    out, because PEFT would warn if the weights come from elsewhere."""
+    from peft import LoraConfig
+
+    known = {one.name for one in fields(LoraConfig) if one.init}
+    known -= {"base_model_name_or_path", "runtime_config"}
+    return {key: value for key, value in config.items() if key in known}
 
 
 def shape_mismatch(

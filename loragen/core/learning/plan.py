@@ -8,13 +8,12 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from loragen.core.adapter.checks import changes_nothing, module_scaling, warn_of_config
-from loragen.core.adapter.files import Adapter, check_places, tensors_hash
+from loragen.core.adapter.files import Adapter, fitting_shapes, shape_mismatch, tensors_hash
 from loragen.core.adapter.layout import Layout
 from loragen.core.base.load import empty_base, is_local
 from loragen.core.base.names import is_gguf
@@ -127,12 +126,21 @@ def _common_layout(
     layout: Layout | None = None
     zero: list[TrainingSource] = []
     equal: dict[str, list[TrainingSource]] = {}
+    bases: dict[str, dict[str, torch.Size]] = {}
     for source in (*sources, *val_sources):
         last = source.checkpoints[-1]
         adapter = source.read(last)
         if source.run is None:
             warn_of_config(adapter.config, last)
-            _check_base(source, adapter, last)
+            expected = bases.get(repr(adapter.config)) or _fitting_shapes(source, adapter)
+            bases[repr(adapter.config)] = expected
+            problem = expected and shape_mismatch(
+                expected, {key: tensor.shape for key, tensor in adapter.tensors.items()}
+            )
+            if problem:
+                raise DataError(
+                    f"{last}: does not fit {source.base_model} as configured: {problem}"
+                )
         if layout is None:
             layout = Layout.of(adapter.tensors, form.token_dim, form.max_seq_len)
         try:
@@ -157,18 +165,18 @@ def _common_layout(
     return layout
 
 
-def _check_base(source: TrainingSource, adapter: Adapter, file: Path) -> None:
-    """Raises DataError if an adapter that loragen has not trained does not fit its base. A base
-    that is not on this machine, or has code of its own, cannot be asked."""
+def _fitting_shapes(source: TrainingSource, adapter: Adapter) -> dict[str, torch.Size]:
+    """Returns the shapes that the tensors of an adapter, which loragen has not trained, should
+    have; empty if its base is not on this machine or cannot be asked."""
     if is_gguf(source.base_model) or not is_local(source.base_model):
-        return
+        return {}
     try:
         with torch.device("meta"):
             base = empty_base(source.base_model, local_files_only=True).model
+            return fitting_shapes(base, adapter.config)
     except LoragenError as error:
-        log.debug("%s: not compared with its base: %s", file, error)
-        return
-    check_places(base, adapter.tensors, file)
+        log.warning("%s: not compared with its base: %s", source.directory, error)
+        return {}
 
 
 def choose_method(

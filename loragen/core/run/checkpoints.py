@@ -23,9 +23,10 @@ from loragen.core.adapter.files import (
     read_config,
     read_safetensors,
 )
-from loragen.core.errors import DataError, LoragenError, UsageError, one_line
+from loragen.core.errors import DataError, LoragenError, UsageError, listing, one_line
 from loragen.core.files import SNIFFED, nature, written_atomically
 from loragen.core.run.directory import (
+    MANIFEST,
     LoraManifest,
     find_checkpoints,
     read_manifest,
@@ -110,16 +111,27 @@ def _adapter_at(path: Path) -> Adapter:
     try:
         run = run_directory_of(path)
     except UsageError as error:
-        if path.is_dir():
-            raise
-        raise UsageError(
-            f"{error}, and the file holds no configuration; name the directory with its "
-            f"{CONFIG_FILE}, or make one: loragen lora export {path} --alpha N --base-model NAME "
-            "--output DIR"
-        ) from None
+        raise UsageError(f"{error}{_instead(path)}") from None
     manifest = read_manifest(run, LoraManifest)
     file = find_checkpoints(path)[-1] if path.is_dir() else path
     return load_adapter(file, manifest.adapter_config)
+
+
+def _instead(path: Path) -> str:
+    """Returns what to name in place of a path where there is no adapter; empty if that is not
+    known."""
+    if path.is_file():
+        return (
+            f", and the file holds no configuration; name the directory with its {CONFIG_FILE}, or "
+            f"make one: loragen lora export {path} --alpha N --base-model NAME --output DIR"
+        )
+    inside = sorted(
+        file.parent.name for name in (CONFIG_FILE, MANIFEST) for file in path.glob(f"*/{name}")
+    )
+    if inside:
+        return f"; name one of those in it: {listing(inside, 3)}"
+    whole = (path / "config.json").is_file()
+    return "; it is a whole model: name it as --base-model, with --no-adapter" if whole else ""
 
 
 def is_run_or_adapter(path: Path) -> bool:

@@ -58,6 +58,7 @@ def test_the_scaling_is_that_of_peft(config, scaling):
         ({"rank_pattern": {"(": 4}}, "'(' is no pattern"),
         ({"alpha_pattern": {"q": float("inf")}}, "alpha_pattern['q'] must be"),
         ({"peft_type": "LOHA"}, "LOHA"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path must be a text (it is 5)"),
     ],
 )
 def test_an_impossible_value_of_the_configuration_is_named(change, reason):
