@@ -178,3 +178,13 @@ def test_a_training_that_moves_nothing_says_so(train_lora, caplog):
 def test_a_training_that_moves_says_nothing(precision, train_lora, caplog):
     train_lora({"trainer.precision": precision})
     assert "nothing was learned" not in caplog.text
+
+
+@pytest.mark.parametrize("rate", [1e-30, 1e-2])
+def test_a_generator_that_does_not_move_is_said_to(rate, gen_config, caplog):
+    from loragen.core.learning.train import train
+    from loragen.core.progress import Silent
+
+    run = train(gen_config({"training.learning_rate": rate}), Silent())
+    said = f"{run.directory}: nothing was learned: no weight of the generator has moved"
+    assert (said in caplog.text) is (rate < 1e-9)

@@ -26,6 +26,9 @@ from loragen.core.run.loop import (
 
 log = logging.getLogger(__name__)
 
+SAMPLED = 64  # values of a weight that are compared with those before the training
+UNMOVED = 1e-9  # a smaller change of a weight is none
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -73,10 +76,29 @@ class GeneratorMetrics(StepCallback):
         self.latest: dict[str, float] = {}
         """Metrics of the last step and of the last validation, restored on resume."""
         self._speed = Speed()
+        self._started: list[torch.Tensor] = []
+        """The first values of every weight before the first step of this process."""
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
         self._speed = Speed()
+        self._started = []
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Says so if the training has not changed the generator."""
+        if not self._started or not trainer.is_global_zero:
+            return
+        pairs = zip(self._started, _sample(pl_module), strict=True)
+        if all(torch.allclose(before, after, rtol=0, atol=UNMOVED) for before, after in pairs):
+            log.warning(
+                "%s: nothing was learned: no weight of the generator has moved; the learning rate "
+                "(%g) may be too low",
+                self.session.directory,
+                self.phases.rate(max(1, trainer.global_step)).learning_rate,
+            )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        self._started = self._started or _sample(pl_module)
 
     def on_step(self, trainer: Trainer, pl_module: Any, batch: PairBatch) -> None:
         step = trainer.global_step
@@ -109,6 +131,12 @@ class GeneratorMetrics(StepCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.latest = dict(state_dict["latest"])
+
+
+def _sample(module: Any) -> list[torch.Tensor]:
+    """Returns a copy of the first values of every weight that trains."""
+    trained = (p for p in module.parameters() if p.requires_grad)
+    return [p.detach().flatten()[:SAMPLED].clone() for p in trained]
 
 
 def validation_metrics(trainer: Trainer) -> dict[str, float]:
