@@ -13,7 +13,14 @@ import typer
 from loragen.cli import render
 from loragen.cli.options import Alpha, BaseModelName, DataRoot, Force, Json
 from loragen.cli.progress import SECONDS_BETWEEN_LINES
-from loragen.core.errors import EXIT_FAILED, DataError, LoragenError, UsageError
+from loragen.core.errors import (
+    EXIT_FAILED,
+    DataError,
+    LoragenError,
+    UsageError,
+    counted,
+    pip_install,
+)
 from loragen.core.files import refuse_existing_file, write_text
 
 if TYPE_CHECKING:
@@ -62,7 +69,7 @@ def ckpt_analyze(
     if html is not None:
         refuse_existing_file(html, force)
         if find_spec("matplotlib") is None:
-            raise UsageError("--html needs matplotlib; pip install 'loragen[plots]'")
+            raise UsageError(f"--html needs matplotlib; {pip_install('plots')}")
 
     from loragen.core.analysis.series import analyze_checkpoints
 
@@ -297,8 +304,8 @@ def _print_series(report: "SeriesReport", most: int | None, in_full: bool) -> No
     plural = "" if report.checkpoints == 1 else "s"
     render.answer(
         f"{report.path}\n{report.checkpoints} checkpoint{plural}, {report.bytes / 2**20:.1f} MiB; "
-        f"{report.values:,} values in {report.tensors} tensors ({', '.join(report.dtypes)}); "
-        f"scaling {scaling}"
+        f"{counted(report.values, 'value')} in {counted(report.tensors, 'tensor')} "
+        f"({', '.join(report.dtypes)}); scaling {scaling}"
     )
     if in_full:
         render.answer("")
@@ -408,7 +415,7 @@ def _print_tokens(report: "Tokenized") -> None:
     exact = "exact, bit for bit" if not report.bits_changed else "CHANGED"
     render.answer(
         f"{report.file}\n\n{render.columns(header, rows)}\n\n"
-        f"{report.values:,} values in {report.tensors} tensors\n"
+        f"{counted(report.values, 'value')} in {counted(report.tensors, 'tensor')}\n"
         f"{report.tokens:,} tokens of {report.token_dim}, {report.fill:.1%} filled\n"
         f"round trip: {exact} ({report.bits_changed} values changed, "
         f"largest error {report.largest_error:g})"
@@ -438,7 +445,7 @@ def _remarks(converted: "ConversionResult") -> list[str]:
     steps = manifest.steps
     rank, alpha = manifest.adapter_config["r"], manifest.adapter_config["lora_alpha"]
     lines = [
-        f"{len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}",
+        f"{counted(len(steps), 'checkpoint')}, steps {steps[0]} to {steps[-1]}",
         f"rank {rank}, alpha {alpha:g}, base {manifest.base_model}",
     ]
     lines += [f"left out: {line}" for line in converted.left_out]

@@ -51,9 +51,19 @@ def data_preview(
     dataset.check(skip_bad_rows=True)  # before seconds of imports
 
     from loragen.core.base.load import load_tokenizer
+    from loragen.core.config import DEMO
     from loragen.core.data.tokenize import preview
 
-    tokenizer = load_tokenizer(base_model or defaults.base_model, trust_remote_code)
+    try:
+        tokenizer = load_tokenizer(base_model or defaults.base_model, trust_remote_code)
+    except UsageError:
+        if base_model:
+            raise
+        tokenizer = load_tokenizer(DEMO)
+        render.note(
+            f"warning: the default base {defaults.base_model} cannot be had here: shown with the "
+            "tokenizer of the demo; --base-model names another"
+        )
     found = preview(tokenizer, dataset, max_length or defaults.data.max_length, limit)
     if json:
         render.answer_json(found.as_dict())

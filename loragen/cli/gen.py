@@ -104,7 +104,7 @@ def gen_train(
         file,
         lambda given: load(GenTrainConfig, given, settings or (), flags, check=check_sources),
     )
-    sources = open_sources(resolved)
+    sources = open_sources(resolved, test_mode)
     sources.report()
 
     from loragen.core.learning.plan import make_plan
@@ -250,7 +250,8 @@ def gen_infer(
             render.answer(str(path))
     _note_far_prompts(documents)
     if json:
-        render.answer_json({"adapters": documents} if per else documents[0])
+        # The keys of a single adapter also stand beside the list.
+        render.answer_json({"adapters": documents, **({} if per else documents[0])})
         return
     count = sum(document["prompts"] for document in documents)
     seconds = sum(document["seconds"] for document in documents)

@@ -25,7 +25,7 @@ from loragen.cli.options import (
     TrustRemoteCode,
     with_old_files,
 )
-from loragen.core.errors import DataError, Interrupted, LoragenError, UsageError
+from loragen.core.errors import DataError, Interrupted, LoragenError, UsageError, counted
 from loragen.core.progress import is_first_process
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def lora_train(
     Needs nothing but --dataset. Prints the run directory of each dataset. A dataset that has been
     trained already is skipped, and one that fails does not stop the others.
     """
-    from loragen.core.config import LoraTrainConfig, Override, load
+    from loragen.core.config import DEMO, LoraTrainConfig, Override, load
     from loragen.core.lora.tasks import find_tasks
     from loragen.core.run.directory import CONFIG, TEST_MODE_STEPS, LoraManifest, Run
 
@@ -123,6 +123,13 @@ def lora_train(
             raise UsageError(f"{run.directory}: the dataset is not recorded; give --dataset FILE")
         wanted = [run.manifest.dataset.path]
     chosen = find_tasks(resolved, wanted, every)
+    options = resolved.schedule.options
+    if resolved.base_model == DEMO and options.get("learning_rate_stage1", 1.0) <= 1e-4:
+        render.note(
+            "warning: the base of the demo learns next to nothing at this learning rate; for it, "
+            "add --set schedule.learning_rate_stage1=2e-3 --set schedule.learning_rate_stage2=2e-4 "
+            "--set lora.alpha=32"
+        )
     if dry_run:
         _dry_run(resolved, chosen, resume, json)
     elif resume:
@@ -298,7 +305,7 @@ def _dry_run(
     for name, dataset in files:
         try:
             rows = dataset.check(config.data.skip_bad_rows)
-            render.note(f"{name}: {rows} rows in {dataset}")
+            render.note(f"{name}: {counted(rows, 'row')} in {dataset}")
         except LoragenError as error:
             problems += error.problems
     if problems:
@@ -317,7 +324,8 @@ def _dry_run(
     sizes = checkpoint_sizes(config, values, trained)
     training = "" if trained == values else f", of which {trained:,} are trained"
     render.note(
-        f"the adapter has {values:,} values{training}; {len(sizes)} checkpoints a dataset, "
+        f"the adapter has {counted(values, 'value')}{training}; "
+        f"{counted(len(sizes), 'checkpoint')} a dataset, "
         f"{sum(sizes) / 1e6:,.1f} MB"
     )
     for line in _launch_commands(config, sys.argv[1:]):

@@ -4,7 +4,9 @@ Neither this module nor those of the commands import anything heavy; a command i
 when it runs, so that `--help` answers at once.
 """
 
+import inspect
 import os
+import re
 import signal
 from typing import Annotated, Any
 
@@ -72,7 +74,6 @@ def _normalize_option(option: str) -> str:
 app = typer.Typer(
     cls=Root,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={
         "help_option_names": ["-h", "--help"],
@@ -86,6 +87,19 @@ app.add_typer(ckpt.app, name="ckpt")
 app.add_typer(config.app, name="config")
 app.add_typer(plugins.app, name="plugins")
 app.command("demo")(demo.run_demo)
+
+
+def _unwrap_help(of: typer.Typer) -> None:
+    """Makes each paragraph of the commands' docstrings one line, which the terminal wraps."""
+    documented: list[Any] = list(of.registered_commands)
+    if of.registered_callback:
+        documented.append(of.registered_callback)
+    for command in documented:
+        text = inspect.getdoc(command.callback) or ""
+        command.help = re.sub(r"(?<!\n)\n(?!\n)", " ", text)
+    for group in of.registered_groups:
+        assert group.typer_instance is not None
+        _unwrap_help(group.typer_instance)
 
 
 def _show_version(wanted: bool) -> None:
@@ -111,6 +125,9 @@ def root(
     analyze).
     """
     render.log_to_stderr()
+
+
+_unwrap_help(app)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 Any other exception that reaches the user is a bug.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from unicodedata import combining, east_asian_width
@@ -70,6 +71,25 @@ def listing(words: Sequence[str], limit: int = 12) -> str:
     shown = ", ".join(words[:limit]) or "none"
     rest = len(words) - limit
     return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns `1 dataset`, `2 datasets`, `1,000 values`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def pip_install(extra: str) -> str:
+    """Returns the command that installs the packages of an extra, whether loragen comes from a
+    package index or from a checkout."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    try:
+        found = [line.partition(";") for line in requires("loragen") or ()]
+    except PackageNotFoundError:
+        found = []
+    of_extra = re.compile(rf"""extra\s*==\s*["']{extra}["']""")
+    names = [name.strip() for name, _, marker in found if of_extra.search(marker)]
+    return "pip install " + " ".join(f"'{name}'" for name in names or [f"loragen[{extra}]"])
 
 
 def display_width(text: str) -> int:

@@ -21,6 +21,8 @@ def check_schedule(cls: Any, **options: Any) -> None:
         for step in range(1, total + 1):
             where = f"{cls.__name__}(step={step}, total_steps={total})"
             rate = schedule(step, total)
+            has_both = hasattr(rate, "learning_rate") and hasattr(rate, "stage")
+            assert has_both, f"{where} must give a Rate(learning_rate, stage), not {rate!r}"
             value = rate.learning_rate
             plain = type(value) in (int, float) and type(rate.stage) is int
             assert plain, f"{where} must give plain numbers, not {rate!r}"

@@ -112,7 +112,7 @@ class TestAnalyze:
 
     def test_a_page_needs_matplotlib(self, fails, run, monkeypatch):
         monkeypatch.setattr("loragen.cli.ckpt.find_spec", lambda _: None)
-        assert "loragen[plots]" in fails(2, "ckpt", "analyze", run, "--html", "page.html")
+        assert "pip install 'matplotlib" in fails(2, "ckpt", "analyze", run, "--html", "page.html")
 
     def test_a_page_is_replaced_only_with_force(self, fails, run):
         page = fails.loragen.work / "page.html"

@@ -1,18 +1,42 @@
 """What is right and was said wrong: names in tables and pictures, cards, notices, hints."""
 
+import shutil
 import warnings
 
 import pytest
+import torch
+import typer
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
+from pydantic import BaseModel
+from transformers import AutoModelForCausalLM
 
+from loragen.cli.main import app
 from loragen.cli.render import columns
 from loragen.core.adapter.export import _card, how_to_load
 from loragen.core.adapter.files import Adapter
+from loragen.core.base.load import load_base
 from loragen.core.base.names import hub_id
-from loragen.core.errors import display_width, shortened
+from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
+from loragen.core.errors import (
+    ConfigError,
+    LoragenError,
+    UsageError,
+    counted,
+    display_width,
+    pip_install,
+    shortened,
+)
+from loragen.core.evaluation.contestants import choose
 from loragen.core.evaluation.report import _families, draw_accuracies
+from loragen.core.generator.generated import GeneratedAdapter, Origin
+from loragen.core.generator.requests import nonempty_prompts
+from loragen.core.run.directory import run_directory_of
+from loragen.core.run.loop import check_loss
+from loragen.plugins.encoders.sbert import SentenceBert
+from loragen.testing import check_schedule
 
+FAR = Origin("g", 3, "demo", "sbert", "mixture", 4, "0" * 64)
 LONG = "a-name-that-is-much-too-long-" * 9 + "42"
 
 
@@ -170,3 +194,128 @@ def test_a_card_loads_the_adapter_of_a_local_base(base_dir, tmp_path):
     found = {}
     exec(code.replace("DIRECTORY OF THIS FILE", str(tmp_path / "adapter")), found)
     assert found["model"].peft_config["default"].r == 2
+
+
+# ---------------------------------------------------------------------------- notices and hints
+
+
+def test_texts_that_the_encoder_cuts_are_counted_with_what_was_read(sbert_dir, caplog):
+    encoder = SentenceBert(SentenceBert.Config(model=str(sbert_dir)))
+    most = encoder.model.max_seq_length
+    encoder(["a " * most * 4, "b", "c " * most * 4])
+    (line,) = caplog.messages
+    assert line.startswith(f"2 of 3 texts have more than the {most} tokens that the encoder ")
+    assert "of these the first 25 % were read" in line
+    encoder(["a " * most * 4])
+    assert len(caplog.messages) == 1
+
+
+def test_a_base_with_nan_is_what_is_blamed(base_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base_dir)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 2] = float("nan")
+    copy = shutil.copytree(base_dir, tmp_path / "base")
+    model.save_pretrained(copy)
+    with pytest.raises(LoragenError) as error:
+        load_base(str(copy))
+    assert "model.layers.1.mlp.up_proj.weight has NaN or infinity" in str(error.value)
+    assert "learning rate" not in str(error.value)
+
+
+def test_a_loss_that_was_never_finite_is_no_matter_of_the_learning_rate(tmp_path):
+    with pytest.raises(LoragenError, match="before the first update, so that no learning rate"):
+        check_loss("train/loss", float("nan"), 1, tmp_path)
+    with pytest.raises(LoragenError, match="has diverged"):
+        check_loss("train/loss", float("nan"), 2, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "meant"),
+    [
+        (LoraTrainConfig, "learning_rate: 1", "schedule.learning_rate_stage1"),
+        (LoraTrainConfig, "lora_r: 4", "lora.rank"),
+        (LoraTrainConfig, "rank: 4", "lora.rank"),
+        (LoraTrainConfig, "training: {lr: 1}", "schedule.learning_rate_stage1"),
+        (LoraTrainConfig, "training: {max_step: 1}", "max_steps"),
+        (LoraTrainConfig, "per_device_train_batch_size: 4", "training.batch_size"),
+        (GenTrainConfig, "learning_rate: 1", "training.learning_rate"),
+        (GenTrainConfig, "num_train_epochs: 1", "training.max_epochs"),
+    ],
+)
+def test_an_unknown_key_is_looked_for_everywhere(tmp_path, model, text, meant):
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        load(model, tmp_path / "c.yaml", environment={})
+    assert f"unknown key. Did you mean '{meant}'?" in error.value.problems[0]
+
+
+def test_columns_may_be_called_as_the_table_calls_them():
+    wanted = ["nearest", "4-shot", "gibberish", "multi-task", "5 labels", "best_single"]
+    found = [contestant.name for contestant in choose(wanted)]
+    assert sorted(found) == sorted(
+        ["few_shot", "nearest", "multi_task", "best_single", "gibberish_prompts", "labels_5"]
+    )
+
+
+def test_a_folder_of_runs_is_said_to_be_one(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
+    with pytest.raises(UsageError) as error:
+        run_directory_of(tmp_path)
+    assert str(error.value) == f"{tmp_path} is a folder of 2 runs; name one: {tmp_path / 'b'}"
+
+
+def test_a_prompt_that_is_no_text_is_named():
+    with pytest.raises(UsageError, match="prompt 2 of 2 is no text, but NoneType"):
+        nonempty_prompts(["a", None])
+
+
+def test_python_is_told_of_its_own_argument(tmp_path):
+    adapter = GeneratedAdapter({}, {"a.lora_A.weight": torch.ones(1, 2)}, FAR)
+    file = adapter.save(tmp_path / "a.safetensors")
+    with pytest.raises(UsageError, match="pass overwrite=True") as error:
+        adapter.save(file)
+    assert "--force" not in str(error.value)
+
+
+def test_a_schedule_of_plain_numbers_breaks_its_promise():
+    class Plain:
+        class Config(BaseModel, extra="forbid"):
+            pass
+
+        def __init__(self, config):
+            pass
+
+        def __call__(self, step, total_steps):
+            return 0.1
+
+    with pytest.raises(AssertionError, match=r"must give a Rate\(learning_rate, stage\), not 0.1"):
+        check_schedule(Plain)
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(0, "0 datasets"), (1, "1 dataset"), (1000, "1,000 datasets")]
+)
+def test_one_of_something_is_no_plural(number, said):
+    assert counted(number, "dataset") == said
+
+
+def test_what_to_install_are_the_packages_of_an_extra():
+    assert pip_install("plots").startswith("pip install 'matplotlib")
+    assert "loragen" not in pip_install("data")
+
+
+def test_no_help_has_hard_line_breaks():
+    for command in typer.main.get_command(app).commands.values():
+        for one in getattr(command, "commands", {"": command}).values():
+            paragraphs = (one.help or "").split("\n\n")
+            assert not any("\n" in paragraph for paragraph in paragraphs), one.name
+
+
+def test_the_shell_can_be_told_to_complete(monkeypatch):
+    monkeypatch.setenv("_LORAGEN_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "loragen gen in")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    with pytest.raises(SystemExit):
+        typer.main.get_command(app)(prog_name="loragen")

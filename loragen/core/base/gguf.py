@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock
 from platformdirs import user_cache_path
 
-from loragen.core.errors import LoragenError, UsageError, listing, one_line
+from loragen.core.errors import LoragenError, UsageError, listing, one_line, pip_install
 from loragen.core.files import crc32, sha256, write_json, written_atomically
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def write_dequantized(file: Path, output: Path) -> None:
         if opened.read(4) != b"GGUF":
             raise LoragenError(f"base model {file}: not a GGUF file")
     if find_spec("gguf") is None:
-        raise UsageError(f"base model {file}: GGUF files need gguf: pip install 'loragen[gguf]'")
+        raise UsageError(f"base model {file}: GGUF files need gguf: {pip_install('gguf')}")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     output.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,10 @@ of a configuration are raised at once, one line each.
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -367,7 +369,8 @@ def problems_of(
         keys, kind = (*prefix, *detail["loc"]), detail["type"]
         if kind == "extra_forbidden":
             known = _known_keys(model, detail["loc"][:-1])
-            reason = f"unknown key.{did_you_mean(str(keys[-1]), known)} Known: {listing(known, 20)}"
+            hint = _meant(model, detail["loc"], known)
+            reason = f"unknown key.{hint} Known: {listing(known, 20)}"
         elif kind == "value_error":
             reason = str(detail["ctx"]["error"])
         elif kind == "missing":
@@ -385,6 +388,57 @@ def problems_of(
         problem_at(keys, origins, " or ".join(dict.fromkeys(of)) + given.get(keys, ""))
         for keys, of in reasons.items()
     ]
+
+
+COMMON_NAMES = {
+    "epochs": "max_epochs",
+    "gradient_accumulation_steps": "accumulate_grad_batches",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_r": "rank",
+    "lora_rank": "rank",
+    "lr": "learning_rate",
+    "max_grad_norm": "gradient_clip_val",
+    "max_seq_length": "max_length",
+    "model": "base_model",
+    "model_name_or_path": "base_model",
+    "num_epochs": "max_epochs",
+    "num_train_epochs": "max_epochs",
+    "per_device_train_batch_size": "batch_size",
+    "r": "rank",
+    "steps": "max_steps",
+}
+"""{a setting's name in PEFT or in transformers: its name here}"""
+
+
+def _meant(model: type[BaseModel], loc: Loc, known: list[str]) -> str:
+    """Returns a hint for an unknown key: a similar one of its section, or one of this name, or with
+    this name in PEFT or transformers, anywhere in the configuration."""
+    key = str(loc[-1])
+    named = COMMON_NAMES.get(key, key)
+    everywhere = _all_keys(model)
+    beside = {dotted((*loc[:-1], one)) for one in known}
+    same = [at for at in everywhere if at.rpartition(".")[2] == named]
+    same = [at for at in same if at in beside] or same
+    if same:
+        return f" Did you mean '{same[0]}'?"
+    near = get_close_matches(named, {at.rpartition(".")[2] for at in everywhere}, cutoff=0.75)
+    similar = [at for at in everywhere if at.rpartition(".")[2] in near]
+    return did_you_mean(key, known) or (f" Did you mean '{similar[0]}'?" if similar else "")
+
+
+def _all_keys(model: type[BaseModel]) -> list[str]:
+    """Returns all keys of a configuration, with dots, and the options of its default schedule: the
+    other plugins import torch."""
+    found = []
+    for name, info in model.model_fields.items():
+        section = _section(model, name)
+        if name == "schedule" and isinstance(info.default, PluginSection):
+            with suppress(PluginError):
+                section = find(name, info.default.name).Config
+        nested = section is not None and section is not PluginSection
+        found += [f"{name}.{key}" for key in _all_keys(section)] if nested and section else [name]
+    return found
 
 
 def problem_at(keys: Loc, origins: Mapping[Loc, str], problem: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loragen.core.errors import DataError, UsageError
+from loragen.core.errors import DataError, UsageError, pip_install
 from loragen.core.files import (
     RepeatedKeyError,
     file_name,
@@ -127,7 +127,7 @@ def read_hub(identifier: str, config: str | None, split: str) -> Iterable[dict[s
     except ImportError:
         raise UsageError(
             f"hub dataset {identifier}: needs the package datasets, which is not installed: "
-            "pip install 'loragen[data]'"
+            + pip_install("data")
         ) from None
     why = None if Path(identifier).is_dir() else hub_problem()
     if why:
@@ -312,7 +312,7 @@ def _parquet(file: Path, content: bytes) -> Iterator[Document]:
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise UsageError(
-            f"{file}: Parquet needs pyarrow, which is not installed: pip install 'loragen[data]'"
+            f"{file}: Parquet needs pyarrow, which is not installed: {pip_install('data')}"
         ) from None
     if not content.startswith(b"PAR1"):
         text = "text, perhaps JSON lines (.jsonl)" if content[:1] in (b"{", b"[") else None

@@ -19,7 +19,7 @@ from loragen.core.adapter.files import Adapter, attach_adapter, swap_adapter, wr
 from loragen.core.base.load import best_device, load_base, quiet_libraries
 from loragen.core.config.schema import GenDataSection, SourceSection
 from loragen.core.data.dataset import Dataset, Row
-from loragen.core.errors import LoragenError, UsageError
+from loragen.core.errors import LoragenError, UsageError, counted
 from loragen.core.evaluation.contestants import (
     BASE,
     GENERATED,
@@ -275,12 +275,12 @@ def score_contestants(
             for outcome, cell in zip(outcomes, cells, strict=True):
                 outcome.cells[entrant.name] = cell
             log.info(
-                "column %d/%d, %s: %.2f on %d datasets, %.0f s",
+                "column %d/%d, %s: %.2f on %s, %.0f s",
                 number,
                 len(contestants),
                 entrant.name,
                 fmean(cell.mean("exact_match") or 0.0 for cell in cells),
-                len(targets),
+                counted(len(targets), "dataset"),
                 time.perf_counter() - started,
             )
     finally:

@@ -523,9 +523,12 @@ LABEL_CURVE = {contestant.name: contestant.size for contestant in LABELLED}
 def choose(wanted: Sequence[str], also: Iterable[str] = ()) -> list[type[Contestant]]:
     """Returns the contestants named, in the table's order; by default, all that are cheap.
 
-    `also` are further names. `-` and `_` are the same. Raises UsageError for an unknown name.
+    `also` are further names. `-` and `_` are the same, and a column may be called as the table
+    does. Raises UsageError for an unknown name.
     """
-    names = [name.strip().replace("-", "_") for name in wanted if name.strip()]
+    known = {title.replace(" ", "_"): name for name, title in titles(0).items()}
+    names = [re.sub(r"[ -]", "_", name.strip()) for name in wanted if name.strip()]
+    names = [known.get(re.sub(r"^\d+_shot$", "0-shot", name), name) for name in names]
     for name in names:
         if name not in NAMES:
             raise UsageError(

@@ -9,7 +9,7 @@ from math import exp, log
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loragen.core.errors import listing, shortened
+from loragen.core.errors import listing, pip_install, shortened
 from loragen.core.evaluation.contestants import GENERATED, LABEL_CURVE, MEASURES, ORACLE, titles
 from loragen.core.files import write_json, write_text, written_atomically
 
@@ -240,7 +240,7 @@ def write_results(document: Mapping[str, Any], title: str, directory: Path) -> N
     if find_spec("matplotlib"):
         draw_accuracies(document, title, picture)
     else:
-        logger.warning("%s: left out without matplotlib; pip install 'loragen[plots]'", picture)
+        logger.warning("%s: left out without matplotlib; %s", picture, pip_install("plots"))
 
 
 COLOUR, COLOURS = "#8d99ae", {GENERATED: "#d1495b", ORACLE: "#2b2d42"}

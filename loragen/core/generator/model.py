@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from loragen.core.adapter.checks import check_finite
 from loragen.core.adapter.layout import Layout
 from loragen.core.data.prompts import joined_texts
-from loragen.core.errors import DataError, LoragenError
+from loragen.core.errors import DataError, LoragenError, counted
 from loragen.core.files import sha256_text, written_atomically
 from loragen.core.generator.collected import Collected
 from loragen.core.generator.embeddings import Familiarity
@@ -105,10 +105,10 @@ class Generator:
     format_version: int = FORMAT_VERSION
 
     def __repr__(self) -> str:
-        values, datasets = self.layout.values, len(self.datasets)
+        values, datasets = self.layout.values, counted(len(self.datasets), "dataset")
         return (
             f"<Generator {self.name}: adapters of {values:,} values for {self.base_model}, "
-            f"trained on {datasets} datasets>"
+            f"trained on {datasets}>"
         )
 
     def generate(

@@ -149,8 +149,13 @@ def check_output(path: Path, overwrite: bool, merged: bool = False) -> None:
 
 
 def nonempty_prompts(prompts: str | Sequence[str]) -> list[str]:
-    """Returns those of one or several prompts that have text. Raises UsageError if none has."""
-    several = [prompts] if isinstance(prompts, str) else prompts
+    """Returns those of one or several prompts that have text. Raises UsageError if none has, or one
+    is not a str."""
+    several = [prompts] if isinstance(prompts, str) else list(prompts)
+    for number, prompt in enumerate(several, start=1):
+        if not isinstance(prompt, str):
+            kind = type(prompt).__name__
+            raise UsageError(f"prompt {number} of {len(several)} is no text, but {kind}")
     found = [prompt for prompt in several if prompt.strip()]
     if not found:
         raise UsageError("no prompts: all of them are empty; give at least one with text")

@@ -19,7 +19,7 @@ from loragen.core.base.load import empty_base, is_local
 from loragen.core.base.names import is_gguf
 from loragen.core.config import GenTrainConfig
 from loragen.core.config.schema import AUTO, LayoutSection, PluginSection, phases_in
-from loragen.core.errors import DataError, LoragenError, PluginError, UsageError, listing
+from loragen.core.errors import DataError, LoragenError, PluginError, UsageError, counted, listing
 from loragen.core.generator.network import method
 from loragen.core.learning.sources import Sources, TrainingSource
 from loragen.core.plugins import create, find, names
@@ -65,8 +65,9 @@ class Plan:
             decoder += f"; or {TRANSFERRING[1]}, if it makes the adapters of left-out datasets"
         checkpoints = sum(len(source.checkpoints) for source in self.sources)
         return (
-            f"{len(self.sources)} datasets, {checkpoints} checkpoints of {self.layout.values:,} "
-            f"values -> {self.layout.tokens:,} tokens of {self.layout.token_dim} "
+            f"{counted(len(self.sources), 'dataset')}, {counted(checkpoints, 'checkpoint')} of "
+            f"{self.layout.values:,} values "
+            f"-> {self.layout.tokens:,} tokens of {self.layout.token_dim} "
             f"(fill {self.layout.values / (self.layout.tokens * self.layout.token_dim):.1%})\n"
             f"objective: {self.config.training.objective} ({self.reason})\n"
             f"decoder: {decoder}"

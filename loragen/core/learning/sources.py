@@ -297,9 +297,10 @@ def check_sources(config: GenTrainConfig) -> list[Problem]:
     return found
 
 
-def open_sources(config: GenTrainConfig) -> Sources:
+def open_sources(config: GenTrainConfig, test_mode: bool = False) -> Sources:
     """Opens the sources that are named and, of a folder of runs, the newest finished run of each
-    dataset that is neither named nor held out.
+    dataset that is neither named nor held out. Runs of `lora train --test-mode` are left out, but
+    with `test_mode` they serve where a folder has no others.
 
     Raises UsageError if there is no source, a source is named twice, a folder has no run to learn
     from, or two datasets share a name; DataError for a damaged manifest.
@@ -340,11 +341,13 @@ def open_sources(config: GenTrainConfig) -> Sources:
 
     # Of the folders, choose the newest run of each dataset, base and adapter shape.
     candidates = dict[Path, LoraRun]()
-    unfinished, test_mode = list[Path](), list[Path]()
+    unfinished, tests = list[Path](), list[Path]()
     for folder, runs in folders.items():
         unnamed = [run for run in runs if run.directory.resolve() not in named]
         finished = [run for run in unnamed if run.manifest.status == "success"]
         usable = [run for run in finished if not _is_test(run.manifest)]
+        if test_mode and not usable:
+            usable = finished
         if len(unnamed) == len(runs) and not usable:
             raise UsageError(
                 f"{folder}: none of its {len(runs)} runs is one to learn from "
@@ -352,7 +355,7 @@ def open_sources(config: GenTrainConfig) -> Sources:
                 "a run to use it nevertheless"
             )
         unfinished += [run.directory for run in unnamed if run.manifest.status != "success"]
-        test_mode += [run.directory for run in finished if _is_test(run.manifest)]
+        tests += [run.directory for run in finished if run not in usable]
         candidates |= {run.directory.resolve(): run for run in usable}
     used = {_kind(source.run) for source in (*training, *validation) if source.run}
     newest = _newest(list(candidates.values()), used)
@@ -367,7 +370,7 @@ def open_sources(config: GenTrainConfig) -> Sources:
         )
     if data.prompts is not None:  # prepared prompts are found by the name of the dataset
         _refuse_namesakes([*training, *validation])
-    return Sources(training, validation, unfinished, test_mode, superseded)
+    return Sources(training, validation, unfinished, tests, superseded)
 
 
 def open_source(

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 from loragen.core.config import LoraTrainConfig
-from loragen.core.errors import Interrupted, LoragenError, UsageError, one_line
+from loragen.core.errors import Interrupted, LoragenError, UsageError, one_line, pip_install
 from loragen.core.lora.tasks import Task, TaskOutcome, earlier_runs, with_absolute_paths
 from loragen.core.lora.worker import JobResult, Launcher, StatusFile, TrainingJob, Worker, run_job
 from loragen.core.progress import Progress
@@ -365,7 +365,7 @@ def ray_cluster(config: LoraTrainConfig) -> Iterator[Launcher]:
         ray: Any = import_module("ray")
         import_module("ray.exceptions")
     except ImportError:
-        raise UsageError("launcher ray needs ray: pip install 'loragen[ray]'") from None
+        raise UsageError(f"launcher ray needs ray: {pip_install('ray')}") from None
     address = config.launcher.address
     ours = {} if address else {"object_store_memory": RAY_STORE_BYTES, "include_dashboard": False}
     try:

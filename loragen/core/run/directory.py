@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 from loragen.core.adapter import WEIGHTS_FILE
 from loragen.core.base.names import BaseDtype
 from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
-from loragen.core.errors import DataError, UsageError
+from loragen.core.errors import DataError, UsageError, counted
 from loragen.core.files import natural_key, read_json, write_json
 from loragen.core.plugins import describe
 
@@ -280,6 +280,8 @@ def run_directory_of(path: Path) -> Path:
     for candidate in (path, *list(path.absolute().parents)[:2]):
         if (candidate / MANIFEST).is_file():
             return candidate
+    if runs := sorted(file.parent for file in path.glob(f"*/{MANIFEST}")):
+        raise UsageError(f"{path} is a folder of {counted(len(runs), 'run')}; name one: {runs[-1]}")
     raise UsageError(f"{path}: neither a run directory nor inside one (no {MANIFEST} found)")
 
 

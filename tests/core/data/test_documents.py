@@ -179,7 +179,7 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d.parquet").touch()
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(UsageError, match=r"pip install 'loragen\[data\]'"):
+    with pytest.raises(UsageError, match=r"pip install 'datasets\S* 'pyarrow"):
         list(read_documents(parsed_source(source)))
 
 

@@ -390,4 +390,4 @@ def test_without_matplotlib_the_picture_is_left_out(setup, targets, tmp_path, mo
         "results.json",
         "results.md",
     ]
-    assert "loragen[plots]" in caplog.text
+    assert "pip install 'matplotlib" in caplog.text

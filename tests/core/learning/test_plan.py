@@ -92,7 +92,7 @@ def test_a_transfer_clips_its_gradients_by_default(planned, given, resolved):
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"sources": "one"}, "transfer: 1 datasets; it needs 2"),
+        ({"sources": "one"}, "transfer: 1 dataset; it needs 2"),
         ({"training.objective": "reconstruction-then-transfer"}, "train different decoders"),
         ({"encoder.frozen": False}, "transfer: the encoder is trained"),
         ({"decoder": {"name": "hyperconv"}}, "the decoder hyperconv cannot transfer"),

@@ -87,7 +87,7 @@ def test_a_worker_that_dies_is_started_again_from_its_checkpoint(
 
 def test_without_ray_there_is_one_line(lora_config, tasks, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match=r"pip install 'loragen\[ray\]'"):
+    with pytest.raises(UsageError, match=r"pip install 'ray"):
         collect(lora_config(SETTINGS), tasks, Recorded())
 
 

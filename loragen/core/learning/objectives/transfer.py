@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from loragen.core.config import GenTrainConfig
-from loragen.core.errors import UsageError
+from loragen.core.errors import UsageError, counted
 from loragen.core.generator.network import Network
 from loragen.core.learning.arrays import SourceArrays
 from loragen.core.learning.data import (
@@ -109,7 +109,8 @@ class Transfer(Behaviour):
         needed = MIN_FOR_AUTO if config.training.objective == "auto" else MIN_DATASETS
         datasets = len({source.prompts_sha256 for source in sources})
         if datasets < needed:
-            return f"{datasets} datasets; it needs {needed}, to predict each from the others"
+            found = counted(datasets, "dataset")
+            return f"{found}; it needs {needed}, to predict each from the others"
         return None
 
     def __init__(self, options: Any, data: TrainingData) -> None:
