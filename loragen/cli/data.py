@@ -1,5 +1,6 @@
 """`loragen data`: show a dataset, prepare its prompts, find the steps trained on a row."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +13,12 @@ from loragen.core.errors import EXIT_FAILED, UsageError
 if TYPE_CHECKING:
     from loragen.core.data.tokenize import Preview, PreviewedRow
 
+log = logging.getLogger(__name__)
 app = typer.Typer(no_args_is_help=True, help="Show a dataset, and prepare its prompts.")
 
 MAX_BAD_ROWS = 10
 MAX_CUT = 200
-"""The most characters shown of the cut start of a prompt."""
+"""The most characters shown of the part of a prompt that is cut."""
 
 
 @app.command("preview")
@@ -65,6 +67,8 @@ def data_preview(
             "tokenizer of the demo; --base-model names another"
         )
     found = preview(tokenizer, dataset, max_length or defaults.data.max_length, limit)
+    for warning in found.warnings:
+        log.warning("%s", warning)
     if json:
         render.answer_json(found.as_dict())
     else:
@@ -175,7 +179,7 @@ def _summary(found: "Preview") -> str:
     formats = found.formats.items()
     several = len(formats) > 1
     format_names = (f"{name} ({count})" if several else name for name, count in formats)
-    cut = f"{found.rows_cut} rows, {found.tokens_cut} tokens of their prompts' starts"
+    cut = f"{found.rows_cut} rows, {found.tokens_cut} tokens in the middle of their prompts"
     lines = [
         found.source,
         f"format         {', '.join(format_names)}",
@@ -197,10 +201,13 @@ def _summary(found: "Preview") -> str:
 
 
 def _sample(sample: "PreviewedRow") -> str:
-    cut = sample.cut if len(sample.cut) <= MAX_CUT else f"…{sample.cut[-MAX_CUT:]}"
+    cut, half = sample.cut, MAX_CUT // 2
+    if len(cut) > MAX_CUT:
+        cut = f"{cut[:half]} … {cut[-half:]}"
     parts = [
+        render.visible(sample.prompt[: sample.cut_at]),
         render.highlighted(cut, "dropped") if cut else "",
-        render.visible(sample.prompt),
+        render.visible(sample.prompt[sample.cut_at :]),
         render.highlighted(sample.answer, "good"),
     ]
     return f"line {sample.line}\n{''.join(parts)}"

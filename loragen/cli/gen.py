@@ -413,6 +413,7 @@ def gen_eval(
         ),
         base_model=base_model,
         trust_remote_code=trust_remote_code,
+        skip_bad_rows=skip_bad_rows,
         cache=cache_dir,
         progress=terminal_progress(),
         strict=columns is not None,

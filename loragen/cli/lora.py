@@ -188,6 +188,7 @@ def lora_eval(
     from loragen.core.adapter.export import tokenizer_of
     from loragen.core.adapter.files import attach_adapter
     from loragen.core.base.load import best_device, load_base
+    from loragen.core.data.tokenize import usable_rows
     from loragen.core.lora.evaluate import evaluate_model
     from loragen.core.run.checkpoints import read_checkpointed_adapter
 
@@ -196,6 +197,7 @@ def lora_eval(
     if not base_name:
         raise UsageError("--base-model: no base model is recorded; give one")
     base = load_base(base_name, trust_remote_code=trust_remote_code)
+    rows = usable_rows(base.tokenizer, tested, rows, skip_bad_rows)
     base.model.to(best_device())
     model = attach_adapter(base.model, read, str(adapter)) if read else base.model
     scores = evaluate_model(
@@ -288,16 +290,20 @@ def _dry_run(
 ) -> None:
     """Checks everything that can be checked without training, and prints the configuration.
 
-    Reads every file and builds the adapter without weights. Raises DataError for bad files, all at
-    once; UsageError if the adapter does not fit the base.
+    Reads every file, tokenises the rows that training would tokenise before its first step, and
+    builds the adapter without weights. Raises DataError for bad files, all at once; UsageError if
+    the adapter does not fit the base.
     """
     from loragen.core.config import dump
     from loragen.core.lora.tasks import earlier_runs
 
+    date = ""
     if resume:
         from loragen.core.lora.train import LoraPoint
 
-        LoraPoint.find(resume).check(config)
+        point = LoraPoint.find(resume)
+        point.check(config)
+        date = point.date
     problems: list[str] = []
     files = [(task.name, task.dataset) for task in tasks]
     if tasks[0].validation:
@@ -310,6 +316,18 @@ def _dry_run(
             problems += error.problems
     if problems:
         raise DataError(*problems)
+
+    from loragen.core.base.load import load_tokenizer
+    from loragen.core.lora.data import load_rows
+
+    tokenizer = load_tokenizer(config.base_model, config.trust_remote_code)
+    for task in tasks:
+        try:
+            load_rows(task.config(config), task.dataset, tokenizer, task.validation, date=date)
+        except LoragenError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(*dict.fromkeys(problems))
     for task in tasks:
         finished, unfinished = earlier_runs(config, task)
         if finished:

@@ -5,7 +5,8 @@ import logging
 import re
 import warnings
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ from loragen.core.adapter.files import (
 from loragen.core.base.load import LanguageModel, load_base, tokenizer_in
 from loragen.core.base.names import absolute_base, hub_id, is_gguf, resolve_base
 from loragen.core.config import DEMO
+from loragen.core.data.tokenize import end_ids
 from loragen.core.errors import LoragenError, UsageError, shortened
 from loragen.core.files import user_path, write_text, written_atomically
 
@@ -69,8 +71,10 @@ def export_merged(
     base = load_base(name, torch.float32, trust_remote_code=trust_remote_code)
     model = attach_adapter(base.model, adapter, str(source))
     with written_atomically(output) as temporary:
-        _merged(model, base.dtype, str(source)).save_pretrained(temporary)
-        tokenizer_of(adapter, base).save_pretrained(temporary)
+        merged, tokenizer = _merged(model, base.dtype, str(source)), tokenizer_of(adapter, base)
+        with _stopping(merged, tokenizer):
+            merged.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
         _let_others_read(temporary)
         write_text(temporary / "README.md", _card(adapter, source, merged=True))
         document = {"adapter": str(source), "base_model": name, "loragen": version("loragen")}
@@ -82,7 +86,8 @@ def save_merged(model: Any, base: LanguageModel, directory: Path) -> None:
     the base's stored dtype, and the tokenizer. `model` is unchanged."""
     plain = model.get_base_model()
     kept = plain.config.dtype
-    plain.save_pretrained(directory, state_dict=merged_state(model, base.dtype))
+    with _stopping(plain, base.tokenizer):
+        plain.save_pretrained(directory, state_dict=merged_state(model, base.dtype))
     plain.config.dtype = base.dtype  # save_pretrained writes the dtype of the model in memory
     try:
         plain.config.save_pretrained(directory)
@@ -131,6 +136,25 @@ def _merged(model: Any, dtype: torch.dtype, origin: str) -> Any:
         else:
             base.config.tie_word_embeddings = False
     return base
+
+
+@contextmanager
+def _stopping(model: Any, tokenizer: Any) -> Iterator[None]:
+    """Adds the token that ends learned answers to those at which the model's `generate` stops,
+    within the context: it may not be the tokenizer's own."""
+    settings = getattr(model, "generation_config", None)
+    shipped = getattr(settings, "eos_token_id", None)
+    several = shipped if isinstance(shipped, list) else [shipped]
+    if settings is None or set(end_ids(tokenizer)) <= set(several):
+        yield
+        return
+    settings.eos_token_id = sorted(
+        {*end_ids(tokenizer), *(one for one in several if one is not None)}
+    )
+    try:
+        yield
+    finally:
+        settings.eos_token_id = shipped
 
 
 def merged_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:

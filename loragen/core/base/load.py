@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from loragen.core.base.names import BaseDtype, is_gguf, resolve_base
 from loragen.core.config import DEMO, LoraTrainConfig
+from loragen.core.data.tokenize import set_embeddings
 from loragen.core.errors import LoragenError, UsageError, did_you_mean, pip_install
 from loragen.core.files import hub_problem
 
@@ -136,17 +137,20 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     does not load.
     """
     quiet_libraries()
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     source = _loadable(name)
+    options = {**_cache_options(source), "trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, trust_remote_code=trust_remote_code, **_cache_options(source)
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if not tokenizer("a").input_ids:  # if files are missing, transformers makes an empty one
             raise ValueError("its tokenizer returns no tokens; is tokenizer.json missing?")
     except (OSError, ValueError) as error:
         raise _not_loaded(name, source, error) from error
+    with suppress(OSError, ValueError):  # a directory may have a tokenizer alone
+        config = AutoConfig.from_pretrained(source, **options)
+        if isinstance(vocabulary := getattr(config.get_text_config(), "vocab_size", None), int):
+            set_embeddings(tokenizer, vocabulary)
     return tokenizer
 
 

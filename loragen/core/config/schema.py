@@ -86,7 +86,9 @@ class LoraDataSection(Section):
         None, description="A name under root, a file, or hub:owner/name[:config][@split]."
     )
     max_length: int = Field(
-        1024, ge=8, description="Longest row in tokens; a longer one loses the start of its prompt."
+        1024,
+        ge=8,
+        description="Longest row in tokens; a longer one loses the middle of its prompt.",
     )
     val_ratio: float = Field(
         0.0, ge=0, lt=1, description="Share of the rows held out for val/ metrics."

@@ -22,6 +22,10 @@ ROLES = {
 }
 
 
+CALLS = ("tool_calls", "function_call")
+"""The keys of a message's calls, which stand beside its text."""
+
+
 class Turn(NamedTuple):
     """An earlier exchange of a conversation."""
 
@@ -140,7 +144,11 @@ class DialogueFormat(RowFormat):
     def _alternating(self, document: Keys) -> tuple[str | None, list[str]]:
         """Returns (system text, the texts of user and assistant in turn)."""
         (key,) = self.keys
-        messages = [_message(item, key) for item in _items(document[key], key)]
+        items = _items(document[key], key)
+        for number, item in enumerate(items, start=1):
+            if isinstance(item, dict) and any(map(item.get, CALLS)):
+                raise DataError(f"'{key}': message {number} calls a tool, which cannot be learned")
+        messages = [_message(item, key) for item in items]
         system = messages.pop(0)[1] if messages and messages[0][0] == "system" else None
         for index, (role, _) in enumerate(messages):
             expected = ("user", "assistant")[index % 2]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from heapq import nlargest
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +19,7 @@ from loragen.core.adapter.files import Adapter, attach_adapter, swap_adapter, wr
 from loragen.core.base.load import best_device, load_base, quiet_libraries
 from loragen.core.config.schema import GenDataSection, SourceSection
 from loragen.core.data.dataset import Dataset, Row
+from loragen.core.data.tokenize import usable_rows
 from loragen.core.errors import LoragenError, UsageError, counted
 from loragen.core.evaluation.contestants import (
     BASE,
@@ -103,6 +104,7 @@ def evaluate_generator(
     options: EvaluationOptions,
     base_model: str | None,
     trust_remote_code: bool = False,
+    skip_bad_rows: bool = False,
     cache: Path,
     progress: Progress,
     strict: bool,
@@ -143,6 +145,10 @@ def evaluate_generator(
         log.warning("%s and is left out; the generator has %d", problem, len(sources))
         chosen = [one for one in chosen if one not in few]
     base = load_base(base_model or generator.base_model, trust_remote_code=trust_remote_code)
+    targets = [
+        replace(one, rows=usable_rows(base.tokenizer, one.dataset, one.rows, skip_bad_rows))
+        for one in targets
+    ]
     multi_task, oracles, labelled = None, {}, {}
     if MultiTask in chosen:
         multi_task = train_multi_task(sources, base, cache, progress, multi_task_steps)

@@ -139,7 +139,8 @@ def labelled_rows(
     rows = TokenizedRows(drawn, tokenizer, max_length)  # the others do not train an adapter, either
     if not rows:
         raise UsageError(
-            f"{source.name}: no answer fits into {max_length} tokens; raise behaviour.max_length"
+            f"{source.name}: no row can be learned from: {rows.left_out[0].reason} (here: "
+            "behaviour.max_length)"
         )
     held = {text_key(prompt) for prompt in val_prompts}
     is_held = [text_key(row.prompt) in held for row in rows.rows]

@@ -23,6 +23,7 @@ from loragen.core.base.names import absolute_base
 from loragen.core.config import GenTrainConfig, LoraTrainConfig
 from loragen.core.config.schema import AUTO, SourceSection
 from loragen.core.config.show import HARDWARE
+from loragen.core.data.tokenize import chat_date, set_chat_date
 from loragen.core.errors import listing
 from loragen.core.generator.collected import Collected
 from loragen.core.generator.embeddings import Familiarity
@@ -115,6 +116,9 @@ def train(
     base = training_base(plan, resume) if plan.needs_base else None
     encoder: Encoder = create("encoder", config.encoder.name, config.encoder.options)
     tokenizer = base.tokenizer if base else None
+    if base:
+        then = resume.manifest if resume else None
+        set_chat_date(tokenizer, then.chat_date or then.started if then else "")
     with source_arrays(plan, encoder, tokenizer) as (arrays, val_arrays):
         manifest = new_manifest(plan, config, [*arrays, *val_arrays], encoder, base)
         if resume:
@@ -308,6 +312,7 @@ def new_manifest(
         base_fingerprint=base.fingerprint if base else "",
         base_dtype=dtype_name(base.model.dtype) if base else "",
         trust_remote_code=bool(base and base.trust_remote_code),
+        chat_date=chat_date(base.tokenizer) if base else "",
         source_records=[source.record for source in arrays if source.record],
         encoder_fingerprint=encoder.fingerprint,
         plugins=plugin_records(

@@ -16,7 +16,13 @@ from torch.utils.data import Dataset as TorchDataset
 from loragen.core.config import LoraTrainConfig
 from loragen.core.data.batches import batch_indices, micro_batch, train_val_split
 from loragen.core.data.dataset import Dataset, refuse_bad, warn_of_bad
-from loragen.core.data.tokenize import Example, TokenizedRows, examples_hash
+from loragen.core.data.tokenize import (
+    Example,
+    TokenizedRows,
+    examples_hash,
+    log_notes,
+    set_chat_date,
+)
 from loragen.core.errors import DataError, UsageError
 from loragen.core.lora.packing import Batch, Cost, collate, packing_cost
 from loragen.core.run.directory import DatasetRecord
@@ -52,14 +58,17 @@ def load_rows(
     tokenizer: Any,
     validation: Dataset | None = None,
     recorded: str = "",
+    date: str = "",
 ) -> TrainingRows:
     """Reads a dataset and splits off the validation rows.
 
     All rows are validated, and few of them tokenised. `validation` is `config.data.validation`, if
     that is open already. `recorded` is the hash of tokens in the manifest of a run that resumes: it
-    decides which rows are hashed again. Raises UsageError for a missing file, DataError for bad
-    rows (unless they are to be skipped) or no rows to train on.
+    decides which rows are hashed again; `date` is the date that its chat template has written.
+    Raises UsageError for a missing file, DataError for bad rows (unless they are to be skipped) or
+    no rows to train on, LoragenError for a tokenizer or a chat template that cannot be used.
     """
+    set_chat_date(tokenizer, date)
     if config.data.validation and validation is None:
         validation = Dataset.at(config.data.validation)
     rows = _fitting_rows(config, dataset, tokenizer)
@@ -85,16 +94,16 @@ def load_rows(
         sha256=dataset.sha256,
         rows=len(rows),
         tokens=tokens,
-        too_long=[row.line for row in rows.too_long],
+        too_long=[row.line for row in rows.left_out],
         validation=validation.sha256 if validation else "",
     )
-    _warn_of_cut(config, dataset, train_rows, {*first, *longest})
+    _warn(config, dataset, tokenizer, train_rows, {*first, *longest})
     if validation:
         val_rows = _fitting_rows(config, validation, tokenizer)
     if val_rows:
         looked_at = {*range(min(CHECKED, len(val_rows)))}
         looked_at |= {*val_rows.longest(range(len(val_rows)), LONGEST)}
-        _warn_of_cut(config, validation or dataset, val_rows, looked_at)
+        _warn(config, validation or dataset, tokenizer, val_rows, looked_at)
     return TrainingRows(train_rows, val_rows, [train_rows[i] for i in longest], record)
 
 
@@ -106,23 +115,28 @@ def _tokens_hash(
 
 
 def _fitting_rows(config: LoraTrainConfig, dataset: Dataset, tokenizer: Any) -> TokenizedRows:
-    """Returns the rows whose answer fits into data.max_length; reports the others as bad."""
+    """Returns the rows that can be tokenised within data.max_length; reports the others as bad."""
     skip = config.data.skip_bad_rows
-    rows = TokenizedRows(dataset.rows(skip), tokenizer, config.data.max_length)
-    refuse_bad(dataset.source, rows.too_long, len(rows), skip)
-    warn_of_bad(dataset.source, rows.too_long, len(rows))
+    rows = TokenizedRows(dataset.rows(skip), tokenizer, config.data.max_length, str(dataset))
+    refuse_bad(dataset.source, rows.left_out, len(rows), skip)
+    warn_of_bad(dataset.source, rows.left_out, len(rows))
     return rows
 
 
-def _warn_of_cut(
-    config: LoraTrainConfig, dataset: Dataset, rows: TokenizedRows, looked_at: set[int]
+def _warn(
+    config: LoraTrainConfig,
+    dataset: Dataset,
+    tokenizer: Any,
+    rows: TokenizedRows,
+    looked_at: set[int],
 ) -> None:
-    """Logs one warning if rows lose the start of their prompt; `looked_at` are the indices of those
-    that are tokenised to find out, the longest among them."""
+    """Logs what is odd about rows, and one warning if some lose a part of their prompt; `looked_at`
+    are the indices of those that are tokenised to find out, the longest among them."""
+    log_notes(tokenizer, [rows.rows[index] for index in sorted(looked_at)], str(dataset))
     if num_cut := sum(map(rows.is_cut, looked_at)):
         which = "" if len(looked_at) == len(rows) else f"looked at (of {len(rows)}) "
         log.warning(
-            "%s: %d of %d rows %sare longer than data.max_length %d and lose the start of their "
+            "%s: %d of %d rows %sare longer than data.max_length %d and lose the middle of their "
             "prompt; `loragen data preview` counts all of them",
             dataset,
             num_cut,

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from loragen.core.data.dataset import Row, allowed_answers, closed_answers
-from loragen.core.data.tokenize import Example, answer_ids, end_ids, pad_id, prompt_ids
+from loragen.core.data.tokenize import (
+    Example,
+    answer_ids,
+    check_embeddings,
+    end_ids,
+    generated_ids,
+    generated_text,
+    pad_id,
+    prompt_ids,
+)
 from loragen.core.lora.packing import (
     Cost,
     answer_logits,
@@ -104,7 +113,8 @@ class TestRows:
         return [self._example(index, row.response) for index, row in enumerate(self.rows)]
 
     def _example(self, row: int, answer: str) -> Example:
-        ids = answer_ids(self.tokenizer, answer)
+        ids = generated_ids(self.tokenizer, answer)
+        check_embeddings(self.tokenizer, [*self.prompts[row], *ids])
         return Example([*self.prompts[row], *ids], len(ids))
 
     def pack(self, model: Any, batch_size: int) -> None:
@@ -115,6 +125,11 @@ class TestRows:
     def normalized(self, text: str) -> str:
         return normalized(text, self.ignore_final_punctuation)
 
+    def wanted(self, response: str) -> str:
+        """Returns a response as the answer that a model would give: without special tokens, which
+        decoding leaves out."""
+        return self.normalized(generated_text(self.tokenizer, response))
+
     def score(self, model: Any, batch_size: int = 32, choices: bool = True) -> Scores:
         """Scores one model, as `evaluate_model`."""
         started = time.perf_counter()
@@ -122,13 +137,13 @@ class TestRows:
         losses, predicted = answer_predictions(model, self.examples, padding, batch_size, self.cost)
         answers = self._answers(model, predicted, batch_size)
         hits = tuple(
-            given == self.normalized(row.response)
+            given == self.wanted(row.response)
             for given, row in zip(answers, self.rows, strict=True)
         )
         validity = None
         if self.allowed is not None:
             valid = [
-                given in [self.normalized(one) for one in known]
+                given in [self.wanted(one) for one in known]
                 for given, known in zip(answers, self.allowed, strict=True)
             ]
             validity = sum(valid) / len(valid)
@@ -158,7 +173,7 @@ class TestRows:
             wanted = example.ids[-example.num_label_tokens :]
             differs = next((i for i, one in enumerate(ids) if one != wanted[i]), None)
             if differs is None:
-                answers[index] = self.normalized(self.rows[index].response)
+                answers[index] = self.wanted(self.rows[index].response)
             elif ids[differs] in ends:
                 answers[index] = self._text(wanted[:differs])
             else:
@@ -188,7 +203,7 @@ class TestRows:
         text = self.tokenizer.decode(begun, skip_special_tokens=True).rstrip("\ufffd")
         start = unicodedata.normalize("NFKD", self.normalized(text))
         return any(
-            unicodedata.normalize("NFKD", self.normalized(one)).startswith(start)
+            unicodedata.normalize("NFKD", self.wanted(one)).startswith(start)
             for one in self._counting(index)
         )
 

@@ -32,7 +32,7 @@ from loragen.core.base.load import (
 )
 from loragen.core.config import LoraTrainConfig
 from loragen.core.data.dataset import Dataset
-from loragen.core.data.tokenize import pad_id
+from loragen.core.data.tokenize import chat_date, pad_id
 from loragen.core.errors import Interrupted, UsageError, listing
 from loragen.core.files import written_atomically
 from loragen.core.lora.data import LoraDataModule, TrainingRows, load_rows
@@ -82,13 +82,14 @@ def train_adapter(
             config.checkpoints.first_step,
             training.max_steps,
         )
-    recorded = resume.manifest.dataset.tokens if resume else ""
-    rows = load_rows(config, dataset, base.tokenizer, validation, recorded)
+    recorded, date = (resume.manifest.dataset.tokens, resume.date) if resume else ("", "")
+    rows = load_rows(config, dataset, base.tokenizer, validation, recorded, date)
     manifest = LoraManifest(
         base_model=config.base_model,
         base_dtype=dtype_name(base.model.dtype),
         base_fingerprint=base.fingerprint,
         trust_remote_code=base.trust_remote_code,
+        chat_date=chat_date(base.tokenizer),
         dataset=rows.record,
         adapter_config={},  # known once PEFT has found the target modules in the base
         seed=config.seed,
@@ -333,6 +334,12 @@ class LoraPoint(ResumePoint[LoraManifest, LoraTrainConfig]):
 
     kind, ignored_on_resume = LoraManifest, IGNORED_ON_RESUME
 
+    @property
+    def date(self) -> str:
+        """The date that the chat template has written: that of the run's beginning, where an older
+        manifest does not have it."""
+        return self.manifest.chat_date or self.manifest.started
+
     def changed_inputs(self, config: LoraTrainConfig, manifest: LoraManifest) -> list[str]:
         recorded, (then, now) = self.manifest, (self.manifest.dataset, manifest.dataset)
         problems = []
@@ -340,7 +347,9 @@ class LoraPoint(ResumePoint[LoraManifest, LoraTrainConfig]):
             problems.append(f"the data differ: {now.path} is not the {then.path} of the run")
         # If settings differ, other rows may be drawn: then the settings are what is wrong.
         elif then.tokens not in ("", now.tokens) and not self.differences(config):
-            problems.append("the tokens of the rows differ: another tokenizer or chat template")
+            problems.append(
+                "the tokens of the rows differ: another tokenizer, chat template or loragen"
+            )
         if then.validation != now.validation:
             problems.append("the validation rows differ (data.validation)")
         if recorded.base_fingerprint not in ("", manifest.base_fingerprint):

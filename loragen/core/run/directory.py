@@ -44,7 +44,8 @@ class DatasetRecord(BaseModel):
     tokens: str = ""
     """The hash of the tokenised rows, which another tokenizer or chat template changes."""
     too_long: list[int] = []
-    """Lines left out because the answer alone had more tokens than `data.max_length`."""
+    """Lines left out because the row does not fit into `data.max_length` even without the text of
+    its prompt, or because the chat template or the base's vocabulary does not allow it."""
     validation: str = ""
     """The hash of the validation file, if there is one."""
 
@@ -108,6 +109,8 @@ class LoraManifest(Manifest):
     base_fingerprint: str = ""
     trust_remote_code: bool = False
     """Whether Python code that comes with the base was allowed to run."""
+    chat_date: str = ""
+    """The date that the chat template has written into the rows (local time); empty if none."""
     dataset: DatasetRecord
     adapter_config: dict[str, Any]
     seed: int
@@ -136,6 +139,8 @@ class GeneratorManifest(Manifest):
     """The dtype of that base."""
     trust_remote_code: bool = False
     """Whether Python code that comes with that base was allowed to run."""
+    chat_date: str = ""
+    """The date that the base's chat template has written into labelled rows; empty if none."""
     source_records: list[SourceRecord] = []
     encoder_fingerprint: str = ""
     """The fingerprint of the encoder's weights, before any training of them."""

@@ -1,6 +1,5 @@
 import unicodedata
 from copy import deepcopy
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -64,32 +63,56 @@ def test_only_the_answer_and_its_end_are_learned(request, kind, system):
 @given(st.text("ab ", max_size=12), st.text("xy", min_size=1, max_size=6), st.integers(2, 30))
 def test_cut_prompt_and_answer_are_the_whole_row(tokenizer, prompt, response, max_length):
     whole = prompt_ids(tokenizer, prompt), answer_ids(tokenizer, response)
+    marks = len(prompt_ids(tokenizer, ""))
     try:
         parts = tokenize_row(tokenizer, row(prompt, response), max_length)
     except DataError:
-        assert len(whole[1]) >= max_length
+        assert marks + len(whole[1]) >= max_length
         return
-    assert ([*parts.cut, *parts.prompt], parts.answer) == whole
-    assert parts.prompt
-    item = tokenize_row(tokenizer, row(prompt, response), max_length).example
-    assert item.ids == [*parts.prompt, *parts.answer]
+    assert ([*parts.before, *parts.cut, *parts.after], parts.answer) == whole
+    item = parts.example
+    assert item.ids == [*parts.before, *parts.after, *parts.answer]
     assert len(item.ids) == (max_length if parts.cut else sum(map(len, whole)))
 
 
+@pytest.mark.parametrize("kind", ["tokenizer", "plain"])
+@pytest.mark.parametrize("system", [None, "be short"])
 @pytest.mark.parametrize("room", [1, 2, 5])
-def test_a_long_row_loses_the_start_of_its_prompt_never_its_answer(tokenizer, room):
-    whole = tokenize_row(tokenizer, row(), 64).example
-    cut = tokenize_row(tokenizer, row(), whole.num_label_tokens + room).example
-    assert len(cut.ids) == whole.num_label_tokens + room
-    assert cut.ids == whole.ids[-len(cut.ids) :]
-    assert cut.num_label_tokens == whole.num_label_tokens
+def test_a_long_row_loses_the_middle_of_its_text_alone(request, kind, system, room):
+    tokenizer = request.getfixturevalue(kind)
+    text = "0123456789"
+    around = len(prompt_ids(tokenizer, "", system)) + len(answer_ids(tokenizer, "blue"))
+    parts = tokenize_row(tokenizer, row(text, system=system), around + room)
+    kept = f"{text[: (room + 1) // 2]}{text[len(text) - room // 2 :]}"
+    assert parts.prompt == prompt_ids(tokenizer, kept, system)
+    assert tokenizer.decode(parts.cut) == text[(room + 1) // 2 : len(text) - room // 2]
+    assert len(parts.example.ids) == around + room
+    with pytest.raises(DataError, match=r"no room for the prompt, data\.max_length is"):
+        tokenize_row(tokenizer, row(text, system=system), around)
+
+
+def test_a_long_conversation_loses_its_oldest_turns_first(tokenizer):
+    turns = (Turn("a" * 9, "b"), Turn("cc", "d"), Turn("e", "f"))
+    long = row("012", system="s", history=turns)
+
+    def length(history, prompt="012"):
+        return len(prompt_ids(tokenizer, prompt, "s", history)) + len(answer_ids(tokenizer, "blue"))
+
+    assert tokenize_row(tokenizer, long, length(turns)).cut == []
+    parts = tokenize_row(tokenizer, long, length(turns) - 1)
+    assert parts.prompt == prompt_ids(tokenizer, "012", "s", turns[1:])
+    whole = prompt_ids(tokenizer, "012", "s", turns)
+    assert [*parts.before, *parts.cut, *parts.after] == whole
+    parts = tokenize_row(tokenizer, long, length(turns[2:]))
+    assert parts.prompt == prompt_ids(tokenizer, "012", "s", turns[2:])
+    parts = tokenize_row(tokenizer, long, length((), "02"))
+    assert parts.prompt == prompt_ids(tokenizer, "02", "s")
 
 
 def test_an_answer_that_does_not_fit_is_an_error(tokenizer):
     length = len(answer_ids(tokenizer, "blue"))
     with pytest.raises(DataError, match=f"{length} tokens.*max_length"):
         tokenize_row(tokenizer, row(), length)
-    assert len(tokenize_row(tokenizer, row(), length + 1).example.ids) == length + 1
 
 
 def test_the_end_token_pads_where_there_is_no_padding_token(tokenizer):
@@ -138,7 +161,7 @@ def test_the_longest_rows_are_found_without_a_tokenizer():
         row("a", "r", system="s" * 7),
         row("a", "r", history=(Turn("h" * 3, "h" * 3),)),
     ]
-    examples = TokenizedRows(rows, SimpleNamespace(), 64)
+    examples = TokenizedRows(rows, FakeNfkc(), 64)
     assert examples.longest(range(4), 3) == [1, 2, 3]
     assert examples.longest([3, 0], 3) == [3, 0]
     assert examples.subset([2, 1]).longest(range(2), 1) == [1]
@@ -162,17 +185,18 @@ def test_few_rows_stay_in_memory_as_tokens(tokenizer, monkeypatch):
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=4), st.integers(4, 24))
 def test_rows_whose_answer_does_not_fit_are_left_out(tokenizer, responses, max_length):
     rows = [Row(prompt="p", response=text, line=n) for n, text in enumerate(responses)]
-    fit = [len(answer_ids(tokenizer, text)) < max_length for text in responses]
+    around = len(prompt_ids(tokenizer, "p"))
+    fit = [around + len(answer_ids(tokenizer, text)) <= max_length for text in responses]
     examples = TokenizedRows(rows, tokenizer, max_length)
     assert examples.rows == [row for row, fits in zip(rows, fit, strict=True) if fits]
-    assert [bad.line for bad in examples.too_long] == [n for n, fits in enumerate(fit) if not fits]
+    assert [bad.line for bad in examples.left_out] == [n for n, fits in enumerate(fit) if not fits]
     assert [len(example.ids) <= max_length for example in examples] == [True] * len(examples)
 
 
 def test_normalisation_may_make_an_answer_longer_than_its_bytes():
     """NFKC writes this one character of three bytes with 18 characters."""
     tokenizer = FakeNfkc()
-    (bad,) = TokenizedRows([row("p", "\ufdfa")], tokenizer, 12).too_long
+    (bad,) = TokenizedRows([row("p", "\ufdfa")], tokenizer, 12).left_out
     assert bad.line == 7
 
 
@@ -180,6 +204,9 @@ class FakeNfkc:
     """A token a character, normalised."""
 
     chat_template, eos_token_id = None, 0
+
+    def __len__(self):
+        return 2
 
     def __call__(self, text, **options):
         return {"input_ids": [1] * len(unicodedata.normalize("NFKC", text))}
@@ -215,7 +242,8 @@ def test_it_shows_what_training_sees(tokenizer, opened, max_length):
         item = tokenize_row(tokenizer, row, max_length).example
         assert sample.prompt == tokenizer.decode(item.ids[: -item.num_label_tokens])
         assert sample.answer == f"{row.response}<|end|>"
-        assert sample.cut + sample.prompt == f"<|user|>{row.prompt}<|assistant|>"
+        start, end = sample.prompt[: sample.cut_at], sample.prompt[sample.cut_at :]
+        assert start + sample.cut + end == f"<|user|>{row.prompt}<|assistant|>"
 
 
 def test_lengths_are_counted(tokenizer, opened):
@@ -233,7 +261,7 @@ def test_the_shared_prefix_is_that_of_the_prompts_as_they_are_cut(tokenizer, ope
     pairs = ("zzz1", "x"), ("zzz2", "x")
     assert preview(tokenizer, opened(*pairs), 64, 0).shared_prefix == 4  # <|user|>zzz
     assert preview(tokenizer, opened(*pairs, system="s"), 64, 0).shared_prefix == 6
-    assert preview(tokenizer, opened(*pairs), 4, 0).shared_prefix == 0
+    assert preview(tokenizer, opened(*pairs), 6, 0).shared_prefix == 2  # <|user|>z, of z1 and z2
 
 
 def test_an_answer_that_does_not_fit_makes_a_bad_row(tokenizer, opened):
