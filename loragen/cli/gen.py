@@ -108,7 +108,7 @@ def gen_train(
     sources.report()
 
     from loragen.core.learning.plan import make_plan
-    from loragen.core.learning.train import GeneratorPoint, train
+    from loragen.core.learning.train import GeneratorPoint, check_labels, train
 
     found = GeneratorPoint.find(resume, to_write=not dry_run) if resume else nullcontext()
     with found as point:
@@ -117,6 +117,8 @@ def gen_train(
             point.check(resolved)  # before the sources are read
         if dry_run:
             work = make_plan(resolved, sources)
+            if work.needs_base:
+                check_labels(work)
             render.note(work.summary())
             decoder = _decoder_summary(work)
             if json:

@@ -197,12 +197,13 @@ def lora_eval(
     if not base_name:
         raise UsageError("--base-model: no base model is recorded; give one")
     base = load_base(base_name, trust_remote_code=trust_remote_code)
-    rows = usable_rows(base.tokenizer, tested, rows, skip_bad_rows)
+    tokenizer = tokenizer_of(read, base) if read else base.tokenizer
+    rows = usable_rows(tokenizer, tested, rows, skip_bad_rows)
     base.model.to(best_device())
     model = attach_adapter(base.model, read, str(adapter)) if read else base.model
     scores = evaluate_model(
         model,
-        tokenizer_of(read, base) if read else base.tokenizer,
+        tokenizer,
         rows,
         batch_size,
         closed=tested.closed_answers or [],

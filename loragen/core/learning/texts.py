@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 from loragen.core.data.prompts import joined_text, text_key, whole_groups
-from loragen.core.data.tokenize import Example, TokenizedRows, examples_hash
+from loragen.core.data.tokenize import Example, TokenizedRows, examples_hash, log_notes
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import sha256_text
 from loragen.core.learning.sources import TrainingSource
@@ -15,6 +15,7 @@ from loragen.core.lora.data import CHECKED
 from loragen.core.lora.provenance import Provenance
 from loragen.core.run.directory import checkpoint_step
 
+NOTED_ROWS = 64  # of a dataset, which are searched for what is odd about them
 MAX_ROWS = 4096  # of a dataset: it takes thousands of steps until one is seen twice
 LONGEST = 16
 """Rows of a dataset that decide with those of the others whether rows are packed."""
@@ -142,6 +143,7 @@ def labelled_rows(
             f"{source.name}: no row can be learned from: {rows.left_out[0].reason} (here: "
             "behaviour.max_length)"
         )
+    log_notes(tokenizer, rows.rows[:NOTED_ROWS], str(labels))
     held = {text_key(prompt) for prompt in val_prompts}
     is_held = [text_key(row.prompt) in held for row in rows.rows]
     training, validation = (

@@ -16,6 +16,7 @@ from loragen.core.base.load import (
     LanguageModel,
     best_device,
     dtype_name,
+    load_tokenizer,
     load_training_base,
     quiet_libraries,
 )
@@ -55,6 +56,7 @@ from loragen.core.learning.plan import (
     with_method,
 )
 from loragen.core.learning.sources import Sources, TrainingSource, open_sources
+from loragen.core.learning.texts import labelled_rows
 from loragen.core.plugins import create
 from loragen.core.progress import Progress, is_first_process
 from loragen.core.protocols import Encoder, StartsFromSamples, Transfers
@@ -232,6 +234,15 @@ def training_base(plan: Plan, resume: "GeneratorPoint | None") -> LanguageModel:
             listing(others, 3),
         )
     return base
+
+
+def check_labels(plan: Plan) -> None:
+    """Tokenises labelled rows as the training will before its first step. Raises as that does."""
+    config = plan.config
+    base = config.behaviour.base_model or plan.base_model
+    tokenizer = load_tokenizer(base, config.trust_remote_code)
+    for source in plan.sources:
+        labelled_rows(source, [], tokenizer, config.behaviour.max_length, config.seed)
 
 
 def new_generator(
