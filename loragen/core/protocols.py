@@ -207,9 +207,6 @@ class Transfers(Protocol):
 
     Adapters are normalised by a scale alone, without a mean, because the mean would contain what is
     left out. What does not read the left-out adapter is therefore independent of it, to the bit.
-
-    A class with `trains_one_adapter = True` trains a single adapter for all datasets: in training,
-    `predict` returns that one alone, ``[1, tokens, token_dim]``, for a batch of any size.
     """
 
     def use_adapters(self, adapters: CollectedAdapters) -> None:
@@ -233,6 +230,16 @@ class Transfers(Protocol):
         """Returns ``[batch, N]``, after `fit`: each adapter's share in the generated ones, which is
         told to the user. A decoder with several coefficients for an adapter returns their mean.
         What they lack to 1 is the share of an adapter that is trained on all datasets together."""
+        ...
+
+
+@runtime_checkable
+class TrainsOneAdapter(Protocol):
+    """A decoder of `Transfers` whose only trained part is one adapter, for the rows of all datasets
+    alike (a multi-task adapter). Nothing is predicted in training then."""
+
+    def trained_adapter(self) -> Tensor:
+        """Returns ``[tokens, token_dim]``, with gradients."""
         ...
 
 

@@ -89,9 +89,7 @@ def test_it_starts_at_the_mean_and_keeps_what_all_adapters_share():
     values[:, ::2] = values[0, ::2]  # a frozen A
     module = fitted(values)
     assert made(module).allclose(values.mean(0), atol=1e-5)
-    module.train()
-    one = torch.ones(1, 1, 1, dtype=torch.bool)
-    module.predict(prompts()[0], one, None).square().mean().backward()
+    module.trained_adapter().square().mean().backward()
     moved = module.change.grad.any(-1)
     assert not moved[::2].any() and moved[1::2].all()
 
@@ -108,12 +106,17 @@ def test_many_equally_similar_datasets_have_shares_that_are_numbers():
     assert shares[1::2].count_nonzero() == 0
 
 
-def test_in_training_it_predicts_with_the_multi_task_adapter_alone():
+def test_what_is_trained_is_the_multi_task_adapter_alone():
     module = fitted().train()
-    one = torch.ones(3, 1, 1, dtype=torch.bool)
-    predicted = module.predict(prompts()[:3, 0], one, None)
-    assert predicted.equal(module._multi_task()[None])
+    with torch.no_grad():
+        module.change.normal_(std=0.01)
+    module.combine.adapters.asked.clear()
+    trained = module.trained_adapter()
     assert not module.combine.adapters.asked
+    assert trained.allclose(made(module), atol=1e-5)
+    trained.square().mean().backward()
+    assert module.change.grad.any()
+    assert [name for name, _ in module.named_parameters()] == ["change"]
 
 
 def test_each_trained_part_matters():

@@ -154,35 +154,43 @@ class Network(nn.Module):
     def _standardized(self, condition: Tensor) -> Tensor:
         return (condition - self.condition_mean) / self.condition_spread
 
-    @torch.no_grad()
-    def fit_conditions(self, embedded: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Fits ``(embeddings [texts, positions, dim], mask [texts, positions])`` of every dataset,
-        with equal weight for each dataset."""
-        means, squares = [], []
-        for embeddings, mask in embedded:
-            total = np.zeros((2, embeddings.shape[-1]))  # of the values and of their squares
-            for values, valid in chunks(embeddings, mask):
-                kept = values[valid].astype(np.float64)
-                total += kept.sum(0), np.square(kept).sum(0)
-            mean_of_one, square_of_one = total / np.count_nonzero(mask)
-            means.append(mean_of_one)
-            squares.append(square_of_one)
-        mean = np.mean(means, axis=0)
-        spread = np.sqrt(np.maximum(np.mean(squares, axis=0) - np.square(mean), 0))
-        self.condition_mean.copy_(torch.from_numpy(mean))
-        self.condition_spread.copy_(torch.from_numpy(np.maximum(spread, MIN_SPREAD)))
+
+def condition_scale(embedded: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tensor]:
+    """Returns the mean and the standard deviation ``[dim]`` of ``(embeddings [texts, positions,
+    dim], mask [texts, positions])`` of every dataset, with equal weight for each dataset."""
+    means, squares = [], []
+    for embeddings, mask in embedded:
+        total = np.zeros((2, embeddings.shape[-1]))  # of the values and of their squares
+        for values, valid in chunks(embeddings, mask):
+            kept = values[valid].astype(np.float64)
+            total += kept.sum(0), np.square(kept).sum(0)
+        mean_of_one, square_of_one = total / np.count_nonzero(mask)
+        means.append(mean_of_one)
+        squares.append(square_of_one)
+    mean = np.mean(means, axis=0)
+    spread = np.sqrt(np.maximum(np.mean(squares, axis=0) - np.square(mean), 0))
+    spread = np.maximum(spread, MIN_SPREAD)
+    return torch.from_numpy(mean).float(), torch.from_numpy(spread).float()
 
 
 def new_network(
-    name: str, options: Mapping[str, Any], condition_dim: int, layout: Layout
+    name: str,
+    options: Mapping[str, Any],
+    condition_dim: int,
+    layout: Layout,
+    scale: tuple[Tensor, Tensor] | None = None,
 ) -> Network:
-    """Returns an untrained network for the layout. Raises UsageError if the options do not fit the
-    layout (a ValueError of the plugin)."""
+    """Returns an untrained network for the layout, and for conditions of this `condition_scale`.
+    Raises UsageError if the options do not fit the layout (a ValueError of the plugin)."""
     try:
         decoder = create("decoder", name, options, condition_dim, layout.grid())
     except ValueError as error:
         raise UsageError(f"decoder {name}: {error}") from None
-    return Network(decoder, condition_dim)
+    network = Network(decoder, condition_dim)
+    if scale:
+        network.condition_mean.copy_(scale[0])
+        network.condition_spread.copy_(scale[1])
+    return network
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ from loragen.core.protocols import Automatic, Objective, Rate, Schedule, Transfe
 
 log = logging.getLogger(__name__)
 
-TRANSFERRING = ("neighbours", "mixture")
-"""What `auto` stands for with an objective that leaves datasets out: the second where adapters add
-up, otherwise the first."""
+NEIGHBOURS, MIXTURE = "neighbours", "mixture"
+"""The decoders that `auto` stands for with an objective that leaves datasets out: `mixture` where
+adapters add up."""
 ONE_PROCESS = ((1, 1), ("1", 1))
 """`trainer.devices` and `trainer.num_nodes` of a training in one process."""
 
@@ -62,7 +62,7 @@ class Plan:
     def summary(self) -> str:
         decoder = f"{self.config.decoder.name}: {method(self.config.decoder.name)}"
         if self.tries_mixture:
-            decoder += f"; or {TRANSFERRING[1]}, if it makes the adapters of left-out datasets"
+            decoder += f"; or {MIXTURE}, if it makes the adapters of left-out datasets"
         checkpoints = sum(len(source.checkpoints) for source in self.sources)
         return (
             f"{counted(len(self.sources), 'dataset')}, {counted(checkpoints, 'checkpoint')} of "
@@ -108,7 +108,7 @@ def make_plan(config: GenTrainConfig, found: Sources) -> Plan:
         raise UsageError("training.importance compares datasets: it needs two at least")
     automatic = config.decoder.name == AUTO
     config, reason = choose_method(config, sources)
-    tries_mixture = automatic and config.decoder.name in TRANSFERRING
+    tries_mixture = automatic and config.decoder.name == NEIGHBOURS
     if tries_mixture and (config.trainer.devices, config.trainer.num_nodes) not in ONE_PROCESS:
         # Each process would decide for itself, by answers that rounding may change.
         log.warning("decoder.name: auto does not try a mixture on several devices; name it")
@@ -227,7 +227,7 @@ def decoder_for(config: GenTrainConfig, objective: str) -> PluginSection:
     if config.decoder.name != AUTO:
         return config.decoder
     leaves_out = any(find("objective", one).leaves_out for one in phases_in(objective))
-    return default_decoder(TRANSFERRING[0] if leaves_out else "hyperconv")
+    return default_decoder(NEIGHBOURS if leaves_out else "hyperconv")
 
 
 def default_decoder(name: str) -> PluginSection:

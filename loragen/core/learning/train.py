@@ -6,11 +6,13 @@ and `GeneratorPoint` checks that a resumed run continues the same training.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from torch import Tensor
 
 from loragen.core.base.load import (
     LanguageModel,
@@ -29,7 +31,7 @@ from loragen.core.errors import listing
 from loragen.core.generator.collected import Collected
 from loragen.core.generator.embeddings import Familiarity
 from loragen.core.generator.model import Choice, Generator
-from loragen.core.generator.network import Network, Normalization, new_network
+from loragen.core.generator.network import Network, Normalization, condition_scale, new_network
 from loragen.core.learning.arrays import (
     AdapterSamples,
     SourceArrays,
@@ -47,7 +49,7 @@ from loragen.core.learning.data import TrainingData
 from loragen.core.learning.module import GeneratorModule
 from loragen.core.learning.objectives.transfer import Transfer
 from loragen.core.learning.plan import (
-    TRANSFERRING,
+    MIXTURE,
     Phases,
     Plan,
     default_decoder,
@@ -122,17 +124,15 @@ def train(
         then = resume.manifest if resume else None
         set_chat_date(tokenizer, then.chat_date or then.started if then else "")
     with source_arrays(plan, encoder, tokenizer) as (arrays, val_arrays):
+        statistics = Statistics.of(plan, arrays, encoder)
+        if plan.tries_mixture and base:
+            config = with_decoder_tried(plan, config, arrays, encoder, statistics, base)
         manifest = new_manifest(plan, config, [*arrays, *val_arrays], encoder, base)
         if resume:
             resume.check(config, manifest)
-        generator = new_generator(plan, config, arrays, encoder)
-        scales = generator.layout, generator.normalization, generator.adapter_config
-        data = TrainingData(config, *scales, arrays, val_arrays, base)
-        data.phases = phases = make_phases(config, data)
-        if plan.tries_mixture:
-            config, generator = try_mixture(plan, config, data, encoder, generator)
-            data.config = config
-            manifest = new_manifest(plan, config, [*arrays, *val_arrays], encoder, base)
+        generator = new_generator(plan, config, arrays, encoder, statistics)
+        data = training_data(config, generator, arrays, val_arrays, base)
+        phases = data.phases
         selection = select_by(
             phases.last.objective.metric, bool(data.sources_with_val_texts), bool(val_arrays)
         )
@@ -245,27 +245,48 @@ def check_labels(plan: Plan) -> None:
         labelled_rows(source, [], tokenizer, config.behaviour.max_length, config.seed)
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """What is computed from all checkpoints and prompts before a generator exists."""
+
+    normalization: Normalization
+    condition_scale: tuple[Tensor, Tensor]
+    familiarity: Familiarity | None
+
+    @classmethod
+    def of(cls, plan: Plan, sources: Sequence[SourceArrays], encoder: Encoder) -> "Statistics":
+        return cls(
+            Normalization.fit(plan.layout, [source.tokens for source in sources]),
+            condition_scale((texts, mask) for _, texts, mask in embedded(encoder, sources)),
+            Familiarity.fit(embedded(encoder, sources)),
+        )
+
+
 def new_generator(
-    plan: Plan, config: GenTrainConfig, sources: Sequence[SourceArrays], encoder: Encoder
+    plan: Plan,
+    config: GenTrainConfig,
+    sources: Sequence[SourceArrays],
+    encoder: Encoder,
+    statistics: Statistics,
 ) -> Generator:
     """Returns a generator before its first step, initialised from the collected adapters."""
-    collections = [source.tokens for source in sources]
-    normalization, collected = Normalization.fit(plan.layout, collections), None
+    normalization, collected = statistics.normalization, None
+    decoder, scale = config.decoder, statistics.condition_scale
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        network = new_network(config.decoder.name, config.decoder.options, encoder.dim, plan.layout)
+        network = new_network(decoder.name, decoder.options, encoder.dim, plan.layout, scale)
         if isinstance(network.decoder, Transfers):
             normalization = normalization.without_mean()
             adapters = [source.mean for source in sources if source.mean is not None]
             collected = Collected(adapters, normalization.scale)
             network.decoder.use_adapters(collected)
         if isinstance(network.decoder, StartsFromSamples):
+            collections = [source.tokens for source in sources]
             network.decoder.start_from(AdapterSamples(collections, normalization))
-    network.fit_conditions((texts, mask) for _, texts, mask in embedded(encoder, sources))
     return Generator(
         encoder=Choice(config.encoder.name, config.encoder.options),
         encoder_fingerprint=encoder.fingerprint,
-        decoder=Choice(config.decoder.name, config.decoder.options),
+        decoder=Choice(decoder.name, decoder.options),
         condition_dim=encoder.dim,
         layout=plan.layout,
         normalization=normalization,
@@ -275,27 +296,41 @@ def new_generator(
         prompts_per_condition=config.data.prompts_per_condition,
         network=network,
         collected=collected,
-        familiarity=Familiarity.fit(embedded(encoder, sources)),
+        familiarity=statistics.familiarity,
     )
 
 
-def try_mixture(
-    plan: Plan, config: GenTrainConfig, data: TrainingData, encoder: Encoder, first: Generator
-) -> tuple[GenTrainConfig, Generator]:
-    """Returns an untrained generator with the decoder `mixture`, and the configuration with it, if
-    its adapters of left-out datasets answer at least `MIN_MIXTURE_ACCURACY` of what the collected
-    ones do.
+def training_data(
+    config: GenTrainConfig,
+    generator: Generator,
+    sources: Sequence[SourceArrays],
+    val_sources: Sequence[SourceArrays],
+    base: LanguageModel | None,
+) -> TrainingData:
+    """Returns the data of the training of a generator, with its phases."""
+    scales = generator.layout, generator.normalization, generator.adapter_config
+    data = TrainingData(config, *scales, sources, val_sources, base)
+    data.phases = make_phases(config, data)
+    return data
 
-    Otherwise returns `first`, the generator of the plan, also for objectives that cannot tell.
-    """
-    objective = data.phases.phases[0].objective
+
+def with_decoder_tried(
+    plan: Plan,
+    config: GenTrainConfig,
+    sources: Sequence[SourceArrays],
+    encoder: Encoder,
+    statistics: Statistics,
+    base: LanguageModel,
+) -> GenTrainConfig:
+    """Returns the configuration with the decoder `mixture`, if its adapters of left-out datasets
+    answer at least `MIN_MIXTURE_ACCURACY` of what the collected ones do; otherwise as it is."""
+    mixture = config.model_copy(update={"decoder": default_decoder(MIXTURE)})
+    generator = new_generator(plan, mixture, sources, encoder, statistics)
+    objective = training_data(mixture, generator, sources, [], base).phases.last.objective
     if isinstance(objective, Transfer):
-        mixture = config.model_copy(update={"decoder": default_decoder(TRANSFERRING[1])})
-        generator = new_generator(plan, mixture, data.sources, encoder)
         device = torch.device("cpu") if config.trainer.accelerator == "cpu" else best_device()
         objective.to(device)
         predicted, collected = objective.accuracy_on_left_out(generator.network.to(device))
-        generator.network.cpu()
         log.info(
             "training rows answered right: %.1f%% with a mixture of the other datasets' adapters, "
             "%.1f%% with the dataset's own",
@@ -303,9 +338,9 @@ def try_mixture(
             100 * collected,
         )
         if predicted >= MIN_MIXTURE_ACCURACY * collected > 0:
-            config, first = mixture, generator
+            config = mixture
     log.info("decoder: %s", config.decoder.name)
-    return config, first
+    return config
 
 
 def new_manifest(

@@ -52,7 +52,6 @@ class Neighbours(nn.Module):
             "rest is the multi-task adapter.",
         )
 
-    trains_one_adapter = True
     readings: Tensor
     mean: Tensor
     differs: Tensor
@@ -87,8 +86,6 @@ class Neighbours(nn.Module):
         return self._adapter(self._shares(condition, mask), range(len(self.readings)))
 
     def predict(self, condition: Tensor, mask: Tensor, support: SupportSet) -> Tensor:
-        if self.training:
-            return self._multi_task()[None]
         known = mean_over_prompts(support.condition, support.mask)
         own = mean_over_prompts(condition, mask)
         shares = self._shares_of(own, known, support.left_out)
@@ -108,7 +105,7 @@ class Neighbours(nn.Module):
             f"it is moved towards the most similar of {count} adapters, kept beside the generator",
         ]
 
-    def _multi_task(self) -> Tensor:
+    def trained_adapter(self) -> Tensor:
         """Returns the multi-task adapter, ``[tokens, token_dim]``: the mean of the collected ones,
         and its change, which weight decay shrinks."""
         return self.mean + RATE_FACTOR * torch.where(self.differs, self.change, 0.0)
@@ -132,4 +129,4 @@ class Neighbours(nn.Module):
     def _adapter(self, shares: Tensor, datasets: Iterable[int]) -> Tensor:
         """Maps ``shares [B, M + 1]`` to ``[B, tokens, token_dim]``."""
         collected = self.combine(shares[:, None, :-1], list(datasets))
-        return collected + shares[:, -1, None, None] * self._multi_task()
+        return collected + shares[:, -1, None, None] * self.trained_adapter()

@@ -7,7 +7,13 @@ from torch import nn
 
 from loragen.core.adapter.layout import Layout
 from loragen.core.errors import UsageError
-from loragen.core.generator.network import Network, Normalization, new_network, summarize_decoder
+from loragen.core.generator.network import (
+    Network,
+    Normalization,
+    condition_scale,
+    new_network,
+    summarize_decoder,
+)
 
 ADAPTER = {
     "m.layers.0.q.lora_A.weight": torch.zeros(2, 5),
@@ -131,7 +137,7 @@ def embedded(texts, seed, offset=0.0, positions=3, dim=5):
 def test_conditions_have_no_mean_and_unit_spread_each_dataset_weighing_the_same(sizes, offset):
     datasets = [embedded(texts, seed, offset) for seed, texts in enumerate(sizes)]
     network = Network(Echo(), 5)
-    network.fit_conditions(datasets)
+    network.condition_mean, network.condition_spread = condition_scale(datasets)
     means, squares = [], []
     for values, mask in datasets:
         standard = network(torch.from_numpy(values), torch.from_numpy(mask))
@@ -145,14 +151,16 @@ def test_conditions_have_no_mean_and_unit_spread_each_dataset_weighing_the_same(
 
 def test_a_dimension_that_never_changes_stays_finite():
     network = Network(Echo(), 2)
-    network.fit_conditions([(np.ones((4, 1, 2), np.float32), np.ones((4, 1), dtype=bool))])
+    network.condition_mean, network.condition_spread = condition_scale(
+        [(np.ones((4, 1, 2), np.float32), np.ones((4, 1), dtype=bool))]
+    )
     condition = torch.ones(1, 4, 1, 2)
     assert network(condition, torch.ones(1, 4, 1, dtype=torch.bool)).eq(0).all()
 
 
 def test_the_scale_is_kept_with_the_weights():
     one, other = Network(Echo(), 5), Network(Echo(), 5)
-    one.fit_conditions([embedded(9, 1, offset=3.0)])
+    one.condition_mean, one.condition_spread = condition_scale([embedded(9, 1, offset=3.0)])
     other.load_state_dict(one.state_dict())
     assert other.condition_mean.equal(one.condition_mean)
     assert other.condition_spread.equal(one.condition_spread)

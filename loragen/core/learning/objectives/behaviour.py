@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from random import Random
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -46,7 +46,6 @@ from loragen.core.lora.packing import (
     rows_right,
     token_losses,
 )
-from loragen.core.plugins import find
 from loragen.core.protocols import Automatic, Metric, Objective
 
 TOLERANCE = 0.01
@@ -70,16 +69,15 @@ class BehaviourBatches(DistributedBatches):
         rows_per_adapter: int,
         prompts: int,
         collate: Callable[[Sequence[Example], int], Batch],
-        one_adapter: bool = False,
         seed: int,
         split: Split = Split(),  # noqa: B008  # immutable
     ) -> None:
         """`batch_size` counts the adapters of a micro-batch of all processes, `prompts` the texts
         of a condition. The sources have labelled rows; `collate` makes a batch of the rows of so
-        many adapters, which is of all rows for `one_adapter`."""
+        many adapters."""
         super().__init__(len(sources), batch_size, seed, split, "behaviour.batch_size")
         self.sources, self.rows_per_adapter = sources, rows_per_adapter
-        self.prompts, self.collate, self.one_adapter = prompts, collate, one_adapter
+        self.prompts, self.collate = prompts, collate
 
     def __getitem__(self, k: int) -> PairBatch:
         step, drawn = self.own(k)
@@ -93,9 +91,7 @@ class BehaviourBatches(DistributedBatches):
             pairs.append(pair_of(source, texts, checkpoint))
             assert source.rows is not None
             examples += draw_rows(source.rows.training, self.rows_per_adapter, random)
-        return stack_pairs(pairs)._replace(
-            rows=self.collate(examples, 1 if self.one_adapter else len(pairs))
-        )
+        return stack_pairs(pairs)._replace(rows=self.collate(examples, len(pairs)))
 
 
 def draw_rows(rows: Sequence[Example], count: int, random: Random) -> list[Example]:
@@ -110,7 +106,7 @@ class Behaviour(Objective):
     """
 
     needs_base = True
-    batch_type: ClassVar[type[BehaviourBatches]] = BehaviourBatches
+    batch_type: type[BehaviourBatches] = BehaviourBatches
     automatic = Automatic(
         20,
         "reconstruction-then-behaviour",
@@ -170,16 +166,9 @@ class Behaviour(Objective):
             rows_per_adapter=config.behaviour.rows_per_adapter,
             prompts=config.data.prompts_per_condition,
             collate=self.data.collate,
-            one_adapter=self.one_adapter,
             seed=config.seed,
             split=self.data.split(process_index, num_processes),
         )
-
-    @property
-    def one_adapter(self) -> bool:
-        """Whether the decoder trains a single adapter for all datasets (see `Transfers`)."""
-        decoder = find("decoder", self.data.config.decoder.name)
-        return getattr(decoder, "trains_one_adapter", False)
 
     def predict(self, network: Network, batch: PairBatch) -> Tensor:
         """Returns the adapters of a training batch, ``[batch, tokens, token_dim]``, normalised."""
@@ -191,7 +180,7 @@ class Behaviour(Objective):
         predicted = self.predict(network, batch)
         loss = self.base_loss(predicted, batch.rows)
         metrics = {"behaviour": loss.detach()}
-        if self.reconstruction_weight and not self.one_adapter:
+        if self.reconstruction_weight:
             error, errors = self.reconstruction(predicted, batch.tokens)
             loss, metrics = loss + self.reconstruction_weight * error, errors | metrics
         return loss, {**metrics, "loss": loss.detach()}

@@ -2,15 +2,15 @@
 
 Each prediction is made as if the adapter's own dataset had never been collected, so the generator
 is trained for new datasets. The datasets that it may use are its support set. A decoder that trains
-a single adapter for all datasets (`Transfers`) trains it on the rows of all; it leaves datasets out
-in validation alone.
+one adapter for all datasets (`TrainsOneAdapter`) predicts nothing in training: it leaves datasets
+out in validation alone.
 """
 
 from collections.abc import Sequence
 from functools import cached_property, partial
 from random import Random
 from statistics import fmean
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from loragen.core.config import GenTrainConfig
+from loragen.core.data.tokenize import Example
 from loragen.core.errors import UsageError, counted
 from loragen.core.generator.network import Network
 from loragen.core.learning.arrays import SourceArrays
@@ -29,9 +30,10 @@ from loragen.core.learning.data import (
     stack_conditions,
 )
 from loragen.core.learning.objectives.behaviour import Behaviour, BehaviourBatches, draw_rows
+from loragen.core.learning.objectives.reconstruction import Losses
 from loragen.core.learning.sources import TrainingSource
 from loragen.core.plugins import find
-from loragen.core.protocols import Automatic, SupportSet
+from loragen.core.protocols import Automatic, SupportSet, TrainsOneAdapter
 
 MIN_DATASETS = 2
 """Of fewer, nothing is left to predict from."""
@@ -68,6 +70,23 @@ class TransferBatches(BehaviourBatches):
         return super().__getitem__(k)._replace(support=support)
 
 
+class RowBatches(BehaviourBatches):
+    """Micro-batches of labelled rows alone, all for one adapter."""
+
+    def __getitem__(self, k: int) -> PairBatch:
+        step, drawn = self.own(k)
+        examples: list[Example] = []
+        for position, index in drawn:
+            rows = self.sources[index].rows
+            assert rows is not None
+            random = Random(f"rows:{self.seed}:{step}:{position}")
+            examples += draw_rows(rows.training, self.rows_per_adapter, random)
+        dim, no_pairs = self.sources[0].embeddings.shape[-1], torch.zeros(0, 0, 0)
+        return PairBatch(
+            torch.zeros(0, 0, 0, dim), no_pairs.bool(), no_pairs, self.collate(examples, 1)
+        )
+
+
 def same_dataset(sources: Sequence[SourceArrays], one: int, other: int) -> bool:
     """Returns whether two sources, given by their indices, are of the same dataset."""
     first, second = sources[one].prompts_sha256, sources[other].prompts_sha256
@@ -77,7 +96,6 @@ def same_dataset(sources: Sequence[SourceArrays], one: int, other: int) -> bool:
 class Transfer(Behaviour):
     """Minimises the base model's loss with adapters that other datasets predict."""
 
-    batch_type = TransferBatches
     automatic = Automatic(
         10,
         "transfer",
@@ -120,19 +138,30 @@ class Transfer(Behaviour):
             raise UsageError(f"training.objective transfer: {ENCODER_TRAINS}; choose another one")
         self.learning_rate = data.config.behaviour.learning_rate or 5e-4
         self.max_support = options.max_support
+        decoder = find("decoder", data.config.decoder.name)
+        self.batch_type = RowBatches if issubclass(decoder, TrainsOneAdapter) else TransferBatches
 
-    def batches(self, process_index: int, num_processes: int) -> TransferBatches:
-        batches = cast(TransferBatches, super().batches(process_index, num_processes))
-        batches.max_support = self.max_support
+    def batches(self, process_index: int, num_processes: int) -> BehaviourBatches:
+        batches = super().batches(process_index, num_processes)
+        if isinstance(batches, TransferBatches):
+            batches.max_support = self.max_support
         return batches
+
+    def loss(self, network: Network, batch: PairBatch) -> Losses:
+        if not isinstance(network.decoder, TrainsOneAdapter):
+            return super().loss(network, batch)
+        assert batch.rows is not None
+        loss = self.base_loss(network.decoder.trained_adapter()[None], batch.rows)
+        return loss, {"behaviour": loss.detach(), "loss": loss.detach()}
 
     def predict(self, network: Network, batch: PairBatch) -> Tensor:
         assert batch.support is not None
         return network.predict(batch.condition, batch.mask, batch.support)
 
     @cached_property
-    def known(self) -> tuple[Tensor, Tensor]:
-        """One condition of every training dataset, ``[N, prompts, positions, dim]``, and a mask."""
+    def validation_support(self) -> tuple[Tensor, Tensor]:
+        """One condition of every training dataset, ``[N, prompts, positions, dim]``, and a mask:
+        always the same, of as many texts as in training."""
         count = self.data.config.data.prompts_per_condition
         return stack_conditions(
             [
@@ -150,7 +179,7 @@ class Transfer(Behaviour):
         """Returns the adapter of one condition, ``[1, tokens, token_dim]``, without the training
         dataset `own` and other sources of it, as for a new dataset; None: it is new."""
         sources, device = self.data.sources, condition.device
-        known, known_mask = (tensor.to(device) for tensor in self.known)
+        known, known_mask = (tensor.to(device) for tensor in self.validation_support)
         left_out = [own is not None and same_dataset(sources, own, i) for i in range(len(sources))]
         without = torch.tensor([left_out], device=device)
         support = SupportSet(known, known_mask, torch.arange(len(sources)), without)
@@ -187,14 +216,12 @@ class Transfer(Behaviour):
     @torch.no_grad()
     def finalize(self, network: Network) -> None:
         """Fits the network to all datasets, so that its forward pass gives what it has learned to
-        predict."""
+        predict. It knows each of them by more texts than a condition in training has."""
         was_training, device = network.training, network.condition_mean.device
         network.eval()
-        conditions = (known_condition(source, i) for i, source in enumerate(self.data.sources))
+        conditions = (
+            condition_of(source, draw_texts(source.train_texts, MAX_TEXTS, f"known:{index}"))
+            for index, source in enumerate(self.data.sources)
+        )
         network.fit((one[None].to(device), mask[None].to(device)) for one, mask in conditions)
         network.train(was_training)
-
-
-def known_condition(source: SourceArrays, index: int) -> tuple[Tensor, Tensor]:
-    """Returns the condition by which a fitted network knows a training dataset."""
-    return condition_of(source, draw_texts(source.train_texts, MAX_TEXTS, f"known:{index}"))
