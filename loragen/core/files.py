@@ -193,6 +193,7 @@ def sha256_text(*parts: str) -> str:
 
 SNIFFED = 2**16
 """The bytes at the start of a file from which `nature` tells what it is."""
+SAFETENSORS = "a safetensors file"
 UNPACK = "compressed ({}); unpack it first"
 SIGNATURES = {
     b"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` fetches the file itself",
@@ -279,7 +280,7 @@ def nature(content: bytes) -> str | None:
     if re.match(rb"\s*(<!doctype html|<html)", head, re.IGNORECASE):
         return "a web page, perhaps that of an error or of a login"
     if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 2**27:
-        return "a safetensors file"
+        return SAFETENSORS
     encoding = _encoding(head)
     if encoding == "NUL":
         return "nothing but NUL bytes: it was never written to its end"

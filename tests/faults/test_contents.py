@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from loragen.core.adapter.files import read_safetensors, write_safetensors
 from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
 from loragen.core.data.dataset import Dataset
 from loragen.core.errors import ConfigError, DataError, LoragenError, UsageError
@@ -392,3 +393,43 @@ def test_truncated_collected_adapters_are_named(tmp_path, collected):
         DataError, match=r"g\.collected\.safetensors: not a file of collected adapters, or damaged"
     ):
         Collected.load(file, collected.scale, collected.fingerprint)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    file = tmp_path / "adapter_model.safetensors"
+    write_safetensors(file, {"q.lora_A.weight": torch.arange(600.0).view(2, 300)}, {"format": "pt"})
+    return file
+
+
+def test_a_flipped_bit_of_an_adapter_is_noticed(adapter):
+    tensors, metadata = read_safetensors(adapter)
+    assert torch.equal(tensors["q.lora_A.weight"], torch.arange(600.0).view(2, 300))
+    assert metadata["format"] == "pt"
+    with pytest.raises(DataError, match="damaged: its tensors are not those that were written"):
+        read_safetensors(flip(adapter, at=0.8))
+
+
+def test_an_adapter_of_another_program_has_no_checksum_and_is_read(adapter):
+    safetensors.torch.save_file({"a": torch.ones(2)}, adapter, {"format": "pt"})
+    assert read_safetensors(flip(adapter, at=1.0))[1] == {"format": "pt"}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS"),
+        (b"<html>log in</html>", "a web page"),
+        (b"", "not a safetensors file"),
+        (bytes(99), "NUL bytes"),
+    ],
+)
+def test_an_adapter_that_is_something_else_is_named(adapter, content, said):
+    adapter.write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        read_safetensors(adapter)
+
+
+def test_a_truncated_adapter_is_truncated(adapter):
+    with pytest.raises(DataError, match="truncated"):
+        read_safetensors(cut(adapter, 0.7))

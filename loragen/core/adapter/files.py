@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,9 +30,20 @@ from loragen.core.adapter.checks import (
 )
 from loragen.core.config.schema import LoraSection
 from loragen.core.errors import DataError, LoragenError, UsageError, listing
-from loragen.core.files import read_json, write_json, write_text, written_atomically
+from loragen.core.files import (
+    SAFETENSORS,
+    SNIFFED,
+    nature,
+    read_json,
+    write_json,
+    write_text,
+    written_atomically,
+)
 
 log = logging.getLogger(__name__)
+
+CHECKSUM = "loragen_crc32"
+"""The key of the checksum in the metadata of a safetensors file that loragen has written."""
 
 PEFT_ERRORS = (
     AttributeError,
@@ -112,21 +124,46 @@ def write_adapter(directory: Path, adapter: Adapter, card: str) -> None:
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns tensors and metadata. Raises DataError if `file` is not a safetensors file."""
+    """Returns tensors and metadata. Raises DataError if `file` is not a safetensors file, or is one
+    of loragen that is not as it was written."""
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = dict(opened.metadata() or {})
-        return dict(load_file(file)), metadata
+        tensors = dict(load_file(file))
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{file}: not a safetensors file: {error}") from None
+        with file.open("rb") as content:
+            what = nature(content.read(SNIFFED))
+        cut = "incomplete" in str(error) or "not fully covered" in str(error)
+        reason = f"it is {what}" if what != SAFETENSORS and what else error
+        raise DataError(
+            f"{file}: {f'truncated: {error}' if cut else f'not a safetensors file: {reason}'}"
+        ) from None
+    if metadata.get(CHECKSUM, checksum := _checksum(tensors)) != checksum:
+        raise DataError(
+            f"{file}: damaged: its tensors are not those that were written ({CHECKSUM} in its "
+            "metadata); restore it, or make it again"
+        )
+    return tensors, metadata
 
 
 def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a file with the usual permissions; safetensors would let only its owner read it."""
+    """Writes a file with the usual permissions; safetensors would let only its owner read it. Its
+    metadata also have a checksum of the tensors."""
     file.touch()
     usual = file.stat().st_mode
-    save_file(tensors, file, metadata)  # twice as fast as writing the bytes that `save` returns
+    described = metadata | {CHECKSUM: _checksum(tensors)}
+    save_file(tensors, file, described)  # twice as fast as writing the bytes that `save` returns
     file.chmod(usual)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Returns a CRC-32 of names, dtypes, shapes and values."""
+    found = 0
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        found = crc32(f"{key} {tensor.dtype} {list(tensor.shape)}".encode(), found)
+        found = crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, found)
+    return f"{found:08x}"
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
