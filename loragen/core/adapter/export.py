@@ -83,16 +83,24 @@ def export_merged(
 
 def save_merged(model: Any, base: LanguageModel, directory: Path) -> None:
     """Saves a `PeftModel` as a Hugging Face model directory: the adapter merged into the base, in
-    the base's stored dtype, and the tokenizer. `model` is unchanged."""
+    the base's stored dtype, and the tokenizer. `model` is unchanged.
+
+    Raises LoragenError for a result with NaN or infinity.
+    """
     plain = model.get_base_model()
-    kept = plain.config.dtype
-    with _stopping(plain, base.tokenizer):
-        plain.save_pretrained(directory, state_dict=merged_state(model, base.dtype))
-    plain.config.dtype = base.dtype  # save_pretrained writes the dtype of the model in memory
+    kept = plain.config.dtype, plain.config.tie_word_embeddings
+    if any(
+        hasattr(layer, "get_delta_weight")
+        for layer in (plain.get_input_embeddings(), plain.get_output_embeddings())
+    ):
+        plain.config.tie_word_embeddings = False
     try:
+        with _stopping(plain, base.tokenizer):
+            plain.save_pretrained(directory, state_dict=merged_state(model, base.dtype))
+        plain.config.dtype = base.dtype  # save_pretrained writes the dtype of the model in memory
         plain.config.save_pretrained(directory)
     finally:
-        plain.config.dtype = kept
+        plain.config.dtype, plain.config.tie_word_embeddings = kept
     base.tokenizer.save_pretrained(directory)
     _let_others_read(directory)
 
@@ -128,7 +136,7 @@ def _merged(model: Any, dtype: torch.dtype, origin: str) -> Any:
             raise LoragenError(f"{origin}: PEFT cannot merge it: {reason_of(error)}") from None
     for name, weight in base.named_parameters():
         if not torch.isfinite(weight).all():
-            raise LoragenError(f"{origin}: merged, {name} has NaN or infinity in {dtype}")
+            raise LoragenError(f"{origin}: {_overflow(name, dtype)}")
     last = base.get_output_embeddings()
     if last is not None and base.config.tie_word_embeddings:
         if last.weight.equal(base.get_input_embeddings().weight):
@@ -181,8 +189,14 @@ def merged_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
             converted = unchanged[own]
         else:
             converted = (value + layer.get_delta_weight("default").to(value)).to(dtype).cpu()
+            if not torch.isfinite(converted).all():
+                raise LoragenError(_overflow(key.replace(".base_layer.", "."), dtype))
         state[key.replace(".base_layer.", ".")] = converted
     return state
+
+
+def _overflow(name: str, dtype: torch.dtype) -> str:
+    return f"merged into {dtype}, {name} has NaN or infinity"
 
 
 def tokenizer_of(adapter: Adapter, base: LanguageModel) -> Any:

@@ -241,6 +241,29 @@ def test_a_merged_model_holds_tied_weights_once(base, tmp_path, dtype):
     assert stored["model.embed_tokens.weight"].dtype == dtype
 
 
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+def test_a_merged_model_unties_weights_of_which_the_adapter_changes_one(base, tmp_path, target):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    lora = LoraConfig(r=2, target_modules=[target], init_lora_weights=False)
+    model = get_peft_model(base.model, lora).eval()
+    save_merged(model, base, tmp_path)
+    assert base.model.config.tie_word_embeddings
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.allclose(logits(merged), logits(model), atol=1e-4)
+
+
+def test_a_merged_model_that_overflows_is_not_saved(base, trained, tmp_path):
+    trained.config["lora_alpha"] = 1e9
+    model = attach_adapter(base.model, trained, "x")
+    with pytest.raises(
+        LoragenError, match=r"^merged into torch.float16, model\.layers\..* has NaN or"
+    ):
+        save_merged(model, replace(base, dtype=torch.float16), tmp_path)
+
+
 def test_equal_shapes_have_no_mismatch():
     shapes = {"a": torch.Size([1, 2])}
     assert shape_mismatch(shapes, dict(shapes)) is None
