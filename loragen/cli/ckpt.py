@@ -20,6 +20,7 @@ from loragen.core.errors import (
     UsageError,
     counted,
     pip_install,
+    shortened,
 )
 from loragen.core.files import refuse_existing_file, write_text
 
@@ -170,7 +171,7 @@ def ckpt_lines(
         )
     rate = traced.rate(step)
     rows = [
-        {"line": row.line, "hash": row_hash(row), "prompt": render.shortened(row.prompt)}
+        {"line": row.line, "hash": row_hash(row), "prompt": shortened(row.prompt, 60)}
         for row in traced.provenance.rows_of(step)
     ]
     document = {

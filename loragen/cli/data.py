@@ -8,7 +8,7 @@ import typer
 
 from loragen.cli import render
 from loragen.cli.options import BaseModelName, DataRoot, Force, Json, SkipBadRows, TrustRemoteCode
-from loragen.core.errors import EXIT_FAILED, UsageError
+from loragen.core.errors import EXIT_FAILED, UsageError, shortened
 
 if TYPE_CHECKING:
     from loragen.core.data.tokenize import Preview, PreviewedRow
@@ -162,7 +162,7 @@ def data_uses(
         "line": line,
         "run": str(opened.directory),
         "hash": row_hash(row),
-        "prompt": render.shortened(row.prompt),
+        "prompt": shortened(row.prompt, 60),
         "held_out": row in traced.held_out,
         "steps": [{"step": step, "stage": traced.rate(step).stage} for step in steps],
         "checkpoints": [files[step] for step in steps if step in files],

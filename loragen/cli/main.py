@@ -4,6 +4,7 @@ Neither this module nor those of the commands import anything heavy; a command i
 when it runs, so that `--help` answers at once.
 """
 
+import errno
 import inspect
 import os
 import re
@@ -16,7 +17,14 @@ from typer.core import TyperGroup
 from loragen import __version__
 from loragen.cli import ckpt, config, data, demo, gen, lora, plugins, render
 from loragen.cli.streams import lost_output, make_streams_last
-from loragen.core.errors import EXIT_FAILED, EXIT_INTERRUPTED, LoragenError, one_line
+from loragen.core.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    LoragenError,
+    one_line,
+    shortened,
+)
 
 # torch reads this when it is loaded. With threads that spin while they wait, two trainings on one
 # machine are ten times slower than with threads that sleep; a single training is as fast.
@@ -61,6 +69,9 @@ class Root(TyperGroup):
                 raise typer.Exit(EXIT_INTERRUPTED) from error
             if debug or type(error).__module__.startswith("typer."):  # Exit, Abort, usage errors
                 raise
+            if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+                render.problems([f"{shortened(str(error.filename), 60)}: the name is too long"])
+                raise typer.Exit(EXIT_USAGE) from error
             render.problems([f"{one_line(error)} (--debug shows where)"])
             raise typer.Exit(EXIT_FAILED) from error
 

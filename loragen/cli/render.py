@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 import typer
 
-from loragen.core.errors import display_width
-from loragen.core.errors import shortened as cut
+from loragen.core.errors import display_width, shortened
 from loragen.core.progress import is_first_process
 
 WIDEST_NAME = 48
@@ -66,7 +65,7 @@ def columns(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     table = [list(header)]
     for row in rows:
         name, *others = (visible(_cell(value)) for value in row)
-        table.append([cut(name, WIDEST_NAME), *others])
+        table.append([shortened(name, WIDEST_NAME), *others])
     widths = [max(map(display_width, column)) for column in zip(*table, strict=True)]
     numeric = [
         len(table) > 1 and all(map(_is_number, column[1:])) for column in zip(*table, strict=True)
@@ -80,12 +79,6 @@ def columns(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
             padded.append(space + cell if right else cell + space)
         lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)
-
-
-def shortened(text: str, longest: int = 60) -> str:
-    """Returns the start of the text with runs of white space as single spaces."""
-    flat = " ".join(text.split())
-    return flat if len(flat) <= longest else f"{flat[: longest - 1]}…"
 
 
 def log_to_stderr() -> None:

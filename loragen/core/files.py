@@ -250,7 +250,7 @@ def read_bytes(file: Path, what: str = "file") -> bytes:
     Raises UsageError if it is missing, or cannot be read.
     """
     if str(file) in STREAMS:
-        return _read_stream(STREAMS[0], None)
+        return _read_stream(STREAMS[0], sys.stdin)
     if problem := path_problem(file):
         raise UsageError(f"{str(file)[:60]}...: {problem}")
     try:
@@ -264,7 +264,7 @@ def read_bytes(file: Path, what: str = "file") -> bytes:
 
 
 @cache
-def _read_stream(name: str, _: int | None) -> bytes:
+def _read_stream(name: str, _: object) -> bytes:
     return sys.stdin.buffer.read() if name in STREAMS else Path(name).read_bytes()
 
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from typer.testing import CliRunner
 
+from loragen.cli.main import app
 from loragen.core.adapter.files import read_safetensors, write_safetensors
 from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
 from loragen.core.data.dataset import Dataset
@@ -433,3 +435,38 @@ def test_an_adapter_that_is_something_else_is_named(adapter, content, said):
 def test_a_truncated_adapter_is_truncated(adapter):
     with pytest.raises(DataError, match="truncated"):
         read_safetensors(cut(adapter, 0.7))
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["ckpt", "analyze", LONG],
+        ["lora", "eval", "--dataset", "a.jsonl", "--adapter", LONG],
+        ["lora", "train", "--dataset", "a.jsonl", "--base-model", LONG],
+        ["lora", "train", "--dataset", LONG],
+        ["data", "preview", LONG],
+        ["config", "validate", LONG],
+        ["gen", "infer", "--prompt", "x", "--model", LONG],
+        ["gen", "infer", "--model", "m.pt", "--prompt-file", LONG],
+    ],
+)
+def test_any_name_that_is_too_long_is_one_short_line(tmp_path, monkeypatch, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text(LINES, encoding="utf-8")
+    torch.save({}, tmp_path / "m.pt")
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 2, result.output
+    (problem,) = result.stderr.splitlines()
+    assert problem.endswith("the name is too long")
+    assert len(problem) < 200
+
+
+def test_each_command_reads_its_own_standard_input(tmp_path):
+    for rows in (1, 2):
+        content = "".join(LINES.splitlines(keepends=True)[:rows])
+        line = ["data", "preview", "-", "--base-model", "demo", "--json"]
+        result = CliRunner().invoke(app, line, input=content)
+        assert json.loads(result.stdout)["rows"] == rows

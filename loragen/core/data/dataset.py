@@ -229,7 +229,10 @@ class Dataset:
         """
         prompts, bad = self._found_prompts(of_rows)
         if bad and not (skip_bad_rows and prompts):
-            known = isinstance(self.source, HubDataset) or self.source.suffix.lower() in SUFFIXES
+            known = isinstance(self.source, HubDataset) or self.source.suffix.lower() in (
+                *SUFFIXES,
+                ".txt",
+            )
             hint = "" if known else " (text, a prompt a line, is a .txt)"
             raise DataError(*bad_lines(self.source, bad, hint))
         if not prompts:
