@@ -51,7 +51,7 @@ class TestPreview:
     def test_what_is_cut_is_marked(self, preview, dataset):
         result = preview(dataset([GOOD | {"prompt": "x" * 30}]), "--max-length", "20")
         assert "cut            1 rows, " in result.stdout
-        assert f"⟪<|user|>{'x' * 16}" in result.stdout.replace("⟫", "")
+        assert f"<|user|>{'x' * 8}⟪{'x' * 14}⟫{'x' * 8}<|assistant|>" in result.stdout
         assert "x⟫x" in result.stdout
 
     def test_json_is_one_document(self, preview, dataset):

@@ -218,6 +218,18 @@ def test_a_syntax_error_is_named_with_its_line(odd, looks, template, line):
         looks(odd(template=template), rows())
 
 
+def test_a_template_that_writes_without_measure_is_refused(odd, looks):
+    tokenizer = odd(template="{{ 'a' * 3000000 }}" + CHATML)
+    with pytest.raises(DataError, match=r"the chat template writes 3,000,\d+ characters"):
+        looks(tokenizer, rows())
+
+
+def test_a_template_cannot_reach_out_of_its_sandbox(odd, looks):
+    tokenizer = odd(template="{{ messages.__class__.__mro__[1].__subclasses__() }}" + CHATML)
+    with pytest.raises(DataError, match="the chat template refuses it: SecurityError"):
+        looks(tokenizer, rows())
+
+
 # ---------------------------------------------------------------------------- what it writes
 
 
@@ -354,6 +366,12 @@ def test_a_token_that_the_base_has_no_embedding_for_makes_a_bad_row(tmp_path, lo
     assert [one.line for one in found.left_out] == bad
     with pytest.raises(DataError, match="embeddings for"):
         _ = TestRows(tokenizer, [row("a <more> b")]).examples
+
+
+def test_a_configuration_of_another_vocabulary_is_one_line(tmp_path):
+    directory = write_base(tmp_path / "base", config={"vocab_size": 300})
+    with pytest.raises(LoragenError, match=r"does not load: its weights have other shapes"):
+        load_base(str(directory))
 
 
 def test_padding_beyond_the_embedding_is_not_used(tmp_path):

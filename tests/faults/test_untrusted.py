@@ -183,3 +183,9 @@ def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):
     assert load_module.free_memory() == 2000
     files[0].write_text("max\n")
     assert load_module.free_memory() > 2000
+
+
+@pytest.mark.parametrize("key", ["batch_size", "max_steps"])
+def test_numbers_that_would_be_lists_beyond_memory_are_refused(key):
+    with pytest.raises(ConfigError, match=rf"training\.{key}: .*less than or equal to"):
+        load(LoraTrainConfig, settings=[f"training.{key}=1000000000"], environment={})

@@ -85,7 +85,7 @@ def load_base(
         if quantization:
             options["quantization_config"] = quantization
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or stored, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _not_loaded(name, source, error) from error
     tokenizer = load_tokenizer(name, trust_remote_code)
     model.requires_grad_(False)
@@ -188,6 +188,8 @@ def _not_loaded(name: str, source: str, error: Exception) -> LoragenError:
             "--trust-remote-code (trust_remote_code: true in the YAML); read it first"
         )
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "ignore_mismatched_sizes" in reason:
+        reason = "its weights have other shapes than its config.json says, such as vocab_size"
     if Path(source).is_dir():
         return LoragenError(f"base model {name} does not load: {reason}")
     return UsageError(

@@ -11,6 +11,10 @@ DEMO = "demo"
 """The base model that ships with the package."""
 
 
+MOST_ROWS, MOST_STEPS = 2**20, 10**7
+"""The most rows of a batch and steps of a training: more would be listed until memory ends."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
@@ -116,9 +120,12 @@ class LoraSection(Section):
 
 class LoraTrainingSection(Section):
     batch_size: int = Field(
-        32, ge=1, description="Rows per optimizer step, all devices and accumulation together."
+        32,
+        ge=1,
+        le=MOST_ROWS,
+        description="Rows per optimizer step, all devices and accumulation together.",
     )
-    max_steps: int = Field(125, ge=1, description="Optimizer steps.")
+    max_steps: int = Field(125, ge=1, le=MOST_STEPS, description="Optimizer steps.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     packing: bool = Field(
         True, description="Compute the prefix that all rows share once; false pads every row."
@@ -289,12 +296,17 @@ class GenDataSection(Section):
         "those of the rows that its last step was trained on.",
     )
     batch_size: int = Field(
-        8, ge=1, description="Pairs of condition and adapter per micro-batch, all devices together."
+        8,
+        ge=1,
+        le=MOST_ROWS,
+        description="Pairs of condition and adapter per micro-batch, all devices together.",
     )
     prompts_per_condition: int = Field(
-        16, ge=1, description="Prompt texts that the generator sees at once."
+        16, ge=1, le=MOST_ROWS, description="Prompt texts that the generator sees at once."
     )
-    samples_per_prompt: int = Field(4, ge=1, description="Rows joined into one prompt text.")
+    samples_per_prompt: int = Field(
+        4, ge=1, le=MOST_ROWS, description="Rows joined into one prompt text."
+    )
     max_checkpoints: int = Field(
         50, ge=1, description="Use so many checkpoints of every source, the newest."
     )
@@ -330,7 +342,10 @@ class GenTrainingSection(Section):
     )
     max_epochs: int = Field(100, ge=1, description="An epoch shows every checkpoint once.")
     max_steps: int | None = Field(
-        None, ge=1, description="Ends the reconstruction earlier; behaviour has steps of its own."
+        None,
+        ge=1,
+        le=MOST_STEPS,
+        description="Ends the reconstruction earlier; behaviour has steps of its own.",
     )
     learning_rate: float = Field(
         1e-4, gt=0, description="For a schedule that takes a learning_rate and was given none."
@@ -395,7 +410,7 @@ class BehaviourSection(Section):
     """Settings of the phase that trains through the base model."""
 
     base_model: str | None = Field(None, description="null: the one that the runs were trained on.")
-    max_steps: int = Field(200, ge=1, description="Optimizer steps.")
+    max_steps: int = Field(200, ge=1, le=MOST_STEPS, description="Optimizer steps.")
     learning_rate: float | None = Field(
         None,
         gt=0,
@@ -405,10 +420,11 @@ class BehaviourSection(Section):
     batch_size: int = Field(
         8,
         ge=1,
+        le=MOST_ROWS,
         description="Adapters per micro-batch, all devices together, of different datasets if "
         "there are that many.",
     )
-    rows_per_adapter: int = Field(4, ge=1, description="Labelled rows per adapter.")
+    rows_per_adapter: int = Field(4, ge=1, le=MOST_ROWS, description="Labelled rows per adapter.")
     max_length: int = Field(512, ge=8, description="Longest row in tokens, as in lora train.")
     gradient_checkpointing: bool = Field(
         False,

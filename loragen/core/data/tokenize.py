@@ -30,6 +30,8 @@ MAX_CACHED = 16_384
 """Rows that stay in tokens in each process: some 150 MiB where a row has 300 tokens."""
 
 
+MAX_TEMPLATE_TEXT = 1_000_000
+"""The most characters that a chat template may add to a conversation."""
 UNLIMITED = 2**62
 CLOCK = "strftime_now"
 """The function by which a chat template asks for the date."""
@@ -171,6 +173,9 @@ def _rendered(tokenizer: Any, messages: list[dict[str, str]], prompts: bool) -> 
         raise
     except Exception as error:  # a template is a program, and may fail in any way
         raise DataError(f"the chat template refuses it: {_reason(error)}") from error
+    own = len(text) - sum(len(message["content"]) for message in messages)
+    if own > MAX_TEMPLATE_TEXT:
+        raise DataError(f"the chat template writes {own:,} characters around it")
     return text
 
 
@@ -672,8 +677,11 @@ class Preview:
     """What is odd about the tokenizer, its chat template or special tokens in the rows."""
 
     def as_dict(self) -> dict[str, Any]:
-        bad = [{"line": line, "reason": reason} for line, reason in self.bad_rows]
-        return {**asdict(self), "bad_rows": bad}
+        document = asdict(self)
+        document["bad_rows"] = [{"line": one.line, "reason": one.reason} for one in self.bad_rows]
+        for sample in document["samples"]:
+            del sample["cut_at"]
+        return document
 
 
 def preview(tokenizer: Any, dataset: Dataset, max_length: int, samples: int) -> Preview:

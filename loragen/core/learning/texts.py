@@ -139,10 +139,10 @@ def labelled_rows(
     drawn = Random(f"rows:{seed}").sample(labels.good_rows, min(MAX_ROWS, len(labels.good_rows)))
     rows = TokenizedRows(drawn, tokenizer, max_length)  # the others do not train an adapter, either
     if not rows:
-        raise UsageError(
-            f"{source.name}: no row can be learned from: {rows.left_out[0].reason} (here: "
-            "behaviour.max_length)"
-        )
+        reason = rows.left_out[0].reason
+        if "max_length" in reason:
+            reason = f"no answer fits into {max_length} tokens; raise behaviour.max_length"
+        raise UsageError(f"{source.name}: {reason}")
     log_notes(tokenizer, rows.rows[:NOTED_ROWS], str(labels))
     held = {text_key(prompt) for prompt in val_prompts}
     is_held = [text_key(row.prompt) in held for row in rows.rows]
