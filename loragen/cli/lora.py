@@ -264,7 +264,7 @@ def lora_export(
     else:
         from loragen.legacy.adapters import read_lone_adapter
 
-        adapter = read_lone_adapter(checkpoint, base_model, alpha)
+        adapter = read_lone_adapter(checkpoint, base_model, alpha, trust_remote_code)
     adapter = prepare_export(adapter, checkpoint, base_model, alpha)
     if merge:
         export_merged(adapter, checkpoint, output, trust_remote_code)

@@ -39,7 +39,9 @@ from loragen.legacy.experiments import (
 log = logging.getLogger(__name__)
 
 
-def read_lone_adapter(path: Path, base_model: str | None, alpha: float | None) -> Adapter:
+def read_lone_adapter(
+    path: Path, base_model: str | None, alpha: float | None, trust_remote_code: bool = False
+) -> Adapter:
     """Reads an adapter from a file or directory that belongs to no run of loragen.
 
     `base_model` and `alpha` take precedence over what is recorded beside the file.
@@ -55,7 +57,8 @@ def read_lone_adapter(path: Path, base_model: str | None, alpha: float | None) -
         **settings_in_adapter_config(run),
         **flag_settings(base_model, alpha),
     }
-    rank, targets, _ = infer_lora(settings, shapes_of(tensors), path)
+    shapes = shapes_of(tensors)
+    rank, targets, _ = infer_lora(settings, shapes, path, trust_remote_code)
     alpha, origin = settings["lora.alpha"]
     try:
         lora = LoraSection(rank=rank, alpha=alpha, target_modules=targets)
@@ -82,7 +85,9 @@ class InferredLora(NamedTuple):
     """The tensors' keys in the order of the base's modules; None if the base is not available."""
 
 
-def infer_lora(settings: RecordedSettings, shapes: Shapes, path: Path) -> InferredLora:
+def infer_lora(
+    settings: RecordedSettings, shapes: Shapes, path: Path, trust_remote_code: bool = False
+) -> InferredLora:
     """Infers rank and target modules from the shapes, and checks them against the base model.
 
     The base is built without weights; if it is not on this machine, a warning says that the fit
@@ -113,7 +118,7 @@ def infer_lora(settings: RecordedSettings, shapes: Shapes, path: Path) -> Inferr
     mismatches = []
     for targets in _possible_targets(ranks_a):
         try:
-            wanted = _shapes_in_base(base_model, ranks[0], targets)
+            wanted = _shapes_in_base(base_model, ranks[0], targets, trust_remote_code)
         except UsageError:
             log.warning(
                 "base model %s is not on this machine: the fit and the order of the tensors are "
@@ -142,12 +147,14 @@ def _possible_targets(keys: dict[str, int]) -> list[list[str]]:
     return [*([sorted(layers)] if all_alike else []), sorted(paths)]
 
 
-def _shapes_in_base(base_model: str, rank: int, targets: list[str]) -> Shapes:
+def _shapes_in_base(
+    base_model: str, rank: int, targets: list[str], trust_remote_code: bool
+) -> Shapes:
     """Returns the shapes of such an adapter; no weights are loaded."""
     quiet_libraries()
     from peft import get_peft_model
 
     lora = peft_config(LoraSection(rank=rank, target_modules=targets))
     with torch.device("meta"):
-        base = empty_base(base_model, local_files_only=True).model
+        base = empty_base(base_model, True, trust_remote_code).model
         return shapes_of(adapter_state(get_peft_model(base, lora)))
