@@ -7,7 +7,8 @@
         check_schedule(Linear, final_share=0.1)
 
 Keyword arguments are options of the plugin's Config. A check raises an AssertionError that names
-the broken promise. The built-in plugins pass the same checks.
+the broken promise. The built-in plugins pass the same checks. `write_base` writes small base
+models with odd tokenizers and chat templates.
 """
 
 from loragen.testing.decoders import check_decoder, grid
@@ -15,6 +16,7 @@ from loragen.testing.encoders import check_encoder
 from loragen.testing.loggers import check_logger
 from loragen.testing.objectives import check_objective
 from loragen.testing.schedules import check_schedule
+from loragen.testing.tokenizers import write_base
 
 __all__ = [
     "check_decoder",
@@ -23,4 +25,5 @@ __all__ = [
     "check_objective",
     "check_schedule",
     "grid",
+    "write_base",
 ]

@@ -374,6 +374,25 @@ def test_a_configuration_of_another_vocabulary_is_one_line(tmp_path):
         load_base(str(directory))
 
 
+@pytest.mark.parametrize(
+    "file, text",
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", '{"model": {"type": "Unheard", "vocab": {}}}'),
+        ("tokenizer_config.json", "[1, 2"),
+        ("tokenizer_config.json", "[]"),
+        ("config.json", '{"model_type": "qwen2", "hidden_size": "large"}'),
+        ("config.json", '{"model_type": 5}'),
+    ],
+)
+def test_a_file_that_is_damaged_is_one_line(tmp_path, file, text):
+    directory = write_base(tmp_path / "base")
+    (directory / file).write_text(text, encoding="utf-8")
+    with pytest.raises(LoragenError, match=r"base model .*base does not load: .") as refused:
+        load_base(str(directory))
+    assert len(str(refused.value).splitlines()) == 1
+
+
 def test_padding_beyond_the_embedding_is_not_used(tmp_path):
     changes = {"added": ["<pad>"], "vocabulary": 800, "tokenizer": {"pad_token": "<pad>"}}
     tokenizer = load_tokenizer(str(write_base(tmp_path / "base", **changes)))

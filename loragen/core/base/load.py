@@ -13,7 +13,6 @@ from typing import Any, get_args
 
 import psutil
 import torch
-from safetensors import SafetensorError
 
 from loragen.core.base.names import BaseDtype, is_gguf, resolve_base
 from loragen.core.config import DEMO, LoraTrainConfig
@@ -85,7 +84,7 @@ def load_base(
         if quantization:
             options["quantization_config"] = quantization
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or stored, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # the libraries raise what they meet in a file
         raise _not_loaded(name, source, error) from error
     tokenizer = load_tokenizer(name, trust_remote_code)
     model.requires_grad_(False)
@@ -124,7 +123,7 @@ def empty_base(
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **cache)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)  # type: ignore[no-untyped-call]  # untyped in transformers
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise _not_loaded(name, source, error) from error
     model.requires_grad_(False)
     return LanguageModel(name, model, None, model.dtype, "")
@@ -145,9 +144,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if not tokenizer("a").input_ids:  # if files are missing, transformers makes an empty one
             raise ValueError("its tokenizer returns no tokens; is tokenizer.json missing?")
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise _not_loaded(name, source, error) from error
-    with suppress(OSError, ValueError):  # a directory may have a tokenizer alone
+    with suppress(Exception):  # a directory may have a tokenizer alone
         config = AutoConfig.from_pretrained(source, **options)
         if isinstance(vocabulary := getattr(config.get_text_config(), "vocab_size", None), int):
             set_embeddings(tokenizer, vocabulary)
@@ -188,6 +187,8 @@ def _not_loaded(name: str, source: str, error: Exception) -> LoragenError:
             "--trust-remote-code (trust_remote_code: true in the YAML); read it first"
         )
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, LookupError | TypeError | AttributeError):  # their texts alone say little
+        reason = f"{type(error).__name__}: {reason}"
     if "ignore_mismatched_sizes" in reason:
         reason = "its weights have other shapes than its config.json says, such as vocab_size"
     if Path(source).is_dir():
