@@ -375,6 +375,28 @@ def read_json(file: Path) -> Any:
         raise DataError(f"{file}: not JSON: {reason}") from None
 
 
+def safetensors_fault(file: Path) -> str | None:
+    """Returns why a file is not a whole safetensors file: what it is instead, or how much of it is
+    missing; None if its header fits its size."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        head = stream.read(SNIFFED)
+        what = nature(head)
+        if not head or (what and what != SAFETENSORS):
+            return f"it is {what or 'empty'}"
+        length = int.from_bytes(head[:8], "little")
+        if length > size - 8:
+            return "truncated: the end of its header is missing" if what else None
+        stream.seek(8)
+        header = stream.read(length)
+    try:
+        tensors = {key: of for key, of in json.loads(header).items() if key != "__metadata__"}
+        missing = 8 + length + max(of["data_offsets"][1] for of in tensors.values()) - size
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return f"truncated: {missing:,} bytes are missing" if missing > 0 else None
+
+
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Returns a sort key that puts `layers.2` before `layers.10`."""
     parts = re.split(r"(\d+)", name)

@@ -220,7 +220,7 @@ class TestLines:
         (prompt,) = {row["prompt"] for row in document["rows"]}
         assert len(prompt) == 60
         assert prompt.startswith("many lines many")
-        assert prompt.endswith("…")
+        assert "…" in prompt
 
     @pytest.mark.parametrize(
         "part, more, message",

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from loragen.cli.main import app
 from loragen.core.adapter.files import read_safetensors, write_safetensors
+from loragen.core.base.load import load_base
 from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
 from loragen.core.data.dataset import Dataset
 from loragen.core.errors import ConfigError, DataError, LoragenError, UsageError
@@ -422,7 +424,7 @@ def test_an_adapter_of_another_program_has_no_checksum_and_is_read(adapter):
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS"),
         (b"<html>log in</html>", "a web page"),
-        (b"", "not a safetensors file"),
+        (b"", "it is empty"),
         (bytes(99), "NUL bytes"),
     ],
 )
@@ -433,8 +435,34 @@ def test_an_adapter_that_is_something_else_is_named(adapter, content, said):
 
 
 def test_a_truncated_adapter_is_truncated(adapter):
-    with pytest.raises(DataError, match="truncated"):
+    with pytest.raises(DataError, match=r"truncated: [\d,]+ bytes are missing"):
         read_safetensors(cut(adapter, 0.7))
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 12\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("model.safetensors", lambda _: LFS, "Git LFS"),
+        ("model.safetensors", lambda content: content[:-9], "truncated: 9 bytes are missing"),
+        ("model.safetensors", lambda _: b"<html>", "a web page"),
+        ("tokenizer.json", lambda _: LFS, "Git LFS"),
+        ("tokenizer.json", lambda content: content[:-9], "truncated"),
+        ("tokenizer_config.json", lambda _: b"[]", "does not load"),
+        ("config.json", lambda content: content.decode().encode("utf-16"), "UTF-16"),
+        ("config.json", lambda _: b"", "it is empty"),
+    ],
+)
+def test_the_damaged_file_of_a_base_is_named(base_dir, tmp_path, name, damage, said):
+    copy = shutil.copytree(base_dir, tmp_path / "base")
+    (copy / name).write_bytes(damage((copy / name).read_bytes()))
+    with pytest.raises(LoragenError) as error:
+        load_base(str(copy))
+    assert said in str(error.value)
+    assert name in str(error.value) or said == "does not load"
+    assert "\n" not in str(error.value)
 
 
 LONG = "x" * 300

@@ -31,10 +31,8 @@ from loragen.core.adapter.checks import (
 from loragen.core.config.schema import LoraSection
 from loragen.core.errors import DataError, LoragenError, UsageError, listing
 from loragen.core.files import (
-    SAFETENSORS,
-    SNIFFED,
-    nature,
     read_json,
+    safetensors_fault,
     write_json,
     write_text,
     written_atomically,
@@ -131,13 +129,10 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = dict(opened.metadata() or {})
         tensors = dict(load_file(file))
     except (SafetensorError, OSError) as error:
-        with file.open("rb") as content:
-            what = nature(content.read(SNIFFED))
-        cut = "incomplete" in str(error) or "not fully covered" in str(error)
-        reason = f"it is {what}" if what != SAFETENSORS and what else error
-        raise DataError(
-            f"{file}: {f'truncated: {error}' if cut else f'not a safetensors file: {reason}'}"
-        ) from None
+        fault = safetensors_fault(file)
+        truncated = fault and fault.startswith("truncated")
+        reason = fault if truncated else f"not a safetensors file: {fault or error}"
+        raise DataError(f"{file}: {reason}") from None
     if metadata.get(CHECKSUM, checksum := _checksum(tensors)) != checksum:
         raise DataError(
             f"{file}: damaged: its tensors are not those that were written ({CHECKSUM} in its "

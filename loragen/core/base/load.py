@@ -17,8 +17,8 @@ import torch
 from loragen.core.base.names import BaseDtype, is_gguf, resolve_base
 from loragen.core.config import DEMO, LoraTrainConfig
 from loragen.core.data.tokenize import set_embeddings
-from loragen.core.errors import LoragenError, UsageError, did_you_mean, pip_install
-from loragen.core.files import hub_problem
+from loragen.core.errors import DataError, LoragenError, UsageError, did_you_mean, pip_install
+from loragen.core.files import hub_problem, read_json, safetensors_fault
 
 NOISY = (
     "lightning.pytorch",
@@ -192,7 +192,7 @@ def _not_loaded(name: str, source: str, error: Exception) -> LoragenError:
     if "ignore_mismatched_sizes" in reason:
         reason = "its weights have other shapes than its config.json says, such as vocab_size"
     if Path(source).is_dir():
-        return LoragenError(f"base model {name} does not load: {reason}")
+        return LoragenError(f"base model {name} does not load: {_fault_in(Path(source)) or reason}")
     return UsageError(
         f"base model {name}: not a directory, and {hub_problem() or f'the hub says: {reason}'}"
         f"{did_you_mean(name, [DEMO])} (--base-model also takes a directory, a GGUF file, or demo)"
@@ -319,6 +319,19 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # untyped in transformers
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped in transformers
+
+
+def _fault_in(directory: Path) -> str | None:
+    """Returns the first file of a base that is not what its name says, with the reason."""
+    for file in sorted(directory.iterdir()):
+        if file.suffix == ".json":
+            try:
+                read_json(file)
+            except DataError as error:
+                return str(error)
+        elif file.suffix == ".safetensors" and (fault := safetensors_fault(file)):
+            return f"{file}: {fault}"
+    return None
 
 
 def _bits_and_bytes(config: LoraTrainConfig) -> Any:

@@ -275,7 +275,10 @@ def _csv(file: Path, content: bytes) -> Iterator[Document]:
     for line, cells in records:
         if len(cells) == len(header):
             named = zip(header, cells, strict=True)
-            yield Document(line, {key: _cell(key, cell) for key, cell in named})
+            try:
+                yield Document(line, {key: _cell(key, cell) for key, cell in named})
+            except DataError as error:
+                yield Document(line, None, str(error))
         else:
             yield Document(line, None, f"{len(cells)} cells, the header has {len(header)}")
 
@@ -300,7 +303,9 @@ def _csv_records(file: Path, content: bytes) -> list[tuple[int, list[str]]]:
 def _cell(key: str, text: str) -> Any:
     if key in NESTED_KEYS and text.startswith(("[", "{")):
         try:
-            return json.loads(text)
+            return parse_json(text)
+        except RepeatedKeyError as error:
+            raise DataError(f"'{key}': {error}") from None
         except JSON_LIMITS:  # JSONDecodeError is a ValueError
             pass  # the text is kept, and reported as no list
     return text

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from loragen.core.data.dataset import Dataset, Prompt
 from loragen.core.data.documents import read_documents
 from loragen.core.errors import DataError, UsageError, did_you_mean, listing
-from loragen.core.files import refuse_file, write_json, write_text
+from loragen.core.files import read_json, refuse_file, write_json, write_text
 
 FORMAT_VERSION = 1
 TRAIN, VAL, RECORD = "train_prompts.jsonl", "val_prompts.jsonl", "prepared.json"
@@ -258,7 +258,7 @@ def read_prepared(directory: Path) -> PreparedPrompts:
     check_prepared(directory)
     file = directory / RECORD
     try:
-        record = PreparedRecord.model_validate_json(file.read_bytes())
+        record = PreparedRecord.model_validate(read_json(file))
     except ValidationError as error:
         reason = "; ".join(str(error).splitlines()[:2])
         raise DataError(f"{file}: not the record of prepared prompts: {reason}") from None
