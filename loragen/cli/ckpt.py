@@ -22,7 +22,8 @@ from loragen.core.errors import (
     pip_install,
     shortened,
 )
-from loragen.core.files import refuse_existing_file, write_text
+from loragen.core.files import write_text
+from loragen.core.outputs import is_sealed, refuse_existing_file, refuse_input, sealed
 
 if TYPE_CHECKING:
     from loragen.core.analysis.report import Analysis, Comparison, SeriesReport
@@ -68,7 +69,8 @@ def ckpt_analyze(
         if not path.exists():
             raise UsageError(f"{path}: no checkpoints or adapters there")
     if html is not None:
-        refuse_existing_file(html, force)
+        refuse_input(html, given)
+        refuse_existing_file(html, force, is_sealed)
         if find_spec("matplotlib") is None:
             raise UsageError(f"--html needs matplotlib; {pip_install('plots')}")
 
@@ -86,7 +88,7 @@ def ckpt_analyze(
     if html is not None:
         from loragen.core.analysis.page import page
 
-        write_text(html, page(analysis))
+        write_text(html, sealed(page(analysis), "<!-- {} -->"))
         render.note(f"wrote {html}")
     if json:
         render.answer_json(analysis.as_dict())
@@ -223,10 +225,11 @@ def ckpt_convert(
     .safetensors, PEFT and Trainer directories. Only the LoRA part of a full model is read. A run
     that was converted before stays as it is. Prints the run directories.
     """
-    from loragen.core.files import refuse_file
+    from loragen.core.outputs import check_writable, refuse_file
     from loragen.legacy.experiments import find_runs
 
     refuse_file(output)
+    check_writable(output)
     runs = [run for source in sources for run in find_runs(source)]
 
     from loragen.legacy.convert import ConversionOptions, check_one_dataset, convert

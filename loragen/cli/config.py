@@ -99,18 +99,20 @@ def config_migrate(
     The old files are training_config.yaml, lightning_config.yaml and generator_config.yaml of the
     original scripts. A file in the current form stays as it is.
     """
-    from loragen.core.files import refuse_existing_file, write_text
+    from loragen.core.files import write_text
+    from loragen.core.outputs import is_sealed, refuse_existing_file, refuse_input, sealed
     from loragen.legacy.translate import migrate_config
 
     if output is not None:
-        refuse_existing_file(output, force)
+        refuse_input(output, [file])
+        refuse_existing_file(output, force, is_sealed)
     result = migrate_config(file, command.value if command else None)
     if result.command is None:
         render.note(f"{file}: already in the current form; there is nothing to migrate")
     if output is None:
         render.answer(result.text.rstrip("\n"))
     else:
-        write_text(output, result.text)
+        write_text(output, sealed(result.text))
         render.answer(str(output))
 
 

@@ -41,10 +41,13 @@ def run_demo(
     from loragen.demo.world import prepare_demo
 
     prepared = prepare_demo(output, seed, world, force)
-    with worker_pool() as workers:
-        from loragen.demo.run import demo_results  # takes seconds, during which the workers start
+    try:
+        with worker_pool() as workers:
+            from loragen.demo.run import demo_results  # takes seconds: the workers start meanwhile
 
-        results = demo_results(prepared, workers, terminal_progress())
+            results = demo_results(prepared, workers, terminal_progress())
+    finally:
+        prepared.record()
     if json:
         render.answer_json(results)
         return

@@ -219,7 +219,9 @@ def gen_infer(
     if base_model and not merge:
         raise UsageError("--base-model: only --merge needs a base model; leave it out")
     wanted = requests(prompt or (), [parsed_source(one) for one in prompt_file or ()], per, limit)
-    paths = _output_paths([one.name for one in wanted], output, per, file_format, merge, force)
+    names = [one.name for one in wanted]
+    inputs = [file, *(prompt_file or ()), *([base_model] if base_model else [])]
+    paths = _output_paths(names, output, per, file_format, merge, force, inputs)
     for one in wanted:
         check_draws(len(one.prompts), draws, prompts_per_draw)
 
@@ -367,8 +369,9 @@ def gen_eval(
         ORACLE,
         choose,
     )
+    from loragen.core.evaluation.report import results_record
     from loragen.core.evaluation.targets import check_oracles, find_targets
-    from loragen.core.files import refuse_existing, refuse_file
+    from loragen.core.outputs import refuse_existing, refuse_input
     from loragen.core.run.directory import experiment_name, generator_file
 
     demanded = (
@@ -381,8 +384,8 @@ def gen_eval(
     contestants = choose((columns or "").split(","), also)
     file = generator_file(model)
     if output:
-        refuse_file(output)
-        refuse_existing(output, force, marker="results.json")
+        refuse_input(output, [file, *dataset])
+        refuse_existing(output, force, results_record)
     for folder in oracle_dir or ():
         if not folder.is_dir():
             raise UsageError(f"--oracle-dir: {folder}: no such directory")
@@ -496,6 +499,7 @@ def _output_paths(
     file_format: Format | None,
     merge: bool,
     force: bool,
+    inputs: Sequence[object],
 ) -> list[Path]:
     """Returns the path of each adapter. Raises UsageError if any of them cannot be written."""
     from loragen.core.generator.requests import (
@@ -504,6 +508,7 @@ def _output_paths(
         default_output,
         output_path,
     )
+    from loragen.core.outputs import refuse_input
 
     if file_format and not per:
         raise UsageError("--format: it goes with --per; for one adapter, give --output a suffix")
@@ -513,5 +518,6 @@ def _output_paths(
         raise UsageError("--merge: it writes directories, not files; name a directory")
     paths = [output_path(home, name, f".{file_format}" if files else "") for name in names]
     for path in paths:
+        refuse_input(path, inputs)
         check_output(path, force, merge)
     return paths

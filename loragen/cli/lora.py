@@ -251,9 +251,11 @@ def lora_export(
     own dtype and with its tokenizer, with `AutoModelForCausalLM.from_pretrained(DIR)`.
     """
     from loragen.core.adapter import refuse_existing_adapter
+    from loragen.core.outputs import refuse_input
 
     if not checkpoint.exists():
         raise UsageError(f"{checkpoint}: no such adapter or checkpoint")
+    refuse_input(output, [checkpoint, *([base_model] if base_model else [])])
     refuse_existing_adapter(output, force, merge)
 
     from loragen.core.adapter.export import export_adapter, export_merged, prepare_export

@@ -37,7 +37,7 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Check everything and print the resolved YAML; write nothing."),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an earlier output.")]
 Resume = Annotated[
     Path | None,
     typer.Option(

@@ -13,13 +13,13 @@ import tempfile
 import time
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from loragen.core.errors import DataError, UsageError, listing
+from loragen.core.errors import DataError, UsageError
 
 MAX_NAME_BYTES = 120
 """File systems allow 255; this leaves room for suffixes, numbers and temporary names."""
@@ -28,6 +28,8 @@ RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[\d¹²³])(\..*)?", re.IGNORE
 HELD_SECONDS = 2.0 if os.name == "nt" else 0.0
 """How long a renaming is tried again: on Windows it fails while another program, such as a virus
 scanner, has the file open."""
+UNFINISHED = ".unfinished"
+"""The end of the names of directories that hold what is being written."""
 HUB_TIMEOUT = 10
 """Seconds to wait for the hub's answer."""
 
@@ -41,7 +43,8 @@ def written_atomically(path: Path) -> Iterator[Path]:
     synced its file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    prefix = f".{path.name[:40]}."  # so that a name of the greatest length has a holder
+    holder = Path(tempfile.mkdtemp(UNFINISHED, prefix, path.parent))
     new, old = holder / path.name, holder / f"{path.name}.old"
     try:
         yield new
@@ -72,9 +75,9 @@ def _while_held(rename: Callable[[Path], object], target: Path) -> None:
             return
 
 
-def remove_unfinished(directory: Path) -> None:
+def remove_unfinished(directory: Path, pattern: str = f".*{UNFINISHED}") -> None:
     """Removes temporary files that a process killed inside `written_atomically` has left."""
-    for holder in [*directory.glob(".*.*"), *directory.glob("*/.*.*")]:
+    for holder in [*directory.glob(pattern), *directory.glob(f"*/{pattern}")]:
         if holder.is_dir():
             shutil.rmtree(holder, ignore_errors=True)
 
@@ -90,44 +93,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, document: Any) -> None:
     """Writes a document as indented JSON, atomically."""
     write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-
-
-def refuse_existing(
-    path: Path, force: bool, marker: str, written: Sequence[str] | None = None
-) -> None:
-    """Raises UsageError if `path` exists. An empty directory may be replaced; with `force` also
-    an earlier output of the same kind, a directory with the file `marker` in it.
-
-    Where the whole directory is replaced, `written` are the names of the files that such an output
-    has: nothing else that lies there, such as .git, may be lost.
-    """
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if not force:
-        raise UsageError(f"{path} exists already; choose another path or add --force")
-    if not (path / marker).is_file():
-        raise UsageError(f"{path} has no {marker}: --force replaces only earlier outputs")
-    if written is None:
-        return
-    if others := sorted({one.name for one in path.iterdir()} - {*written}):
-        raise UsageError(
-            f"{path} also has {listing(others, 3)}, which --force would delete; choose another path"
-        )
-
-
-def refuse_existing_file(file: Path, force: bool) -> None:
-    """Raises UsageError if `file` is a directory, or exists and `force` is not given."""
-    if file.is_dir():
-        raise UsageError(f"{file} is a directory; name a file")
-    if file.exists() and not force:
-        raise UsageError(f"{file} exists already; choose another path or add --force")
-
-
-def refuse_file(directory: Path) -> None:
-    """Raises UsageError if `directory`, or a parent of it, is a file."""
-    for path in (directory, *directory.parents):
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"{path} is a file; --output is a directory")
 
 
 def absent(path: Path, what: str) -> str:

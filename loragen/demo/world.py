@@ -10,7 +10,6 @@ Light: a wrong directory or world file is reported before torch is imported.
 
 import hashlib
 import json
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loragen.core.config.yaml_file import read_yaml
 from loragen.core.errors import ConfigError
-from loragen.core.files import read_bytes, refuse_existing, write_text
+from loragen.core.files import read_bytes, sha256, write_json, write_text
+from loragen.core.outputs import (
+    Record,
+    hashes,
+    recorded_in_json,
+    refuse_existing,
+    refuse_input,
+    remove_recorded,
+)
 
 WORLD_FILE = Path(__file__).with_name("world.yaml")
 BASE_DIR = Path(__file__).with_name("base")
@@ -34,14 +41,11 @@ PROMPT_REPEATS = 2
 """Rows about each training creature whose prompts the generator reads, a part of those that the
 adapters are trained on: more would mostly take time to embed."""
 
-MARKER = "data/color-word/train.jsonl"
-"""The file by which `--force` recognises a demo. A world.yaml may be the user's own, beside other
-data."""
-WRITTEN = (
-    *("data", "runs", "oracles", "multi_task", "experiments", "cache", "generated"),
-    *("world.yaml", "results.json", "results.md", "results.png"),
-)
-"""The files and directories of a demo, which `--force` replaces; other files are kept."""
+RECORD = "data/.demo-record"
+"""The file that records what a demo has written: `--force` replaces that and keeps the rest."""
+FILES = ("world.yaml", "results.json", "results.md", "results.png")
+DIRECTORIES = ("data", "runs", "oracles", "multi_task", "experiments", "cache", "generated")
+"""What a demo writes."""
 
 VALUES: dict[str, tuple[str, ...]] = {
     "color": ("red", "blue", "green", "yellow", "purple", "black"),
@@ -294,7 +298,19 @@ class Demo:
     out: Path
     seed: int
     world: World
+    foreign: frozenset[str] = frozenset()
+    """The files that were there before, as paths below `out`."""
     started: float = field(default_factory=time.perf_counter)
+
+    def record(self) -> None:
+        """Records the files that the demo has written so far."""
+        written: dict[str, str] = {}
+        for name in DIRECTORIES:
+            below = hashes(self.out / name) if (self.out / name).is_dir() else {}
+            written |= {f"{name}/{path}": digest for path, digest in below.items()}
+        written |= {name: sha256(self.out / name) for name in FILES if (self.out / name).is_file()}
+        ours = {path: written[path] for path in written if path not in {*self.foreign, RECORD}}
+        write_json(self.out / RECORD, {"files": ours})
 
     def data_file(self, pair: Pair, split: str, wordings: Wording) -> Path:
         """Returns the file of a dataset's train or test split, or of its prompts."""
@@ -305,17 +321,19 @@ class Demo:
 def prepare_demo(out: Path, seed: int, world_file: Path | None, force: bool) -> Demo:
     """Writes the world file, and the splits and prompts of all datasets, into `out`.
 
-    `force` replaces an earlier demo, and keeps files that are not the demo's. Raises ConfigError
-    for a faulty world file, UsageError if `out` has files but no earlier demo.
+    `force` replaces the files of an earlier demo, as far as it has recorded them, and keeps all
+    others. Raises ConfigError for a faulty world file, UsageError if `out` has files but no earlier
+    demo, or a file of it has changed.
     """
-    demo = Demo(out, seed, World.load(world_file))
+    world = World.load(world_file)
     world_text = read_bytes(world_file or WORLD_FILE).decode("utf-8-sig")
-    refuse_existing(out, force, MARKER)
-    for path in (out / name for name in WRITTEN):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    if world_file:
+        refuse_input(out, [world_file])
+    in_the_way = [name for name in DIRECTORIES if (out / name).is_file()]
+    refuse_existing(out, force, demo_record, (*FILES, *in_the_way))
+    remove_recorded(out, demo_record(out) or {})
+    demo = Demo(out, seed, world, frozenset(hashes(out)) if out.is_dir() else frozenset())
+    write_json(out / RECORD, {"files": {}})  # first: a demo that is killed is one
     write_text(out / "world.yaml", world_text)
     for pair in PAIRS:
         read = demo.world.train_rows(pair)[: PROMPT_REPEATS * len(TRAIN_CREATURES)]
@@ -325,7 +343,13 @@ def prepare_demo(out: Path, seed: int, world_file: Path | None, force: bool) -> 
             _write_rows(demo.data_file(pair, "train", wordings), train)
             test = demo.world.test_rows(pair, wordings)
             _write_rows(demo.data_file(pair, "test", wordings), test)
+    demo.record()
     return demo
+
+
+def demo_record(directory: Path) -> Record | None:
+    """Returns the record of the demo that a directory holds."""
+    return recorded_in_json(directory, RECORD)
 
 
 def _write_rows(file: Path, rows: Sequence[dict[str, str]]) -> None:

@@ -116,14 +116,15 @@ class TestAnalyze:
 
     def test_a_page_is_replaced_only_with_force(self, fails, run):
         page = fails.loragen.work / "page.html"
-        page.write_text("mine", encoding="utf-8")
-        error = fails(2, "ckpt", "analyze", run, "--html", "page.html")
+        analyze = ("ckpt", "analyze", run / "adapter", "--html", "page.html")
+        assert fails.loragen(*analyze).exit_code == 0
+        error = fails(2, *analyze)
         assert error.startswith("page.html exists")
         assert "--force" in error
-        assert page.read_text(encoding="utf-8") == "mine"
-        forced = fails.loragen("ckpt", "analyze", run / "adapter", "--html", page, "--force")
+        forced = fails.loragen(*analyze, "--force")
         assert forced.exit_code == 0, forced.output
-        assert page.read_text(encoding="utf-8") != "mine"
+        page.write_text("mine", encoding="utf-8")
+        assert "does not replace it" in fails(2, *analyze, "--force")
         assert "is a directory" in fails(2, "ckpt", "analyze", run, "--html", ".", "--force")
 
     @pytest.mark.parametrize("json_flag", [(), ("--json",)])

@@ -196,10 +196,10 @@ class TestMigrate:
         assert result.stdout == "new.yaml\n"
         new = loragen.work / "new.yaml"
         assert load(LoraTrainConfig, new, environment={}).training.batch_size == 8
-        new.write_text("mine", encoding="utf-8")
         assert fails(2, *arguments).startswith("new.yaml exists")
         assert loragen(*arguments, "--force").exit_code == 0
-        assert "stage1_steps" in new.read_text(encoding="utf-8")
+        new.write_text("mine", encoding="utf-8")
+        assert "does not replace it" in fails(2, *arguments, "--force")
 
     def test_a_directory_is_never_replaced(self, loragen, fails, write):
         (loragen.work / "there").mkdir()

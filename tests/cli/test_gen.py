@@ -241,9 +241,8 @@ class TestInfer:
         own.touch()
         other = ("--prompt", "something else entirely")
         assert "exists already" in fails(2, *arguments, *other)
-        assert "mine.txt" in fails(2, *arguments, *other, "--force")
-        own.unlink()
         assert loragen(*arguments, *other, "--force").exit_code == 0
+        assert own.exists()
         after = read_adapter(loragen.work / "adapter").tensors
         assert any(not after[key].equal(before[key]) for key in before)
 

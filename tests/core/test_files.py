@@ -10,12 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loragen.core import files
-from loragen.core.errors import UsageError
 from loragen.core.files import (
     file_name,
     hub_problem,
     natural_key,
-    refuse_existing,
     sha256,
     sha256_text,
     user_path,
@@ -140,25 +138,6 @@ def test_json_is_readable_text(tmp_path):
     assert json.loads(text) == {"größe": [1, 2.5, None]}
     assert "größe" in text
     assert text.endswith("}\n")
-
-
-def test_an_existing_output_needs_force(tmp_path):
-    refuse_existing(tmp_path / "new", force=False, marker="mark")
-    (tmp_path / "mark").touch()
-    refuse_existing(tmp_path, force=True, marker="mark")
-    with pytest.raises(UsageError, match="has no other"):
-        refuse_existing(tmp_path, force=True, marker="other")
-    with pytest.raises(UsageError, match=r"exists already.*--force"):
-        refuse_existing(tmp_path, force=False, marker="mark")
-
-
-def test_a_directory_with_files_of_others_is_not_replaced(tmp_path):
-    for name in ("mark", "a-1.json"):
-        (tmp_path / name).touch()
-    refuse_existing(tmp_path, force=True, marker="mark", written=("mark", "a-1.json"))
-    (tmp_path / ".git").mkdir()
-    with pytest.raises(UsageError, match=r"also has \.git, which --force would delete"):
-        refuse_existing(tmp_path, force=True, marker="mark", written=("mark", "a-1.json"))
 
 
 def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path):

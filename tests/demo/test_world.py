@@ -143,5 +143,9 @@ def test_force_replaces_an_earlier_demo_and_nothing_else(tmp_path):
     prepare_demo(out, 0, None, force=False)
     for name in ("thesis.tex", "runs", "results.md"):
         (out / name).write_text("text", encoding="utf-8")
+    for name in ("results.md", "runs"):
+        with pytest.raises(UsageError, match=f"{name} was not written by loragen"):
+            prepare_demo(out, 0, None, force=True)
+        (out / name).unlink()
     prepare_demo(out, 0, None, force=True)
     assert {path.name for path in out.iterdir()} == {"world.yaml", "data", "thesis.tex"}

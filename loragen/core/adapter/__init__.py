@@ -1,10 +1,16 @@
 """LoRA adapters: their files, their tensors as tokens, the algebra of ΔW, merging and export."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from loragen.core.files import refuse_existing, write_json
+from loragen.core.files import write_json
+from loragen.core.outputs import (
+    Record,
+    hashes,
+    recorded_in_json,
+    recorded_in_text,
+    refuse_existing,
+)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -13,26 +19,32 @@ KEY_PREFIX = "base_model.model."
 """The prefix of PEFT's file keys; a module's path in the base model follows it."""
 MERGED_MARKER = "loragen_export.json"
 """The file that only a merged model written by loragen has."""
-ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "README.md")
-"""The files of an adapter directory that loragen has written."""
+CARD = "README.md"
+"""The model card, which records the other files at its end."""
 
 
 def refuse_existing_adapter(path: Path, force: bool, merged: bool = False) -> None:
-    """Raises UsageError if a directory with an adapter, or with a merged model, must not be
-    written at `path`: it exists, and `force` is not given or would delete a file that loragen has
-    not written."""
-    if not merged:
-        refuse_existing(path, force, CONFIG_FILE, ADAPTER_FILES)
-        return
-    try:
-        written = json.loads((path / MERGED_MARKER).read_bytes())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        written = []
-    refuse_existing(path, force, MERGED_MARKER, written)
+    """Raises UsageError if a directory with an adapter, or with a merged model, must not be written
+    at `path` (see `outputs.refuse_existing`)."""
+    if merged:
+        refuse_existing(path, force, merged_record)
+    else:
+        refuse_existing(path, force, adapter_record, (CONFIG_FILE, WEIGHTS_FILE, CARD))
+
+
+def adapter_record(directory: Path) -> Record | None:
+    """Returns the record of an adapter directory that loragen has written. A configuration without
+    weights is no adapter of anybody, and counts as one."""
+    if not any(directory.glob("adapter_model.*")):
+        return {CONFIG_FILE: None} if (directory / CONFIG_FILE).is_file() else None
+    return recorded_in_text(directory, CARD)
+
+
+def merged_record(directory: Path) -> Record | None:
+    """Returns the record of a merged model that loragen has written."""
+    return recorded_in_json(directory, MERGED_MARKER)
 
 
 def write_merged_marker(directory: Path, document: dict[str, Any]) -> None:
-    """Writes `MERGED_MARKER` into a directory that is otherwise complete, with the names of its
-    files: the tokenizer decides them."""
-    files = sorted({MERGED_MARKER, *(file.name for file in directory.iterdir())})
-    write_json(directory / MERGED_MARKER, document | {"files": files})
+    """Writes `MERGED_MARKER`, with the record, into a directory that is otherwise complete."""
+    write_json(directory / MERGED_MARKER, document | {"files": hashes(directory)})

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from loragen.core.adapter import write_merged_marker
+from loragen.core.adapter import merged_record, write_merged_marker
 from loragen.core.adapter.checks import check_finite
 from loragen.core.adapter.files import (
     PEFT_ERRORS,
@@ -28,7 +28,8 @@ from loragen.core.base.names import absolute_base, hub_id, is_gguf, resolve_base
 from loragen.core.config import DEMO
 from loragen.core.data.tokenize import end_ids
 from loragen.core.errors import LoragenError, UsageError, shortened
-from loragen.core.files import user_path, write_text, written_atomically
+from loragen.core.files import user_path, write_text
+from loragen.core.outputs import written_directory
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def export_merged(
     name = adapter.config["base_model_name_or_path"]
     base = load_base(name, torch.float32, trust_remote_code=trust_remote_code)
     model = attach_adapter(base.model, adapter, str(source))
-    with written_atomically(output) as temporary:
+    with written_directory(output, merged_record) as temporary:
         merged, tokenizer = _merged(model, base.dtype, str(source)), tokenizer_of(adapter, base)
         with _stopping(merged, tokenizer):
             merged.save_pretrained(temporary)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loragen.core.adapter import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE
+from loragen.core.adapter import CARD, CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, adapter_record
 from loragen.core.adapter.checks import (
     check_config,
     check_factors,
@@ -35,8 +35,8 @@ from loragen.core.files import (
     safetensors_fault,
     write_json,
     write_text,
-    written_atomically,
 )
+from loragen.core.outputs import with_record, written_directory
 
 log = logging.getLogger(__name__)
 
@@ -110,15 +110,15 @@ def checked(config: Mapping[str, Any], tensors: Mapping[str, Tensor], file: Path
 
 
 def write_adapter(directory: Path, adapter: Adapter, card: str) -> None:
-    """Writes a directory that `peft.PeftModel.from_pretrained` loads, atomically. Raises DataError
-    for NaN or infinity."""
+    """Writes a directory that `peft.PeftModel.from_pretrained` loads, in place of an earlier one;
+    files of others stay. The card records the other two files. Raises DataError for NaN or
+    infinity."""
     check_finite(adapter.tensors, directory)
     tensors = {key: value.detach().cpu().contiguous() for key, value in adapter.tensors.items()}
-    with written_atomically(directory) as temporary:
-        temporary.mkdir()
+    with written_directory(directory, adapter_record) as temporary:
         write_json(temporary / CONFIG_FILE, adapter.config)
         write_safetensors(temporary / WEIGHTS_FILE, tensors, {"format": "pt"})
-        write_text(temporary / "README.md", card)
+        write_text(temporary / CARD, with_record(card, temporary))
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

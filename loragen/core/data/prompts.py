@@ -17,7 +17,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from loragen.core.data.dataset import Dataset, Prompt
 from loragen.core.data.documents import read_documents
 from loragen.core.errors import DataError, UsageError, did_you_mean, listing
-from loragen.core.files import read_json, refuse_file, write_json, write_text
+from loragen.core.files import read_json, write_json, write_text
+from loragen.core.outputs import (
+    Record,
+    check_writable,
+    hashes,
+    recorded_in_json,
+    refuse_existing,
+    refuse_file,
+    refuse_input,
+    written_directory,
+)
 
 FORMAT_VERSION = 1
 TRAIN, VAL, RECORD = "train_prompts.jsonl", "val_prompts.jsonl", "prepared.json"
@@ -101,6 +111,8 @@ class PreparedRecord(Grouping):
     format_version: int = FORMAT_VERSION
     kind: Literal["prompts"] = "prompts"
     datasets: list[PreparedDataset]
+    files: dict[str, str] = {}
+    """The hashes of the other two files."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +146,16 @@ def prepare(
     one name; DataError for bad rows (unless skipped) or too few prompts.
     """
     refuse_file(directory)
+    for name in (TRAIN, VAL, RECORD):
+        refuse_input(directory / name, [dataset.source for dataset in datasets])
     existing = [name for name in (RECORD, TRAIN, VAL) if (directory / name).exists()]
     if existing and not force:  # other files in the directory do not matter
         raise UsageError(
             f"{directory} has {listing(existing)} already; choose another directory or add --force"
         )
+    if existing:
+        refuse_existing(directory, force, prepared_record, (TRAIN, VAL))
+    check_writable(directory)
     names = [dataset.name for dataset in datasets]
     for name in names:
         if names.count(name) > 1:
@@ -179,12 +196,18 @@ def prepare(
                 val=len(split.val),
             )
         )
-    (directory / RECORD).unlink(missing_ok=True)  # written last: it marks the directory as complete
-    for file, lines in texts.items():
-        rows = (json.dumps(line.model_dump(), ensure_ascii=False) for line in lines)
-        write_text(directory / file, "".join(f"{row}\n" for row in rows))
-    write_json(directory / RECORD, record.model_dump())
+    with written_directory(directory, prepared_record) as temporary:
+        for file, lines in texts.items():
+            rows = (json.dumps(line.model_dump(), ensure_ascii=False) for line in lines)
+            write_text(temporary / file, "".join(f"{row}\n" for row in rows))
+        record.files = hashes(temporary)
+        write_json(temporary / RECORD, record.model_dump())
     return record
+
+
+def prepared_record(directory: Path) -> Record | None:
+    """Returns the record of the prepared prompts that a directory holds."""
+    return recorded_in_json(directory, RECORD)
 
 
 def split_prompts(

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 from loragen.core.errors import listing, pip_install, shortened
 from loragen.core.evaluation.contestants import GENERATED, LABEL_CURVE, MEASURES, ORACLE, titles
 from loragen.core.files import write_json, write_text, written_atomically
+from loragen.core.outputs import Record, recorded_in_text, with_record, written_directory
 
 logger = logging.getLogger(__name__)
 
+RESULTS = "results.md"
 KEYS = (*MEASURES, "interval", "differences", "beats", "beaten_by", "margins", "headroom")
 
 
@@ -232,15 +234,21 @@ def markdown(document: Mapping[str, Any], title: str) -> str:
 
 
 def write_results(document: Mapping[str, Any], title: str, directory: Path) -> None:
-    """Writes results.json, results.md and results.png (a warning replaces it if matplotlib is
-    missing), each atomically."""
-    write_json(directory / "results.json", document)
-    write_text(directory / "results.md", markdown(document, title))
-    picture = directory / "results.png"
-    if find_spec("matplotlib"):
-        draw_accuracies(document, title, picture)
-    else:
-        logger.warning("%s: left out without matplotlib; %s", picture, pip_install("plots"))
+    """Writes results.json, results.png (a warning replaces it if matplotlib is missing) and
+    results.md, whose last lines record the others, in place of earlier ones."""
+    with written_directory(directory, results_record) as temporary:
+        write_json(temporary / "results.json", document)
+        picture = directory / "results.png"
+        if find_spec("matplotlib"):
+            draw_accuracies(document, title, temporary / picture.name)
+        else:
+            logger.warning("%s: left out without matplotlib; %s", picture, pip_install("plots"))
+        write_text(temporary / RESULTS, with_record(markdown(document, title), temporary))
+
+
+def results_record(directory: Path) -> Record | None:
+    """Returns the record of the results that a directory holds."""
+    return recorded_in_text(directory, RESULTS)
 
 
 COLOUR, COLOURS = "#8d99ae", {GENERATED: "#d1495b", ORACLE: "#2b2d42"}

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loragen.core.files import written_atomically
+from loragen.core.files import UNFINISHED, written_atomically
 from loragen.core.protocols import Encoder
 
 TEXTS_AT_ONCE = 1024
@@ -56,7 +56,7 @@ def write_embeddings(
     pieces are stored beside the files, each with its own width.
     """
     embeddings.parent.mkdir(parents=True, exist_ok=True)
-    parts = tempfile.TemporaryDirectory(dir=embeddings.parent, prefix=".parts.")
+    parts = tempfile.TemporaryDirectory(UNFINISHED, ".parts.", embeddings.parent)
     with _computing_on(device, encoder), parts as folder:
         pieces: dict[str, list[Path]] = {"embeddings": [], "mask": []}
         for first in range(0, len(texts), TEXTS_AT_ONCE):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from loragen.core.adapter import write_merged_marker
+from loragen.core.adapter import merged_record, write_merged_marker
 from loragen.core.adapter.export import describe_base, front_matter, how_to_load, save_merged
 from loragen.core.adapter.files import (
     Adapter,
@@ -21,6 +21,7 @@ from loragen.core.base.load import load_base
 from loragen.core.errors import UsageError, counted, listing
 from loragen.core.files import write_text, written_atomically
 from loragen.core.generator.requests import check_output
+from loragen.core.outputs import written_directory
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ class Merger:
             "loragen": version("loragen"),
             "generated": asdict(adapter.origin),
         }
-        with written_atomically(output) as temporary:
+        with written_directory(output, merged_record) as temporary:
             save_merged(self._model, self.base, temporary)
             write_text(temporary / "README.md", adapter_card(adapter.origin, merged=True))
             write_merged_marker(temporary, document)

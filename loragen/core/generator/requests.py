@@ -14,7 +14,8 @@ from loragen.core.data.dataset import BadRow, Dataset, bad_lines
 from loragen.core.data.documents import Source, read_documents
 from loragen.core.data.formats import question_of
 from loragen.core.errors import DataError, UsageError, listing
-from loragen.core.files import file_name, refuse_existing_file, refuse_file
+from loragen.core.files import file_name
+from loragen.core.outputs import refuse_existing_file, safetensors_metadata
 
 FILE_SUFFIXES = (".safetensors", ".pt")
 OTHER_WEIGHTS = (".bin", ".ckpt", ".gguf", ".npz", ".pth")
@@ -131,21 +132,34 @@ def output_path(output: Path, name: str, suffix: str) -> Path:
 
 
 def check_output(path: Path, overwrite: bool, merged: bool = False) -> None:
-    """Raises UsageError if something at `path` must not be replaced.
+    """Raises UsageError if something at `path` must not be replaced, or nothing can be written.
 
-    With `overwrite`, a weights file may be replaced, and the directory of an adapter, or with
-    `merged` of a merged model, that contains nothing that loragen has not written.
+    With `overwrite`, what a generator has written before is replaced: a weights file, and of the
+    directory of an adapter, or with `merged` of a merged model, the files that it has written.
     """
-    refuse_file(path.parent)
     if path.suffix in OTHER_WEIGHTS:
         raise UsageError(
             f"{path}: {path.suffix} files are not supported; name a directory (PEFT), or a "
             ".safetensors or .pt file"
         )
     if path.suffix in FILE_SUFFIXES:
-        refuse_existing_file(path, overwrite)
+        refuse_existing_file(path, overwrite, _is_generated)
     else:
         refuse_existing_adapter(path, overwrite, merged)
+
+
+def _is_generated(file: Path) -> bool:
+    """Returns whether a weights file is a generated adapter."""
+    if file.suffix == ".safetensors":
+        return {"adapter_config", "generated"} <= safetensors_metadata(file).keys()
+    import torch
+
+    try:
+        document = torch.load(file, map_location="meta", weights_only=True)
+    except Exception:  # noqa: BLE001  # of a file that is anything else, torch raises anything
+        return False
+    keys = {"state_dict", "adapter_config", "generated"}
+    return isinstance(document, dict) and document.keys() == keys
 
 
 def nonempty_prompts(prompts: str | Sequence[str]) -> list[str]:

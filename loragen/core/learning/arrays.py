@@ -237,7 +237,7 @@ def write_once(files: Sequence[Path], write: Callable[[], None]) -> None:
         log.info("%s: waiting for another process that writes there", folder)
         lock.acquire()
     try:
-        remove_unfinished(folder)  # nobody else writes at this moment
+        remove_unfinished(folder, ".*.*")  # nobody else writes there, at this moment or at all
         if not _intact(files):
             if all(file.is_file() for file in files):
                 log.warning("%s: damaged or incomplete; it is made anew", files[0])

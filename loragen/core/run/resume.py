@@ -22,10 +22,12 @@ from loragen.core.errors import DataError, UsageError
 from loragen.core.progress import is_first_process
 from loragen.core.run.checkpoints import load_weights_only
 from loragen.core.run.directory import (
+    BEST_CHECKPOINT,
     LAST_CHECKPOINT,
     ConfigT,
     ManifestT,
     Run,
+    checkpoint_name,
     checkpoint_step,
     read_manifest,
     run_directory_of,
@@ -160,7 +162,10 @@ class ResumePoint(Run[ManifestT, ConfigT], ABC):
         """Deletes the checkpoints of steps that will be done again: if the run is killed a second
         time, it must not find them without their metrics."""
         for file in self.checkpoints:
-            if file != self.checkpoint and _step_of(file) > self.step:
+            # A copy that the user has put beside them has another name.
+            names = BEST_CHECKPOINT, checkpoint_name(checkpoint_step(file))
+            ours = file != self.checkpoint and any(map(file.match, names))
+            if ours and _step_of(file) > self.step:
                 file.unlink()
         if self.checkpoint is None or self.checkpoint.name != LAST_CHECKPOINT.name:
             (self.directory / LAST_CHECKPOINT).unlink(missing_ok=True)

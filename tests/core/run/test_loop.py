@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from loragen.core.run.loop import SIGNALS, Interruption
+from loragen.core.run.loop import HANGUP, SIGNALS, Interruption
 
 ALONE = SimpleNamespace(world_size=1)
 
@@ -16,6 +16,9 @@ def test_a_first_signal_is_remembered_and_a_second_is_not_waited_for(number):
         assert not interruption.requested_on_any(ALONE)
         signal.raise_signal(number)
         assert interruption.requested_on_any(ALONE)
+        if number == HANGUP:  # the shell and the terminal may both send it
+            signal.raise_signal(number)
+            number = signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
 
