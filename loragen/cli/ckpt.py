@@ -85,15 +85,15 @@ def ckpt_analyze(
             render.note(f"{name}: {done}/{total} checkpoints")
 
     analysis = analyze_checkpoints(given, report_progress)
+    if json:
+        render.answer_json(analysis.as_dict())
+    else:
+        _print_analysis(analysis, None if every else MAX_ROWS)
     if html is not None:
         from loragen.core.analysis.page import page
 
         write_text(html, sealed(page(analysis), "<!-- {} -->"))
         render.note(f"wrote {html}")
-    if json:
-        render.answer_json(analysis.as_dict())
-    else:
-        _print_analysis(analysis, None if every else MAX_ROWS)
     if any(report.not_finite for report in analysis.series):
         raise typer.Exit(EXIT_FAILED)
 

@@ -371,7 +371,7 @@ def gen_eval(
     )
     from loragen.core.evaluation.report import results_record
     from loragen.core.evaluation.targets import check_oracles, find_targets
-    from loragen.core.outputs import refuse_existing, refuse_input
+    from loragen.core.outputs import refuse_existing, refuse_input, writable_or_temporary
     from loragen.core.run.directory import experiment_name, generator_file
 
     demanded = (
@@ -403,37 +403,44 @@ def gen_eval(
     from loragen.core.evaluation.contest import evaluate_generator
     from loragen.core.evaluation.contestants import EvaluationOptions
 
-    results = evaluate_generator(
-        file,
-        targets,
-        contestants,
-        options=EvaluationOptions(
-            draws,
-            prompts,
-            shots,
-            seed,
-            batch_size,
-            choices,
-            ignore_final_punctuation,
-        ),
-        base_model=base_model,
-        trust_remote_code=trust_remote_code,
-        skip_bad_rows=skip_bad_rows,
-        cache=cache_dir,
-        progress=terminal_progress(),
-        strict=columns is not None,
-        oracle_dirs=oracle_dir or (),
-        multi_task_steps=multi_task_steps,
+    kept = (
+        writable_or_temporary(cache_dir, "what is trained is not kept")
+        if any(one.trains for one in contestants)
+        else nullcontext(cache_dir)
     )
-    if output:
-        from loragen.core.evaluation.report import write_results
-
-        title = f"{experiment_name(file)}: generated adapters and baselines"
-        write_results(results, title, output)
+    with kept as cache:
+        known = [] if cache == cache_dir else [cache_dir / "runs"]
+        results = evaluate_generator(
+            file,
+            targets,
+            contestants,
+            options=EvaluationOptions(
+                draws,
+                prompts,
+                shots,
+                seed,
+                batch_size,
+                choices,
+                ignore_final_punctuation,
+            ),
+            base_model=base_model,
+            trust_remote_code=trust_remote_code,
+            skip_bad_rows=skip_bad_rows,
+            cache=cache,
+            progress=terminal_progress(),
+            strict=columns is not None,
+            oracle_dirs=[*(oracle_dir or ()), *known],
+            multi_task_steps=multi_task_steps,
+        )
     if json:
         render.answer_json(results)
     else:
         print_results(results)
+    if output:  # what it took minutes to compute is printed by now, whatever happens
+        from loragen.core.evaluation.report import write_results
+
+        title = f"{experiment_name(file)}: generated adapters and baselines"
+        write_results(results, title, output)
 
 
 def _note_far_prompts(documents: Sequence[Mapping[str, Any]]) -> None:

@@ -25,6 +25,7 @@ from loragen.core.errors import (
     one_line,
     shortened,
 )
+from loragen.core.files import DISK_ERRORS
 
 # torch reads this when it is loaded. With threads that spin while they wait, two trainings on one
 # machine are ten times slower than with threads that sleep; a single training is as fast.
@@ -67,6 +68,9 @@ class Root(TyperGroup):
             if self.interrupts:  # an interrupted import may raise any error
                 render.problems(["interrupted"])
                 raise typer.Exit(EXIT_INTERRUPTED) from error
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS and not debug:
+                render.problems([f"{error.filename or 'writing'}: {error.strerror}"])
+                raise typer.Exit(EXIT_FAILED) from error
             if debug or type(error).__module__.startswith("typer."):  # Exit, Abort, usage errors
                 raise
             if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:

@@ -40,6 +40,10 @@ class PluginError(UsageError):
     """A chosen plugin is unknown, clashes with another, or breaks its protocol."""
 
 
+class WriteError(LoragenError):
+    """A file cannot be written: the disk is full, or read-only."""
+
+
 class DataError(LoragenError):
     """The content of a file is not valid."""
 

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from loragen.core.errors import DataError, UsageError
+from loragen.core.errors import DataError, LoragenError, UsageError, WriteError
 
 MAX_NAME_BYTES = 120
 """File systems allow 255; this leaves room for suffixes, numbers and temporary names."""
@@ -28,6 +28,9 @@ RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[\d¹²³])(\..*)?", re.IGNORE
 HELD_SECONDS = 2.0 if os.name == "nt" else 0.0
 """How long a renaming is tried again: on Windows it fails while another program, such as a virus
 scanner, has the file open."""
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+WRITING_FAILED = re.compile(r"\(os error \d+\)|PytorchStreamWriter|inline_container|unexpected pos")
+"""What safetensors and torch say where a write has failed."""
 UNFINISHED = ".unfinished"
 """The end of the names of directories that hold what is being written."""
 HUB_TIMEOUT = 10
@@ -40,25 +43,72 @@ def written_atomically(path: Path) -> Iterator[Path]:
 
     The block writes a file or makes a directory there; after an error, everything is as before. A
     process that is killed leaves one of the two versions. A power failure does too if the block has
-    synced its file.
+    synced its file. Raises WriteError if the disk is full or cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name[:40]}."  # so that a name of the greatest length has a holder
-    holder = Path(tempfile.mkdtemp(UNFINISHED, prefix, path.parent))
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        holder = Path(tempfile.mkdtemp(UNFINISHED, prefix, path.parent))
     new, old = holder / path.name, holder / f"{path.name}.old"
     try:
-        yield new
-        if path.is_dir():
-            _while_held(path.rename, old)  # a directory cannot be renamed over another
-        try:
-            _while_held(new.replace, path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
-            raise
+        with write_errors(path, holder):
+            yield new
+            if path.is_dir():
+                _while_held(path.rename, old)  # a directory cannot be renamed over another
+            try:
+                _while_held(new.replace, path)
+            except BaseException:
+                if old.exists():
+                    old.rename(path)
+                raise
     finally:
         if path.exists() or not old.exists():  # keeps the old version if it is the only one
             shutil.rmtree(holder, ignore_errors=True)
+
+
+@contextmanager
+def write_errors(path: Path, place: Path | None = None) -> Iterator[None]:
+    """Raises WriteError `path: cannot be written: No space left on device` for what the block
+    raises because a disk is full or cannot be written, whichever library writes.
+
+    Those libraries do not all say why: torch says that a write has failed. The reason is then what
+    writing a megabyte into the directory `place` raises.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise WriteError(f"{path}: cannot be written: {error.strerror}") from error
+    except Exception as error:
+        if isinstance(error, LoragenError) or not WRITING_FAILED.search(str(error)):
+            raise
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        reason = os.strerror(int(number[1])) if number else _disk_problem(place or path.parent)
+        raise WriteError(f"{path}: cannot be written: {reason}") from error
+
+
+def _disk_problem(directory: Path) -> str:
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return str(error.strerror)
+    return "its disk is full, or a limit of its size is reached"
+
+
+def reserve(file: Path) -> None:
+    """Reserves the space of a file of its size that is memory-mapped and still empty. On a full
+    disk, writing to the map would end the process without a word (SIGBUS). Raises OSError."""
+    if hasattr(os, "posix_fallocate") and file.stat().st_size:
+        with file.open("r+b") as opened:
+            try:
+                os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+            except OSError as error:
+                if error.errno in DISK_ERRORS:  # others say that the file system cannot reserve
+                    raise
 
 
 def _while_held(rename: Callable[[Path], object], target: Path) -> None:

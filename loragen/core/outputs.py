@@ -8,6 +8,7 @@ that is an input is refused always.
 
 import hashlib
 import json
+import logging
 import re
 import struct
 import tempfile
@@ -17,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from loragen.core.errors import UsageError
-from loragen.core.files import UNFINISHED, path_problem, sha256, user_path, written_atomically
+from loragen.core.files import (
+    UNFINISHED,
+    path_problem,
+    sha256,
+    user_path,
+    write_errors,
+    written_atomically,
+)
+
+log = logging.getLogger(__name__)
 
 Record = Mapping[str, str | None]
 """{name of a file in a directory: the hash of what loragen wrote there, or None for the file that
@@ -113,6 +123,27 @@ def check_writable(directory: Path) -> None:
         raise UsageError(f"{directory}: cannot be written: {error.strerror}") from None
 
 
+def is_writable(cache: Path, otherwise: str) -> bool:
+    """Returns whether files can be made in a directory that is not needed; if not, one warning says
+    what happens `otherwise`."""
+    try:
+        check_writable(cache)
+    except UsageError as error:
+        log.warning("%s; %s", error, otherwise)
+        return False
+    return True
+
+
+@contextmanager
+def writable_or_temporary(cache: Path, otherwise: str) -> Iterator[Path]:
+    """Yields the directory, or if no file can be made in it a temporary one."""
+    if is_writable(cache, otherwise):
+        yield cache
+        return
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as spare:
+        yield Path(spare)
+
+
 # ---------------------------------------------------------------------------- directories
 
 
@@ -125,9 +156,10 @@ def written_directory(path: Path, record: Callable[[Path], Record | None]) -> It
     one of the two versions. Otherwise it leaves a directory whose record is right, from which files
     may be missing. Raises UsageError for a foreign file of the name of a new one.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name[:40]}."
-    with tempfile.TemporaryDirectory(UNFINISHED, prefix, path.parent) as holder:
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        holding = tempfile.TemporaryDirectory(UNFINISHED, f".{path.name[:40]}.", path.parent)
+    with holding as holder, write_errors(path, Path(holder)):
         new = Path(holder) / path.name
         new.mkdir()
         yield new

@@ -4,13 +4,14 @@ Everything that loads a base then loads that directory: training, merging, token
 second command does not dequantise again, which takes half a minute even for a small model.
 """
 
+import atexit
 import contextlib
 import io
 import json
 import logging
-import os
 import shutil
 import struct
+import tempfile
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ from platformdirs import user_cache_path
 
 from loragen.core.errors import LoragenError, UsageError, listing, one_line, pip_install
 from loragen.core.files import crc32, sha256, write_json, written_atomically
+from loragen.core.outputs import is_writable
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ RECORD = "gguf.json"
 """The file of a dequantised directory that says where it comes from."""
 LIBRARY_ERRORS = (OSError, ValueError, LookupError, RuntimeError, TypeError, struct.error)
 """What transformers and gguf raise for files that are damaged or not supported."""
+WITHOUT_CACHE = "the file is dequantised for this command alone; XDG_CACHE_HOME names another place"
 METADATA = ("architecture", "name", "organization", "license")
 OWN_REPOSITORY = ("repo_url", "source.repo_url", "source.url", "source.huggingface.repository")
 """Keys below `general.` that name the model itself; `base_model.0` is what *it* was tuned from."""
@@ -42,11 +45,17 @@ def dequantized(file: Path) -> Path:
     tokenizer of a GGUF file; writes it if it is not there.
 
     Its name has the hash of the file and the version of transformers in it, and it may be deleted
-    at any time. Of several processes, one writes it. Raises UsageError if the package gguf is
-    missing, LoragenError if the file is no GGUF file or of a kind that transformers cannot read.
+    at any time. Of several processes, one writes it; where the cache cannot be written, each has a
+    temporary one. Raises UsageError if the package gguf is missing, LoragenError if the file is no
+    GGUF file or of a kind that transformers cannot read.
     """
     directory = _directory(file)
-    with FileLock(_made(directory.parent) / f".{directory.name}.lock"):
+    if directory.is_dir() and not _damaged(directory):
+        return directory
+    if not is_writable(directory.parent, WITHOUT_CACHE):
+        return _dequantized_for_this_process(file)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory.parent / f".{directory.name}.lock"):
         if directory.is_dir() and (damaged := _damaged(directory)):
             log.warning("%s: damaged; it is made anew", directory / damaged)
             shutil.rmtree(directory)
@@ -59,6 +68,15 @@ def dequantized(file: Path) -> Path:
                 write_json(temporary / CHECKSUMS, checksums)
             _damaged.cache_clear()
     return directory
+
+
+@cache
+def _dequantized_for_this_process(file: Path) -> Path:
+    holder = tempfile.TemporaryDirectory(prefix="loragen-gguf-", ignore_cleanup_errors=True)
+    atexit.register(holder.cleanup)
+    log.info("dequantising %s, into %s", file, holder.name)
+    write_dequantized(file, Path(holder.name))
+    return Path(holder.name)
 
 
 def write_dequantized(file: Path, output: Path) -> None:
@@ -159,14 +177,3 @@ def _directory(file: Path) -> Path:
 def _cached_sha256(file: Path, *_: int) -> str:
     """Hashes a file once per process, unless its size or time of change (the `_`) differ."""
     return sha256(file)
-
-
-def _made(directory: Path) -> Path:
-    """Raises UsageError if the cache cannot be written."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{directory}: {error.strerror}; XDG_CACHE_HOME names another") from None
-    if not os.access(directory, os.W_OK):
-        raise UsageError(f"{directory}: cannot be written; XDG_CACHE_HOME names another")
-    return directory

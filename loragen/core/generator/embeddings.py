@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loragen.core.files import UNFINISHED, written_atomically
+from loragen.core.files import UNFINISHED, reserve, write_errors, written_atomically
 from loragen.core.protocols import Encoder
 
 TEXTS_AT_ONCE = 1024
@@ -57,7 +57,7 @@ def write_embeddings(
     """
     embeddings.parent.mkdir(parents=True, exist_ok=True)
     parts = tempfile.TemporaryDirectory(UNFINISHED, ".parts.", embeddings.parent)
-    with _computing_on(device, encoder), parts as folder:
+    with _computing_on(device, encoder), parts as folder, write_errors(embeddings):
         pieces: dict[str, list[Path]] = {"embeddings": [], "mask": []}
         for first in range(0, len(texts), TEXTS_AT_ONCE):
             # Float32 instead of half precision: conditions have to be the same in training and in
@@ -90,6 +90,7 @@ def _concatenate(pieces: Sequence[Path], file: Path) -> None:
     with written_atomically(file) as temporary:
         dtype = np.load(pieces[0], mmap_mode="r").dtype
         array = np.lib.format.open_memmap(temporary, "w+", dtype, (rows, positions, *shapes[0][2:]))
+        reserve(temporary)
         row = 0
         for piece, shape in zip(pieces, shapes, strict=True):
             array[row : row + shape[0], : shape[1]] = np.load(piece)

@@ -30,6 +30,7 @@ from loragen.core.errors import DataError
 from loragen.core.files import (
     crc32,
     remove_unfinished,
+    reserve,
     sha256,
     sha256_text,
     write_text,
@@ -40,6 +41,7 @@ from loragen.core.generator.network import Normalization
 from loragen.core.learning.plan import Plan
 from loragen.core.learning.sources import TrainingSource, open_sources
 from loragen.core.learning.texts import LabelledRows, labelled_rows, texts_of
+from loragen.core.outputs import is_writable
 from loragen.core.plugins import create, describe, find
 from loragen.core.protocols import Encoder, Transfers
 from loragen.core.run.directory import SourceRecord
@@ -149,23 +151,41 @@ def embed_prompts_ahead(config: GenTrainConfig) -> None:
 
     Raises UsageError or DataError for sources that do not fit.
     """
-    if config.data.cache_tokenized:
-        encoder: Encoder = create("encoder", config.encoder.name, config.encoder.options)
-        for source in open_sources(config).training:
-            _embedded(Path(config.data.cache_dir), encoder, config, texts_of(source).texts)
+    with _cache(config) as cache:
+        if cache.spare is None:
+            encoder: Encoder = create("encoder", config.encoder.name, config.encoder.options)
+            for source in open_sources(config).training:
+                _embedded(cache, encoder, config, texts_of(source).texts)
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """The places of arrays: the configured directory, and a temporary one for what that does not
+    have and cannot take."""
+
+    directory: Path | None
+    spare: Path | None
+
+    def files(self, *names: str) -> list[Path]:
+        """Returns the paths of files that are written together."""
+        kept = [self.directory / name for name in names] if self.directory else []
+        if self.spare is None or (kept and _intact(kept)):
+            return kept
+        return [self.spare / name for name in names]
 
 
 @contextmanager
-def _cache(config: GenTrainConfig) -> Iterator[Path]:
-    if config.data.cache_tokenized:
-        yield Path(config.data.cache_dir)
+def _cache(config: GenTrainConfig) -> Iterator[_Cache]:
+    directory = Path(config.data.cache_dir) if config.data.cache_tokenized else None
+    if directory and is_writable(directory, "what the cache lacks is computed for this command"):
+        yield _Cache(directory, None)
         return
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
-        yield Path(directory)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as spare:
+        yield _Cache(directory, Path(spare))
 
 
 def _tokenized(
-    cache: Path, layout: Layout, source: TrainingSource, config: GenTrainConfig
+    cache: _Cache, layout: Layout, source: TrainingSource, config: GenTrainConfig
 ) -> tuple[str, np.ndarray, np.ndarray | None]:
     """Returns a hash of the checkpoints in this layout and form, which the manifest records, their
     tokens, and the mean of these if the decoder combines adapters."""
@@ -173,12 +193,14 @@ def _tokenized(
     form = config.layout.target_form
     key = sha256_text(repr(layout.state()), form, *map(sha256, weights))[:32]
     versions = f"{CACHE_VERSION} {PACKING_VERSION}"
-    file = cache / "tokens" / f"{sha256_text(key, versions)[:32]}.npy"
+    stem = f"tokens/{sha256_text(key, versions)[:32]}"
+    (file,) = cache.files(f"{stem}.npy")
     shape = (len(source.checkpoints), layout.tokens, layout.token_dim)
 
     def write() -> None:
         with written_atomically(file) as temporary:
             array = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
+            reserve(temporary)
             for row, checkpoint in enumerate(source.checkpoints):
                 adapter = source.read(checkpoint)
                 try:
@@ -200,13 +222,13 @@ def _tokenized(
         with written_atomically(mean) as temporary, temporary.open("wb") as stream:
             np.save(stream, tokens.mean(axis=0, dtype=np.float64).astype(np.float32))
 
-    mean = file.with_suffix(".mean.npy")
+    (mean,) = cache.files(f"{stem}.mean.npy")
     write_once([mean], write_mean)
     return key, tokens, np.load(mean, mmap_mode="r")
 
 
 def _embedded(
-    cache: Path, encoder: Encoder, config: GenTrainConfig, texts: Sequence[str]
+    cache: _Cache, encoder: Encoder, config: GenTrainConfig, texts: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns embeddings and mask; they have no positions if the encoder is trained."""
     if not encoder.frozen:
@@ -215,8 +237,8 @@ def _embedded(
     plugin = describe("encoder", config.encoder.name)
     versions = [f"{name} {version(name)}" for name in getattr(encoder, "libraries", ())]
     code = sha256_text(str(CACHE_VERSION), plugin.origin, *versions)
-    stem = cache / "embeddings" / sha256_text(code, sha256_text(*described), *texts)[:32]
-    files = [stem.with_suffix(".npy"), stem.with_suffix(".mask.npy")]
+    stem = f"embeddings/{sha256_text(code, sha256_text(*described), *texts)[:32]}"
+    files = cache.files(f"{stem}.npy", f"{stem}.mask.npy")
     device = torch.device("cpu") if config.trainer.accelerator == "cpu" else best_device()
     write_once(files, lambda: write_embeddings(encoder, texts, files[0], files[1], device))
     return np.load(files[0], mmap_mode="r"), np.load(files[1], mmap_mode="r")

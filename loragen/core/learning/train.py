@@ -59,6 +59,7 @@ from loragen.core.learning.plan import (
 )
 from loragen.core.learning.sources import Sources, TrainingSource, open_sources
 from loragen.core.learning.texts import labelled_rows
+from loragen.core.outputs import check_writable
 from loragen.core.plugins import create
 from loragen.core.progress import Progress, is_first_process
 from loragen.core.protocols import Encoder, StartsFromSamples, Transfers
@@ -114,6 +115,8 @@ def train(
         if is_first_process():
             resume.acquire()
         config = resume.resumed(config)
+    else:
+        check_writable(Path(config.experiments_dir))
     plan = make_plan(config, sources or open_sources(config))
     config = with_found_sources(plan)
     log.info("%s; reading checkpoints and prompts", plan.summary())

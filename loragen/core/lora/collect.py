@@ -24,6 +24,7 @@ from loragen.core.config import LoraTrainConfig
 from loragen.core.errors import Interrupted, LoragenError, UsageError, one_line, pip_install
 from loragen.core.lora.tasks import Task, TaskOutcome, earlier_runs, with_absolute_paths
 from loragen.core.lora.worker import JobResult, Launcher, StatusFile, TrainingJob, Worker, run_job
+from loragen.core.outputs import check_writable
 from loragen.core.progress import Progress
 from loragen.core.run.directory import LoraManifest, Run
 from loragen.core.run.lock import writer_of
@@ -66,6 +67,7 @@ def collect(
                 record(outcome)
         remaining = [task for task in tasks if task not in outcomes]
         if remaining:
+            check_writable(Path(config.runs_dir))
             for outcome in _train(config, remaining, len(tasks) > 1, progress):
                 record(outcome)
     finally:

@@ -165,7 +165,8 @@ def run_job(job: TrainingJob, status_file: Path) -> None:
         result = JobResult(status="failed", reason=reason, traceback=trace)
     finally:
         logger.removeHandler(reporter)
-    status.append(WorkerReport(result=result))
+    with suppress(OSError):  # the parent then says that the worker has ended without a result
+        status.append(WorkerReport(result=result))
 
 
 if __name__ == "__main__":

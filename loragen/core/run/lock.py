@@ -24,7 +24,7 @@ from uuid import uuid4
 import psutil
 from filelock import FileLock, Timeout
 
-from loragen.core.errors import LoragenError, UsageError
+from loragen.core.errors import LoragenError, UsageError, WriteError
 from loragen.core.files import write_json
 
 log = getLogger(__name__)
@@ -99,6 +99,9 @@ class RunLock:
             time.sleep(min(0.5, BEAT_SECONDS / 2))
         try:
             write_json(self.directory / WRITER, self._me._asdict())
+        except WriteError:
+            self._file.release(force=True)
+            raise
         except OSError as error:
             self._file.release(force=True)
             raise UsageError(f"{self.directory}: cannot be written: {error.strerror}") from None

@@ -5,8 +5,10 @@ Lightning's Trainer does not get them: it needs no logger, and an error in one w
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,8 +16,8 @@ from math import isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loragen.core.errors import LoragenError, UsageError
-from loragen.core.files import written_atomically
+from loragen.core.errors import LoragenError, UsageError, WriteError
+from loragen.core.files import write_errors, written_atomically
 from loragen.core.plugins import create
 from loragen.core.protocols import RunInfo, RunLogger, Status
 
@@ -41,11 +43,29 @@ class StepLog:
             with written_atomically(file) as temporary:
                 temporary.write_bytes(b"".join(kept))
 
+        self.pending = b""
+        """Lines that could not be written yet, because the disk is full."""
+
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Writes one line. Raises OSError."""
+        """Writes one line. After a WriteError, the next call or `flush` writes it."""
+        self.pending += (json.dumps(entry) + "\n").encode()
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes the pending lines, all of them or none. Raises WriteError."""
+        if not self.pending:
+            return
         self.file.parent.mkdir(exist_ok=True)
-        with self.file.open("ab") as file:  # closed every time, so that a kill loses nothing
-            file.write((json.dumps(entry) + "\n").encode())
+        # Closed every time, so that a kill loses nothing.
+        with write_errors(self.file), self.file.open("ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(self.pending) != len(self.pending):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(size)
+                raise
+        self.pending = b""
 
 
 class MetricsLog(StepLog):
@@ -54,7 +74,12 @@ class MetricsLog(StepLog):
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Logs metrics; a value that is not finite becomes null, because JSON cannot write it."""
         values = {name: value if isfinite(value) else None for name, value in metrics.items()}
-        self.append({"step": step, **values})
+        told = bool(self.pending)
+        try:
+            self.append({"step": step, **values})
+        except WriteError as error:
+            if not told:
+                log.warning("%s; it is tried again at every step", error)
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
@@ -118,6 +143,12 @@ class RunLoggers:
         for name, logger in list(self._open.items()):
             with self._guarded(name):
                 logger.log_metrics(dict(metrics), step=step)
+
+    def flush(self) -> None:
+        """Raises WriteError if metrics.jsonl lacks metrics of steps that were done."""
+        metrics = self._open.get(METRICS)
+        if isinstance(metrics, MetricsLog):
+            metrics.flush()
 
     def close(self, status: Status) -> None:
         """Closes first Lightning's logger, then the plugin, which gets the status."""

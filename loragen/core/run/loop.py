@@ -1,6 +1,7 @@
 """The parts of the training loop that all trainings share: the session of the run, seeds,
 interruption, checkpoints and divergence."""
 
+import logging
 import os
 import signal
 import threading
@@ -23,7 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from loragen.core.base.load import quiet_libraries
 from loragen.core.config import dump
-from loragen.core.errors import Interrupted, LoragenError, UsageError
+from loragen.core.errors import Interrupted, LoragenError, UsageError, WriteError
 from loragen.core.files import remove_unfinished, write_text
 from loragen.core.progress import Progress, Step, Validation
 from loragen.core.protocols import RunInfo, Status
@@ -41,6 +42,8 @@ from loragen.core.run.resume import ResumePoint
 
 HANGUP = getattr(signal, "SIGHUP", None)
 """The terminal, or the connection to it, was closed. Windows has no such signal."""
+log = logging.getLogger(__name__)
+
 SIGNALS = tuple(number for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if number is not None)
 HARDWARE_EVERY = 10
 """Steps between two readings of the sensors, each of which costs about a millisecond."""
@@ -165,10 +168,12 @@ class RunSession(Callback):
         else:
             self.progress.validated(replace(event, name=self._name))
 
-    def check_lock(self) -> None:
-        """Raises LoragenError if another process has taken the run."""
+    def check(self) -> None:
+        """Raises LoragenError if another process has taken the run, and WriteError if metrics of
+        steps that are about to be saved could not be written."""
         if self._lock:
             self._lock.check()
+        self._loggers.flush()
 
     def __enter__(self) -> Self:
         return self
@@ -186,7 +191,12 @@ class RunSession(Callback):
             self.manifest.status = status
             self.manifest.seconds = round(time.monotonic() - self._started, 2)
             if self._lock and self._lock.is_ours():  # in process 0
-                write_manifest(self.directory, self.manifest)
+                try:
+                    write_manifest(self.directory, self.manifest)
+                except WriteError as error:  # to resume, it needs no status
+                    if kind is None:
+                        raise
+                    log.warning("%s", error)
         finally:
             if self._lock:
                 self._lock.release()
@@ -307,7 +317,7 @@ class CheckpointCallback(StepCallback):
     def save(self, trainer: Trainer, file: Path) -> None:
         """Saves the current step to `file`. Raises LoragenError if a weight is not finite, or
         another process has taken the run."""
-        self.session.check_lock()
+        self.session.check()
         state = trainer.lightning_module.state_dict()
         # One flag of each weight, which are read together: reading one waits for the GPU.
         finite = torch.stack([weight.isfinite().all() for weight in state.values()]).tolist()

@@ -109,12 +109,17 @@ class TestCache:
         copy.write_bytes(written[1].read_bytes())
         assert gguf.dequantized(copy) != gguf.dequantized(file)
 
-    def test_a_cache_that_cannot_be_written_is_named(self, file, tmp_path, monkeypatch):
+    def test_without_a_cache_that_can_be_written_each_process_has_one(
+        self, file, tmp_path, monkeypatch, caplog
+    ):
         blocked = tmp_path / "file"
         blocked.write_text("")
         monkeypatch.setattr(gguf, "user_cache_path", lambda _: blocked)
-        with pytest.raises(UsageError, match="XDG_CACHE_HOME"):
-            gguf.dequantized(file)
+        directory = gguf.dequantized(file)
+        assert (directory / "config.json").is_file()
+        assert gguf.dequantized(file) == directory
+        assert "XDG_CACHE_HOME" in caplog.text
+        assert blocked.read_text() == ""
 
 
 class TestErrors:
