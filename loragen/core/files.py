@@ -178,6 +178,15 @@ def file_name(text: str, otherwise: str = "unnamed") -> str:
     return f"_{name}" if RESERVED.fullmatch(name) else name or otherwise
 
 
+def bounded_name(name: str) -> str:
+    """Returns a name that leaves room for suffixes in a file's name: one that is longer than
+    `MAX_NAME_BYTES` is cut, and ends in a hash of the whole that keeps it apart from others."""
+    if len(name.encode()) <= MAX_NAME_BYTES:
+        return name
+    start = name.encode()[: MAX_NAME_BYTES - 9].decode(errors="ignore")
+    return f"{start}-{sha256_text(name)[:8]}"
+
+
 def sha256(path: Path) -> str:
     """Returns the hex digest of a file, without holding all of it in memory."""
     with path.open("rb") as file:

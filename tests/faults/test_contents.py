@@ -20,11 +20,13 @@ from loragen.core.base.load import load_base
 from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
 from loragen.core.data.dataset import Dataset
 from loragen.core.errors import ConfigError, DataError, LoragenError, UsageError
-from loragen.core.files import nature, read_json
+from loragen.core.files import nature, read_json, write_text
 from loragen.core.generator.collected import Collected
 from loragen.core.learning.arrays import write_once
+from loragen.core.lora.provenance import tracking_file
 from loragen.core.lora.tasks import find_tasks
 from loragen.core.run.checkpoints import load_weights_only
+from loragen.core.run.directory import create_run_directory
 from loragen.core.run.resume import newest
 from loragen.testing.files import cut, flip
 
@@ -62,6 +64,10 @@ def workbook():
         ("a.tsv", CSV.replace(",", "\t").encode(), "separated by tabs (TSV)"),
         ("a.csv", CSV.replace(",", "|").encode(), "separated by '|'"),
         ("a.csv", CSV.replace(",", ", ").encode(), "the header has ' response'"),
+        ("a.csv", b'"prompt";"response"\n"a, b";"c"\n', "separated by semicolons"),
+        ("a.csv", CSV.encode() + bytes(50), "NUL bytes in it"),
+        ("a.jsonl", LINES.replace("\n", ",\n").encode(), "rows with commas between them"),
+        ("a.json", b" ", "no rows in it"),
         ("a.csv", LINES.encode(), "not CSV; it is JSON"),
         ("a.csv", workbook(), "an Excel workbook"),
         ("a.jsonl", json.dumps(ROWS).encode(), "a JSON array, whose name ends in .json"),
@@ -151,6 +157,12 @@ def test_a_nul_character_is_no_text(tmp_path, name, content):
     with pytest.raises(DataError, match=rf"{name}:\d: .*NUL character"):
         found = Dataset.at(str(file))
         found.prompts() if name == "a.txt" else found.rows()
+
+
+def test_rows_under_the_name_of_text_are_warned_of(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text(LINES, encoding="utf-8")
+    assert Dataset.at(str(tmp_path / "a.txt")).prompts() == LINES.splitlines()
+    assert "its lines are rows in JSON" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -490,6 +502,18 @@ def test_any_name_that_is_too_long_is_one_short_line(tmp_path, monkeypatch, line
     (problem,) = result.stderr.splitlines()
     assert problem.endswith("the name is too long")
     assert len(problem) < 200
+
+
+@pytest.mark.parametrize("stem", ["x" * 240, "颜色" * 40])
+def test_a_dataset_with_a_long_name_has_a_run_and_its_tracking(tmp_path, stem):
+    (tmp_path / f"{stem}.jsonl").write_text(LINES, encoding="utf-8")
+    (tmp_path / f"{stem[:-1]}y.jsonl").write_text(LINES, encoding="utf-8")
+    one, other = (Dataset.find(str(file), tmp_path) for file in sorted(tmp_path.glob("*.jsonl")))
+    assert one.name != other.name
+    assert one.name[:30] == other.name[:30] == stem[:30]
+    run = create_run_directory(tmp_path / "runs", f"{one.name}_lora")
+    write_text(tracking_file(run, one.name), "")
+    write_text(run / f"line_checkpoint_mapping_{one.name}.json", "")
 
 
 def test_each_command_reads_its_own_standard_input(tmp_path):

@@ -29,7 +29,7 @@ from loragen.core.data.documents import (
 )
 from loragen.core.data.formats import Turn, format_of, question_of, texts
 from loragen.core.errors import DataError, LoragenError, UsageError, did_you_mean, listing
-from loragen.core.files import absent, is_stream, path_problem, read_bytes
+from loragen.core.files import absent, bounded_name, is_stream, path_problem, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,8 @@ class Dataset:
 
     def __init__(self, source: Source, name: str | None = None) -> None:
         self.source = source
-        self.name = name or (_name_of(source) if isinstance(source, Path) else source.name)
+        named = name or (_name_of(source) if isinstance(source, Path) else source.name)
+        self.name = bounded_name(named)
         self.is_stream = isinstance(source, Path) and is_stream(source)
         self._warned = False
 
@@ -302,10 +303,27 @@ class Dataset:
                 raise UsageError(absent(self.source, "prompt file"))
             if self._is_text:
                 lines = list(text_lines(self.source, self._content))
+                if lines and not self.is_stream and _is_row(lines[0][1]):
+                    log.warning(
+                        "%s: its lines are rows in JSON, and each is read as a prompt because the "
+                        "name ends in .txt; rows are in a .jsonl",
+                        self.source,
+                    )
                 found = [Prompt(line, text.strip()) for line, text in lines if "\0" not in text]
                 damaged = "holds a NUL character, which is no text"
                 return found, [BadRow(line, damaged) for line, text in lines if "\0" in text]
         return self._contents.prompts, self._contents.bad_prompts
+
+
+def _is_row(line: str) -> bool:
+    """Returns whether a line of text is a row in JSON."""
+    if not line.startswith("{"):
+        return False
+    try:
+        question_of(json.loads(line))
+    except (ValueError, RecursionError, DataError):
+        return False
+    return True
 
 
 def refuse_bad(

@@ -35,6 +35,7 @@ JSON_LIMITS = (ValueError, RecursionError)
 """The errors that json raises beyond its limits: 4,300 digits, or some thousand brackets."""
 HUB_ID = r"[\w.-]+/[\w.-]+"
 NO_STREAM = "a training reads its data again when it resumes: save the stream as a file"
+NULS = "NUL bytes in it; the file is damaged, or was not written to its end"
 ARRAY = "a JSON array, whose name ends in .json"
 SEPARATORS = {
     "\t": "columns separated by tabs (TSV); save them with commas, as .csv",
@@ -193,6 +194,8 @@ def _instead_of_json_lines(content: bytes) -> str | None:
             )
         if isinstance(value, list):
             return ARRAY
+        if text[end:].lstrip().startswith(","):
+            return "rows with commas between them; JSON lines have none"
         if "\n" in text[:end]:
             return "JSON over several lines; a row has one line (jq -c . FILE)"
         return "several rows on one line; each has its own (jq -c . FILE)"
@@ -206,13 +209,15 @@ def _instead_of_json_lines(content: bytes) -> str | None:
 def _json_problem(text: str, error: json.JSONDecodeError) -> str:
     """Returns json's reason, or what it does not say: NUL bytes, or that the text is cut off."""
     if "\0" in text:
-        return "NUL bytes in it; the file is damaged, or was not written to its end"
+        return NULS
     cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
     return f"{error.msg} at column {error.colno}{' (the row is cut off)' if cut else ''}"
 
 
 def _json(file: Path, content: bytes) -> Iterator[Document]:
     text = utf8_text(file, content)
+    if not text.strip():
+        return
     try:
         document = parse_json(text)
     except json.JSONDecodeError as error:
@@ -260,13 +265,15 @@ def _beyond_limits(error: Exception) -> str:
 
 
 def _csv(file: Path, content: bytes) -> Iterator[Document]:
-    records = iter(_csv_records(file, content))
-    header = next(records, (1, []))[1]
     if content.lstrip()[:1] in (b"{", b"["):
         raise DataError(f"{file}: not CSV; it is JSON (.jsonl if a row has a line, else .json)")
-    kind = next((kind for mark, kind in SEPARATORS.items() if mark in "".join(header)), None)
-    if len(header) == 1 and kind:
-        raise DataError(f"{file}:1: not comma-separated; it has {kind}")
+    first = utf8_text(file, content).lstrip().partition("\n")[0]
+    outside = re.sub(r'"[^"]*"', "", first)  # without what stands in quotation marks
+    for mark, kind in SEPARATORS.items():
+        if outside.count(mark) > outside.count(","):
+            raise DataError(f"{file}:1: not comma-separated; it has {kind}")
+    records = iter(_csv_records(file, content))
+    header = next(records, (1, []))[1]
     if blank := [key for key in header if key != key.strip()]:
         raise DataError(f"{file}:1: the header has {blank[0]!r}: take the white space away")
     twice = sorted({key for key in header if key and header.count(key) > 1})
@@ -279,6 +286,8 @@ def _csv(file: Path, content: bytes) -> Iterator[Document]:
                 yield Document(line, {key: _cell(key, cell) for key, cell in named})
             except DataError as error:
                 yield Document(line, None, str(error))
+        elif any("\0" in cell for cell in cells):
+            yield Document(line, None, NULS)
         else:
             yield Document(line, None, f"{len(cells)} cells, the header has {len(header)}")
 
