@@ -273,9 +273,9 @@ def answer_probabilities(
 @torch.inference_mode()
 def check_base(directory: Path) -> None:
     """Prints the properties that the demo needs, measured on wordings never trained on."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     assert isinstance(tokenizer, Qwen2Tokenizer)  # another class would tokenise differently
-    model = Qwen2ForCausalLM.from_pretrained(directory)
+    model = Qwen2ForCausalLM.from_pretrained(directory, trust_remote_code=False)
     questions = World.load()
     found, right = [], 0
     for number, pair in enumerate(PAIRS):

@@ -73,7 +73,9 @@ def peft_adapter(
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(
+            base_model, dtype=torch.float32, trust_remote_code=False
+        )
         if vocabulary:
             base.resize_token_embeddings(vocabulary)
         lora = LoraConfig(task_type="CAUSAL_LM", **{**usual, **options})

@@ -1,13 +1,16 @@
 """Code and files from a stranger: nothing of theirs runs, hangs or fills the memory unasked."""
 
+import ast
 import io
 import json
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import loragen
 from loragen.cli.main import app
 from loragen.core.base import load as load_module
 from loragen.core.base.load import empty_base, load_base, load_tokenizer
@@ -65,6 +68,18 @@ def test_the_code_of_a_tokenizer_does_not_run_either(tmp_path, nobody_answers):
     with pytest.raises(UsageError, match="--trust-remote-code"):
         load_tokenizer(str(base))
     assert not (tmp_path / "proof").exists()
+
+
+def test_every_call_says_whether_code_is_trusted():
+    loads = {"from_pretrained", "from_config", "SentenceTransformer"}
+    for file in Path(loragen.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            function = getattr(node, "func", None)
+            name = getattr(function, "attr", None) or getattr(function, "id", None)
+            if name in loads:
+                # None is `**options`, which the functions above fill.
+                said = {keyword.arg for keyword in node.keywords}
+                assert said & {"trust_remote_code", None}, f"{file}:{node.lineno}"
 
 
 def test_every_command_that_loads_the_base_has_the_flag(stranger, tmp_path, dataset, collection):
