@@ -82,8 +82,11 @@ class Ending(NamedTuple):
     end: int | None
     """The token that ends an answer: the one that the chat template writes after a turn of the
     assistant if that is a single token, else the tokenizer's end token."""
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     """What a user should know, each one line."""
+    frame: int | None = None
+    """The number of tokens of a short prompt without a system text, if the chat template accepts
+    one."""
 
 
 @dataclass
@@ -97,8 +100,8 @@ class _State:
     """The number of tokens that the base has embeddings for; None: not known."""
     endings: dict[tuple[Any, ...], Ending] = field(default_factory=dict)
     """By everything that the ending depends on."""
-    special: tuple[int, re.Pattern[str]] | None = None
-    """The size of the vocabulary, and a pattern that finds its special tokens."""
+    special: re.Pattern[str] | None = None
+    """A pattern that finds special tokens in a text."""
     trailing: int | None = None
     """The number of tokens that the tokenizer adds behind every text by itself."""
     said: set[str] = field(default_factory=set)
@@ -211,7 +214,7 @@ def check_tokenizer(tokenizer: Any) -> Ending:
 def _ending(tokenizer: Any) -> Ending:
     eos = tokenizer.eos_token_id
     if not _template(tokenizer):
-        return Ending(eos, ())
+        return Ending(eos)
     state = _state(tokenizer)
     key = (_template(tokenizer), eos, state.date if chat_date(tokenizer) else None)
     if key not in state.endings:
@@ -265,7 +268,8 @@ def _look_at_template(tokenizer: Any) -> Ending:
                 f"the chat template ends a prompt with {header!r}, and has {own!r} before the "
                 "answers of a conversation; answers are learned after the first"
             )
-    return Ending(end, tuple(notes))
+    frame = None if system else len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    return Ending(end, tuple(notes), frame)
 
 
 def end_ids(tokenizer: Any) -> list[int]:
@@ -288,13 +292,13 @@ def pad_id(tokenizer: Any) -> int:
 
 def special_tokens(tokenizer: Any, text: str) -> list[str]:
     """Returns the special tokens that a text holds, which the model would not read as text."""
-    state, size = _state(tokenizer), len(tokenizer)
-    if state.special is None or state.special[0] != size:
+    state = _state(tokenizer)
+    if state.special is None:
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         tokens = {str(one) for one in added if one.special and str(one).strip()}
         longest_first = sorted(tokens, key=lambda one: (-len(one), one))
-        state.special = size, re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-    return state.special[1].findall(text)
+        state.special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    return state.special.findall(text)
 
 
 # ---------------------------------------------------------------------------- rows
@@ -437,7 +441,6 @@ class TokenizedRows(Sequence[Example]):
         self.rows: list[Row] = []
         self.left_out: list[BadRow] = []
         self._tokenizer, self._max_length, self._source = tokenizer, max_length, source
-        check_tokenizer(tokenizer)
         check = _RowCheck(tokenizer, max_length)
         for row in rows:
             try:
@@ -526,6 +529,9 @@ class _RowCheck:
         """The kinds of conversation that the chat template is known to accept."""
         self.frames: dict[str | None, int] = {}
         """System text -> the tokens of a prompt with it, but for the prompt's own text."""
+        if (frame := check_tokenizer(tokenizer).frame) is not None:
+            self.frames[None] = frame
+            self.accepted.add((False, 0, True))
 
     def __call__(self, row: Row) -> None:
         """Raises DataError if the row cannot be tokenised."""
