@@ -175,6 +175,11 @@ def test_rows_under_the_name_of_text_are_warned_of(tmp_path, caplog):
         ("schedule: {name: constant, learning_rate: yes}", "schedule.learning_rate: expected a nu"),
         ("training: {batch_size: 010}", "c.yaml:1:24: 010 is 8 in YAML"),
         ("seed: 1:30", "c.yaml:1:7: 1:30 is 90 in YAML"),
+        ("lora: {alpha: .inf}", "lora.alpha: input should be a finite number"),
+        ("lora: {alpha: .nan}", "lora.alpha: input should be a finite number"),
+        ("base_model: no", "base_model: input should be a valid string (got False); put quotes"),
+        ("data: {dataset: 2024-01-02}", "; put quotes around it"),
+        ("data: {dataset: 2024}", "(got 2024); put quotes around it"),
     ],
 )
 def test_a_number_that_yaml_reads_as_another_is_refused(tmp_path, text, said):

@@ -313,9 +313,10 @@ def test_no_help_has_hard_line_breaks():
             assert not any("\n" in paragraph for paragraph in paragraphs), one.name
 
 
-def test_the_shell_can_be_told_to_complete(monkeypatch):
+def test_the_shell_can_be_told_to_complete(monkeypatch, capsys):
     monkeypatch.setenv("_LORAGEN_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", "loragen gen in")
     monkeypatch.setenv("COMP_CWORD", "2")
     with pytest.raises(SystemExit):
         typer.main.get_command(app)(prog_name="loragen")
+    assert capsys.readouterr().out.split() == ["infer"]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
+from datetime import date
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -379,6 +380,8 @@ def problems_of(
             # pydantic appends a type to the location of a value in a union: `devices.int`.
             keys = _given(keys, origins) or keys
             given[keys] = f" (got {detail['input']!r})"
+            if kind == "string_type" and isinstance(detail["input"], bool | int | float | date):
+                given[keys] += "; put quotes around it"
             reason = f"{detail['msg'][0].lower()}{detail['msg'][1:]}"
             if kind == "model_type":
                 known = _known_keys(model, detail["loc"])

@@ -223,7 +223,7 @@ def markdown(document: Mapping[str, Any], title: str) -> str:
     """Returns the tables and remarks as a Markdown document."""
 
     def escaped(text: str) -> str:
-        return text.replace("|", "\\|")
+        return " ".join(text.split()).replace("|", "\\|")
 
     parts = [f"# {title}\n"]
     for table in tables(document):
