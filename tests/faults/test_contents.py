@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from loragen.cli.main import app
 from loragen.core.adapter.files import read_safetensors, write_safetensors
+from loragen.core.base import gguf
 from loragen.core.base.load import load_base
 from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
 from loragen.core.data.dataset import Dataset
@@ -382,6 +383,29 @@ def test_a_damaged_cache_is_made_anew_with_one_line(tmp_path, caplog, damage):
     assert np.array_equal(np.load(file), np.arange(100))
     (line,) = caplog.messages
     assert line == f"{file}: damaged or incomplete; it is made anew"
+
+
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
+def test_a_damaged_dequantised_model_is_made_anew_with_one_line(
+    tmp_path, monkeypatch, caplog, damage
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def write(file, output):
+        output.mkdir()
+        (output / "model.safetensors").write_bytes(file.read_bytes() * 9)
+
+    monkeypatch.setattr(gguf, "write_dequantized", write)
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF and some weights")
+    directory = gguf.dequantized(file)
+    assert gguf.dequantized(file) == directory
+    assert len(caplog.messages) <= 1  # that it dequantises
+    caplog.clear()
+    damage(directory / "model.safetensors")
+    assert gguf.dequantized(file) == directory
+    assert (directory / "model.safetensors").read_bytes() == file.read_bytes() * 9
+    assert f"{directory / 'model.safetensors'}: damaged; it is made anew" in caplog.messages
 
 
 @pytest.fixture

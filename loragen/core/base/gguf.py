@@ -66,7 +66,6 @@ def dequantized(file: Path) -> Path:
                 write_dequantized(file, temporary)
                 checksums = {one.name: crc32(one) for one in temporary.iterdir()}
                 write_json(temporary / CHECKSUMS, checksums)
-            _damaged.cache_clear()
     return directory
 
 
@@ -123,10 +122,15 @@ def write_dequantized(file: Path, output: Path) -> None:
     write_json(output / RECORD, record)
 
 
-@cache
 def _damaged(directory: Path) -> str | None:
-    """Returns the name of a file that is not as it was written, else None; checked once per
-    process. The weights are read for it, at 2 GB/s."""
+    """Returns the name of a file that is not as it was written, else None."""
+    stats = [(file.name, file.stat()) for file in sorted(directory.iterdir())]
+    return _damaged_of(directory, *((name, s.st_size, s.st_mtime_ns) for name, s in stats))
+
+
+@cache
+def _damaged_of(directory: Path, *_: tuple[str, int, int]) -> str | None:
+    """Reads the files, at 2 GB/s: once per process, unless sizes or times (the `_`) change."""
     try:
         checksums: dict[str, str] = json.loads((directory / CHECKSUMS).read_bytes())
     except OSError:
