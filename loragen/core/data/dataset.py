@@ -202,11 +202,6 @@ class Dataset:
         rows, bad = self._contents.rows, self._contents.bad_rows
         if not rows and not bad:
             raise DataError(f"{self.source}: no rows in it")
-        if not rows and len({reason for _, reason in bad}) == 1 < len(bad):
-            line, reason = bad[0]
-            raise DataError(
-                f"{self.source}:{line}: {reason} (the same in all of its {len(bad)} rows)"
-            )
         if not rows:
             refuse_bad(self.source, bad, good=0)
         return rows
@@ -332,6 +327,9 @@ def refuse_bad(
     """Raises DataError for bad rows, unless they are to be skipped and `good` ones are left."""
     if not bad or (skip_bad_rows and good):
         return
+    if not good and len({one.reason for one in bad}) == 1 < len(bad):
+        line, reason = bad[0]
+        raise DataError(f"{source}:{line}: {reason} (the same in all of its {len(bad)} rows)")
     left_out = "--skip-bad-rows leaves " + ("it out" if len(bad) == 1 else "them out")
     raise DataError(*bad_lines(source, bad, f" ({left_out if good else 'no row is good'})"))
 
