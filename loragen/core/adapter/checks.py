@@ -41,18 +41,18 @@ NOT_BA = {
     "use_qalora": "QALoRA",
     "use_bdlora": "BD-LoRA",
     "target_parameters": "target_parameters",
-    "layer_replication": "layer_replication",
     "arrow_config": "Arrow",
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
     "velora_config": "VeLoRA",
 }
-"""Fields of `LoraConfig` that make the change of the base another one than s · B A."""
+"""{field of `LoraConfig`: the kind of adapter, whose change of the base is not s · B A}"""
 KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base as it is. The others, such as PiSSA, take the
 initial B A out of its weights, and ΔW is what training has added to that."""
 KNOWN_FIELDS = {
     *NOT_BA,
+    "layer_replication",
     *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path"),
     *("revision", "inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules"),
     *("exclude_modules", "fan_in_fan_out", "use_rslora", "rank_pattern", "alpha_pattern"),
@@ -109,7 +109,7 @@ def check_config(config: object, origin: object) -> None:
                 raise DataError(f"{origin}: {pattern}: {one!r} is no pattern: {error}") from None
             values.append((name, f"{pattern}[{one!r}]", value))
     for name, key, value in values:
-        if (name == "r" and not (isinstance(value, int) and value > 0)) or value is True:
+        if name == "r" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise DataError(f"{origin}: {key} must be a whole number above 0 (it is {value!r})")
         if name == "lora_alpha" and not _is_finite_number(value):
             raise DataError(f"{origin}: {key} must be a finite number (it is {value!r})")
@@ -261,6 +261,8 @@ def not_ba(config: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = Non
     for field, kind in NOT_BA.items():
         if config.get(field) and config[field] != "none":
             return f"{kind}: ΔW is not BA"
+    if config.get("layer_replication"):
+        return "layer_replication: ΔW is of other layers than those of the base"
     initial = config.get("init_lora_weights")
     if initial not in KEEPS_BASE:
         return f"init_lora_weights {initial}: ΔW is not BA, but BA minus the initial BA"
@@ -301,7 +303,7 @@ def changes_nothing(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
 
     def bound(key_a: str, key_b: str) -> float:
         """Returns what no value of a module's ΔW exceeds."""
-        largest = [float(tensors[key].abs().max()) for key in (key_a, key_b)]
+        largest = [float(tensors[key].double().abs().max()) for key in (key_a, key_b)]
         scaling = module_scaling(config, module_of(key_a)) if config else 1.0
         return abs(scaling) * len(tensors[key_a]) * largest[0] * largest[1]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from loragen.core.adapter import merged_record, write_merged_marker
-from loragen.core.adapter.checks import check_finite
+from loragen.core.adapter.checks import check_finite, warn_of_config
 from loragen.core.adapter.files import (
     PEFT_ERRORS,
     Adapter,
@@ -57,6 +57,7 @@ def prepare_export(
 
 def export_adapter(adapter: Adapter, source: Path, output: Path) -> None:
     """Writes a PEFT directory, atomically."""
+    warn_of_config(adapter.config, source)
     write_adapter(output, adapter, _card(adapter, source, merged=False))
 
 
