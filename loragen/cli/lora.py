@@ -3,7 +3,7 @@
 import shlex
 import sys
 from collections.abc import Sequence
-from math import isnan
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -209,9 +209,9 @@ def lora_eval(
         closed=tested.closed_answers or [],
         ignore_final_punctuation=ignore_final_punctuation,
     )
-    if isnan(scores.loss):
+    if not isfinite(scores.loss):
         raise LoragenError(
-            f"{adapter or base_name}: the model's losses are NaN in {base.model.dtype}"
+            f"{adapter or base_name}: the model's loss is {scores.loss} in {base.model.dtype}"
         )
     document = {
         "dataset": tested.name,

@@ -122,7 +122,7 @@ def test_a_merged_model_that_overflows_its_dtype_is_not_written(
 def test_an_adapter_whose_outputs_overflow_is_refused(fails, base_dir, tmp_path, dataset):
     huge = rewritten(peft_adapter(tmp_path / "huge", base_dir), {"lora_alpha": 1e300})
     text = fails(1, "lora", "eval", "--adapter", huge, "--dataset", dataset())
-    assert text == f"{huge}: the model's losses are NaN in torch.float32"
+    assert text == f"{huge}: the model's loss is nan in torch.float32"
 
 
 @pytest.mark.parametrize("fault", NOTHING)

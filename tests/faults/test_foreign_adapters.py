@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loragen.core.adapter.checks import not_ba
-from loragen.core.adapter.export import export_merged, prepare_export
+from loragen.core.adapter.export import export_adapter, export_merged, prepare_export
 from loragen.core.adapter.files import attach_adapter
 from loragen.core.base.load import load_base
 from loragen.core.config import GenTrainConfig
@@ -94,12 +94,16 @@ def test_a_resized_vocabulary_comes_with_the_adapter(
     base = load_base(str(base_dir)).model
     adapter = read_checkpointed_adapter(there)
     assert logits(attach_adapter(base, adapter, "theirs")).equal(wanted)
-    export_merged(prepare_export(adapter, there, str(base_dir), None), there, tmp_path / "merged")
+    prepared = prepare_export(adapter, there, str(base_dir), None)
+    export_merged(prepared, there, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.allclose(logits(merged), wanted, atol=1e-3)
     if tokens > 0:
-        kept = AutoTokenizer.from_pretrained(tmp_path / "merged")
-        assert len(kept("<new-1>").input_ids) == 1
+        export_adapter(prepared, there, tmp_path / "exported")
+        assert theirs(tmp_path / "exported", base_dir, size).equal(wanted)
+        for name in ("merged", "exported"):
+            kept = AutoTokenizer.from_pretrained(tmp_path / name)
+            assert len(kept("<new-1>").input_ids) == 1
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,10 @@ def prepare_export(
 
 
 def export_adapter(adapter: Adapter, source: Path, output: Path) -> None:
-    """Writes a PEFT directory, atomically."""
+    """Writes a PEFT directory, atomically, with the tokenizer that lies beside the adapter, if one
+    does."""
     warn_of_config(adapter.config, source)
-    write_adapter(output, adapter, _card(adapter, source, merged=False))
+    write_adapter(output, adapter, _card(adapter, source, merged=False), own_tokenizer(adapter))
 
 
 def export_merged(
@@ -204,10 +205,18 @@ def _overflow(name: str, dtype: torch.dtype) -> str:
 def tokenizer_of(adapter: Adapter, base: LanguageModel) -> Any:
     """Returns the tokenizer that lies beside an adapter, such as one with new tokens, else that of
     its base."""
+    own = own_tokenizer(adapter)
+    if own is None:
+        return base.tokenizer
+    log.info("%s: its own tokenizer is used", adapter.directory)
+    return own
+
+
+def own_tokenizer(adapter: Adapter) -> Any | None:
+    """Returns the tokenizer that lies beside an adapter, if one does."""
     directory = adapter.directory
     if directory is None or not (directory / "tokenizer_config.json").is_file():
-        return base.tokenizer
-    log.info("%s: its own tokenizer is used", directory)
+        return None
     return tokenizer_in(directory)
 
 

@@ -109,15 +109,18 @@ def checked(config: Mapping[str, Any], tensors: Mapping[str, Tensor], file: Path
     return Adapter(dict(config), found, directory=file.parent if has_config else None)
 
 
-def write_adapter(directory: Path, adapter: Adapter, card: str) -> None:
+def write_adapter(
+    directory: Path, adapter: Adapter, card: str, tokenizer: Any | None = None
+) -> None:
     """Writes a directory that `peft.PeftModel.from_pretrained` loads, in place of an earlier one;
-    files of others stay. The card records the other two files. Raises DataError for NaN or
-    infinity."""
+    files of others stay. The card records the other files. Raises DataError for NaN or infinity."""
     check_finite(adapter.tensors, directory)
     tensors = {key: value.detach().cpu().contiguous() for key, value in adapter.tensors.items()}
     with written_directory(directory, adapter_record) as temporary:
         write_json(temporary / CONFIG_FILE, adapter.config)
         write_safetensors(temporary / WEIGHTS_FILE, tensors, {"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
         write_text(temporary / CARD, with_record(card, temporary))
 
 
