@@ -133,9 +133,10 @@ def remove_unfinished(directory: Path, pattern: str = f".*{UNFINISHED}") -> None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 with line feeds, atomically, and syncs it with the disk."""
+    """Writes UTF-8 with line feeds, atomically, and syncs it with the disk. The bytes of a file
+    name that are no text are escaped."""
     with written_atomically(path) as temporary, temporary.open("wb") as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
         file.flush()
         os.fsync(file.fileno())
 

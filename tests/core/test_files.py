@@ -224,3 +224,11 @@ def test_a_hub_that_refuses_has_answered(answer):
 def test_an_endpoint_has_to_be_a_url(answer, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "hf-mirror.com")
     assert "HF_ENDPOINT hf-mirror.com is not a URL" in answer(ValueError("unknown url type"))
+
+
+def test_a_file_name_that_is_no_text_comes_back_from_json(tmp_path):
+    name = b"caf\xe9.jsonl".decode(errors="surrogateescape")
+    write_json(tmp_path / "x.json", {"path": name, "größe": "ü"})
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"path": name, "größe": "ü"}
+    assert "größe" in text
