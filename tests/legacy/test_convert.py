@@ -243,7 +243,7 @@ class TestErrors:
             ("nan", "NaN"),
             ("shape", "has shape"),
             ("missing", "1 tensors are missing"),
-            ("cut", "not a checkpoint"),
+            ("cut", "truncated"),
             ("empty", "no LoRA tensors"),
         ],
     )
