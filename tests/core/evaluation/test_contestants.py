@@ -157,7 +157,7 @@ class TestRidgeRegression:
 
     def test_adapters_are_read_in_blocks(self, setup, monkeypatch):
         whole = RidgeRegression(setup()).regression
-        monkeypatch.setattr("loragen.core.evaluation.contestants.ADAPTERS_AT_ONCE", 1)
+        monkeypatch.setattr("loragen.core.evaluation.contestants.LOADED_BYTES", 1)
         assert RidgeRegression(setup()).regression.penalty == whole.penalty
 
 
