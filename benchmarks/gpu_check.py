@@ -155,7 +155,7 @@ def packing(check: Check) -> Iterator[Facts]:
     """The losses of rows packed into one sequence and padded, and what the check decides."""
     torch = _torch()
     from loragen.core.base.load import load_base
-    from loragen.core.data.tokenize import pad_id
+    from loragen.core.data.chat import pad_id
     from loragen.core.lora.data import load_rows
     from loragen.core.lora.packing import (
         Cost,

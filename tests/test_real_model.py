@@ -6,8 +6,9 @@ import torch
 from loragen.core.adapter.files import attach_adapter
 from loragen.core.base.load import load_base, load_training_base
 from loragen.core.config import LoraTrainConfig
+from loragen.core.data.chat import answer_ids, pad_id, prompt_ids
 from loragen.core.data.dataset import Dataset, Row
-from loragen.core.data.tokenize import answer_ids, pad_id, prompt_ids, tokenize_row
+from loragen.core.data.tokenize import tokenize_row
 from loragen.core.lora.evaluate import evaluate_model
 from loragen.core.lora.packing import answer_losses, collate, packing_cost
 from loragen.core.lora.train import train_adapter

@@ -11,7 +11,7 @@ from loragen.cli.options import BaseModelName, DataRoot, Force, Json, SkipBadRow
 from loragen.core.errors import EXIT_FAILED, UsageError, shortened
 
 if TYPE_CHECKING:
-    from loragen.core.data.tokenize import Preview, PreviewedRow
+    from loragen.core.data.preview import Preview, PreviewedRow
 
 log = logging.getLogger(__name__)
 app = typer.Typer(no_args_is_help=True, help="Show a dataset, and prepare its prompts.")
@@ -54,7 +54,7 @@ def data_preview(
 
     from loragen.core.base.load import load_tokenizer
     from loragen.core.config import DEMO
-    from loragen.core.data.tokenize import preview
+    from loragen.core.data.preview import preview
 
     try:
         tokenizer = load_tokenizer(base_model or defaults.base_model, trust_remote_code)

@@ -13,20 +13,19 @@ from loragen.core.adapter.export import save_merged
 from loragen.core.adapter.files import Adapter, adapter_state, attach_adapter, plain_config
 from loragen.core.base.load import load_base, load_tokenizer
 from loragen.core.data import tokenize
-from loragen.core.data.dataset import Dataset, Row
-from loragen.core.data.formats import Turn
-from loragen.core.data.tokenize import (
-    TokenizedRows,
+from loragen.core.data.chat import (
     answer_ids,
     chat_date,
     end_ids,
     generated_text,
     pad_id,
-    preview,
     prompt_ids,
     set_chat_date,
-    tokenize_row,
 )
+from loragen.core.data.dataset import Dataset, Row
+from loragen.core.data.formats import Turn
+from loragen.core.data.preview import preview
+from loragen.core.data.tokenize import TokenizedRows, tokenize_row
 from loragen.core.errors import DataError, LoragenError
 from loragen.core.lora.data import load_rows
 from loragen.core.lora.evaluate import TestRows

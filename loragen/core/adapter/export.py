@@ -26,7 +26,7 @@ from loragen.core.adapter.files import (
 from loragen.core.base.load import LanguageModel, load_base, tokenizer_in
 from loragen.core.base.names import absolute_base, hub_id, is_gguf, resolve_base
 from loragen.core.config import DEMO
-from loragen.core.data.tokenize import end_ids
+from loragen.core.data.chat import end_ids
 from loragen.core.errors import LoragenError, UsageError, shortened
 from loragen.core.files import user_path, write_text
 from loragen.core.outputs import written_directory

@@ -399,7 +399,7 @@ class FewShot(Contestant):
     def _with_shots(self, row: Row, pool: Sequence[Row]) -> Row:
         """Returns the row with a history of the pool's first rows that have other prompts, and of
         fewer rows if the model's context is too short."""
-        from loragen.core.data.tokenize import answer_ids, prompt_ids
+        from loragen.core.data.chat import answer_ids, prompt_ids
 
         tokenizer, config = self.setup.base.tokenizer, self.setup.base.model.config
         context = getattr(config, "max_position_embeddings", None) or UNLIMITED

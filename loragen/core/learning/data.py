@@ -21,7 +21,8 @@ from loragen.core.adapter.layout import Layout
 from loragen.core.base.load import LanguageModel
 from loragen.core.config import GenTrainConfig
 from loragen.core.data.batches import batch_indices
-from loragen.core.data.tokenize import Example, pad_id
+from loragen.core.data.chat import pad_id
+from loragen.core.data.tokenize import Example
 from loragen.core.errors import UsageError
 from loragen.core.generator.network import Normalization, importance
 from loragen.core.learning.arrays import SourceArrays

@@ -6,8 +6,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from loragen.core.data.chat import log_notes
 from loragen.core.data.prompts import joined_text, text_key, whole_groups
-from loragen.core.data.tokenize import Example, TokenizedRows, examples_hash, log_notes
+from loragen.core.data.tokenize import Example, TokenizedRows, examples_hash
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import sha256_text
 from loragen.core.learning.sources import TrainingSource

@@ -26,7 +26,7 @@ from loragen.core.base.names import absolute_base
 from loragen.core.config import GenTrainConfig, LoraTrainConfig
 from loragen.core.config.schema import AUTO, SourceSection
 from loragen.core.config.show import HARDWARE
-from loragen.core.data.tokenize import chat_date, set_chat_date
+from loragen.core.data.chat import chat_date, set_chat_date
 from loragen.core.errors import listing
 from loragen.core.generator.collected import Collected
 from loragen.core.generator.embeddings import Familiarity

@@ -15,14 +15,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 from loragen.core.config import LoraTrainConfig
 from loragen.core.data.batches import batch_indices, micro_batch, train_val_split
+from loragen.core.data.chat import log_notes, set_chat_date
 from loragen.core.data.dataset import Dataset, refuse_bad, warn_of_bad
-from loragen.core.data.tokenize import (
-    Example,
-    TokenizedRows,
-    examples_hash,
-    log_notes,
-    set_chat_date,
-)
+from loragen.core.data.tokenize import Example, TokenizedRows, examples_hash
 from loragen.core.errors import DataError, UsageError
 from loragen.core.lora.packing import Batch, Cost, collate, packing_cost
 from loragen.core.run.directory import DatasetRecord

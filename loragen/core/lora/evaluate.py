@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loragen.core.data.dataset import Row, allowed_answers, closed_answers
-from loragen.core.data.tokenize import (
-    Example,
+from loragen.core.data.chat import (
     answer_ids,
     check_embeddings,
     end_ids,
@@ -27,6 +25,8 @@ from loragen.core.data.tokenize import (
     pad_id,
     prompt_ids,
 )
+from loragen.core.data.dataset import Row, allowed_answers, closed_answers
+from loragen.core.data.tokenize import Example
 from loragen.core.lora.packing import (
     Cost,
     answer_logits,

@@ -31,8 +31,8 @@ from loragen.core.base.load import (
     trainer_precision,
 )
 from loragen.core.config import LoraTrainConfig
+from loragen.core.data.chat import chat_date, pad_id
 from loragen.core.data.dataset import Dataset
-from loragen.core.data.tokenize import chat_date, pad_id
 from loragen.core.errors import Interrupted, UsageError, listing
 from loragen.core.files import written_atomically
 from loragen.core.lora.data import LoraDataModule, TrainingRows, load_rows

@@ -6,18 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loragen.core.data import tokenize
+from loragen.core.data.chat import answer_ids, pad_id, prompt_ids
 from loragen.core.data.dataset import Dataset, Row
 from loragen.core.data.formats import Turn
-from loragen.core.data.tokenize import (
-    Lengths,
-    TokenizedRows,
-    answer_ids,
-    pad_id,
-    preview,
-    prompt_ids,
-    shared_prefix,
-    tokenize_row,
-)
+from loragen.core.data.preview import Lengths, preview
+from loragen.core.data.tokenize import TokenizedRows, shared_prefix, tokenize_row
 from loragen.core.errors import DataError
 
 

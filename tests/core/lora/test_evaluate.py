@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from loragen.core.data.chat import answer_ids, pad_id, prompt_ids
 from loragen.core.data.dataset import Dataset, Row
-from loragen.core.data.tokenize import answer_ids, pad_id, prompt_ids, tokenize_row
+from loragen.core.data.tokenize import tokenize_row
 from loragen.core.lora.evaluate import (
     TestRows,
     answer_predictions,

@@ -12,8 +12,9 @@ from loragen.core.adapter.checks import file_keys
 from loragen.core.adapter.files import Adapter, attach_adapter, peft_config, plain_config
 from loragen.core.adapter.layout import Layout
 from loragen.core.config.schema import LoraSection
+from loragen.core.data.chat import pad_id
 from loragen.core.data.dataset import Row
-from loragen.core.data.tokenize import Example, pad_id, tokenize_row
+from loragen.core.data.tokenize import Example, tokenize_row
 from loragen.core.errors import LoragenError
 from loragen.core.generator.network import Normalization
 from loragen.core.learning.arrays import SourceArrays
