@@ -93,8 +93,9 @@ def resume(lora_config, file):
     """`resume(path, settings)` resumes the run and returns the steps that it did."""
 
     def run(path, settings=None, rows=None, at=0):
-        progress, point = StopAt(at), LoraPoint.find(path)
-        fit(lora_config(settings), rows or file, progress, point)
+        progress = StopAt(at)
+        with LoraPoint.find(path) as point:
+            fit(lora_config(settings), rows or file, progress, point)
         return progress.steps
 
     return run
