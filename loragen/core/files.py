@@ -182,10 +182,11 @@ def file_name(text: str, otherwise: str = "unnamed") -> str:
 def bounded_name(name: str) -> str:
     """Returns a name that leaves room for suffixes in a file's name: one that is longer than
     `MAX_NAME_BYTES` is cut, and ends in a hash of the whole that keeps it apart from others."""
-    if len(name.encode()) <= MAX_NAME_BYTES:
+    encoded = os.fsencode(name)  # a file name may hold bytes that are no text
+    if len(encoded) <= MAX_NAME_BYTES:
         return name
-    start = name.encode()[: MAX_NAME_BYTES - 9].decode(errors="ignore")
-    return f"{start}-{sha256_text(name)[:8]}"
+    start = encoded[: MAX_NAME_BYTES - 9].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(encoded).hexdigest()[:8]}"
 
 
 def sha256(path: Path) -> str:

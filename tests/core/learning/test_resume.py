@@ -70,7 +70,8 @@ def resume(gen_config):
 
     def run(path, settings=None, at=0):
         progress = StopAt(at)
-        train(gen_config(settings), progress, GeneratorPoint.find(path))
+        with GeneratorPoint.find(path) as point:
+            train(gen_config(settings), progress, point)
         return progress.steps
 
     return run

@@ -12,6 +12,7 @@ from loragen.core.config import LoraTrainConfig
 from loragen.core.data.dataset import Dataset
 from loragen.core.data.tokenize import TokenizedRows, examples_hash
 from loragen.core.errors import DataError, UsageError
+from loragen.core.files import UNFINISHED
 from loragen.core.lora.module import StepMetrics
 from loragen.core.lora.train import LoraPoint, train_adapter
 from loragen.core.progress import Silent
@@ -277,7 +278,7 @@ class TestExact:
         settings = {"checkpoints.last_every": 2}
         run = stopped(6, settings)
         for folder in (run, run / "checkpoints"):
-            (folder / ".checkpoint-step-006.ckpt.abc").mkdir()
+            (folder / f".checkpoint-step-006.ckpt.abc{UNFINISHED}").mkdir()
         resume(run, settings)
         assert_equal(unbroken(settings), run)
 

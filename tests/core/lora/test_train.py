@@ -65,6 +65,7 @@ class TestARun:
             "config.yaml",
             "manifest.json",
             "metrics.jsonl",
+            ".run.lock",
             *(f"checkpoints/checkpoint-step-00{step}.ckpt" for step in (5, 6, 7, 8)),
             "adapter/README.md",
             "adapter/adapter_config.json",
