@@ -12,7 +12,7 @@ from loragen.cli.main import app
 from loragen.core.adapter.export import save_merged
 from loragen.core.adapter.files import Adapter, adapter_state, attach_adapter, plain_config
 from loragen.core.base.load import load_base, load_tokenizer
-from loragen.core.data import tokenize
+from loragen.core.data import chat
 from loragen.core.data.chat import (
     answer_ids,
     chat_date,
@@ -320,7 +320,7 @@ def set_day(monkeypatch, day):
         def now(cls):
             return cls.fromisoformat(day.isoformat())
 
-    monkeypatch.setattr(tokenize, "datetime", Today)
+    monkeypatch.setattr(chat, "datetime", Today)
 
 
 # ---------------------------------------------------------------------------- cuts
