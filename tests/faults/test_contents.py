@@ -78,7 +78,7 @@ def workbook():
         ("a.jsonl", LINES.replace("\n", "\r").encode(), "end with a carriage return"),
         ("a.jsonl", CSV.encode(), "CSV, whose name ends in .csv"),
         ("a.jsonl", b"{'prompt': 'a', 'response': 'b'}\n", "that Python has printed"),
-        ("a.jsonl", gzip.compress(LINES.encode()), "compressed (gzip)"),
+        ("a.jsonl", gzip.compress(LINES.encode(), mtime=0), "compressed (gzip)"),
         ("a.jsonl", b"<!DOCTYPE html><html>log in</html>", "a web page"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS"),
         ("a.jsonl", b"PAR1" + bytes(9) + b"PAR1", "a Parquet file"),
