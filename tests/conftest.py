@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -365,3 +366,10 @@ def legacy_run(collection, tmp_path):
     from tests.legacy.runs import write_legacy_run
 
     return partial(write_legacy_run, collection, tmp_path)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _hangups_arrive():
+    """Also where the tests run under nohup, which has SIGHUP ignored: children inherit that."""
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
