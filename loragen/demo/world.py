@@ -21,8 +21,9 @@ from typing import Literal, NamedTuple, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loragen.core.config.yaml_file import read_yaml
+from loragen.core.contents import read_bytes
 from loragen.core.errors import ConfigError
-from loragen.core.files import read_bytes, sha256, write_json, write_text
+from loragen.core.files import sha256, write_json, write_text
 from loragen.core.outputs import (
     Record,
     hashes,

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 from loragen.core.adapter import CONFIG_FILE, WEIGHTS_FILE
 from loragen.core.config.load import origin_of
 from loragen.core.config.yaml_file import Loc, dotted, leaves, read_yaml
+from loragen.core.contents import read_json
 from loragen.core.errors import ConfigError, DataError, UsageError, listing
-from loragen.core.files import natural_key, read_json
+from loragen.core.files import natural_key
 from loragen.core.run.directory import CHECKPOINTS, MANIFEST
 from loragen.legacy.translate import translate
 

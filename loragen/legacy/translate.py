@@ -17,8 +17,8 @@ from pydantic import BaseModel, NonNegativeInt, TypeAdapter, ValidationError
 from loragen.core.config.load import Layers, has_key, origin_of, validate_layers
 from loragen.core.config.schema import MODELS, command_of
 from loragen.core.config.yaml_file import Loc, commented, dotted, inline, paths, read_yaml
+from loragen.core.contents import read_bytes, utf8_text
 from loragen.core.errors import ConfigError, did_you_mean, listing
-from loragen.core.files import read_bytes, utf8_text
 from loragen.legacy.formats import (
     ABSENT,
     ANY_VALUE,

@@ -19,9 +19,10 @@ from loragen.core.adapter.files import read_safetensors, write_safetensors
 from loragen.core.base import gguf
 from loragen.core.base.load import load_base
 from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
+from loragen.core.contents import nature, read_json
 from loragen.core.data.dataset import Dataset
 from loragen.core.errors import ConfigError, DataError, LoragenError, UsageError
-from loragen.core.files import nature, read_json, write_text
+from loragen.core.files import write_text
 from loragen.core.generator.collected import Collected
 from loragen.core.learning.arrays import write_once
 from loragen.core.lora.provenance import tracking_file

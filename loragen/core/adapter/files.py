@@ -29,13 +29,9 @@ from loragen.core.adapter.checks import (
     warn_of_config,
 )
 from loragen.core.config.schema import LoraSection
+from loragen.core.contents import read_json, safetensors_fault
 from loragen.core.errors import DataError, LoragenError, UsageError, listing
-from loragen.core.files import (
-    read_json,
-    safetensors_fault,
-    write_json,
-    write_text,
-)
+from loragen.core.files import write_json, write_text
 from loragen.core.outputs import with_record, written_directory
 
 log = logging.getLogger(__name__)

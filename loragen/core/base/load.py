@@ -16,9 +16,10 @@ import torch
 
 from loragen.core.base.names import BaseDtype, is_gguf, resolve_base
 from loragen.core.config import DEMO, LoraTrainConfig
+from loragen.core.contents import read_json, safetensors_fault
 from loragen.core.data.chat import set_embeddings
 from loragen.core.errors import DataError, LoragenError, UsageError, did_you_mean, pip_install
-from loragen.core.files import hub_problem, read_json, safetensors_fault
+from loragen.core.files import hub_problem
 
 NOISY = (
     "lightning.pytorch",

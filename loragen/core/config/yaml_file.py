@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
+from loragen.core.contents import read_bytes, utf8_text
 from loragen.core.errors import ConfigError, DataError
-from loragen.core.files import read_bytes, utf8_text
 
 Loc = tuple[str | int, ...]
 """The keys and list indices that lead to a value, as in pydantic's errors."""

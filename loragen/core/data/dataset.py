@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from loragen.core.contents import is_stream, read_bytes
 from loragen.core.data.documents import (
     HUB_ID,
     SUFFIXES,
@@ -29,7 +30,7 @@ from loragen.core.data.documents import (
 )
 from loragen.core.data.formats import Turn, format_of, question_of, texts
 from loragen.core.errors import DataError, LoragenError, UsageError, did_you_mean, listing
-from loragen.core.files import absent, bounded_name, is_stream, path_problem, read_bytes
+from loragen.core.files import absent, bounded_name, path_problem
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loragen.core.errors import DataError, UsageError, pip_install
-from loragen.core.files import (
+from loragen.core.contents import (
     RepeatedKeyError,
-    file_name,
-    hub_problem,
     is_stream,
     nature,
     not_utf8,
@@ -26,6 +23,8 @@ from loragen.core.files import (
     utf8_text,
     without_repeated_keys,
 )
+from loragen.core.errors import DataError, UsageError, pip_install
+from loragen.core.files import file_name, hub_problem
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 NESTED_KEYS = ("messages", "conversations", "choices", "history")

@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from loragen.core.contents import read_json
 from loragen.core.data.dataset import Dataset, Prompt
 from loragen.core.data.documents import read_documents
 from loragen.core.errors import DataError, UsageError, did_you_mean, listing
-from loragen.core.files import read_json, write_json, write_text
+from loragen.core.files import write_json, write_text
 from loragen.core.outputs import (
     Record,
     check_writable,

@@ -15,6 +15,7 @@ from loragen.core.adapter import CONFIG_FILE
 from loragen.core.base.names import is_path, resolve_base
 from loragen.core.config.load import Problem, problems_at
 from loragen.core.config.schema import GenDataSection, GenTrainConfig, SourceSection
+from loragen.core.contents import is_stream
 from loragen.core.data.batches import train_val_split
 from loragen.core.data.dataset import Dataset
 from loragen.core.data.documents import NO_STREAM, parsed_source
@@ -27,7 +28,7 @@ from loragen.core.data.prompts import (
     text_key,
 )
 from loragen.core.errors import DataError, UsageError, listing
-from loragen.core.files import absent, is_stream, natural_key, sha256_text, user_path
+from loragen.core.files import absent, natural_key, sha256_text, user_path
 from loragen.core.lora.provenance import Provenance, traced_run
 from loragen.core.run.directory import (
     CHECKPOINTS,

@@ -23,8 +23,9 @@ from loragen.core.adapter.files import (
     read_config,
     read_safetensors,
 )
+from loragen.core.contents import SNIFFED, nature
 from loragen.core.errors import DataError, LoragenError, UsageError, listing, one_line
-from loragen.core.files import SNIFFED, nature, written_atomically
+from loragen.core.files import written_atomically
 from loragen.core.run.directory import (
     MANIFEST,
     LoraManifest,

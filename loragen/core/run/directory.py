@@ -12,8 +12,9 @@ from pydantic import BaseModel, Field, ValidationError
 from loragen.core.adapter import WEIGHTS_FILE
 from loragen.core.base.names import BaseDtype
 from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
+from loragen.core.contents import read_json
 from loragen.core.errors import DataError, UsageError, counted
-from loragen.core.files import natural_key, read_json, write_json
+from loragen.core.files import natural_key, write_json
 from loragen.core.plugins import describe
 
 FORMAT_VERSION = 1
