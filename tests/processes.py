@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -76,3 +78,22 @@ def _run(work, files, arguments):
     from loragen.cli.main import main
 
     main()
+
+
+@contextmanager
+def commands():
+    """Yields `start(work, *arguments)`, which starts a `Command`; all that still runs at the end
+    of the block is killed, with its children."""
+    started = []
+
+    def start(work, *arguments):
+        started.append(Command(work, *arguments))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for process in started:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.finish()

@@ -1,6 +1,5 @@
 """Signals to a real process: a training that was stopped resumes, and ends the same."""
 
-import contextlib
 import os
 import shlex
 import signal
@@ -17,7 +16,7 @@ from loragen.core.data.dataset import Dataset
 from loragen.core.lora.train import train_adapter
 from loragen.core.progress import Silent
 from loragen.core.run.directory import LoraManifest, read_manifest
-from tests.processes import Command
+from tests.processes import commands
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32", reason="there a signal reaches a console, not a process"
@@ -41,7 +40,6 @@ def rows(dataset):
 @pytest.fixture
 def start(tmp_path, rows, lora_config):
     """`start("one")` trains into runs/ of that folder, in a process (and group) of its own."""
-    started = []
 
     def run(folder, settings=None, *arguments):
         work = tmp_path / folder
@@ -50,14 +48,10 @@ def start(tmp_path, rows, lora_config):
             config = lora_config({**SLOW, **(settings or {}), "runs_dir": "runs"})
             (work / "c.yaml").write_text(dump(config), encoding="utf-8")
         arguments = arguments or ("lora", "train", "--config", "c.yaml", "--dataset", rows)
-        started.append(Command(work, *arguments))
-        return started[-1]
+        return begin(work, *arguments)
 
-    yield run
-    for process in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.finish()
+    with commands() as begin:
+        yield run
 
 
 @pytest.fixture

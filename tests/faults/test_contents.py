@@ -30,7 +30,7 @@ from loragen.core.lora.tasks import find_tasks
 from loragen.core.run.checkpoints import load_weights_only
 from loragen.core.run.directory import create_run_directory
 from loragen.core.run.resume import newest
-from loragen.testing.files import cut, flip
+from tests.faults.damage import cut, flip
 
 ROWS = [{"prompt": f"What colour has {i}?", "response": ["red", "green"][i % 2]} for i in range(4)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)

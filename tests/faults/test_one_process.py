@@ -1,6 +1,5 @@
 """A run belongs to one process: a second one is refused, and a dead one frees it."""
 
-import contextlib
 import json
 import os
 import signal
@@ -8,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -21,7 +21,7 @@ from loragen.core.run import lock as locks
 from loragen.core.run.directory import GeneratorManifest, LoraManifest, read_manifest
 from loragen.core.run.lock import LOCK, WRITER, RunLock, writer_of
 from tests.conftest import rows_of
-from tests.processes import Command
+from tests.processes import commands
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals that stop and continue")
 STEPS = 60
@@ -44,18 +44,9 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts a command in the directory of the test; all that still runs is killed at its end."""
-    started = []
-
-    def run(*arguments):
-        started.append(Command(tmp_path, *arguments))
-        return started[-1]
-
-    yield run
-    for process in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.finish()
+    """Starts a command in the directory of the test."""
+    with commands() as begin:
+        yield partial(begin, tmp_path)
 
 
 @pytest.fixture

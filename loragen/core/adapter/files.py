@@ -142,11 +142,19 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a file with the usual permissions; safetensors would let only its owner read it. Its
-    metadata also have a checksum of the tensors."""
+    metadata also have a checksum of the tensors. Equal tensors and metadata make equal bytes."""
     file.touch()
     usual = file.stat().st_mode
     described = metadata | {CHECKSUM: _checksum(tensors)}
     save_file(tensors, file, described)  # twice as fast as writing the bytes that `save` returns
+    with file.open("r+b") as opened:  # safetensors writes several metadata in a random order
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(ordered) <= length:  # padded with spaces, as the format wants it
+            opened.seek(8)
+            opened.write(ordered.ljust(length))
     file.chmod(usual)
 
 

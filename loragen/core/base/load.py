@@ -124,7 +124,7 @@ def empty_base(
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **cache)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)  # type: ignore[no-untyped-call]  # untyped in transformers
-    except Exception as error:
+    except Exception as error:  # the libraries raise what they meet in a file
         raise _not_loaded(name, source, error) from error
     model.requires_grad_(False)
     return LanguageModel(name, model, None, model.dtype, "")
@@ -145,7 +145,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if not tokenizer("a").input_ids:  # if files are missing, transformers makes an empty one
             raise ValueError("its tokenizer returns no tokens; is tokenizer.json missing?")
-    except Exception as error:
+    except Exception as error:  # the libraries raise what they meet in a file
         raise _not_loaded(name, source, error) from error
     with suppress(Exception):  # a directory may have a tokenizer alone
         config = AutoConfig.from_pretrained(source, **options)

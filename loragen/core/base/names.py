@@ -56,7 +56,7 @@ def hub_id(name: str) -> str | None:
     """Returns the name if it is an id that the hub accepts and no path of this machine; `demo` and
     everything else are None."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # imported there
 
     if name == DEMO or is_path(name) or user_path(name).exists():
         return None

@@ -154,8 +154,7 @@ class EvaluationSetup:
     @property
     def adapters_at_once(self) -> int:
         """The collected adapters, in float32, that `LOADED_BYTES` hold twice; 64 at most."""
-        values = self.generator.mean_adapter.numel()
-        return max(1, min(64, LOADED_BYTES // (2 * 4 * values)))
+        return max(1, min(64, LOADED_BYTES // (2 * 4 * self.generator.layout.values)))
 
     def mean_adapter(self) -> "Adapter":
         """Returns the mean of all training checkpoints, from the generator's normalisation."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from loragen.core.protocols import CollectedAdapters
+from loragen.plugins.decoders.reading import without_autocast
 
 CHUNK = 2**20  # values of all adapters at a time: 4 MiB in float32, half the time of 64 MiB
 
@@ -40,12 +41,6 @@ class Combination(nn.Module):
         with without_autocast(coefficients.device):
             combined: Tensor = _Sum.apply(coefficients, self.adapters, datasets, self.runs)
         return combined
-
-
-def without_autocast(device: torch.device) -> torch.autocast:
-    """Returns a context in which mixed precision is off on the device."""
-    known = torch.amp.is_autocast_available(device.type)  # the device "meta" is not
-    return torch.autocast(device.type if known else "cpu", enabled=False)
 
 
 Runs = Sequence[tuple[slice, int]]

@@ -10,8 +10,8 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from loragen.core.protocols import CollectedAdapters, SupportSet, TokenGrid
-from loragen.plugins.decoders.combination import Combination, without_autocast
-from loragen.plugins.decoders.reading import ConditionReader, centred
+from loragen.plugins.decoders.combination import Combination
+from loragen.plugins.decoders.reading import ConditionReader, centred, without_autocast
 
 INITIAL_PENALTY = 0.3
 SHARED = {  # the axes of a token grid on which tokens must agree to have the same coefficients

@@ -8,13 +8,14 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from loragen.core.protocols import CollectedAdapters, Samples, SupportSet, TokenGrid
-from loragen.plugins.decoders.combination import CHUNK, Combination, without_autocast
-from loragen.plugins.decoders.reading import centred, mean_over_prompts
+from loragen.plugins.decoders.combination import Combination
+from loragen.plugins.decoders.reading import centred, mean_over_prompts, without_autocast
 
 RATE_FACTOR = 128.0
 """How much faster the multi-task adapter learns than the learning rate says. Its values have the
 size 1 as a generator's do (the standard deviation of the collected adapters), and move by 0.06 in a
 step at 5e-4: like a LoRA's B, of size 0.02, at a learning rate of 1e-3."""
+CHUNK = 2**20  # values of all adapters at a time: 4 MiB in float32
 MIN_SHARE = 1e-3
 """Shares below this part of the largest one are 0, so that few adapters are read."""
 

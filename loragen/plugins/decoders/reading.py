@@ -1,4 +1,4 @@
-"""The reading of prompts that the decoders share."""
+"""What the decoders share: the reading of prompts, and computing on it in full precision."""
 
 import torch
 from torch import Tensor, nn
@@ -46,3 +46,9 @@ def centred(query: Tensor, known: Tensor, left_out: Tensor) -> tuple[Tensor, Ten
     query, known, kept = query.to(dtype), known.to(dtype), (~left_out).to(dtype)
     centre = kept @ known / kept.sum(1, keepdim=True)  # (B, F)
     return query - centre, (known - centre[:, None]) * kept[..., None], kept
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Returns a context in which mixed precision is off on the device."""
+    known = torch.amp.is_autocast_available(device.type)  # the device "meta" is not
+    return torch.autocast(device.type if known else "cpu", enabled=False)

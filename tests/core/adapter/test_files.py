@@ -13,8 +13,10 @@ from loragen.core.adapter.files import (
     attach_adapter,
     plain_config,
     read_adapter,
+    read_safetensors,
     shape_mismatch,
     write_adapter,
+    write_safetensors,
 )
 from loragen.core.errors import DataError, LoragenError, UsageError
 
@@ -49,6 +51,19 @@ def test_reading_returns_what_was_written(tmp_path, trained):
     assert {f.name for f in (tmp_path / "new" / "adapter").iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors",
     }  # fmt: skip
+
+
+def test_equal_tensors_and_metadata_make_equal_bytes(tmp_path):
+    """safetensors orders metadata at random: of eight writings no two would be alike."""
+    tensors = {"m.lora_A.weight": torch.rand(2, 3), "m.lora_B.weight": torch.rand(3, 2)}
+    metadata = {f"键{i}": 'a "text"\n' for i in range(9)}
+    files = [tmp_path / f"{i}.safetensors" for i in range(8)]
+    for file in files:
+        write_safetensors(file, tensors, metadata)
+    assert len({file.read_bytes() for file in files}) == 1
+    again, described = read_safetensors(files[0])
+    assert equal(again, tensors)
+    assert metadata.items() <= described.items()
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, trained):
