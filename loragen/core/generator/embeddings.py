@@ -56,7 +56,7 @@ def write_embeddings(
     pieces are stored beside the files, each with its own width.
     """
     embeddings.parent.mkdir(parents=True, exist_ok=True)
-    parts = tempfile.TemporaryDirectory(UNFINISHED, ".parts.", embeddings.parent)
+    parts = tempfile.TemporaryDirectory(UNFINISHED, f".{embeddings.name}.", embeddings.parent)
     with _computing_on(device, encoder), parts as folder, write_errors(embeddings):
         pieces: dict[str, list[Path]] = {"embeddings": [], "mask": []}
         for first in range(0, len(texts), TEXTS_AT_ONCE):

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from math import ceil
 from pathlib import Path
@@ -250,16 +251,18 @@ def write_once(files: Sequence[Path], write: Callable[[], None]) -> None:
     process that was killed has left is removed."""
     if _intact(files):
         return
-    folder = files[0].parent
+    folder, first = files[0].parent, files[0].name[0]
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    # A lock for all files with the same first digit of their key: two trainings that share a cache
+    # rarely wait for each other, and there are never more than 16 locks.
+    lock = FileLock(folder.with_name(f".{folder.name}-{first}.lock"))
     try:
         lock.acquire(timeout=1)
     except Timeout:
-        log.info("%s: waiting for another process that writes there", folder)
+        _say_waiting(folder)
         lock.acquire()
     try:
-        remove_unfinished(folder, ".*.*")  # nobody else writes there, at this moment or at all
+        remove_unfinished(folder, f".{first}*.*")  # no other process writes these
         if not _intact(files):
             if all(file.is_file() for file in files):
                 log.warning("%s: damaged or incomplete; it is made anew", files[0])
@@ -268,6 +271,12 @@ def write_once(files: Sequence[Path], write: Callable[[], None]) -> None:
                 write_text(_checksum_file(file), f"{crc32(file)}\n")
     finally:
         lock.release()
+
+
+@lru_cache
+def _say_waiting(folder: Path) -> None:
+    """Says so once in a process."""
+    log.info("%s: waiting for another process that writes there", folder)
 
 
 def _intact(files: Sequence[Path]) -> bool:

@@ -2,8 +2,9 @@ import json
 import logging
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from threading import Event
+from threading import Barrier, Event
 from time import sleep
 
 import numpy as np
@@ -424,12 +425,29 @@ class TestPrepared:
         assert len(second.texts) == 16
 
     def test_what_a_killed_process_has_left_is_removed(self, ready, tmp_path):
-        left = [tmp_path / "cache/tokens/.key.npy.abc", tmp_path / "cache/embeddings/.parts.abc"]
-        for folder in left:
-            folder.mkdir(parents=True)
-            (folder / "half.npy").touch()
+        ready(Encoder())
+        left = []
+        for folder in ("tokens", "embeddings"):
+            file = min((tmp_path / "cache" / folder).glob("*.npy"))
+            file.unlink()
+            left.append(file.with_name(f".{file.name}.abc.unfinished"))
+            left[-1].mkdir()
+            (left[-1] / "half.npy").touch()
         ready(Encoder())
         assert not any(folder.exists() for folder in left)
+
+    def test_processes_that_write_different_arrays_do_not_wait(self, tmp_path):
+        files = [tmp_path / "cache" / name for name in ("a.npy", "b.npy")]
+        writing = Barrier(2)
+
+        def write(file):
+            writing.wait(9)
+            file.touch()
+
+        with ThreadPoolExecutor(2) as pool:
+            for done in [pool.submit(write_once, [f], partial(write, f)) for f in files]:
+                done.result(9)
+        assert all(file.is_file() for file in files)
 
     def test_one_process_writes_and_the_others_wait(self, tmp_path, caplog):
         """Threads hold the lock of a file as processes do."""
