@@ -9,6 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import pluggy
+from pydantic import ValidationError
 
 from loragen.core import hookspecs
 from loragen.core.errors import PluginError, did_you_mean, listing
@@ -79,9 +80,15 @@ def find(kind: str, name: str) -> Any:
 
 def create(kind: str, name: str, options: Mapping[str, Any], *arguments: Any) -> Any:
     """Constructs a plugin from its options, which its `Config` validates, and the arguments that
-    its protocol adds."""
+    its protocol adds. Raises PluginError for options that do not validate: those of a configuration
+    have been validated before, those in a file of another version may not fit."""
     plugin = find(kind, name)
-    return plugin(plugin.Config.model_validate(options), *arguments)
+    try:
+        config = plugin.Config.model_validate(options)
+    except ValidationError as error:
+        problems = [(".".join(map(str, one["loc"])), one["msg"]) for one in error.errors()]
+        raise PluginError(*(f"{kind} {name}: {key}: {why}" for key, why in problems)) from None
+    return plugin(config, *arguments)
 
 
 @cache

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from loragen.core.adapter.checks import check_finite
 from loragen.core.adapter.layout import Layout
 from loragen.core.data.prompts import joined_texts
-from loragen.core.errors import DataError, LoragenError, counted
+from loragen.core.errors import DataError, LoragenError, PluginError, counted
 from loragen.core.files import sha256_text, written_atomically
 from loragen.core.generator.collected import Collected
 from loragen.core.generator.embeddings import Familiarity
@@ -288,8 +288,8 @@ class Generator:
                 remedy = "train it again" if version < FORMAT_VERSION else "upgrade loragen"
                 raise DataError(f"format {version}, expected format {FORMAT_VERSION}; {remedy}")
             return cls._from_document(document, name, collected_file(file))
-        except DataError as error:
-            raise DataError(f"{file}: {error}") from error
+        except (DataError, PluginError) as error:
+            raise DataError(*(f"{file}: {problem}" for problem in error.problems)) from error
         except KeyError as error:
             raise DataError(f"{file}: not a generator file: it has no {error}") from error
         except (RuntimeError, TypeError) as error:

@@ -109,6 +109,15 @@ def test_a_file_of_an_older_format_is_refused(file, tmp_path, version):
         Generator.load(tmp_path / "old.pt")
 
 
+def test_options_that_the_installed_decoder_lacks_are_one_line_with_the_file(file, tmp_path):
+    document = torch.load(file, weights_only=True)
+    document["decoder"]["options"]["threshold"] = 0.4
+    torch.save(document, tmp_path / "generator_model.pt")
+    with pytest.raises(DataError, match=r"generator_model.pt.*threshold") as caught:
+        Generator.load(tmp_path / "generator_model.pt")
+    assert "\n" not in str(caught.value)
+
+
 def test_weights_of_another_decoder_are_refused_with_what_to_do(file, tmp_path):
     document = dict(torch.load(file, weights_only=True))
     document["state_dict"] = {f"old.{k}": v for k, v in document["state_dict"].items()}
