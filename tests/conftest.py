@@ -125,6 +125,17 @@ def install(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.fixture
+def only_theirs(monkeypatch):
+    """The plugins of loragen itself, whose import takes seconds, are left out."""
+    every = plugins.entry_points
+    monkeypatch.setattr(
+        plugins,
+        "entry_points",
+        lambda **group: [one for one in every(**group) if one.dist.name != "loragen"],
+    )
+
+
 def rows_of(words, count=12, **more):
     """Labelled rows whose answers are `words` in turn."""
     return [

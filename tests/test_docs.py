@@ -9,12 +9,17 @@ from loragen.core.data.formats import FORMATS
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_command_reference_is_current():
+def generator():
+    """`docs/generate.py`, which `make docs` runs."""
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
+    return generate
+
+
+def test_the_command_reference_is_current():
     written = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    assert written == generate.cli_document(), "run `make docs`"
+    assert written == generator().cli_document(), "run `make docs`"
 
 
 def test_both_readmes_show_the_two_commands_and_the_same_table():
@@ -67,3 +72,24 @@ def test_the_pages_for_contributors_name_what_exists():
 def _rooms() -> list[Path]:
     """A table's cell names a second file of a room by its last part alone."""
     return [file.parent for file in (ROOT / "loragen" / "core").glob("*/__init__.py")]
+
+
+def test_the_plugin_api_is_pinned_and_its_revision_is_in_the_changelog():
+    generate = generator()
+    written = (ROOT / "docs" / "plugin-api.md").read_text(encoding="utf-8")
+    assert written == generate.api_document(written), (
+        "a hook, a protocol or a check has another signature: plugins of others rely on it. If it "
+        "has to be, run `make docs`, and name the new revision in CHANGELOG.md"
+    )
+    revision = re.search(r"^Revision (\d+) of the plugin API\.$", written, re.MULTILINE)[1]
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"(revision {revision} of the plugin API)" in changes
+
+
+def test_another_signature_is_another_revision():
+    generate = generator()
+    written = (ROOT / "docs" / "plugin-api.md").read_text(encoding="utf-8")
+    revision = int(re.search(r"^Revision (\d+)", written, re.MULTILINE)[1])
+    before = written.replace("step: int, total_steps: int", "step: int")
+    assert before != written
+    assert f"Revision {revision + 1} of" in generate.api_document(before)

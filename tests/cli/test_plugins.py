@@ -16,6 +16,12 @@ class Sawtooth:
         teeth: int | None = Field(None, description="How many.")
 """
 
+CALLABLE = """
+    def __init__(self, config): ...
+
+    def __call__(self, step, total_steps): ...
+"""
+
 HOOKS = """
 from loragen import hookimpl
 
@@ -51,12 +57,13 @@ def test_list_as_json():
 
 
 def test_show_prints_origin_meaning_and_options(install):
-    install("their-package", HOOKS, version="2.1", their_saw=SAWTOOTH)
+    site = install("their-package", HOOKS, version="2.1", their_saw=SAWTOOTH)
     result = loragen("show", "schedule", "sawtooth")
     assert result.exit_code == 0
     for part in (
         "their-package 2.1",
         "their_saw:Sawtooth",
+        str(site / "their_saw.py"),
         "Up and down.",
         "height",
         "required",
@@ -128,3 +135,55 @@ def test_a_bad_package_costs_one_warning_line(install):
     (line,) = result.stderr.splitlines()
     assert line.startswith("warning: ")
     assert "bad-package 1.0" in line
+
+
+def test_new_writes_a_package_and_says_what_is_next(tmp_path):
+    result = loragen("new", "saw", "--kind", "decoder", "-o", str(tmp_path / "a package"))
+    assert result.exit_code == 0
+    assert result.stdout == f"{tmp_path / 'a package'}\n"
+    head, *commands = [line.strip() for line in result.stderr.splitlines()]
+    assert head == "next:"
+    assert commands[0] == f"cd '{tmp_path / 'a package'}'"
+    assert commands[-1].endswith("--set decoder.name=saw")
+    assert (tmp_path / "a package" / "src" / "loragen_saw" / "decoder.py").is_file()
+
+
+def test_new_as_json(tmp_path):
+    result = loragen("new", "saw", "--kind", "logger", "-o", str(tmp_path / "new"), "--json")
+    document = json.loads(result.stdout)
+    assert document["directory"] == str(tmp_path / "new")
+    assert all((tmp_path / "new" / file).is_file() for file in document["files"])
+    assert 'pip install -e ".[dev]"' in document["next"]
+
+
+@pytest.mark.parametrize("arguments", [("Saw", "--kind", "schedule"), ("saw", "--kind", "sched")])
+def test_new_refuses_in_one_line(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = loragen("new", *arguments)
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_doctor_says_what_is_wrong_and_fails(install, only_theirs):
+    install("bad-package", "import no_such_module_anywhere")
+    install("their-package", HOOKS, their_saw=SAWTOOTH + CALLABLE.replace("__call__", "rate"))
+    result = loragen("doctor")
+    assert result.exit_code == 1
+    first, second = result.stdout.splitlines()
+    assert first.startswith("plugin 'it' of bad-package 1.0 (bad_package): ModuleNotFoundError")
+    assert second.startswith("schedule 'sawtooth' of their-package 1.0: their_saw:Sawtooth: ")
+    assert result.stderr == "error: 2 faults of plugins\n"
+    document = json.loads(loragen("doctor", "--json").stdout)
+    assert document["plugins"] == 1
+    assert [one["subject"] for one in document["faults"]] == [
+        "plugin 'it' of bad-package 1.0 (bad_package)",
+        "schedule 'sawtooth' of their-package 1.0",
+    ]
+
+
+def test_the_doctor_is_content(install, only_theirs):
+    install("their-package", HOOKS, their_saw=SAWTOOTH + CALLABLE)
+    result = loragen("doctor")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == "1 plugin: nothing is wrong with them\n"

@@ -10,6 +10,7 @@ from loragen.core.learning.train import GeneratorPoint, train
 from loragen.core.progress import Silent
 from loragen.core.run.directory import GENERATOR_FILE
 from loragen.core.run.loggers import read_metrics
+from loragen.scaffold import Scaffold
 
 HOOKS = """
 from loragen import hookimpl
@@ -18,43 +19,10 @@ from loragen import hookimpl
 def loragen_objectives():
     return {"cosine-distance": "cosine_objective:CosineDistance"}
 """
-OBJECTIVE = '''
-from pydantic import BaseModel, Field
-from torch.nn.functional import cosine_similarity
-
-from loragen.core.protocols import Metric, Objective
-
-
-class CosineDistance(Objective):
-    """The generated adapter should point where the collected one points."""
-
-    class Config(BaseModel, extra="forbid"):
-        steps: int = Field(4, description="Optimizer steps.")
-
-    @classmethod
-    def obstacle(cls, config, sources):
-        return None if len(sources) > 1 else "it needs two datasets"
-
-    def __init__(self, options, data):
-        self.data, self.steps = data, options.steps
-        self.learning_rate, self.batch_size = 1e-2, data.config.data.batch_size
-        self.metric = Metric("distance", "the cosine distance")
-
-    def batches(self, process_index, num_processes):
-        return self.data.pairs(process_index, num_processes)
-
-    def loss(self, network, batch):
-        loss = self.distance(network, batch)
-        return loss, {"loss": loss.detach()}
-
-    def validate(self, network, batch):
-        return {"distance": self.distance(network, batch)}
-
-    def distance(self, network, batch):
-        written = network(batch.condition, batch.mask)
-        target = self.data.normalization.normalize(batch.tokens)
-        return 1 - cosine_similarity(written.flatten(1), target.flatten(1)).mean()
-'''
+OBJECTIVE = Scaffold("cosine-distance", "objective").documents[
+    "src/loragen_cosine_distance/objective.py"
+]
+"""What `loragen plugins new` writes."""
 
 
 @pytest.fixture
@@ -122,3 +90,32 @@ def test_auto_leaves_out_an_objective_that_does_not_load(install, gen_config, ca
     found = make_plan(config, open_sources(config))
     assert found.config.training.objective == "reconstruction-then-behaviour"
     assert "cosine-distance" in caplog.text
+
+
+def test_plugins_of_others_make_up_a_whole_training(install, gen_config, monkeypatch, tmp_path):
+    """One of each kind, as `loragen plugins new` writes it."""
+    kinds = {"objective": "steps", "encoder": "dim", "decoder": "rank", "logger": "every"}
+    options = {kind: {option: 2} for kind, option in kinds.items()}
+    for kind in (*kinds, "schedule"):
+        Scaffold(f"their-{kind}", kind).write(tmp_path / "packages" / kind)
+        monkeypatch.syspath_prepend(tmp_path / "packages" / kind / "src")
+        hooks = f"from loragen_their_{kind} import loragen_{kind}s  # noqa: F401\n"
+        install(f"theirs-{kind}", hooks)
+    run = train(
+        gen_config(
+            {
+                "training.objective": "their-objective",
+                "training.objective_options": {"their-objective": options["objective"]},
+                "encoder": {"name": "their-encoder", **options["encoder"]},
+                "decoder": {"name": "their-decoder", **options["decoder"]},
+                "schedule": {"name": "their-schedule"},
+                "loggers": {"their-logger": options["logger"]},
+            }
+        ),
+        Silent(),
+    )
+    records = {(one.kind, one.name) for one in run.manifest.plugins}
+    assert records == {(kind, f"their-{kind}") for kind in (*kinds, "schedule")}
+    table = (run.directory / "their-logger" / "metrics.tsv").read_text(encoding="utf-8")
+    assert {line.split("\t")[0] for line in table.splitlines()} == {"2"}  # every second step
+    assert (run.directory / GENERATOR_FILE).is_file()
