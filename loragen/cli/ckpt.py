@@ -304,7 +304,7 @@ def _print_analysis(analysis: "Analysis", most: int | None) -> None:
 def _print_series(report: "SeriesReport", most: int | None, in_full: bool) -> None:
     from loragen.core.analysis.report import by_tensor
 
-    scaling = "unknown, ΔW = B A" if report.scaling is None else f"{report.scaling:g}"
+    scaling = " to ".join(f"{one:g}" for one in report.scalings) or "unknown, ΔW = B A"
     plural = "" if report.checkpoints == 1 else "s"
     render.answer(
         f"{report.path}\n{report.checkpoints} checkpoint{plural}, {report.bytes / 2**20:.1f} MiB; "

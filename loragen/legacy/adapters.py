@@ -25,6 +25,7 @@ from loragen.core.config.load import problems_of
 from loragen.core.config.schema import LoraSection
 from loragen.core.config.yaml_file import Loc
 from loragen.core.errors import ConfigError, DataError, UsageError
+from loragen.core.run.checkpoints import instead
 from loragen.legacy.checkpoints import Shapes, read_legacy_checkpoint, shapes_of
 from loragen.legacy.experiments import (
     LegacyRun,
@@ -48,7 +49,7 @@ def read_lone_adapter(
     Raises UsageError if one of them is missing, DataError if the tensors do not fit the base.
     """
     if not find_weights(path):
-        raise UsageError(f"{path}: no adapter or checkpoint in the directory")
+        raise UsageError(f"{path}: no adapter or checkpoint in the directory{instead(path)}")
     directory = path.parent if path.is_file() else path
     run = LegacyRun(directory, [path], single_file=path.is_file())
     tensors = read_legacy_checkpoint(path).tensors

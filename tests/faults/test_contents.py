@@ -179,6 +179,8 @@ def test_rows_under_the_name_of_text_are_warned_of(tmp_path, caplog):
         ("seed: 1:30", "c.yaml:1:7: 1:30 is 90 in YAML"),
         ("lora: {alpha: .inf}", "lora.alpha: input should be a finite number"),
         ("lora: {alpha: .nan}", "lora.alpha: input should be a finite number"),
+        ("schedule: {learning_rate_stage1: .inf}", "stage1: input should be a finite number"),
+        ("schedule: {learning_rate_stage1: 1e400}", "stage1: input should be a finite number"),
         ("base_model: no", "base_model: input should be a valid string (got False); put quotes"),
         ("data: {dataset: 2024-01-02}", "; put quotes around it"),
         ("data: {dataset: 2024}", "(got 2024); put quotes around it"),

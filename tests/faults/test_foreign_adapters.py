@@ -12,7 +12,7 @@ from loragen.core.adapter.export import export_adapter, export_merged, prepare_e
 from loragen.core.adapter.files import attach_adapter
 from loragen.core.base.load import load_base
 from loragen.core.config import GenTrainConfig
-from loragen.core.errors import DataError, LoragenError
+from loragen.core.errors import DataError, LoragenError, UsageError
 from loragen.core.learning.plan import make_plan
 from loragen.core.learning.sources import open_sources
 from loragen.core.run.checkpoints import load_adapter, read_checkpointed_adapter
@@ -230,6 +230,15 @@ def test_weights_in_a_torch_file_are_read(base_dir, tmp_path, loragen, dataset):
     assert all(adapter.tensors[key].equal(tensor) for key, tensor in tensors.items())
     result = loragen("lora", "eval", "--adapter", there, "--dataset", dataset())
     assert result.exit_code == 0, result.output
+    assert plan([{"checkpoints": str(there), "prompts": str(dataset())}]).layout.tokens
+    analyzed = loragen("ckpt", "analyze", there.parent)
+    assert "1 checkpoint," in analyzed.stdout, analyzed.output
+
+
+def test_the_scalings_of_patterns_are_reported(base_dir, tmp_path, loragen):
+    there = peft_adapter(tmp_path / "theirs", base_dir, **KINDS["patterns"])
+    result = loragen("ckpt", "analyze", there)
+    assert "; scaling 0.75 to 4\n" in result.stdout, result.output
 
 
 def test_fields_that_nobody_knows_are_named(base_dir, tmp_path, dataset, caplog):
@@ -292,3 +301,22 @@ def test_what_holds_adapters_says_to_name_one(fails, base_dir, tmp_path, dataset
     runs = collection.runs["colors"]
     assert runs.name in fails(2, *evaluate, runs.parent)
     assert "it is a whole model: name it as --base-model" in fails(2, *evaluate, base_dir)
+    assert fails(2, *evaluate, runs.parent).endswith(f"name one: {runs.parent / runs.name}")
+    export = ("lora", "export", "--output", tmp_path / "out")
+    assert fails(2, *export, runs.parent).endswith(f"name one: {runs.parent / runs.name}")
+    assert fails(2, *export, tmp_path / "several").endswith("name one of those in it: one")
+
+
+def test_an_adapter_in_place_of_a_run_says_how_to_name_it(base_dir, tmp_path, dataset):
+    one = peft_adapter(tmp_path / "one", base_dir)
+    with pytest.raises(UsageError, match=r"one: a PEFT adapter is no run; .*checkpoints: .*one"):
+        plan([{"run": str(one)}])
+    (one / "adapter_config.json").unlink()
+    with pytest.raises(UsageError, match=r"adapter_config\.json: no such file"):
+        plan([{"checkpoints": str(one), "prompts": str(dataset())}])
+
+
+def test_an_adapter_whose_modules_the_base_lacks_is_refused(base_dir, tmp_path, dataset):
+    one = rewritten(peft_adapter(tmp_path / "one", base_dir), {"target_modules": ["wqkv"]})
+    with pytest.raises(DataError, match=r"one: does not fit .*wqkv.* not found in the base model"):
+        plan([{"checkpoints": str(one), "prompts": str(dataset())}])

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import loragen
@@ -17,7 +18,7 @@ from loragen.core.base.load import empty_base, load_base, load_tokenizer
 from loragen.core.config import LoraTrainConfig, load
 from loragen.core.config.yaml_file import read_yaml
 from loragen.core.data.dataset import Dataset
-from loragen.core.errors import ConfigError, UsageError
+from loragen.core.errors import ConfigError, LoragenError, UsageError
 from loragen.core.lora import train as train_module
 from loragen.core.lora.train import count_values, new_adapter, train_adapter
 from loragen.core.progress import Silent
@@ -204,3 +205,23 @@ def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):
 def test_numbers_that_would_be_lists_beyond_memory_are_refused(key):
     with pytest.raises(ConfigError, match=rf"training\.{key}: .*less than or equal to"):
         load(LoraTrainConfig, settings=[f"training.{key}=1000000000"], environment={})
+
+
+class Runs:
+    """What pickle would make into a file called `proof`."""
+
+    def __init__(self, proof):
+        self.proof = proof
+
+    def __reduce__(self):
+        return Path.touch, (self.proof,)
+
+
+def test_weights_that_may_run_code_are_refused_without_advice_to_load_them(tmp_path):
+    base = write_base(tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    torch.save({"weight": Runs(tmp_path / "proof")}, base / "pytorch_model.bin")
+    with pytest.raises(LoragenError) as error:
+        load_base(str(base))
+    assert str(error.value).endswith("loading them may run code")
+    assert not (tmp_path / "proof").exists()

@@ -208,6 +208,8 @@ def test_texts_that_the_encoder_cuts_are_counted_with_what_was_read(sbert_dir, c
     assert "of these the first 25 % were read" in line
     encoder(["a " * most * 4])
     assert len(caplog.messages) == 1
+    SentenceBert(SentenceBert.Config(model=str(sbert_dir)))(["a " * most * 4])
+    assert caplog.messages[1].startswith("1 of 1 text has more than the ")
 
 
 def test_a_base_with_nan_is_what_is_blamed(base_dir, tmp_path):

@@ -15,12 +15,22 @@ from loragen.core.outputs import (
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 """The two files of a PEFT adapter directory."""
+TORCH_WEIGHTS_FILE = "adapter_model.bin"
+"""The weights of an adapter that an old PEFT has written."""
 KEY_PREFIX = "base_model.model."
 """The prefix of PEFT's file keys; a module's path in the base model follows it."""
 MERGED_MARKER = "loragen_export.json"
 """The file that only a merged model written by loragen has."""
 CARD = "README.md"
 """The model card, which records the other files at its end."""
+
+
+def weights_in(directory: Path) -> Path | None:
+    """Returns the file with the weights of a PEFT adapter directory; None for any other."""
+    files = [directory / WEIGHTS_FILE]
+    if (directory / CONFIG_FILE).is_file():  # other programs have a file of that name, too
+        files.append(directory / TORCH_WEIGHTS_FILE)
+    return next((file for file in files if file.is_file()), None)
 
 
 def refuse_existing_adapter(path: Path, force: bool, merged: bool = False) -> None:

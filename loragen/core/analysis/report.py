@@ -19,6 +19,7 @@ class ModuleReport:
     kind: str
     """The path below the layer, such as `self_attn.q_proj`."""
     rank: int
+    scaling: float | None
     norm_a: float
     norm_b: float
     norm_delta: float
@@ -84,7 +85,7 @@ class SeriesReport:
     """The number of values of one adapter."""
     dtypes: list[str]
     scaling: float | None
-    """alpha / rank; None if it is not recorded, and ΔW is taken as B A."""
+    """alpha / rank of the whole adapter; None if it is not recorded, and ΔW is taken as B A."""
     modules: list[ModuleReport] = field(default_factory=list)
     drift: list[Drift] = field(default_factory=list)
     path_length: float = 0.0
@@ -107,6 +108,13 @@ class SeriesReport:
         inside = {m.module for m in self.modules if m.layer in self.dead_layers}
         layers = [f"layer {layer}" for layer in self.dead_layers]
         return layers + [name for name in self.dead_modules if name not in inside]
+
+    @property
+    def scalings(self) -> list[float]:
+        """The least and the greatest scaling of the modules, which patterns may have set apart; one
+        if they are equal, none if they are not known."""
+        found = [module.scaling for module in self.modules if module.scaling is not None]
+        return sorted({min(found), max(found)}) if found else []
 
     @property
     def norm_delta(self) -> float:

@@ -167,6 +167,7 @@ def module_reports(checkpoint: Checkpoint) -> list[ModuleReport]:
                 layer=spec.layer,
                 kind=spec.module,
                 rank=a.shape[0],
+                scaling=checkpoint.scaling(name) if checkpoint.config else None,
                 norm_a=float(a.double().norm()),
                 norm_b=float(b.double().norm()),
                 norm_delta=float(values.norm()),

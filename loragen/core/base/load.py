@@ -190,6 +190,8 @@ def _not_loaded(name: str, source: str, error: Exception) -> LoragenError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, LookupError | TypeError | AttributeError):  # their texts alone say little
         reason = f"{type(error).__name__}: {reason}"
+    if "Weights only load failed" in reason:  # torch's advice is to load it nevertheless
+        reason = "its weights hold more than tensors and plain data, and loading them may run code"
     if "ignore_mismatched_sizes" in reason:
         reason = "its weights have other shapes than its config.json says, such as vocab_size"
     if Path(source).is_dir():

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from difflib import get_close_matches
 from functools import cache
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +35,7 @@ from loragen.core.config.yaml_file import (
     AmbiguousNumberError,
     Loc,
     dotted,
+    leaves,
     parse_yaml,
     paths,
     read_yaml,
@@ -140,7 +142,7 @@ def validate_layers(
     # If there are errors already, a plugin without options is not imported: it could add none.
     problems += _check_plugins(model, layers, complete=not problems)
     if problems:
-        raise ConfigError(*problems)
+        raise ConfigError(*dict.fromkeys(problems))  # an option is validated with its section, too
     return model.model_validate(layers.tree)
 
 
@@ -339,12 +341,18 @@ def _check_plugins(model: type[BaseModel], layers: Layers, complete: bool) -> li
 
 def validated(model: type[Model], values: Any) -> Model:
     """Returns the model of plain values. Raises ValidationError, also for `yes`, `on` or `true` as
-    a number: pydantic would take it for 1."""
+    a number: pydantic would take it for 1; and for NaN and infinity, which JSON makes null."""
     problems: list[Any] = []
     try:
         made = model.model_validate(values)
     except ValidationError as error:
         problems = list(error.errors())
+    else:
+        problems = [
+            {"type": "finite_number", "loc": keys, "input": value}
+            for keys, value in leaves(made.model_dump())
+            if isinstance(value, float) and not isfinite(value)
+        ]
     try:
         model.model_validate(values, strict=True)
     except ValidationError as error:

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from loragen.core.adapter import WEIGHTS_FILE
+from loragen.core.adapter import weights_in
 from loragen.core.adapter.algebra import in_form
 from loragen.core.adapter.layout import PACKING_VERSION, Layout
 from loragen.core.base.load import best_device
@@ -190,7 +190,7 @@ def _tokenized(
 ) -> tuple[str, np.ndarray, np.ndarray | None]:
     """Returns a hash of the checkpoints in this layout and form, which the manifest records, their
     tokens, and the mean of these if the decoder combines adapters."""
-    weights = (f / WEIGHTS_FILE if f.is_dir() else f for f in source.checkpoints)
+    weights = (weights_in(file) or file for file in source.checkpoints)
     form = config.layout.target_form
     key = sha256_text(repr(layout.state()), form, *map(sha256, weights))[:32]
     versions = f"{CACHE_VERSION} {PACKING_VERSION}"

@@ -168,16 +168,23 @@ def _common_layout(
 
 def _fitting_shapes(source: TrainingSource, adapter: Adapter) -> dict[str, torch.Size]:
     """Returns the shapes that the tensors of an adapter, which loragen has not trained, should
-    have; empty if its base is not on this machine or cannot be asked."""
+    have; empty if its base is not on this machine or does not load. Raises DataError if PEFT cannot
+    attach it to that base."""
     if is_gguf(source.base_model) or not is_local(source.base_model):
         return {}
     try:
         with torch.device("meta"):
             base = empty_base(source.base_model, local_files_only=True).model
-            return fitting_shapes(base, adapter.config)
     except LoragenError as error:
         log.warning("%s: not compared with its base: %s", source.directory, error)
         return {}
+    try:
+        with torch.device("meta"):
+            return fitting_shapes(base, adapter.config)
+    except LoragenError as error:
+        raise DataError(
+            f"{source.checkpoints[-1]}: does not fit {source.base_model}: {error}"
+        ) from None
 
 
 def choose_method(

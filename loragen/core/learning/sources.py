@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loragen.core.adapter import CONFIG_FILE
+from loragen.core.adapter import weights_in
 from loragen.core.base.names import is_path, resolve_base
 from loragen.core.config.load import Problem, problems_at
 from loragen.core.config.schema import GenDataSection, GenTrainConfig, SourceSection
@@ -389,7 +389,12 @@ def open_source(
     directory = _directory_of(section)
     checkpoints = find_checkpoints(directory) if section.run is None else []
     run = None
-    if not (checkpoints and (checkpoints[0] / CONFIG_FILE).is_file()):  # no PEFT adapters
+    if not (checkpoints and checkpoints[0].is_dir()):  # no PEFT adapters
+        if weights_in(directory):
+            raise UsageError(
+                f"{directory}: a PEFT adapter is no run; name it with its prompts: "
+                f"sources: [{{checkpoints: {directory}, prompts: FILE}}]"
+            )
         run = open_run(directory) if open_run else Run.open(directory, LoraManifest)
         checkpoints = find_checkpoints(run.directory)
     name = run.manifest.dataset.name if run else directory.name

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from loragen.core.adapter import CONFIG_FILE, WEIGHTS_FILE
+from loragen.core.adapter import CONFIG_FILE, TORCH_WEIGHTS_FILE, WEIGHTS_FILE, weights_in
 from loragen.core.adapter.checks import changes_nothing, check_config, check_finite
 from loragen.core.adapter.files import (
     Adapter,
@@ -39,8 +39,6 @@ log = logging.getLogger(__name__)
 CHUNK = 2**20
 DAMAGED = (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError, zlib.error)
 """What zipfile raises for an archive whose own records are damaged."""
-TORCH_WEIGHTS_FILE = "adapter_model.bin"
-"""The weights of an adapter that an old PEFT has written."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -63,8 +61,8 @@ def load_adapter(path: Path, config: Mapping[str, Any] | None = None) -> Adapter
     """
     directory = path.parent if path.name in (WEIGHTS_FILE, TORCH_WEIGHTS_FILE) else path
     if path.is_dir() or (directory / CONFIG_FILE).is_file():
-        weights = directory / TORCH_WEIGHTS_FILE
-        if (directory / WEIGHTS_FILE).is_file() or not weights.is_file():
+        weights = weights_in(directory)
+        if weights is None or weights.name == WEIGHTS_FILE:
             return read_adapter(directory)
         return checked(read_config(directory), load_weights_only(weights), weights)
     if not path.is_file():
@@ -105,31 +103,30 @@ def _adapter_at(path: Path) -> Adapter:
     if not path.exists():
         raise UsageError(f"{path}: no such adapter or checkpoint")
     for directory in (path, path / "adapter"):
-        if _has_weights(directory):
+        if weights_in(directory):
             return load_adapter(directory)
     if path.is_file() and (adapter := load_adapter(path)).config:
         return adapter
     try:
         run = run_directory_of(path)
     except UsageError as error:
-        raise UsageError(f"{error}{_instead(path)}") from None
+        raise UsageError(f"{error}{instead(path)}") from None
     manifest = read_manifest(run, LoraManifest)
     file = find_checkpoints(path)[-1] if path.is_dir() else path
     return load_adapter(file, manifest.adapter_config)
 
 
-def _instead(path: Path) -> str:
+def instead(path: Path) -> str:
     """Returns what to name in place of a path where there is no adapter; empty if that is not
-    known."""
+    known, and for a folder of runs, of which `run_directory_of` says so."""
     if path.is_file():
         return (
             f", and the file holds no configuration; name the directory with its {CONFIG_FILE}, or "
             f"make one: loragen lora export {path} --alpha N --base-model NAME --output DIR"
         )
-    inside = sorted(
-        file.parent.name for name in (CONFIG_FILE, MANIFEST) for file in path.glob(f"*/{name}")
-    )
-    if inside:
+    if any(path.glob(f"*/{MANIFEST}")):
+        return ""
+    if inside := sorted(file.parent.name for file in path.glob(f"*/{CONFIG_FILE}")):
         return f"; name one of those in it: {listing(inside, 3)}"
     whole = (path / "config.json").is_file()
     return "; it is a whole model: name it as --base-model, with --no-adapter" if whole else ""
@@ -137,8 +134,11 @@ def _instead(path: Path) -> str:
 
 def is_run_or_adapter(path: Path) -> bool:
     """Returns whether `path` is an adapter, a run, a checkpoint of one, or a file with its own
-    configuration. A missing path counts, so that `read_checkpointed_adapter` reports it."""
-    if not path.exists() or any(_has_weights(path / d) for d in ("", "adapter")):
+    configuration. A missing path and a folder of runs count, so that `read_checkpointed_adapter`
+    reports them."""
+    if not path.exists() or any(weights_in(path / d) for d in ("", "adapter")):
+        return True
+    if any(path.glob(f"*/{MANIFEST}")):
         return True
     with suppress(UsageError):
         run_directory_of(path)
@@ -146,11 +146,6 @@ def is_run_or_adapter(path: Path) -> bool:
     with suppress(LoragenError):
         return path.is_file() and bool(load_adapter(path).config)
     return False
-
-
-def _has_weights(directory: Path) -> bool:
-    torch_file = (directory / CONFIG_FILE).is_file() and (directory / TORCH_WEIGHTS_FILE).is_file()
-    return torch_file or (directory / WEIGHTS_FILE).is_file()
 
 
 def load_weights_only(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar, overload
 
 from pydantic import BaseModel, Field, ValidationError
 
-from loragen.core.adapter import WEIGHTS_FILE
+from loragen.core.adapter import weights_in
 from loragen.core.base.names import BaseDtype
 from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
 from loragen.core.contents import read_json
@@ -304,9 +304,9 @@ def find_checkpoints(path: Path) -> list[Path]:
 
     Raises UsageError if there are none.
     """
-    if path.is_file() or (path / WEIGHTS_FILE).is_file():
+    if path.is_file() or weights_in(path):
         return [path]
-    folders = [file.parent for file in path.glob(f"*/{WEIGHTS_FILE}")]
+    folders = [folder for folder in path.glob("*") if weights_in(folder)]
     adapters = sorted(folders, key=lambda folder: natural_key(folder.name))  # step-2 before step-10
     found = checkpoint_files(path) or adapters
     if not found:

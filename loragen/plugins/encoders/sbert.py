@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from loragen import LoragenError
-from loragen.core.errors import pip_install
+from loragen.core.errors import counted, pip_install
 from loragen.core.files import hub_problem, user_path
 
 log = logging.getLogger(__name__)
@@ -117,10 +117,11 @@ class SentenceBert(nn.Module):
             self._warned_of_cut = True
             most = self.model.max_seq_length or 0
             log.warning(
-                "%d of %d texts have more than the %d tokens that the encoder %s reads: of %s the "
+                "%d of %s %s more than the %d tokens that the encoder %s reads: of %s the "
                 "first %.0f %% were read (data.samples_per_prompt joins prompts to a text)",
                 len(cut),
-                len(texts),
+                counted(len(texts), "text"),
+                "has" if len(cut) == 1 else "have",
                 most,
                 self.config.model,
                 "that one" if len(cut) == 1 else "these",

@@ -97,7 +97,7 @@ def deltas_in_order(run):
 def reports(norms):
     """Modules of so large a ΔW each: `{(layer, kind): ‖ΔW‖}`."""
     return [
-        ModuleReport(f"layers.{layer}.{kind}", layer, kind, 2, 1.0, 1.0, norm, norm, 1.0, 1.0)
+        ModuleReport(f"layers.{layer}.{kind}", layer, kind, 2, 2.0, 1.0, 1.0, norm, norm, 1.0, 1.0)
         for (layer, kind), norm in norms.items()
     ]
 
