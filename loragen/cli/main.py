@@ -71,6 +71,8 @@ class Root(TyperGroup):
             if isinstance(error, OSError) and error.errno in DISK_ERRORS and not debug:
                 render.problems([f"{error.filename or 'writing'}: {error.strerror}"])
                 raise typer.Exit(EXIT_FAILED) from error
+            if type(error).__name__ == "NoSuchOption":
+                _hint_at_setting(error)
             if debug or type(error).__module__.startswith("typer."):  # Exit, Abort, usage errors
                 raise
             if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
@@ -78,6 +80,27 @@ class Root(TyperGroup):
                 raise typer.Exit(EXIT_USAGE) from error
             render.problems([f"{one_line(error)} (--debug shows where)"])
             raise typer.Exit(EXIT_FAILED) from error
+
+
+def _hint_at_setting(error: Any) -> None:
+    """Adds to an unknown option of a training what was meant by it: another option, or a `--set`,
+    such as `--set lora.rank=VALUE` for the `--lora_r` of others."""
+    context = error.ctx
+    group = context.parent.info_name if context and context.parent else ""
+    options = {p.name: p.opts[0] for p in context.command.params} if context else {}
+    if group not in ("lora", "gen") or "settings" not in options:
+        return
+    from loragen.core.config.keys import COMMON_NAMES, meant
+    from loragen.core.config.schema import MODELS
+
+    given = error.option_name.lstrip("-").replace("-", "_")
+    if error.possibilities and given not in COMMON_NAMES:
+        return  # a slip in an option of this command
+    if key := meant(MODELS[group], (given,)):
+        error.possibilities = None
+        name, _, value = key.partition(": ")
+        setting = f"--set {name}={value or 'VALUE'}"
+        error.message += f". Did you mean {options.get(name.rpartition('.')[2], setting)}?"
 
 
 def _normalize_option(option: str) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 
 from pydantic import BaseModel, NonNegativeInt, TypeAdapter, ValidationError
 
-from loragen.core.config.load import Layers, has_key, origin_of, validate_layers
+from loragen.core.config.keys import has_key
+from loragen.core.config.load import Layers, origin_of, validate_layers
 from loragen.core.config.schema import MODELS, command_of
 from loragen.core.config.yaml_file import Loc, commented, dotted, inline, paths, read_yaml
 from loragen.core.contents import read_bytes, utf8_text

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -104,3 +105,37 @@ WRITERS = (
 def test_where_a_result_goes_has_one_name_and_its_old_ones(loragen, command, spelling):
     shown = spelling if spelling == "-o" else "--output"
     assert f"Option '{shown}' requires an argument" in loragen(*command.split(), spelling).stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "meant"),
+    [
+        ("lora train", "--lora_r", "--set lora.rank=VALUE"),
+        ("lora train", "-r", "--set lora.rank=VALUE"),
+        ("lora train", "--per_device_train_batch_size", "--batch-size"),
+        ("lora train", "--bf16", "--set trainer.precision=bf16-mixed"),
+        ("lora train", "--lr", "--set schedule.learning_rate_stage1=VALUE"),
+        ("lora train", "--output_dir", "--runs-dir"),
+        ("gen train", "--num-train-epochs", "--set training.max_epochs=VALUE"),
+        ("gen train", "--lr", "--set training.learning_rate=VALUE"),
+    ],
+)
+def test_an_option_of_other_trainers_is_understood(loragen, command, option, meant):
+    result = loragen(*command.split(), option, "8")
+    assert result.exit_code == 2
+    assert f"Did you mean {meant}?" in " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.stderr).split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("lora", "train", "--batch-sise", "8"), "(Possible options: --batch-size)"),
+        (("lora", "train", "--nonsense"), "No such option: --nonsense │"),
+        (("lora", "export", "--lora-r", "8"), "No such option: --lora-r │"),
+    ],
+)
+def test_other_unknown_options_are_said_as_before(loragen, arguments, said):
+    result = loragen(*arguments)
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.split())
+    assert "Did you mean" not in result.stderr

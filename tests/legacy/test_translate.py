@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loragen.core.config import GenTrainConfig, LoraTrainConfig
-from loragen.core.config.load import guess_command, has_key
+from loragen.core.config.keys import has_key
+from loragen.core.config.load import guess_command
 from loragen.core.config.schema import MODELS
 from loragen.core.config.show import commented_defaults
 from loragen.core.errors import ConfigError

@@ -7,11 +7,9 @@ of a configuration are raised at once, one line each.
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import date
-from difflib import get_close_matches
 from functools import cache
 from math import isfinite
 from pathlib import Path
@@ -21,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticCustomError
 
+from loragen.core.config.keys import has_key, known_keys, meant
 from loragen.core.config.schema import (
     AUTO,
     MODELS,
@@ -40,7 +39,7 @@ from loragen.core.config.yaml_file import (
     paths,
     read_yaml,
 )
-from loragen.core.errors import ConfigError, PluginError, UsageError, did_you_mean, listing
+from loragen.core.errors import ConfigError, PluginError, UsageError, listing
 from loragen.core.plugins import describe, find
 
 log = logging.getLogger(__name__)
@@ -196,7 +195,9 @@ def _warn_of_unknown(name: str, section: str) -> None:
     """Warns of a variable that no command reads, once per process."""
     known = {key for model in MODELS.values() for key in model.model_fields}
     if section not in known:
-        hint = did_you_mean(section, sorted(known))
+        found = next(filter(None, (meant(model, (section,)) for model in MODELS.values())), "")
+        variable = ENV_PREFIX + found.partition(":")[0].replace(".", "__").upper()
+        hint = f" Did you mean {variable}?" if found else ""
         log.warning("%s is ignored: no command has a setting '%s'.%s", name, section, hint)
 
 
@@ -377,8 +378,9 @@ def problems_of(
     for detail in error.errors():
         keys, kind = (*prefix, *detail["loc"]), detail["type"]
         if kind == "extra_forbidden":
-            known = _known_keys(model, detail["loc"][:-1])
-            hint = _meant(model, detail["loc"], known)
+            known = known_keys(model, detail["loc"][:-1])
+            found = meant(model, detail["loc"])
+            hint = f" Did you mean '{found}'?" if found else ""
             reason = f"unknown key.{hint} Known: {listing(known, 20)}"
         elif kind == "value_error":
             reason = str(detail["ctx"]["error"])
@@ -392,64 +394,13 @@ def problems_of(
                 given[keys] += "; put quotes around it"
             reason = f"{detail['msg'][0].lower()}{detail['msg'][1:]}"
             if kind == "model_type":
-                known = _known_keys(model, detail["loc"])
+                known = known_keys(model, detail["loc"])
                 reason = f"input should be a section with the keys {listing(known, 20)}"
         reasons.setdefault(keys, []).append(reason)
     return [
         problem_at(keys, origins, " or ".join(dict.fromkeys(of)) + given.get(keys, ""))
         for keys, of in reasons.items()
     ]
-
-
-COMMON_NAMES = {
-    "epochs": "max_epochs",
-    "gradient_accumulation_steps": "accumulate_grad_batches",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "lora_r": "rank",
-    "lora_rank": "rank",
-    "lr": "learning_rate",
-    "max_grad_norm": "gradient_clip_val",
-    "max_seq_length": "max_length",
-    "model": "base_model",
-    "model_name_or_path": "base_model",
-    "num_epochs": "max_epochs",
-    "num_train_epochs": "max_epochs",
-    "per_device_train_batch_size": "batch_size",
-    "r": "rank",
-    "steps": "max_steps",
-}
-"""{a setting's name in PEFT or in transformers: its name here}"""
-
-
-def _meant(model: type[BaseModel], loc: Loc, known: list[str]) -> str:
-    """Returns a hint for an unknown key: a similar one of its section, or one of this name, or with
-    this name in PEFT or transformers, anywhere in the configuration."""
-    key = str(loc[-1])
-    named = COMMON_NAMES.get(key, key)
-    everywhere = _all_keys(model)
-    beside = {dotted((*loc[:-1], one)) for one in known}
-    same = [at for at in everywhere if at.rpartition(".")[2] == named]
-    same = [at for at in same if at in beside] or same
-    if same:
-        return f" Did you mean '{same[0]}'?"
-    near = get_close_matches(named, {at.rpartition(".")[2] for at in everywhere}, cutoff=0.75)
-    similar = [at for at in everywhere if at.rpartition(".")[2] in near]
-    return did_you_mean(key, known) or (f" Did you mean '{similar[0]}'?" if similar else "")
-
-
-def _all_keys(model: type[BaseModel]) -> list[str]:
-    """Returns all keys of a configuration, with dots, and the options of its default schedule: the
-    other plugins import torch."""
-    found = []
-    for name, info in model.model_fields.items():
-        section = _section(model, name)
-        if name == "schedule" and isinstance(info.default, PluginSection):
-            with suppress(PluginError):
-                section = find(name, info.default.name).Config
-        nested = section is not None and section is not PluginSection
-        found += [f"{name}.{key}" for key in _all_keys(section)] if nested and section else [name]
-    return found
 
 
 def problem_at(keys: Loc, origins: Mapping[Loc, str], problem: str) -> str:
@@ -460,8 +411,10 @@ def problem_at(keys: Loc, origins: Mapping[Loc, str], problem: str) -> str:
 
 
 def origin_of(keys: Loc, origins: Mapping[Loc, str]) -> str | None:
-    """Returns where the value, or the nearest section around it, was given; None for a default."""
-    at = _given(keys, origins)
+    """Returns where the value, the nearest section around it, or one below it was given; None for a
+    default."""
+    below = (at for at in origins if keys and at[: len(keys)] == keys)
+    at = _given(keys, origins) or next(below, None)
     return origins[at] if at else None
 
 
@@ -478,29 +431,3 @@ def problems_at(keys: Loc, check: Callable[..., object], *arguments: object) -> 
     except UsageError as error:
         return [(keys, problem) for problem in error.problems]
     return []
-
-
-def has_key(model: type[BaseModel], keys: Loc) -> bool:
-    """Returns whether the schema has this key; it does not have the options of plugins."""
-    for part in keys[:-1]:
-        section = _section(model, part)
-        if section is None:
-            return False
-        model = section
-    return keys[-1] in model.model_fields
-
-
-def _known_keys(model: type[BaseModel], loc: Loc) -> list[str]:
-    """Returns the keys of the section at `loc`, which may lead through lists and unions."""
-    for part in loc:
-        model = _section(model, part) or model
-    return list(model.model_fields)
-
-
-def _section(model: type[BaseModel], key: Any) -> type[BaseModel] | None:
-    """Returns the model of a field, or of its items; None if the field is a plain value."""
-    if not isinstance(key, str) or key not in model.model_fields:
-        return None
-    annotation = model.model_fields[key].annotation
-    nested = [annotation, *getattr(annotation, "__args__", ())]
-    return next((t for t in nested if isinstance(t, type) and issubclass(t, BaseModel)), None)

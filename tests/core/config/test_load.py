@@ -151,6 +151,18 @@ def test_variables_of_another_command_are_left_alone(configure):
     assert configure(environment={"LORAGEN_ENCODER__NAME": "sbert", "LORAGEN_DEBUG": "1"})
 
 
+def test_a_variable_of_no_command_says_which_was_meant(configure, caplog):
+    assert configure(environment={"LORAGEN_LORA_R": "4", "LORAGEN_TRANING__BATCH_SIZE": "2"})
+    assert "LORAGEN_LORA_R is ignored" in caplog.text
+    assert "Did you mean LORAGEN_LORA__RANK?" in caplog.text
+    assert "Did you mean LORAGEN_TRAINING?" in caplog.text
+
+
+def test_a_setting_below_an_unknown_section_is_named_as_one(configure):
+    (problem,) = problems_of(configure, settings=["lora_config.r=4"])
+    assert problem.startswith("--set: lora_config: unknown key. Did you mean 'lora'?")
+
+
 def test_plugin_options_are_typed_and_completed_by_the_plugin(configure):
     config = configure("schedule: {learning_rate_stage1: 1e-3}")  # a text, to YAML
     assert config.schedule.options == {
