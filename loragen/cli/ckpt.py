@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from loragen.cli import render
+from loragen.cli import completion, render
 from loragen.cli.options import Alpha, BaseModelName, DataRoot, Force, Json
 from loragen.cli.progress import SECONDS_BETWEEN_LINES
 from loragen.core.errors import (
@@ -45,7 +45,10 @@ RANKS = {"stable rank": "stable_rank", "effective rank": "effective_rank"}
 def ckpt_analyze(
     paths: Annotated[
         list[Path] | None,
-        typer.Argument(help="Runs, folders of runs, of checkpoints or of adapters, or files."),
+        typer.Argument(
+            help="Runs, folders of runs, of checkpoints or of adapters, or files.",
+            autocompletion=completion.runs,
+        ),
     ] = None,
     checkpoint_dir: Annotated[list[Path] | None, typer.Option(hidden=True)] = None,
     every: Annotated[
@@ -103,7 +106,8 @@ def ckpt_test(
     file: Annotated[
         Path | None,
         typer.Argument(
-            help="A .ckpt, .pt, .safetensors or PEFT directory, or a run (its newest one)."
+            help="A .ckpt, .pt, .safetensors or PEFT directory, or a run (its newest one).",
+            autocompletion=completion.runs,
         ),
     ] = None,
     checkpoint_file: Annotated[Path | None, typer.Option(hidden=True)] = None,
@@ -148,7 +152,12 @@ def ckpt_test(
 
 @app.command("lines")
 def ckpt_lines(
-    path: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint of a run, or a run.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CKPT", help="A checkpoint of a run, or a run.", autocompletion=completion.runs
+        ),
+    ],
     step: Annotated[
         int | None,
         typer.Option("--step", min=1, help="Any step of the run, with a checkpoint or without."),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loragen.cli import render
+from loragen.cli import completion, render
 from loragen.cli.options import BaseModelName, DataRoot, Force, Json, SkipBadRows, TrustRemoteCode
 from loragen.core.errors import EXIT_FAILED, UsageError, shortened
 
@@ -27,7 +27,8 @@ def data_preview(
         str,
         typer.Argument(
             help="A file (.jsonl, .json, .csv, .parquet), a name under --data-root, or "
-            r"hub:owner/name[:config]\[@split]."  # unescaped, @split would be markup
+            r"hub:owner/name[:config]\[@split].",  # unescaped, @split would be markup
+            autocompletion=completion.datasets,
         ),
     ],
     base_model: BaseModelName = None,
@@ -87,6 +88,7 @@ def data_prepare(
             "--source",
             help="A file of rows or prompts, a name under --data-root, or hub:owner/name. "
             "Repeatable, for one dataset each.",
+            autocompletion=completion.datasets,
         ),
     ],
     output: Annotated[
@@ -135,7 +137,12 @@ def data_uses(
     position: Annotated[
         str, typer.Argument(metavar="FILE:LINE", help="A row: train.jsonl:12. Lines count from 1.")
     ],
-    run: Annotated[Path, typer.Option("--run", help="A run directory, or a checkpoint of it.")],
+    run: Annotated[
+        Path,
+        typer.Option(
+            "--run", help="A run directory, or a checkpoint of it.", autocompletion=completion.runs
+        ),
+    ],
     json: Json = False,
 ) -> None:
     """Show the steps at which a run was trained on a row, and the checkpoints of these steps.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loragen.cli import render
+from loragen.cli import completion, render
 from loragen.cli.options import (
     BaseModelName,
     ConfigFile,
@@ -62,6 +62,7 @@ def gen_train(
         typer.Option(
             "--checkpoint-dir",
             help="A run of lora train (or its checkpoints/), or a folder of runs. Repeatable.",
+            autocompletion=completion.runs,
         ),
     ] = None,
     prompts: Annotated[
@@ -274,6 +275,7 @@ def gen_eval(
         typer.Option(
             "--dataset",
             help="A name under --data-root (its test split), a file or hub:owner/name. Repeatable.",
+            autocompletion=completion.datasets,
         ),
     ],
     data_root: DataRoot = "data_to_lora/cs",

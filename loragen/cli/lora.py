@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loragen.cli import render
+from loragen.cli import completion, render
 from loragen.cli.options import (
     Alpha,
     BaseModelName,
@@ -40,7 +40,9 @@ def lora_train(
     dataset: Annotated[
         list[str] | None,
         typer.Option(
-            "--dataset", help="A name under --data-root, a file, or hub:owner/name. Repeatable."
+            "--dataset",
+            help="A name under --data-root, a file, or hub:owner/name. Repeatable.",
+            autocompletion=completion.datasets,
         ),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Every dataset below --data-root.")] = False,
@@ -148,12 +150,15 @@ def lora_eval(
         typer.Option(
             "--dataset",
             help="A name under --data-root (its test split), a file, or hub:owner/name.",
+            autocompletion=completion.datasets,
         ),
     ],
     adapter: Annotated[
         Path | None,
         typer.Option(
-            "--adapter", help="A PEFT directory, a run, a .ckpt of one, or a file of gen infer."
+            "--adapter",
+            help="A PEFT directory, a run, a .ckpt of one, or a file of gen infer.",
+            autocompletion=completion.runs,
         ),
     ] = None,
     no_adapter: Annotated[
@@ -231,7 +236,8 @@ def lora_export(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            help="A run, a .ckpt of one, a PEFT directory, or any file with LoRA in it."
+            help="A run, a .ckpt of one, a PEFT directory, or any file with LoRA in it.",
+            autocompletion=completion.runs,
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write.")],

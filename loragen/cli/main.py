@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from loragen import __version__
 from loragen.cli import ckpt, config, data, demo, gen, lora, plugins, render
+from loragen.cli.completion import whole_words
 from loragen.cli.streams import lost_output, make_streams_last
 from loragen.core.errors import (
     EXIT_FAILED,
@@ -176,6 +177,9 @@ def main() -> None:
         signal.default_int_handler(number, frame)
 
     signal.signal(signal.SIGINT, count_interrupt)
+    if os.environ.get("_LORAGEN_COMPLETE") == "complete_bash":
+        with whole_words(os.environ):
+            app()
     make_streams_last()
     try:
         app()

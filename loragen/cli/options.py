@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from loragen.cli import completion
 from loragen.core.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
@@ -31,7 +32,11 @@ ConfigFile = Annotated[
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override one setting: key.path=value. Repeatable."),
+    typer.Option(
+        "--set",
+        help="Override one setting: key.path=value. Repeatable.",
+        autocompletion=completion.settings,
+    ),
 ]
 DryRun = Annotated[
     bool,
@@ -44,6 +49,7 @@ Resume = Annotated[
         "--resume",
         "--resume-from-checkpoint",
         help="Resume a run from its newest checkpoint, or from the one named.",
+        autocompletion=completion.resumable,
     ),
 ]
 BaseModelName = Annotated[
@@ -61,7 +67,9 @@ TrustRemoteCode = Annotated[
 GeneratorPath = Annotated[
     Path,
     typer.Option(
-        "--model", help="An experiment directory, its generator_model.pt, or a checkpoint."
+        "--model",
+        help="An experiment directory, its generator_model.pt, or a checkpoint.",
+        autocompletion=completion.experiments,
     ),
 ]
 Alpha = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from loragen.cli import render
+from loragen.cli import completion, render
 from loragen.cli.options import Json
 from loragen.core.errors import EXIT_FAILED, counted
 
@@ -31,8 +31,13 @@ def plugins_list(json: Json = False) -> None:
 
 @app.command("show")
 def plugins_show(
-    kind: Annotated[str, typer.Argument(help=KIND_HELP)],
-    name: Annotated[str, typer.Argument(help="A name from `loragen plugins list`.")],
+    kind: Annotated[str, typer.Argument(help=KIND_HELP, autocompletion=completion.kinds)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A name from `loragen plugins list`.", autocompletion=completion.plugin_names
+        ),
+    ],
     json: Json = False,
 ) -> None:
     """Show one plugin: its package, its file, its description and its options."""
@@ -71,7 +76,7 @@ def plugins_new(
     name: Annotated[
         str, typer.Argument(help="By what users choose it: lower-case, digits and hyphens.")
     ],
-    kind: Annotated[str, typer.Option("--kind", help=KIND_HELP)],
+    kind: Annotated[str, typer.Option("--kind", help=KIND_HELP, autocompletion=completion.kinds)],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="A new directory. Default: loragen-NAME, here."),
