@@ -328,7 +328,7 @@ def _families(text: str, file: Path) -> list[str]:
         logger.warning(
             "%s: no installed font has %s (Noto Sans CJK has Chinese, Japanese and Korean); "
             "results.md has these names in full",
-            file,
+            file.name,
             listing([chr(code) for code in sorted(missing)], 6),
         )
     return families
