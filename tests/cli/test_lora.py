@@ -658,11 +658,11 @@ class TestExport:
         assert error.startswith("--alpha: ")
 
     def test_an_adapter_that_is_no_lora(self, fails, run, tmp_path):
-        adapter = shutil.copytree(run / "adapter", tmp_path / "ia3")
-        (adapter / "adapter_config.json").write_text('{"peft_type": "IA3"}', encoding="utf-8")
+        adapter = shutil.copytree(run / "adapter", tmp_path / "prompts")
+        (adapter / "adapter_config.json").write_text('{"peft_type": "P_TUNING"}', encoding="utf-8")
         error = fails(1, "lora", "export", adapter, "--output", "mine")
         assert "adapter_config.json: " in error
-        assert "IA3" in error
+        assert "P_TUNING" in error
 
     def test_one_layer_of_the_merged_model_at_a_time(self, run, base, monkeypatch):
         """All ΔW at once would be a second model in memory."""

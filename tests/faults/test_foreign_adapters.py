@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from loragen.core.adapter.checks import not_ba
+from loragen.core.adapter.checks import OTHER_METHODS, not_ba
 from loragen.core.adapter.export import export_adapter, export_merged, prepare_export
 from loragen.core.adapter.files import attach_adapter
 from loragen.core.base.load import load_base
@@ -320,3 +320,39 @@ def test_an_adapter_whose_modules_the_base_lacks_is_refused(base_dir, tmp_path, 
     one = rewritten(peft_adapter(tmp_path / "one", base_dir), {"target_modules": ["wqkv"]})
     with pytest.raises(DataError, match=r"one: does not fit .*wqkv.* not found in the base model"):
         plan([{"checkpoints": str(one), "prompts": str(dataset())}])
+
+
+@pytest.mark.parametrize("method", OTHER_METHODS)
+@pytest.mark.filterwarnings("ignore")
+def test_other_methods_are_left_to_peft(method, base_dir, tmp_path, dataset, loragen):
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    options = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    more = {"ADALORA": {"total_step": 9}, "IA3": {"feedforward_modules": []}}
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[method](**options, **more.get(method, {}))
+    with torch.random.fork_rng():
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_dir), config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.3 * torch.randn_like(parameter)
+    there = tmp_path / "theirs"
+    model.save_pretrained(there)
+    wanted = theirs(there, base_dir)
+    base = load_base(str(base_dir)).model
+    assert not logits(base).allclose(wanted)
+    adapter = read_checkpointed_adapter(there)
+    assert logits(attach_adapter(base, adapter, "theirs")).equal(wanted)
+
+    exported = loragen("lora", "export", there, "--output", "copy")
+    assert exported.exit_code == 0, exported.output
+    assert logits(
+        attach_adapter(load_base(str(base_dir)).model, load_adapter(loragen.work / "copy"), "copy")
+    ).equal(wanted)
+    export_merged(prepare_export(adapter, there, None, None), there, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(merged), wanted, atol=1e-3)
+    with pytest.raises(DataError, match=f"theirs: {method}: ΔW is not BA"):
+        plan([{"checkpoints": str(there), "prompts": str(dataset())}])
+    assert f"{method}: ΔW is not BA" in loragen("ckpt", "analyze", there).stderr
+    assert loragen("lora", "export", there, "--output", "x", "--alpha", "3").exit_code == 2

@@ -2,7 +2,8 @@
 
 `check_config` and `check_factors` refuse what no command can use; every reader calls them. Beyond
 that, commands differ. PEFT computes with more kinds of LoRA than ΔW = s · B A, so `lora eval` and
-`lora export` leave those to it. What learns from ΔW, or measures it, refuses them (`check_ba`).
+`lora export` leave those to it, and so they do adapters of `OTHER_METHODS`. What learns from ΔW, or
+measures it, refuses them (`check_ba`).
 """
 
 import logging
@@ -31,6 +32,8 @@ TENSOR_KINDS = {"lora_magnitude_vector": "DoRA", "lora_B.bias": "lora_bias", ".b
 """{part of a key: the kind of adapter that has such a tensor}"""
 OTHER_SHAPES = ("target_parameters", "use_bdlora")
 """Fields of `LoraConfig` with which the shapes of A and B are not [r, in] and [out, r]."""
+OTHER_METHODS = ("ADALORA", "IA3", "LOHA", "LOKR")
+"""Methods of PEFT beside LoRA, which PEFT attaches and merges."""
 NOT_BA = {
     "use_dora": "DoRA",
     "bias": "bias",
@@ -91,11 +94,14 @@ def check_config(config: object, origin: object) -> None:
     if not isinstance(config, dict):
         raise DataError(f"{origin}: expected a JSON object, found {type(config).__name__}")
     kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise DataError(f"{origin}: peft_type is {kind}; only LORA is supported")
+    if kind not in ("LORA", *OTHER_METHODS):
+        others = listing(OTHER_METHODS)
+        raise DataError(f"{origin}: peft_type is {kind}; LORA is supported, and in part {others}")
     base = config.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         raise DataError(f"{origin}: base_model_name_or_path must be a text (it is {base!r})")
+    if kind != "LORA":
+        return
     values: list[tuple[str, str, Any]] = []
     for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         values.append((name, name, config.get(name)))
@@ -127,6 +133,8 @@ def _is_finite_number(value: object) -> bool:
 def warn_of_config(config: Mapping[str, Any], origin: object) -> None:
     """Warns of what may compute something else than its author saw: fields that the installed PEFT
     lacks, initial weights that it cannot repeat, and a negative alpha."""
+    if config.get("peft_type", "LORA") != "LORA":
+        return
     if unknown := sorted(key for key, v in config.items() if v and key not in KNOWN_FIELDS):
         from peft import LoraConfig
 
@@ -227,6 +235,8 @@ def check_factors(
 
     Without a `config`, the ranks of A and B have to agree.
     """
+    if (config or {}).get("peft_type", "LORA") != "LORA":
+        return
     if not any("lora_" in key for key in tensors):
         raise DataError(f"{origin}: no LoRA tensors in it (no key has 'lora_')")
     for key, tensor in tensors.items():
@@ -258,6 +268,8 @@ def check_factors(
 def not_ba(config: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> str | None:
     """Returns why the change of the base is not s · B A, such as `DoRA: ΔW is not BA`; None if it
     is. `tensors` alone, with an empty `config`, do not tell all."""
+    if (method := config.get("peft_type", "LORA")) != "LORA":
+        return f"{method}: ΔW is not BA"
     for field, kind in NOT_BA.items():
         if config.get(field) and config[field] != "none":
             return f"{kind}: ΔW is not BA"

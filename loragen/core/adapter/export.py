@@ -47,6 +47,8 @@ def prepare_export(
     check_finite(adapter.tensors, origin)
     config = dict(adapter.config)
     if alpha is not None:
+        if (method := config.get("peft_type", "LORA")) != "LORA":
+            raise UsageError(f"{origin}: --alpha is for LoRA; its peft_type is {method}")
         config["lora_alpha"] = alpha
     name = base_model or config.get("base_model_name_or_path")
     if not name:
@@ -122,7 +124,8 @@ def _merged(model: Any, dtype: torch.dtype, origin: str) -> Any:
     would add all changes to all of them. Raises LoragenError for an adapter that cannot be merged,
     and for a result with NaN or infinity.
     """
-    replicated = model.peft_config["default"].layer_replication  # then layers share all weights
+    config = model.peft_config["default"]
+    replicated = getattr(config, "layer_replication", None)  # then layers share all weights
     modules = list(model.get_base_model().modules())
     users = Counter(id(weight) for one in modules for weight in one.parameters(recurse=False))
     for module in modules:
@@ -230,9 +233,11 @@ def _resolvable(name: str) -> str:
 def _card(adapter: Adapter, source: Path, merged: bool) -> str:
     """Returns the README.md of an export."""
     config, base = adapter.config, adapter.config["base_model_name_or_path"]
+    kind = f"An adapter ({config['peft_type']})"
+    if config.get("peft_type", "LORA") == "LORA":
+        kind = f"A LoRA adapter (rank {config['r']}, alpha {config['lora_alpha']:g})"
     card = (
-        f"{front_matter(base, merged)}\n# {source.absolute().name}\n\n"
-        f"A LoRA adapter (rank {config['r']}, alpha {config['lora_alpha']:g}) "
+        f"{front_matter(base, merged)}\n# {source.absolute().name}\n\n{kind} "
         f"{'merged into' if merged else 'for'} {describe_base(base)}, written by "
         f"`loragen lora export`.\n\n{how_to_load(base, merged)}"
     )

@@ -222,22 +222,22 @@ def adapter_state(model: Any) -> dict[str, Tensor]:
 
 def attach_adapter(base: Any, adapter: Adapter, origin: str) -> Any:
     """Injects an adapter into `base` and returns the `PeftModel`, in eval mode. Any kind of LoRA
-    that PEFT knows is attached.
+    that PEFT knows is attached, and the `OTHER_METHODS` of `checks`.
 
     Some kinds change the base itself: new tokens resize its vocabulary, biases and modules_to_save
     replace its weights. Of s · B A, the base is unchanged once the model is unloaded, and after an
     error. Raises LoragenError if the adapter does not fit, naming the first tensor that the base
     lacks or that has another shape; PEFT itself would skip it or fail with a page of text.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     warn_of_config(adapter.config, origin)
-    config = _known_fields(adapter.config)
+    method, config = _known_fields(adapter.config)
     _resize_vocabulary(base, adapter, origin)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            model = get_peft_model(base, LoraConfig(**{**config, "inference_mode": True}))
+            model = get_peft_model(base, method(**{**config, "inference_mode": True}))
         except PEFT_ERRORS as error:
             raise LoragenError(
                 f"{origin}: does not fit this base model: {reason_of(error)}"
@@ -305,21 +305,22 @@ def fitting_shapes(base: Any, config: Mapping[str, Any]) -> dict[str, torch.Size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            lora = LoraConfig(**{**_known_fields(config), "init_lora_weights": True})
+            lora = LoraConfig(**{**_known_fields(config)[1], "init_lora_weights": True})
             model = get_peft_model(base, lora)
         except PEFT_ERRORS as error:
             raise LoragenError(reason_of(error)) from None
         return {key: value.shape for key, value in adapter_state(model).items()}
 
 
-def _known_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a configuration that the installed PEFT knows. The base's name is left
-    out, because PEFT would warn if the weights come from elsewhere."""
-    from peft import LoraConfig
+def _known_fields(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Returns PEFT's class of a configuration, and the fields of it that the installed PEFT knows.
+    The base's name is left out, because PEFT would warn if the weights come from elsewhere."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 
-    known = {one.name for one in fields(LoraConfig) if one.init}
+    method = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(config.get("peft_type", "LORA"))]
+    known = {one.name for one in fields(method) if one.init}
     known -= {"base_model_name_or_path", "runtime_config"}
-    return {key: value for key, value in config.items() if key in known}
+    return method, {key: value for key, value in config.items() if key in known}
 
 
 def shape_mismatch(

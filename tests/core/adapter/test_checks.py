@@ -57,7 +57,7 @@ def test_the_scaling_is_that_of_peft(config, scaling):
         ({"rank_pattern": ["q"]}, "rank_pattern must be an object"),
         ({"rank_pattern": {"(": 4}}, "'(' is no pattern"),
         ({"alpha_pattern": {"q": float("inf")}}, "alpha_pattern['q'] must be"),
-        ({"peft_type": "LOHA"}, "LOHA"),
+        ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING"),
         ({"base_model_name_or_path": 5}, "base_model_name_or_path must be a text (it is 5)"),
     ],
 )

@@ -208,7 +208,7 @@ def test_a_broken_file_is_named_in_one_line(tmp_path, trained, broken):
 @pytest.mark.parametrize(
     "document, reason",
     [
-        ({"peft_type": "IA3", "target_modules": ["k_proj"]}, "IA3"),
+        ({"peft_type": "VERA", "target_modules": ["k_proj"]}, "VERA"),
         ({"peft_type": "LORA", "lora_alpha": 4}, "r must"),
         ({"r": 4}, "lora_alpha must"),
         ([], "list"),
