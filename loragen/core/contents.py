@@ -185,7 +185,8 @@ def read_json(file: Path) -> Any:
     try:
         return parse_json(text)
     except json.JSONDecodeError as error:
-        cut = " (the file ends there: truncated?)" if not text[error.pos :].strip() else ""
+        ends = not text[error.pos :].strip() or error.msg.startswith("Unterminated string")
+        cut = " (the file ends there: truncated?)" if ends else ""
         empty = "" if text.strip() else ": it is empty"
         raise DataError(
             f"{file}:{error.lineno}: not JSON{empty or f': {error.msg}{cut}'}"

@@ -231,6 +231,7 @@ def test_a_configuration_in_another_encoding_is_named(tmp_path, encoding):
     [
         (b'{"r": 4, "r": 8}', "the key 'r' is given twice"),
         (b'{"r": 4', "the file ends there: truncated"),
+        (b'{"base_model": "dem', "the file ends there: truncated"),
         (b"", "it is empty"),
         ('{"r": 4}'.encode("utf-16"), "UTF-16"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),

@@ -60,6 +60,7 @@ def test_nan_and_infinity_are_refused_where_they_are_read(
     assert analysis.exit_code == 1
     (named,) = json.loads(analysis.stdout)["collections"][0]["not_finite"]
     assert matrix in named
+    assert f"{bad}: NaN or infinity in " in loragen("ckpt", "test", bad).stderr
 
 
 @pytest.mark.parametrize("fault", NOT_FINITE)

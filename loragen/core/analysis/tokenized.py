@@ -1,5 +1,6 @@
 """One adapter as a generator's tokens: layout, share of padding, and a check of the round trip."""
 
+import logging
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -8,10 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from loragen.core.adapter.checks import check_ba
+from loragen.core.adapter.checks import check_ba, not_finite
 from loragen.core.adapter.layout import NO_LAYER, Layout, TensorSpec
+from loragen.core.errors import listing
 from loragen.core.run.checkpoints import load_adapter
 from loragen.core.run.directory import find_checkpoints
+
+log = logging.getLogger(__name__)
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """{bytes of a value: integers that compare bit for bit}: NaN equals NaN, and 0 differs from -0."""
@@ -60,6 +64,8 @@ def tokenized(path: Path, token_dim: int, max_tokens: int | Literal["auto"]) -> 
     read = load_adapter(file)
     check_ba(read.config, read.tensors, file)
     adapter = read.tensors
+    if bad := not_finite(adapter):
+        log.warning("%s: NaN or infinity in %s", file, listing(bad, 2))
     layout = Layout.of(adapter, token_dim)
     back = layout.unpack(layout.pack(adapter))
     return Tokenized(
