@@ -233,8 +233,9 @@ def _resolvable(name: str) -> str:
 def _card(adapter: Adapter, source: Path, merged: bool) -> str:
     """Returns the README.md of an export."""
     config, base = adapter.config, adapter.config["base_model_name_or_path"]
-    kind = f"An adapter ({config['peft_type']})"
-    if config.get("peft_type", "LORA") == "LORA":
+    method = config.get("peft_type", "LORA")
+    kind = f"An adapter ({method})"
+    if method == "LORA":
         kind = f"A LoRA adapter (rank {config['r']}, alpha {config['lora_alpha']:g})"
     card = (
         f"{front_matter(base, merged)}\n# {source.absolute().name}\n\n{kind} "
