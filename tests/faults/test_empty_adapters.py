@@ -189,3 +189,4 @@ def test_a_generator_that_does_not_move_is_said_to(rate, gen_config, caplog):
     run = train(gen_config({"training.learning_rate": rate}), Silent())
     said = f"{run.directory}: nothing was learned: no weight of the generator has moved"
     assert (said in caplog.text) is (rate < 1e-9)
+    assert ("the learning rate (1e-30 at most)" in caplog.text) is (rate < 1e-9)

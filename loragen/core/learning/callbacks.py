@@ -90,11 +90,12 @@ class GeneratorMetrics(StepCallback):
             return
         pairs = zip(self._started, _sample(pl_module), strict=True)
         if all(torch.allclose(before, after, rtol=0, atol=UNMOVED) for before, after in pairs):
+            rates = map(self.phases.rate, range(1, max(1, trainer.global_step) + 1))
             log.warning(
                 "%s: nothing was learned: no weight of the generator has moved; the learning rate "
-                "(%g) may be too low",
+                "(%g at most) may be too low",
                 self.session.directory,
-                self.phases.rate(max(1, trainer.global_step)).learning_rate,
+                max(rate.learning_rate for rate in rates),
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
