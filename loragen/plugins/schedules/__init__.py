@@ -5,9 +5,12 @@ from loragen import hookimpl
 
 @hookimpl
 def loragen_schedules() -> dict[str, str]:
+    rates = "loragen.plugins.schedules.rates"
     return {
-        "two-stage": "loragen.plugins.schedules.rates:TwoStage",
-        "cosine": "loragen.plugins.schedules.rates:Cosine",
-        "linear": "loragen.plugins.schedules.rates:Linear",
-        "constant": "loragen.plugins.schedules.rates:Constant",
+        "two-stage": f"{rates}:TwoStage",
+        "cosine": f"{rates}:Cosine",
+        "linear": f"{rates}:Linear",
+        "polynomial": f"{rates}:Polynomial",
+        "constant": f"{rates}:Constant",
+        "wsd": f"{rates}:WarmupStableDecay",
     }
