@@ -7,11 +7,13 @@ from types import ModuleType
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from loragen import LoragenError
+from loragen.core.errors import UsageError
 from loragen.core.plugins import create, find
-from loragen.plugins.encoders import sbert
+from loragen.plugins.encoders import reading, sbert
 from loragen.testing import check_encoder
 
 
@@ -100,7 +102,7 @@ def test_a_missing_hub_id_is_one_line(tmp_path, monkeypatch):
 
 
 def test_an_unreachable_hub_is_named(monkeypatch):
-    monkeypatch.setattr(sbert, "hub_problem", lambda: "the hub does not answer")
+    monkeypatch.setattr(reading, "hub_problem", lambda: "the hub does not answer")
     with pytest.raises(LoragenError, match="the hub does not answer"):
         create("encoder", "sbert", {"model": "no-one/none"})
 
@@ -153,3 +155,146 @@ def test_the_real_weights_separate_similar_from_different_texts():
     assert embeddings.shape == (3, 1, 384)
     like, unlike = (embeddings[0, 0] @ embeddings[i, 0] for i in (1, 2))
     assert like > 0.6 > 0.3 > unlike
+
+
+@pytest.fixture(scope="session")
+def t5_dir(tokenizer, tmp_path_factory):
+    """A T5 of two layers with random weights, as a directory."""
+    from transformers import T5Config, T5Model
+
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
+    )
+    directory = tmp_path_factory.mktemp("t5")
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        T5Model(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def directory(request, sbert_dir, t5_dir, base_dir):
+    """The directory of a kind of model: an encoder, an encoder-decoder, a language model."""
+    return str({"bert": sbert_dir, "t5": t5_dir, "qwen": base_dir}[request.param])
+
+
+KINDS = pytest.mark.parametrize("directory", ["bert", "t5", "qwen"], indirect=True)
+
+
+class TestTransformers:
+    @KINDS
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"pooling": "last"},
+            {"pooling": "cls", "layer": 1},
+            {"pooling": "tokens", "max_tokens": 9},
+            {"frozen": False},
+            {"frozen": False, "layer": 1, "pooling": "last"},
+        ],
+    )
+    def test_contract(self, directory, options):
+        check_encoder(find("encoder", "transformers"), model=directory, batch_size=2, **options)
+
+    @KINDS
+    @pytest.mark.parametrize("layer", [0, 1, -1])
+    def test_it_gives_the_hidden_states_of_the_model(self, directory, layer):
+        """Of an encoder-decoder those of the encoder."""
+        from transformers import AutoModel, AutoTokenizer
+
+        texts = ["one and many more words", "red"]
+        model = AutoModel.from_pretrained(directory, trust_remote_code=False).eval()
+        model = model.get_encoder() if model.config.is_encoder_decoder else model
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        options = {"model": directory, "layer": layer}
+        found = {
+            pooling: create("encoder", "transformers", {**options, "pooling": pooling})(texts)[0]
+            for pooling in ("mean", "last", "cls", "tokens")
+        }
+        for index, text in enumerate(texts):
+            inputs = torch.tensor([tokenizer(text)["input_ids"]])
+            with torch.no_grad():
+                wanted = model(inputs, output_hidden_states=True).hidden_states[layer][0]
+            close = {"atol": 1e-6, "rtol": 1e-4}
+            assert torch.allclose(found["mean"][index, 0], wanted.mean(0), **close)
+            assert torch.allclose(found["last"][index, 0], wanted[-1], **close)
+            assert torch.allclose(found["cls"][index, 0], wanted[0], **close)
+            assert torch.allclose(found["tokens"][index, : len(wanted)], wanted[:64], **close)
+
+    def test_texts_that_are_cut_are_counted_and_warned_of_once(self, base_dir, caplog):
+        encoder = create("encoder", "transformers", {"model": str(base_dir)})
+        assert encoder.limit == 256
+        encoder(["a " * 20])
+        assert not caplog.records
+        encoder(["a " * 600, "b " * 900, "a"])
+        encoder(["a " * 600])
+        (record,) = caplog.records
+        assert record.getMessage().startswith("2 of 3 texts have more than the 256 tokens")
+
+    def test_a_smaller_limit_can_be_chosen(self, base_dir, caplog):
+        options = {"model": str(base_dir), "max_length": 3, "pooling": "tokens"}
+        encoder = create("encoder", "transformers", options)
+        assert encoder(["red green blue red green blue", "red"])[1].sum(1).max() == 3
+        (record,) = caplog.records
+        assert record.getMessage().startswith("1 of 2 texts has more than the 3 tokens")
+
+    def test_roberta_has_fewer_positions_than_it_says(self, sbert_dir, tmp_path):
+        from transformers import AutoTokenizer, RobertaConfig, RobertaModel
+
+        tokenizer = AutoTokenizer.from_pretrained(sbert_dir, trust_remote_code=False)
+        tokenizer.model_max_length = 10**30
+        tokenizer.save_pretrained(tmp_path)
+        RobertaModel(
+            RobertaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=32,
+                max_position_embeddings=22,
+            )
+        ).save_pretrained(tmp_path)
+        encoder = create("encoder", "transformers", {"model": str(tmp_path)})
+        assert encoder.limit == 20
+        assert encoder(["a " * 100])[0].isfinite().all()
+
+    def test_a_layer_that_is_not_there_is_refused(self, base_dir):
+        for layer in (3, -4):
+            with pytest.raises(UsageError, match="it has 2 layers, -3 to 2"):
+                create("encoder", "transformers", {"model": str(base_dir), "layer": layer})
+
+    def test_one_that_trains_computes_in_float32(self, base_dir):
+        options = {"model": str(base_dir), "dtype": "bfloat16"}
+        assert create("encoder", "transformers", options)(["a"])[0].dtype == torch.float32
+        with pytest.raises(ValidationError, match="has dtype float32"):
+            create("encoder", "transformers", {**options, "frozen": False})
+
+    def test_what_does_not_load_is_one_line(self, tmp_path):
+        for model in (str(tmp_path), "./none"):
+            with pytest.raises(LoragenError, match=r"does not load|no such directory") as error:
+                create("encoder", "transformers", {"model": model})
+            assert "\n" not in str(error.value)
+
+
+class TestHashing:
+    def test_contract(self):
+        check_encoder(find("encoder", "hashing"), dim=64)
+
+    def test_texts_that_share_words_are_nearer(self):
+        encoder = create("encoder", "hashing", {})
+        texts = ["cook the rice", "the rice is cooked", "France has a capital", "煮米饭", "米饭"]
+        vectors = encoder(texts)[0][:, 0]
+        assert torch.allclose(vectors.norm(dim=1), torch.ones(5))
+        near = vectors @ vectors.T
+        assert near[0, 1] > near[0, 2] + 0.2
+        assert near[3, 4] > near[0, 4] + 0.2
+
+    def test_its_options_are_its_fingerprint(self):
+        prints = [create("encoder", "hashing", {"dim": dim}).fingerprint for dim in (64, 64, 65)]
+        assert prints[0] == prints[1] != prints[2]
+
+    def test_n_grams_of_no_length_are_refused(self):
+        with pytest.raises(ValidationError, match="shortest is more than longest"):
+            create("encoder", "hashing", {"shortest": 5})

@@ -27,9 +27,12 @@ PATIENT, SHORT = 60.0, 2.0
 
 KILLED = """
 import os, sys, psutil
-from loragen.plugins.loggers._swanlab_process import SwanLabProcess
+from pathlib import Path
+from loragen.plugins.loggers._process import RecordingProcess
+from loragen.plugins.loggers.swanlab import LIBRARY
 
-SwanLabProcess({"mode": "offline", "log_dir": sys.argv[1]}, 60)
+arguments = {"mode": "offline", "log_dir": sys.argv[1]}
+RecordingProcess(LIBRARY, arguments, Path(sys.argv[1]), 60)
 print(psutil.Process().children()[0].pid, flush=True)
 os._exit(1)
 """

@@ -74,7 +74,11 @@ THEIRS = {
     "cosine": ("cosine", {}, {}),
     "cosine with a floor": ("cosine_with_min_lr", {"floor": 0.1}, {"min_lr_rate": 0.1}),
     "polynomial": ("polynomial", {"floor": 1e-4}, {"lr_end": 1e-7}),
-    "polynomial of power 2": ("polynomial", {"floor": 0.1, "power": 2}, {"lr_end": 1e-4, "power": 2}),
+    "polynomial of power 2": (
+        "polynomial",
+        {"floor": 0.1, "power": 2},
+        {"lr_end": 1e-4, "power": 2},
+    ),
     "wsd": ("warmup_stable_decay", {}, {"num_decay_steps": 25}),
     "wsd, linear": (
         "warmup_stable_decay",

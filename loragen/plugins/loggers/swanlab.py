@@ -9,22 +9,35 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel, Field
 
-from loragen.core.errors import LoragenError, UsageError
+from loragen.core.errors import UsageError
 from loragen.core.protocols import RunInfo, Status
-from loragen.plugins.loggers._swanlab_process import SwanLabProcess
+from loragen.plugins.loggers._process import (
+    UPLOAD_SECONDS,
+    Library,
+    Recording,
+    RecordingProcess,
+    lightning_logger,
+    open_or_offline,
+)
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
-DIRECTORY = "swanlab_logs"
 ONLINE_SECONDS = 10.0
 """Timeout for the service to open the run, when training starts."""
-DISK_SECONDS = 60.0
-"""Timeout to open a run that needs no service; only a stalled disk takes that long."""
-UPLOAD_SECONDS = 60.0
-"""Timeout for the upload of the remaining metrics, when training ends."""
 STATES = {"success": "success", "failed": "crashed", "interrupted": "aborted"}
 """The status of a run -> SwanLab's state."""
+# SwanLab parses the first two as groups of settings and refuses to start. The values of all three
+# reach it as arguments.
+HIDDEN = ("SWANLAB_PROJECT", "SWANLAB_EXPERIMENT", "SWANLAB_WORKSPACE")
+LIBRARY = Library(
+    "SwanLab",
+    __name__,
+    dict.fromkeys(HIDDEN),
+    r" \| (?:WARNING|ERROR) \| .*? - (.*)",
+    # Without the id, SwanLab would upload the files as another run.
+    "swanlab sync --id {id} {directory}",
+)
 Mode = Literal["online", "cloud", "local", "offline", "disabled"]
 
 log = logging.getLogger(__name__)
@@ -66,7 +79,7 @@ class SwanLab:
         self.config = config
         self._mode = "online" if mode == "cloud" else mode
         self.run_id: str | None = None
-        self._process: SwanLabProcess | None = None
+        self._process: RecordingProcess | None = None
 
     def open(self, run: RunInfo) -> Logger:
         mode = self._mode
@@ -77,8 +90,7 @@ class SwanLab:
                 "SwanLab's local dashboard is not installed (pip install 'swanlab[dashboard]'); "
                 "recording offline instead"
             )
-        directory = run.directory / DIRECTORY
-        directory.mkdir(parents=True, exist_ok=True)
+        directory = run.directory / "swanlab_logs"
         config, environment = self.config, os.environ
         arguments: dict[str, Any] = {
             "project": config.project or environment.get("SWANLAB_PROJECT") or run.project,
@@ -87,52 +99,34 @@ class SwanLab:
             "description": config.description,
             "tags": config.tags,
             "config": dict(run.config),
-            "log_dir": str(directory),
+            "log_dir": str(directory.absolute()),
         }
         if run.resume_id is not None:
             arguments |= {"id": run.resume_id, "resume": "allow"}
-        reason = None
-        if mode == "online":
-            try:
-                process = SwanLabProcess({**arguments, "mode": mode}, ONLINE_SECONDS)
-                log.info("SwanLab run: %s", process.url)
-            except LoragenError as error:
-                mode, reason = "offline", error
-        if mode != "online":
-            try:
-                process = SwanLabProcess({**arguments, "mode": mode}, DISK_SECONDS)
-            except LoragenError as error:
-                raise LoragenError(f"SwanLab ({mode}) did not start: {error}") from error
-        if reason:
-            log.warning(
-                "SwanLab online did not start (%s); recording offline, `%s` uploads the run later",
-                reason,
-                process.sync_command,
-            )
-        self._process = process
-        self.run_id = None if mode == "disabled" else process.run_id
-        return _lightning_logger(process)
+        self._process = open_or_offline(LIBRARY, arguments, mode, directory, ONLINE_SECONDS)
+        self.run_id = None if mode == "disabled" else self._process.run_id
+        return lightning_logger(self._process)
 
     def close(self, status: Status) -> None:
         if self._process is not None:
             process, self._process = self._process, None
-            error = None if status == "success" else status
-            process.finish(STATES[status], error, UPLOAD_SECONDS)
+            process.finish(status, UPLOAD_SECONDS)
 
 
-def _lightning_logger(process: SwanLabProcess) -> Logger:
-    """Returns a Lightning logger. Lightning is imported only here, when a run opens, because a
-    configuration is validated without it."""
-    from lightning.pytorch.loggers import Logger
+def record(**arguments: Any) -> Recording:
+    """Runs in the child."""
+    import swanlab
 
-    class SwanLabLogger(Logger):
-        name = "swanlab"
-        version = process.run_id
-
-        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-            process.log_metrics(metrics, step or 0)
-
-        def log_hyperparams(self, *_: Any, **__: Any) -> None:
-            """Does nothing: the configuration was recorded when the run was opened."""
-
-    return SwanLabLogger()
+    settings = swanlab.Settings(
+        interactive=False,
+        terminal=swanlab.Settings.Terminal(proxy_type="none"),
+        probe=swanlab.Settings.Probe(requirements=False, git=False, monitor=False),
+    )
+    run = swanlab.init(settings=settings, **arguments)
+    return Recording(
+        run.id,
+        lambda metrics, step: run.log(metrics, step=step),
+        lambda status, reason: run.finish(state=STATES[status], error=reason),
+        str(run.dir),
+        run.url if run.mode == "online" else None,
+    )

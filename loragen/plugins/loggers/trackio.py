@@ -1,0 +1,96 @@
+"""Trackio, Hugging Face's local-first tracker: a SQLite file in the run directory, or a Space."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, Field
+
+from loragen.core.protocols import RunInfo, Status
+from loragen.plugins.loggers._process import (
+    DISK_SECONDS,
+    UPLOAD_SECONDS,
+    Library,
+    Recording,
+    RecordingProcess,
+    lightning_logger,
+    require,
+)
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+LIBRARY = Library(
+    "Trackio",
+    __name__,
+    {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"},
+    r"(?:UserWarning|Trackio warning): (.*)",
+)
+REMOTE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
+
+
+class Trackio:
+    """Records a run with Trackio below `<run directory>/trackio_logs/`.
+
+    `TRACKIO_DIR=<run directory>/trackio_logs trackio show` opens the dashboard. A `directory` (or
+    TRACKIO_DIR) collects several runs in one, a `space_id` sends them to a Hugging Face Space.
+    Trackio's own hardware metrics are off.
+    """
+
+    class Config(BaseModel, extra="forbid"):
+        project: str | None = Field(None, description="Project; else loragen's own name for it.")
+        name: str | None = Field(None, description="Name of the run; else the directory's.")
+        group: str | None = Field(None, description="Group of runs.")
+        directory: str | None = Field(
+            None, description="Where the files are; else TRACKIO_DIR, else in the run directory."
+        )
+        space_id: str | None = Field(
+            None, description="A Hugging Face Space, user/name; else TRACKIO_SPACE_ID, else none."
+        )
+
+    def __init__(self, config: Config) -> None:
+        require("trackio", "trackio")
+        self.config = config
+        self.run_id: str | None = None
+        self._process: RecordingProcess | None = None
+
+    def open(self, run: RunInfo) -> Logger:
+        config, environment = self.config, dict(LIBRARY.environment)
+        directory = run.directory / "trackio_logs"
+        chosen = config.directory or os.environ.get("TRACKIO_DIR")
+        store = Path(chosen).expanduser() if chosen else directory
+        environment["TRACKIO_DIR"] = str(store.absolute())
+        if not config.space_id and not any(map(os.environ.get, REMOTE)):
+            environment["HF_HUB_OFFLINE"] = "1"  # it would ask the hub for the user's name
+        arguments = {
+            "project": config.project or run.project,
+            "name": config.name or run.name,
+            "group": config.group,
+            "space_id": config.space_id,
+            "config": dict(run.config),
+            "resume": "allow" if run.resume_id else "never",
+        }
+        library = replace(LIBRARY, environment=environment)
+        self._process = RecordingProcess(library, arguments, directory, DISK_SECONDS)
+        self.run_id = self._process.run_id
+        return lightning_logger(self._process)
+
+    def close(self, status: Status) -> None:
+        if self._process is not None:
+            process, self._process = self._process, None
+            process.finish(status, UPLOAD_SECONDS)
+
+
+def record(**arguments: Any) -> Recording:
+    """Runs in the child."""
+    import trackio
+
+    run = trackio.init(**arguments, embed=False, auto_log_gpu=False, auto_log_cpu=False)
+    return Recording(
+        run.id,
+        lambda metrics, step: run.log(metrics, step=step),
+        lambda *_: run.finish(),  # Trackio keeps no status
+    )
