@@ -55,23 +55,29 @@ def rows(file, query):
         return database.execute(query).fetchall()
 
 
-def wandb_points(directory):
-    """(step, training loss) of every part of a run, from the records of W&B's files.
+def leveldb_messages(content):
+    """The messages of a LevelDB log: pieces with checksum, length and kind, in blocks of 32 KiB."""
+    place, message = 7, b""  # after W&B's header
+    while place < len(content):
+        if 2**15 - place % 2**15 < 7:  # no room for another piece: the next block
+            place += 2**15 - place % 2**15
+            continue
+        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        message += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or its last piece
+            yield message
+            message = b""
 
-    These are LevelDB logs: checksum, length and kind, then a message, in blocks of 32 KiB; the
-    runs of the tests are shorter than one.
-    """
+
+def wandb_points(directory):
+    """(step, training loss) of every part of a run, from the records of W&B's files."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     points = []
     for file in sorted(directory.glob("wandb_logs/wandb/offline-run-*/run-*.wandb")):
-        content, place = file.read_bytes(), 7
-        assert len(content) < 2**15
-        while place < len(content):
-            length = int.from_bytes(content[place + 4 : place + 6], "little")
-            record = Record.FromString(content[place + 7 : place + 7 + length])
-            place += 7 + length
-            items = record.history.item
+        for message in leveldb_messages(file.read_bytes()):
+            items = Record.FromString(message).history.item
             entry = {one.key or one.nested_key[0]: json.loads(one.value_json) for one in items}
             if "train/loss" in entry:
                 points.append((entry["trainer/global_step"], entry["train/loss"]))

@@ -70,6 +70,7 @@ class Transformers(ReadingEncoder):
                 f"-{states} to {states - 1}"
             )
         self.model = model.requires_grad_(not config.frozen).eval()
+        self._limit = self._most_tokens()
         if not config.frozen:
             self._freeze_what_is_unused()
 
@@ -79,6 +80,9 @@ class Transformers(ReadingEncoder):
 
     @property
     def limit(self) -> int | None:
+        return self._limit
+
+    def _most_tokens(self) -> int | None:
         known = [
             self.config.max_length,
             self.tokenizer.model_max_length,

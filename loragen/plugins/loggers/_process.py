@@ -42,6 +42,8 @@ MAX_UNREAD = 10_000
 """Messages that wait for a child that does not read them; one more is an error."""
 DISK_SECONDS = 120.0
 """Timeout to open a run that needs no service; only a stalled disk takes that long."""
+ONLINE_SECONDS = 30.0
+"""Timeout for a service to open the run, when training starts."""
 UPLOAD_SECONDS = 60.0
 """Timeout for what remains to be written or uploaded when training ends."""
 NO_WARNING = r"(?!)"

@@ -13,6 +13,7 @@ from loragen.core.protocols import RunInfo, Status
 from loragen.plugins.loggers._process import (
     DISK_SECONDS,
     NO_WARNING,
+    ONLINE_SECONDS,
     UPLOAD_SECONDS,
     Library,
     Recording,
@@ -60,19 +61,23 @@ class MLflow:
 
     def __init__(self, config: Config) -> None:
         require("mlflow", "mlflow")
-        require("sqlalchemy", "mlflow")
         self.config = config
+        self._uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or None
+        if self._uri is None or self._uri.startswith(SQLITE):
+            require("sqlalchemy", "mlflow")
         self.run_id: str | None = None
         self._process: RecordingProcess | None = None
 
     def open(self, run: RunInfo) -> Logger:
         directory = run.directory / "mlflow_logs"
         config, environment = self.config, os.environ
-        uri = config.tracking_uri or environment.get("MLFLOW_TRACKING_URI") or None
+        uri, seconds = self._uri, DISK_SECONDS
         if uri is None:
             uri = f"{SQLITE}{(directory / 'mlflow.db').absolute().as_posix()}"
         elif uri.startswith(SQLITE):  # relative to where the user is
             uri = SQLITE + Path(uri.removeprefix(SQLITE)).expanduser().absolute().as_posix()
+        else:
+            seconds = ONLINE_SECONDS
         experiment = config.experiment_name or environment.get("MLFLOW_EXPERIMENT_NAME")
         arguments = {
             "tracking_uri": uri,
@@ -82,7 +87,7 @@ class MLflow:
             "params": _flat(run.config),
             "run_id": run.resume_id,
         }
-        self._process = RecordingProcess(LIBRARY, arguments, directory, DISK_SECONDS)
+        self._process = RecordingProcess(LIBRARY, arguments, directory, seconds)
         self.run_id = self._process.run_id
         return lightning_logger(self._process)
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from loragen.core.protocols import RunInfo, Status
 from loragen.plugins.loggers._process import (
     DISK_SECONDS,
+    ONLINE_SECONDS,
     UPLOAD_SECONDS,
     Library,
     Recording,
@@ -63,8 +64,10 @@ class Trackio:
         chosen = config.directory or os.environ.get("TRACKIO_DIR")
         store = Path(chosen).expanduser() if chosen else directory
         environment["TRACKIO_DIR"] = str(store.absolute())
+        seconds = ONLINE_SECONDS
         if not config.space_id and not any(map(os.environ.get, REMOTE)):
             environment["HF_HUB_OFFLINE"] = "1"  # it would ask the hub for the user's name
+            seconds = DISK_SECONDS
         arguments = {
             "project": config.project or run.project,
             "name": config.name or run.name,
@@ -74,7 +77,7 @@ class Trackio:
             "resume": "allow" if run.resume_id else "never",
         }
         library = replace(LIBRARY, environment=environment)
-        self._process = RecordingProcess(library, arguments, directory, DISK_SECONDS)
+        self._process = RecordingProcess(library, arguments, directory, seconds)
         self.run_id = self._process.run_id
         return lightning_logger(self._process)
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 from loragen.core.errors import UsageError
 from loragen.core.protocols import RunInfo, Status
 from loragen.plugins.loggers._process import (
+    ONLINE_SECONDS,
     UPLOAD_SECONDS,
     Library,
     Recording,
@@ -22,8 +23,6 @@ from loragen.plugins.loggers._process import (
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
-ONLINE_SECONDS = 30.0
-"""Timeout for the service to open the run, when training starts."""
 LIBRARY = Library(
     "W&B",
     __name__,
