@@ -16,10 +16,10 @@ def loragen_schedules():
 """
 
 BUILT_IN = {
-    "logger": ["swanlab", "tensorboard"],
-    "encoder": ["sbert"],
+    "logger": ["csv", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"],
+    "encoder": ["hashing", "sbert", "transformers"],
     "decoder": ["hyperconv", "mixture", "neighbours"],
-    "schedule": ["constant", "cosine", "linear", "two-stage"],
+    "schedule": ["constant", "cosine", "linear", "polynomial", "two-stage", "wsd"],
     "objective": ["behaviour", "reconstruction", "transfer"],
 }
 
@@ -84,7 +84,9 @@ class Sawtooth:
 def test_unknown_name_says_what_was_meant_and_what_exists():
     with pytest.raises(PluginError) as error:
         plugins.find("encoder", "sbrt")
-    message = "unknown encoder 'sbrt'. Did you mean 'sbert'? Installed: sbert"
+    message = (
+        "unknown encoder 'sbrt'. Did you mean 'sbert'? Installed: hashing, sbert, transformers"
+    )
     assert error.value.problems == (message,)
     assert error.value.exit_code == 2
 
@@ -126,7 +128,7 @@ def test_a_name_offered_twice_is_an_error_that_names_both_distributions(install)
 def test_a_bad_plugin_costs_one_warning_and_nothing_else(install, caplog, hooks, reason):
     install("bad-package", hooks)
     install("good-package", schedules(good="their_good:Good"), their_good="class Good: ...")
-    assert plugins.names("schedule") == ["constant", "cosine", "good", "linear", "two-stage"]
+    assert plugins.names("schedule") == sorted([*BUILT_IN["schedule"], "good"])
     plugins.names("encoder")
     (warning,) = warnings_of(caplog)
     assert "'it' of bad-package 1.0 (bad_package)" in warning

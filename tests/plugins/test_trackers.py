@@ -255,7 +255,7 @@ class Killing(Silent):
     def step(self, step):
         if step.step == 3:
             for child in children(self.before):
-                if child.cmdline()[-1].endswith(f".{self.package}"):
+                if child.cmdline()[-1].endswith(f"_{self.package}"):
                     child.kill()
                     child.wait(60)
                     self.killed += 1

@@ -5,7 +5,7 @@ ever at the end, MLflow several minutes a request), keep global locks, settings 
 per process, print on stdout, ask questions on stdin, and install handlers for Ctrl+C, exceptions
 and the exit of the interpreter. A process can be killed after a timeout.
 
-Both sides exchange JSON lines: the parent writes the arguments of the plugin's `record`, metrics,
+Both sides exchange JSON lines: the parent writes the arguments of the plugin's function, metrics,
 and then the status; the child answers once when the run is open or has failed to open, and again if
 logging fails. Everything else that the child prints is the library's own output.
 """
@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recording:
-    """An open run, in the child: what a plugin's `record(**arguments)` returns."""
+    """An open run, in the child: what a plugin's function returns for its arguments."""
 
     run_id: str
     log: Callable[[dict[str, float], int], object]
@@ -74,8 +74,8 @@ class Library:
     """What the parent has to know of a tracking library."""
 
     label: str
-    module: str
-    """The plugin's module, which has a function `record`."""
+    recorder: str
+    """``"module:function"``, which opens a run in the child and returns a `Recording`."""
     environment: Mapping[str, str | None]
     """Variables of the child; None removes one."""
     warning: str
@@ -115,7 +115,7 @@ class RecordingProcess:
             **library.environment,
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__, library.module],
+            [sys.executable, "-P", "-m", __name__, library.recorder],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -272,7 +272,7 @@ def lightning_logger(process: RecordingProcess) -> Logger:
     return ProcessLogger()
 
 
-def _record_run(module: str) -> None:
+def _record_run(recorder: str) -> None:
     """Runs in the child: opens the run, logs the metrics that arrive, and finishes with the given
     status, or as failed if the parent ends without one."""
     # A scheduler signals all processes of a job; the parent decides how the run ends.
@@ -283,7 +283,8 @@ def _record_run(module: str) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     arguments = json.loads(messages.readline())
     with _reporting_errors():
-        run: Recording = import_module(module).record(**arguments)
+        module, _, function = recorder.partition(":")
+        run: Recording = getattr(import_module(module), function)(**arguments)
         answer = {"id": run.run_id, "directory": run.directory, "url": run.url}
         print(ANSWER + json.dumps(answer), flush=True)
         for line in messages:

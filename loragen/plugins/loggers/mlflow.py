@@ -30,7 +30,7 @@ STATES = {"success": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 """The status of a run -> MLflow's."""
 LIBRARY = Library(
     "MLflow",
-    __name__,
+    f"{__name__}:record_with_mlflow",
     {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ENABLE_ASYNC_LOGGING": "false",  # an error would be lost
@@ -106,7 +106,7 @@ def _flat(config: Any, prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def record(
+def record_with_mlflow(
     tracking_uri: str,
     experiment_name: str,
     run_name: str,

@@ -32,7 +32,7 @@ STATES = {"success": "success", "failed": "crashed", "interrupted": "aborted"}
 HIDDEN = ("SWANLAB_PROJECT", "SWANLAB_EXPERIMENT", "SWANLAB_WORKSPACE")
 LIBRARY = Library(
     "SwanLab",
-    __name__,
+    f"{__name__}:record_with_swanlab",
     dict.fromkeys(HIDDEN),
     r" \| (?:WARNING|ERROR) \| .*? - (.*)",
     # Without the id, SwanLab would upload the files as another run.
@@ -113,7 +113,7 @@ class SwanLab:
             process.finish(status, UPLOAD_SECONDS)
 
 
-def record(**arguments: Any) -> Recording:
+def record_with_swanlab(**arguments: Any) -> Recording:
     """Runs in the child."""
     import swanlab
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LIBRARY = Library(
     "Trackio",
-    __name__,
+    f"{__name__}:record_with_trackio",
     {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"},
     r"(?:UserWarning|Trackio warning): (.*)",
 )
@@ -87,7 +87,7 @@ class Trackio:
             process.finish(status, UPLOAD_SECONDS)
 
 
-def record(**arguments: Any) -> Recording:
+def record_with_trackio(**arguments: Any) -> Recording:
     """Runs in the child."""
     import trackio
 

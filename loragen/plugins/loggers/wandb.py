@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 LIBRARY = Library(
     "W&B",
-    __name__,
+    f"{__name__}:record_with_wandb",
     {
         "WANDB_ERROR_REPORTING": "false",
         # These would name every run of a command, or put it elsewhere.
@@ -106,7 +106,7 @@ class WandB:
             process.finish(status, UPLOAD_SECONDS)
 
 
-def record(**arguments: Any) -> Recording:
+def record_with_wandb(**arguments: Any) -> Recording:
     """Runs in the child."""
     from pathlib import Path
 
