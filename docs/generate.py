@@ -1,5 +1,6 @@
 """Writes docs/cli.md from the commands themselves, and docs/plugin-api.md from the sources of the
-hooks, the protocols and the contract checks: `make docs`. Tests check that both are current."""
+hooks, the protocols and the contract checks, and the table of formats in docs/collecting.md from
+their declarations: `make docs`. Tests check that all are current."""
 
 import ast
 import os
@@ -16,8 +17,11 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from loragen.cli.main import app
+from loragen.core.data.formats import FORMATS
 
 CLI_DOC = Path(__file__).with_name("cli.md")
+FORMATS_DOC = Path(__file__).with_name("collecting.md")
+TABLE_HEAD = "| keys | from | prompt and answer |\n|---|---|---|\n"
 API_DOC = Path(__file__).with_name("plugin-api.md")
 PACKAGE = Path(__file__).parents[1] / "loragen"
 API_INTRODUCTION = """\
@@ -102,7 +106,18 @@ def api_document(written: str = "") -> str:
     return API_INTRODUCTION.format(revision=revision) + "\n" + body
 
 
+def with_formats(written: str) -> str:
+    """The text with the rows of its table of formats renewed."""
+    before, head, rest = written.partition(TABLE_HEAD)
+    after = rest[rest.index("\n\n") :]
+    rows = [f"| `{known.name}` | {known.known_from} | {known.reading} |" for known in FORMATS]
+    return before + head + "\n".join(rows) + after
+
+
 if __name__ == "__main__":
+    FORMATS_DOC.write_text(
+        with_formats(FORMATS_DOC.read_text(encoding="utf-8")), encoding="utf-8", newline="\n"
+    )
     API_DOC.write_text(
         api_document(API_DOC.read_text(encoding="utf-8") if API_DOC.exists() else ""),
         encoding="utf-8",

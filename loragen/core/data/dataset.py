@@ -54,6 +54,8 @@ class Row:
     """Earlier turns of the conversation: context, without a loss."""
     choices: list[str] | None = None
     """The answers to choose between, if the dataset states them."""
+    also_right: tuple[str, ...] = ()
+    """Other answers than the response that an evaluation counts as right."""
     line: int
 
 
@@ -80,6 +82,8 @@ class _Contents:
     rows: list[Row] = field(default_factory=list)
     bad_rows: list[BadRow] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
+    as_json: list[Row] = field(default_factory=list)
+    """The rows whose answer is a number or a boolean, taken as its JSON text."""
     prompts: list[Prompt] = field(default_factory=list)
     bad_prompts: list[BadRow] = field(default_factory=list)
 
@@ -92,12 +96,20 @@ class _Contents:
                 raise DataError(problem)
             known = format_of(value)
             question = known.question(value)
-            row = Row(**question._asdict(), response=known.answer(value), line=line)
+            answer = known.answer(value)
+            row = Row(
+                **question._asdict(),
+                response=answer.response,
+                also_right=answer.also_right,
+                line=line,
+            )
         except DataError as error:
             self.bad_rows.append(BadRow(line, str(error)))
         else:
             self.rows.append(row)
             self.formats[known.name] += 1
+            if answer.as_json:
+                self.as_json.append(row)
         try:
             if problem:
                 raise DataError(problem)
@@ -188,6 +200,8 @@ class Dataset:
         self.check(skip_bad_rows)
         if not self._warned:
             warn_of_bad(self.source, self.bad_rows, len(self.good_rows))
+            for note in self.notes:
+                log.warning("%s", note)
             self._warned = True
         return self.good_rows
 
@@ -211,6 +225,18 @@ class Dataset:
     def bad_rows(self) -> list[BadRow]:
         """The rows that cannot be used."""
         return self._contents.bad_rows
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of how the rows were read, each one line."""
+        if not (taken := self._contents.as_json):
+            return []
+        note = (
+            f"{self.source}:{taken[0].line}: {len(taken)} of {len(self._contents.rows)} rows have "
+            "a number or a boolean as their answer, which is taken as its JSON text "
+            f"({taken[0].response})"
+        )
+        return [note]
 
     @property
     def formats(self) -> dict[str, int]:
@@ -361,10 +387,11 @@ def closed_answers(rows: Sequence[Row]) -> list[str] | None:
 
 
 def allowed_answers(rows: Sequence[Row], closed: list[str] | None) -> list[list[str]] | None:
-    """Returns each row's allowed answers: its own choices, else the closed set; None if some row
-    has neither."""
-    allowed = [row.choices or closed or [] for row in rows]
-    return allowed if all(allowed) else None
+    """Returns each row's allowed answers: its own choices, else the closed set and whatever else is
+    right; None if some row has neither."""
+    if not all(row.choices or closed for row in rows):
+        return None
+    return [row.choices or list(dict.fromkeys([*(closed or ()), *row.also_right])) for row in rows]
 
 
 def dataset_names(root: Path, split: str = "train") -> list[str]:

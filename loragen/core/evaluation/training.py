@@ -150,7 +150,7 @@ def _dataset_of(rows: Sequence[Row], folder: Path, name: str) -> Dataset:
     """Returns a dataset of these rows, in a file named after its content."""
     documents = [asdict(row) for row in rows]
     for document in documents:
-        del document["line"]
+        del document["line"], document["also_right"]  # a training reads neither
     text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in documents)
     file = folder / f"{sha256_text(text)[:32]}.jsonl"
     if not (file.is_file() and file.read_bytes() == text.encode()):

@@ -47,9 +47,10 @@ class Scores:
 
     rows: int
     exact_match: float
-    """Share of rows whose greedy answer equals the response, both `normalized`."""
+    """Share of rows whose greedy answer equals the response, or another answer that is right, both
+    `normalized`."""
     choice_accuracy: float | None
-    """Share of rows whose response is the most likely of its choices; None without choices."""
+    """Share of rows of whose choices one that is right is the most likely; None without choices."""
     format_validity: float | None
     """Share of answers that are allowed, right or not; None if every text is allowed."""
     choices: int | None
@@ -137,7 +138,7 @@ class TestRows:
         losses, predicted = answer_predictions(model, self.examples, padding, batch_size, self.cost)
         answers = self._answers(model, predicted, batch_size)
         hits = tuple(
-            given == self.wanted(row.response)
+            given in [self.wanted(one) for one in (row.response, *row.also_right)]
             for given, row in zip(answers, self.rows, strict=True)
         )
         validity = None
@@ -193,8 +194,9 @@ class TestRows:
         return answers
 
     def _counting(self, index: int) -> list[str]:
-        """Returns the answers that count for a row: its response, and those that are allowed."""
-        return [self.rows[index].response, *(self.allowed[index] if self.allowed else ())]
+        """Returns the answers that count for a row: those that are right, and those allowed."""
+        row, allowed = self.rows[index], self.allowed[index] if self.allowed else ()
+        return [row.response, *row.also_right, *allowed]
 
     def _may_count(self, index: int, begun: list[int]) -> bool:
         """Returns whether an answer that begins with these tokens may be one that counts."""
@@ -211,8 +213,8 @@ class TestRows:
         return self.normalized(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _choice_accuracy(self, model: Any, batch_size: int) -> float | None:
-        """Returns the share of rows whose response has the highest log-likelihood of its choices:
-        the row's own, else the closed set. None if some row has neither."""
+        """Returns the share of rows where an answer that is right has the highest log-likelihood of
+        the choices: the row's own, else the closed set. None if some row has neither."""
         if self.allowed is None:
             return None
         candidates = [(i, text) for i, allowed in enumerate(self.allowed) for text in allowed]
@@ -221,7 +223,9 @@ class TestRows:
         best: dict[int, tuple[float, str]] = {}
         for (index, text), score in zip(candidates, scores.tolist(), strict=True):
             best[index] = max(best.get(index, (float("-inf"), "")), (score, text))
-        right = [best[index][1] == row.response for index, row in enumerate(self.rows)]
+        right = [
+            best[index][1] in (row.response, *row.also_right) for index, row in enumerate(self.rows)
+        ]
         return sum(right) / len(right)
 
 

@@ -129,6 +129,21 @@ def test_rows_know_their_line_and_skip_empty_ones(file):
     assert (second.prompt, second.response, second.line) == ("ä", "ö", 4)
 
 
+def test_numbers_as_answers_are_said_once(file, caplog):
+    path = file('{"input": "p", "output": "r"}\n{"input": "p", "output": [7, "seven"]}')
+    dataset = Dataset(path)
+    for _ in range(2):
+        assert [(row.response, row.also_right) for row in dataset.rows()] == [
+            ("r", ()),
+            ("7", ("seven",)),
+        ]
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"{path}:2: 1 of 2 rows have a number or a boolean as their answer, which is taken as its "
+        "JSON text (7)"
+    )
+
+
 def test_system_and_choices_are_kept(file):
     document = {"prompt": "p", "response": "a", "system": "s", "choices": ["a", "b"]}
     (row,) = Dataset(file(json.dumps(document))).rows()
@@ -171,7 +186,7 @@ def test_a_json_list_counts_its_items(file):
         ("{}", "none.*prompt/response"),
         ('{"prompt": 3, "response": "r"}', "'prompt'.*int 3"),
         ('{"prompt": "p", "response": null}', "'response'.*null"),
-        ('{"prompt": "p", "response": ["r"]}', "'response'.*list"),
+        ('{"prompt": "p", "response": [["r"]]}', "'response'.*list"),
         (r'{"prompt": "p", "response": "\ud83d"}', "'response'.*surrogate"),
         ('{"prompt": "p", "response": " "}', "'response'.*empty"),
         ('{"prompt": "p", "response": "r", "system": 1}', "'system'.*int 1"),
@@ -436,3 +451,5 @@ def test_a_rows_own_choices_come_before_the_closed_set():
     rows = [row("p", "a", choices=["a", "z"]), row("q", "b")]
     assert allowed_answers(rows, ["a", "b"]) == [["a", "z"], ["a", "b"]]
     assert allowed_answers(rows, None) is None
+    several = [row("p", "a", also_right=("c", "b"))]
+    assert allowed_answers(several, ["a", "b"]) == [["a", "b", "c"]]

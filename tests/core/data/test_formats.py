@@ -1,6 +1,6 @@
 import pytest
 
-from loragen.core.data.formats import FORMATS, Turn, format_of, question_of
+from loragen.core.data.formats import AROUND, FORMATS, Answer, Turn, format_of, question_of
 from loragen.core.errors import DataError
 
 TEXTS = ["red", "blue", "green"]
@@ -11,33 +11,178 @@ LETTERED = "Which?\nA: red\nB: blue\nC: green"
 
 def parsed(document):
     known = format_of(document)
-    return known.question(document), known.answer(document)
+    return known.question(document), known.answer(document).response
 
 
 def said(*pairs, key="messages", role="role", content="content"):
     return {key: [{role: name, content: text} for name, text in pairs]}
 
 
-@pytest.mark.parametrize(
-    "document, prompt, answer",
-    [
-        ({"prompt": "p", "response": "r"}, "p", "r"),
-        ({"prompt": "p", "completion": "r"}, "p", "r"),
-        ({"query": "p", "response": "r"}, "p", "r"),
-        ({"question": "p", "answer": "r"}, "p", "r"),
-        ({"instruction": "p", "output": "r"}, "p", "r"),
-        ({"instruction": "p", "input": "", "output": "r"}, "p", "r"),
-        ({"instruction": "p", "input": None, "output": "r"}, "p", "r"),
-        ({"instruction": "p", "input": "i", "output": "r"}, "p\n\ni", "r"),
-        ({"instruction": "p", "context": "i", "response": "r"}, "p\n\ni", "r"),
-        ({"prompt": "p", "response": "r", "question": "x", "messages": 3}, "p", "r"),
-        (said(("user", "p"), ("assistant", "r")), "p", "r"),
-    ],
-)
-def test_a_row_is_recognised_by_its_keys(document, prompt, answer):
+EXAMPLES = {
+    "prompt/completion (messages)": (
+        {
+            "prompt": [{"role": "user", "content": "p"}],
+            "completion": [{"role": "assistant", "content": "r"}],
+        },
+        "p",
+        "r",
+    ),
+    "prompt/response": ({"prompt": "p", "response": "r", "question": "x", "messages": 3}, "p", "r"),
+    "instruction/output[/input]": (
+        {"instruction": "p", "input": "i", "output": "r"},
+        "p\n\ni",
+        "r",
+    ),
+    "question/choices/answerKey": (
+        {"question": "Which?", "choices": LABELLED, "answerKey": "B"},
+        LETTERED,
+        "[B]",
+    ),
+    "messages": (said(("user", "p"), ("assistant", "r")), "p", "r"),
+    "conversations": (
+        said(("human", "p"), ("gpt", "r"), key="conversations", role="from", content="value"),
+        "p",
+        "r",
+    ),
+    "prompt/completion": ({"prompt": "p", "completion": "r"}, "p", "r"),
+    "query/response": ({"query": "p", "response": "r"}, "p", "r"),
+    "instruction/response[/context]": (
+        {"instruction": "p", "context": "i", "response": "r"},
+        "p\n\ni",
+        "r",
+    ),
+    "question_stem/choices/answerKey": (
+        {"question_stem": "Which?", "choices": LABELLED, "answerKey": "C"},
+        LETTERED,
+        "[C]",
+    ),
+    "question/choices/answer": (
+        {"question": "Which?", "choices": TEXTS, "answer": 0},
+        LETTERED,
+        "[A]",
+    ),
+    "question/answer": ({"question": "p", "answer": "r"}, "p", "r"),
+    "[Definition/]input/output": (
+        {"Definition": "d", "input": "p", "output": ["r", "s"], "id": "task1-1"},
+        "d\n\np",
+        "r",
+    ),
+    "[task_prefix/]input/target_scores": (
+        {"input": "Which?", "target_scores": {"red": 0, "blue": 1, "green": 0.5}},
+        LETTERED,
+        "[B]",
+    ),
+    "[task_prefix/]input/target": (
+        {"task_prefix": "d", "input": "p", "target": "r"},
+        "d\n\np",
+        "r",
+    ),
+    "input/targets": ({"input": "p", "targets": ["r"]}, "p", "r"),
+    "inputs_pretokenized/targets_pretokenized": (
+        {
+            "inputs": [3, 1], "targets": [2, 1],
+            "inputs_pretokenized": "p", "targets_pretokenized": "r",
+        },
+        "p",
+        "r",
+    ),
+    "[definition/]inputs/targets": ({"inputs": "p", "targets": "r"}, "p", "r"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("known", FORMATS, ids=lambda known: known.name)
+def test_every_format_is_read(known):
+    document, prompt, answer = EXAMPLES[known.name]
+    assert format_of(document) is known
     question, given = parsed(document)
     assert (question.prompt, given) == (prompt, answer)
-    assert (question.system, question.history, question.choices) == (None, (), None)
+    assert (question.system, question.history) == (None, ())
+
+
+@pytest.mark.parametrize(
+    "document, prompt",
+    [
+        ({"instruction": "p", "output": "r"}, "p"),
+        ({"instruction": "p", "input": "", "output": "r"}, "p"),
+        ({"instruction": "p", "input": None, "output": "r"}, "p"),
+        ({"input": "p", "output": "r"}, "p"),
+        ({"definition": "d", "inputs": "p", "targets": "r"}, "d\n\np"),
+    ],
+)
+def test_a_row_may_lack_the_texts_around_its_prompt(document, prompt):
+    assert parsed(document)[0].prompt == prompt
+    assert parsed(document)[1] == "r"
+
+
+@pytest.mark.parametrize(
+    "given, answer",
+    [
+        ("r", Answer("r")),
+        (["r", "s", "r", "t"], Answer("r", ("s", "t"))),
+        (3, Answer("3", as_json=True)),
+        (-1.5, Answer("-1.5", as_json=True)),
+        (True, Answer("true", as_json=True)),
+        (["yes", 1], Answer("yes", ("1",), as_json=True)),
+    ],
+)
+@pytest.mark.parametrize(
+    "prompt, key", [("input", "output"), ("question", "answer"), ("input", "target")]
+)
+def test_an_answer_may_be_several_or_a_number(prompt, key, given, answer):
+    document = {prompt: "p", key: given}
+    assert format_of(document).answer(document) == answer
+
+
+@pytest.mark.parametrize(
+    "given, reason",
+    [
+        ([], "'output' is empty"),
+        (["r", " "], "'output' is empty"),
+        (None, "'output': expected a text, found null"),
+        (float("nan"), "'output': expected a text, found float nan"),
+        ({"a": 1}, "'output': expected a text, found an object"),
+        ([["r"]], "'output': expected a text, found a list"),
+    ],
+)
+def test_an_answer_that_is_none_is_refused(given, reason):
+    with pytest.raises(DataError, match=reason):
+        parsed({"input": "p", "output": given})
+
+
+def test_all_choices_with_the_highest_score_are_right():
+    document = {"input": "Which?", "target_scores": {"red": 1, "blue": 0, "green": 1.0, "x": None}}
+    assert format_of(document).answer(document) == Answer("[A]", ("[C]",))
+    assert format_of(document).question(document).choices == ["[A]", "[B]", "[C]"]
+
+
+def test_a_conversation_may_be_in_two_parts():
+    prompt = said(("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "p"), key="prompt")
+    document = prompt | said(("assistant", "r"), key="completion")
+    question, answer = parsed(document)
+    assert (question.prompt, question.system, answer) == ("p", "s", "r")
+    assert question.history == (Turn("a", "b"),)
+    assert question_of(prompt) == question
+
+
+def test_a_developer_is_the_system():
+    assert parsed(said(("developer", "s"), ("user", "p"), ("assistant", "r")))[0].system == "s"
+
+
+def test_the_text_parts_of_a_message_are_joined():
+    parts = [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b", "image": None}]
+    question, answer = parsed(said(("user", parts), ("assistant", [{"type": "text", "text": "r"}])))
+    assert (question.prompt, answer) == ("a\nb", "r")
+
+
+@pytest.mark.parametrize("kind", ["image", "image_url", "input_audio", "video"])
+def test_a_part_that_is_no_text_is_refused_by_its_name(kind):
+    parts = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: {"url": "x"}}]
+    with pytest.raises(DataError, match=f"message 1 has a bad 'content': a part of the .*'{kind}'"):
+        parsed(said(("user", parts), ("assistant", "r")))
+
+
+def test_texts_around_the_rows_are_those_of_the_formats():
+    assert AROUND == ("system", "Definition", "task_prefix", "definition")
 
 
 @pytest.mark.parametrize(
@@ -68,6 +213,7 @@ def test_earlier_turns_are_kept_apart_from_the_last(document):
         *((LABELLED, answer) for answer in ("B",)),
         *((NUMBERED, answer) for answer in ("2", 2)),
         *((TEXTS, answer) for answer in ("B", 1)),
+        *((choices, "blue") for choices in (LABELLED, NUMBERED, TEXTS)),
     ],
 )
 @pytest.mark.parametrize(
@@ -101,6 +247,17 @@ def test_choices_are_lettered_and_the_answer_is_a_letter(choices, given, key, an
         ),
         ({"question": "q", "choices": TEXTS, "answerKey": None}, "None is none of the choices"),
         ({"question": "q", "choices": ["a"], "answerKey": "A"}, "expected 2 to 26 texts"),
+        (
+            {"question": "q", "choices": ["B", "A"], "answerKey": "A"},
+            "'A' is the label or the text of several: A, B",
+        ),
+        (
+            {"question": "q", "choices": ["3", "2"], "answerKey": "2"},
+            "'answerKey': '2' may count from 0",
+        ),
+        ({"input": "q", "target_scores": {"a": 1}}, "expected scores of 2 to 26 texts, found 1"),
+        ({"input": "q", "target_scores": {"a": 1, "b": "x"}}, "expected a number for 'b'"),
+        ({"input": "q", "target_scores": ["a"]}, "'target_scores': expected an object"),
         ({"question": "q", "choices": "ab", "answerKey": "A"}, "'choices': expected a list"),
         (
             {"question": "q", "choices": {"text": TEXTS}, "answerKey": "A"},
@@ -111,16 +268,37 @@ def test_choices_are_lettered_and_the_answer_is_a_letter(choices, given, key, an
         (said(("user", "p"), ("assistant", " ")), "'messages' is empty: there is nothing to learn"),
         (said(("assistant", "r")), "message 1 is the assistant's, expected the user's"),
         (said(("system", "s"), ("user", "p"), ("user", "p")), "message 3 is the user's, expected"),
-        (said(("user", "p"), ("tool", "r")), "unknown role 'tool'. Known: system, user"),
-        (said(("user", ["p"]), ("assistant", "r")), "'content': expected a text, found a list"),
+        (said(("user", "p"), ("robot", "r")), "message 2 has the unknown role 'robot'. Known: sys"),
+        (said(("user", "p"), ("tool", "r")), "message 2 is a tool's, which cannot be learned"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "p"},
+                    {"role": "assistant", "tool_calls": [1]},
+                ]
+            },
+            "message 2 calls a tool",
+        ),
+        (
+            said(("user", "p"), ("function_call", "{}"), role="from", content="value"),
+            "message 2 calls a tool",
+        ),
+        (
+            said(("user", ["p"]), ("assistant", "r")),
+            "message 1 has .* parts with a type, found a t",
+        ),
+        (said(("user", 3), ("assistant", "r")), "message 1 has a bad 'content': expected a text"),
         ({"messages": []}, "empty conversation"),
         (said(("system", "s")), "empty conversation"),
         ({"messages": "p"}, "'messages': expected a list, found a text"),
-        ({"messages": ["p"]}, "'messages': expected messages, found a text"),
-        ({"conversations": [{"value": "p"}]}, "'role': expected a text, found null"),
+        ({"messages": ["p"]}, "'messages': message 1 is a text, no message"),
+        ({"conversations": [{"value": "p"}]}, "message 1 has the unknown role null"),
         ({"prompt": "p", "response": "r", "history": [["a"]]}, "'history': expected pairs"),
         ({"prompt": "p", "response": "r", "history": 3}, "'history': expected a list, found int 3"),
-        ({"a": 1, "b": 2}, "unknown keys: a, b. Known: prompt/response, .*, question/answer$"),
+        (
+            {"a": 1, "b": 2},
+            "unknown keys: a, b. Known: prompt/.*, question/answer, .*inputs/targets$",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_row_is_said(document, reason):
@@ -166,5 +344,5 @@ def test_a_row_without_its_answer_asks_what_it_asked_in_training(labelled, answe
             format_of(row)
 
 
-def test_formats_have_different_keys():
-    assert len({frozenset(known.keys) for known in FORMATS}) == len(FORMATS)
+def test_formats_have_different_names():
+    assert len({known.name for known in FORMATS}) == len(FORMATS)

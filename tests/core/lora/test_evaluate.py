@@ -84,6 +84,17 @@ def test_exact_match_is_the_share_of_rows_answered_as_labelled(tokenizer, oracle
     assert scores.as_dict()["exact_match"] == 0.75
 
 
+def test_any_answer_that_is_right_counts(tokenizer, oracle):
+    """Also one that begins as none of the responses, or as one of them does."""
+    also = {"also_right": ("green cat", "dog")}
+    rows = [row(prompt, "green", **also) for prompt in "abcd"]
+    model = oracle({"a": "green", "b": "green cat", "c": "dog", "d": "cat"})
+    assert evaluate_model(model, tokenizer, rows).hits == (True, True, True, False)
+    chosen = [row("a", "cat", choices=["dog", "cat", "fox"], also_right=("dog",))]
+    scores = evaluate_model(oracle({"a": "dog"}), tokenizer, chosen)
+    assert (scores.exact_match, scores.choice_accuracy, scores.format_validity) == (1, 1, 1)
+
+
 def shipping(model, **settings):
     """The model, with a generation configuration that its authors could have shipped."""
     from transformers import GenerationConfig
