@@ -10,11 +10,15 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from loragen import LoragenError
+from loragen import Generator, LoragenError
+from loragen.core.config import GenTrainConfig
 from loragen.core.errors import UsageError
+from loragen.core.learning.train import train
 from loragen.core.plugins import create, find
+from loragen.core.progress import Silent
 from loragen.plugins.encoders import reading, sbert
 from loragen.testing import check_encoder
+from tests.conftest import configured, generator_settings
 
 
 @pytest.fixture
@@ -298,3 +302,17 @@ class TestHashing:
     def test_n_grams_of_no_length_are_refused(self):
         with pytest.raises(ValidationError, match="shortest is more than longest"):
             create("encoder", "hashing", {"shortest": 5})
+
+
+@pytest.mark.parametrize("name", ["transformers", "hashing"])
+def test_a_generator_is_trained_with_it_and_generates(
+    name, collection, sbert_dir, base_dir, tmp_path
+):
+    """One of them is the base model itself."""
+    ours = generator_settings(collection, sbert_dir, tmp_path)
+    settings = {key: value for key, value in ours.items() if not key.startswith("encoder.")}
+    options = {"model": str(base_dir), "layer": 1} if name == "transformers" else {"dim": 64}
+    settings |= {"encoder.name": name} | {f"encoder.{key}": options[key] for key in options}
+    run = train(configured(GenTrainConfig, settings), Silent())
+    adapter = Generator.load(run.directory).generate(["Name a colour.", "Which animal?"])
+    assert (adapter.save(tmp_path / "adapter") / "adapter_model.safetensors").is_file()

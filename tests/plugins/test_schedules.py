@@ -5,7 +5,12 @@ import torch
 from pydantic import ValidationError
 from transformers import get_scheduler
 
+from loragen.core.data.dataset import Dataset
+from loragen.core.learning.train import train
+from loragen.core.lora.train import train_adapter
 from loragen.core.plugins import create, find
+from loragen.core.progress import Silent
+from loragen.core.run.loggers import read_metrics
 from loragen.testing import check_schedule
 
 
@@ -133,3 +138,18 @@ def test_two_stage_warms_up_across_its_stages():
     assert [rate.stage for rate in rates] == [1, 1, 2, 2, 2]
     wanted = [0.25e-4, 0.5e-4, 0.75e-5, 1e-5, 1e-5]
     assert [rate.learning_rate for rate in rates] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("name", ["polynomial", "wsd"])
+def test_both_trainings_use_it(name, lora_config, base, dataset, gen_config):
+    options = {"schedule.name": name, "schedule.warmup_ratio": 0.25, "schedule.learning_rate": 1e-3}
+    config = lora_config({"training.max_steps": 4})
+    config.schedule = gen_config(options).schedule  # without the options of two-stage
+    adapter = train_adapter(config, Dataset(dataset(), "colors"), base, Silent())
+    generator = train(gen_config(options), Silent())
+    schedule = create("schedule", name, config.schedule.options)
+    for run in (adapter, generator):
+        entries = read_metrics(run.directory / "metrics.jsonl")
+        rates = [entry["train/lr"] for entry in entries if "train/lr" in entry]
+        wanted = [schedule(step, len(rates)).learning_rate for step in range(1, len(rates) + 1)]
+        assert rates == pytest.approx(wanted)

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from loragen.core.data.dataset import Dataset
-from loragen.core.errors import UsageError
+from loragen.core.errors import LoragenError, UsageError
 from loragen.core.lora.train import train_adapter
 from loragen.core.plugins import create, find
 from loragen.core.progress import Silent
@@ -162,6 +162,48 @@ def test_without_its_package_it_is_refused_before_training(name, monkeypatch):
     monkeypatch.setattr(_process, "find_spec", lambda _: None)
     with pytest.raises(UsageError, match=rf"logger '{name}' needs {name}: pip install '"):
         RunLoggers({name: {}})
+
+
+THEIRS = """
+import sys, time
+from loragen.plugins.loggers._process import Recording
+
+def record(hangs):
+    print("Do you agree? ", end="")
+    answer = sys.stdin.read()
+    time.sleep(60 * hangs)
+
+    def log(metrics, step):
+        if step == 2:
+            raise OSError(28, "No space left on device")
+
+    return Recording(f"id-{len(answer)}", log, lambda status, reason: None)
+"""
+
+
+class TestProcess:
+    @pytest.fixture
+    def library(self, tmp_path, monkeypatch):
+        (tmp_path / "their_tracker.py").write_text(THEIRS, encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+        return _process.Library("Theirs", "their_tracker:record", {}, _process.NO_WARNING)
+
+    def test_a_question_has_no_answer_and_an_error_has_a_reason(self, library, tmp_path, capfd):
+        process = _process.RecordingProcess(library, {"hangs": 0}, tmp_path / "logs", 60)
+        assert process.run_id == "id-0"
+        process.log_metrics({"loss": 1.0}, 1)
+        process.log_metrics({"loss": 1.0}, 2)
+        with pytest.raises(LoragenError, match="No space left on device"):
+            process.finish("success", 60)
+        with pytest.raises(LoragenError, match="No space left on device"):
+            process.log_metrics({"loss": 1.0}, 3)
+        assert capfd.readouterr() == ("", "")
+
+    def test_one_that_does_not_start_is_given_up(self, library, tmp_path):
+        before = children()
+        with pytest.raises(LoragenError, match="no answer within 2 s"):
+            _process.RecordingProcess(library, {"hangs": 1}, tmp_path / "logs", 2)
+        assert children(before) == []
 
 
 class TestCsv:
