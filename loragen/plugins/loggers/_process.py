@@ -285,8 +285,7 @@ def _record_run(recorder: str) -> None:
     with _reporting_errors():
         module, _, function = recorder.partition(":")
         run: Recording = getattr(import_module(module), function)(**arguments)
-        answer = {"id": run.run_id, "directory": run.directory, "url": run.url}
-        print(ANSWER + json.dumps(answer), flush=True)
+        _answer({"id": run.run_id, "directory": run.directory, "url": run.url})
         for line in messages:
             message = json.loads(line)
             if "status" in message:
@@ -303,13 +302,18 @@ def _record_run(recorder: str) -> None:
     run.finish("failed", "the training process has ended")
 
 
+def _answer(answer: Mapping[str, str | None]) -> None:
+    # A question of the library may have left an unfinished line.
+    print(f"\n{ANSWER}{json.dumps(answer)}", flush=True)
+
+
 @contextmanager
 def _reporting_errors() -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:  # noqa: BLE001  # reported to the parent
         reason = shortened(str(error), 400) or type(error).__name__
-        print(ANSWER + json.dumps({"error": reason}), flush=True)
+        _answer({"error": reason})
         os._exit(1)  # whatever the library does at exit, nobody waits for it
 
 
