@@ -14,7 +14,9 @@ from loragen.plugins.encoders.reading import ReadingEncoder, directory_or_hub_id
 class Transformers(ReadingEncoder):
     """Embeddings from any model of transformers: BERT, T5, a language model, the base model itself.
 
-    Of an encoder-decoder the encoder is used alone. Texts beyond the model's maximum length are
+    Of an encoder-decoder the encoder is used alone. A language model's first token has seen nothing
+    of the text, and in many layers its hidden state is a hundred times as large as others: the mean
+    leaves it out. Texts beyond the model's maximum length are
     truncated at their end, which is warned of once.
     """
 
@@ -25,8 +27,8 @@ class Transformers(ReadingEncoder):
         )
         pooling: Literal["mean", "last", "cls", "tokens"] = Field(
             "mean",
-            description="One embedding per text, the mean, the last or the first token's (BERT's "
-            "[CLS]; of a language model it has seen no text), or one per token.",
+            description="One embedding per text: the mean, the last or the first token's (BERT's "
+            "[CLS]); or one per token.",
         )
         frozen: bool = Field(
             True, description="Keep the weights; false trains them with the decoder."
@@ -71,6 +73,12 @@ class Transformers(ReadingEncoder):
             )
         self.model = model.requires_grad_(not config.frozen).eval()
         self._limit = self._most_tokens()
+        self._causal = self._reads_forwards()
+        if self._causal and config.pooling == "cls":
+            raise UsageError(
+                f"encoder {config.model}: pooling cls: its first token has seen "
+                "nothing of the text, because it reads from left to right; mean or last has"
+            )
         if not config.frozen:
             self._freeze_what_is_unused()
 
@@ -118,7 +126,9 @@ class Transformers(ReadingEncoder):
         valid = [row[:length] for row, length in zip(hidden, lengths.tolist(), strict=True)]
         match self.config.pooling:
             case "mean":
-                return [row.float().mean(0, keepdim=True) for row in valid], cut
+                skipped = [int(self._causal and len(row) > 1) for row in valid]
+                pairs = zip(valid, skipped, strict=True)
+                return [row[first:].float().mean(0, keepdim=True) for row, first in pairs], cut
             case "last":
                 return [row[-1:].float() for row in valid], cut
             case "cls":
@@ -134,6 +144,13 @@ class Transformers(ReadingEncoder):
             output_hidden_states=not last,  # which keeps all of them in memory
         )
         return output.last_hidden_state if last else output.hidden_states[self.config.layer]
+
+    @torch.no_grad()
+    def _reads_forwards(self) -> bool:
+        """Returns whether a token sees none of those that follow, as in a language model."""
+        ids = torch.tensor([[2, 3], [2, 4]], device=self.model.device)
+        hidden = self.model(input_ids=ids).last_hidden_state
+        return bool(torch.equal(hidden[0, 0], hidden[1, 0]))
 
     def _freeze_what_is_unused(self) -> None:
         """Freezes what no gradient reaches, such as a pooler or layers above the chosen one: DDP
