@@ -85,11 +85,11 @@ def _missing(protocol: type, cls: type) -> list[str]:
     Attributes may be set by the constructor, so that one which the class's source mentions as
     `self.name` counts as there.
     """
-    methods = {
-        name: member
+    methods = [
+        name
         for name, member in vars(protocol).items()
         if inspect.isfunction(member) and (name == "__call__" or not name.startswith("_"))
-    }
+    ]
     attributes = {
         *(name for name, member in vars(protocol).items() if isinstance(member, property)),
         *(name for name, of in protocol.__annotations__.items() if "ClassVar" not in of),
@@ -97,13 +97,14 @@ def _missing(protocol: type, cls: type) -> list[str]:
     bases = [base for base in cls.__mro__ if base is not protocol]
     defined = {name: member for base in reversed(bases) for name, member in vars(base).items()}
     if getattr(defined.get("forward"), "__name__", "") == "_forward_unimplemented":
-        del defined["__call__"]  # torch's own, which calls `forward`
+        del defined["forward"]
+        methods = ["forward" if name == "__call__" else name for name in methods]  # which calls it
     sources = []
     for base in bases:
         if not base.__module__.startswith(("torch.", "builtins", "typing")):
             with suppress(OSError, TypeError):
                 sources.append(inspect.getsource(base))
-    mentioned = set(re.findall(r"\bself\.(\w+)", "\n".join(sources)))
+    mentioned = set(re.findall(r"\bself\.(\w+)", "\n".join(sources))) if sources else attributes
     return [
         *(name for name in methods if name not in defined and name not in OPTIONAL),
         *(name for name in sorted(attributes) if name not in defined.keys() | mentioned),

@@ -197,6 +197,8 @@ def _warn_of_unknown(name: str, section: str) -> None:
     if section not in known:
         found = next(filter(None, (meant(model, (section,)) for model in MODELS.values())), "")
         variable = ENV_PREFIX + found.partition(":")[0].replace(".", "__").upper()
+        if "." not in found:  # a section: the keys below it stay
+            variable += name[len(ENV_PREFIX + section) :]
         hint = f" Did you mean {variable}?" if found else ""
         log.warning("%s is ignored: no command has a setting '%s'.%s", name, section, hint)
 

@@ -155,7 +155,7 @@ def test_a_variable_of_no_command_says_which_was_meant(configure, caplog):
     assert configure(environment={"LORAGEN_LORA_R": "4", "LORAGEN_TRANING__BATCH_SIZE": "2"})
     assert "LORAGEN_LORA_R is ignored" in caplog.text
     assert "Did you mean LORAGEN_LORA__RANK?" in caplog.text
-    assert "Did you mean LORAGEN_TRAINING?" in caplog.text
+    assert "Did you mean LORAGEN_TRAINING__BATCH_SIZE?" in caplog.text
 
 
 def test_a_setting_below_an_unknown_section_is_named_as_one(configure):
