@@ -42,6 +42,7 @@ def plugins_show(
 ) -> None:
     """Show one plugin: its package, its file, its description and its options."""
     from loragen.core.plugins import describe, find
+    from loragen.scaffold import CHOOSE
 
     plugin, cls = describe(kind, name), find(kind, name)
     text = inspect.cleandoc(cls.__doc__ or "")
@@ -61,8 +62,10 @@ def plugins_show(
             {**asdict(plugin), "file": file, "description": text, "options": options}
         )
         return
-    origin = f"from   {plugin.origin}\nclass  {plugin.target}\nfile   {file}"
-    render.answer(f"{kind} {name}\n{origin}\n\n{text}\n")
+    head = (("from", plugin.origin), ("class", plugin.target), ("file", file))
+    lines = [f"{kind} {name}", *(f"{key:5}  {value}" for key, value in head)]
+    lines.append(f"use    loragen {CHOOSE[kind].format(name)}")
+    render.answer("\n".join([*lines, "", text, ""]))
     rows = [
         (key, o["type"], "required" if o["required"] else repr(o["default"]), o["description"])
         for key, o in options.items()

@@ -64,6 +64,7 @@ def test_show_prints_origin_meaning_and_options(install):
         "their-package 2.1",
         "their_saw:Sawtooth",
         str(site / "their_saw.py"),
+        "loragen lora train --dataset FILE --set schedule.name=sawtooth",
         "Up and down.",
         "height",
         "required",
