@@ -169,6 +169,7 @@ def test_plugin_options_are_typed_and_completed_by_the_plugin(configure):
         "stage1_steps": 75,
         "learning_rate_stage1": 1e-3,
         "learning_rate_stage2": 1e-5,
+        "warmup_ratio": 0.0,
     }
 
 
@@ -261,14 +262,14 @@ def test_choosing_a_launcher_keeps_its_settings(configure):
 @pytest.mark.parametrize(
     "layers",
     [
-        {"settings": ["loggers.wandb.name=b"]},
-        {"environment": {"LORAGEN_LOGGERS__WANDB__NAME": "b"}},
+        {"settings": ["loggers.theirs.name=b"]},
+        {"environment": {"LORAGEN_LOGGERS__THEIRS__NAME": "b"}},
     ],
 )
 def test_a_loggers_option_called_name_chooses_no_plugin(install, configure, layers):
     hooks = (
         "from loragen import hookimpl\n\n"
-        "@hookimpl\ndef loragen_loggers():\n    return {'wandb': 'theirs:Theirs'}\n"
+        "@hookimpl\ndef loragen_loggers():\n    return {'theirs': 'theirs:Theirs'}\n"
     )
     theirs = (
         "from pydantic import BaseModel\n\n"
@@ -276,8 +277,8 @@ def test_a_loggers_option_called_name_chooses_no_plugin(install, configure, laye
         "        name: str = ''\n        project: str = ''\n"
     )
     install("theirs-package", hooks, theirs=theirs)
-    config = configure("loggers: {wandb: {name: a, project: p}}", **layers)
-    assert config.loggers["wandb"] == {"name": "b", "project": "p"}
+    config = configure("loggers: {theirs: {name: a, project: p}}", **layers)
+    assert config.loggers["theirs"] == {"name": "b", "project": "p"}
 
 
 TOO_LONG = "1" * 5000
