@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loragen.cli import completion, render
-from loragen.cli.options import BaseModelName, DataRoot, Force, Json, SkipBadRows, TrustRemoteCode
+from loragen.cli.options import (
+    BaseModelName,
+    DataRoot,
+    Force,
+    Json,
+    SkipBadRows,
+    TemplateKwargs,
+    TrustRemoteCode,
+    parsed_template_kwargs,
+)
 from loragen.core.errors import EXIT_FAILED, UsageError, shortened
 
 if TYPE_CHECKING:
@@ -26,8 +35,8 @@ def data_preview(
     source: Annotated[
         str,
         typer.Argument(
-            help="A file (.jsonl, .json, .csv, .parquet), a name under --data-root, or "
-            r"hub:owner/name[:config]\[@split].",  # unescaped, @split would be markup
+            help="A file (.jsonl, .json, .csv, .tsv, .parquet), a folder or pattern of several, a "
+            r"name under --data-root, or hub:owner/name[:config]\[@split].",  # \[ is no markup
             autocompletion=completion.datasets,
         ),
     ],
@@ -38,6 +47,7 @@ def data_preview(
     max_length: Annotated[
         int | None, typer.Option("--max-length", min=8, help="As data.max_length of lora train.")
     ] = None,
+    chat_template_kwargs: TemplateKwargs = None,
     skip_bad_rows: SkipBadRows = False,
     json: Json = False,
 ) -> None:
@@ -50,11 +60,13 @@ def data_preview(
     from loragen.core.data.dataset import Dataset
 
     defaults = LoraTrainConfig()
+    kwargs = parsed_template_kwargs(chat_template_kwargs or "{}")
     dataset = Dataset.find(source, Path(data_root or "."))
     dataset.check(skip_bad_rows=True)  # before seconds of imports
 
     from loragen.core.base.load import load_tokenizer
     from loragen.core.config import DEMO
+    from loragen.core.data.chat import set_template_kwargs
     from loragen.core.data.preview import preview
 
     try:
@@ -67,6 +79,7 @@ def data_preview(
             f"warning: the default base {defaults.base_model} cannot be had here: shown with the "
             "tokenizer of the demo; --base-model names another"
         )
+    set_template_kwargs(tokenizer, kwargs)
     found = preview(tokenizer, dataset, max_length or defaults.data.max_length, limit)
     for warning in found.warnings:
         log.warning("%s", warning)
@@ -156,7 +169,7 @@ def data_uses(
 
     file, line = parse_position(position)
     opened = Run.open(run, LoraManifest)
-    traced = traced_run(opened, Dataset(file))
+    traced = traced_run(opened, Dataset.at(str(file)))
     row = traced.row_at(line)
     if row is None:
         raise UsageError(

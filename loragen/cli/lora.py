@@ -22,7 +22,9 @@ from loragen.cli.options import (
     Resume,
     Settings,
     SkipBadRows,
+    TemplateKwargs,
     TrustRemoteCode,
+    parsed_template_kwargs,
     with_old_files,
 )
 from loragen.core.errors import DataError, Interrupted, LoragenError, UsageError, counted
@@ -173,6 +175,7 @@ def lora_eval(
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
     ignore_final_punctuation: IgnoreFinalPunctuation = False,
+    chat_template_kwargs: TemplateKwargs = None,
     json: Json = False,
 ) -> None:
     """Evaluate an adapter, or the base without one, on labelled rows.
@@ -187,12 +190,14 @@ def lora_eval(
         raise UsageError("give either --adapter DIR|CKPT or --no-adapter")
     if adapter and not adapter.exists():
         raise UsageError(f"{adapter}: no such adapter or checkpoint")
+    kwargs = None if chat_template_kwargs is None else parsed_template_kwargs(chat_template_kwargs)
     tested = Dataset.find(dataset, Path(data_root or "."), split="test")
     rows = tested.rows(skip_bad_rows)[:limit]
 
     from loragen.core.adapter.export import tokenizer_of
     from loragen.core.adapter.files import attach_adapter
     from loragen.core.base.load import best_device, load_base
+    from loragen.core.data.chat import set_template_kwargs
     from loragen.core.data.tokenize import usable_rows
     from loragen.core.lora.evaluate import evaluate_model
     from loragen.core.run.checkpoints import read_checkpointed_adapter
@@ -203,6 +208,9 @@ def lora_eval(
         raise UsageError("--base-model: no base model is recorded; give one")
     base = load_base(base_name, trust_remote_code=trust_remote_code)
     tokenizer = tokenizer_of(read, base) if read else base.tokenizer
+    if kwargs is None:
+        kwargs = read.chat_template_kwargs if read else {}
+    set_template_kwargs(tokenizer, kwargs)
     rows = usable_rows(tokenizer, tested, rows, skip_bad_rows)
     base.model.to(best_device())
     model = attach_adapter(base.model, read, str(adapter)) if read else base.model

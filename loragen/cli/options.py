@@ -1,9 +1,10 @@
 """Options that several commands share, and the translation of old configuration files."""
 
+import json
 from collections.abc import Callable
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -80,6 +81,15 @@ DataRoot = Annotated[
     str | None,
     typer.Option("--data-root", help="The directory in which dataset names are looked up."),
 ]
+TemplateKwargs = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="""What the chat template is given, such as '{"enable_thinking": false}'; else what """
+        "it was given in the adapter's training.",
+    ),
+]
 IgnoreFinalPunctuation = Annotated[
     bool,
     typer.Option(
@@ -111,3 +121,16 @@ def with_old_files(
         if translation is None:
             raise
     return use(translation)
+
+
+def parsed_template_kwargs(text: str) -> dict[str, Any]:
+    """Returns `--chat-template-kwargs`. Raises UsageError if that is no JSON object of switches."""
+    from loragen.core.config.schema import check_template_kwargs
+
+    try:
+        found = json.loads(text)
+        if not isinstance(found, dict):
+            raise ValueError(f"expected a JSON object, found {text}")
+        return check_template_kwargs(found)
+    except ValueError as error:
+        raise UsageError(f"--chat-template-kwargs: {error}") from None

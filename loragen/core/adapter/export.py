@@ -5,7 +5,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
@@ -240,7 +240,7 @@ def _card(adapter: Adapter, source: Path, merged: bool) -> str:
     card = (
         f"{front_matter(base, merged)}\n# {source.absolute().name}\n\n{kind} "
         f"{'merged into' if merged else 'for'} {describe_base(base)}, written by "
-        f"`loragen lora export`.\n\n{how_to_load(base, merged)}"
+        f"`loragen lora export`.\n\n{how_to_load(base, merged, adapter.chat_template_kwargs)}"
     )
     if base == _resolvable(DEMO) and not merged:
         card += (
@@ -285,14 +285,25 @@ def describe_base(base_model: str) -> str:
     return f"{_local_name(base_model)} (a GGUF file, dequantised to float32{digest}{origin})"
 
 
-def how_to_load(base_model: str, merged: bool = False) -> str:
-    """Returns the section of a model card that loads the adapter without loragen."""
+def how_to_load(
+    base_model: str, merged: bool = False, kwargs: Mapping[str, Any] | None = None
+) -> str:
+    """Returns the section of a model card that loads the adapter without loragen. `kwargs` is what
+    the chat template was given in training."""
+    given = ""
+    if kwargs:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
+        given = f"""
+In training, the chat template was given {arguments}. Give it the same:
+`tokenizer.apply_chat_template(messages, add_generation_prompt=True, {arguments})`, or for a server
+`"chat_template_kwargs": {json.dumps(kwargs, default=str)}` in the request.
+"""
     if merged:
-        return """## How to load it
+        return f"""## How to load it
 
 The adapter is merged into the base model's weights:
 `AutoModelForCausalLM.from_pretrained("DIRECTORY OF THIS FILE")`.
-"""
+{given}"""
     imports, base, note = "PeftModel", f"from_pretrained({json.dumps(base_model)})", ""
     config = 'PeftConfig.from_pretrained("DIRECTORY OF THIS FILE")'
     before = ""
@@ -328,7 +339,7 @@ from transformers import AutoModelForCausalLM
 {config if "Config" in imports else ""}base = AutoModelForCausalLM.{base}
 model = PeftModel.from_pretrained(base, "DIRECTORY OF THIS FILE")
 ```
-{note}"""
+{note}{given}"""
 
 
 def _local_name(path: str) -> str:

@@ -10,7 +10,8 @@ import logging
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -36,6 +37,8 @@ from loragen.core.outputs import with_record, written_directory
 
 log = logging.getLogger(__name__)
 
+TEMPLATE_KWARGS = "chat_template_kwargs"
+"""The key, in the metadata of a safetensors file, of what the chat template is given, as JSON."""
 CHECKSUM = "loragen_crc32"
 """The key of the checksum in the metadata of a safetensors file that loragen has written."""
 
@@ -61,6 +64,16 @@ class Adapter:
     tensors: dict[str, Tensor]
     directory: Path | None = field(default=None, kw_only=True)
     """The PEFT directory that it was read from, where a tokenizer may lie beside it."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    """What the chat template was given in training, and has to be given in use."""
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The metadata of a safetensors file of it."""
+        kwargs = self.chat_template_kwargs
+        return {"format": "pt"} | (
+            {TEMPLATE_KWARGS: json.dumps(kwargs, default=str)} if kwargs else {}
+        )
 
     def __repr__(self) -> str:
         """Returns one line, since an adapter has hundreds of tensors."""
@@ -83,7 +96,16 @@ def read_adapter(directory: Path) -> Adapter:
             raise UsageError(f"{directory}: not a PEFT adapter (it has no {name})")
     config = read_config(directory)
     file = directory / WEIGHTS_FILE
-    return checked(config, read_safetensors(file)[0], file)
+    tensors, metadata = read_safetensors(file)
+    return replace(checked(config, tensors, file), chat_template_kwargs=template_kwargs(metadata))
+
+
+def template_kwargs(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Returns what the chat template has to be given, from the metadata of a safetensors file."""
+    with suppress(ValueError):
+        found = json.loads(metadata.get(TEMPLATE_KWARGS, "{}"))
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -114,7 +136,7 @@ def write_adapter(
     tensors = {key: value.detach().cpu().contiguous() for key, value in adapter.tensors.items()}
     with written_directory(directory, adapter_record) as temporary:
         write_json(temporary / CONFIG_FILE, adapter.config)
-        write_safetensors(temporary / WEIGHTS_FILE, tensors, {"format": "pt"})
+        write_safetensors(temporary / WEIGHTS_FILE, tensors, adapter.metadata)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         write_text(temporary / CARD, with_record(card, temporary))

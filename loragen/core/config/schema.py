@@ -5,7 +5,7 @@ The defaults here are the lowest layer. Descriptions become the comments of `lor
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 DEMO = "demo"
 """The base model that ships with the package."""
@@ -181,6 +181,33 @@ class LauncherSection(Section):
     )
 
 
+OWN_KWARGS = (
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "documents",
+    "messages",
+    "padding",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tools",
+    "truncation",
+)
+"""Arguments of ``apply_chat_template`` that loragen gives itself, or that are no switches."""
+
+
+def check_template_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the switches of a chat template. Raises ValueError for arguments that are none."""
+    if own := [key for key in kwargs if key in OWN_KWARGS]:
+        raise ValueError(f"'{own[0]}' is not for the chat template to decide")
+    return kwargs
+
+
+TemplateKwargs = Annotated[dict[str, Any], AfterValidator(check_template_kwargs)]
+
+
 class LoraTrainConfig(Section):
     """The configuration of `loragen lora train`."""
 
@@ -196,6 +223,9 @@ class LoraTrainConfig(Section):
     )
     base_quantization: Literal["none", "8bit", "4bit"] = Field(
         "none", description="QLoRA: a base in 8 or 4 bits; needs a CUDA GPU and bitsandbytes."
+    )
+    chat_template_kwargs: TemplateKwargs = Field(
+        {}, description="What the chat template is given, such as enable_thinking: false."
     )
     seed: int = Field(
         42,

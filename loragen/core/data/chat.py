@@ -14,6 +14,7 @@ from logging import getLogger
 from typing import Any, NamedTuple
 
 from loragen.core.data.dataset import Row
+from loragen.core.data.documents import Source, place
 from loragen.core.data.formats import Turn
 from loragen.core.errors import DataError, LoragenError
 
@@ -45,6 +46,8 @@ class _State:
 
     date: datetime = field(default_factory=lambda: datetime.now().replace(microsecond=0))
     """The date that chat templates may write."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the chat template is given beside the conversation."""
     embeddings: int | None = None
     """The number of tokens that the base has embeddings for; None: not known."""
     endings: dict[tuple[Any, ...], Ending] = field(default_factory=dict)
@@ -75,6 +78,12 @@ def set_chat_date(tokenizer: Any, recorded: str = "") -> None:
     now = datetime.now().replace(microsecond=0)
     found = datetime.fromisoformat(recorded) if recorded else now
     state_of(tokenizer).date = found.astimezone().replace(tzinfo=None) if found.tzinfo else found
+
+
+def set_template_kwargs(tokenizer: Any, kwargs: dict[str, Any]) -> None:
+    """Sets what the chat template is given beside the conversation, such as
+    ``{"enable_thinking": False}``."""
+    state_of(tokenizer).template_kwargs = kwargs
 
 
 def chat_date(tokenizer: Any) -> str:
@@ -109,9 +118,10 @@ def rendered(tokenizer: Any, messages: list[dict[str, str]], prompts: bool) -> s
     """
     from jinja2 import TemplateSyntaxError
 
-    template, options, shift = template_of(tokenizer), {}, 0
+    template, shift = template_of(tokenizer), 0
+    options = dict(state_of(tokenizer).template_kwargs)
     if CLOCK in template:
-        options, shift = {"chat_template": _dated(template, state_of(tokenizer).date)}, 1
+        options["chat_template"], shift = _dated(template, state_of(tokenizer).date), 1
     try:
         text: str = tokenizer.apply_chat_template(
             messages, add_generation_prompt=prompts, tokenize=False, **options
@@ -165,7 +175,8 @@ def _ending(tokenizer: Any) -> Ending:
     if not template_of(tokenizer):
         return Ending(eos)
     state = state_of(tokenizer)
-    key = (template_of(tokenizer), eos, state.date if chat_date(tokenizer) else None)
+    given = json.dumps(state.template_kwargs, sort_keys=True, default=str)
+    key = (template_of(tokenizer), eos, state.date if chat_date(tokenizer) else None, given)
     if key not in state.endings:
         state.endings[key] = _look_at_template(tokenizer)
     return state.endings[key]
@@ -253,16 +264,50 @@ def special_tokens(tokenizer: Any, text: str) -> list[str]:
 def prompt_ids(
     tokenizer: Any, prompt: str, system: str | None = None, history: Sequence[Turn] = ()
 ) -> list[int]:
-    """Returns the tokens before the answer; `history` are the turns before the prompt.
+    """Returns the tokens before the answer; `history` are the turns before the prompt. Where there
+    is a chat template, a special token that a row brings is text, which opens no turn.
 
     Raises DataError if the chat template refuses the conversation.
     """
     if template_of(tokenizer):
-        text = rendered(tokenizer, messages_of(prompt, system, history), True)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        messages = messages_of(prompt, system, history)
+        text = rendered(tokenizer, messages, True)
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return _with_marks_as_text(tokenizer, messages, ids)
     parts = [*([system] if system else []), *(text for turn in history for text in turn), prompt]
     ids = list(tokenizer("".join(f"{part}\n" for part in parts))["input_ids"])
     return ids[: len(ids) - _num_trailing(tokenizer)]
+
+
+def _with_marks_as_text(
+    tokenizer: Any, messages: Sequence[dict[str, str]], ids: list[int]
+) -> list[int]:
+    """Returns the `ids` of a conversation, in which every special token that comes from a text of
+    its messages, and not from the chat template, is replaced by the tokens of its characters."""
+    texts = "".join(message["content"] for message in messages)
+    if not special_tokens(tokenizer, texts):
+        return ids
+    marks = state_of(tokenizer).special
+    assert marks is not None  # `special_tokens` has made it
+    hidden = next(char for char in map(chr, range(0xE000, 0xF8FF)) if char not in texts)
+    without = [one | {"content": marks.sub(hidden, one["content"])} for one in messages]
+    text = rendered(tokenizer, without, True)
+    is_own = [one[0] == hidden for one in re.finditer(f"{hidden}|{marks.pattern}", text)]
+    special = {
+        one for one, token in tokenizer.added_tokens_decoder.items() if marks.fullmatch(str(token))
+    }
+    if len(is_own) != sum(one in special for one in ids):  # the template has changed the texts
+        return ids
+    found, owners = list[int](), iter(is_own)
+    for one in ids:
+        if one in special and next(owners):
+            characters = tokenizer.convert_ids_to_tokens(one)
+            found += tokenizer(characters, add_special_tokens=False, split_special_tokens=True)[
+                "input_ids"
+            ]
+        else:
+            found.append(one)
+    return found
 
 
 def messages_of(prompt: str, system: str | None, history: Sequence[Turn]) -> list[dict[str, str]]:
@@ -327,13 +372,18 @@ def check_embeddings(tokenizer: Any, ids: Sequence[int]) -> None:
 # ---------------------------------------------------------------------------- what is odd
 
 
-def notes(tokenizer: Any, rows: Sequence[Row], source: str) -> list[str]:
+def notes(tokenizer: Any, rows: Sequence[Row], source: Source | str) -> list[str]:
     """Returns what a user should know of a tokenizer, its chat template, and rows with texts that
     the model would not read, or not write, as they are; one line each.
 
     Raises LoragenError as `check_tokenizer`.
     """
     found = list(check_tokenizer(tokenizer).notes)
+    found += [
+        f"chat_template_kwargs: the chat template does not read '{key}'"
+        for key in state_of(tokenizer).template_kwargs
+        if key not in template_of(tokenizer)
+    ]
     asked, answered, changed = (
         list[tuple[int, str]](),
         list[tuple[int, str]](),
@@ -350,14 +400,16 @@ def notes(tokenizer: Any, rows: Sequence[Row], source: str) -> list[str]:
         back = tokenizer.decode(ids, skip_special_tokens=True)
         if _bare(back) != _bare(row.response):
             changed.append((row.line, f"{row.response[:40]!r} becomes {back[:40]!r}"))
+    read = "is read as text" if template_of(tokenizer) else "the model reads as its own mark"
     for odd, what in (
-        (asked, "a special token in the prompt, which the model reads as its own mark"),
+        (asked, f"a special token in the prompt, which {read}"),
         (answered, "a special token in the response, which no answer can have as text"),
         (changed, "a response that the tokenizer cannot represent"),
     ):
         if odd:
             line, example = odd[0]
-            found.append(f"{source}:{line}: {len(odd)} of {len(rows)} rows have {what} ({example})")
+            where = place(source, line)
+            found.append(f"{where}: {len(odd)} of {len(rows)} rows have {what} ({example})")
     return found
 
 
@@ -366,7 +418,7 @@ def _bare(text: str) -> str:
     return "".join(unicodedata.normalize("NFKC", text).split())
 
 
-def log_notes(tokenizer: Any, rows: Sequence[Row], source: str) -> None:
+def log_notes(tokenizer: Any, rows: Sequence[Row], source: Source | str) -> None:
     """Logs the `notes` as warnings, those of the tokenizer itself once."""
     said = state_of(tokenizer).said
     for note in notes(tokenizer, rows, source):

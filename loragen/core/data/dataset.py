@@ -4,6 +4,7 @@
 module imports nothing heavy.
 """
 
+import glob
 import hashlib
 import json
 import logging
@@ -18,14 +19,18 @@ from typing import NamedTuple
 from loragen.core.contents import is_stream, read_bytes
 from loragen.core.data.documents import (
     HUB_ID,
+    SAVED,
     SUFFIXES,
     Document,
     HubDataset,
+    Shards,
     Source,
     file_documents,
     location,
     parsed_source,
+    place,
     read_documents,
+    saved_dataset,
     text_lines,
 )
 from loragen.core.data.formats import Turn, format_of, question_of, texts
@@ -78,7 +83,8 @@ class _Contents:
     """The result of one pass over a dataset's documents. Rows and prompts share their strings."""
 
     sha256: str = ""
-    """The hash of a hub dataset's rows; that of a file is computed from its bytes."""
+    """The hash of the rows of a hub dataset or a saved one, or of the bytes of several files; that
+    of one file is computed from its bytes."""
     rows: list[Row] = field(default_factory=list)
     bad_rows: list[BadRow] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
@@ -144,15 +150,16 @@ class Dataset:
 
     @classmethod
     def find(cls, name_or_file: str, root: Path, split: str = "train") -> "Dataset":
-        """Returns the dataset of a name: a file, `hub:owner/name[:config][@split]`, a name below
-        `root` (see `_files_of`), a folder as if its parent were the root, or a bare hub id.
+        """Returns the dataset of a name: a file, several that a pattern matches,
+        `hub:owner/name[:config][@split]`, a name below `root` (see `_files_of`), a folder as if its
+        parent were the root, or a bare hub id.
 
         Raises UsageError naming what exists.
         """
         if not name_or_file.strip():
             raise UsageError("no dataset: its name is empty; give a name or a file")
         source = parsed_source(name_or_file, split)
-        if isinstance(source, HubDataset) or is_stream(source):
+        if not isinstance(source, Path) or is_stream(source):
             return cls(source)
         if problem := path_problem(source):
             raise UsageError(f"dataset '{name_or_file:.60}...': {problem}")
@@ -169,6 +176,8 @@ class Dataset:
                 raise UsageError(f"dataset '{name_or_file}' is ambiguous: give one file of {files}")
             if found:
                 return cls(found[0], folder.name)
+            if several := saved_dataset(folder, split) or _shards_in(folder, split):
+                return cls(several, folder.name)
         if re.fullmatch(HUB_ID, name_or_file) and not source.is_dir():
             log.info("%s: no file, and no name below %s; asking the hub", name_or_file, root)
             return cls(HubDataset(name_or_file, None, split))
@@ -184,11 +193,11 @@ class Dataset:
 
     @cached_property
     def sha256(self) -> str:
-        """The hex digest of the file's bytes, or of a hub dataset's rows.
+        """The hex digest of the file's bytes, or of the rows of a hub dataset or a saved one.
 
         Raises UsageError if the dataset is missing.
         """
-        if isinstance(self.source, HubDataset):
+        if not isinstance(self.source, Path):
             return self._contents.sha256
         return hashlib.sha256(self._content).hexdigest()
 
@@ -231,10 +240,10 @@ class Dataset:
         """What a user should know of how the rows were read, each one line."""
         if not (taken := self._contents.as_json):
             return []
+        where, rows = place(self.source, taken[0].line), len(self._contents.rows)
         note = (
-            f"{self.source}:{taken[0].line}: {len(taken)} of {len(self._contents.rows)} rows have "
-            "a number or a boolean as their answer, which is taken as its JSON text "
-            f"({taken[0].response})"
+            f"{where}: {len(taken)} of {rows} rows have a number or a boolean as their answer, "
+            f"which is taken as its JSON text ({taken[0].response})"
         )
         return [note]
 
@@ -252,7 +261,7 @@ class Dataset:
         """
         prompts, bad = self._found_prompts(of_rows)
         if bad and not (skip_bad_rows and prompts):
-            known = isinstance(self.source, HubDataset) or self.source.suffix.lower() in (
+            known = not isinstance(self.source, Path) or self.source.suffix.lower() in (
                 *SUFFIXES,
                 ".txt",
             )
@@ -297,11 +306,16 @@ class Dataset:
     @cached_property
     def _contents(self) -> _Contents:
         found = _Contents()
-        if isinstance(self.source, HubDataset):
-            digest = hashlib.sha256()
-            for document in read_documents(self.source):
-                data = json.dumps(document.value, default=str).encode()
-                digest.update(len(data).to_bytes(8, "little") + data)
+        if not isinstance(self.source, Path):
+            digest, shards = hashlib.sha256(), isinstance(self.source, Shards)
+            for document in (
+                self.source.documents(digest)
+                if isinstance(self.source, Shards)
+                else read_documents(self.source)
+            ):
+                if not shards:
+                    data = json.dumps(document.value, default=str).encode()
+                    digest.update(len(data).to_bytes(8, "little") + data)
                 found.add(document)
             found.sha256 = digest.hexdigest()
             return found
@@ -356,7 +370,7 @@ def refuse_bad(
         return
     if not good and len({one.reason for one in bad}) == 1 < len(bad):
         line, reason = bad[0]
-        raise DataError(f"{source}:{line}: {reason} (the same in all of its {len(bad)} rows)")
+        raise DataError(f"{place(source, line)}: {reason} (the same in all of its {len(bad)} rows)")
     left_out = "--skip-bad-rows leaves " + ("it out" if len(bad) == 1 else "them out")
     raise DataError(*bad_lines(source, bad, f" ({left_out if good else 'no row is good'})"))
 
@@ -364,7 +378,7 @@ def refuse_bad(
 def bad_lines(source: Source, bad: Sequence[BadRow], hint: str = "") -> list[str]:
     """Returns `file:line: reason` of the first bad rows and the count of the others; `hint` is
     added to the last line."""
-    lines = [f"{source}:{line}: {reason}" for line, reason in bad[:MAX_SHOWN]]
+    lines = [f"{place(source, line)}: {reason}" for line, reason in bad[:MAX_SHOWN]]
     if len(bad) > MAX_SHOWN:
         lines.append(f"{source}: and {len(bad) - MAX_SHOWN} more bad rows")
     return [*lines[:-1], lines[-1] + hint]
@@ -398,7 +412,14 @@ def dataset_names(root: Path, split: str = "train") -> list[str]:
     """Returns the names of the datasets below `root` that have a file for the split."""
     entries = list(root.iterdir()) if root.is_dir() else []
     names = {entry.name if entry.is_dir() else _name_of(entry) for entry in entries}
-    return sorted(name for name in names if _files_of(name, root, split))
+    return sorted(
+        name
+        for name in names
+        if _files_of(name, root, split)
+        or (root / name / split / SAVED).is_file()
+        or (split == "train" and (root / name / SAVED).is_file())
+        or _shards_in(root / name, split)
+    )
 
 
 def _files_of(name: str, root: Path, split: str) -> list[Path]:
@@ -414,6 +435,24 @@ def _files_of(name: str, root: Path, split: str) -> list[Path]:
     return [file for file in files if file.is_file()]
 
 
+def _shards_in(folder: Path, split: str) -> Shards | None:
+    """Returns the files of a folder, or of the `data` in it, whose names differ in numbers alone:
+    those that begin with the split (`train-00000-of-00002.parquet`); for training also others, if
+    they are all of one name."""
+    for inside in (folder, folder / "data"):
+        entries = list(inside.iterdir()) if inside.is_dir() else []
+        files = [f.name for f in entries if f.suffix.lower() in SUFFIXES and f.is_file()]
+        names = Counter(re.sub(r"\d+", "*", glob.escape(name)) for name in files)
+        of_split = [name for name in names if re.match(rf"{split}\b", name) and "*" in name]
+        if split == "train" and not of_split and len(names) == 1 < names.total():
+            of_split = [
+                name for name in names if not re.match(r"(test|val|validation|dev)\b", name)
+            ]
+        if len(of_split) == 1:
+            return Shards(Path(glob.escape(str(inside))) / of_split[0])
+    return None
+
+
 def _unknown(name: str, root: Path, split: str) -> UsageError:
     """Returns the error for a name that is not below the root; it says what is."""
     if not root.is_dir():
@@ -427,7 +466,8 @@ def _unknown(name: str, root: Path, split: str) -> UsageError:
         held = listing(inside)
         return UsageError(
             f"dataset '{name}': {folder} has no {split}.* and no {name}_{split}.*, but {held}; "
-            "give a file of it, or --all with it as --data-root"
+            "give a file of it, several as one dataset by a pattern in quotation marks "
+            f"('{folder}/*.jsonl'), or --all with it as --data-root"
         )
     known = dataset_names(root, split)
     return UsageError(

@@ -1,15 +1,20 @@
 """The documents of a dataset: the values in a file or a hub dataset in order, with their lines.
 
-A document is the value of one line, list item, CSV record or hub row; `formats` interprets it.
+A document is the value of one line, list item, CSV record or hub row; `formats` interprets it. A
+file, several files as one dataset, a dataset that the `datasets` library has saved, and one of the
+hub are each a `Source`.
 """
 
 import csv
+import glob
+import hashlib
 import io
 import json
 import re
 import sys
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +28,16 @@ from loragen.core.contents import (
     utf8_text,
     without_repeated_keys,
 )
-from loragen.core.errors import DataError, UsageError, pip_install
-from loragen.core.files import file_name, hub_problem
+from loragen.core.data.formats import AROUND
+from loragen.core.errors import DataError, UsageError, listing, pip_install
+from loragen.core.files import file_name, hub_problem, natural_key, path_problem
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-NESTED_KEYS = ("messages", "conversations", "choices", "history")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+WRAPPERS = ("examples", "data", "Instances")
+"""Keys under which a JSON file may have the list of its rows."""
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
+"""The files by which a directory of `save_to_disk` is recognised: of one split, of several."""
+NESTED_KEYS = ("messages", "conversations", "choices", "history", "target_scores")
 """Keys whose CSV cells hold JSON."""
 MAX_CELL_LENGTH = 2**31 - 1
 JSON_LIMITS = (ValueError, RecursionError)
@@ -37,7 +47,7 @@ NO_STREAM = "a training reads its data again when it resumes: save the stream as
 NULS = "NUL bytes in it; the file is damaged, or was not written to its end"
 ARRAY = "a JSON array, whose name ends in .json"
 SEPARATORS = {
-    "\t": "columns separated by tabs (TSV); save them with commas, as .csv",
+    "\t": "columns separated by tabs, whose name ends in .tsv",
     ";": "columns separated by semicolons; save them with commas, as .csv",
     "|": "columns separated by '|'; save them with commas, as .csv",
 }
@@ -71,26 +81,134 @@ class HubDataset:
         return f"hub:{self.id}{config}@{self.split}"
 
 
-Source = Path | HubDataset
+@dataclass(frozen=True)
+class SavedDataset:
+    """One split that the `datasets` library has written with `save_to_disk`."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        folder = self.path.absolute()
+        return folder.parent.name if (folder.parent / SAVED_SPLITS).is_file() else folder.name
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Several files as one dataset: those that a pattern such as `rows/part-*.jsonl` matches, in
+    natural order. Lines are counted as if one file held all of them."""
+
+    pattern: Path
+    _ends: list[int] = field(default_factory=list, compare=False)
+    """The last line of each file, once it has been read."""
+
+    @property
+    def files(self) -> list[Path]:
+        """The files. Raises UsageError if there are none."""
+        names = glob.glob(str(self.pattern), recursive=True)  # noqa: PTH207  # may be absolute
+        files = [Path(name) for name in sorted(names, key=natural_key) if Path(name).is_file()]
+        if not files:
+            raise UsageError(f"{self.pattern}: no such files")
+        kinds = sorted({file.suffix.lower() for file in files})
+        if len(kinds) > 1 or kinds[0] not in SUFFIXES:
+            raise UsageError(
+                f"{self.pattern}: expected files of one kind ({listing(SUFFIXES)}), "
+                f"found {listing([kind or 'no suffix' for kind in kinds])}"
+            )
+        return files
+
+    @property
+    def name(self) -> str:
+        """What precedes the first `*`, if that names more than a part; else the directory."""
+        start = re.split(r"[*?[]", self.pattern.name)[0].strip("-_.")
+        parts = ("", "part", "shard", "data", "train", "test", "val", "validation")
+        own = self.pattern.absolute().parent.name
+        return file_name((own if start.lower() in parts else start) or "shards")
+
+    def documents(self, digest: Any = None) -> Iterator["Document"]:
+        """Yields the documents of all files; `digest` gets the hash of each file's bytes."""
+        self._ends.clear()
+        start = 0
+        for file in self.files:
+            content = read_bytes(file)
+            if digest:
+                digest.update(hashlib.sha256(content).digest())
+            end = start
+            for document in file_documents(file, content):
+                end = start + document.line
+                yield document._replace(line=end)
+            self._ends.append(end)
+            start = end
+
+    def place(self, line: int) -> str:
+        """Returns file and line of a line that has been read."""
+        at = bisect_right(self._ends, line - 1)
+        return f"{self.files[at]}:{line - (self._ends[at - 1] if at else 0)}"
+
+    def __str__(self) -> str:
+        return str(self.pattern)
+
+
+Source = Path | HubDataset | SavedDataset | Shards
 
 
 def parsed_source(text: str, split: str = "train") -> Source:
-    """Returns the source that `hub:owner/name[:config][@split]` or a path names.
+    """Returns the source that `hub:owner/name[:config][@split]`, a path, or a pattern with `*`
+    names.
 
-    Raises UsageError for a malformed hub id.
+    Raises UsageError for a malformed hub id, and for a saved dataset without the split.
     """
     if not text.startswith("hub:"):
-        return Path(text)
+        path = Path(text)
+        if glob.has_magic(text) and path_problem(path) is None and not path.exists():
+            return Shards(path)
+        return saved_dataset(path, split) or path
     parts = re.fullmatch(rf"hub:({HUB_ID})(?::([^\s:@/\\]+))?(?:@(\S+))?", text)
     if parts is None:
         raise UsageError(f"{text}: expected hub:owner/name, hub:owner/name:config or ...@split")
     return HubDataset(parts[1], parts[2], parts[3] or split)
 
 
+def saved_dataset(folder: Path, split: str) -> SavedDataset | None:
+    """Returns the split of a directory that the `datasets` library has written; None for others.
+
+    Raises UsageError, naming the splits, if it has others.
+    """
+    if path_problem(folder) or not folder.is_dir():
+        return None
+    if (folder / SAVED).is_file():
+        return SavedDataset(folder)
+    if not (folder / SAVED_SPLITS).is_file():
+        return None
+    if (folder / split / SAVED).is_file():
+        return SavedDataset(folder / split)
+    splits = sorted(state.parent.name for state in folder.glob(f"*/{SAVED}"))
+    raise UsageError(f"{folder}: no split '{split}' was saved in it; there is {listing(splits)}")
+
+
 def location(source: Source) -> str:
     """Returns the text from which `parsed_source` finds the source in any working directory."""
-    named = isinstance(source, Path) and not is_stream(source)
-    return str(Path(str(source)).absolute() if named else source)
+    on_disk = not isinstance(source, HubDataset) and not (
+        isinstance(source, Path) and is_stream(source)
+    )
+    return str(Path(str(source)).absolute() if on_disk else source)
+
+
+def place(source: Source | str, line: int) -> str:
+    """Returns where a document is, for errors: `file:line`."""
+    return source.place(line) if isinstance(source, Shards) else f"{source}:{line}"
+
+
+def missing_source(source: Source) -> bool:
+    """Returns whether there is no file or directory of a source; the hub is not asked."""
+    if isinstance(source, Shards):
+        return not glob.glob(str(source.pattern), recursive=True)  # noqa: PTH207
+    if isinstance(source, SavedDataset):
+        return not source.path.is_dir()
+    return isinstance(source, Path) and not source.is_file()
 
 
 def read_documents(source: Source) -> Iterator[Document]:
@@ -98,10 +216,12 @@ def read_documents(source: Source) -> Iterator[Document]:
 
     Raises UsageError for a missing file or package, DataError if nothing can be read.
     """
-    if isinstance(source, HubDataset):
-        rows = read_hub(source.id, source.config, source.split)
-        return (Document(line, row) for line, row in enumerate(rows, start=1))
-    return file_documents(source, read_bytes(source))
+    if isinstance(source, Path):
+        return file_documents(source, read_bytes(source))
+    if isinstance(source, Shards):
+        return source.documents()
+    rows = read_saved(source.path) if isinstance(source, SavedDataset) else read_hub(source)
+    return (Document(line, row) for line, row in enumerate(rows, start=1))
 
 
 def file_documents(file: Path, content: bytes) -> Iterator[Document]:
@@ -109,7 +229,7 @@ def file_documents(file: Path, content: bytes) -> Iterator[Document]:
 
     Raises UsageError for a missing package, DataError if nothing can be read.
     """
-    readers = {".json": _json, ".csv": _csv, ".parquet": _parquet}
+    readers = {".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
     suffix = file.suffix.lower()
     if is_stream(file):
         start = content.lstrip()[:4]
@@ -117,28 +237,52 @@ def file_documents(file: Path, content: bytes) -> Iterator[Document]:
     return readers.get(suffix, _json_lines)(file, content)
 
 
-def read_hub(identifier: str, config: str | None, split: str) -> Iterable[dict[str, Any]]:
+def read_hub(source: HubDataset) -> Iterable[dict[str, Any]]:
     """Returns the rows of one split through the `datasets` library, downloaded or from its cache.
+    Of a slice in rows, such as `train[:1000]`, only the rows up to its end are fetched.
 
     Raises UsageError, within seconds, if they cannot be loaded.
     """
+    what = f"hub dataset {source.id}"
+    datasets = _datasets(what)
+    why = None if Path(source.id).is_dir() else hub_problem()
+    if why:
+        raise UsageError(f"{what}: {why}")
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    sliced = re.fullmatch(r"(\w+)\[(\d*):(\d+)\]", source.split)
+    try:
+        if sliced is None:
+            return datasets.load_dataset(source.id, source.config, split=source.split)  # type: ignore[no-any-return]  # datasets is untyped
+        first, end = int(sliced[2] or 0), int(sliced[3])
+        rows = datasets.load_dataset(source.id, source.config, split=sliced[1], streaming=True)
+        return list(rows.skip(first).take(max(0, end - first)))
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"{what}: {reason}") from error
+
+
+def read_saved(folder: Path) -> Iterable[dict[str, Any]]:
+    """Returns the rows of a dataset that `save_to_disk` has written; its files are memory-mapped.
+
+    Raises UsageError for a missing package, DataError if it cannot be read.
+    """
+    datasets = _datasets(f"{folder}: a saved dataset")
+    try:
+        return datasets.load_from_disk(str(folder))  # type: ignore[no-any-return]  # datasets is untyped
+    except Exception as error:  # pyarrow and json have many
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{folder}: not a saved dataset that can be read: {reason}") from error
+
+
+def _datasets(what: str) -> Any:
     try:
         import datasets
     except ImportError:
         raise UsageError(
-            f"hub dataset {identifier}: needs the package datasets, which is not installed: "
-            + pip_install("data")
+            f"{what}: needs the package datasets, which is not installed: {pip_install('data')}"
         ) from None
-    why = None if Path(identifier).is_dir() else hub_problem()
-    if why:
-        raise UsageError(f"hub dataset {identifier}: {why}")
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(identifier, config, split=split)  # type: ignore[no-any-return]  # datasets is untyped
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"hub dataset {identifier}: {reason}") from error
+    return datasets
 
 
 def text_lines(file: Path, content: bytes) -> Iterator[tuple[int, str]]:
@@ -232,13 +376,33 @@ def _json(file: Path, content: bytes) -> Iterator[Document]:
         return
     except JSON_LIMITS as error:
         raise DataError(f"{file}: {_beyond_limits(error)}") from None
-    if not isinstance(document, list):
-        members = document.items() if isinstance(document, dict) else ()
-        lists = [key for key, value in members if isinstance(value, list)]
-        inside = f"; the rows may be in its '{lists[0]}'" if len(lists) == 1 else ""
+    if isinstance(document, dict):
+        document = _unwrapped(file, document)
+    elif not isinstance(document, list):
         found = type(document).__name__
-        raise DataError(f"{file}:1: expected a list of rows, found {found}{inside}")
+        raise DataError(f"{file}:1: expected a list of rows, found {found}")
     yield from (Document(index, item) for index, item in enumerate(document, start=1))
+
+
+def _unwrapped(file: Path, document: dict[str, Any]) -> list[Any]:
+    """Returns the rows of an object that has them under one of `WRAPPERS`, each with the texts that
+    stand around them (`AROUND`). A list of such texts is one text. Raises DataError for others."""
+    lists = [key for key, value in document.items() if isinstance(value, list)]
+    wrappers = [key for key in WRAPPERS if key in lists]
+    if len(wrappers) != 1:
+        inside = f"; the rows may be in its '{lists[0]}'" if len(lists) == 1 else ""
+        if wrappers:
+            inside = f" with rows in {' and '.join(map(repr, wrappers))}"
+        raise DataError(f"{file}:1: expected a list of rows, found dict{inside}")
+    around = {}
+    for key in AROUND:
+        value = document.get(key)
+        if isinstance(value, list) and all(isinstance(part, str) for part in value):
+            value = "\n".join(value)
+        if value is not None:
+            around[key] = value
+    rows = document[wrappers[0]]
+    return [around | row if isinstance(row, dict) else row for row in rows]
 
 
 def _items_of_list(text: str) -> Iterator[Document]:
@@ -264,14 +428,17 @@ def _beyond_limits(error: Exception) -> str:
 
 
 def _csv(file: Path, content: bytes) -> Iterator[Document]:
+    kind, separator = ("TSV", "\t") if file.suffix.lower() == ".tsv" else ("CSV", ",")
     if content.lstrip()[:1] in (b"{", b"["):
-        raise DataError(f"{file}: not CSV; it is JSON (.jsonl if a row has a line, else .json)")
+        raise DataError(f"{file}: not {kind}; it is JSON (.jsonl if a row has a line, else .json)")
     first = utf8_text(file, content).lstrip().partition("\n")[0]
     outside = re.sub(r'"[^"]*"', "", first)  # without what stands in quotation marks
-    for mark, kind in SEPARATORS.items():
-        if outside.count(mark) > outside.count(","):
-            raise DataError(f"{file}:1: not comma-separated; it has {kind}")
-    records = iter(_csv_records(file, content))
+    marks = {**SEPARATORS, ",": "columns separated by commas, whose name ends in .csv"}
+    most = max(marks, key=outside.count)
+    if outside.count(most) > outside.count(separator):
+        expected = "tab" if separator == "\t" else "comma"
+        raise DataError(f"{file}:1: not {expected}-separated; it has {marks[most]}")
+    records = iter(_csv_records(file, content, kind, separator))
     header = next(records, (1, []))[1]
     if blank := [key for key in header if key != key.strip()]:
         raise DataError(f"{file}:1: the header has {blank[0]!r}: take the white space away")
@@ -291,9 +458,12 @@ def _csv(file: Path, content: bytes) -> Iterator[Document]:
             yield Document(line, None, f"{len(cells)} cells, the header has {len(header)}")
 
 
-def _csv_records(file: Path, content: bytes) -> list[tuple[int, list[str]]]:
+def _csv_records(
+    file: Path, content: bytes, kind: str, separator: str
+) -> list[tuple[int, list[str]]]:
     """Returns (first line, cells) of each record that is not empty; a cell may span lines."""
-    reader = csv.reader(io.StringIO(utf8_text(file, content), newline=""), strict=True)
+    text = io.StringIO(utf8_text(file, content), newline="")
+    reader = csv.reader(text, strict=True, delimiter=separator)
     records, line = [], 1
     limit = csv.field_size_limit(MAX_CELL_LENGTH)  # the default is 131,072 characters
     try:
@@ -302,7 +472,9 @@ def _csv_records(file: Path, content: bytes) -> list[tuple[int, list[str]]]:
                 records.append((line, cells))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{file}:{line}: not CSV: {error}") from None
+        quoted = " (a cell that begins with a quotation mark has to end with one)"
+        hint = quoted if "expected after" in str(error) or "end of data" in str(error) else ""
+        raise DataError(f"{file}:{line}: not {kind}: {error}{hint}") from None
     finally:
         csv.field_size_limit(limit)
     return records

@@ -98,7 +98,7 @@ def preview(tokenizer: Any, dataset: Dataset, max_length: int, samples: int) -> 
         tokens_cut=sum(len(item.cut) for item in parts),
         shared_prefix=shared_prefix([item.prompt for item in parts]),
         samples=[_previewed(tokenizer, row.line, item) for row, item in fitting[:samples]],
-        warnings=[*dataset.notes, *notes(tokenizer, [row for row, _ in fitting], str(dataset))],
+        warnings=[*dataset.notes, *notes(tokenizer, [row for row, _ in fitting], dataset.source)],
     )
 
 

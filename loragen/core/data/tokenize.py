@@ -19,6 +19,7 @@ from loragen.core.data.chat import (
     template_of,
 )
 from loragen.core.data.dataset import BadRow, Dataset, Row, refuse_bad, warn_of_bad
+from loragen.core.data.documents import Source, place
 from loragen.core.data.formats import Turn
 from loragen.core.errors import DataError
 
@@ -119,7 +120,7 @@ class TokenizedRows(Sequence[Example]):
     """
 
     def __init__(
-        self, rows: Sequence[Row], tokenizer: Any, max_length: int, source: str = "line"
+        self, rows: Sequence[Row], tokenizer: Any, max_length: int, source: Source | str = "line"
     ) -> None:
         """`source` is where the rows are from, for errors. Raises LoragenError as
         `check_tokenizer`."""
@@ -181,7 +182,8 @@ class TokenizedRows(Sequence[Example]):
             try:
                 row = tokenize_row(self._tokenizer, self._all[own], self._max_length)
             except DataError as error:
-                raise DataError(f"{self._source}:{self._all[own].line}: {error}") from error
+                where = place(self._source, self._all[own].line)
+                raise DataError(f"{where}: {error}") from error
             if len(self._cache) >= MAX_CACHED:
                 del self._cache[next(iter(self._cache))]  # the oldest
             self._cache[own] = row.example, bool(row.cut)
@@ -196,7 +198,7 @@ def usable_rows(
     Raises DataError (file:line) for others unless they are to be skipped, which is warned of, and
     LoragenError as `check_tokenizer`.
     """
-    found = TokenizedRows(rows, tokenizer, UNLIMITED, str(dataset))
+    found = TokenizedRows(rows, tokenizer, UNLIMITED, dataset.source)
     refuse_bad(dataset.source, found.left_out, len(found), skip_bad_rows)
     warn_of_bad(dataset.source, found.left_out, len(found))
     return found.rows

@@ -18,6 +18,7 @@ from loragen.core.adapter.checks import module_scaling
 from loragen.core.adapter.files import Adapter, attach_adapter, swap_adapter, write_adapter
 from loragen.core.base.load import best_device, load_base, quiet_libraries
 from loragen.core.config.schema import GenDataSection, SourceSection
+from loragen.core.data.chat import set_template_kwargs
 from loragen.core.data.dataset import Dataset, Row
 from loragen.core.data.tokenize import usable_rows
 from loragen.core.errors import LoragenError, UsageError, counted
@@ -145,6 +146,7 @@ def evaluate_generator(
         log.warning("%s and is left out; the generator has %d", problem, len(sources))
         chosen = [one for one in chosen if one not in few]
     base = load_base(base_model or generator.base_model, trust_remote_code=trust_remote_code)
+    set_template_kwargs(base.tokenizer, generator.chat_template_kwargs)
     targets = [
         replace(one, rows=usable_rows(base.tokenizer, one.dataset, one.rows, skip_bad_rows))
         for one in targets

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from loragen.core.data.dataset import Dataset, Row, closed_answers
+from loragen.core.data.documents import HubDataset
 from loragen.core.errors import LoragenError, UsageError
 
 ALL = "all"
@@ -113,7 +114,8 @@ def _train_split(name: str, root: Path, tested: Dataset) -> Dataset | None:
         train = Dataset.find(name, root, split="train")
     except LoragenError:
         return None
-    return train if isinstance(train.source, Path) and train.source != tested.source else None
+    on_hub = isinstance(train.source, HubDataset)
+    return None if on_hub or train.source == tested.source else train
 
 
 def check_oracles(targets: Sequence[Target]) -> None:

@@ -1,6 +1,7 @@
 """Generated adapters: their origin, their model card, and how they are saved."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -80,9 +81,12 @@ class Origin:
         return None
 
 
-def adapter_card(origin: Origin, merged: bool = False) -> str:
+def adapter_card(
+    origin: Origin, merged: bool = False, kwargs: Mapping[str, Any] | None = None
+) -> str:
     """Returns the model card (README.md) of a PEFT directory, or of a base with the adapter
-    `merged` into it: Markdown with the front matter of the Hugging Face hub."""
+    `merged` into it: Markdown with the front matter of the Hugging Face hub. `kwargs` is what the
+    chat template was given in training."""
     plugins = ", ".join(
         f"{p['kind']} {p['name']} ({p['distribution']} {p['version']})" for p in origin.plugins
     )
@@ -120,7 +124,7 @@ used and nothing was measured on it: evaluate the adapter before use \
 
 {distance}{warning}
 
-{how_to_load(origin.base_model, merged)}"""
+{how_to_load(origin.base_model, merged, kwargs)}"""
 
 
 @dataclass(repr=False)  # an Adapter has a short repr
@@ -144,8 +148,7 @@ class GeneratedAdapter(Adapter):
             option = str(error).replace("add --force", "pass overwrite=True")
             raise UsageError(option.replace("--force", "overwrite=True")) from None
         if output.suffix == ".safetensors":
-            metadata = {
-                "format": "pt",
+            metadata = self.metadata | {
                 "adapter_config": json.dumps(self.config),
                 "generated": json.dumps(origin, ensure_ascii=False),
             }
@@ -156,7 +159,7 @@ class GeneratedAdapter(Adapter):
                 document = {"state_dict": self.tensors, "adapter_config": self.config}
                 torch.save({**document, "generated": origin}, temporary)
         else:
-            write_adapter(output, self, adapter_card(self.origin))
+            write_adapter(output, self, adapter_card(self.origin, kwargs=self.chat_template_kwargs))
         return output
 
     def attach(self, base: Any) -> Any:
@@ -190,5 +193,8 @@ class Merger:
         }
         with written_directory(output, merged_record) as temporary:
             save_merged(self._model, self.base, temporary)
-            write_text(temporary / "README.md", adapter_card(adapter.origin, merged=True))
+            write_text(
+                temporary / "README.md",
+                adapter_card(adapter.origin, True, adapter.chat_template_kwargs),
+            )
             write_merged_marker(temporary, document)

@@ -104,6 +104,11 @@ class Generator:
     """The experiment that it was loaded from, or its file."""
     format_version: int = FORMAT_VERSION
 
+    @property
+    def chat_template_kwargs(self) -> dict[str, Any]:
+        """What the chat template was given in the runs that it was trained on."""
+        return dict(self.provenance.get("chat_template_kwargs") or {})
+
     def __repr__(self) -> str:
         values, datasets = self.layout.values, counted(len(self.datasets), "dataset")
         return (
@@ -165,7 +170,12 @@ class Generator:
         )
         tensors = self.layout.unpack(tokens)
         check_finite(tensors, f"{self.name}: the generated adapter")
-        return GeneratedAdapter(dict(self.adapter_config), tensors, origin)
+        return GeneratedAdapter(
+            dict(self.adapter_config),
+            tensors,
+            origin,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
 
     @torch.inference_mode()
     def embed(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

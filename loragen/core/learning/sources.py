@@ -18,7 +18,7 @@ from loragen.core.config.schema import GenDataSection, GenTrainConfig, SourceSec
 from loragen.core.contents import is_stream
 from loragen.core.data.batches import train_val_split
 from loragen.core.data.dataset import Dataset
-from loragen.core.data.documents import NO_STREAM, parsed_source
+from loragen.core.data.documents import NO_STREAM, missing_source, parsed_source
 from loragen.core.data.prompts import (
     PreparedPrompts,
     PromptGroups,
@@ -113,7 +113,7 @@ class TrainingSource:
                 "convert again with --dataset"
             )
         where, hint = f"{self.run.directory}: its dataset {self.labels}", "name one: prompts: FILE"
-        if isinstance(self.labels.source, Path) and not self.labels.source.is_file():
+        if missing_source(self.labels.source):
             raise UsageError(f"{where} is missing; {hint}")
         if self.labels.sha256 != self.run.manifest.dataset.sha256:
             raise DataError(f"{where} has changed since the run; {hint}")

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 from typing import Any
 
 from loragen.core.data.chat import log_notes
+from loragen.core.data.documents import missing_source
 from loragen.core.data.prompts import joined_text, text_key, whole_groups
 from loragen.core.data.tokenize import Example, TokenizedRows, examples_hash
 from loragen.core.errors import DataError, UsageError
@@ -135,7 +135,7 @@ def labelled_rows(
             f"{source.name}: its labelled rows are unknown, since its checkpoints are of no run "
             "with a dataset; set training.objective=reconstruction"
         )
-    if isinstance(labels.source, Path) and not labels.source.is_file():
+    if missing_source(labels.source):
         raise UsageError(f"{source.name}: its dataset {labels} is missing; its labels are needed")
     drawn = Random(f"rows:{seed}").sample(labels.good_rows, min(MAX_ROWS, len(labels.good_rows)))
     rows = TokenizedRows(drawn, tokenizer, max_length)  # the others do not train an adapter, either
@@ -144,7 +144,7 @@ def labelled_rows(
         if "max_length" in reason:
             reason = f"no answer fits into {max_length} tokens; raise behaviour.max_length"
         raise UsageError(f"{source.name}: {reason}")
-    log_notes(tokenizer, rows.rows[:NOTED_ROWS], str(labels))
+    log_notes(tokenizer, rows.rows[:NOTED_ROWS], labels.source)
     held = {text_key(prompt) for prompt in val_prompts}
     is_held = [text_key(row.prompt) in held for row in rows.rows]
     training, validation = (

@@ -26,8 +26,8 @@ from loragen.core.base.names import absolute_base
 from loragen.core.config import GenTrainConfig, LoraTrainConfig
 from loragen.core.config.schema import AUTO, SourceSection
 from loragen.core.config.show import HARDWARE
-from loragen.core.data.chat import chat_date, set_chat_date
-from loragen.core.errors import listing
+from loragen.core.data.chat import chat_date, set_chat_date, set_template_kwargs
+from loragen.core.errors import UsageError, listing
 from loragen.core.generator.collected import Collected
 from loragen.core.generator.embeddings import Familiarity
 from loragen.core.generator.model import Choice, Generator
@@ -126,6 +126,7 @@ def train(
     if base:
         then = resume.manifest if resume else None
         set_chat_date(tokenizer, then.chat_date or then.started if then else "")
+        set_template_kwargs(tokenizer, template_kwargs(plan))
     with source_arrays(plan, encoder, tokenizer) as (arrays, val_arrays):
         statistics = Statistics.of(plan, arrays, encoder)
         if plan.tries_mixture and base:
@@ -239,11 +240,28 @@ def training_base(plan: Plan, resume: "GeneratorPoint | None") -> LanguageModel:
     return base
 
 
+def template_kwargs(plan: Plan) -> dict[str, Any]:
+    """Returns what the chat template was given in the runs that a generator is trained on.
+
+    Raises UsageError if it was not the same in all of them.
+    """
+    runs = [source.run.manifest for source in plan.sources if source.run]
+    first = runs[0].chat_template_kwargs if runs else {}
+    for other in runs:
+        if other.chat_template_kwargs != first:
+            raise UsageError(
+                f"the chat template was given {first} in the run of {runs[0].dataset.name}, and "
+                f"{other.chat_template_kwargs} in that of {other.dataset.name}: train them alike"
+            )
+    return first
+
+
 def check_labels(plan: Plan) -> None:
     """Tokenises labelled rows as the training will before its first step. Raises as that does."""
     config = plan.config
     base = config.behaviour.base_model or plan.base_model
     tokenizer = load_tokenizer(base, config.trust_remote_code)
+    set_template_kwargs(tokenizer, template_kwargs(plan))
     for source in plan.sources:
         labelled_rows(source, [], tokenizer, config.behaviour.max_length, config.seed)
 
@@ -362,6 +380,7 @@ def new_manifest(
         base_dtype=dtype_name(base.model.dtype) if base else "",
         trust_remote_code=bool(base and base.trust_remote_code),
         chat_date=chat_date(base.tokenizer) if base else "",
+        chat_template_kwargs=template_kwargs(plan),
         source_records=[source.record for source in arrays if source.record],
         encoder_fingerprint=encoder.fingerprint,
         plugins=plugin_records(

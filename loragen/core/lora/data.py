@@ -15,7 +15,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from loragen.core.config import LoraTrainConfig
 from loragen.core.data.batches import batch_indices, micro_batch, train_val_split
-from loragen.core.data.chat import log_notes, set_chat_date
+from loragen.core.data.chat import log_notes, set_chat_date, set_template_kwargs
 from loragen.core.data.dataset import Dataset, refuse_bad, warn_of_bad
 from loragen.core.data.tokenize import Example, TokenizedRows, examples_hash
 from loragen.core.errors import DataError, UsageError
@@ -64,6 +64,7 @@ def load_rows(
     no rows to train on, LoragenError for a tokenizer or a chat template that cannot be used.
     """
     set_chat_date(tokenizer, date)
+    set_template_kwargs(tokenizer, config.chat_template_kwargs)
     if config.data.validation and validation is None:
         validation = Dataset.at(config.data.validation)
     rows = _fitting_rows(config, dataset, tokenizer)
@@ -112,7 +113,7 @@ def _tokens_hash(
 def _fitting_rows(config: LoraTrainConfig, dataset: Dataset, tokenizer: Any) -> TokenizedRows:
     """Returns the rows that can be tokenised within data.max_length; reports the others as bad."""
     skip = config.data.skip_bad_rows
-    rows = TokenizedRows(dataset.rows(skip), tokenizer, config.data.max_length, str(dataset))
+    rows = TokenizedRows(dataset.rows(skip), tokenizer, config.data.max_length, dataset.source)
     refuse_bad(dataset.source, rows.left_out, len(rows), skip)
     warn_of_bad(dataset.source, rows.left_out, len(rows))
     return rows
@@ -127,7 +128,7 @@ def _warn(
 ) -> None:
     """Logs what is odd about rows, and one warning if some lose a part of their prompt; `looked_at`
     are the indices of those that are tokenised to find out, the longest among them."""
-    log_notes(tokenizer, [rows.rows[index] for index in sorted(looked_at)], str(dataset))
+    log_notes(tokenizer, [rows.rows[index] for index in sorted(looked_at)], dataset.source)
     if num_cut := sum(map(rows.is_cut, looked_at)):
         which = "" if len(looked_at) == len(rows) else f"looked at (of {len(rows)}) "
         log.warning(

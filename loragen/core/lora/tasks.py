@@ -14,7 +14,7 @@ from loragen.core.config.load import Problem, problems_at
 from loragen.core.config.schema import LauncherSection, LoraDataSection
 from loragen.core.config.show import HARDWARE, differences
 from loragen.core.data.dataset import Dataset, dataset_names
-from loragen.core.data.documents import NO_STREAM, location, parsed_source
+from loragen.core.data.documents import NO_STREAM, location, missing_source, parsed_source
 from loragen.core.errors import Interrupted, LoragenError, UsageError, one_line
 from loragen.core.files import user_path
 from loragen.core.progress import Progress
@@ -192,7 +192,7 @@ def missing_lora_paths(config: LoraTrainConfig) -> list[Problem]:
 
 def _check_file(text: str) -> None:
     source = parsed_source(text)
-    if isinstance(source, Path) and not source.is_file():
+    if missing_source(source):
         raise UsageError(f"{source}: no such file")
 
 

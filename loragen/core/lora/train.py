@@ -90,6 +90,7 @@ def train_adapter(
         base_fingerprint=base.fingerprint,
         trust_remote_code=base.trust_remote_code,
         chat_date=chat_date(base.tokenizer),
+        chat_template_kwargs=config.chat_template_kwargs,
         dataset=rows.record,
         adapter_config={},  # known once PEFT has found the target modules in the base
         seed=config.seed,
@@ -204,9 +205,15 @@ def _save_results(
         f"{front_matter(config.base_model)}\n# {run.name}\n\n"
         f"A LoRA adapter trained by `loragen lora train` (rank {config.lora.rank}, "
         f"{config.training.max_steps} steps, seed {config.seed}) for "
-        f"{describe_base(config.base_model)}.\n\n{how_to_load(config.base_model)}"
+        f"{describe_base(config.base_model)}.\n\n"
+        f"{how_to_load(config.base_model, kwargs=config.chat_template_kwargs)}"
     )
-    write_adapter(run / "adapter", Adapter(manifest.adapter_config, adapter_state(model)), card)
+    adapter = Adapter(
+        manifest.adapter_config,
+        adapter_state(model),
+        chat_template_kwargs=config.chat_template_kwargs,
+    )
+    write_adapter(run / "adapter", adapter, card)
     if config.base_quantization != "none":
         log.warning("no final_model/: the base is quantised; use `loragen lora export --merge`")
     elif config.final_model == "merged":

@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from loragen.core.adapter.files import (
     read_adapter,
     read_config,
     read_safetensors,
+    template_kwargs,
 )
 from loragen.core.contents import SNIFFED, nature
 from loragen.core.errors import DataError, LoragenError, UsageError, listing, one_line
@@ -67,6 +69,7 @@ def load_adapter(path: Path, config: Mapping[str, Any] | None = None) -> Adapter
         return checked(read_config(directory), load_weights_only(weights), weights)
     if not path.is_file():
         raise UsageError(f"{path}: no such checkpoint")
+    metadata: Mapping[str, str] = {}
     if path.suffix == ".safetensors":
         state, metadata = read_safetensors(path)
         try:
@@ -82,8 +85,9 @@ def load_adapter(path: Path, config: Mapping[str, Any] | None = None) -> Adapter
         check_config(config, f"{path}: the configuration of its run")
     if not isinstance(state, Mapping):
         raise DataError(f"{path}: expected tensors by name, found {type(state).__name__}")
+    kwargs = template_kwargs(metadata)
     lora = {key: v for key, v in state.items() if "lora_" in key and isinstance(v, torch.Tensor)}
-    return checked(own or config or {}, lora, path)
+    return replace(checked(own or config or {}, lora, path), chat_template_kwargs=kwargs)
 
 
 def read_checkpointed_adapter(path: Path) -> Adapter:
@@ -113,7 +117,8 @@ def _adapter_at(path: Path) -> Adapter:
         raise UsageError(f"{error}{instead(path)}") from None
     manifest = read_manifest(run, LoraManifest)
     file = find_checkpoints(path)[-1] if path.is_dir() else path
-    return load_adapter(file, manifest.adapter_config)
+    adapter = load_adapter(file, manifest.adapter_config)
+    return replace(adapter, chat_template_kwargs=manifest.chat_template_kwargs)
 
 
 def instead(path: Path) -> str:

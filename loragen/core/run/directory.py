@@ -112,6 +112,8 @@ class LoraManifest(Manifest):
     """Whether Python code that comes with the base was allowed to run."""
     chat_date: str = ""
     """The date that the chat template has written into the rows (local time); empty if none."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """What the chat template was given beside the conversation."""
     dataset: DatasetRecord
     adapter_config: dict[str, Any]
     seed: int
@@ -142,6 +144,8 @@ class GeneratorManifest(Manifest):
     """Whether Python code that comes with that base was allowed to run."""
     chat_date: str = ""
     """The date that the base's chat template has written into labelled rows; empty if none."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """What the base's chat template was given beside the conversation, as in the runs."""
     source_records: list[SourceRecord] = []
     encoder_fingerprint: str = ""
     """The fingerprint of the encoder's weights, before any training of them."""

@@ -290,6 +290,15 @@ def test_a_root_that_is_not_there_is_said_so(tmp_path):
         found("boolq", tmp_path / "none")
 
 
+def test_the_real_tasks_are_read(shared):
+    root = shared / "tasks"
+    names = dataset_names(root)
+    assert len(names) == 52
+    for name in names:
+        for split in ("train", "test"):
+            assert Dataset.find(name, root, split).formats.keys() == {"prompt/response"}
+
+
 def test_the_real_data_is_read(shared):
     root = shared / "data_to_lora" / "cs"
     assert "arc-challenge" in dataset_names(root)
@@ -425,6 +434,63 @@ def test_a_folder_without_a_dataset_tells_what_it_holds(tmp_path):
     (tmp_path / "mine" / "a.jsonl").write_text("{}", encoding="utf-8")
     with pytest.raises(UsageError, match=r"mine_train.*a\.jsonl"):
         found("mine", tmp_path)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Three files of three rows each, whose natural order is not the alphabetical one."""
+    folder = tmp_path / "rows" / "colors"
+    folder.mkdir(parents=True)
+    for number in (1, 2, 10):
+        lines = [{"prompt": f"{number}.{n}", "response": "r"} for n in (1, 2, 3)]
+        (folder / f"part-{number}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+@pytest.mark.parametrize("named", ["colors", "{}", "{}/*.jsonl", "{}/part-*.jsonl"])
+def test_several_files_are_one_dataset(shards, named):
+    dataset = Dataset.find(named.format(shards), shards.parent)
+    assert dataset.name == "colors"
+    rows = dataset.rows()
+    assert [row.prompt for row in rows] == [f"{file}.{n}" for file in (1, 2, 10) for n in (1, 2, 3)]
+    assert [row.line for row in rows] == list(range(1, 10))
+    again = Dataset.at(dataset.location)
+    assert (again.sha256, again.rows()) == (dataset.sha256, rows)
+    assert dataset_names(shards.parent) == ["colors"]
+
+
+def test_a_bad_row_of_several_files_has_its_own_place(shards):
+    before = Dataset.find(str(shards), shards).sha256
+    with (shards / "part-2.jsonl").open("a") as file:
+        file.write('\n\n{"prompt": 3}')
+    dataset = Dataset.find(str(shards), shards)
+    with pytest.raises(DataError, match=r"part-2\.jsonl:5: 'response' is missing"):
+        dataset.rows()
+    assert [row.line for row in dataset.rows(skip_bad_rows=True)] == [1, 2, 3, 4, 5, 6, 9, 10, 11]
+    assert dataset.sha256 != before
+
+
+def test_shards_of_the_hub_are_found_by_split(tmp_path):
+    folder = tmp_path / "colors" / "data"
+    folder.mkdir(parents=True)
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        (folder / f"{name}.jsonl").write_text(json.dumps({"prompt": name, "response": "r"}))
+    assert len(Dataset.find("colors", tmp_path).rows()) == 2
+    assert [row.prompt[:4] for row in Dataset.find("colors", tmp_path, "test").rows()] == ["test"]
+    with pytest.raises(UsageError, match=r"by a pattern in quotation marks"):
+        Dataset.find(str(folder), tmp_path / "none", "val")
+
+
+def test_files_of_several_names_are_no_shards(shards):
+    (shards / "animals.jsonl").write_text(GOOD)
+    with pytest.raises(UsageError, match=r"'colors'.*as one dataset by a pattern"):
+        Dataset.find("colors", shards.parent)
+    assert len(Dataset.find(f"{shards}/*.jsonl", shards).rows()) == 10
+    (shards / "x.csv").write_text("prompt,response\na,b\n")
+    with pytest.raises(UsageError, match=r"expected files of one kind .*found \.csv, \.jsonl"):
+        Dataset.find(f"{shards}/*", shards).rows()
+    with pytest.raises(UsageError, match="no such files"):
+        Dataset.find(f"{shards}/*.none", shards).rows()
 
 
 def row(prompt, response, **more):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loragen.core.data.dataset import Dataset, Row
+from loragen.core.data.dataset import Dataset, Row, dataset_names
 from loragen.core.data.documents import (
     HubDataset,
     location,
@@ -111,6 +111,80 @@ def test_a_csv_row_of_other_length_is_a_bad_row(tmp_path):
     (tmp_path / "d.csv").write_text("prompt,response\na,b\nc\nd,e,f\n", encoding="utf-8")
     problems = [document.problem for document in read_documents(tmp_path / "d.csv")]
     assert problems == [None, "1 cells, the header has 2", "3 cells, the header has 2"]
+
+
+def test_a_table_separated_by_tabs_is_read(tmp_path):
+    content = 'prompt\tresponse\n"a\t""b"""\tc, d; e\n\nf\tg\n'
+    assert lines(tmp_path / "d.tsv", content) == [
+        (2, {"prompt": 'a\t"b"', "response": "c, d; e"}),
+        (4, {"prompt": "f", "response": "g"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("d.csv", "prompt;response\na;b\n", "not comma-separated; it has columns .* semicolons"),
+        ("d.csv", "prompt\tresponse\na\tb\n", "not comma-separated; .* tabs, whose .* in .tsv"),
+        ("d.tsv", "prompt,response\na,b\n", "not tab-separated; .* commas, whose name .* in .csv"),
+    ],
+)
+def test_another_separator_is_said(tmp_path, name, content, reason):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=f"{name}:1: {reason}"):
+        list(read_documents(tmp_path / name))
+
+
+def test_a_quotation_mark_within_a_cell_is_said(tmp_path):
+    with pytest.raises(DataError, match=r"d\.tsv:2: not TSV: .* has to end with one"):
+        lines(tmp_path / "d.tsv", 'prompt\tresponse\n"a" b\tc\n')
+
+
+@pytest.mark.parametrize("encoding, name", [("utf-16", "UTF-16"), ("gb18030", "GB18030")])
+@pytest.mark.parametrize("file", ["d.tsv", "d.csv", "d.jsonl", "d.json"])
+def test_other_encodings_are_said_by_name(tmp_path, encoding, name, file):
+    text = '{"prompt": "你好，今天天气怎么样？", "response": "很好，谢谢。"}\n'
+    text = "prompt,response\n" + text[1:] if file in ("d.tsv", "d.csv") else text
+    (tmp_path / file).write_bytes(text.encode(encoding))
+    with pytest.raises(DataError, match=f"{name} text; save it as UTF-8"):
+        list(read_documents(tmp_path / file))
+
+
+@pytest.mark.parametrize(
+    "document, rows",
+    [
+        ({"data": [{"a": 1}], "version": 2}, [{"a": 1}]),
+        (
+            {
+                "Definition": ["Say it.", "Shortly."],
+                "Positive Examples": [{"input": "x", "output": "y"}],
+                "Instances": [{"input": "i", "output": ["o"]}],
+                "Instance License": ["MIT"],
+            },
+            [{"Definition": "Say it.\nShortly.", "input": "i", "output": ["o"]}],
+        ),
+        (
+            {"name": "n", "task_prefix": "t", "system": "s", "examples": [{"system": "own"}, "x"]},
+            [{"system": "own", "task_prefix": "t"}, "x"],
+        ),
+    ],
+)
+def test_rows_may_be_wrapped_in_an_object(tmp_path, document, rows):
+    found = lines(tmp_path / "d.json", json.dumps(document))
+    assert found == list(enumerate(rows, start=1))
+
+
+@pytest.mark.parametrize(
+    "document, reason",
+    [
+        ({"examples": [], "data": []}, "found dict with rows in 'examples' and 'data'"),
+        ({"mine": [1]}, "found dict; the rows may be in its 'mine'"),
+        ({"data": {"train": []}}, "expected a list of rows, found dict$"),
+    ],
+)
+def test_an_object_whose_rows_are_not_clear_is_refused(tmp_path, document, reason):
+    with pytest.raises(DataError, match=rf"d\.json:1: .*{reason}"):
+        lines(tmp_path / "d.json", json.dumps(document))
 
 
 def test_json_lines_under_the_name_of_json_are_read(tmp_path):
@@ -232,6 +306,47 @@ def test_a_hub_dataset_is_read_by_split(hub_dataset, tmp_path):
     test = Dataset.find("hub:owner/colors", tmp_path / "none", split="test")
     assert [row.response for row in test.rows()] == ["blue"]
     assert dataset.sha256 == Dataset(dataset.source).sha256 != test.sha256
+
+
+def test_of_a_slice_only_its_rows_are_fetched(hub_dataset, tmp_path, monkeypatch):
+    import datasets
+
+    rows = [{"question": f"{n}?", "answer": "a"} for n in range(5)]
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (tmp_path / "owner/colors/train.jsonl").write_text(text, encoding="utf-8")
+    asked = []
+    load = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, **more: asked.append(more) or load(*args, **more)
+    )
+    for split, wanted in (("train[:2]", "01"), ("train[1:3]", "12"), ("train[3:99]", "34")):
+        found = Dataset(parsed_source(f"hub:owner/colors@{split}")).rows()
+        assert [row.prompt[0] for row in found] == list(wanted)
+    assert all(more == {"split": "train", "streaming": True} for more in asked)
+
+
+def test_a_saved_dataset_is_read_by_split(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    parts = {
+        split: datasets.Dataset.from_list([{"input": split, "output": ["a", "b"]}])
+        for split in ("train", "test")
+    }
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "colors")
+    for name in ("colors", str(tmp_path / "colors")):
+        for split in parts:
+            dataset = Dataset.find(name, tmp_path, split)
+            row = Row(prompt=split, response="a", also_right=("b",), line=1)
+            assert (dataset.name, dataset.rows()) == ("colors", [row])
+            again = Dataset.at(dataset.location)
+            assert (again.sha256, again.rows()) == (dataset.sha256, [row])
+    with pytest.raises(UsageError, match="no split 'val' was saved in it; there is test, train"):
+        Dataset.find(str(tmp_path / "colors"), tmp_path, "val")
+    parts["train"].save_to_disk(tmp_path / "single")
+    assert len(Dataset.find("single", tmp_path).rows()) == 1
+    assert dataset_names(tmp_path) == ["colors", "single"]
+    (tmp_path / "single" / "data-00000-of-00001.arrow").write_bytes(b"x")
+    with pytest.raises(DataError, match="single: not a saved dataset that can be read"):
+        Dataset.find("single", tmp_path).rows()
 
 
 def test_a_split_that_is_not_there_names_those_that_are(hub_dataset):
