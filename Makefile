@@ -8,7 +8,7 @@ SEED   ?= 0
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test coverage check format docs model clean
+.PHONY: demo test coverage fuzz soak check format docs model clean
 
 demo: $(VENV)/installed
 	$(BIN)/loragen demo --output $(OUT) --seed $(SEED) --force
@@ -21,6 +21,17 @@ test: check model
 # Not in `test`: counting lines takes two thirds of the tests' own time once more.
 coverage: model
 	$(TEST) --cov
+
+# Random and damaged files into every command that reads one, N in all. What fails is kept in
+# fuzz-failures/.
+N ?= 10000
+fuzz: $(VENV)/installed
+	FUZZ=$(N) $(BIN)/python -m pytest tests/faults/test_fuzz.py -n auto --timeout 0
+
+# Each training killed KILLS times at random moments, and on full disks (as root): hours.
+KILLS ?= 100
+soak: $(VENV)/installed
+	SOAK=$(KILLS) $(BIN)/python -m pytest tests/faults/test_soak.py -s
 
 # A real model for the tests on one, fetched once; without it they are skipped.
 model: $(VENV)/installed
@@ -40,7 +51,7 @@ docs: $(VENV)/installed
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) $(OUT) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(OUT) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis fuzz-failures
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -35,13 +35,14 @@ def answer_json(document: Any) -> None:
 
 def note(text: str) -> None:
     """Prints a line to stderr."""
-    typer.echo(text, err=True)
+    typer.echo(visible(text), err=True)
 
 
 def problems(lines: Iterable[str]) -> None:
-    """Prints `error: ...` lines to stderr."""
+    """Prints `error: ...` lines to stderr. A line break within one, as in a name, is a space."""
     for line in lines:
-        typer.echo(f"{typer.style('error:', fg='red', bold=True)} {line}", err=True)
+        text = visible(" ".join(line.splitlines()))
+        typer.echo(f"{typer.style('error:', fg='red', bold=True)} {text}", err=True)
 
 
 def highlighted(text: str, meaning: Literal["good", "dropped"]) -> str:
@@ -95,7 +96,8 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        print(f"{prefix}{record.getMessage()}", file=sys.stderr, flush=True)
+        text = visible(" ".join(record.getMessage().splitlines()))
+        print(f"{prefix}{text}", file=sys.stderr, flush=True)
 
 
 def _cell(value: object) -> str:

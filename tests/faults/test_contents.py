@@ -352,6 +352,32 @@ def test_a_checkpoint_that_is_something_else_is_named(checkpoint, content, said)
         load_weights_only(checkpoint)
 
 
+@pytest.mark.parametrize(
+    "pickled", [b"\x80\x02}.q", b"\x80\x02.", b"\x80\x02}(K\x01.", b"\x80\x02}q\x00X\x01", b""]
+)
+def test_a_pickle_that_breaks_off_is_one_line(checkpoint, pickled):
+    """The archive is whole, and its checksums are those of what is in it."""
+    with zipfile.ZipFile(checkpoint) as archive:
+        members = {one.filename: archive.read(one) for one in archive.infolist()}
+    with zipfile.ZipFile(checkpoint, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, pickled if name.endswith("data.pkl") else data)
+    try:
+        found = load_weights_only(checkpoint)
+    except DataError as error:
+        assert str(error).startswith(f"{checkpoint}: ")
+        assert "\n" not in str(error)
+    else:
+        assert found == {}
+
+
+@pytest.mark.parametrize("change", [lambda t: t.to("meta"), lambda t: t.to_sparse()])
+def test_a_tensor_without_values_of_its_own_is_named(checkpoint, change):
+    torch.save({"optimizer_states": [{"state": {0: change(torch.ones(2, 3))}}]}, checkpoint)
+    with pytest.raises(DataError, match=r"a tensor of shape \[2, 3\] in it is (meta|sparse)"):
+        load_weights_only(checkpoint)
+
+
 def test_a_checkpoint_whose_checksums_torch_was_told_to_leave_out_is_read(checkpoint):
     torch.serialization.set_crc32_options(False)
     try:

@@ -3,6 +3,7 @@ they do is the same in training, evaluation and generation."""
 
 import json
 import logging
+import sys
 from datetime import datetime
 
 import pytest
@@ -222,6 +223,29 @@ def test_a_syntax_error_is_named_with_its_line(odd, looks, template, line):
 def test_a_template_that_writes_without_measure_is_refused(odd, looks):
     tokenizer = odd(template="{{ 'a' * 3000000 }}" + CHATML)
     with pytest.raises(DataError, match=r"the chat template writes 3,000,\d+ characters"):
+        looks(tokenizer, rows())
+
+
+NESTED = (
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+    "{% set d = a + b + c %}{% endfor %}{% endfor %}{% endfor %}"
+)
+COUNTED = (
+    "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(99) }}"
+)
+
+
+@pytest.mark.parametrize("template", [NESTED, COUNTED])
+def test_a_template_that_does_not_end_is_refused(odd, looks, monkeypatch, template):
+    monkeypatch.setattr(chat, "MAX_TEMPLATE_SECONDS", 0.2)
+    with pytest.raises(LoragenError, match="its chat template takes more than 0 s for one conv"):
+        looks(odd(template=template + CHATML), rows())
+    assert sys.gettrace() is None or "look" not in repr(sys.gettrace())
+
+
+def test_a_long_range_is_refused(odd, looks):
+    tokenizer = odd(template="{% for i in range(10**9) %}{% endfor %}" + CHATML)
+    with pytest.raises(DataError, match="the chat template refuses it: OverflowError: Range too b"):
         looks(tokenizer, rows())
 
 

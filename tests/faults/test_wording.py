@@ -343,3 +343,9 @@ def test_the_shell_can_be_told_to_complete(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         typer.main.get_command(app)(prog_name="loragen")
     assert capsys.readouterr().out.split() == ["infer"]
+
+
+def test_an_error_is_one_line_whatever_the_name(loragen):
+    result = loragen("lora", "export", "a\nb\x1b[31m\rc", "--output", "o")
+    assert result.exit_code == 2
+    assert result.stderr == "error: a b\\x1b[31m c: no such adapter or checkpoint\n"

@@ -117,6 +117,24 @@ def test_an_empty_directory_is_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("config.json", '{"model_type": "bert", "add_cross_attention": [1]}'),
+        ("config.json", '{"model_type": "bert", "hidden_size": "x"}'),
+        ("modules.json", "[{}]"),
+        ("modules.json", "null"),
+        ("1_Pooling/config.json", '{"embedding_dimension": {}}'),
+    ],
+)
+def test_a_damaged_directory_is_one_line(sbert_dir, tmp_path, file, text):
+    model = shutil.copytree(sbert_dir, tmp_path / "sbert")
+    (model / file).write_text(text, encoding="utf-8")
+    with pytest.raises(LoragenError, match="does not load: ") as error:
+        create("encoder", "sbert", {"model": str(model)})
+    assert "\n" not in str(error.value)
+
+
 def test_code_of_a_model_directory_is_not_run(sbert_dir, tmp_path):
     """A generator's file names its encoder: loading it must not run what a stranger has written."""
     model, ran = shutil.copytree(sbert_dir, tmp_path / "sbert"), tmp_path / "ran"

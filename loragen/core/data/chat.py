@@ -5,9 +5,11 @@ Training, evaluation and generation render through these functions, so that they
 
 import json
 import re
+import sys
+import time
 import unicodedata
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from logging import getLogger
@@ -24,6 +26,11 @@ CLOCK = "strftime_now"
 """The function by which a chat template asks for the date."""
 MAX_TEMPLATE_TEXT = 1_000_000
 """The most characters that a chat template may add to a conversation."""
+MAX_TEMPLATE_SECONDS = 10.0
+"""The most processor time that a chat template may take for one conversation. Real ones take a few
+milliseconds."""
+WATCHED = 8
+"""The number of conversations, the first of a tokenizer, in which that is watched."""
 
 
 class Ending(NamedTuple):
@@ -56,6 +63,8 @@ class _State:
     """A pattern that finds special tokens in a text."""
     trailing: int | None = None
     """The number of tokens that the tokenizer adds behind every text by itself."""
+    rendered: int = 0
+    """The number of conversations that have been rendered."""
     said: set[str] = field(default_factory=set)
     """The notes that have been logged already."""
 
@@ -118,14 +127,21 @@ def rendered(tokenizer: Any, messages: list[dict[str, str]], prompts: bool) -> s
     """
     from jinja2 import TemplateSyntaxError
 
-    template, shift = template_of(tokenizer), 0
-    options = dict(state_of(tokenizer).template_kwargs)
+    template, state, shift = template_of(tokenizer), state_of(tokenizer), 0
+    options = dict(state.template_kwargs)
     if CLOCK in template:
-        options["chat_template"], shift = _dated(template, state_of(tokenizer).date), 1
+        options["chat_template"], shift = _dated(template, state.date), 1
+    state.rendered += 1
     try:
-        text: str = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=prompts, tokenize=False, **options
-        )
+        with _ending_in_time() if state.rendered <= WATCHED else nullcontext():
+            text: str = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=prompts, tokenize=False, **options
+            )
+    except _EndlessError:
+        raise LoragenError(
+            f"{_name(tokenizer)}its chat template takes more than {MAX_TEMPLATE_SECONDS:.0f} s for "
+            "one conversation: it has loops that do not end"
+        ) from None
     except TemplateSyntaxError as error:
         line = (error.lineno or 1) - shift
         raise LoragenError(
@@ -139,6 +155,30 @@ def rendered(tokenizer: Any, messages: list[dict[str, str]], prompts: bool) -> s
     if own > MAX_TEMPLATE_TEXT:
         raise DataError(f"the chat template writes {own:,} characters around it")
     return text
+
+
+class _EndlessError(BaseException):
+    """A chat template has taken too long. It is no Exception, which a template's filter could
+    catch."""
+
+
+@contextmanager
+def _ending_in_time() -> Iterator[None]:
+    """Raises _EndlessError if the block takes more than `MAX_TEMPLATE_SECONDS`: the loops of a
+    stranger's template may be nested as deeply as he likes. Python looks at the time whenever it
+    calls a function or begins a line of a template, on every system."""
+    end, before = time.thread_time() + MAX_TEMPLATE_SECONDS, sys.gettrace()
+
+    def look(frame: Any, _event: str, _value: Any) -> Any:
+        if time.thread_time() > end:
+            raise _EndlessError
+        return look if frame.f_code.co_filename == "<template>" else None
+
+    sys.settrace(look)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def _reason(error: Exception) -> str:

@@ -5,7 +5,7 @@ import logging
 import pickle
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 from loragen.core.adapter import CONFIG_FILE, TORCH_WEIGHTS_FILE, WEIGHTS_FILE, weights_in
 from loragen.core.adapter.checks import changes_nothing, check_config, check_finite
@@ -168,12 +169,24 @@ def load_weights_only(path: Path) -> dict[str, Any]:
         raise DataError(
             f"{path}: not a checkpoint that loads safely: it holds more than tensors and plain data"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # a damaged pickle may raise anything
+        reason = one_line(error).removeprefix("RuntimeError: ")
         raise DataError(f"{path}: not a checkpoint that loads safely: {reason}") from error
     if not isinstance(document, dict):
         raise DataError(f"{path}: expected a dictionary, found {type(document).__name__}")
+    for tensor in _tensors_in(document):
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+            kind = "meta" if tensor.is_meta else "sparse or quantised"
+            raise DataError(f"{path}: a tensor of shape {list(tensor.shape)} in it is {kind}")
     return document
+
+
+def _tensors_in(document: Any) -> Iterator[Tensor]:
+    if isinstance(document, Tensor):
+        yield document
+    elif isinstance(document, dict | list | tuple):
+        for value in document.values() if isinstance(document, dict) else document:
+            yield from _tensors_in(value)
 
 
 @lru_cache(maxsize=4096)
