@@ -156,7 +156,7 @@ def _changed(draw, document):
 def _json(draw, content):
     try:
         return json.dumps(_changed(draw, json.loads(content))).encode()
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _NotPossibleError from None
 
 
@@ -172,7 +172,7 @@ def _json_line(draw, content):
 def _yaml(draw, content):
     try:
         return yaml.safe_dump(_changed(draw, yaml.safe_load(content))).encode(errors="replace")
-    except (yaml.YAMLError, ValueError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
         raise _NotPossibleError from None
 
 
@@ -181,7 +181,7 @@ def _header(draw, content):
     try:
         (length,) = struct.unpack("<Q", content[:8])
         header = json.dumps(_changed(draw, json.loads(content[8 : 8 + length]))).encode()
-    except (ValueError, struct.error):
+    except (ValueError, struct.error, RecursionError):
         raise _NotPossibleError from None
     header += b" " * (-len(header) % 8)
     return struct.pack("<Q", len(header)) + header + content[8 + length :]

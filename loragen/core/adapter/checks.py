@@ -114,6 +114,13 @@ def check_config(config: object, origin: object) -> None:
             except re.error as error:
                 raise DataError(f"{origin}: {pattern}: {one!r} is no pattern: {error}") from None
             values.append((name, f"{pattern}[{one!r}]", value))
+    called = config.get("alora_invocation_tokens")
+    if called is not None and not (
+        isinstance(called, list) and called and all(type(one) is int for one in called)
+    ):
+        raise DataError(
+            f"{origin}: alora_invocation_tokens must be a list of token ids (it is {called!r})"
+        )
     for name, key, value in values:
         if name == "r" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise DataError(f"{origin}: {key} must be a whole number above 0 (it is {value!r})")

@@ -216,9 +216,10 @@ class Layout:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Layout":
-        """Returns the layout of `state()`."""
-        specs = [
-            TensorSpec(key, tuple(shape), getattr(torch, dtype))
+        """Returns the layout of `state()`. Raises DataError as `of`; of what is no such state,
+        whatever reading it raises."""
+        empty = {
+            key: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
             for key, shape, dtype in state["tensors"]
-        ]
-        return cls(tuple(specs), state["token_dim"])
+        }
+        return cls.of(empty, state["token_dim"])

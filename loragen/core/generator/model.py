@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from pydantic import BaseModel, Field, StrictInt, StrictStr, ValidationError
 from torch import Tensor, nn
 
-from loragen.core.adapter.checks import check_finite
+from loragen.core.adapter.checks import check_config, check_finite
 from loragen.core.adapter.layout import Layout
 from loragen.core.data.prompts import joined_texts
-from loragen.core.errors import DataError, LoragenError, PluginError, counted
+from loragen.core.errors import DataError, LoragenError, PluginError, counted, one_line
 from loragen.core.files import sha256_text, written_atomically
 from loragen.core.generator.collected import Collected
 from loragen.core.generator.embeddings import Familiarity
@@ -31,6 +32,8 @@ from loragen.core.run.directory import (
     CHECKPOINTS,
     GENERATOR_FILE,
     MANIFEST,
+    PluginRecord,
+    SourceRecord,
     experiment_name,
     generator_file,
 )
@@ -69,6 +72,42 @@ class Choice:
 
     name: str
     options: dict[str, Any]
+
+
+class _LayoutState(BaseModel):
+    """The types of `Layout.state`."""
+
+    token_dim: StrictInt = Field(gt=0)
+    tensors: list[tuple[StrictStr, list[StrictInt], StrictStr]] = Field(min_length=1)
+
+
+class _Provenance(BaseModel):
+    """The types of what is read of the description of the training."""
+
+    plugins: list[PluginRecord] = []
+    sources: list[StrictStr] = []
+    source_records: list[SourceRecord] = []
+    trained_for: StrictStr = ""
+
+
+class _Content(BaseModel, arbitrary_types_allowed=True):
+    """The types of the content of a generator's file, which may be damaged, or a stranger's."""
+
+    encoder: Choice
+    encoder_fingerprint: StrictStr
+    decoder: Choice
+    condition_dim: StrictInt = Field(gt=0)
+    layout: _LayoutState
+    normalization: Normalization
+    adapter_config: dict[str, Any]
+    base_model: StrictStr
+    samples_per_prompt: StrictInt = Field(gt=0)
+    prompts_per_condition: StrictInt = Field(gt=0)
+    collected: StrictStr | None
+    familiarity: Familiarity | None = None
+    provenance: _Provenance
+    state_dict: dict[str, Tensor]
+    encoder_state: dict[str, Tensor] | None = None
 
 
 @dataclass
@@ -302,14 +341,39 @@ class Generator:
             raise DataError(*(f"{file}: {problem}" for problem in error.problems)) from error
         except KeyError as error:
             raise DataError(f"{file}: not a generator file: it has no {error}") from error
-        except (RuntimeError, TypeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise DataError(f"{file}: not a generator file: {reason}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise DataError(f"{file}: not a generator file: {place}: {first['msg']}") from error
+        except LoragenError:
+            raise
+        except Exception as error:  # reading what is no generator may raise anything
+            raise DataError(f"{file}: not a generator file: {one_line(error)}") from error
 
     @classmethod
     def _from_document(cls, document: dict[str, Any], name: str, collected: Path) -> "Generator":
-        decoder, layout = Choice(**document["decoder"]), Layout.from_state(document["layout"])
-        normalization = Normalization(**document["normalization"])
+        for key in _Content.model_fields:
+            if _Content.model_fields[key].is_required():
+                _ = document[key]  # a KeyError says that it is missing
+        content = _Content.model_validate(document)
+        check_config(document["adapter_config"], "adapter_config")
+        decoder, layout = content.decoder, Layout.from_state(document["layout"])
+        normalization, familiarity = content.normalization, content.familiarity
+        tokens, datasets = layout.tokens, len(familiarity.datasets) if familiarity else 0
+        expected = [
+            ("normalization.mean", normalization.mean, (tokens, layout.token_dim)),
+            ("normalization.scale", normalization.scale, (tokens, 1)),
+        ]
+        if familiarity:
+            width = content.condition_dim
+            expected += [
+                ("familiarity.centres", familiarity.centres, (datasets, width)),
+                ("familiarity.noise", familiarity.noise, (datasets,)),
+            ]
+        for key, tensor, shape in expected:
+            if tensor.shape != shape or not tensor.is_floating_point():
+                found = f"{list(tensor.shape)} {tensor.dtype}"
+                raise DataError(f"{key} is {found}, expected {list(shape)} torch.float32")
         network = new_network(decoder.name, decoder.options, document["condition_dim"], layout)
         adapters = None
         if document["collected"]:
@@ -329,16 +393,15 @@ class Generator:
                 f"decoder {decoder.name}; train it again, or install the decoder that wrote it"
                 f"{written_by}"
             ) from error
-        familiarity = document.get("familiarity")
         return cls(
-            encoder=Choice(**document["encoder"]),
+            encoder=content.encoder,
             decoder=decoder,
             layout=layout,
             normalization=normalization,
             network=network.eval(),
             collected=adapters,
             encoder_state=document.get("encoder_state"),
-            familiarity=Familiarity(**familiarity) if familiarity else None,
+            familiarity=familiarity,
             name=name,
             **{key: document[key] for key in DESCRIBED},
         )

@@ -175,6 +175,46 @@ def test_what_is_not_a_generator_is_one_line(file, collection, kind, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        ("provenance.plugins", None, "provenance.plugins: Input should be a valid list"),
+        ("provenance.plugins", [{"kind": "decoder"}], "provenance.plugins.0.name: Field required"),
+        ("provenance.sources", [1], "provenance.sources.0: Input should be a valid string"),
+        (
+            "familiarity.datasets",
+            ["one"],
+            r"familiarity.centres is \[2, 16\] .* expected \[1, 16\]",
+        ),
+        ("familiarity.noise", torch.ones(1), "familiarity.noise is"),
+        ("normalization.mean", torch.ones(3, 4), "normalization.mean is"),
+        ("normalization.scale", [1.0], "normalization.scale: "),
+        ("adapter_config.r", "x", "adapter_config: r must be a whole number"),
+        ("adapter_config", [], "adapter_config: Input should be a valid dictionary"),
+        ("layout.token_dim", 0, "layout.token_dim: Input should be greater than 0"),
+        ("layout.tensors", [], "layout.tensors: "),
+        ("layout.tensors", [["x.lora_A.weight", [1, 2], "load"]], "must be torch.dtype"),
+        ("condition_dim", 2**40, r"expected \[2, 1099511627776\]"),
+        ("samples_per_prompt", -1, "samples_per_prompt: Input should be greater than 0"),
+        ("format_version", "4", "not a generator file: TypeError"),
+        ("format_version", None, "not a generator file: TypeError"),
+        ("state_dict", None, "state_dict: Input should be a valid dictionary"),
+        ("encoder", "sbert", "encoder: "),
+        ("decoder.options", {"hidden_dim": []}, "decoder hyperconv: hidden_dim: Input should be"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named(file, tmp_path, place, value, said):
+    document = holder = torch.load(file, weights_only=True)
+    *path, last = place.split(".")
+    for key in path:
+        holder = holder[key]
+    holder[last] = value
+    torch.save(document, tmp_path / "bad.pt")
+    with pytest.raises(LoragenError, match=said) as error:
+        Generator.load(tmp_path / "bad.pt")
+    assert "\n" not in str(error.value)
+
+
 def test_loading_runs_no_code(tmp_path):
     class Malicious:
         def __reduce__(self):
