@@ -121,7 +121,7 @@ GROUPS = {
         Case("run/checkpoints/checkpoint-step-008.ckpt", DRY_GEN),
         Case("stopped/checkpoints/checkpoint-step-006.ckpt", "lora train --resume stopped"),
         Case("old/checkpoints/step_008.pt", "ckpt convert old --output out --base-model base"),
-        Case("old/checkpoints/step_008.pt", "ckpt analyze old"),
+        Case("old/checkpoints/step_008.pt", "ckpt analyze old/checkpoints"),
     ],
     "runs": [
         *(Case("run/manifest.json", command) for command in OF_RUN),

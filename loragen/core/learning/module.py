@@ -115,9 +115,7 @@ class GeneratorModule(ResumableModule):
         # Lightning does not clip the gradients of a fused optimizer in mixed precision.
         fused = not (self.trainer.gradient_clip_val and "mixed" in str(self.trainer.precision))
         optimizer = new_optimizer(self.trainable_modules, self.training_options, fused)
-        if self.resumed_optimizer:
-            optimizer.load_state_dict(self.resumed_optimizer)
-            self.resumed_optimizer = None  # as large as the weights, twice
+        self.load_optimizer(optimizer)
         schedule = step_schedule(
             optimizer, lambda step: self.phases.rate(step).learning_rate, self.completed_steps
         )

@@ -84,8 +84,7 @@ class LoraModule(ResumableModule):
             weight_decay=self.weight_decay,
             fused=self.fused,
         )
-        if self.resumed_optimizer:
-            optimizer.load_state_dict(self.resumed_optimizer)
+        self.load_optimizer(optimizer)
 
         def learning_rate(step: int) -> float:
             last = min(step, self.max_steps)  # LambdaLR also asks for the step after the last

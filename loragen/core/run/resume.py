@@ -15,10 +15,11 @@ from typing import Any, ClassVar, Self
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from loragen.core.config.show import differences, other_hardware
-from loragen.core.errors import DataError, UsageError
+from loragen.core.errors import DataError, LoragenError, UsageError, one_line
 from loragen.core.progress import is_first_process
 from loragen.core.run.checkpoints import load_weights_only
 from loragen.core.run.directory import (
@@ -43,7 +44,25 @@ class ResumableModule(LightningModule):
     completed_steps = 0
     """Optimizer steps done before this training: 0 unless a run resumes."""
     resumed_optimizer: dict[str, Any] | None = None
-    """The state of the optimizer after those steps, for `configure_optimizers`."""
+    """The state of the optimizer after those steps."""
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Loads that state, if there is one. Raises DataError if it is of another optimizer."""
+        if not self.resumed_optimizer:
+            return
+        try:
+            optimizer.load_state_dict(self.resumed_optimizer)
+            for weight, moments in optimizer.state.items():
+                for name, value in moments.items():
+                    if isinstance(value, Tensor) and value.ndim and value.shape != weight.shape:
+                        raise ValueError(
+                            f"{name} has shape {list(value.shape)}, expected {list(weight.shape)}"
+                        )
+        except Exception as error:  # a damaged state may raise anything
+            raise DataError(
+                f"the checkpoint's optimizer state is not that of this training: {one_line(error)}"
+            ) from error
+        self.resumed_optimizer = None  # as large as the weights, twice
 
 
 @dataclass
@@ -149,12 +168,19 @@ class ResumePoint(Run[ManifestT, ConfigT], ABC):
         if self.checkpoint:
             # Cloned, because the run will replace the very file that is memory-mapped.
             document: dict[str, Any] = tree_map_only(
-                torch.Tensor, torch.clone, load_weights_only(self.checkpoint)
+                Tensor, torch.clone, load_weights_only(self.checkpoint)
             )
-            restore_weights(module, document)
-            module.completed_steps = int(document["global_step"])
-            module.resumed_optimizer = optimizer_state(document)
-            _restore_trainer(trainer, document)
+            try:
+                restore_weights(module, document)
+                module.completed_steps = int(document["global_step"])
+                module.resumed_optimizer = optimizer_state(document)
+                _restore_trainer(trainer, document)
+            except LoragenError:
+                raise
+            except Exception as error:  # a damaged document may raise anything
+                raise DataError(
+                    f"{self.checkpoint}: not a checkpoint of this training: {one_line(error)}"
+                ) from error
         if trainer.is_global_zero:
             self.delete_later_checkpoints()
 

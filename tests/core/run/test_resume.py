@@ -6,7 +6,7 @@ import torch
 from loragen.core.config import LoraTrainConfig, dump
 from loragen.core.errors import DataError, UsageError
 from loragen.core.run.directory import DatasetRecord, LoraManifest, checkpoint_name, write_manifest
-from loragen.core.run.resume import ResumePoint, newest, optimizer_state
+from loragen.core.run.resume import ResumableModule, ResumePoint, newest, optimizer_state
 
 
 class Point(ResumePoint):
@@ -120,3 +120,38 @@ def test_a_checkpoint_without_an_optimizer_costs_a_warning(caplog):
     assert not caplog.records
     assert optimizer_state({}) is None
     assert "optimizer" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"state": None},
+        {"param_groups": []},
+        {"state": {}, "param_groups": []},
+        {"state": {0: {"exp_avg": torch.ones(3, 2)}}},
+        {"state": {0: None}},
+    ],
+    ids=str,
+)
+def test_the_state_of_another_optimizer_is_one_line(state):
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = torch.optim.AdamW([weight])
+    module = ResumableModule()
+    module.resumed_optimizer = {**optimizer.state_dict(), **state}
+    if state == {"param_groups": []}:
+        module.resumed_optimizer = state
+    with pytest.raises(DataError, match="optimizer state is not that of this training") as error:
+        module.load_optimizer(optimizer)
+    assert "\n" not in str(error.value)
+
+
+def test_the_state_of_the_same_optimizer_is_loaded_once():
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    first, second = torch.optim.AdamW([weight]), torch.optim.AdamW([weight])
+    weight.grad = torch.ones(2, 3)
+    first.step()
+    module = ResumableModule()
+    module.resumed_optimizer = first.state_dict()
+    module.load_optimizer(second)
+    assert second.state[weight]["exp_avg"].equal(first.state[weight]["exp_avg"])
+    assert module.resumed_optimizer is None
