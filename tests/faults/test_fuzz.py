@@ -80,6 +80,7 @@ ROWS = (
 )
 EVALUATE = "lora eval --dataset rows.jsonl --limit 2 --base-model base"
 EVAL_GENERATOR = "gen eval --model experiment --dataset nowhere.jsonl"
+EXPORT_OLD = "lora export old/checkpoints/step_008.pt --output out"
 OF_ADAPTER = ("ckpt analyze {}", "ckpt test {}", "lora export {} --output out")
 LAST = "experiment/checkpoints/last.ckpt"
 GROUPS = {
@@ -121,7 +122,7 @@ GROUPS = {
         Case("run/checkpoints/checkpoint-step-008.ckpt", DRY_GEN),
         Case("stopped/checkpoints/checkpoint-step-006.ckpt", "lora train --resume stopped"),
         Case("old/checkpoints/step_008.pt", "ckpt convert old --output out --base-model base"),
-        Case("old/checkpoints/step_008.pt", "ckpt analyze old/checkpoints"),
+        Case("old/checkpoints/step_008.pt", f"{EXPORT_OLD} --alpha 4 --base-model base"),
     ],
     "runs": [
         *(Case("run/manifest.json", command) for command in OF_RUN),
