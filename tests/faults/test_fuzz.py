@@ -82,6 +82,10 @@ EVALUATE = "lora eval --dataset rows.jsonl --limit 2 --base-model base"
 EVAL_GENERATOR = "gen eval --model experiment --dataset nowhere.jsonl"
 EXPORT_OLD = "lora export old/checkpoints/step_008.pt --output out"
 OF_ADAPTER = ("ckpt analyze {}", "ckpt test {}", "lora export {} --output out")
+PREPARE = (
+    "data prepare --source colors.jsonl --source animals.jsonl --output prepared "
+    "--samples-per-prompt 2"
+)
 LAST = "experiment/checkpoints/last.ckpt"
 GROUPS = {
     "rows": [
@@ -90,7 +94,7 @@ GROUPS = {
         for command in ROWS
     ]
     + [Case("prompts.txt", f"{INFER} out --prompt-file prompts.txt --per line")]
-    + [Case("trained.jsonl", "data uses trained.jsonl:2 --run run")],
+    + [Case("colors.jsonl", "data uses colors.jsonl:2 --run run")],
     "settings": [
         *(Case("lora.yaml", f"{c} lora.yaml") for c in ("config validate", "config migrate")),
         Case("lora.yaml", "config show lora --config lora.yaml"),
@@ -127,7 +131,7 @@ GROUPS = {
     "runs": [
         *(Case("run/manifest.json", command) for command in OF_RUN),
         Case("run/manifest.json", DRY_GEN),
-        Case("run/manifest.json", "data uses trained.jsonl:2 --run run"),
+        Case("run/manifest.json", "data uses colors.jsonl:2 --run run"),
         *(Case("run/metrics.jsonl", command) for command in OF_RUN[:1]),
         *(
             Case(f"stopped/{file}", f"lora train --resume stopped{dry}")
@@ -141,9 +145,7 @@ GROUPS = {
         Case("old/logs/checkpoint_mapping_colors.json", "ckpt convert old --output out"),
         Case("prepared/prepared.json", f"{DRY_GEN} --prompts prepared"),
         Case("prepared/train_prompts.jsonl", f"{DRY_GEN} --prompts prepared"),
-        Case(
-            "prepared/prepared.json", "data prepare --source rows.jsonl --output prepared --force"
-        ),
+        Case("prepared/prepared.json", f"{PREPARE} --force"),
         Case("generated/README.md", f"{INFER} generated --prompt a --force"),
         Case("evaluated/results.json", f"{EVAL_GENERATOR} --output evaluated --force"),
     ],
@@ -207,7 +209,8 @@ def _write_work(place, collection, sbert_dir):
     turns = [("user", "prompt"), ("assistant", "response")]
     talks = [[{"role": role, "content": row[key]} for role, key in turns] * 2 for row in rows]
     write_lines(place / "messages.jsonl", [{"messages": messages} for messages in talks])
-    shutil.copy(collection.file("colors"), place / "trained.jsonl")
+    for name in collection.names:
+        shutil.copy(collection.file(name), place / f"{name}.jsonl")
     (place / "prompts.txt").write_text("What?\nWhere is it?\n", encoding="utf-8")
 
     shutil.copytree(collection.base, place / "base")
@@ -239,7 +242,7 @@ def _write_work(place, collection, sbert_dir):
     for command in (
         f"{INFER} generated --prompt a",
         f"{INFER} one.safetensors --prompt a",
-        "data prepare --source rows.jsonl --output prepared --samples-per-prompt 2",
+        PREPARE,
     ):
         result = _invoke(command)
         assert result.exit_code == 0, result.stderr
@@ -445,9 +448,11 @@ def _kind(case, error):
 
 def test_valid_files_are_read(work):
     """Otherwise the inputs above would fail for another reason than their damage."""
+    odd = []
     for case in dict.fromkeys(case for group in GROUPS.values() for case in group):
         with work.damaged(case.file, work.content(case.file)):
             result = _invoke(case.command)
-            expected = {"demo": 2, "gen eval": 2}.get(case.command.partition(" --")[0], 0)
-            if ".gguf" not in case.file:
-                assert result.exit_code == expected, f"{case}: {result.stderr}"
+        refused = case.command.startswith(("demo", "gen eval"))  # these would take too long
+        if ".gguf" not in case.file and result.exit_code != (2 if refused else 0):
+            odd.append(f"{case}: {result.stderr}")
+    assert not odd, "\n".join(odd)
