@@ -123,8 +123,12 @@ def loading(model: str, source: str | Path, remedy: str = "") -> Iterator[bool]:
     bars.disable_progress_bar()  # loading the weights takes a moment
     try:
         yield isinstance(source, Path) or unreachable is not None
-    except (OSError, ValueError) as error:
-        reason = unreachable or str(error).strip().splitlines()[0]
+    except LoragenError:
+        raise
+    except Exception as error:  # the libraries raise what they meet in a file
+        reason = unreachable or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, LookupError | TypeError | AttributeError):
+            reason = f"{type(error).__name__}: {reason}"
         where = "" if isinstance(source, Path) else remedy
         raise LoragenError(f"encoder {model}: does not load: {reason}{where}") from error
     finally:
