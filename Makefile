@@ -8,7 +8,7 @@ SEED   ?= 0
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test coverage fuzz check format docs model clean
+.PHONY: demo test coverage fuzz soak check format docs model clean
 
 demo: $(VENV)/installed
 	$(BIN)/loragen demo --output $(OUT) --seed $(SEED) --force
@@ -27,6 +27,11 @@ coverage: model
 N ?= 10000
 fuzz: $(VENV)/installed
 	FUZZ=$(N) $(BIN)/python -m pytest tests/faults/test_fuzz.py -n auto --timeout 0
+
+# Each training killed KILLS times at random moments, and on full disks (as root): hours.
+KILLS ?= 100
+soak: $(VENV)/installed
+	SOAK=$(KILLS) $(BIN)/python -m pytest tests/faults/test_soak.py -s
 
 # A real model for the tests on one, fetched once; without it they are skipped.
 model: $(VENV)/installed

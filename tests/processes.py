@@ -46,8 +46,8 @@ def run_in_turn(commands, cwd=None):
 
 
 class Command:
-    """`loragen ARGUMENTS` in a session of its own, forked from a process that has imported torch
-    once for all of them: it trains at once. Not on Windows."""
+    """`loragen ARGUMENTS` in a process group of its own, forked from a process that has imported
+    torch once for all of them: it trains at once. Not on Windows."""
 
     def __init__(self, work: Path, *arguments):
         context = get_context("forkserver")
@@ -69,7 +69,7 @@ class Command:
 
 
 def _run(work, files, arguments):
-    os.setsid()
+    os.setpgid(0, 0)
     os.chdir(work)
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
