@@ -17,6 +17,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -34,8 +35,9 @@ INPUTS = int(os.environ.get("FUZZ", "0"))
 """How many to try in all, as `make fuzz` does; 0: a few."""
 SECONDS = 30
 """Of processor time, the most for one command; with a busy disk and cold imports."""
-MEMORY = 6 * 2**30
-"""The most bytes of address space: what asks for more is to fail, not to end the machine."""
+MEMORY = 4 * 2**30
+"""The most bytes of address space beyond what is in use: what asks for more is to fail, not to end
+the machine."""
 FAILURES = Path("fuzz-failures").absolute()
 
 
@@ -337,20 +339,36 @@ def _bounded():
     if sys.platform == "win32":
         yield
         return
-    import resource
 
     def stop(*_):
         raise TooLongError
 
-    limits = resource.getrlimit(resource.RLIMIT_AS)
     before = signal.signal(signal.SIGPROF, stop)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, limits[1]))
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
-        yield
+        with _limited_memory():
+            yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
+
+
+@contextmanager
+def _limited_memory():
+    """Not where CUDA reserves addresses by the hundred gigabytes, and where there is no limit."""
+    import torch
+
+    if sys.platform != "linux" or torch.cuda.is_available():
+        yield
+        return
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    most = psutil.Process().memory_info().vms + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
+    try:
+        yield
+    finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
