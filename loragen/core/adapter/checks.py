@@ -114,6 +114,10 @@ def check_config(config: object, origin: object) -> None:
             except re.error as error:
                 raise DataError(f"{origin}: {pattern}: {one!r} is no pattern: {error}") from None
             values.append((name, f"{pattern}[{one!r}]", value))
+    targets = config.get("target_modules")
+    names = targets if isinstance(targets, list) else [targets or ""]
+    if not all(isinstance(one, str) for one in names):
+        raise DataError(f"{origin}: target_modules must be a list of names (it is {targets!r})")
     called = config.get("alora_invocation_tokens")
     if called is not None and not (
         isinstance(called, list) and called and all(type(one) is int for one in called)

@@ -481,7 +481,11 @@ def _newest(
 
 def _kind(run: LoraRun) -> tuple[object, ...]:
     """Returns dataset, base and adapter shape, which equivalent runs have in common."""
+    from loragen.core.adapter.checks import check_config
+
     adapter = run.manifest.adapter_config
+    if adapter:
+        check_config(adapter, f"{run.directory / MANIFEST}: adapter_config")
     targets = adapter.get("target_modules")
     shape = tuple(sorted(targets)) if isinstance(targets, list) else targets
     return run.manifest.dataset.name, run.manifest.base_model, adapter.get("r"), shape

@@ -55,6 +55,8 @@ def test_the_scaling_is_that_of_peft(config, scaling):
         ({"lora_alpha": "16"}, "lora_alpha must be"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern['q'] must be"),
         ({"rank_pattern": ["q"]}, "rank_pattern must be an object"),
+        ({"target_modules": ["q_proj", []]}, "target_modules must be a list of names"),
+        ({"target_modules": 3}, "target_modules must be a list of names (it is 3)"),
         ({"alora_invocation_tokens": [None]}, "alora_invocation_tokens must be a list of token"),
         ({"alora_invocation_tokens": 7}, "alora_invocation_tokens must be a list of token ids"),
         ({"rank_pattern": {"(": 4}}, "'(' is no pattern"),
