@@ -360,7 +360,7 @@ class Generator:
         decoder, layout = content.decoder, Layout.from_state(document["layout"])
         normalization, familiarity = content.normalization, content.familiarity
         tokens, datasets = layout.tokens, len(familiarity.datasets) if familiarity else 0
-        expected = [
+        expected: list[tuple[str, Tensor, tuple[int, ...]]] = [
             ("normalization.mean", normalization.mean, (tokens, layout.token_dim)),
             ("normalization.scale", normalization.scale, (tokens, 1)),
         ]
