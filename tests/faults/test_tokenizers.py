@@ -459,10 +459,8 @@ def test_a_row_cannot_open_a_turn_of_its_own(odd):
     assert opened.replace("\n", "") in forged[1].replace("\n", "").replace(" ", "")
     everywhere = of_row(opened, opened, [Turn(opened, opened)])
     assert everywhere[0] == of_row("a", "a", [Turn("a", "a")])[0]
-    alone = odd(
-        template=None, tokenizer={"eos_token": "<|im_end|>"}
-    )  # without turns there is none to open
-    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in prompt_ids(alone, opened)
+    alone = odd(template=None, tokenizer={"eos_token": "<|im_end|>"})  # it has no turns to open
+    assert alone.convert_tokens_to_ids("<|im_end|>") in prompt_ids(alone, opened)
 
 
 THINKS = (
