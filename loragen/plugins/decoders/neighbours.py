@@ -27,14 +27,15 @@ class Neighbours(nn.Module):
 
         reading      [B, dim]       the mean embedding of the prompts
         similarity   [B, N]         its cosine with those of the N datasets, less their mean
-        weight       [B] =          pull * the highest similarity, at least 0 and at most 1
+        weight       [B] =          pull * the square of the highest similarity (0 if that is negative)
         nearest      [B, tokens, token_dim] = softmax(similarity / temperature) @ collected adapters
         adapter      [B, tokens, token_dim] = weight * nearest + (1 - weight) * multi-task adapter
 
     A combination of the adapters of two tasks often solves neither task, so the temperature is low:
     one close neighbour is taken whole. The multi-task adapter can follow the instruction of a task
     that resembles no other; part of the way to a neighbour's adapter it does so better, also where
-    neither alone does. It is trained through the base on the rows of all datasets, and starts as
+    neither alone does. The weight falls with the square of the similarity, because a neighbour that
+    resembles the task a little answers something else more often than it helps. It is trained through the base on the rows of all datasets, and starts as
     the mean of the collected ones. Nothing else is trained: the multi-task adapter has seen the
     task of every training dataset, so a weight that is learned beside it would trust it too much.
 
@@ -46,11 +47,11 @@ class Neighbours(nn.Module):
             0.05, gt=0, description="Of the softmax; a low one takes the most similar one whole."
         )
         pull: float = Field(
-            0.5,
+            1.0,
             ge=0,
             le=1,
-            description="The weight of the most similar adapters, for each unit of similarity; the "
-            "rest is the multi-task adapter.",
+            description="The weight of the most similar adapters is this times the square of the "
+            "similarity; the rest is the multi-task adapter.",
         )
 
     readings: Tensor
@@ -121,7 +122,8 @@ class Neighbours(nn.Module):
             query, known, kept = centred(query, known, left_out)
             similarity = nn.functional.cosine_similarity(query[:, None], known, dim=-1)  # (B, M)
             similarity = similarity.masked_fill(kept == 0, -torch.inf)
-            weight = (self.config.pull * similarity.amax(1, keepdim=True)).clamp(0, 1)  # (B, 1)
+            highest = similarity.amax(1, keepdim=True).clamp(0, 1)  # (B, 1)
+            weight = self.config.pull * highest.square()
             nearest = (similarity / self.config.temperature).softmax(-1)
             nearest = torch.where(nearest < MIN_SHARE * nearest.amax(1, keepdim=True), 0.0, nearest)
             nearest = nearest / nearest.sum(1, keepdim=True)
