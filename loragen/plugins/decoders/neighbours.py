@@ -27,7 +27,7 @@ class Neighbours(nn.Module):
 
         reading      [B, dim]       the mean embedding of the prompts
         similarity   [B, N]         its cosine with those of the N datasets, less their mean
-        weight       [B] =          pull * the square of the highest similarity (0 if that is negative)
+        weight       [B] =          pull * the square of the highest similarity, or of 0
         nearest      [B, tokens, token_dim] = softmax(similarity / temperature) @ collected adapters
         adapter      [B, tokens, token_dim] = weight * nearest + (1 - weight) * multi-task adapter
 
@@ -35,9 +35,10 @@ class Neighbours(nn.Module):
     one close neighbour is taken whole. The multi-task adapter can follow the instruction of a task
     that resembles no other; part of the way to a neighbour's adapter it does so better, also where
     neither alone does. The weight falls with the square of the similarity, because a neighbour that
-    resembles the task a little answers something else more often than it helps. It is trained through the base on the rows of all datasets, and starts as
-    the mean of the collected ones. Nothing else is trained: the multi-task adapter has seen the
-    task of every training dataset, so a weight that is learned beside it would trust it too much.
+    resembles the task a little answers something else more often than it helps. It is trained
+    through the base on the rows of all datasets, and starts as the mean of the collected ones.
+    Nothing else is trained: the multi-task adapter has seen the task of every training dataset, so
+    a weight that is learned beside it would trust it too much.
 
     The adapters of the most similar tasks are combined by LoraRetriever, too (arXiv 2402.09997).
     """
