@@ -35,8 +35,8 @@ class Neighbours(nn.Module):
     one close neighbour is taken whole. The multi-task adapter can follow the instruction of a task
     that resembles no other; part of the way to a neighbour's adapter it does so better, also where
     neither alone does. The weight falls with the square of the similarity, because a neighbour that
-    resembles the task a little answers something else more often than it helps. It is trained
-    through the base on the rows of all datasets, and starts as the mean of the collected ones.
+    resembles the task a little answers something else more often than it helps. The multi-task
+    adapter is trained through the base on the rows of all datasets, and starts as their mean.
     Nothing else is trained: the multi-task adapter has seen the task of every training dataset, so
     a weight that is learned beside it would trust it too much.
 
