@@ -2,6 +2,7 @@
 from one refuses it by name, or says what it is."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from loragen.core.adapter.checks import check_finite
 from loragen.core.adapter.files import read_adapter, write_adapter
 from loragen.core.config import GenTrainConfig
 from loragen.core.errors import DataError
+from loragen.core.learning.callbacks import GeneratorMetrics
 from loragen.core.learning.plan import make_plan
 from loragen.core.learning.sources import open_sources
 from loragen.testing.adapters import broken, peft_adapter, rewritten
@@ -190,3 +192,15 @@ def test_a_generator_that_does_not_move_is_said_to(rate, gen_config, caplog):
     said = f"{run.directory}: nothing was learned: no weight of the generator has moved"
     assert (said in caplog.text) is (rate < 1e-9)
     assert ("the learning rate (1e-30 at most)" in caplog.text) is (rate < 1e-9)
+
+
+def test_a_weight_of_which_a_part_stays_has_moved(caplog):
+    """As the multi-task adapter of `neighbours` does where the collected adapters share A."""
+    weight = torch.nn.Parameter(torch.zeros(40, 64))
+    module = torch.nn.ParameterList([weight])
+    metrics = GeneratorMetrics(SimpleNamespace(directory="run"), phases=None)
+    metrics.on_train_batch_start(None, module)
+    with torch.no_grad():
+        weight[30:] += 1e-3
+    metrics.on_train_end(SimpleNamespace(is_global_zero=True, global_step=1), module)
+    assert "nothing was learned" not in caplog.text

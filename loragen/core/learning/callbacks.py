@@ -26,7 +26,7 @@ from loragen.core.run.loop import (
 
 log = logging.getLogger(__name__)
 
-SAMPLED = 64  # values of a weight that are compared with those before the training
+SAMPLED = 1024  # values of a weight that are compared with those before the training
 UNMOVED = 1e-9  # a smaller change of a weight is none
 
 
@@ -77,7 +77,7 @@ class GeneratorMetrics(StepCallback):
         """Metrics of the last step and of the last validation, restored on resume."""
         self._speed = Speed()
         self._started: list[torch.Tensor] = []
-        """The first values of every weight before the first step of this process."""
+        """Values of every weight before the first step of this process."""
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
@@ -135,9 +135,13 @@ class GeneratorMetrics(StepCallback):
 
 
 def _sample(module: Any) -> list[torch.Tensor]:
-    """Returns a copy of the first values of every weight that trains."""
-    trained = (p for p in module.parameters() if p.requires_grad)
-    return [p.detach().flatten()[:SAMPLED].clone() for p in trained]
+    """Returns values of every weight that trains, the same at every call. They are spread over the
+    weight: a part of it may have no gradient, as that which writes a frozen A."""
+    random, found = torch.Generator().manual_seed(0), []
+    for weight in (p for p in module.parameters() if p.requires_grad):
+        chosen = torch.randint(weight.numel(), (SAMPLED,), generator=random)
+        found.append(weight.detach().flatten()[chosen.to(weight.device)])
+    return found
 
 
 def validation_metrics(trainer: Trainer) -> dict[str, float]:
