@@ -384,3 +384,29 @@ def _hangups_arrive():
     """Also where the tests run under nohup, which has SIGHUP ignored: children inherit that."""
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in of the hub, with an empty cache, and a token that it accepts."""
+    from huggingface_hub import constants
+
+    from loragen.core import files
+    from loragen.core import hub as ours
+    from tests.hub import serve
+
+    server = serve()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    files.hub_problem.cache_clear()
+    ours._downloaded.cache_clear()
+    yield server.hub
+    server.shutdown()
+    server.server_close()
+    files.hub_problem.cache_clear()
+    ours._downloaded.cache_clear()

@@ -23,6 +23,7 @@ from loragen.core.errors import (
     shortened,
 )
 from loragen.core.files import write_text
+from loragen.core.hub import local_path
 from loragen.core.outputs import is_sealed, refuse_existing_file, refuse_input, sealed
 
 if TYPE_CHECKING:
@@ -44,13 +45,13 @@ RANKS = {"stable rank": "stable_rank", "effective rank": "effective_rank"}
 @app.command("analyze")
 def ckpt_analyze(
     paths: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Argument(
-            help="Runs, folders of runs, of checkpoints or of adapters, or files.",
+            help="Runs, folders of runs, of checkpoints or of adapters, files, or hf://owner/name.",
             autocompletion=completion.runs,
         ),
     ] = None,
-    checkpoint_dir: Annotated[list[Path] | None, typer.Option(hidden=True)] = None,
+    checkpoint_dir: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
     every: Annotated[
         bool, typer.Option("--all", help="Show every module and checkpoint, however many.")
     ] = False,
@@ -65,7 +66,7 @@ def ckpt_analyze(
 
     docs/analysis.md explains every number. Exits with 1 if a tensor is not finite.
     """
-    given = [*(paths or ()), *(checkpoint_dir or ())]
+    given = [local_path(one) for one in (*(paths or ()), *(checkpoint_dir or ()))]
     if not given:
         raise UsageError("nothing to analyse; name a run, a folder of runs, an adapter or a file")
     for path in given:

@@ -20,10 +20,13 @@ from loragen.cli.options import (
     GeneratorPath,
     IgnoreFinalPunctuation,
     Json,
+    Private,
+    PushToHub,
     Resume,
     Settings,
     SkipBadRows,
     TrustRemoteCode,
+    push_output,
     with_old_files,
 )
 from loragen.core.errors import UsageError
@@ -61,7 +64,8 @@ def gen_train(
         list[str] | None,
         typer.Option(
             "--checkpoint-dir",
-            help="A run of lora train (or its checkpoints/), or a folder of runs. Repeatable.",
+            help="A run of lora train (or its checkpoints/), a folder of runs, or either on the "
+            "hub: hf://owner/name. Repeatable.",
             autocompletion=completion.runs,
         ),
     ] = None,
@@ -204,6 +208,8 @@ def gen_infer(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the draws.")] = 0,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -213,7 +219,8 @@ def gen_infer(
     model. Warns of prompts that are far from all training datasets.
     """
     from loragen.core.data.documents import parsed_source
-    from loragen.core.generator.requests import check_draws, requests
+    from loragen.core.generator.requests import FILE_SUFFIXES, check_draws, requests
+    from loragen.core.hub import check_push
     from loragen.core.run.directory import generator_file
 
     file = generator_file(model)
@@ -221,6 +228,10 @@ def gen_infer(
         raise UsageError("--base-model: only --merge needs a base model; leave it out")
     wanted = requests(prompt or (), [parsed_source(one) for one in prompt_file or ()], per, limit)
     names = [one.name for one in wanted]
+    if push_to_hub:
+        if per or (output and output.suffix in FILE_SUFFIXES):
+            raise UsageError("--push-to-hub: it pushes one directory; leave out --per and a suffix")
+        check_push(push_to_hub)
     inputs = [file, *(prompt_file or ()), *([base_model] if base_model else [])]
     paths = _output_paths(names, output, per, file_format, merge, force, inputs)
     for one in wanted:
@@ -254,6 +265,8 @@ def gen_infer(
         if not json:
             render.answer(str(path))
     _note_far_prompts(documents)
+    if push_to_hub:
+        documents[0]["repository"] = push_output(paths[0], push_to_hub, private, merge)
     if json:
         # The keys of a single adapter also stand beside the list.
         render.answer_json({"adapters": documents, **({} if per else documents[0])})

@@ -3,8 +3,11 @@
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
+from enum import StrEnum
 from math import isfinite
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,12 +22,16 @@ from loragen.cli.options import (
     Force,
     IgnoreFinalPunctuation,
     Json,
+    License,
+    Private,
+    PushToHub,
     Resume,
     Settings,
     SkipBadRows,
     TemplateKwargs,
     TrustRemoteCode,
     parsed_template_kwargs,
+    push_output,
     with_old_files,
 )
 from loragen.core.errors import DataError, Interrupted, LoragenError, UsageError, counted
@@ -33,6 +40,16 @@ from loragen.core.progress import is_first_process
 if TYPE_CHECKING:
     from loragen.core.config import LoraTrainConfig
     from loragen.core.lora.tasks import Task, TaskOutcome
+
+
+class Server(StrEnum):
+    """The servers whose rules `lora export` knows."""
+
+    vllm = "vllm"
+    sglang = "sglang"
+    lorax = "lorax"
+    llama_cpp = "llama.cpp"
+
 
 app = typer.Typer(no_args_is_help=True, help="Train LoRA adapters, evaluate one, export it.")
 
@@ -156,10 +173,11 @@ def lora_eval(
         ),
     ],
     adapter: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--adapter",
-            help="A PEFT directory, a run, a .ckpt of one, or a file of gen infer.",
+            help="A PEFT directory, a run, a .ckpt of one, a file of gen infer, or "
+            "hf://owner/name.",
             autocompletion=completion.runs,
         ),
     ] = None,
@@ -176,6 +194,13 @@ def lora_eval(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
     ignore_final_punctuation: IgnoreFinalPunctuation = False,
     chat_template_kwargs: TemplateKwargs = None,
+    show_lm_eval: Annotated[
+        bool,
+        typer.Option(
+            "--show-lm-eval",
+            help="Evaluate nothing: print how lm-evaluation-harness evaluates base and adapter.",
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Evaluate an adapter, or the base without one, on labelled rows.
@@ -185,12 +210,24 @@ def lora_eval(
     answers.
     """
     from loragen.core.data.dataset import Dataset
+    from loragen.core.hub import local_path
 
     if (adapter is None) == (not no_adapter):
         raise UsageError("give either --adapter DIR|CKPT or --no-adapter")
-    if adapter and not adapter.exists():
+    place = local_path(adapter) if adapter else None
+    if place and not place.exists():
         raise UsageError(f"{adapter}: no such adapter or checkpoint")
     kwargs = None if chat_template_kwargs is None else parsed_template_kwargs(chat_template_kwargs)
+    if show_lm_eval:
+        from loragen.core.run.checkpoints import lm_eval_commands
+
+        name = Dataset.find(dataset, Path(data_root or "."), split="test").name
+        commands = lm_eval_commands(name, place, base_model, batch_size, limit, trust_remote_code)
+        if json:
+            render.answer_json({"commands": commands})
+        else:
+            render.answer("\n".join(commands))
+        return
     tested = Dataset.find(dataset, Path(data_root or "."), split="test")
     rows = tested.rows(skip_bad_rows)[:limit]
 
@@ -202,7 +239,7 @@ def lora_eval(
     from loragen.core.lora.evaluate import evaluate_model
     from loragen.core.run.checkpoints import read_checkpointed_adapter
 
-    read = read_checkpointed_adapter(adapter) if adapter else None
+    read = read_checkpointed_adapter(place) if place else None
     base_name = base_model or (read.config.get("base_model_name_or_path") if read else None)
     if not base_name:
         raise UsageError("--base-model: no base model is recorded; give one")
@@ -230,7 +267,7 @@ def lora_eval(
         "dataset": tested.name,
         "file": str(tested),
         "base_model": base_name,
-        "adapter": str(adapter) if adapter else None,
+        "adapter": adapter,
         **scores.as_dict(),
     }
     if json:
@@ -242,13 +279,19 @@ def lora_eval(
 @app.command("export")
 def lora_export(
     checkpoint: Annotated[
-        Path,
+        str,
         typer.Argument(
-            help="A run, a .ckpt of one, a PEFT directory, or any file with LoRA in it.",
+            help="A run, a .ckpt of one, a PEFT directory, any file with LoRA in it, or "
+            "hf://owner/name.",
             autocompletion=completion.runs,
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="The directory to write; with --push-to-hub it may be left out."
+        ),
+    ] = None,
     merge: Annotated[
         bool,
         typer.Option("--merge", help="Write a whole Hugging Face model instead of an adapter."),
@@ -256,47 +299,81 @@ def lora_export(
     base_model: BaseModelName = None,
     trust_remote_code: TrustRemoteCode = False,
     alpha: Alpha = None,
+    server: Annotated[
+        Server | None,
+        typer.Option(
+            "--for",
+            help="Write the form that this server computes as PEFT does, or say why there is none.",
+        ),
+    ] = None,
+    license_id: License = None,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
     """Write an adapter, or its base with the adapter merged in, for use without loragen.
 
     An adapter loads with `peft.PeftModel.from_pretrained(base, DIR)`; a merged model, in the base's
-    own dtype and with its tokenizer, with `AutoModelForCausalLM.from_pretrained(DIR)`.
+    own dtype and with its tokenizer, with `AutoModelForCausalLM.from_pretrained(DIR)`. What a
+    server would refuse or scale wrongly is said. See docs/serving.md.
     """
     from loragen.core.adapter import refuse_existing_adapter
+    from loragen.core.hub import check_push, local_path
     from loragen.core.outputs import refuse_input
 
-    if not checkpoint.exists():
+    if output is None and push_to_hub is None:
+        raise UsageError("nothing to write: give --output DIR, --push-to-hub OWNER/NAME, or both")
+    if server and merge:
+        raise UsageError("--for: it is about adapters; every server takes a merged model")
+    source = local_path(checkpoint)
+    if not source.exists():
         raise UsageError(f"{checkpoint}: no such adapter or checkpoint")
-    refuse_input(output, [checkpoint, *([base_model] if base_model else [])])
-    refuse_existing_adapter(output, force, merge)
+    if output:
+        refuse_input(output, [source, *([base_model] if base_model else [])])
+        refuse_existing_adapter(output, force, merge)
+    if push_to_hub:
+        check_push(push_to_hub)
 
     from loragen.core.adapter.export import export_adapter, export_merged, prepare_export
+    from loragen.core.adapter.serving import for_server, remarks, serve_command
     from loragen.core.run.checkpoints import is_run_or_adapter, read_checkpointed_adapter
 
-    if is_run_or_adapter(checkpoint):
-        adapter = read_checkpointed_adapter(checkpoint)
+    if is_run_or_adapter(source):
+        adapter = read_checkpointed_adapter(source)
     else:
         from loragen.legacy.adapters import read_lone_adapter
 
-        adapter = read_lone_adapter(checkpoint, base_model, alpha, trust_remote_code)
-    adapter = prepare_export(adapter, checkpoint, base_model, alpha)
-    if merge:
-        export_merged(adapter, checkpoint, output, trust_remote_code)
-    else:
-        export_adapter(adapter, checkpoint, output)
+        adapter = read_lone_adapter(source, base_model, alpha, trust_remote_code)
+    adapter = prepare_export(adapter, source, base_model, alpha)
+    if server:
+        adapter = for_server(adapter, server.value)
+    elif not merge:
+        for line in remarks(adapter):
+            render.note(line)
+    with nullcontext(output) if output else TemporaryDirectory() as folder:
+        directory = output or Path(str(folder)) / str(push_to_hub).rpartition("/")[2]
+        if merge:
+            export_merged(adapter, source, directory, trust_remote_code, license_id)
+        else:
+            export_adapter(adapter, source, directory, license_id)
+        url = push_output(directory, push_to_hub, private, merge) if push_to_hub else None
+    base = adapter.config["base_model_name_or_path"]
+    if server:
+        place = str(output or push_to_hub)
+        render.note(serve_command(server.value, base, place, adapter.config["r"]))
     if json:
         render.answer_json(
             {
-                "output": str(output),
+                "output": str(output) if output else None,
                 "kind": "merged" if merge else "adapter",
-                "base_model": adapter.config["base_model_name_or_path"],
-                "checkpoint": str(checkpoint),
+                "base_model": base,
+                "checkpoint": checkpoint,
+                "repository": url,
             }
         )
     else:
-        render.answer(str(output))
+        render.answer(str(output) if output else str(url))
 
 
 # ---- train

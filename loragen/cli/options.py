@@ -90,6 +90,22 @@ TemplateKwargs = Annotated[
         "it was given in the adapter's training.",
     ),
 ]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to-hub", metavar="OWNER/NAME", help="Also commit it to this repository of the hub."
+    ),
+]
+Private = Annotated[
+    bool,
+    typer.Option("--private", help="Make the repository a private one, if it is a new one."),
+]
+License = Annotated[
+    str | None,
+    typer.Option(
+        "--license", metavar="ID", help="The licence on the card, by the hub's id: apache-2.0."
+    ),
+]
 IgnoreFinalPunctuation = Annotated[
     bool,
     typer.Option(
@@ -100,6 +116,19 @@ SkipBadRows = Annotated[
     bool,
     typer.Option("--skip-bad-rows", help="Leave bad rows out, with a warning that counts them."),
 ]
+
+
+def push_output(directory: Path, repository: str, private: bool, merged: bool) -> str:
+    """Commits what loragen has written to a directory, and nothing else that lies there, to a
+    repository of the hub; returns its URL, which is also printed. Raises as `hub.push`."""
+    from loragen.cli import render
+    from loragen.core.adapter import adapter_record, merged_record
+    from loragen.core.hub import push
+
+    files = (merged_record if merged else adapter_record)(directory) or {}
+    url = push(directory, files, repository, private)
+    render.note(f"pushed {len(files)} files to {url}")
+    return url
 
 
 def with_old_files(

@@ -260,7 +260,9 @@ def _write_run(
         f"`loragen ckpt convert`.\n\n"
         f"{how_to_load(config.base_model)}"
     )
-    write_adapter(directory / "adapter", Adapter(manifest.adapter_config, tensors), card)
+    lineage = manifest.lineage(manifest.steps[-1], directory.name)
+    adapter = Adapter(manifest.adapter_config, tensors, lineage=lineage)
+    write_adapter(directory / "adapter", adapter, card)
     for pattern in TRACKING_FILES:  # copied unchanged, although they name the original checkpoints
         for file in sorted(run.logs.glob(pattern)):
             (directory / "tracking").mkdir(exist_ok=True)

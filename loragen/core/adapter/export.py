@@ -5,7 +5,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from loragen.core.adapter import merged_record, write_merged_marker
+from loragen.core.adapter import CARD, merged_record, write_merged_marker
 from loragen.core.adapter.checks import check_finite, warn_of_config
 from loragen.core.adapter.files import (
     PEFT_ERRORS,
@@ -29,6 +30,7 @@ from loragen.core.config import DEMO
 from loragen.core.data.chat import end_ids
 from loragen.core.errors import LoragenError, UsageError, shortened
 from loragen.core.files import user_path, write_text
+from loragen.core.hub import PLACE, base_name
 from loragen.core.outputs import written_directory
 
 log = logging.getLogger(__name__)
@@ -57,15 +59,22 @@ def prepare_export(
     return replace(adapter, config=config)
 
 
-def export_adapter(adapter: Adapter, source: Path, output: Path) -> None:
+def export_adapter(
+    adapter: Adapter, source: Path, output: Path, license_id: str | None = None
+) -> None:
     """Writes a PEFT directory, atomically, with the tokenizer that lies beside the adapter, if one
     does."""
     warn_of_config(adapter.config, source)
-    write_adapter(output, adapter, _card(adapter, source, merged=False), own_tokenizer(adapter))
+    card = _card(adapter, source, merged=False, license_id=license_id)
+    write_adapter(output, adapter, card, own_tokenizer(adapter))
 
 
 def export_merged(
-    adapter: Adapter, source: Path, output: Path, trust_remote_code: bool = False
+    adapter: Adapter,
+    source: Path,
+    output: Path,
+    trust_remote_code: bool = False,
+    license_id: str | None = None,
 ) -> None:
     """Writes the base model with the adapter merged in, in the base's stored dtype, and its
     tokenizer. The merge is computed in float32, by PEFT.
@@ -81,7 +90,7 @@ def export_merged(
             merged.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         _let_others_read(temporary)
-        write_text(temporary / "README.md", _card(adapter, source, merged=True))
+        write_text(temporary / "README.md", _card(adapter, source, True, license_id))
         document = {"adapter": str(source), "base_model": name, "loragen": version("loragen")}
         write_merged_marker(temporary, document)
 
@@ -230,17 +239,21 @@ def _resolvable(name: str) -> str:
     return name
 
 
-def _card(adapter: Adapter, source: Path, merged: bool) -> str:
+def _card(adapter: Adapter, source: Path, merged: bool, license_id: str | None = None) -> str:
     """Returns the README.md of an export."""
     config, base = adapter.config, adapter.config["base_model_name_or_path"]
     method = config.get("peft_type", "LORA")
     kind = f"An adapter ({method})"
     if method == "LORA":
         kind = f"A LoRA adapter (rank {config['r']}, alpha {config['lora_alpha']:g})"
+    lineage = adapter.lineage
+    tags = ("generated",) if lineage.get("command") == "gen infer" else ()
+    front = front_matter(base, merged, tags, hub_datasets(lineage), license_id)
     card = (
-        f"{front_matter(base, merged)}\n# {source.absolute().name}\n\n{kind} "
+        f"{front}\n# {base_name(source.absolute())}\n\n{kind} "
         f"{'merged into' if merged else 'for'} {describe_base(base)}, written by "
-        f"`loragen lora export`.\n\n{how_to_load(base, merged, adapter.chat_template_kwargs)}"
+        f"`loragen lora export`.\n\n{_lineage_section(lineage)}"
+        f"{how_to_load(base, merged, adapter.chat_template_kwargs)}"
     )
     if base == _resolvable(DEMO) and not merged:
         card += (
@@ -253,19 +266,73 @@ def _card(adapter: Adapter, source: Path, merged: bool) -> str:
 # ---------------------------------------------------------------------------- model cards
 
 
-def front_matter(base_model: str, merged: bool = False, *tags: str) -> str:
+def front_matter(
+    base_model: str,
+    merged: bool = False,
+    tags: Sequence[str] = (),
+    datasets: Sequence[str] = (),
+    license_id: str | None = None,
+) -> str:
     """Returns the metadata of a model card (README.md), in the hub's format.
 
     The hub expects a hub id as `base_model`: that of the base, or the one that a GGUF file says it
-    was made from. A path or `demo` would be a broken link there.
+    was made from. A path or `demo` would be a broken link there. The licence, if none is given, is
+    that of the base, as far as it is on this machine.
     """
     linked = hub_id(base_model)
     if is_gguf(base_model):
         linked = hub_id(_record(base_model).get("repository", "").removeprefix(HUB))
-    link = f"base_model: {json.dumps(linked)}\n" if linked else ""
-    library = "transformers" if merged else "peft"
-    tagged = ", ".join(("lora", "loragen", *tags))
-    return f"---\n{link}library_name: {library}\ntags: [{tagged}]\n---\n"
+    relation = "finetune" if merged else "adapter"
+    given: dict[str, str | list[str]] = {}
+    if linked:
+        given |= {"base_model": linked, "base_model_relation": relation}
+    if datasets:
+        given["datasets"] = list(datasets)
+    given["library_name"] = "transformers" if merged else "peft"
+    if found := license_id or _license_of(base_model):
+        given["license"] = found
+    given["pipeline_tag"] = "text-generation"
+    derived = [f"base_model:{relation}:{linked}"] if linked else []
+    given["tags"] = [*derived, "lora", "loragen", *tags]
+    ours = ("base_model_relation", "library_name", "pipeline_tag")
+    # JSON is YAML, and no id is read as a number or a date.
+    lines = "".join(
+        f"{key}: {value if key in ours else json.dumps(value)}\n" for key, value in given.items()
+    )
+    return f"---\n{lines}---\n"
+
+
+def _license_of(base_model: str) -> str | None:
+    """Returns the id of a base's licence: what a GGUF file says, or the card in its directory or in
+    the hub's cache; None if there is none that the hub would know."""
+    if is_gguf(base_model):
+        found: Any = _record(base_model).get("license")
+    else:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.repocard import metadata_load
+
+        card: Any = user_path(base_model) / CARD
+        if hub_id(base_model):
+            card = try_to_load_from_cache(base_model, CARD)
+        found = None
+        with suppress(OSError, ValueError, TypeError, yaml.YAMLError):
+            found = (metadata_load(card) or {}).get("license")
+    is_id = isinstance(found, str) and re.fullmatch(r"[a-z0-9][a-z0-9.-]*", found)
+    return found if is_id else None
+
+
+def hub_datasets(lineage: Mapping[str, Any]) -> list[str]:
+    """Returns the hub's ids of the datasets in the lineage of an adapter; others would be broken
+    links on a card."""
+    found = str(lineage.get("hub_dataset", ""))
+    return [found] if hub_id(found) else []
+
+
+def _lineage_section(lineage: Mapping[str, Any]) -> str:
+    """Returns the lineage of an adapter as a section of its card; empty if it is not known."""
+    plain = {k: v for k, v in lineage.items() if isinstance(v, str | int | float) and v != ""}
+    lines = "".join(f"- **{key}**: {shortened(str(v), 120)}\n" for key, v in plain.items())
+    return f"## Lineage\n\n{lines}\n" if lines else ""
 
 
 def describe_base(base_model: str) -> str:
@@ -302,10 +369,10 @@ In training, the chat template was given {arguments}. Give it the same:
         return f"""## How to load it
 
 The adapter is merged into the base model's weights:
-`AutoModelForCausalLM.from_pretrained("DIRECTORY OF THIS FILE")`.
+`AutoModelForCausalLM.from_pretrained("{PLACE}")`.
 {given}"""
     imports, base, note = "PeftModel", f"from_pretrained({json.dumps(base_model)})", ""
-    config = 'PeftConfig.from_pretrained("DIRECTORY OF THIS FILE")'
+    config = f'PeftConfig.from_pretrained("{PLACE}")'
     before = ""
     if base_model == DEMO:
         before = "from loragen.core.base.names import resolve_base\n"
@@ -337,7 +404,7 @@ on another machine, put the path of a copy there.
 from transformers import AutoModelForCausalLM
 
 {config if "Config" in imports else ""}base = AutoModelForCausalLM.{base}
-model = PeftModel.from_pretrained(base, "DIRECTORY OF THIS FILE")
+model = PeftModel.from_pretrained(base, "{PLACE}")
 ```
 {note}{given}"""
 

@@ -42,6 +42,9 @@ TEMPLATE_KWARGS = "chat_template_kwargs"
 CHECKSUM = "loragen_crc32"
 """The key of the checksum in the metadata of a safetensors file that loragen has written."""
 
+LINEAGE = "lineage"
+"""The key of `Adapter.lineage` there, as JSON."""
+
 PEFT_ERRORS = (
     AttributeError,
     ImportError,
@@ -66,14 +69,21 @@ class Adapter:
     """The PEFT directory that it was read from, where a tokenizer may lie beside it."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict, kw_only=True)
     """What the chat template was given in training, and has to be given in use."""
+    lineage: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    """What made it: the `command`, and plain data that depend on that; empty if not known. It stays
+    with the adapter in the metadata of its file."""
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The metadata of a safetensors file of it."""
-        kwargs = self.chat_template_kwargs
-        return {"format": "pt"} | (
-            {TEMPLATE_KWARGS: json.dumps(kwargs, default=str)} if kwargs else {}
-        )
+        """The metadata of a safetensors file of it, which are texts."""
+        names = {"base_model": "base_model_name_or_path", "rank": "r", "lora_alpha": "lora_alpha"}
+        known = {key: self.config.get(name) for key, name in names.items()}
+        found = {key: str(value) for key, value in known.items() if value is not None}
+        if self.chat_template_kwargs:
+            found[TEMPLATE_KWARGS] = json.dumps(self.chat_template_kwargs, default=str)
+        if self.lineage:
+            found[LINEAGE] = json.dumps(self.lineage, ensure_ascii=False)
+        return {"format": "pt", **found}
 
     def __repr__(self) -> str:
         """Returns one line, since an adapter has hundreds of tensors."""
@@ -97,7 +107,11 @@ def read_adapter(directory: Path) -> Adapter:
     config = read_config(directory)
     file = directory / WEIGHTS_FILE
     tensors, metadata = read_safetensors(file)
-    return replace(checked(config, tensors, file), chat_template_kwargs=template_kwargs(metadata))
+    return replace(
+        checked(config, tensors, file),
+        chat_template_kwargs=template_kwargs(metadata),
+        lineage=lineage_in(metadata),
+    )
 
 
 def template_kwargs(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -105,6 +119,17 @@ def template_kwargs(metadata: Mapping[str, str]) -> dict[str, Any]:
     with suppress(ValueError):
         found = json.loads(metadata.get(TEMPLATE_KWARGS, "{}"))
         return found if isinstance(found, dict) else {}
+    return {}
+
+
+def lineage_in(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the lineage in the metadata of a safetensors file, which may be a stranger's; empty
+    if there is none."""
+    for key, known in ((LINEAGE, {}), ("generated", {"command": "gen infer"})):
+        with suppress(ValueError):
+            found = json.loads(metadata.get(key, "null"))
+            if isinstance(found, dict):
+                return known | found
     return {}
 
 

@@ -16,6 +16,7 @@ from loragen.core.adapter.checks import check_ba, module_scaling
 from loragen.core.analysis.report import PrincipalComponents
 from loragen.core.errors import LoragenError, UsageError
 from loragen.core.files import natural_key
+from loragen.core.hub import base_name
 from loragen.core.run.checkpoints import load_adapter
 from loragen.core.run.directory import (
     CHECKPOINTS,
@@ -94,7 +95,7 @@ def _series_at(path: Path) -> CheckpointSeries | None:
         with suppress(LoragenError):  # the files may belong to no run
             config = read_manifest(run_directory_of(files[0]), LoraManifest).adapter_config
     whole = path.absolute()
-    name = whole.parent.name if whole.name == CHECKPOINTS else whole.name
+    name = base_name(whole.parent if whole.name == CHECKPOINTS else whole)
     return CheckpointSeries(name, path, files, config)
 
 

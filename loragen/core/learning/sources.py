@@ -29,6 +29,7 @@ from loragen.core.data.prompts import (
 )
 from loragen.core.errors import DataError, UsageError, listing
 from loragen.core.files import absent, natural_key, sha256_text, user_path
+from loragen.core.hub import base_name, check_source, local_path, on_hub
 from loragen.core.lora.provenance import Provenance, traced_run
 from loragen.core.run.directory import (
     CHECKPOINTS,
@@ -280,14 +281,14 @@ def check_sources(config: GenTrainConfig) -> list[Problem]:
     for role, sections in (("sources", config.sources), ("val_sources", config.val_sources)):
         for i, section in enumerate(sections):
             kind = "checkpoints" if section.run is None else "run"
-            found += problems_at((role, i, kind), _directory_of, section)
+            found += problems_at((role, i, kind), _check_directory, section)
             if section.prompts is not None:
                 found += problems_at((role, i, "prompts"), _check_prompts, section.prompts)
     listed = data.checkpoint_dir
     for i, directory in enumerate([listed] if isinstance(listed, str) else listed or []):
         at = () if isinstance(listed, str) else (i,)
         section = SourceSection(run=directory)
-        found += problems_at(("data", "checkpoint_dir", *at), _directory_of, section)
+        found += problems_at(("data", "checkpoint_dir", *at), _check_directory, section)
     if data.prompts is not None:
         found += problems_at(("data", "prompts"), check_prepared, Path(data.prompts))
     if base is not None:
@@ -317,7 +318,7 @@ def open_sources(config: GenTrainConfig, test_mode: bool = False) -> Sources:
     # List the sources that are named, and the folders with their runs.
     listed = data.checkpoint_dir or []
     sections, folders = list(config.sources), dict[Path, list[LoraRun]]()
-    for directory in map(Path, [listed] if isinstance(listed, str) else listed):
+    for directory in map(local_path, [listed] if isinstance(listed, str) else listed):
         is_run = (directory / MANIFEST).is_file() or directory.name == CHECKPOINTS
         manifests = [] if is_run else sorted(directory.glob(f"*/{MANIFEST}"))
         if manifests:
@@ -397,7 +398,7 @@ def open_source(
             )
         run = open_run(directory) if open_run else Run.open(directory, LoraManifest)
         checkpoints = find_checkpoints(run.directory)
-    name = run.manifest.dataset.name if run else directory.name
+    name = run.manifest.dataset.name if run else base_name(directory)
     groups = prepared.groups_of(section, name)
     prompts = Dataset.at(section.prompts) if section.prompts and not groups else None
     labels = prompts
@@ -432,9 +433,19 @@ def open_source(
     )
 
 
+def _check_directory(section: SourceSection) -> None:
+    """Raises UsageError if the directory of a source is missing, or its name on the hub is
+    malformed."""
+    named = str(section.run or section.checkpoints)
+    if on_hub(named):
+        check_source(named)
+    else:
+        _directory_of(section)
+
+
 def _directory_of(section: SourceSection) -> Path:
     """Returns the directory that a source names. Raises UsageError if it is missing."""
-    directory = Path(str(section.run or section.checkpoints))
+    directory = local_path(str(section.run or section.checkpoints))
     if not directory.is_dir():
         kind = "run directory" if section.run is not None else "directory of checkpoints"
         raise UsageError(absent(directory, kind))
@@ -443,7 +454,7 @@ def _directory_of(section: SourceSection) -> Path:
 
 def _directory_named(section: SourceSection) -> Path:
     """Returns the resolved directory of a run (also for its checkpoints/), or of adapters."""
-    directory = Path(str(section.run or section.checkpoints)).resolve()
+    directory = local_path(str(section.run or section.checkpoints)).resolve()
     return directory.parent if directory.name == CHECKPOINTS else directory
 
 

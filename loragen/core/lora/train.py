@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback
 
-from loragen.core.adapter.export import describe_base, front_matter, how_to_load, save_merged
+from loragen.core.adapter.export import (
+    describe_base,
+    front_matter,
+    how_to_load,
+    hub_datasets,
+    save_merged,
+)
 from loragen.core.adapter.files import (
     Adapter,
     adapter_state,
@@ -144,7 +150,7 @@ def train_adapter(
         with memory, casts, session, interruption.handle_signals():
             fit(trainer, module, data)
             if trainer.is_global_zero:
-                _save_results(config, base, model, manifest, session.directory)
+                _save_results(config, base, model, manifest, session.directory, trainer.global_step)
     finally:
         plain = model.unload()
         # Back to the CPU, except for a quantised base, which stays on the GPU.
@@ -198,11 +204,17 @@ def _new_trainer(
 
 
 def _save_results(
-    config: LoraTrainConfig, base: LanguageModel, model: Any, manifest: LoraManifest, run: Path
+    config: LoraTrainConfig,
+    base: LanguageModel,
+    model: Any,
+    manifest: LoraManifest,
+    run: Path,
+    step: int,
 ) -> None:
     """Writes adapter/ and, if the configuration asks for it, final_model/."""
+    lineage = manifest.lineage(step, run.name)
     card = (
-        f"{front_matter(config.base_model)}\n# {run.name}\n\n"
+        f"{front_matter(config.base_model, datasets=hub_datasets(lineage))}\n# {run.name}\n\n"
         f"A LoRA adapter trained by `loragen lora train` (rank {config.lora.rank}, "
         f"{config.training.max_steps} steps, seed {config.seed}) for "
         f"{describe_base(config.base_model)}.\n\n"
@@ -212,6 +224,7 @@ def _save_results(
         manifest.adapter_config,
         adapter_state(model),
         chat_template_kwargs=config.chat_template_kwargs,
+        lineage=lineage,
     )
     write_adapter(run / "adapter", adapter, card)
     if config.base_quantization != "none":

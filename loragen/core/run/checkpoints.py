@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import shlex
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -21,17 +22,20 @@ from loragen.core.adapter.checks import changes_nothing, check_config, check_fin
 from loragen.core.adapter.files import (
     Adapter,
     checked,
+    lineage_in,
     read_adapter,
     read_config,
     read_safetensors,
     template_kwargs,
 )
+from loragen.core.base.names import absolute_base, is_gguf, resolve_base
 from loragen.core.contents import SNIFFED, nature
 from loragen.core.errors import DataError, LoragenError, UsageError, listing, one_line
 from loragen.core.files import written_atomically
 from loragen.core.run.directory import (
     MANIFEST,
     LoraManifest,
+    checkpoint_step,
     find_checkpoints,
     read_manifest,
     run_directory_of,
@@ -88,7 +92,11 @@ def load_adapter(path: Path, config: Mapping[str, Any] | None = None) -> Adapter
         raise DataError(f"{path}: expected tensors by name, found {type(state).__name__}")
     kwargs = template_kwargs(metadata)
     lora = {key: v for key, v in state.items() if "lora_" in key and isinstance(v, torch.Tensor)}
-    return replace(checked(own or config or {}, lora, path), chat_template_kwargs=kwargs)
+    return replace(
+        checked(own or config or {}, lora, path),
+        chat_template_kwargs=kwargs,
+        lineage=lineage_in(metadata),
+    )
 
 
 def read_checkpointed_adapter(path: Path) -> Adapter:
@@ -119,7 +127,11 @@ def _adapter_at(path: Path) -> Adapter:
     manifest = read_manifest(run, LoraManifest)
     file = find_checkpoints(path)[-1] if path.is_dir() else path
     adapter = load_adapter(file, manifest.adapter_config)
-    return replace(adapter, chat_template_kwargs=manifest.chat_template_kwargs)
+    return replace(
+        adapter,
+        chat_template_kwargs=manifest.chat_template_kwargs,
+        lineage=manifest.lineage(checkpoint_step(file), run.name),
+    )
 
 
 def instead(path: Path) -> str:
@@ -136,6 +148,43 @@ def instead(path: Path) -> str:
         return f"; name one of those in it: {listing(inside, 3)}"
     whole = (path / "config.json").is_file()
     return "; it is a whole model: name it as --base-model, with --no-adapter" if whole else ""
+
+
+def lm_eval_commands(
+    task: str,
+    adapter: Path | None,
+    base_model: str | None,
+    batch_size: int,
+    limit: int | None,
+    trust_remote_code: bool,
+) -> list[str]:
+    """Returns the command lines by which lm-evaluation-harness evaluates the base and, if there is
+    one, the adapter, which has to be a PEFT directory, or a run with one.
+
+    `task` is the name of a dataset, whose `-` are `_` in the harness. Raises UsageError for another
+    form of the adapter, and if the base is not known.
+    """
+    peft = None
+    if adapter:
+        peft = next((d for d in (adapter, adapter / "adapter") if weights_in(d)), None)
+        if peft is None:
+            raise UsageError(
+                f"{adapter}: lm-evaluation-harness reads PEFT directories; make one: loragen lora "
+                f"export {adapter} --output DIR"
+            )
+        base_model = base_model or read_config(peft).get("base_model_name_or_path")
+    if not base_model:
+        raise UsageError("--base-model: no base model is recorded; give one")
+    base = absolute_base(resolve_base(base_model))
+    arguments = f"pretrained={base}"
+    if is_gguf(base):
+        arguments = f"pretrained={Path(base).parent},gguf_file={Path(base).name}"
+    if trust_remote_code:
+        arguments += ",trust_remote_code=True"
+    rest = ["--tasks", task.replace("-", "_"), "--apply_chat_template"]
+    rest += ["--batch_size", str(batch_size), *(("--limit", str(limit)) if limit else ())]
+    models = [arguments, *([f"{arguments},peft={peft.absolute()}"] if peft else [])]
+    return [shlex.join(["lm_eval", "--model", "hf", "--model_args", one, *rest]) for one in models]
 
 
 def is_run_or_adapter(path: Path) -> bool:

@@ -1,5 +1,6 @@
 """Run directories: their names, their files, and the manifest that describes what is in them."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -127,6 +128,22 @@ class LoraManifest(Manifest):
     @property
     def last_step(self) -> int:
         return max(self.steps, default=self.max_steps)  # early stopping ends before max_steps
+
+    def lineage(self, step: int, run: str) -> dict[str, Any]:
+        """Returns the `Adapter.lineage` of the adapter of a step, without any path."""
+        dataset = self.dataset
+        hub = dataset.path.removeprefix("hub:") if dataset.path.startswith("hub:") else ""
+        found = {
+            "command": "lora train",
+            "run": run,
+            "step": step,
+            "seed": self.seed,
+            "dataset": dataset.name,
+            "dataset_sha256": dataset.sha256,
+            "hub_dataset": re.split("[:@]", hub)[0],
+            "base_fingerprint": self.base_fingerprint,
+        }
+        return {key: value for key, value in found.items() if value != ""}
 
 
 class GeneratorManifest(Manifest):

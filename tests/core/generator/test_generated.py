@@ -138,8 +138,10 @@ class TestCard:
         _, front, text = adapter_card(FAR).split("---\n", 2)
         assert yaml.safe_load(front) == {
             "base_model": "owner/base-1",
+            "base_model_relation": "adapter",
             "library_name": "peft",
-            "tags": ["lora", "loragen", "generated"],
+            "pipeline_tag": "text-generation",
+            "tags": ["base_model:adapter:owner/base-1", "lora", "loragen", "generated"],
         }
         assert "**Warning**: prompts are out of distribution" in text
         assert "2 datasets: a, b" in text
