@@ -159,6 +159,6 @@ def _hub_errors(
         offline = "it is not in the hub's cache, and HF_HUB_OFFLINE is set"
         reason = problem or (offline if HF_HUB_OFFLINE else str(error).partition("\n")[0])
         raise kind(f"{what}: {reason}") from error
-    except (errors.HTTPError, OSError, ValueError) as error:
+    except (errors.HTTPError, OSError, ValueError) as error:  # type: ignore[attr-defined]  # imported there
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise kind(f"{what}: the hub says: {reason}") from error
