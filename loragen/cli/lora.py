@@ -336,7 +336,7 @@ def lora_export(
         check_push(push_to_hub)
 
     from loragen.core.adapter.export import export_adapter, export_merged, prepare_export
-    from loragen.core.adapter.serving import for_server, remarks, serve_command
+    from loragen.core.adapter.serving import for_server, serve_command, server_notes
     from loragen.core.run.checkpoints import is_run_or_adapter, read_checkpointed_adapter
 
     if is_run_or_adapter(source):
@@ -349,7 +349,7 @@ def lora_export(
     if server:
         adapter = for_server(adapter, server.value)
     elif not merge:
-        for line in remarks(adapter):
+        for line in server_notes(adapter):
             render.note(line)
     with nullcontext(output) if output else TemporaryDirectory() as folder:
         directory = output or Path(str(folder)) / str(push_to_hub).rpartition("/")[2]

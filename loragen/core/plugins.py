@@ -99,8 +99,12 @@ def create(kind: str, name: str, options: Mapping[str, Any], *arguments: Any) ->
     try:
         config = plugin.Config.model_validate(options)
     except ValidationError as error:
-        problems = [(".".join(map(str, one["loc"])), one["msg"]) for one in error.errors()]
-        raise PluginError(*(f"{kind} {name}: {key}: {why}" for key, why in problems)) from None
+        raise PluginError(
+            *(
+                ": ".join([f"{kind} {name}", *map(str, one["loc"]), one["msg"]])
+                for one in error.errors()
+            )
+        ) from None
     return plugin(config, *arguments)
 
 

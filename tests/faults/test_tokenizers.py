@@ -384,13 +384,13 @@ def test_a_frame_that_does_not_fit_makes_a_bad_row(odd, looks):
 def test_a_token_that_the_base_has_no_embedding_for_makes_a_bad_row(tmp_path, looks, count, bad):
     directory = write_base(tmp_path / "base", added=["<extra>", "<more>"], vocabulary=count)
     tokenizer = load_tokenizer(str(directory))
-    documents = [*rows(1), {"prompt": "a <more> b", "response": "x"}, *rows(1)]
+    documents = [*rows(1), {"prompt": "a", "response": "<more>"}, *rows(1)]
     with pytest.raises(DataError, match=rf"rows\.jsonl:{bad[0]}: .*embeddings for {count} tokens"):
         looks(tokenizer, documents)
     found = TokenizedRows(Dataset(tmp_path / "rows.jsonl").rows(), tokenizer, 64)
     assert [one.line for one in found.left_out] == bad
     with pytest.raises(DataError, match="embeddings for"):
-        _ = TestRows(tokenizer, [row("a <more> b")]).examples
+        _ = TestRows(tokenizer, [row(response="<more>")]).examples
 
 
 def test_a_configuration_of_another_vocabulary_is_one_line(tmp_path):

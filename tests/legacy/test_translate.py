@@ -120,6 +120,7 @@ class TestTranslation:
             "stage1_steps": 60,
             "learning_rate_stage1": 2e-4,
             "learning_rate_stage2": 2e-5,
+            "warmup_ratio": 0.0,
         }
         assert config.checkpoints.first_step == 61  # the scripts kept the steps of stage 2
         assert "8 rows x 4 accumulate_grad_batches" in warnings()[0]

@@ -7,12 +7,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from loragen import Generator, LoragenError
 from loragen.core.config import GenTrainConfig
-from loragen.core.errors import UsageError
+from loragen.core.errors import PluginError, UsageError
 from loragen.core.learning.train import train
 from loragen.core.plugins import create, find
 from loragen.core.progress import Silent
@@ -299,7 +298,7 @@ class TestTransformers:
     def test_one_that_trains_computes_in_float32(self, base_dir):
         options = {"model": str(base_dir), "dtype": "bfloat16"}
         assert create("encoder", "transformers", options)(["a"])[0].dtype == torch.float32
-        with pytest.raises(ValidationError, match="has dtype float32"):
+        with pytest.raises(PluginError, match="has dtype float32"):
             create("encoder", "transformers", {**options, "frozen": False})
 
     def test_what_does_not_load_is_one_line(self, tmp_path):
@@ -327,7 +326,7 @@ class TestHashing:
         assert prints[0] == prints[1] != prints[2]
 
     def test_n_grams_of_no_length_are_refused(self):
-        with pytest.raises(ValidationError, match="shortest is more than longest"):
+        with pytest.raises(PluginError, match="shortest is more than longest"):
             create("encoder", "hashing", {"shortest": 5})
 
 

@@ -2,10 +2,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from pydantic import ValidationError
 from transformers import get_scheduler
 
 from loragen.core.data.dataset import Dataset
+from loragen.core.errors import PluginError
 from loragen.core.learning.train import train
 from loragen.core.lora.train import train_adapter
 from loragen.core.plugins import create, find
@@ -128,7 +128,7 @@ def test_the_decay_of_wsd_is_stage_2():
 
 
 def test_a_wsd_whose_parts_do_not_fit_is_refused():
-    with pytest.raises(ValidationError, match="together are more than 1"):
+    with pytest.raises(PluginError, match="together are more than 1"):
         create("schedule", "wsd", {"warmup_ratio": 0.5, "decay_ratio": 0.6})
 
 

@@ -109,12 +109,12 @@ def read_adapter(directory: Path) -> Adapter:
     tensors, metadata = read_safetensors(file)
     return replace(
         checked(config, tensors, file),
-        chat_template_kwargs=template_kwargs(metadata),
+        chat_template_kwargs=template_kwargs_in(metadata),
         lineage=lineage_in(metadata),
     )
 
 
-def template_kwargs(metadata: Mapping[str, str]) -> dict[str, Any]:
+def template_kwargs_in(metadata: Mapping[str, str]) -> dict[str, Any]:
     """Returns what the chat template has to be given, from the metadata of a safetensors file."""
     with suppress(ValueError):
         found = json.loads(metadata.get(TEMPLATE_KWARGS, "{}"))

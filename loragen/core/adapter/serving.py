@@ -155,7 +155,7 @@ def _padded(matrix: Tensor, rank: int, axis: int) -> Tensor:
     return torch.cat([matrix, matrix.new_zeros(shape)], dim=axis)
 
 
-def remarks(adapter: Adapter) -> list[str]:
+def server_notes(adapter: Adapter) -> list[str]:
     """Returns one line for each thing that some server makes of an adapter, with the servers and
     what mends it."""
     by_reason: dict[Obstacle, list[Server]] = {}

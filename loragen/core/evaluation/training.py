@@ -23,7 +23,7 @@ from loragen.core.files import sha256_text, write_text
 from loragen.core.learning.sources import TrainingSource
 from loragen.core.lora.tasks import IGNORED_ON_RESUME, Task, earlier_runs
 from loragen.core.lora.train import train_adapter
-from loragen.core.plugins import create
+from loragen.core.plugins import create, find
 from loragen.core.progress import Progress
 from loragen.core.run.checkpoints import load_adapter
 from loragen.core.run.directory import CHECKPOINTS, LoraRun, checkpoint_name, checkpoint_step
@@ -175,8 +175,8 @@ def multi_task_config(
     steps, own = config.training.max_steps, config.model_copy(deep=True)
     schedule = create("schedule", config.schedule.name, config.schedule.options)
     highest = max(schedule(step, steps).learning_rate for step in range(1, steps + 1))
-    chosen = {"name": "constant", "learning_rate": rate * highest}
-    own.schedule = PluginSection.model_validate(chosen)
+    options = find("schedule", "constant").Config(learning_rate=rate * highest).model_dump()
+    own.schedule = PluginSection.model_validate({"name": "constant", **options})
     own.data.val_ratio, own.data.validation = min(VALIDATION_SHARE, VALIDATION_ROWS / rows), None
     own.lora.freeze_a = False  # that is for adapters that are to be added up
     own.training.max_steps = most_steps

@@ -11,7 +11,7 @@ from loragen.core.adapter.algebra import modules, norm
 from loragen.core.adapter.checks import check_factors, module_scaling
 from loragen.core.adapter.export import export_adapter, prepare_export
 from loragen.core.adapter.files import Adapter, read_adapter
-from loragen.core.adapter.serving import NAMES, VLLM_RANKS, for_server, obstacles, remarks
+from loragen.core.adapter.serving import NAMES, VLLM_RANKS, for_server, obstacles, server_notes
 from loragen.core.errors import LoragenError
 from loragen.core.generator.model import Generator
 from loragen.testing.adapters import peft_adapter
@@ -55,7 +55,7 @@ class TestScaling:
         kind, adapter = scaled
         found = {server for server, several in obstacles(adapter).items() if several}
         assert found == WRONG[kind]
-        assert all("--for" in line for line in remarks(adapter))
+        assert all("--for" in line for line in server_notes(adapter))
 
     def test_one_scaling_for_all_gives_the_same_change(self, scaled):
         _, adapter = scaled
@@ -180,5 +180,5 @@ class TestOurs:
         found = {server for server, several in obstacles(adapter).items() if several}
         assert found <= {"sglang"}
         plain = for_server(adapter, "sglang")
-        assert remarks(plain) == []
+        assert server_notes(plain) == []
         assert all(plain.tensors[key].equal(adapter.tensors[key]) for key in adapter.tensors)

@@ -357,7 +357,7 @@ class TestFailure:
             (1e30, {}, r"train/loss is nan at step 5"),
             (1e30, {"data.val_ratio": 0.25, "training.val_every": 1, "training.patience": 3},
              r"val/loss is nan at step 4"),
-            (float("inf"), {"training.max_steps": 4}, r"is not finite at step 4"),
+            (1e39, {"training.max_steps": 4}, r"is not finite at step 4"),
         ],
     )  # fmt: skip
     def test_a_diverging_training_is_a_failed_run(
