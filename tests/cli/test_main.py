@@ -131,7 +131,7 @@ def test_an_option_of_other_trainers_is_understood(loragen, command, option, mea
     [
         (("lora", "train", "--batch-sise", "8"), "(Possible options: --batch-size)"),
         (("lora", "train", "--nonsense"), "No such option: --nonsense │"),
-        (("lora", "export", "--lora-r", "8"), "No such option: --lora-r │"),
+        (("lora", "export", "--lora-r", "8"), "No such option: --lora-r"),
     ],
 )
 def test_other_unknown_options_are_said_as_before(loragen, arguments, said):
