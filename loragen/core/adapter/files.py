@@ -50,7 +50,7 @@ PEFT_ERRORS = (
     ImportError,
     IndexError,
     KeyError,
-    NotImplementedError,
+    NotImplementedError,  # of PEFT, for methods and layers that it does not support
     RuntimeError,
     TypeError,
     ValueError,

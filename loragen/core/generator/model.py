@@ -352,9 +352,9 @@ class Generator:
 
     @classmethod
     def _from_document(cls, document: dict[str, Any], name: str, collected: Path) -> "Generator":
-        for key in _Content.model_fields:
-            if _Content.model_fields[key].is_required():
-                _ = document[key]  # a KeyError says that it is missing
+        for key, field_info in _Content.model_fields.items():
+            if field_info.is_required() and key not in document:
+                raise KeyError(key)  # which `load` says in one line
         content = _Content.model_validate(document)
         check_config(document["adapter_config"], "adapter_config")
         decoder, layout = content.decoder, Layout.from_state(document["layout"])
