@@ -27,6 +27,7 @@ from loragen.core.data.documents import (
     Source,
     file_documents,
     location,
+    may_hold_rows,
     parsed_source,
     place,
     read_documents,
@@ -411,7 +412,11 @@ def allowed_answers(rows: Sequence[Row], closed: list[str] | None) -> list[list[
 def dataset_names(root: Path, split: str = "train") -> list[str]:
     """Returns the names of the datasets below `root` that have a file for the split."""
     entries = list(root.iterdir()) if root.is_dir() else []
-    names = {entry.name if entry.is_dir() else _name_of(entry) for entry in entries}
+    names = {
+        entry.name if entry.is_dir() else _name_of(entry)
+        for entry in entries
+        if entry.is_dir() or may_hold_rows(entry)
+    }
     return sorted(
         name
         for name in names

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import io
 import json
+import mmap
 import re
 import sys
 from bisect import bisect_right
@@ -382,6 +383,17 @@ def _json(file: Path, content: bytes) -> Iterator[Document]:
         found = type(document).__name__
         raise DataError(f"{file}:1: expected a list of rows, found {found}")
     yield from (Document(index, item) for index, item in enumerate(document, start=1))
+
+
+def may_hold_rows(file: Path) -> bool:
+    """Returns False for a `.json` file that is an object without a list of rows in it, such as a
+    table of what the datasets beside it are; it is not parsed, and read up to the list at most."""
+    if file.suffix != ".json" or not file.is_file() or not file.stat().st_size:
+        return True
+    wrapped = rb'"(?:' + "|".join(WRAPPERS).encode() + rb')"\s*:\s*\['
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as held:
+        single = re.match(rb"(?:\xef\xbb\xbf)?\s*\{", held)
+        return not single or bool(re.search(wrapped + rb"|\}\s*\n\s*\{", held))
 
 
 def _unwrapped(file: Path, document: dict[str, Any]) -> list[Any]:

@@ -366,6 +366,22 @@ def test_the_formatted_file_goes_before_others(root):
     assert found("boolq", root)[1].name == "boolq_train_formatted.jsonl"
 
 
+@pytest.mark.parametrize(
+    "text, holds",
+    [
+        ('{"colors": {"family": "words"},\n "boolq": {}}', False),
+        ('\ufeff{"families": ["words"]}', False),
+        ('{"Definition": ["Say it."], "Instances" : [{"input": "a", "output": ["b"]}]}', True),
+        ('{"prompt": "a", "response": "b"}\n{"prompt": "c", "response": "d"}\n', True),
+        ('[{"prompt": "a", "response": "b"}]', True),
+        ("[{", True),
+    ],
+)
+def test_a_json_file_about_the_datasets_is_none_of_them(root, text, holds):
+    (root / "about.json").write_text(text, encoding="utf-8")
+    assert ("about" in dataset_names(root)) == holds
+
+
 def test_two_files_of_a_name_are_ambiguous(root):
     for name in ("x.csv", "x_train.jsonl"):
         (root / name).touch()
