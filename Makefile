@@ -8,7 +8,7 @@ SEED   ?= 0
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test coverage fuzz soak check format docs model clean
+.PHONY: demo test coverage fuzz soak check format docs model dist clean
 
 demo: $(VENV)/installed
 	$(BIN)/loragen demo --output $(OUT) --seed $(SEED) --force
@@ -54,6 +54,9 @@ docs: $(VENV)/installed
 
 # Without the theme's notice of its successor.
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+dist: $(VENV)/installed
+	$(BIN)/python -m build
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis fuzz-failures

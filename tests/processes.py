@@ -33,12 +33,12 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-def run_in_turn(commands, cwd=None):
+def run_in_turn(commands, cwd=None, python=sys.executable):
     """Runs them one after the other in one process; gives each with its (exit code, stdout, stderr,
     heavy packages that have been imported by then)."""
     given = json.dumps([[str(argument) for argument in command] for command in commands])
     result = subprocess.run(
-        [sys.executable, "-c", CODE, given], cwd=cwd, capture_output=True, text=True, check=False
+        [python, "-c", CODE, given], cwd=cwd, capture_output=True, text=True, check=False
     )
     assert (result.returncode, result.stderr) == (0, "")
     found = [tuple(json.loads(line)) for line in result.stdout.splitlines()]

@@ -3,11 +3,8 @@
 import importlib.util
 import inspect
 import json
-import os
 import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from loragen.core import plugins
 from loragen.core.diagnosis import broken_promises
 from loragen.core.errors import UsageError
 from loragen.scaffold import Scaffold
+from tests.environments import Environment
 from tests.processes import run_in_turn
 
 ROOT = Path(__file__).parent.parent
@@ -41,26 +39,7 @@ print(json.dumps([schedule.model_dump(), plugin(10, 10).learning_rate]))
 """
 
 
-class Environment:
-    """A virtual environment that also sees the packages of the running one."""
-
-    def __init__(self, path: Path) -> None:
-        venv.create(path, with_pip=False)
-        scheme = {"base": str(path), "platbase": str(path)}
-        self.site = Path(sysconfig.get_path("purelib", "venv", scheme))
-        self.python = Path(sysconfig.get_path("scripts", "venv", scheme)) / "python"
-        ours = sysconfig.get_path("purelib")
-        # addsitedir, not the bare path: loragen itself may be there as an editable install's .pth.
-        line = f"import site; site.addsitedir({ours!r})\n"
-        (self.site / "beside.pth").write_text(line, encoding="utf-8")
-
-    def run(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        result = subprocess.run(
-            [self.python, *arguments], capture_output=True, text=True, check=False, cwd=self.site
-        )
-        assert result.returncode == 0 or not check, result.stdout + result.stderr
-        return result
-
+class AuthorsEnvironment(Environment):
     def loragen(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return self.run("-m", "loragen", *arguments)
 
@@ -89,14 +68,9 @@ def package(tmp_path_factory):
 @pytest.fixture(scope="module")
 def environment(package, tmp_path_factory):
     """With the package installed, as its README says."""
-    environment = Environment(tmp_path_factory.mktemp("beside") / "venv")
-    pip = [sys.executable, "-m", "pip", "--python", str(environment.python)]
+    environment = AuthorsEnvironment(tmp_path_factory.mktemp("beside") / "venv")
     isolation = ["--no-build-isolation"] if has_setuptools() else []
-    subprocess.run(
-        [*pip, "install", "--quiet", "--no-deps", *isolation, str(package)],
-        check=True,
-        env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
-    )
+    environment.install(*isolation, str(package))
     return environment
 
 
