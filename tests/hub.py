@@ -18,10 +18,11 @@ class StandIn:
         self.repositories, self.private, self.objects = {}, {}, {}
         self.requests = []
 
-    def commit(self, repository, files):
+    def commit(self, repository, files, deleted=()):
         """A new commit with these files instead of earlier ones of their names."""
         commits = self.repositories.setdefault(repository, {})
         whole = {**(list(commits.values())[-1] if commits else {}), **files}
+        whole = {path: content for path, content in whole.items() if path not in deleted}
         name = hashlib.sha1(f"{repository}{len(commits)}".encode()).hexdigest()
         commits[name] = whole
         return name
@@ -115,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
             name = f"{document.get('organization') or 'me'}/{document['name']}"
             if name in self.hub.repositories:
                 return self.answer(409, {"url": f"{self.server.url}/{name}"})
-            self.hub.repositories[name] = {}
+            self.hub.commit(name, {".gitattributes": b""})  # as the hub does
             private = document.get("private") or document.get("visibility") == "private"
             self.hub.private[name] = bool(private)
             return self.answer(200, {"url": f"{self.server.url}/{name}"})
@@ -136,14 +137,19 @@ class Handler(BaseHTTPRequestHandler):
             ]
             return self.answer(200, {"transfer": "basic", "objects": objects})
         found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path)
-        files = {}
+        files, deleted = {}, []
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
-            if line["key"] == "file":
+            newest = list(self.hub.repositories[found[1]])[-1]
+            if line["key"] == "header" and value.get("parentCommit", newest) != newest:
+                return self.answer(412, {"error": "A commit has happened since."})
+            if line["key"] == "deletedFile":
+                deleted.append(value["path"])
+            elif line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.hub.objects[value["oid"]]
-        commit = self.hub.commit(found[1], files)
+        commit = self.hub.commit(found[1], files, deleted)
         url = f"{self.server.url}/{found[1]}/commit/{commit}"
         return self.answer(200, {"success": True, "commitOid": commit, "commitUrl": url})
 

@@ -51,6 +51,13 @@ def resumable(ctx: typer.Context, incomplete: str) -> list[str]:
     return experiments(incomplete) if _command(ctx) == "gen" else runs(ctx, incomplete)
 
 
+def shared_adapters(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The adapters of the library that is given before, if it is a folder."""
+    folder = Path(str(ctx.params.get("library") or ctx.params.get("source") or ""))
+    names = sorted(file.parent.name for file in folder.glob("*/entry.json"))
+    return [name for name in names if name.startswith(incomplete)]
+
+
 def kinds(incomplete: str) -> list[str]:
     from loragen.core.plugins import KINDS
 

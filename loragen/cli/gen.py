@@ -64,8 +64,8 @@ def gen_train(
         list[str] | None,
         typer.Option(
             "--checkpoint-dir",
-            help="A run of lora train (or its checkpoints/), a folder of runs, or either on the "
-            "hub: hf://owner/name. Repeatable.",
+            help="A run of lora train (or its checkpoints/), a folder of runs, a library of "
+            "adapters, or any of them on the hub: hf://owner/name. Repeatable.",
             autocompletion=completion.runs,
         ),
     ] = None,

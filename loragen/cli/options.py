@@ -152,14 +152,22 @@ def with_old_files(
     return use(translation)
 
 
+def parsed_object(text: str, option: str) -> dict[str, Any]:
+    """Returns the JSON object that is given to an option. Raises UsageError for anything else."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{option}: expected a JSON object, found {text}")
+    return found
+
+
 def parsed_template_kwargs(text: str) -> dict[str, Any]:
     """Returns `--chat-template-kwargs`. Raises UsageError if that is no JSON object of switches."""
     from loragen.core.config.schema import check_template_kwargs
 
     try:
-        found = json.loads(text)
-        if not isinstance(found, dict):
-            raise ValueError(f"expected a JSON object, found {text}")
-        return check_template_kwargs(found)
+        return check_template_kwargs(parsed_object(text, "--chat-template-kwargs"))
     except ValueError as error:
         raise UsageError(f"--chat-template-kwargs: {error}") from None

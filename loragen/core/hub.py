@@ -1,4 +1,4 @@
-"""The Hugging Face hub as a place of adapters: `hf://owner/name` is read, and outputs are pushed.
+"""The Hugging Face hub as a place of adapters: `hf://owner/name` is read, and written in commits.
 
 What is read is in the hub's own cache afterwards (HF_HOME), where other programs find it, too, and
 is used from there if the hub does not answer.
@@ -6,7 +6,7 @@ is used from there if the hub does not answer.
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,17 @@ from loragen.core.files import hub_problem, user_path
 PREFIX = "hf://"
 PLACE = "DIRECTORY OF THIS FILE"
 """What a model card says in place of its own directory; the card on the hub has its repository."""
+CONFLICT = 412
+"""The HTTP status of a commit whose parent is no longer the newest."""
 SOURCE = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([^\s/@]+))?(?:/([^\s@]+))?")
+
+
+class NotOnHub(UsageError):  # noqa: N818  # as FileNotFoundError would not say more
+    """There is no such repository, or it has nothing of what is looked for."""
+
+
+class Outdated(LoragenError):  # noqa: N818  # the caller tries again
+    """Somebody has committed to the repository since it was read."""
 
 
 def on_hub(text: object) -> bool:
@@ -49,33 +59,35 @@ def check_repository(repository: str, given: str = "") -> None:
         raise UsageError(f"{repository}: a repository is named OWNER/NAME")
 
 
-def local_path(source: str | Path) -> Path:
-    """Returns the path of a source on this machine; one on the hub is downloaded.
+def local_path(source: str | Path, only: tuple[str, ...] = ()) -> Path:
+    """Returns the path of a source on this machine; one on the hub is downloaded, or of it only the
+    files that match one of the patterns `only`.
 
     Raises UsageError if it is not there, or the hub does not answer and the cache does not have it.
     """
-    return _downloaded(str(source)) if on_hub(source) else user_path(str(source))
+    return _downloaded(str(source), only) if on_hub(source) else user_path(str(source))
 
 
 @cache
-def _downloaded(source: str) -> Path:
+def _downloaded(source: str, only: tuple[str, ...] = ()) -> Path:
     """Returns the snapshot of a source, which a command opens once."""
     repository, revision, folder = check_source(source)
     from huggingface_hub import snapshot_download
 
     _quiet()
     problem = hub_problem()
+    inside = f"{folder}/" if folder else ""
     with _hub_errors(source, problem):
         snapshot = Path(
             snapshot_download(
                 repository,
                 revision=revision,
-                allow_patterns=f"{folder}/*" if folder else None,
+                allow_patterns=[f"{inside}{one}" for one in only or ("*",)],
                 local_files_only=problem is not None,
             )
         )
     if not (snapshot / folder).exists():
-        raise UsageError(f"{source}: the repository has no {folder}")
+        raise NotOnHub(f"{source}: the repository has no {folder or ' or '.join(only)}")
     return snapshot / folder
 
 
@@ -88,20 +100,21 @@ def base_name(path: Path) -> str:
     return path.name
 
 
-def check_push(repository: str) -> None:
-    """Raises UsageError if nothing can be pushed to a repository: its id is malformed, the hub does
-    not answer, or there is no token. The commands call it before they compute anything."""
+def check_push(repository: str, what: str = "") -> None:
+    """Raises UsageError, which begins with `what`, if nothing can be pushed to a repository: its id
+    is malformed, the hub does not answer, or there is no token. The commands call it before they
+    compute anything."""
     check_repository(repository)
     from huggingface_hub import get_token
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
+    what = what or f"--push-to-hub {repository}"
     problem = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else hub_problem()
     if problem:
-        raise UsageError(f"--push-to-hub {repository}: {problem}")
+        raise UsageError(f"{what}: {problem}")
     if get_token() is None:
         raise UsageError(
-            f"--push-to-hub {repository}: no token of the hub; log in with `hf auth login`, or set "
-            "HF_TOKEN"
+            f"{what}: no token of the hub; log in with `hf auth login`, or set HF_TOKEN"
         )
 
 
@@ -111,21 +124,67 @@ def push(directory: Path, files: Iterable[str], repository: str, private: bool) 
 
     Raises LoragenError if the hub refuses it.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    what = f"--push-to-hub {repository}"
+    contents: dict[str, Path | bytes] = {name: directory / name for name in sorted(files)}
+    if "README.md" in contents:
+        text = (directory / "README.md").read_text(encoding="utf-8")
+        card = text.partition("\n\n<!-- written by ")[0].replace(PLACE, repository)
+        contents["README.md"] = f"{card}\n".encode()
+    url = make_repository(repository, private, what)
+    commit(repository, contents, (), "Upload by loragen", what)
+    return url
+
+
+def make_repository(repository: str, private: bool, what: str) -> str:
+    """Makes a repository if there is none, and returns its URL. Raises LoragenError, which begins
+    with `what`, if the hub refuses it."""
+    from huggingface_hub import HfApi
 
     _quiet()
-    operations = []
-    for name in sorted(files):
-        content: str | bytes = str(directory / name)
-        if name == "README.md":
-            card = (directory / name).read_text(encoding="utf-8").partition("\n\n<!-- written by ")
-            content = f"{card[0].replace(PLACE, repository)}\n".encode()
-        operations.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content))
-    api = HfApi(library_name="loragen")
-    with _hub_errors(f"--push-to-hub {repository}", None, LoragenError):
-        url = api.create_repo(repository, private=private, exist_ok=True)
-        api.create_commit(repository, operations, commit_message="Upload by loragen")
-    return str(url)
+    with _hub_errors(what, None, LoragenError):
+        return str(HfApi().create_repo(repository, private=private, exist_ok=True))
+
+
+def newest_commit(repository: str, what: str) -> str:
+    """Returns the newest commit of a repository. Raises LoragenError."""
+    from huggingface_hub import HfApi
+
+    with _hub_errors(what, None, LoragenError):
+        return str(HfApi().model_info(repository, revision="main").sha)
+
+
+def commit(
+    repository: str,
+    contents: Mapping[str, Path | bytes],
+    deleted: Iterable[str],
+    message: str,
+    what: str,
+    parent: str | None = None,
+) -> None:
+    """Commits files, as `{path in the repository: file or bytes}`, and deletions.
+
+    Raises Outdated if `parent` is given and no longer the newest commit, LoragenError, which begins
+    with `what`, if the hub refuses it.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    _quiet()
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(path, str(one) if isinstance(one, Path) else one)
+        for path, one in contents.items()
+    ]
+    operations += [CommitOperationDelete(path) for path in deleted]
+    with _hub_errors(what, None, LoragenError):
+        try:
+            HfApi(library_name="loragen").create_commit(
+                repository, operations, commit_message=message, parent_commit=parent
+            )
+        except HfHubHTTPError as error:
+            if parent and error.response.status_code == CONFLICT:
+                raise Outdated(f"{what}: somebody else has committed to it meanwhile") from None
+            raise
+    _downloaded.cache_clear()
 
 
 def _quiet() -> None:
@@ -149,7 +208,7 @@ def _hub_errors(
     except errors.GatedRepoError:
         raise kind(f"{what}: the repository is gated; ask for access on its page") from None
     except errors.RepositoryNotFoundError:
-        raise kind(
+        raise (NotOnHub if kind is UsageError else kind)(
             f"{what}: there is no such repository, or it is private and needs a token of yours "
             "(`hf auth login`, or HF_TOKEN)"
         ) from None

@@ -105,7 +105,12 @@ class TestPushing:
         assert json.loads(result.stdout)["repository"].endswith("/me/mine")
         files = hub.newest("me/mine")
         assert hub.private == {"me/mine": True}
-        assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+        assert set(files) == {
+            ".gitattributes",
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
         card = ModelCard(files["README.md"].decode())
         assert card.data.license == "apache-2.0"
         assert 'PeftModel.from_pretrained(base, "me/mine")' in card.text

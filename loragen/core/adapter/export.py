@@ -65,7 +65,7 @@ def export_adapter(
     """Writes a PEFT directory, atomically, with the tokenizer that lies beside the adapter, if one
     does."""
     warn_of_config(adapter.config, source)
-    card = _card(adapter, source, merged=False, license_id=license_id)
+    card = export_card(adapter, source, license_id=license_id)
     write_adapter(output, adapter, card, own_tokenizer(adapter))
 
 
@@ -90,7 +90,7 @@ def export_merged(
             merged.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         _let_others_read(temporary)
-        write_text(temporary / "README.md", _card(adapter, source, True, license_id))
+        write_text(temporary / "README.md", export_card(adapter, source, True, license_id))
         document = {"adapter": str(source), "base_model": name, "loragen": version("loragen")}
         write_merged_marker(temporary, document)
 
@@ -239,8 +239,15 @@ def _resolvable(name: str) -> str:
     return name
 
 
-def _card(adapter: Adapter, source: Path, merged: bool, license_id: str | None = None) -> str:
-    """Returns the README.md of an export."""
+def export_card(
+    adapter: Adapter,
+    source: Path,
+    merged: bool = False,
+    license_id: str | None = None,
+    command: str = "lora export",
+) -> str:
+    """Returns the README.md of an adapter that a command writes in place of the `source`, by whose
+    name it is called."""
     config, base = adapter.config, adapter.config["base_model_name_or_path"]
     method = config.get("peft_type", "LORA")
     kind = f"An adapter ({method})"
@@ -252,7 +259,7 @@ def _card(adapter: Adapter, source: Path, merged: bool, license_id: str | None =
     card = (
         f"{front}\n# {base_name(source.absolute())}\n\n{kind} "
         f"{'merged into' if merged else 'for'} {describe_base(base)}, written by "
-        f"`loragen lora export`.\n\n{_lineage_section(lineage)}"
+        f"`loragen {command}`.\n\n{_lineage_section(lineage)}"
         f"{how_to_load(base, merged, adapter.chat_template_kwargs)}"
     )
     if base == _resolvable(DEMO) and not merged:

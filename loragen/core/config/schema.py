@@ -315,7 +315,7 @@ class LayoutSection(Section):
 
 class GenDataSection(Section):
     checkpoint_dir: str | list[str] | None = Field(
-        None, description="Run directories, or folders of them; added to sources."
+        None, description="Run directories, folders of them, or libraries; added to sources."
     )
     prompts: str | None = Field(
         None, description="A directory of `data prepare`, instead of the runs' own datasets."

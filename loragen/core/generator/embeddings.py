@@ -182,6 +182,20 @@ class Familiarity:
         return Distance(self.datasets[nearest], round(ratio, 3), round(error, 3))
 
 
+@torch.no_grad()
+def mean_embedding(
+    encoder: Encoder, texts: Sequence[str], device: torch.device | None = None
+) -> Tensor:
+    """Returns the centre of the texts, ``[dim]`` float32. The encoder computes on `device`, if that
+    is given, and is back on the CPU afterwards."""
+    total = torch.zeros(encoder.dim)
+    with _computing_on(device, encoder):
+        for first in range(0, len(texts), TEXTS_AT_ONCE):
+            embeddings, mask = encoder(texts[first : first + TEXTS_AT_ONCE])
+            total += text_vectors(embeddings, mask).sum(0).cpu()
+    return total / len(texts)
+
+
 def text_vectors(embeddings: Tensor, mask: Tensor) -> Tensor:
     """Returns ``[texts, dim]``: the mean over the valid positions of each text."""
     kept = mask.unsqueeze(-1)

@@ -5,7 +5,7 @@ dataset file is read twice. Prompts and labels are read when they are first need
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from loragen.core.data.prompts import (
 from loragen.core.errors import DataError, UsageError, listing
 from loragen.core.files import absent, natural_key, sha256_text, user_path
 from loragen.core.hub import base_name, check_source, local_path, on_hub
+from loragen.core.library import PROMPTS, LibraryEntry, library_entries, read_entry
 from loragen.core.lora.provenance import Provenance, traced_run
 from loragen.core.run.directory import (
     CHECKPOINTS,
@@ -67,6 +68,8 @@ class TrainingSource:
     """The seed of the random groups of prompts."""
     run: LoraRun | None = None
     """None: the checkpoints are PEFT adapters that belong to no run."""
+    entry: LibraryEntry | None = None
+    """The record of an adapter of a library."""
     prompt_dataset: Dataset | None = None
     """The file that was named for the prompts; None: the run's own dataset, or prepared prompts."""
     labels: Dataset | None = None
@@ -184,10 +187,27 @@ class TrainingSource:
     def base_fingerprint(self) -> str:
         """The hash of the base's weights; empty if it is not recorded, or of a quantised base,
         whose hash is not that of its weights."""
+        if self.entry:
+            return self.entry.base_fingerprint
         recorded = self.run.manifest.base_fingerprint if self.run else ""
         if recorded and self.run and self.run.config.base_quantization == "none":
             return recorded
         return ""
+
+    @property
+    def chat_template_kwargs(self) -> dict[str, Any] | None:
+        """What the chat template was given in training; None if that is not known."""
+        if self.run:
+            return self.run.manifest.chat_template_kwargs
+        return self.entry.chat_template_kwargs if self.entry else None
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Dataset, base and adapter shape, which equivalent sources have in common."""
+        if self.run:
+            return _kind(self.run)
+        dataset = (self.entry.dataset if self.entry else "") or self.name
+        return dataset, self.base_model, *_shape(self.adapter_config)
 
     def has_same_base(self, other: "TrainingSource") -> bool:
         """Returns whether the bases have the same weights or, if those are not recorded, the same
@@ -217,7 +237,8 @@ class Sources:
     unfinished: list[Path]
     test_mode: list[Path]
     superseded: list[Path]
-    """Runs of whose dataset, base and adapter shape another run is newer, or named."""
+    """Runs and adapters of libraries of whose dataset, base and adapter shape another run is newer,
+    or named."""
 
     def report(self) -> None:
         """Logs which runs are left out, and which are used although they have not finished."""
@@ -318,7 +339,16 @@ def open_sources(config: GenTrainConfig, test_mode: bool = False) -> Sources:
     # List the sources that are named, and the folders with their runs.
     listed = data.checkpoint_dir or []
     sections, folders = list(config.sources), dict[Path, list[LoraRun]]()
+    shared = list[Path]()
     for directory in map(local_path, [listed] if isinstance(listed, str) else listed):
+        if (entries := library_entries(directory)) is not None:
+            if not entries:
+                raise UsageError(f"{directory}: a library without adapters")
+            shared += [directory / name for name in entries]
+            continue
+        if read_entry(directory):
+            sections.append(SourceSection(checkpoints=str(directory)))
+            continue
         is_run = (directory / MANIFEST).is_file() or directory.name == CHECKPOINTS
         manifests = [] if is_run else sorted(directory.glob(f"*/{MANIFEST}"))
         if manifests:
@@ -359,12 +389,24 @@ def open_sources(config: GenTrainConfig, test_mode: bool = False) -> Sources:
         unfinished += [run.directory for run in unnamed if run.manifest.status != "success"]
         tests += [run.directory for run in finished if run not in usable]
         candidates |= {run.directory.resolve(): run for run in usable}
-    used = {_kind(source.run) for source in (*training, *validation) if source.run}
+    given = [*training, *validation]
+    used = {source.kind for source in given if source.run or source.entry}
     newest = _newest(list(candidates.values()), used)
     chosen = [run for run in candidates.values() if newest.get(_kind(run)) is run]
     superseded = [run.directory for run in candidates.values() if newest.get(_kind(run)) is not run]
     sections = [SourceSection(run=str(run.directory)) for run in chosen]
     training += [open_one(section, tracked=tracked) for section in sections]
+
+    # Of the libraries, all adapters but those of datasets that are used already.
+    used |= {_kind(run) for run in chosen}
+    for directory in shared:
+        if directory.resolve() in named:
+            continue
+        source = open_one(SourceSection(checkpoints=str(directory)), tracked=tracked)
+        if source.kind in used:
+            superseded.append(directory)
+        else:
+            training.append(source)
 
     if not training:
         raise UsageError(
@@ -383,25 +425,36 @@ def open_source(
     tracked: bool = False,
     open_run: Callable[[Path], LoraRun] | None = None,
 ) -> TrainingSource:
-    """Opens one source: a run of `lora train`, or a folder of PEFT adapters with its prompts.
+    """Opens one source: a run of `lora train`, a folder of PEFT adapters with its prompts, or an
+    adapter of a library, which has its own.
 
     Raises UsageError if something is missing, DataError for a damaged manifest.
     """
     directory = _directory_of(section)
+    if library_entries(directory) is not None:
+        raise UsageError(
+            f"{directory}: a library; name it as data.checkpoint_dir, or one adapter of it: "
+            f"sources: [{{checkpoints: {directory}/NAME}}]"
+        )
+    entry = read_entry(directory)
     checkpoints = find_checkpoints(directory) if section.run is None else []
     run = None
     if not (checkpoints and checkpoints[0].is_dir()):  # no PEFT adapters
         if weights_in(directory):
+            prompts = "" if entry else ", prompts: FILE"
             raise UsageError(
                 f"{directory}: a PEFT adapter is no run; name it with its prompts: "
-                f"sources: [{{checkpoints: {directory}, prompts: FILE}}]"
+                f"sources: [{{checkpoints: {directory}{prompts}}}]"
             )
         run = open_run(directory) if open_run else Run.open(directory, LoraManifest)
         checkpoints = find_checkpoints(run.directory)
     name = run.manifest.dataset.name if run else base_name(directory)
     groups = prepared.groups_of(section, name)
-    prompts = Dataset.at(section.prompts) if section.prompts and not groups else None
-    labels = prompts
+    named = section.prompts
+    if named is None and prepared.data.prompts is None and entry:
+        named = str(directory / PROMPTS)
+    prompts = Dataset.at(named) if named and not groups else None
+    labels = prompts or (Dataset(directory / PROMPTS) if entry else None)
     if run:
         path = run.manifest.dataset.path
         labels = Dataset.at(path) if path else None
@@ -416,7 +469,7 @@ def open_source(
         raise UsageError(
             f"{directory}: the prompts of PEFT adapters are unknown; add prompts: FILE"
         )
-    named = section.prompts if section.prompts is not None else prepared.data.prompts
+    named = named if named is not None else prepared.data.prompts
     return TrainingSource(
         name,
         checkpoints[-max_checkpoints:],
@@ -425,6 +478,7 @@ def open_source(
         prepared.data,
         prepared.seed,
         run=run,
+        entry=entry,
         prompt_dataset=prompts,
         labels=labels,
         prepared=groups,
@@ -497,9 +551,14 @@ def _kind(run: LoraRun) -> tuple[object, ...]:
     adapter = run.manifest.adapter_config
     if adapter:
         check_config(adapter, f"{run.directory / MANIFEST}: adapter_config")
-    targets = adapter.get("target_modules")
-    shape = tuple(sorted(targets)) if isinstance(targets, list) else targets
-    return run.manifest.dataset.name, run.manifest.base_model, adapter.get("r"), shape
+    return run.manifest.dataset.name, run.manifest.base_model, *_shape(adapter)
+
+
+def _shape(adapter_config: Mapping[str, Any]) -> tuple[object, object]:
+    """Returns rank and target modules."""
+    targets = adapter_config.get("target_modules")
+    names = tuple(sorted(targets)) if isinstance(targets, list) else targets
+    return adapter_config.get("r"), names
 
 
 def _refuse_namesakes(sources: Iterable[TrainingSource]) -> None:

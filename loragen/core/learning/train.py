@@ -241,19 +241,23 @@ def training_base(plan: Plan, resume: "GeneratorPoint | None") -> LanguageModel:
 
 
 def template_kwargs(plan: Plan) -> dict[str, Any]:
-    """Returns what the chat template was given in the runs that a generator is trained on.
+    """Returns what the chat template was given in the training of the collected adapters.
 
     Raises UsageError if it was not the same in all of them.
     """
-    runs = [source.run.manifest for source in plan.sources if source.run]
-    first = runs[0].chat_template_kwargs if runs else {}
-    for other in runs:
-        if other.chat_template_kwargs != first:
+    known = [
+        (source.name, source.chat_template_kwargs)
+        for source in plan.sources
+        if source.chat_template_kwargs is not None
+    ]
+    name, first = known[0] if known else ("", {})
+    for other, kwargs in known:
+        if kwargs != first:
             raise UsageError(
-                f"the chat template was given {first} in the run of {runs[0].dataset.name}, and "
-                f"{other.chat_template_kwargs} in that of {other.dataset.name}: train them alike"
+                f"the chat template was given {first} in the training of {name}, and {kwargs} in "
+                f"that of {other}: train them alike"
             )
-    return first
+    return first or {}
 
 
 def check_labels(plan: Plan) -> None:

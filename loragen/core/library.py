@@ -1,0 +1,920 @@
+"""A library of adapters, which a team shares: in a folder, or in a repository of the hub. Light.
+
+Every adapter has a directory of its own: a PEFT adapter with its card, the prompts that it was
+trained on, and a record with the centre of their embeddings. There is no list beside them that two
+processes could overwrite, so that a directory is put in place, or taken away, as a whole. In a
+folder they do so one after the other (`.library.lock`); on the hub a change is one commit upon the
+one that was read, and is made again upon a newer one.
+
+All adapters of a library are for one base and have one layout, so that a generator can learn from
+them.
+"""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, FiniteFloat, ValidationError
+
+from loragen.core.adapter import CARD, refuse_existing_adapter
+from loragen.core.base.names import absolute_base
+from loragen.core.contents import read_json
+from loragen.core.data.dataset import Dataset, Row
+from loragen.core.data.documents import missing_source
+from loragen.core.data.prompts import joined_text, random_groups, text_key
+from loragen.core.errors import (
+    DataError,
+    LoragenError,
+    UsageError,
+    did_you_mean,
+    listing,
+)
+from loragen.core.files import (
+    UNFINISHED,
+    file_name,
+    natural_key,
+    sha256,
+    sha256_text,
+    write_json,
+    write_text,
+)
+from loragen.core.hub import (
+    PLACE,
+    NotOnHub,
+    Outdated,
+    check_push,
+    check_source,
+    commit,
+    local_path,
+    make_repository,
+    newest_commit,
+    on_hub,
+)
+from loragen.core.outputs import (
+    BESIDE,
+    Record,
+    check_writable,
+    hashes,
+    recorded_in_json,
+    refuse_existing,
+    refuse_file,
+    remove_recorded,
+    written_directory,
+)
+from loragen.core.run.directory import LoraManifest, LoraRun, OtherRunError, Run
+from loragen.core.run.lock import NO_LOCKS
+
+if TYPE_CHECKING:
+    from loragen.core.adapter.files import Adapter
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+LIBRARY, ENTRY, PROMPTS = "library.json", "entry.json", "prompts.jsonl"
+LOCK = ".library.lock"
+PROMPTS_PER_TEXT = 4
+"""As `data.samples_per_prompt` of `gen train` by default."""
+MOST_TEXTS = 256
+"""A centre is the mean of at most so many texts, drawn at random."""
+COMMITS = 10
+"""So often a change is tried again because others have committed to the repository meanwhile."""
+ABANDONED_SECONDS = 24 * 3600.0
+"""What a process that was killed has left unfinished is removed after so long."""
+RECORDS = (LIBRARY, f"*/{ENTRY}")
+
+
+class EncoderRecord(BaseModel):
+    """The encoder of a library's centres."""
+
+    name: str
+    options: dict[str, Any] = {}
+    fingerprint: str
+    """The hash of its weights."""
+
+
+class LibraryRecord(BaseModel):
+    """The content of library.json."""
+
+    format_version: int = FORMAT_VERSION
+    kind: Literal["library"] = "library"
+    encoder: EncoderRecord
+
+
+class LibraryEntry(BaseModel):
+    """The content of entry.json: what is known of an adapter without reading it. Its name is that
+    of its directory."""
+
+    format_version: int = FORMAT_VERSION
+    kind: Literal["library entry"] = "library entry"
+    added: str
+    base_model: str
+    base_fingerprint: str = ""
+    """The hash of the base's weights; empty if it is not known."""
+    rank: int
+    scaling: str
+    """The factor of BA, `lora_alpha / r`; several if modules differ."""
+    modules: list[str]
+    """The modules of a layer that have an adapter."""
+    layers: int
+    values: int
+    layout: str
+    """A hash of the names, shapes and scalings of all tensors."""
+    weights: str
+    """A hash of the tensors."""
+    prompts: int
+    answers: bool
+    """Whether prompts.jsonl also has the answers."""
+    prompts_sha256: str
+    """Of prompts.jsonl."""
+    centre: list[FiniteFloat]
+    """``[dim]``: the mean embedding of the prompts, joined in texts."""
+    chat_template_kwargs: dict[str, Any] = {}
+    lineage: dict[str, Any] = {}
+    files: dict[str, str]
+    """The hashes of the other files of its directory."""
+
+    @property
+    def dataset(self) -> str:
+        """The name of the dataset that it was trained on, if that is known."""
+        return str(self.lineage.get("dataset", ""))
+
+    def same_base(self, other: Self) -> bool:
+        """Returns whether the bases have the same weights or, if those are not known of both, the
+        same name."""
+        if self.base_fingerprint and other.base_fingerprint:
+            return self.base_fingerprint == other.base_fingerprint
+        return self.base_model == other.base_model
+
+    def difference(self, other: Self) -> str | None:
+        """Returns what keeps two adapters from being in one library; None if nothing does."""
+        if not self.same_base(other):
+            if self.base_model == other.base_model:
+                return f"its base {self.base_model} had other weights"
+            return f"its base is {self.base_model}, not {other.base_model}"
+        for what in ("rank", "modules", "layers", "scaling"):
+            own, theirs = getattr(self, what), getattr(other, what)
+            if own != theirs:
+                shown = [listing(v) if isinstance(v, list) else v for v in (own, theirs)]
+                return f"its {what}: {shown[0]}, not {shown[1]}"
+        return None if self.layout == other.layout else "its tensors have other names or shapes"
+
+
+def entry_record(directory: Path) -> Record | None:
+    """Returns the record of an adapter's directory in a library."""
+    return recorded_in_json(directory, ENTRY)
+
+
+def read_entry(directory: Path) -> LibraryEntry | None:
+    """Returns the record of a directory in a library; None if it is none. Raises DataError if it is
+    damaged or of a newer loragen."""
+    file = directory / ENTRY
+    return _read(file, LibraryEntry) if file.is_file() else None
+
+
+def library_entries(directory: Path) -> dict[str, LibraryEntry] | None:
+    """Returns the adapters of the library in a directory of this machine; None if it is none.
+    Raises DataError as `read_entry`."""
+    if not (directory / LIBRARY).is_file():
+        return None
+    _read(directory / LIBRARY, LibraryRecord)
+    return AdapterLibrary.at(directory).entries
+
+
+def _read(file: Path, kind: type[Any]) -> Any:
+    try:
+        found = kind.model_validate(read_json(file))
+    except ValidationError as error:
+        reason = "; ".join(str(error).splitlines()[:2])
+        raise DataError(f"{file}: not of a library of adapters: {reason}") from None
+    if found.format_version > FORMAT_VERSION:
+        raise DataError(
+            f"{file}: format {found.format_version} is newer than this loragen reads "
+            f"({FORMAT_VERSION}); upgrade loragen"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An adapter in a list, with the similarity of its prompts to given ones (a cosine)."""
+
+    name: str
+    entry: LibraryEntry
+    similarity: float | None = None
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a change of a library has done, by the names of adapters."""
+
+    added: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+    """Those that the library had already, with the same weights and prompts."""
+    url: str | None = None
+    """Of the repository, if it is on the hub."""
+
+
+@dataclass(frozen=True)
+class AddOptions:
+    """How adapters are added to a library."""
+
+    prompts: str | None = None
+    """The prompts of the adapter: a file, or a dataset on the hub; None: those of its run."""
+    name: str | None = None
+    answers: bool = True
+    """Whether the answers are added with the prompts, if they are known."""
+    base_model: str | None = None
+    """Recorded instead of the base's own name."""
+    encoder: str | None = None
+    """The encoder of a new library, `sbert` by default."""
+    encoder_options: Mapping[str, Any] | None = None
+    license_id: str | None = None
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """An adapter that is to be put into a library."""
+
+    name: str
+    adapter: "Adapter"
+    prompts: str
+    """The text of prompts.jsonl."""
+    card: str
+    """With `"PLACE"` as the place to load from."""
+    base_fingerprint: str
+    centre: tuple[str, list[float]] | None = None
+    """The fingerprint of an encoder, and the centre by it."""
+
+
+# ---------------------------------------------------------------------------- a library
+
+
+@dataclass
+class AdapterLibrary:
+    """A library as it was read."""
+
+    place: str
+    """As it was named: a folder, or `hf://owner/name`."""
+    directory: Path
+    """Where its files are on this machine."""
+    record: LibraryRecord | None
+    """None if there is no library yet."""
+    entries: dict[str, LibraryEntry]
+
+    @classmethod
+    def open(cls, place: str, only: Sequence[str] = RECORDS) -> "AdapterLibrary":
+        """Opens a library; of one on the hub, the files that match `only` are fetched. Raises
+        UsageError if there is none, DataError if a record of it is damaged."""
+        try:
+            directory = local_path(place, tuple(only))
+        except NotOnHub as error:
+            if LIBRARY in str(error):
+                raise UsageError(f"{place}: no library (it has no {LIBRARY})") from None
+            raise
+        found = cls.at(directory, place)
+        if found.record is None:
+            missing = f"it has no {LIBRARY}" if directory.is_dir() else "no such directory"
+            raise UsageError(f"{place}: no library ({missing}); `loragen library add` makes one")
+        return found
+
+    @classmethod
+    def at(cls, directory: Path, place: str | None = None) -> "AdapterLibrary":
+        """Reads what is in a directory, which may be no library."""
+        file = directory / LIBRARY
+        record = _read(file, LibraryRecord) if file.is_file() else None
+        entries = {}
+        for one in directory.glob(f"*/{ENTRY}"):
+            with suppress(FileNotFoundError):  # somebody has just removed it
+                if not one.parent.name.startswith(".") and (found := read_entry(one.parent)):
+                    entries[one.parent.name] = found
+        ordered = dict(sorted(entries.items(), key=lambda item: natural_key(item[0])))
+        return cls(place or str(directory), directory, record, ordered)
+
+    def listed(self, like: str | None = None) -> list[Listed]:
+        """Returns the adapters by name, or the most similar to the prompts `like` (a file, or a
+        dataset on the hub) first. Raises UsageError or DataError for prompts that cannot be read,
+        and if the library's encoder is another one here."""
+        found = [Listed(name, entry) for name, entry in self.entries.items()]
+        if like is None or not found:
+            return found
+        import torch
+
+        dataset = Dataset.at(like)
+        if missing_source(dataset.source):
+            raise UsageError(f"--like: {like}: no such file")
+        prompts = dataset.prompts()
+        assert self.record is not None  # `open` has checked it
+        wanted = torch.tensor(_Centres(self.record.encoder, self.place)(prompts))
+        by_similarity = [
+            replace(one, similarity=_cosine(wanted, torch.tensor(one.entry.centre)))
+            for one in found
+        ]
+        return sorted(by_similarity, key=lambda one: -(one.similarity or 0.0))
+
+    def chosen(self, names: Sequence[str]) -> list[str]:
+        """Returns the names, without repetitions. Raises UsageError for one that is not there."""
+        for name in names:
+            if name not in self.entries:
+                raise UsageError(
+                    f"{self.place}: no adapter '{name}' in it.{did_you_mean(name, self.entries)} "
+                    f"It has: {listing(list(self.entries))}"
+                )
+        return list(dict.fromkeys(names))
+
+    def card(self, name: str) -> str:
+        """Returns the card of an adapter, with `"PLACE"` as the place to load from."""
+        at = f"{self.place}/{name}" if on_hub(self.place) else self.place
+        return _card_in(self.directory / name, at)
+
+    def refuse_unfit(
+        self, new: Mapping[str, LibraryEntry], encoder: EncoderRecord, force: bool
+    ) -> list[str]:
+        """Returns those of the new adapters that the library has already, as they are. Raises
+        UsageError for an encoder that is not the library's and a name that is taken, DataError,
+        which names all of them, for adapters that do not fit the others."""
+        if self.record and self.record.encoder.fingerprint != encoder.fingerprint:
+            raise UsageError(
+                f"{self.place}: its centres are of the encoder {self.record.encoder.name}, and "
+                f"these of {encoder.name} or of other weights of it"
+            )
+        same = []
+        for name, entry in new.items():
+            old = self.entries.get(name)
+            if old and (old.weights, old.prompts_sha256, old.base_model) == (
+                entry.weights,
+                entry.prompts_sha256,
+                entry.base_model,
+            ):
+                same.append(name)
+                continue
+            taken = next((n for n in self.entries if n.casefold() == name.casefold()), None)
+            if taken and not (force and taken == name):
+                raise UsageError(
+                    f"{self.place} has an adapter {taken} already; --name gives this one another "
+                    "name, --force replaces that one"
+                )
+        replaced = new.keys() - {*same}
+        others = {n: entry for n, entry in self.entries.items() if n not in replaced} | dict(new)
+        first, reference = next(iter(others.items()))
+        unfit = {name: entry.difference(reference) for name, entry in new.items()}
+        if problems := [f"{n}: {why} (as {first})" for n, why in unfit.items() if why]:
+            raise DataError(
+                *(f"{one}: the adapters of a library have one base and layout" for one in problems)
+            )
+        return same
+
+
+def _cosine(one: Any, other: Any) -> float:
+    from torch.nn.functional import cosine_similarity
+
+    return round(float(cosine_similarity(one, other, dim=0)), 4)
+
+
+def _address(place: str) -> str:
+    """Returns the arguments of `from_pretrained` that load the adapter at a place on the hub; in a
+    folder, a card does not know its place."""
+    if not on_hub(place):
+        return f'"{PLACE}"'
+    repository, _, folder = check_source(place)
+    return f'"{repository}", subfolder="{folder}"' if folder else f'"{repository}"'
+
+
+def _card_in(directory: Path, place: str | Path) -> str:
+    """Returns the card of an adapter, without the record of its files, and with `"PLACE"` for the
+    place to load from."""
+    text = (directory / CARD).read_text(encoding="utf-8")
+    text = text.partition(f"\n\n<!-- {BESIDE}")[0]
+    return text.replace(_address(str(place)), f'"{PLACE}"')
+
+
+# ---------------------------------------------------------------------------- what is added
+
+
+class _Centres:
+    """Computes centres by one encoder, which is loaded when it is first needed."""
+
+    def __init__(self, encoder: EncoderRecord, place: str) -> None:
+        """`place` is that of the library whose encoder it is."""
+        self.record, self.place = encoder, place
+        self._encoder: Any = None
+
+    def __call__(self, prompts: Sequence[str]) -> list[float]:
+        """Returns the mean embedding of the prompts, in texts of `PROMPTS_PER_TEXT` as `gen train`
+        joins them. Raises UsageError if the encoder has other weights than the recorded ones."""
+        from loragen.core.base.load import best_device
+        from loragen.core.generator.embeddings import mean_embedding
+
+        distinct = {text_key(prompt): prompt for prompt in reversed(prompts)}
+        groups = random_groups(list(distinct.values())[::-1], PROMPTS_PER_TEXT, seed=0)
+        texts = [joined_text(group) for group in groups[:MOST_TEXTS]]
+        found: list[float] = mean_embedding(self.encoder, texts, best_device()).tolist()
+        return [round(value, 7) for value in found]
+
+    @property
+    def encoder(self) -> Any:
+        if self._encoder is None:
+            self._encoder = _loaded(self.record.name, self.record.options)
+            if self._encoder.fingerprint != self.record.fingerprint:
+                raise UsageError(
+                    f"{self.place}: the encoder {self.record.name} has other weights here than "
+                    "when the library was made"
+                )
+        return self._encoder
+
+    @classmethod
+    def by(cls, record: LibraryRecord | None, options: AddOptions, place: str) -> "_Centres":
+        """Returns those of a library, or of a new one. Raises UsageError if another encoder than
+        the library's is named."""
+        named = options.encoder is not None or options.encoder_options is not None
+        if record and not named:
+            return cls(record.encoder, place)
+        name = options.encoder or (record.encoder.name if record else "sbert")
+        given = dict(options.encoder_options or {})
+        encoder = _loaded(name, given)
+        if record and encoder.fingerprint != record.encoder.fingerprint:
+            raise UsageError(
+                f"{place}: its centres are of the encoder {record.encoder.name}, of other weights "
+                f"than the {name} that is given"
+            )
+        found = cls(EncoderRecord(name=name, options=given, fingerprint=encoder.fingerprint), place)
+        found._encoder = encoder
+        return found
+
+
+def _loaded(name: str, options: Mapping[str, Any]) -> Any:
+    from loragen.core.base.load import quiet_libraries
+    from loragen.core.plugins import create
+
+    quiet_libraries()
+    return create("encoder", name, options)
+
+
+def _candidate(source: str, options: AddOptions) -> _Candidate:
+    """Reads an adapter and its prompts: a run of `lora train`, one of its checkpoints, a PEFT
+    directory, or an adapter of another library.
+
+    Raises UsageError if something is missing or the prompts are not known, DataError for an adapter
+    that no generator learns from and for bad rows.
+    """
+    from loragen.core.adapter.checks import check_ba, warn_of_config
+    from loragen.core.adapter.export import export_card
+    from loragen.core.run.checkpoints import read_checkpointed_adapter
+
+    path = local_path(source)
+    if (path / LIBRARY).is_file():
+        raise UsageError(f"{source}: a library; `loragen library copy` copies one into another")
+    adapter = read_checkpointed_adapter(path)
+    check_ba(adapter.config, adapter.tensors, source)
+    warn_of_config(adapter.config, source)
+    base = options.base_model or adapter.config.get("base_model_name_or_path")
+    if not base:
+        raise UsageError(f"{source}: its base model is not recorded; give --base-model")
+    adapter = replace(
+        adapter, config=adapter.config | {"base_model_name_or_path": absolute_base(base)}
+    )
+    entry, run = read_entry(path), None
+    with suppress(UsageError, OtherRunError):  # an adapter of no run
+        run = Run.open(path, LoraManifest)
+    if run and run.manifest.status != "success":
+        log.warning("%s: not finished; its last checkpoint is added", run.directory)
+    fingerprint = str(adapter.lineage.get("base_fingerprint", ""))
+    if entry:
+        fingerprint = entry.base_fingerprint
+    elif run and run.config.base_quantization != "none":
+        fingerprint = ""  # it is not that of the weights
+    usual = run.manifest.dataset.name if run else str(adapter.lineage.get("dataset", ""))
+    name = file_name(options.name or (path.name if entry else usual) or Path(source).name)
+    own = adapter.directory / CARD if adapter.directory else None
+    if own and own.is_file() and not (options.base_model or options.license_id):
+        card = _card_in(own.parent, source)
+    else:
+        card = export_card(
+            adapter, Path(name), license_id=options.license_id, command="library add"
+        )
+    dataset = _prompts_of(source, path, entry, run, options)
+    # A run has left out bad rows as well.
+    labelled = dataset.has_labels and (options.prompts is None or not dataset.bad_rows)
+    documents = (
+        [{"prompt": prompt} for prompt in dataset.prompts()]
+        if not labelled
+        else [
+            _document(row) if options.answers else {"prompt": row.prompt}
+            for row in dataset.rows(skip_bad_rows=True)
+        ]
+    )
+    text = "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in documents)
+    return _Candidate(name, adapter, text, card, fingerprint)
+
+
+def _prompts_of(
+    source: str, path: Path, entry: LibraryEntry | None, run: LoraRun | None, options: AddOptions
+) -> Dataset:
+    """Returns the dataset of an adapter. Raises UsageError if it is missing or not known, DataError
+    if it has changed since the run."""
+    hint = "give --prompts FILE"
+    if options.prompts is not None:
+        dataset = Dataset.at(options.prompts)
+        if missing_source(dataset.source):
+            raise UsageError(f"--prompts: {options.prompts}: no such file")
+        return dataset
+    if entry:
+        return Dataset(path / PROMPTS)
+    if run is None or not run.manifest.dataset.path:
+        raise UsageError(f"{source}: the prompts that it was trained on are not known; {hint}")
+    dataset = Dataset.at(run.manifest.dataset.path)
+    if missing_source(dataset.source):
+        raise UsageError(f"{source}: its dataset {dataset} is missing; {hint}")
+    if dataset.sha256 != run.manifest.dataset.sha256:
+        raise DataError(f"{source}: its dataset {dataset} has changed since the run; {hint}")
+    return dataset
+
+
+def _document(row: Row) -> dict[str, Any]:
+    """Returns a row in the format `prompt/response`, which reads as the same row."""
+    response = [row.response, *row.also_right] if row.also_right else row.response
+    found: dict[str, Any] = {"prompt": row.prompt, "response": response}
+    more = (("system", row.system), ("history", row.history), ("choices", row.choices))
+    return found | {key: value for key, value in more if value}
+
+
+def _write_entry(
+    directory: Path, place: str, candidate: _Candidate, centres: _Centres
+) -> LibraryEntry:
+    """Writes the directory of an adapter, as it will be in the library at `place`."""
+    from loragen.core.adapter.checks import module_scaling
+    from loragen.core.adapter.export import own_tokenizer
+    from loragen.core.adapter.files import tensors_hash, write_adapter
+    from loragen.core.adapter.layout import NO_LAYER, Layout
+
+    adapter = candidate.adapter
+    at = f"{place}/{candidate.name}" if on_hub(place) else place
+    card = candidate.card.replace(f'"{PLACE}"', _address(at))
+    write_adapter(directory, adapter, card, own_tokenizer(adapter))
+    write_text(directory / PROMPTS, candidate.prompts)
+    rows = [json.loads(line) for line in candidate.prompts.split("\n") if line]
+    fingerprint, centre = candidate.centre or ("", [])
+    if fingerprint != centres.record.fingerprint:
+        centre = centres([row["prompt"] for row in rows])
+    layout = Layout.of(adapter.tensors, token_dim=1)
+    scalings = {spec.path: module_scaling(adapter.config, spec.path) for spec in layout.tensors}
+    entry = LibraryEntry(
+        added=datetime.now(UTC).isoformat(timespec="seconds"),
+        base_model=adapter.config["base_model_name_or_path"],
+        base_fingerprint=candidate.base_fingerprint,
+        rank=adapter.config["r"],
+        scaling=listing([f"{value:g}" for value in sorted(set(scalings.values()))]),
+        modules=sorted({spec.module for spec in layout.tensors}),
+        layers=len({spec.layer for spec in layout.tensors} - {NO_LAYER}),
+        values=layout.values,
+        layout=sha256_text(*(f"{s.key} {s.shape} {scalings[s.path]}" for s in layout.tensors)),
+        weights=tensors_hash(adapter.tensors),
+        prompts=len(rows),
+        answers=all("response" in row for row in rows),
+        prompts_sha256=sha256_text(candidate.prompts),
+        centre=centre,
+        chat_template_kwargs=adapter.chat_template_kwargs,
+        lineage=adapter.lineage,
+        files=hashes(directory),
+    )
+    lines = (f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in entry)
+    write_text(directory / ENTRY, "{\n" + ",\n".join(lines) + "\n}\n")  # a centre on one line
+    return entry
+
+
+# ---------------------------------------------------------------------------- changes
+
+
+def add_adapters(
+    place: str,
+    sources: Sequence[str],
+    options: AddOptions | None = None,
+    *,
+    force: bool = False,
+    private: bool = False,
+) -> Changes:
+    """Adds adapters to a library, which is made if there is none: all of them, or none if one does
+    not fit.
+
+    Raises UsageError if something is missing, a name is taken (without `force`) or nothing can be
+    written; DataError for adapters of another base or layout than the others.
+    """
+    options = options or AddOptions()
+    if len(sources) > 1 and (options.name or options.prompts):
+        raise UsageError("--name and --prompts are of one adapter; add it alone")
+    record = _writable(place)
+    centres = _Centres.by(record, options, place)
+    candidates = (_candidate(source, options) for source in sources)
+    return _put(place, candidates, centres, force, private)
+
+
+def copy_adapters(
+    source: str,
+    place: str,
+    names: Sequence[str] = (),
+    *,
+    force: bool = False,
+    private: bool = False,
+) -> Changes:
+    """Copies adapters of a library, all if none is named, into another one, which is made if there
+    is none. Centres of another encoder than that of the target are computed again.
+
+    Raises as `AdapterLibrary.open` and `add_adapters`.
+    """
+    from loragen.core.adapter.files import read_adapter
+
+    wanted = [f"{name}/*" for name in names] or ["*"]
+    library = AdapterLibrary.open(source, (*RECORDS, *wanted))
+    chosen = library.chosen(names or list(library.entries))
+    if not chosen:
+        raise UsageError(f"{source}: no adapters in it")
+    assert library.record is not None  # `open` has checked it
+    record = _writable(place)
+    encoder = (record or library.record).encoder
+
+    def candidates() -> Iterator[_Candidate]:
+        for name in chosen:
+            entry, directory = library.entries[name], library.directory / name
+            yield _Candidate(
+                name,
+                read_adapter(directory),
+                (directory / PROMPTS).read_text(encoding="utf-8"),
+                library.card(name),
+                entry.base_fingerprint,
+                (library.record.encoder.fingerprint, entry.centre) if library.record else None,
+            )
+
+    return _put(place, candidates(), _Centres(encoder, place), force, private)
+
+
+def get_adapter(place: str, name: str, output: Path, force: bool = False) -> None:
+    """Writes an adapter of a library to an ordinary PEFT directory.
+
+    Raises UsageError if it is not there, or something that must not be replaced is at `output`.
+    """
+    refuse_existing_adapter(output, force)
+    library = AdapterLibrary.open(place, (*RECORDS, f"{name}/*"))
+    library.chosen([name])
+    from loragen.core.adapter.export import own_tokenizer
+    from loragen.core.adapter.files import read_adapter, write_adapter
+
+    adapter = read_adapter(library.directory / name)
+    write_adapter(output, adapter, library.card(name), own_tokenizer(adapter))
+
+
+def remove_adapters(place: str, names: Sequence[str]) -> None:
+    """Removes adapters from a library: the files that loragen has written; others in their
+    directories stay. The hub keeps them in its history.
+
+    Raises UsageError for a name that is not there, and in a folder for a file that has changed.
+    """
+    if on_hub(place):
+        _checked_for_writing(place)
+        library = AdapterLibrary.open(place)
+
+        def removal(current: AdapterLibrary) -> tuple[dict[str, Path | bytes], list[str]]:
+            found: list[str] = []
+            for name in current.chosen(names):
+                own = [ENTRY, *(entry_record(current.directory / name) or {})]
+                found += [f"{name}/{one}" for one in dict.fromkeys(own)]
+            return {}, found
+
+        library.chosen(names)
+        _commit(place, removal, f"Remove {listing(list(names))}")
+        return
+    library = AdapterLibrary.open(place)
+    with _locked(library.directory):
+        library = AdapterLibrary.at(library.directory, place)
+        chosen = library.chosen(names)
+        records = {name: entry_record(library.directory / name) for name in chosen}
+        for name, own in records.items():
+            if own is None:
+                raise DataError(f"{library.directory / name / ENTRY}: it records no files")
+            for file, digest in own.items():
+                path = library.directory / name / file
+                if digest and path.is_file() and sha256(path) != digest:
+                    raise UsageError(
+                        f"{path} has changed since loragen wrote it; move it away, and then remove "
+                        "the adapter"
+                    )
+        for name, own in records.items():
+            directory = library.directory / name
+            others = [p.name for p in directory.iterdir() if p.name not in (own or {})]
+            (directory / ENTRY).unlink()  # first: without it, the directory is no entry
+            remove_recorded(directory, own or {})
+            if others:
+                log.warning("%s: left there, as not of loragen: %s", directory, listing(others))
+            else:
+                with suppress(OSError):
+                    directory.rmdir()
+
+
+def _writable(place: str) -> LibraryRecord | None:
+    """Returns the record of the library at a place where one can be written; None if there is none
+    yet. Raises UsageError if nothing can be written there, or it is something else."""
+    if on_hub(place):
+        _checked_for_writing(place)
+        with suppress(NotOnHub):
+            return AdapterLibrary.at(local_path(place, RECORDS), place).record
+        return None
+    directory = local_path(place)
+    refuse_file(directory)
+    check_writable(directory)
+    if not directory.is_dir() or (directory / LIBRARY).is_file():
+        return AdapterLibrary.at(directory, place).record
+    if foreign := [p.name for p in directory.iterdir() if not _may_be_beside(p.name)]:
+        raise UsageError(
+            f"{place}: no library, and it holds {listing(sorted(foreign), 3)}; name a new folder"
+        )
+    return None
+
+
+def _may_be_beside(name: str) -> bool:
+    """Returns whether a file may be where a library is made, such as in a clone."""
+    return name.startswith(".") or name.upper().startswith(("README", "LICENSE"))
+
+
+def _checked_for_writing(place: str) -> None:
+    repository, revision, _ = check_source(place)
+    if revision:
+        raise UsageError(f"{place}: a library is written without @revision")
+    check_push(repository, place)
+
+
+def _put(
+    place: str,
+    candidates: Iterable[_Candidate],
+    centres: _Centres,
+    force: bool,
+    private: bool,
+) -> Changes:
+    """Writes the directories of adapters, and puts them into the library together."""
+    home = tempfile.gettempdir()
+    if not on_hub(place):  # where they can be renamed into place
+        directory = local_path(place)
+        home = str(next(p for p in (directory, *directory.absolute().parents) if p.is_dir()))
+    with tempfile.TemporaryDirectory(UNFINISHED, ".library.", home) as holder:
+        new: dict[str, LibraryEntry] = {}
+        for candidate in candidates:
+            if candidate.name in new:
+                raise UsageError(
+                    f"two adapters are called {candidate.name}; add them one by one with --name"
+                )
+            own = Path(holder) / candidate.name
+            new[candidate.name] = _write_entry(own, place, candidate, centres)
+        change = _put_on_hub if on_hub(place) else _put_in_folder
+        return change(place, Path(holder), new, centres.record, force, private)
+
+
+def _put_in_folder(
+    place: str,
+    holder: Path,
+    new: Mapping[str, LibraryEntry],
+    encoder: EncoderRecord,
+    force: bool,
+    private: bool,  # noqa: ARG001  # of a repository
+) -> Changes:
+    directory = local_path(place)
+    AdapterLibrary.at(directory, place).refuse_unfit(new, encoder, force)  # before it is made
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory):
+        for left in directory.glob(f".*{UNFINISHED}"):
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                    shutil.rmtree(left, ignore_errors=True)
+        library = AdapterLibrary.at(directory, place)
+        same = library.refuse_unfit(new, encoder, force)
+        added = [name for name in new if name not in same]
+        for name in added:
+            if (directory / name).exists():
+                refuse_existing(directory / name, force, entry_record)
+        if library.record is None:
+            if not (directory / CARD).exists():
+                write_text(directory / CARD, _library_card(place, next(iter(new.values()))))
+            write_json(directory / LIBRARY, LibraryRecord(encoder=encoder).model_dump())
+        for name in added:
+            with written_directory(directory / name, entry_record) as temporary:
+                for file in (holder / name).iterdir():
+                    shutil.move(file, temporary / file.name)
+    return Changes(added, same)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Holds the lock of a library, for which other processes wait. On a file system without locks
+    nothing is held: an adapter is still put in place as a whole."""
+    lock = FileLock(directory / LOCK)
+    try:
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            log.info("%s: waiting for another process that changes it", directory)
+            lock.acquire()
+    except NotImplementedError:
+        pass
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise UsageError(f"{directory}: cannot be written: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _put_on_hub(
+    place: str,
+    holder: Path,
+    new: Mapping[str, LibraryEntry],
+    encoder: EncoderRecord,
+    force: bool,
+    private: bool,
+) -> Changes:
+    changes = Changes()
+
+    def addition(current: AdapterLibrary) -> tuple[dict[str, Path | bytes], list[str]]:
+        same = current.refuse_unfit(new, encoder, force)
+        changes.added[:] = [name for name in new if name not in same]
+        changes.unchanged[:] = same
+        contents: dict[str, Path | bytes] = {}
+        deleted: list[str] = []
+        for name in changes.added:
+            files = {f"{name}/{p.name}": p for p in (holder / name).iterdir()}
+            contents |= files
+            old = entry_record(current.directory / name) or {}
+            deleted += [f"{name}/{one}" for one in old if f"{name}/{one}" not in files]
+        if current.record is None:
+            card = _library_card(place, next(iter(new.values())))
+            if not (current.directory / CARD).is_file():
+                contents[CARD] = card.encode()
+            document = LibraryRecord(encoder=encoder).model_dump()
+            contents[LIBRARY] = json.dumps(document, indent=2).encode() + b"\n"
+        return contents, deleted
+
+    with suppress(NotOnHub):  # before a repository is made
+        AdapterLibrary.at(local_path(place, RECORDS), place).refuse_unfit(new, encoder, force)
+    url = make_repository(check_source(place)[0], private, place)
+    _commit(place, addition, f"Add {listing(list(new))}")
+    return replace(changes, url=url)
+
+
+def _commit(
+    place: str,
+    change: Callable[[AdapterLibrary], tuple[dict[str, Path | bytes], list[str]]],
+    message: str,
+) -> None:
+    """Commits what `change` makes of the newest library: contents of files, and files to delete.
+    Raises LoragenError if others commit to the repository all the time."""
+    repository, _, folder = check_source(place)
+    inside = f"{folder}/" if folder else ""
+    for _ in range(COMMITS):
+        head = newest_commit(repository, place)
+        at = f"hf://{repository}@{head}" + (f"/{folder}" if folder else "")
+        current = AdapterLibrary(place, Path(os.devnull), None, {})
+        with suppress(NotOnHub):
+            current = AdapterLibrary.at(local_path(at, (*RECORDS, CARD)), place)
+        contents, deleted = change(current)
+        if not contents and not deleted:
+            return
+        with suppress(Outdated):
+            commit(
+                repository,
+                {f"{inside}{path}": content for path, content in contents.items()},
+                [f"{inside}{path}" for path in deleted],
+                message,
+                place,
+                head,
+            )
+            return
+    raise LoragenError(f"{place}: others change it all the time; try again")
+
+
+def _library_card(place: str, entry: LibraryEntry) -> str:
+    """Returns the README.md of a library, in which it is named by its place on the hub alone."""
+    from loragen.core.adapter.export import describe_base, front_matter
+
+    repository, _, folder = check_source(place) if on_hub(place) else ("", None, "")
+    name = (folder or repository).rpartition("/")[2] or local_path(place).absolute().name
+    here = place if on_hub(place) else "."
+    front = front_matter(entry.base_model, tags=("adapter-library",))
+    return f"""{front}
+# {name}
+
+A library of LoRA adapters for {describe_base(entry.base_model)}, written by `loragen library`. \
+Every folder is a PEFT adapter with its card, the prompts that it was trained on \
+(`{PROMPTS}`) and a record of it (`{ENTRY}`).
+
+```
+loragen library list {here}
+loragen library get {here} NAME --output DIR
+loragen gen train --checkpoint-dir {here}
+```
+"""
