@@ -441,10 +441,10 @@ def open_source(
     run = None
     if not (checkpoints and checkpoints[0].is_dir()):  # no PEFT adapters
         if weights_in(directory):
-            prompts = "" if entry else ", prompts: FILE"
+            given = "" if entry else ", prompts: FILE"
             raise UsageError(
                 f"{directory}: a PEFT adapter is no run; name it with its prompts: "
-                f"sources: [{{checkpoints: {directory}{prompts}}}]"
+                f"sources: [{{checkpoints: {directory}{given}}}]"
             )
         run = open_run(directory) if open_run else Run.open(directory, LoraManifest)
         checkpoints = find_checkpoints(run.directory)
