@@ -7,11 +7,12 @@ from importlib import import_module
 
 import pytest
 
-from loragen.core import library as ours
 from loragen.core.adapter.files import read_adapter
 from loragen.core.data.dataset import Dataset
 from loragen.core.hub import PLACE
-from loragen.core.library import AddOptions, add_adapters
+from loragen.core.library import changes
+from loragen.core.library.changes import AddOptions, add_adapters
+from loragen.core.library.records import AdapterLibrary
 from loragen.testing.adapters import peft_adapter
 
 HASHING = ("--encoder", "hashing", "--encoder-options", '{"dim": 64}')
@@ -174,7 +175,7 @@ class TestAdding:
         with ThreadPoolExecutor(4) as pool:
             added = [name for change in pool.map(add, range(8)) for name in change.added]
         assert added == [f"colors-{number}" for number in range(8)]
-        found = ours.AdapterLibrary.open("new")
+        found = AdapterLibrary.open("new")
         assert list(found.entries) == added
 
 
@@ -319,7 +320,7 @@ class TestOnTheHub:
         assert left == ["more/notes.txt"]
 
     def test_a_commit_of_somebody_else_meanwhile(self, published, run, monkeypatch):
-        newest, stale = ours.newest_commit, []
+        newest, stale = changes.newest_commit, []
 
         def overtaken(*arguments):
             found = newest(*arguments)
@@ -328,7 +329,7 @@ class TestOnTheHub:
                 add_adapters(self.PLACE, [str(run)], AddOptions(name="theirs"))
             return found
 
-        monkeypatch.setattr(ours, "newest_commit", overtaken)
+        monkeypatch.setattr(changes, "newest_commit", overtaken)
         assert add_adapters(self.PLACE, [str(run)], AddOptions(name="ours")).added == ["ours"]
         names = {path.partition("/")[0] for path in published.newest("me/team") if "/" in path}
         assert names == {"animals", "colors", "ours", "theirs"}
