@@ -118,8 +118,8 @@ class _Candidate:
 
     name: str
     adapter: "Adapter"
-    prompts: str
-    """The text of prompts.jsonl."""
+    documents: list[dict[str, Any]]
+    """The lines of prompts.jsonl."""
     card: str
     """With `"PLACE"` as the place to load from."""
     base_fingerprint: str
@@ -173,18 +173,9 @@ def _candidate(source: str, options: AddOptions) -> _Candidate:
             adapter, Path(name), license_id=options.license_id, command="library add"
         )
     dataset = _prompts_of(source, path, entry, run, options)
-    # A run has left out bad rows as well.
-    labelled = dataset.has_labels and (options.prompts is None or not dataset.bad_rows)
-    documents = (
-        [{"prompt": prompt} for prompt in dataset.prompts()]
-        if not labelled
-        else [
-            _document(row) if options.answers else {"prompt": row.prompt}
-            for row in dataset.rows(skip_bad_rows=True)
-        ]
-    )
-    text = "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in documents)
-    return _Candidate(name, adapter, text, card, fingerprint)
+    of_run = run is not None and not (entry or options.prompts)
+    documents = _documents(dataset, options.answers, skip_bad_rows=of_run)
+    return _Candidate(name, adapter, documents, card, fingerprint)
 
 
 def _prompts_of(
@@ -210,12 +201,23 @@ def _prompts_of(
     return dataset
 
 
-def _document(row: Row) -> dict[str, Any]:
-    """Returns a row in the format `prompt/response`, which reads as the same row."""
-    response = [row.response, *row.also_right] if row.also_right else row.response
-    found: dict[str, Any] = {"prompt": row.prompt, "response": response}
-    more = (("system", row.system), ("history", row.history), ("choices", row.choices))
-    return found | {key: value for key, value in more if value}
+def _documents(
+    dataset: Dataset, answers: bool = True, skip_bad_rows: bool = False
+) -> list[dict[str, Any]]:
+    """Returns what is stored of a dataset: its rows, in the format `prompt/response`, by which they
+    are read as the same rows; or prompts alone, without `answers` and where not all rows have one.
+    A run has skipped bad rows. Raises DataError (file:line) for those of other datasets."""
+
+    def document(row: Row) -> dict[str, Any]:
+        response = [row.response, *row.also_right] if row.also_right else row.response
+        more = (("system", row.system), ("history", row.history), ("choices", row.choices))
+        found = {"prompt": row.prompt, "response": response}
+        return found | {key: value for key, value in more if value}
+
+    if dataset.has_labels and (skip_bad_rows or not dataset.bad_rows):
+        rows = dataset.rows(skip_bad_rows)
+        return [document(row) if answers else {"prompt": row.prompt} for row in rows]
+    return [{"prompt": prompt} for prompt in dataset.prompts(skip_bad_rows, of_rows=skip_bad_rows)]
 
 
 def _write_entry(
@@ -231,8 +233,9 @@ def _write_entry(
     at = f"{place}/{candidate.name}" if on_hub(place) else place
     card = candidate.card.replace(f'"{PLACE}"', load_address(at))
     write_adapter(directory, adapter, card, own_tokenizer(adapter))
-    write_text(directory / PROMPTS, candidate.prompts)
-    rows = [json.loads(line) for line in candidate.prompts.split("\n") if line]
+    rows = candidate.documents
+    text = "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in rows)
+    write_text(directory / PROMPTS, text)
     fingerprint, centre = candidate.centre or ("", [])
     if fingerprint != centres.record.fingerprint:
         centre = centres([row["prompt"] for row in rows])
@@ -251,7 +254,7 @@ def _write_entry(
         weights=tensors_hash(adapter.tensors),
         prompts=len(rows),
         answers=all("response" in row for row in rows),
-        prompts_sha256=sha256_text(candidate.prompts),
+        prompts_sha256=sha256_text(text),
         centre=centre,
         chat_template_kwargs=adapter.chat_template_kwargs,
         lineage=adapter.lineage,
@@ -318,7 +321,7 @@ def copy_adapters(
             yield _Candidate(
                 name,
                 read_adapter(directory),
-                (directory / PROMPTS).read_text(encoding="utf-8"),
+                _documents(Dataset(directory / PROMPTS)),
                 library.card(name),
                 entry.base_fingerprint,
                 (library.record.encoder.fingerprint, entry.centre) if library.record else None,
@@ -379,14 +382,12 @@ def remove_adapters(place: str, names: Sequence[str]) -> None:
                     )
         for name, own in records.items():
             directory = library.directory / name
-            others = [p.name for p in directory.iterdir() if p.name not in (own or {})]
             (directory / ENTRY).unlink()  # first: without it, the directory is no entry
             remove_recorded(directory, own or {})
-            if others:
+            if others := sorted(path.name for path in directory.iterdir()):
                 log.warning("%s: left there, as not of loragen: %s", directory, listing(others))
             else:
-                with suppress(OSError):
-                    directory.rmdir()
+                directory.rmdir()
 
 
 def _writable(place: str) -> LibraryRecord | None:
@@ -518,7 +519,8 @@ def _put_on_hub(
         contents: dict[str, Path | bytes] = {}
         deleted: list[str] = []
         for name in changes.added:
-            files = {f"{name}/{p.name}": p for p in (holder / name).iterdir()}
+            paths = (path for path in (holder / name).rglob("*") if path.is_file())
+            files = {path.relative_to(holder).as_posix(): path for path in paths}
             contents |= files
             old = entry_record(current.directory / name) or {}
             deleted += [f"{name}/{one}" for one in old if f"{name}/{one}" not in files]

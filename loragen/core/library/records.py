@@ -8,7 +8,7 @@ generator can learn from them.
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -290,7 +290,8 @@ def load_address(place: str) -> str:
 def card_in(directory: Path, place: str | Path) -> str:
     """Returns the card of an adapter, without the record of its files, and with `"PLACE"` for the
     place to load from."""
-    text = (directory / CARD).read_text(encoding="utf-8")
+    file = directory / CARD
+    text = file.read_text(encoding="utf-8") if file.is_file() else f"# {directory.name}\n"
     text = text.partition(f"\n\n<!-- {BESIDE}")[0]
     return text.replace(load_address(str(place)), f'"{PLACE}"')
 
