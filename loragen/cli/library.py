@@ -75,7 +75,7 @@ def library_add(
 
     The answers are added with the prompts, because the best objectives of gen train need them.
     """
-    from loragen.core.library.changes import AddOptions, add_adapters
+    from loragen.core.learning.library.changes import AddOptions, add_adapters
 
     given = parsed_object(encoder_options, "--encoder-options") if encoder_options else None
     options = AddOptions(prompts, name, not prompts_only, base_model, encoder, given, license_id)
@@ -97,7 +97,7 @@ def library_list(
     json: Json = False,
 ) -> None:
     """List the adapters of a library. Of one on the hub, no weights are downloaded."""
-    from loragen.core.library.records import AdapterLibrary
+    from loragen.core.learning.library.records import AdapterLibrary
 
     found = AdapterLibrary.open(library)
     listed = found.listed(like)
@@ -142,7 +142,7 @@ def library_get(
     json: Json = False,
 ) -> None:
     """Write one adapter to an ordinary PEFT directory."""
-    from loragen.core.library.changes import get_adapter
+    from loragen.core.learning.library.changes import get_adapter
 
     get_adapter(library, name, output, force)
     if json:
@@ -165,7 +165,7 @@ def library_rm(
     json: Json = False,
 ) -> None:
     """Remove adapters: what loragen has written, and nothing else. The hub keeps its history."""
-    from loragen.core.library.changes import remove_adapters
+    from loragen.core.learning.library.changes import remove_adapters
 
     remove_adapters(library, names)
     if json:
@@ -195,7 +195,7 @@ def library_copy(
     json: Json = False,
 ) -> None:
     """Copy adapters from one library to another: to the hub, from it, or between folders."""
-    from loragen.core.library.changes import copy_adapters
+    from loragen.core.learning.library.changes import copy_adapters
 
     if source.rstrip("/") == target.rstrip("/"):
         raise UsageError(f"{target}: the source and the target are one library")

@@ -10,9 +10,9 @@ import pytest
 from loragen.core.adapter.files import read_adapter
 from loragen.core.data.dataset import Dataset
 from loragen.core.hub import PLACE
-from loragen.core.library import changes
-from loragen.core.library.changes import AddOptions, add_adapters
-from loragen.core.library.records import AdapterLibrary
+from loragen.core.learning.library import changes
+from loragen.core.learning.library.changes import AddOptions, add_adapters
+from loragen.core.learning.library.records import AdapterLibrary
 from loragen.testing.adapters import peft_adapter
 
 HASHING = ("--encoder", "hashing", "--encoder-options", '{"dim": 64}')

@@ -30,7 +30,7 @@ from loragen.core.data.prompts import (
 from loragen.core.errors import DataError, UsageError, listing
 from loragen.core.files import absent, natural_key, sha256_text, user_path
 from loragen.core.hub import base_name, check_source, local_path, on_hub
-from loragen.core.library.records import PROMPTS, LibraryEntry, library_entries, read_entry
+from loragen.core.learning.library.records import PROMPTS, LibraryEntry, library_entries, read_entry
 from loragen.core.lora.provenance import Provenance, traced_run
 from loragen.core.run.directory import (
     CHECKPOINTS,

@@ -46,7 +46,7 @@ from loragen.core.hub import (
     newest_commit,
     on_hub,
 )
-from loragen.core.library.records import (
+from loragen.core.learning.library.records import (
     ENTRY,
     LIBRARY,
     PROMPTS,
