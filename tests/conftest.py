@@ -391,7 +391,6 @@ def hub(tmp_path, monkeypatch):
     """A stand-in of the hub, with an empty cache, and a token that it accepts."""
     from huggingface_hub import constants
 
-    from loragen.core import files
     from loragen.core import hub as ours
     from tests.hub import serve
 
@@ -403,10 +402,10 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     monkeypatch.setenv("HF_TOKEN", "hf_right")
-    files.hub_problem.cache_clear()
+    ours.hub_problem.cache_clear()
     ours._downloaded.cache_clear()
     yield server.hub
     server.shutdown()
     server.server_close()
-    files.hub_problem.cache_clear()
+    ours.hub_problem.cache_clear()
     ours._downloaded.cache_clear()

@@ -24,7 +24,7 @@ from loragen.core.base.names import resolve_base
 from loragen.core.config.load import problems_of
 from loragen.core.config.schema import LoraSection
 from loragen.core.config.yaml_file import Loc
-from loragen.core.errors import ConfigError, DataError, UsageError
+from loragen.core.errors import ConfigError, DataError, UsageError, first_line
 from loragen.core.run.checkpoints import instead
 from loragen.legacy.checkpoints import Shapes, read_legacy_checkpoint, shapes_of
 from loragen.legacy.experiments import (
@@ -128,7 +128,7 @@ def infer_lora(
             )
             return InferredLora(ranks[0], targets, None)
         except ValueError as error:  # from PEFT, for targets that the base does not have
-            mismatches.append(str(error).splitlines()[0])
+            mismatches.append(first_line(error))
             continue
         mismatch = shape_mismatch(wanted, shapes)
         if mismatch is None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from loragen.core.adapter.checks import (
@@ -78,30 +79,19 @@ def obstacles(adapter: Adapter) -> dict[Server, list[Obstacle]]:
         add(f"takes ranks up to {VLLM_RANKS[-1]}, not {max(ranks)}", "vllm", mended=False)
     if not _are_names(config.get("target_modules")):
         add("reads target_modules as a list of names without paths", "sglang")
-    if any(len(layers) < _layers(modules) for layers in _layers_of_kinds(modules).values()):
+    layers: dict[str, set[int]] = {}  # of each kind of module in layers
+    for module in modules:
+        numbers = [int(part) for part in module.split(".") if part.isdigit()]
+        if numbers:
+            layers.setdefault(module.rpartition(".")[2], set()).add(numbers[0])
+    number = 1 + max((last for of_kind in layers.values() for last in of_kind), default=-1)
+    if any(len(of_kind) < number for of_kind in layers.values()):
         add("leaves a kind of module out that not every layer has", "lorax", mended=False)
     return found
 
 
 def _are_names(targets: object) -> bool:
     return isinstance(targets, list) and all("." not in str(name) for name in targets)
-
-
-def _layers_of_kinds(modules: list[str]) -> dict[str, set[str]]:
-    """Returns {name of a kind of module: the layers that have one}; of those outside of layers
-    nothing."""
-    found: dict[str, set[str]] = {}
-    for module in modules:
-        layer = [part for part in module.split(".") if part.isdigit()]
-        if layer:
-            found.setdefault(module.rpartition(".")[2], set()).add(layer[0])
-    return found
-
-
-def _layers(modules: list[str]) -> int:
-    """Returns the number of layers up to the last that an adapter changes."""
-    numbers = [int(n) for layers in _layers_of_kinds(modules).values() for n in layers]
-    return max(numbers, default=-1) + 1
 
 
 def for_server(adapter: Adapter, server: Server) -> Adapter:
@@ -127,8 +117,9 @@ def for_server(adapter: Adapter, server: Server) -> Adapter:
         alpha = rank  # the scaling is 1, and all of it is in B
     plain = dict(tensors)
     for key_a, key_b in keys:
-        plain[key_a] = _padded(tensors[key_a], rank, 0)
-        plain[key_b] = _padded(_scaled(tensors[key_b], scalings[key_b] * rank / alpha), rank, 1)
+        a, b = tensors[key_a], _scaled(tensors[key_b], scalings[key_b] * rank / alpha)
+        lacking = rank - len(a)
+        plain[key_a], plain[key_b] = F.pad(a, (0, 0, 0, lacking)), F.pad(b, (0, lacking))
     kept = {key: value for key, value in config.items() if key in OLD_FIELDS}
     kept |= {key: config[key] for key in OTHER_FIELDS if config.get(key) is not None}
     kept |= {"r": rank, "lora_alpha": alpha}
@@ -144,15 +135,6 @@ def _scaled(b: Tensor, factor: float) -> Tensor:
     wide = b.double() * factor
     narrow = wide.to(b.dtype)
     return narrow if torch.equal(narrow.double(), wide) else wide.to(torch.float32)
-
-
-def _padded(matrix: Tensor, rank: int, axis: int) -> Tensor:
-    """Returns a matrix with zeros up to `rank` rows (axis 0) or columns (axis 1)."""
-    lacking = rank - matrix.shape[axis]
-    if not lacking:
-        return matrix
-    shape = [lacking if i == axis else size for i, size in enumerate(matrix.shape)]
-    return torch.cat([matrix, matrix.new_zeros(shape)], dim=axis)
 
 
 def server_notes(adapter: Adapter) -> list[str]:

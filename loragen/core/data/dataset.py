@@ -306,17 +306,9 @@ class Dataset:
 
     @cached_property
     def _contents(self) -> _Contents:
-        found = _Contents()
+        found, digest = _Contents(), hashlib.sha256()
         if not isinstance(self.source, Path):
-            digest, shards = hashlib.sha256(), isinstance(self.source, Shards)
-            for document in (
-                self.source.documents(digest)
-                if isinstance(self.source, Shards)
-                else read_documents(self.source)
-            ):
-                if not shards:
-                    data = json.dumps(document.value, default=str).encode()
-                    digest.update(len(data).to_bytes(8, "little") + data)
+            for document in read_documents(self.source, digest):
                 found.add(document)
             found.sha256 = digest.hexdigest()
             return found
