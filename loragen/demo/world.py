@@ -1,7 +1,7 @@
 """The made-up world of `loragen demo` and its datasets: 96 creatures, 8 attributes, 5 styles.
 
-A dataset is one pair (attribute, style). The facts are fixed, and the shipped base model
-(see `build_base.py`) knows them all; only the wordings of the questions come from a file,
+A dataset is one pair (attribute, style). The facts are fixed, and the shipped base model knows them
+all (`benchmarks/build_demo_base.py`); only the wordings of the questions come from a file,
 `world.yaml` or the user's own. Every draw is ordered by a hash instead of a random number
 generator: the world must be the same in every Python version, or the base model would be wrong.
 
@@ -34,7 +34,6 @@ from loragen.core.outputs import (
 )
 
 WORLD_FILE = Path(__file__).with_name("world.yaml")
-BASE_DIR = Path(__file__).with_name("base")
 PLACEHOLDER = "{creature}"
 HELD_OUT = 8
 TRAIN_REPEATS = 4

@@ -83,37 +83,6 @@ def write_base(
     return directory
 
 
-def write_code(directory: Path, proof: Path) -> Path:
-    """Gives a base a modeling file of its own, which writes the file `proof` when it runs."""
-    module = f"""
-from pathlib import Path
-from transformers import Qwen2Config, Qwen2ForCausalLM
-
-Path({str(proof)!r}).write_text("the code has run")
-
-
-class StrangerConfig(Qwen2Config):
-    model_type = "stranger"
-
-
-class Stranger(Qwen2ForCausalLM):
-    config_class = StrangerConfig
-"""
-    (directory / "modeling_stranger.py").write_text(module, encoding="utf-8")
-    _change(
-        directory / "config.json",
-        {
-            "model_type": "stranger",
-            "architectures": ["Stranger"],
-            "auto_map": {
-                "AutoConfig": "modeling_stranger.StrangerConfig",
-                "AutoModelForCausalLM": "modeling_stranger.Stranger",
-            },
-        },
-    )
-    return directory
-
-
 def _resize(directory: Path, rows: int) -> None:
     from transformers import AutoModelForCausalLM
 
