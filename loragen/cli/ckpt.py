@@ -315,9 +315,9 @@ def _print_series(report: "SeriesReport", most: int | None, in_full: bool) -> No
     from loragen.core.analysis.report import by_tensor
 
     scaling = " to ".join(f"{one:g}" for one in report.scalings) or "unknown, ΔW = B A"
-    plural = "" if report.checkpoints == 1 else "s"
     render.answer(
-        f"{report.path}\n{report.checkpoints} checkpoint{plural}, {report.bytes / 2**20:.1f} MiB; "
+        f"{report.path}\n{counted(report.checkpoints, 'checkpoint')}, "
+        f"{report.bytes / 2**20:.1f} MiB; "
         f"{counted(report.values, 'value')} in {counted(report.tensors, 'tensor')} "
         f"({', '.join(report.dtypes)}); scaling {scaling}"
     )

@@ -29,7 +29,7 @@ from loragen.cli.options import (
     push_output,
     with_old_files,
 )
-from loragen.core.errors import UsageError
+from loragen.core.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from loragen.core.evaluation.targets import PromptsFrom
@@ -275,8 +275,8 @@ def gen_infer(
     seconds = sum(document["seconds"] for document in documents)
     adapters = "" if len(documents) == 1 else f"{len(documents)} adapters of "
     render.note(
-        f"{adapters}{generator.layout.values:,} values from {count} "
-        f"prompt{'' if count == 1 else 's'} in {seconds:.3f} s"
+        f"{adapters}{generator.layout.values:,} values from {counted(count, 'prompt')} "
+        f"in {seconds:.3f} s"
     )
 
 
