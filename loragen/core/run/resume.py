@@ -93,7 +93,7 @@ class ResumePoint(Run[ManifestT, ConfigT], ABC):
             lock = RunLock(run_directory_of(path)).acquire()
         try:
             run: Any = Run.open(path, cls.kind)
-            last = run.directory / LAST_CHECKPOINT
+            last: Path = run.directory / LAST_CHECKPOINT
             files = [*run.checkpoints, *([last] if last.is_file() else [])]
             checkpoint = path if path.is_file() else newest(files)
             step = has_optimizer_and_step(checkpoint)[1] if checkpoint else 0
