@@ -194,12 +194,9 @@ def ckpt_lines(
         "learning_rate": rate.learning_rate,
         "rows": rows,
     }
-    if json:
-        render.answer_json(document)
-        return
     header = f"step {step}, stage {rate.stage}, learning rate {rate.learning_rate:g}"
-    render.answer(f"{document['file']}\n{header}\n")
-    render.answer(render.columns(("line", "hash", "prompt"), [tuple(row.values()) for row in rows]))
+    table = render.columns(("line", "hash", "prompt"), [tuple(row.values()) for row in rows])
+    render.answer_either(json, document, f"{document['file']}\n{header}\n\n{table}")
 
 
 @app.command("convert")

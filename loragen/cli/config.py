@@ -58,11 +58,9 @@ def config_show(
     found = with_old_files(
         MODELS[name], config, lambda file: resolved_settings(name, file, settings or ())
     )
-    if json:
-        render.answer_json({s.key: {"value": s.value, "origin": s.origin} for s in found})
-    else:
-        rows = [(s.key, inline(s.value), s.origin) for s in found]
-        render.answer(render.columns(("setting", "value", "from"), rows))
+    document = {s.key: {"value": s.value, "origin": s.origin} for s in found}
+    rows = [(s.key, inline(s.value), s.origin) for s in found]
+    render.answer_either(json, document, render.columns(("setting", "value", "from"), rows))
 
 
 @app.command("validate")

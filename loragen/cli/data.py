@@ -83,10 +83,8 @@ def data_preview(
     found = preview(tokenizer, dataset, max_length or defaults.data.max_length, limit)
     for warning in found.warnings:
         log.warning("%s", warning)
-    if json:
-        render.answer_json(found.as_dict())
-    else:
-        render.answer("\n\n".join([_summary(found), *map(_sample, found.samples)]))
+    text = "\n\n".join([_summary(found), *map(_sample, found.samples)])
+    render.answer_either(json, found.as_dict(), text)
     if found.bad_rows and not skip_bad_rows:
         count = "a bad row" if len(found.bad_rows) == 1 else f"{len(found.bad_rows)} bad rows"
         render.problems([f"{found.source}: {count}; --skip-bad-rows leaves them out"])
@@ -135,14 +133,12 @@ def data_prepare(
     datasets = [Dataset.find(one, Path(data_root or ".")) for one in source]
     grouping = Grouping(samples_per_prompt=samples_per_prompt, test_ratio=test_ratio, seed=seed)
     record = prepare(datasets, output, grouping, skip_bad_rows, force)
-    if json:
-        render.answer_json({"output_dir": str(output), **record.model_dump()})
-    else:
-        header = ("dataset", "prompts", "repeated", "left over", "train texts", "val texts")
-        rows = [
-            (d.dataset, d.prompts, d.repeated, d.left_over, d.train, d.val) for d in record.datasets
-        ]
-        render.answer(render.columns(header, rows))
+    header = ("dataset", "prompts", "repeated", "left over", "train texts", "val texts")
+    rows = [
+        (d.dataset, d.prompts, d.repeated, d.left_over, d.train, d.val) for d in record.datasets
+    ]
+    document = {"output_dir": str(output), **record.model_dump()}
+    render.answer_either(json, document, render.columns(header, rows))
 
 
 @app.command("uses")

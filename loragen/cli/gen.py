@@ -145,10 +145,8 @@ def gen_train(
                 render.note(f"{point.directory}: found {name}; {point.step} steps are done")
             trained = train(resolved, terminal_progress(), point, sources)
             directory, manifest = trained.directory, trained.manifest
-        if json:
-            render.answer_json({"run": str(directory), **manifest.model_dump()})
-        else:
-            render.answer(str(directory))
+        document = {"run": str(directory), **manifest.model_dump()}
+        render.answer_either(json, document, str(directory))
 
 
 @app.command("infer")

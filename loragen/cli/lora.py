@@ -223,10 +223,7 @@ def lora_eval(
 
         name = Dataset.find(dataset, Path(data_root or "."), split="test").name
         commands = lm_eval_commands(name, place, base_model, batch_size, limit, trust_remote_code)
-        if json:
-            render.answer_json({"commands": commands})
-        else:
-            render.answer("\n".join(commands))
+        render.answer_either(json, {"commands": commands}, "\n".join(commands))
         return
     tested = Dataset.find(dataset, Path(data_root or "."), split="test")
     rows = tested.rows(skip_bad_rows)[:limit]
@@ -270,10 +267,8 @@ def lora_eval(
         "adapter": adapter,
         **scores.as_dict(),
     }
-    if json:
-        render.answer_json(document)
-    else:
-        render.answer(render.columns(("measure", "value"), list(document.items())))
+    text = render.columns(("measure", "value"), list(document.items()))
+    render.answer_either(json, document, text)
 
 
 @app.command("export")
@@ -362,18 +357,14 @@ def lora_export(
     if server:
         place = str(output or push_to_hub)
         render.note(serve_command(server.value, base, place, adapter.config["r"]))
-    if json:
-        render.answer_json(
-            {
-                "output": str(output) if output else None,
-                "kind": "merged" if merge else "adapter",
-                "base_model": base,
-                "checkpoint": checkpoint,
-                "repository": url,
-            }
-        )
-    else:
-        render.answer(str(output) if output else str(url))
+    document = {
+        "output": str(output) if output else None,
+        "kind": "merged" if merge else "adapter",
+        "base_model": base,
+        "checkpoint": checkpoint,
+        "repository": url,
+    }
+    render.answer_either(json, document, str(output or url))
 
 
 # ---- train
@@ -446,10 +437,7 @@ def _dry_run(
         config = tasks[0].config(config)
     elif not resume:
         config.collection = [task.argument for task in tasks]
-    if json:
-        render.answer_json(config.model_dump(mode="json"))
-    else:
-        render.answer(dump(config).rstrip())
+    render.answer_either(json, config.model_dump(mode="json"), dump(config).rstrip())
 
 
 def _launch_commands(config: "LoraTrainConfig", arguments: Sequence[str]) -> list[str]:

@@ -22,11 +22,9 @@ def plugins_list(json: Json = False) -> None:
     from loragen.core.plugins import installed
 
     found = sorted(installed(), key=lambda plugin: (plugin.kind, plugin.name))
-    if json:
-        render.answer_json([asdict(plugin) for plugin in found])
-        return
     rows = [(p.kind, p.name, p.distribution, p.version, p.target) for p in found]
-    render.answer(render.columns(("kind", "name", "package", "version", "class"), rows))
+    text = render.columns(("kind", "name", "package", "version", "class"), rows)
+    render.answer_either(json, [asdict(plugin) for plugin in found], text)
 
 
 @app.command("show")
