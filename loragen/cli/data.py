@@ -76,8 +76,8 @@ def data_preview(
             raise
         tokenizer = load_tokenizer(DEMO)
         render.note(
-            f"warning: the default base {defaults.base_model} cannot be had here: shown with the "
-            "tokenizer of the demo; --base-model names another"
+            f"warning: the default base {defaults.base_model} is not available here: the rows are "
+            "shown with the tokenizer of the demo's base; --base-model names another"
         )
     set_template_kwargs(tokenizer, kwargs)
     found = preview(tokenizer, dataset, max_length or defaults.data.max_length, limit)

@@ -4,7 +4,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from enum import StrEnum
 from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,21 +33,13 @@ from loragen.cli.options import (
     push_output,
     with_old_files,
 )
+from loragen.core.adapter import Server
 from loragen.core.errors import DataError, Interrupted, LoragenError, UsageError, counted
 from loragen.core.progress import is_first_process
 
 if TYPE_CHECKING:
     from loragen.core.config import LoraTrainConfig
     from loragen.core.lora.tasks import Task, TaskOutcome
-
-
-class Server(StrEnum):
-    """The servers whose rules `lora export` knows."""
-
-    vllm = "vllm"
-    sglang = "sglang"
-    lorax = "lorax"
-    llama_cpp = "llama.cpp"
 
 
 app = typer.Typer(no_args_is_help=True, help="Train LoRA adapters, evaluate one, export it.")
@@ -147,7 +138,7 @@ def lora_train(
     options = resolved.schedule.options
     if resolved.base_model == DEMO and options.get("learning_rate_stage1", 1.0) <= 1e-4:
         render.note(
-            "warning: the base of the demo learns next to nothing at this learning rate; for it, "
+            "warning: the base of the demo learns next to nothing at this learning rate; "
             "add --set schedule.learning_rate_stage1=2e-3 --set schedule.learning_rate_stage2=2e-4 "
             "--set lora.alpha=32"
         )
@@ -342,7 +333,7 @@ def lora_export(
         adapter = read_lone_adapter(source, base_model, alpha, trust_remote_code)
     adapter = prepare_export(adapter, source, base_model, alpha)
     if server:
-        adapter = for_server(adapter, server.value)
+        adapter = for_server(adapter, server)
     elif not merge:
         for line in server_notes(adapter):
             render.note(line)
@@ -356,7 +347,7 @@ def lora_export(
     base = adapter.config["base_model_name_or_path"]
     if server:
         place = str(output or push_to_hub)
-        render.note(serve_command(server.value, base, place, adapter.config["r"]))
+        render.note(serve_command(server, base, place, adapter.config["r"]))
     document = {
         "output": str(output) if output else None,
         "kind": "merged" if merge else "adapter",

@@ -410,7 +410,7 @@ def test_a_damaged_cache_is_made_anew_with_one_line(tmp_path, caplog, damage):
     assert len(calls) == 2
     assert np.array_equal(np.load(file), np.arange(100))
     (line,) = caplog.messages
-    assert line == f"{file}: damaged or incomplete; it is made anew"
+    assert line == f"{file}: damaged or incomplete; it is written again"
 
 
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
@@ -433,7 +433,7 @@ def test_a_damaged_dequantised_model_is_made_anew_with_one_line(
     damage(directory / "model.safetensors")
     assert gguf.dequantized(file) == directory
     assert (directory / "model.safetensors").read_bytes() == file.read_bytes() * 9
-    assert f"{directory / 'model.safetensors'}: damaged; it is made anew" in caplog.messages
+    assert f"{directory / 'model.safetensors'}: damaged; it is written again" in caplog.messages
 
 
 @pytest.fixture

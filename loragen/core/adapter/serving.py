@@ -7,12 +7,12 @@ ignores without a word.
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loragen.core.adapter import Server
 from loragen.core.adapter.checks import (
     factor_keys,
     module_of,
@@ -23,13 +23,7 @@ from loragen.core.adapter.checks import (
 from loragen.core.adapter.files import Adapter
 from loragen.core.errors import LoragenError
 
-Server = Literal["vllm", "sglang", "lorax", "llama.cpp"]
-NAMES: dict[Server, str] = {
-    "vllm": "vLLM",
-    "sglang": "SGLang",
-    "lorax": "LoRAX",
-    "llama.cpp": "llama.cpp",
-}
+NAMES = dict(zip(Server, ("vLLM", "SGLang", "LoRAX", "llama.cpp"), strict=True))
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)
 """The values of vLLM's --max-lora-rank that all versions since 0.9 take (newer ones also 1 and
 320); an adapter's rank may be lower."""
@@ -70,15 +64,20 @@ def obstacles(adapter: Adapter) -> dict[Server, list[Obstacle]]:
     alphas = {module_value(config, "lora_alpha", module) for module in modules}
     rank = int(config["r"])
     if config.get("use_rslora"):
-        add("ignores use_rslora and scales by alpha / r", "sglang", "llama.cpp")
+        add("ignores use_rslora and scales by alpha / r", Server.sglang, Server.llama_cpp)
     if alphas != {config["lora_alpha"]}:
         add("ignores alpha_pattern and scales by lora_alpha", *NAMES)
     if ranks != {rank}:
-        add("ignores rank_pattern and scales by the adapter's r", "vllm", "sglang", "lorax")
+        add(
+            "ignores rank_pattern and scales by the adapter's r",
+            Server.vllm,
+            Server.sglang,
+            Server.lorax,
+        )
     if max(ranks) > VLLM_RANKS[-1]:
-        add(f"takes ranks up to {VLLM_RANKS[-1]}, not {max(ranks)}", "vllm", mended=False)
+        add(f"takes ranks up to {VLLM_RANKS[-1]}, not {max(ranks)}", Server.vllm, mended=False)
     if not _are_names(config.get("target_modules")):
-        add("reads target_modules as a list of names without paths", "sglang")
+        add("reads target_modules as a list of names without paths", Server.sglang)
     layers: dict[str, set[int]] = {}  # of each kind of module in layers
     for module in modules:
         numbers = [int(part) for part in module.split(".") if part.isdigit()]
@@ -86,7 +85,7 @@ def obstacles(adapter: Adapter) -> dict[Server, list[Obstacle]]:
             layers.setdefault(module.rpartition(".")[2], set()).add(numbers[0])
     number = 1 + max((last for of_kind in layers.values() for last in of_kind), default=-1)
     if any(len(of_kind) < number for of_kind in layers.values()):
-        add("leaves a kind of module out that not every layer has", "lorax", mended=False)
+        add("leaves a kind of module out that not every layer has", Server.lorax, mended=False)
     return found
 
 
@@ -154,18 +153,18 @@ def server_notes(adapter: Adapter) -> list[str]:
 
 def serve_command(server: Server, base_model: str, directory: str, rank: int) -> str:
     """Returns the command that serves the adapter in a directory (see docs/serving.md)."""
-    if server == "vllm":
+    if server == Server.vllm:
         most = next((size for size in VLLM_RANKS if size >= rank), rank)
         return (
             f"vllm serve {base_model} --enable-lora --max-lora-rank {most} "
             f"--lora-modules adapter={directory}"
         )
-    if server == "sglang":
+    if server == Server.sglang:
         return (
             f"python -m sglang.launch_server --model-path {base_model} --enable-lora "
             f"--lora-paths adapter={directory}"
         )
-    if server == "lorax":
+    if server == Server.lorax:
         return f"lorax-launcher --model-id {base_model}"
     return (
         f"python convert_lora_to_gguf.py --base BASE_DIRECTORY --outfile adapter.gguf {directory}"

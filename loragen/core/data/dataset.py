@@ -339,7 +339,7 @@ class Dataset:
                         self.source,
                     )
                 found = [Prompt(line, text.strip()) for line, text in lines if "\0" not in text]
-                damaged = "holds a NUL character, which is no text"
+                damaged = "holds a NUL character, which is not text"
                 return found, [BadRow(line, damaged) for line, text in lines if "\0" in text]
         return self._contents.prompts, self._contents.bad_prompts
 

@@ -175,7 +175,7 @@ def nonempty_prompts(prompts: str | Sequence[str]) -> list[str]:
     for number, prompt in enumerate(several, start=1):
         if not isinstance(prompt, str):
             kind = type(prompt).__name__
-            raise UsageError(f"prompt {number} of {len(several)} is no text, but {kind}")
+            raise UsageError(f"prompt {number} of {len(several)} is not a string, but {kind}")
     found = [prompt for prompt in several if prompt.strip()]
     if not found:
         raise UsageError("no prompts: all of them are empty; give at least one with text")
