@@ -6,17 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loragen.cli import completion, render
-from loragen.cli.options import (
-    BaseModelName,
-    DataRoot,
-    Force,
-    Json,
-    SkipBadRows,
-    TemplateKwargs,
-    TrustRemoteCode,
-    parsed_template_kwargs,
-)
+from loragen.cli import completion, options, render
 from loragen.core.errors import EXIT_FAILED, UsageError, shortened
 
 if TYPE_CHECKING:
@@ -40,16 +30,16 @@ def data_preview(
             autocompletion=completion.datasets,
         ),
     ],
-    base_model: BaseModelName = None,
-    trust_remote_code: TrustRemoteCode = False,
-    data_root: DataRoot = "data_to_lora/cs",
+    base_model: options.BaseModelName = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    data_root: options.DataRoot = "data_to_lora/cs",
     limit: Annotated[int, typer.Option("--limit", min=0, help="The number of rows to show.")] = 3,
     max_length: Annotated[
         int | None, typer.Option("--max-length", min=8, help="As data.max_length of lora train.")
     ] = None,
-    chat_template_kwargs: TemplateKwargs = None,
-    skip_bad_rows: SkipBadRows = False,
-    json: Json = False,
+    chat_template_kwargs: options.TemplateKwargs = None,
+    skip_bad_rows: options.SkipBadRows = False,
+    json: options.Json = False,
 ) -> None:
     """Show rows as the model sees them: the prompt, its cut part, and the answer to learn.
 
@@ -60,7 +50,7 @@ def data_preview(
     from loragen.core.data.dataset import Dataset
 
     defaults = LoraTrainConfig()
-    kwargs = parsed_template_kwargs(chat_template_kwargs or "{}")
+    kwargs = options.parsed_template_kwargs(chat_template_kwargs) or {}
     dataset = Dataset.find(source, Path(data_root or "."))
     dataset.check(skip_bad_rows=True)  # before seconds of imports
 
@@ -116,10 +106,10 @@ def data_prepare(
     seed: Annotated[
         int, typer.Option("--seed", min=0, help="Seed of the grouping and the split.")
     ] = 42,
-    data_root: DataRoot = "data_to_lora/cs",
-    skip_bad_rows: SkipBadRows = False,
-    force: Force = False,
-    json: Json = False,
+    data_root: options.DataRoot = "data_to_lora/cs",
+    skip_bad_rows: options.SkipBadRows = False,
+    force: options.Force = False,
+    json: options.Json = False,
 ) -> None:
     """Join the prompts of datasets into texts, at random, and hold some texts out.
 
@@ -152,7 +142,7 @@ def data_uses(
             "--run", help="A run directory, or a checkpoint of it.", autocompletion=completion.runs
         ),
     ],
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Show the steps at which a run was trained on a row, and the checkpoints of these steps.
 

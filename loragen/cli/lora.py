@@ -11,28 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loragen.cli import completion, render
-from loragen.cli.options import (
-    Alpha,
-    BaseModelName,
-    ConfigFile,
-    DataRoot,
-    DryRun,
-    Force,
-    IgnoreFinalPunctuation,
-    Json,
-    License,
-    Private,
-    PushToHub,
-    Resume,
-    Settings,
-    SkipBadRows,
-    TemplateKwargs,
-    TrustRemoteCode,
-    parsed_template_kwargs,
-    push_output,
-    with_old_files,
-)
+from loragen.cli import completion, options, render
 from loragen.core.adapter import Server
 from loragen.core.errors import DataError, Interrupted, LoragenError, UsageError, counted
 from loragen.core.progress import is_first_process
@@ -56,11 +35,11 @@ def lora_train(
         ),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Every dataset below --data-root.")] = False,
-    config: ConfigFile = None,
-    base_model: BaseModelName = None,
-    trust_remote_code: TrustRemoteCode = False,
-    data_root: DataRoot = None,
-    skip_bad_rows: SkipBadRows = False,
+    config: options.ConfigFile = None,
+    base_model: options.BaseModelName = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    data_root: options.DataRoot = None,
+    skip_bad_rows: options.SkipBadRows = False,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", help="Rows per optimizer step.")
     ] = None,
@@ -77,7 +56,7 @@ def lora_train(
         bool,
         typer.Option("--track-batches", help="Write which rows each checkpoint was trained on."),
     ] = False,
-    resume: Resume = None,
+    resume: options.Resume = None,
     force: Annotated[
         bool, typer.Option("--force", help="Train again what has been trained already.")
     ] = False,
@@ -87,9 +66,9 @@ def lora_train(
             "--launcher", help="local, or ray: train the datasets as tasks of a Ray cluster."
         ),
     ] = None,
-    dry_run: DryRun = False,
-    settings: Settings = None,
-    json: Json = False,
+    dry_run: options.DryRun = False,
+    settings: options.Settings = None,
+    json: options.Json = False,
 ) -> None:
     """Train one LoRA adapter per dataset, in two stages, and keep the checkpoints of stage 2.
 
@@ -118,7 +97,7 @@ def lora_train(
         )
     run = Run.open(resume, LoraManifest) if resume else None
     file = config or (run.directory / CONFIG if run else None)
-    resolved = with_old_files(
+    resolved = options.with_old_files(
         LoraTrainConfig,
         file,
         lambda given: load(LoraTrainConfig, given, settings or (), flags),
@@ -135,8 +114,8 @@ def lora_train(
             raise UsageError(f"{run.directory}: the dataset is not recorded; give --dataset FILE")
         wanted = [run.manifest.dataset.path]
     chosen = find_tasks(resolved, wanted, every)
-    options = resolved.schedule.options
-    if resolved.base_model == DEMO and options.get("learning_rate_stage1", 1.0) <= 1e-4:
+    rate = resolved.schedule.options.get("learning_rate_stage1", 1.0)
+    if resolved.base_model == DEMO and rate <= 1e-4:
         render.note(
             "warning: the base of the demo learns next to nothing at this learning rate; "
             "add --set schedule.learning_rate_stage1=2e-3 --set schedule.learning_rate_stage2=2e-4 "
@@ -175,16 +154,16 @@ def lora_eval(
     no_adapter: Annotated[
         bool, typer.Option("--no-adapter", help="Evaluate the base model without an adapter.")
     ] = False,
-    base_model: BaseModelName = None,
-    trust_remote_code: TrustRemoteCode = False,
-    data_root: DataRoot = "data_to_lora/cs",
-    skip_bad_rows: SkipBadRows = False,
+    base_model: options.BaseModelName = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    data_root: options.DataRoot = "data_to_lora/cs",
+    skip_bad_rows: options.SkipBadRows = False,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Evaluate only the first N rows.")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
-    ignore_final_punctuation: IgnoreFinalPunctuation = False,
-    chat_template_kwargs: TemplateKwargs = None,
+    ignore_final_punctuation: options.IgnoreFinalPunctuation = False,
+    chat_template_kwargs: options.TemplateKwargs = None,
     show_lm_eval: Annotated[
         bool,
         typer.Option(
@@ -192,7 +171,7 @@ def lora_eval(
             help="Evaluate nothing: print how lm-evaluation-harness evaluates base and adapter.",
         ),
     ] = False,
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Evaluate an adapter, or the base without one, on labelled rows.
 
@@ -208,7 +187,7 @@ def lora_eval(
     place = local_path(adapter) if adapter else None
     if place and not place.exists():
         raise UsageError(f"{adapter}: no such adapter or checkpoint")
-    kwargs = None if chat_template_kwargs is None else parsed_template_kwargs(chat_template_kwargs)
+    kwargs = options.parsed_template_kwargs(chat_template_kwargs)
     if show_lm_eval:
         from loragen.core.run.checkpoints import lm_eval_commands
 
@@ -282,9 +261,9 @@ def lora_export(
         bool,
         typer.Option("--merge", help="Write a whole Hugging Face model instead of an adapter."),
     ] = False,
-    base_model: BaseModelName = None,
-    trust_remote_code: TrustRemoteCode = False,
-    alpha: Alpha = None,
+    base_model: options.BaseModelName = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    alpha: options.Alpha = None,
     server: Annotated[
         Server | None,
         typer.Option(
@@ -292,11 +271,11 @@ def lora_export(
             help="Write the form that this server computes as PEFT does, or say why there is none.",
         ),
     ] = None,
-    license_id: License = None,
-    push_to_hub: PushToHub = None,
-    private: Private = False,
-    force: Force = False,
-    json: Json = False,
+    license_id: options.License = None,
+    push_to_hub: options.PushToHub = None,
+    private: options.Private = False,
+    force: options.Force = False,
+    json: options.Json = False,
 ) -> None:
     """Write an adapter, or its base with the adapter merged in, for use without loragen.
 
@@ -343,7 +322,7 @@ def lora_export(
             export_merged(adapter, source, directory, trust_remote_code, license_id)
         else:
             export_adapter(adapter, source, directory, license_id)
-        url = push_output(directory, push_to_hub, private, merge) if push_to_hub else None
+        url = options.push_output(directory, push_to_hub, private, merge) if push_to_hub else None
     base = adapter.config["base_model_name_or_path"]
     if server:
         place = str(output or push_to_hub)
