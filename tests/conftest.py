@@ -281,6 +281,15 @@ def configured(model, settings):
     return load(model, flags=flags, environment={})
 
 
+def lora_manifest(**fields):
+    """The manifest of a run of `lora train`, with these fields."""
+    from loragen.core.run.directory import DatasetRecord, LoraManifest
+
+    dataset = DatasetRecord(name="a", path="", sha256="", rows=1)
+    usual = {"base_model": "demo", "dataset": dataset, "adapter_config": {}, "plugins": []}
+    return LoraManifest(**{**usual, "seed": 1, "max_steps": 10, **fields})
+
+
 @pytest.fixture
 def lora_config(base_dir, tmp_path):
     """`lora_config({"training.max_steps": 3})`: a run of seconds into `tmp_path/runs`."""
