@@ -132,23 +132,14 @@ class Wordings(BaseModel):
     unseen: tuple[str, ...] = Field(min_length=1, description="Wordings kept for the test.")
 
 
-class WorldFile(BaseModel):
-    """The content of a world file."""
+class World(BaseModel):
+    """The fixed facts with the wordings of one file, whose content this is."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     attributes: dict[str, Wordings]
     styles: dict[str, Wordings]
-    held_out: tuple[tuple[str, str], ...] | None = None
-
-
-@dataclass(frozen=True)
-class World:
-    """The fixed facts with the wordings of one file."""
-
-    attributes: dict[str, Wordings]
-    styles: dict[str, Wordings]
-    held_out: tuple[Pair, ...] | None
+    held_out: tuple[Pair, ...] | None = None
 
     @classmethod
     def load(cls, path: Path | None = None) -> "World":
@@ -160,7 +151,7 @@ class World:
                 f"{path}: the keys attributes and styles are missing; copy {WORLD_FILE}"
             )
         try:
-            file = WorldFile.model_validate(content)
+            world = cls.model_validate(content)
         except ValidationError as error:
             raise ConfigError(
                 *(
@@ -168,10 +159,9 @@ class World:
                     for e in error.errors()
                 )
             ) from error
-        if faults := [f"{path}: {fault}" for fault in _faults(file)]:
+        if faults := [f"{path}: {fault}" for fault in _faults(world)]:
             raise ConfigError(*faults)
-        held_out = None if file.held_out is None else tuple(Pair(*pair) for pair in file.held_out)
-        return cls(file.attributes, file.styles, held_out)
+        return world
 
     def held_out_pairs(self, seed: int) -> tuple[Pair, ...]:
         """Returns the pairs that no training has: those of the file, or eight drawn from the seed.
@@ -244,7 +234,7 @@ class World:
         return self.rows(pair, TEST_CREATURES, wordings)
 
 
-def _faults(file: WorldFile) -> Iterator[str]:
+def _faults(file: World) -> Iterator[str]:
     """Yields the faults that types cannot express, each with its correction."""
     for kind, found, known in (
         ("attributes", file.attributes, list(VALUES)),
@@ -281,7 +271,7 @@ def _faults(file: WorldFile) -> Iterator[str]:
         yield "held_out: the list is empty; name some pairs or remove the key"
 
 
-def _texts(file: WorldFile, wordings: Wording) -> list[tuple[str, str]]:
+def _texts(file: World, wordings: Wording) -> list[tuple[str, str]]:
     """Returns (key path, wording) of all wordings."""
     return [
         (f"{kind}.{name}.{wordings}", text)
