@@ -77,8 +77,8 @@ def library_add(
     from loragen.core.learning.library.changes import AddOptions, add_adapters
 
     given = options.parsed_object(encoder_options, "--encoder-options") if encoder_options else None
-    options = AddOptions(prompts, name, not prompts_only, base_model, encoder, given, license_id)
-    changes = add_adapters(library, adapters, options, force=force, private=private)
+    chosen = AddOptions(prompts, name, not prompts_only, base_model, encoder, given, license_id)
+    changes = add_adapters(library, adapters, chosen, force=force, private=private)
     _report(library, changes.added, changes.unchanged, changes.url, json)
 
 
