@@ -6,10 +6,14 @@ import re
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import absent, path_problem
+
+Model = TypeVar("Model", bound=BaseModel)
 
 SNIFFED = 2**16
 """The bytes at the start of a file from which `nature` tells what it is."""
@@ -207,6 +211,22 @@ def read_json(file: Path) -> Any:
     except JSON_ERRORS as error:
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(f"{file}{line}: {json_problem(text, error)}") from None
+
+
+def record_of(document: Any, kind: type[Model], file: Path, what: str) -> Model:
+    """Returns the document of a file as its model, whose default `format_version` is the newest one
+    that is known. Raises DataError if it is not `what`, or of a newer format."""
+    try:
+        found = kind.model_validate(document)
+    except ValidationError as error:
+        reason = "; ".join(str(error).splitlines()[:2])
+        raise DataError(f"{file}: not {what}: {reason}") from None
+    known = kind.model_fields["format_version"].default
+    if (version := dict(found)["format_version"]) > known:
+        raise DataError(
+            f"{file}: format {version} is newer than this loragen reads ({known}); upgrade loragen"
+        )
+    return found
 
 
 def safetensors_fault(file: Path) -> str | None:
