@@ -26,8 +26,8 @@ def library_add(
         list[str],
         typer.Argument(
             metavar="ADAPTER...",
-            help="Runs of lora train, checkpoints, PEFT directories, or adapters of a library; "
-            "hf://owner/name for one on the hub.",
+            help="Runs of lora train, a folder of them, checkpoints, PEFT directories, or adapters "
+            "of a library; hf://owner/name for any of them on the hub.",
             autocompletion=completion.runs,
         ),
     ],

@@ -67,6 +67,16 @@ class TestAdding:
         assert record["lineage"]["dataset"] == "colors"
         assert len(record["centre"]) == 64
 
+    def test_a_folder_of_runs(self, loragen, collection, tmp_path):
+        runs = shutil.copytree(collection.runs["colors"].parent, tmp_path / "runs")
+        older = shutil.copytree(runs / collection.runs["colors"].name, runs / "older")
+        manifest = json.loads((older / "manifest.json").read_text(encoding="utf-8"))
+        manifest["started"] = "2020-01-01T00:00:00+00:00"
+        (older / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        result = loragen("library", "add", "team", runs, *HASHING)
+        assert sorted(result.stdout.split()) == ["team/animals", "team/colors"], result.output
+        assert result.stderr.endswith("--test-mode: older\n")
+
     def test_every_kind_of_row_is_read_back_as_it_was(self, loragen, tmp_path):
         rows = [
             {"prompt": "a", "response": ["b", "c"], "system": "s", "history": [["d", "e"]]},

@@ -129,6 +129,11 @@ class LoraManifest(Manifest):
     def last_step(self) -> int:
         return max(self.steps, default=self.max_steps)  # early stopping ends before max_steps
 
+    @property
+    def is_test(self) -> bool:
+        """Whether the run is one of `lora train --test-mode`."""
+        return tuple(self.steps) == TEST_MODE_STEPS and self.max_steps == TEST_MODE_STEPS[-1]
+
     def lineage(self, step: int, run: str) -> dict[str, Any]:
         """Returns the `Adapter.lineage` of the adapter of a step, without any path."""
         dataset = self.dataset
