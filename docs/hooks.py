@@ -3,6 +3,7 @@ formulas as MathML, which needs no script from another server."""
 
 import posixpath
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ OUTSIDE = {
 }
 """{page in the repository: page of the site}"""
 TRANSLATED = ".zh-CN.md"
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["urls"][
+    "Repository"
+]
+"""Not `repo_url`, for which the theme's script would ask GitHub on every page."""
 LINK = re.compile(r"(!?\[[^\]]*\])\(([^)\s#]+)(#[^)\s]*)?\)")
 FENCE = re.compile(r"^(```.*?^```$)", re.MULTILINE | re.DOTALL)
 
@@ -71,9 +76,11 @@ def on_nav(nav: Navigation, config: MkDocsConfig, **_: Any) -> Navigation:
     return nav
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
-    """Points links between files of the repository to the pages of the site. The text of a link to
-    a file that is no page stays; with `repo_url`, the link leads there."""
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Points links between files of the repository to the pages of the site, or to the repository
+    on the web where there is none."""
+    if page.file.src_uri == "changelog.md":  # it has every word, and would be the first result
+        page.meta["search"] = {"exclude": True}
     source = Path(str(page.file.abs_src_path)).relative_to(ROOT).as_posix()
     here = posixpath.dirname(page.file.src_uri)
 
@@ -88,9 +95,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
             return ""
         if uri:
             return f"{text}({posixpath.relpath(uri, here or '.')}{anchor})"
-        if config.repo_url:
-            return f"{text}({config.repo_url.rstrip('/')}/blob/main/{place})"
-        return text[1:-1]
+        return f"{text}({REPOSITORY}/{'tree' if (ROOT / place).is_dir() else 'blob'}/main/{place})"
 
     parts = FENCE.split(markdown)
     return "".join(p if i % 2 else LINK.sub(link, p) for i, p in enumerate(parts))

@@ -25,7 +25,6 @@ COMMANDS = [
     ["ckpt", "convert", "--help"],
     ["gen", "train", "--help"],
     ["gen", "eval", "--help"],
-    ["library", "add", "--help"],
     ["plugins", "list"],
     ["plugins", "show", "schedule", "cosine"],
     ["plugins", "show", "logger", "swanlab"],

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from loragen.cli import completion, options, render
+from loragen.cli import completion, render
+from loragen.cli.options import Alpha, BaseModelName, DataRoot, Force, Json
 from loragen.cli.progress import SECONDS_BETWEEN_LINES
 from loragen.core.errors import (
     EXIT_FAILED,
@@ -58,8 +59,8 @@ def ckpt_analyze(
         Path | None,
         typer.Option("--html", metavar="FILE", help="Also write a page with plots."),
     ] = None,
-    force: options.Force = False,
-    json: options.Json = False,
+    force: Force = False,
+    json: Json = False,
 ) -> None:
     """Print norms, spectra and ranks of ΔW, drift, path and damage, and compare series.
 
@@ -117,7 +118,7 @@ def ckpt_test(
     token_dim: Annotated[
         int, typer.Option("--token-dim", min=1, help="Values of one token.")
     ] = 384,
-    json: options.Json = False,
+    json: Json = False,
 ) -> None:
     """Tokenise one adapter as a generator does: its layout, tokens, fill, and the round trip.
 
@@ -162,7 +163,7 @@ def ckpt_lines(
         int | None,
         typer.Option("--step", min=1, help="Any step of the run, with a checkpoint or without."),
     ] = None,
-    json: options.Json = False,
+    json: Json = False,
 ) -> None:
     """Print the lines of the dataset that the step of a checkpoint was trained on.
 
@@ -193,9 +194,12 @@ def ckpt_lines(
         "learning_rate": rate.learning_rate,
         "rows": rows,
     }
+    if json:
+        render.answer_json(document)
+        return
     header = f"step {step}, stage {rate.stage}, learning rate {rate.learning_rate:g}"
-    table = render.columns(("line", "hash", "prompt"), [tuple(row.values()) for row in rows])
-    render.answer_either(json, document, f"{document['file']}\n{header}\n\n{table}")
+    render.answer(f"{document['file']}\n{header}\n")
+    render.answer(render.columns(("line", "hash", "prompt"), [tuple(row.values()) for row in rows]))
 
 
 @app.command("convert")
@@ -207,15 +211,15 @@ def ckpt_convert(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The directory of the run directories.")
     ] = Path("runs"),
-    base_model: options.BaseModelName = None,
+    base_model: BaseModelName = None,
     dataset: Annotated[
         str | None,
         typer.Option(
             "--dataset", help="A name under --data-root, or a file; for a single dataset."
         ),
     ] = None,
-    data_root: options.DataRoot = "data_to_lora/cs",
-    alpha: options.Alpha = None,
+    data_root: DataRoot = "data_to_lora/cs",
+    alpha: Alpha = None,
     config: Annotated[
         Path | None,
         typer.Option("--config", "-c", help="The training's own YAML: alpha, base, schedule, ..."),
@@ -223,7 +227,7 @@ def ckpt_convert(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out checkpoints that are broken or differ.")
     ] = False,
-    json: options.Json = False,
+    json: Json = False,
 ) -> None:
     """Convert experiments of the original scripts to run directories that `gen train` reads.
 
@@ -240,16 +244,16 @@ def ckpt_convert(
 
     from loragen.legacy.convert import ConversionOptions, check_one_dataset, convert
 
-    chosen = ConversionOptions(
+    options = ConversionOptions(
         output, base_model, dataset, Path(data_root or "."), alpha, config, skip_bad
     )
-    check_one_dataset(runs, chosen)
+    check_one_dataset(runs, options)
     documents: list[dict[str, Any]] = []
     for number, run in enumerate(runs, 1):
         render.note(f"[{number}/{len(runs)}] {run.source}")
         document: dict[str, Any] = {"source": str(run.source), "run": None, "error": None}
         try:
-            converted = convert(run, chosen)
+            converted = convert(run, options)
         except LoragenError as error:
             if len(runs) == 1:
                 raise
@@ -311,9 +315,9 @@ def _print_series(report: "SeriesReport", most: int | None, in_full: bool) -> No
     from loragen.core.analysis.report import by_tensor
 
     scaling = " to ".join(f"{one:g}" for one in report.scalings) or "unknown, ΔW = B A"
+    plural = "" if report.checkpoints == 1 else "s"
     render.answer(
-        f"{report.path}\n{counted(report.checkpoints, 'checkpoint')}, "
-        f"{report.bytes / 2**20:.1f} MiB; "
+        f"{report.path}\n{report.checkpoints} checkpoint{plural}, {report.bytes / 2**20:.1f} MiB; "
         f"{counted(report.values, 'value')} in {counted(report.tensors, 'tensor')} "
         f"({', '.join(report.dtypes)}); scaling {scaling}"
     )

@@ -15,7 +15,7 @@ from typing import Any, get_args
 import typer
 
 NEWEST = 100
-"""The most runs that are offered."""
+"""At most so many runs are offered."""
 
 
 def datasets(ctx: typer.Context, incomplete: str) -> list[str]:

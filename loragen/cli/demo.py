@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from loragen.cli import options, render
+from loragen.cli import render
+from loragen.cli.options import Force, Json
 
 
 def run_demo(
@@ -25,8 +26,8 @@ def run_demo(
         Path | None,
         typer.Option("--world", help="A YAML file of wordings, instead of the built-in ones."),
     ] = None,
-    force: options.Force = False,
-    json: options.Json = False,
+    force: Force = False,
+    json: Json = False,
 ) -> None:
     """Collect adapters, train a generator, and evaluate what it generates, in a made-up world.
 

@@ -1,7 +1,7 @@
 """The made-up world of `loragen demo` and its datasets: 96 creatures, 8 attributes, 5 styles.
 
-A dataset is one pair (attribute, style). The facts are fixed, and the shipped base model knows them
-all (`benchmarks/build_demo_base.py`); only the wordings of the questions come from a file,
+A dataset is one pair (attribute, style). The facts are fixed, and the shipped base model
+(see `build_base.py`) knows them all; only the wordings of the questions come from a file,
 `world.yaml` or the user's own. Every draw is ordered by a hash instead of a random number
 generator: the world must be the same in every Python version, or the base model would be wrong.
 
@@ -34,6 +34,7 @@ from loragen.core.outputs import (
 )
 
 WORLD_FILE = Path(__file__).with_name("world.yaml")
+BASE_DIR = Path(__file__).with_name("base")
 PLACEHOLDER = "{creature}"
 HELD_OUT = 8
 TRAIN_REPEATS = 4
@@ -132,14 +133,23 @@ class Wordings(BaseModel):
     unseen: tuple[str, ...] = Field(min_length=1, description="Wordings kept for the test.")
 
 
-class World(BaseModel):
-    """The fixed facts with the wordings of one file, whose content this is."""
+class WorldFile(BaseModel):
+    """The content of a world file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     attributes: dict[str, Wordings]
     styles: dict[str, Wordings]
-    held_out: tuple[Pair, ...] | None = None
+    held_out: tuple[tuple[str, str], ...] | None = None
+
+
+@dataclass(frozen=True)
+class World:
+    """The fixed facts with the wordings of one file."""
+
+    attributes: dict[str, Wordings]
+    styles: dict[str, Wordings]
+    held_out: tuple[Pair, ...] | None
 
     @classmethod
     def load(cls, path: Path | None = None) -> "World":
@@ -151,7 +161,7 @@ class World(BaseModel):
                 f"{path}: the keys attributes and styles are missing; copy {WORLD_FILE}"
             )
         try:
-            world = cls.model_validate(content)
+            file = WorldFile.model_validate(content)
         except ValidationError as error:
             raise ConfigError(
                 *(
@@ -159,9 +169,10 @@ class World(BaseModel):
                     for e in error.errors()
                 )
             ) from error
-        if faults := [f"{path}: {fault}" for fault in _faults(world)]:
+        if faults := [f"{path}: {fault}" for fault in _faults(file)]:
             raise ConfigError(*faults)
-        return world
+        held_out = None if file.held_out is None else tuple(Pair(*pair) for pair in file.held_out)
+        return cls(file.attributes, file.styles, held_out)
 
     def held_out_pairs(self, seed: int) -> tuple[Pair, ...]:
         """Returns the pairs that no training has: those of the file, or eight drawn from the seed.
@@ -234,7 +245,7 @@ class World(BaseModel):
         return self.rows(pair, TEST_CREATURES, wordings)
 
 
-def _faults(file: World) -> Iterator[str]:
+def _faults(file: WorldFile) -> Iterator[str]:
     """Yields the faults that types cannot express, each with its correction."""
     for kind, found, known in (
         ("attributes", file.attributes, list(VALUES)),
@@ -271,7 +282,7 @@ def _faults(file: World) -> Iterator[str]:
         yield "held_out: the list is empty; name some pairs or remove the key"
 
 
-def _texts(file: World, wordings: Wording) -> list[tuple[str, str]]:
+def _texts(file: WorldFile, wordings: Wording) -> list[tuple[str, str]]:
     """Returns (key path, wording) of all wordings."""
     return [
         (f"{kind}.{name}.{wordings}", text)

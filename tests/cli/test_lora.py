@@ -301,6 +301,7 @@ class TestTrain:
         assert result.exit_code == 0, result.output
         values = re.search(r"the adapter has ([\d,]+) values; 50 checkpoints", result.stderr)
         assert values, result.stderr
+        assert re.search(r"memory: the base's [\d,]+ parameters, 0.00 GB in bf", result.stderr)
         lines = result.stderr.splitlines()
         torchrun = next(line for line in lines if "torchrun" in line)
         assert "--nnodes=2" in torchrun

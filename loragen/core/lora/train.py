@@ -39,7 +39,7 @@ from loragen.core.base.load import (
 from loragen.core.config import LoraTrainConfig
 from loragen.core.data.chat import chat_date, pad_id
 from loragen.core.data.dataset import Dataset
-from loragen.core.errors import Interrupted, UsageError, first_line, listing
+from loragen.core.errors import Interrupted, UsageError, listing
 from loragen.core.files import written_atomically
 from loragen.core.lora.data import LoraDataModule, TrainingRows, load_rows
 from loragen.core.lora.module import LoraModule, StepCheckpoints, StepMetrics
@@ -109,7 +109,7 @@ def train_adapter(
         resume.check(config, manifest)
     bound = config.lora.rank * sum(map(sum, _matrices(base.model)))  # as if it adapted all of them
     if training_bytes(config, bound, bound) > free_memory(config.trainer.accelerator):
-        check_memory(config, *count_values(config))
+        check_memory(config, *count_values(config)[:2])
     model = new_adapter(base, config)
     try:
         manifest.adapter_config = plain_config(model.peft_config["default"])
@@ -261,7 +261,7 @@ def new_adapter(base: LanguageModel, config: LoraTrainConfig) -> Any:
         try:
             model = get_peft_model(base.model, peft_config(config.lora))
         except ValueError as error:
-            reason = first_line(error).partition(" Please ")[0]
+            reason = str(error).splitlines()[0].partition(" Please ")[0]
             layers = (n for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear))
             names = sorted({name.rpartition(".")[2] for name in layers})
             raise UsageError(
@@ -319,9 +319,9 @@ def check_memory(config: LoraTrainConfig, values: int, trained: int) -> None:
         )
 
 
-def count_values(config: LoraTrainConfig) -> tuple[int, int]:
-    """Returns the number of values of an adapter, and of those that train, without loading the
-    base's weights.
+def count_values(config: LoraTrainConfig) -> tuple[int, int, int]:
+    """Returns the number of values of an adapter, of those that train, and of the base's
+    parameters, without loading weights.
 
     Raises UsageError if target_modules names nothing of the base.
     """
@@ -329,8 +329,10 @@ def count_values(config: LoraTrainConfig) -> tuple[int, int]:
         model = new_adapter(
             empty_base(config.base_model, trust_remote_code=config.trust_remote_code), config
         )
-    sizes = [(p.numel(), p.requires_grad) for n, p in model.named_parameters() if "lora_" in n]
-    return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+    adapter = [p for name, p in model.named_parameters() if "lora_" in name]
+    values = sum(p.numel() for p in adapter)
+    trained = sum(p.numel() for p in adapter if p.requires_grad)
+    return values, trained, sum(p.numel() for p in model.parameters()) - values
 
 
 def checkpoint_sizes(config: LoraTrainConfig, values: int, trained: int) -> list[int]:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
-from loragen.core.protocols import RunInfo
+from loragen.core.protocols import RunInfo, Status
 from loragen.plugins.loggers._process import (
     DISK_SECONDS,
     ONLINE_SECONDS,
+    UPLOAD_SECONDS,
     Library,
-    ProcessLogger,
     Recording,
     RecordingProcess,
+    lightning_logger,
     require,
 )
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
 
 LIBRARY = Library(
     "Trackio",
@@ -29,7 +33,7 @@ LIBRARY = Library(
 REMOTE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
 
 
-class Trackio(ProcessLogger):
+class Trackio:
     """Records a run with Trackio below `<run directory>/trackio_logs/`.
 
     `TRACKIO_DIR=<run directory>/trackio_logs trackio show` opens the dashboard. A `directory` (or
@@ -50,9 +54,11 @@ class Trackio(ProcessLogger):
 
     def __init__(self, config: Config) -> None:
         require("trackio", "trackio")
-        super().__init__(config)
+        self.config = config
+        self.run_id: str | None = None
+        self._process: RecordingProcess | None = None
 
-    def start(self, run: RunInfo) -> RecordingProcess:
+    def open(self, run: RunInfo) -> Logger:
         config, environment = self.config, dict(LIBRARY.environment)
         directory = run.directory / "trackio_logs"
         chosen = config.directory or os.environ.get("TRACKIO_DIR")
@@ -71,7 +77,14 @@ class Trackio(ProcessLogger):
             "resume": "allow" if run.resume_id else "never",
         }
         library = replace(LIBRARY, environment=environment)
-        return RecordingProcess(library, arguments, directory, seconds)
+        self._process = RecordingProcess(library, arguments, directory, seconds)
+        self.run_id = self._process.run_id
+        return lightning_logger(self._process)
+
+    def close(self, status: Status) -> None:
+        if self._process is not None:
+            process, self._process = self._process, None
+            process.finish(status, UPLOAD_SECONDS)
 
 
 def record_with_trackio(**arguments: Any) -> Recording:

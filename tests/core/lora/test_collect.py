@@ -282,7 +282,7 @@ def test_several_devices_train_each_dataset_in_a_worker(
 def test_the_values_of_an_adapter_are_known_without_weights(lora_config, collection):
     run = collection.runs["colors"]
     config = load(LoraTrainConfig, run / "config.yaml", environment={})
-    values, trained = count_values(config)
+    values, trained, _ = count_values(config)
     assert trained == values
     files = checkpoint_files(run)
     document = torch.load(files[-1], weights_only=True)
