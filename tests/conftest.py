@@ -281,6 +281,15 @@ def configured(model, settings):
     return load(model, flags=flags, environment={})
 
 
+def lora_manifest(**fields):
+    """The manifest of a run of `lora train`, with these fields."""
+    from loragen.core.run.directory import DatasetRecord, LoraManifest
+
+    dataset = DatasetRecord(name="a", path="", sha256="", rows=1)
+    usual = {"base_model": "demo", "dataset": dataset, "adapter_config": {}, "plugins": []}
+    return LoraManifest(**{**usual, "seed": 1, "max_steps": 10, **fields})
+
+
 @pytest.fixture
 def lora_config(base_dir, tmp_path):
     """`lora_config({"training.max_steps": 3})`: a run of seconds into `tmp_path/runs`."""
@@ -391,7 +400,6 @@ def hub(tmp_path, monkeypatch):
     """A stand-in of the hub, with an empty cache, and a token that it accepts."""
     from huggingface_hub import constants
 
-    from loragen.core import files
     from loragen.core import hub as ours
     from tests.hub import serve
 
@@ -403,10 +411,10 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     monkeypatch.setenv("HF_TOKEN", "hf_right")
-    files.hub_problem.cache_clear()
+    ours.hub_problem.cache_clear()
     ours._downloaded.cache_clear()
     yield server.hub
     server.shutdown()
     server.server_close()
-    files.hub_problem.cache_clear()
+    ours.hub_problem.cache_clear()
     ours._downloaded.cache_clear()

@@ -25,6 +25,7 @@ COMMANDS = [
     ["ckpt", "convert", "--help"],
     ["gen", "train", "--help"],
     ["gen", "eval", "--help"],
+    ["library", "add", "--help"],
     ["plugins", "list"],
     ["plugins", "show", "schedule", "cosine"],
     ["plugins", "show", "logger", "swanlab"],

@@ -20,7 +20,8 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from loragen.core.errors import LoragenError
-from loragen.core.files import hub_problem, sha256, written_atomically
+from loragen.core.files import sha256, written_atomically
+from loragen.core.hub import hub_problem
 
 MODEL = "SmolLM2-135M-Instruct"
 HUB_ID = f"HuggingFaceTB/{MODEL}"

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from loragen.cli import completion, render
-from loragen.cli.options import Alpha, BaseModelName, DataRoot, Force, Json
+from loragen.cli import completion, options, render
 from loragen.cli.progress import SECONDS_BETWEEN_LINES
 from loragen.core.errors import (
     EXIT_FAILED,
@@ -59,8 +58,8 @@ def ckpt_analyze(
         Path | None,
         typer.Option("--html", metavar="FILE", help="Also write a page with plots."),
     ] = None,
-    force: Force = False,
-    json: Json = False,
+    force: options.Force = False,
+    json: options.Json = False,
 ) -> None:
     """Print norms, spectra and ranks of ΔW, drift, path and damage, and compare series.
 
@@ -118,7 +117,7 @@ def ckpt_test(
     token_dim: Annotated[
         int, typer.Option("--token-dim", min=1, help="Values of one token.")
     ] = 384,
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Tokenise one adapter as a generator does: its layout, tokens, fill, and the round trip.
 
@@ -163,7 +162,7 @@ def ckpt_lines(
         int | None,
         typer.Option("--step", min=1, help="Any step of the run, with a checkpoint or without."),
     ] = None,
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Print the lines of the dataset that the step of a checkpoint was trained on.
 
@@ -194,12 +193,9 @@ def ckpt_lines(
         "learning_rate": rate.learning_rate,
         "rows": rows,
     }
-    if json:
-        render.answer_json(document)
-        return
     header = f"step {step}, stage {rate.stage}, learning rate {rate.learning_rate:g}"
-    render.answer(f"{document['file']}\n{header}\n")
-    render.answer(render.columns(("line", "hash", "prompt"), [tuple(row.values()) for row in rows]))
+    table = render.columns(("line", "hash", "prompt"), [tuple(row.values()) for row in rows])
+    render.answer_either(json, document, f"{document['file']}\n{header}\n\n{table}")
 
 
 @app.command("convert")
@@ -211,15 +207,15 @@ def ckpt_convert(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The directory of the run directories.")
     ] = Path("runs"),
-    base_model: BaseModelName = None,
+    base_model: options.BaseModelName = None,
     dataset: Annotated[
         str | None,
         typer.Option(
             "--dataset", help="A name under --data-root, or a file; for a single dataset."
         ),
     ] = None,
-    data_root: DataRoot = "data_to_lora/cs",
-    alpha: Alpha = None,
+    data_root: options.DataRoot = "data_to_lora/cs",
+    alpha: options.Alpha = None,
     config: Annotated[
         Path | None,
         typer.Option("--config", "-c", help="The training's own YAML: alpha, base, schedule, ..."),
@@ -227,7 +223,7 @@ def ckpt_convert(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out checkpoints that are broken or differ.")
     ] = False,
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Convert experiments of the original scripts to run directories that `gen train` reads.
 
@@ -244,16 +240,16 @@ def ckpt_convert(
 
     from loragen.legacy.convert import ConversionOptions, check_one_dataset, convert
 
-    options = ConversionOptions(
+    chosen = ConversionOptions(
         output, base_model, dataset, Path(data_root or "."), alpha, config, skip_bad
     )
-    check_one_dataset(runs, options)
+    check_one_dataset(runs, chosen)
     documents: list[dict[str, Any]] = []
     for number, run in enumerate(runs, 1):
         render.note(f"[{number}/{len(runs)}] {run.source}")
         document: dict[str, Any] = {"source": str(run.source), "run": None, "error": None}
         try:
-            converted = convert(run, options)
+            converted = convert(run, chosen)
         except LoragenError as error:
             if len(runs) == 1:
                 raise
@@ -315,9 +311,9 @@ def _print_series(report: "SeriesReport", most: int | None, in_full: bool) -> No
     from loragen.core.analysis.report import by_tensor
 
     scaling = " to ".join(f"{one:g}" for one in report.scalings) or "unknown, ΔW = B A"
-    plural = "" if report.checkpoints == 1 else "s"
     render.answer(
-        f"{report.path}\n{report.checkpoints} checkpoint{plural}, {report.bytes / 2**20:.1f} MiB; "
+        f"{report.path}\n{counted(report.checkpoints, 'checkpoint')}, "
+        f"{report.bytes / 2**20:.1f} MiB; "
         f"{counted(report.values, 'value')} in {counted(report.tensors, 'tensor')} "
         f"({', '.join(report.dtypes)}); scaling {scaling}"
     )

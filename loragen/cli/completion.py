@@ -15,7 +15,7 @@ from typing import Any, get_args
 import typer
 
 NEWEST = 100
-"""At most so many runs are offered."""
+"""The most runs that are offered."""
 
 
 def datasets(ctx: typer.Context, incomplete: str) -> list[str]:

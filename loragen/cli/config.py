@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from loragen.cli import render
-from loragen.cli.options import ConfigFile, Force, Json, Settings, with_old_files
+from loragen.cli import options, render
 
 app = typer.Typer(
     no_args_is_help=True, help="Write, check, explain and migrate configuration files."
@@ -42,9 +41,9 @@ def config_init(command: CommandArgument) -> None:
 @app.command("show")
 def config_show(
     command: CommandArgument,
-    config: ConfigFile = None,
-    settings: Settings = None,
-    json: Json = False,
+    config: options.ConfigFile = None,
+    settings: options.Settings = None,
+    json: options.Json = False,
 ) -> None:
     """Print every setting with its value and the origin of the value.
 
@@ -55,14 +54,12 @@ def config_show(
     from loragen.core.config.yaml_file import inline
 
     name = command.value
-    found = with_old_files(
+    found = options.with_old_files(
         MODELS[name], config, lambda file: resolved_settings(name, file, settings or ())
     )
-    if json:
-        render.answer_json({s.key: {"value": s.value, "origin": s.origin} for s in found})
-    else:
-        rows = [(s.key, inline(s.value), s.origin) for s in found]
-        render.answer(render.columns(("setting", "value", "from"), rows))
+    document = {s.key: {"value": s.value, "origin": s.origin} for s in found}
+    rows = [(s.key, inline(s.value), s.origin) for s in found]
+    render.answer_either(json, document, render.columns(("setting", "value", "from"), rows))
 
 
 @app.command("validate")
@@ -81,7 +78,9 @@ def config_validate(file: File, command: CommandOption = None) -> None:
     name = command.value if command else command_of_legacy_config(file) or guess_command(file)
     model: Any = GenTrainConfig if name == "gen" else LoraTrainConfig
     missing: Any = check_sources if name == "gen" else missing_lora_paths
-    with_old_files(model, file, lambda given: load(model, given, environment={}, check=missing))
+    options.with_old_files(
+        model, file, lambda given: load(model, given, environment={}, check=missing)
+    )
     render.answer(f"{file}: valid ({name} train)")
 
 
@@ -92,7 +91,7 @@ def config_migrate(
         Path | None, typer.Option("--output", "-o", help="Write to this file instead of stdout.")
     ] = None,
     command: CommandOption = None,
-    force: Force = False,
+    force: options.Force = False,
 ) -> None:
     """Translate an old configuration file, with a comment beside everything that changed.
 

@@ -6,17 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loragen.cli import completion, render
-from loragen.cli.options import (
-    BaseModelName,
-    DataRoot,
-    Force,
-    Json,
-    SkipBadRows,
-    TemplateKwargs,
-    TrustRemoteCode,
-    parsed_template_kwargs,
-)
+from loragen.cli import completion, options, render
 from loragen.core.errors import EXIT_FAILED, UsageError, shortened
 
 if TYPE_CHECKING:
@@ -40,16 +30,16 @@ def data_preview(
             autocompletion=completion.datasets,
         ),
     ],
-    base_model: BaseModelName = None,
-    trust_remote_code: TrustRemoteCode = False,
-    data_root: DataRoot = "data_to_lora/cs",
+    base_model: options.BaseModelName = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    data_root: options.DataRoot = "data_to_lora/cs",
     limit: Annotated[int, typer.Option("--limit", min=0, help="The number of rows to show.")] = 3,
     max_length: Annotated[
         int | None, typer.Option("--max-length", min=8, help="As data.max_length of lora train.")
     ] = None,
-    chat_template_kwargs: TemplateKwargs = None,
-    skip_bad_rows: SkipBadRows = False,
-    json: Json = False,
+    chat_template_kwargs: options.TemplateKwargs = None,
+    skip_bad_rows: options.SkipBadRows = False,
+    json: options.Json = False,
 ) -> None:
     """Show rows as the model sees them: the prompt, its cut part, and the answer to learn.
 
@@ -60,7 +50,7 @@ def data_preview(
     from loragen.core.data.dataset import Dataset
 
     defaults = LoraTrainConfig()
-    kwargs = parsed_template_kwargs(chat_template_kwargs or "{}")
+    kwargs = options.parsed_template_kwargs(chat_template_kwargs) or {}
     dataset = Dataset.find(source, Path(data_root or "."))
     dataset.check(skip_bad_rows=True)  # before seconds of imports
 
@@ -76,17 +66,15 @@ def data_preview(
             raise
         tokenizer = load_tokenizer(DEMO)
         render.note(
-            f"warning: the default base {defaults.base_model} cannot be had here: shown with the "
-            "tokenizer of the demo; --base-model names another"
+            f"warning: the default base {defaults.base_model} is not available here: the rows are "
+            "shown with the tokenizer of the demo's base; --base-model names another"
         )
     set_template_kwargs(tokenizer, kwargs)
     found = preview(tokenizer, dataset, max_length or defaults.data.max_length, limit)
     for warning in found.warnings:
         log.warning("%s", warning)
-    if json:
-        render.answer_json(found.as_dict())
-    else:
-        render.answer("\n\n".join([_summary(found), *map(_sample, found.samples)]))
+    text = "\n\n".join([_summary(found), *map(_sample, found.samples)])
+    render.answer_either(json, found.as_dict(), text)
     if found.bad_rows and not skip_bad_rows:
         count = "a bad row" if len(found.bad_rows) == 1 else f"{len(found.bad_rows)} bad rows"
         render.problems([f"{found.source}: {count}; --skip-bad-rows leaves them out"])
@@ -118,10 +106,10 @@ def data_prepare(
     seed: Annotated[
         int, typer.Option("--seed", min=0, help="Seed of the grouping and the split.")
     ] = 42,
-    data_root: DataRoot = "data_to_lora/cs",
-    skip_bad_rows: SkipBadRows = False,
-    force: Force = False,
-    json: Json = False,
+    data_root: options.DataRoot = "data_to_lora/cs",
+    skip_bad_rows: options.SkipBadRows = False,
+    force: options.Force = False,
+    json: options.Json = False,
 ) -> None:
     """Join the prompts of datasets into texts, at random, and hold some texts out.
 
@@ -135,14 +123,12 @@ def data_prepare(
     datasets = [Dataset.find(one, Path(data_root or ".")) for one in source]
     grouping = Grouping(samples_per_prompt=samples_per_prompt, test_ratio=test_ratio, seed=seed)
     record = prepare(datasets, output, grouping, skip_bad_rows, force)
-    if json:
-        render.answer_json({"output_dir": str(output), **record.model_dump()})
-    else:
-        header = ("dataset", "prompts", "repeated", "left over", "train texts", "val texts")
-        rows = [
-            (d.dataset, d.prompts, d.repeated, d.left_over, d.train, d.val) for d in record.datasets
-        ]
-        render.answer(render.columns(header, rows))
+    header = ("dataset", "prompts", "repeated", "left over", "train texts", "val texts")
+    rows = [
+        (d.dataset, d.prompts, d.repeated, d.left_over, d.train, d.val) for d in record.datasets
+    ]
+    document = {"output_dir": str(output), **record.model_dump()}
+    render.answer_either(json, document, render.columns(header, rows))
 
 
 @app.command("uses")
@@ -156,7 +142,7 @@ def data_uses(
             "--run", help="A run directory, or a checkpoint of it.", autocompletion=completion.runs
         ),
     ],
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Show the steps at which a run was trained on a row, and the checkpoints of these steps.
 

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from loragen.cli import render
-from loragen.cli.options import Force, Json
+from loragen.cli import options, render
 
 
 def run_demo(
@@ -26,8 +25,8 @@ def run_demo(
         Path | None,
         typer.Option("--world", help="A YAML file of wordings, instead of the built-in ones."),
     ] = None,
-    force: Force = False,
-    json: Json = False,
+    force: options.Force = False,
+    json: options.Json = False,
 ) -> None:
     """Collect adapters, train a generator, and evaluate what it generates, in a made-up world.
 

@@ -10,26 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loragen.cli import completion, render
-from loragen.cli.options import (
-    BaseModelName,
-    ConfigFile,
-    DataRoot,
-    DryRun,
-    Force,
-    GeneratorPath,
-    IgnoreFinalPunctuation,
-    Json,
-    Private,
-    PushToHub,
-    Resume,
-    Settings,
-    SkipBadRows,
-    TrustRemoteCode,
-    push_output,
-    with_old_files,
-)
-from loragen.core.errors import UsageError
+from loragen.cli import completion, options, render
+from loragen.core.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from loragen.core.evaluation.targets import PromptsFrom
@@ -59,7 +41,7 @@ class PromptOrigin(StrEnum):
 
 @app.command("train")
 def gen_train(
-    config: ConfigFile = None,
+    config: options.ConfigFile = None,
     checkpoint_dir: Annotated[
         list[str] | None,
         typer.Option(
@@ -75,15 +57,15 @@ def gen_train(
             "--prompts", help="A directory of data prepare; default: the runs' own datasets."
         ),
     ] = None,
-    trust_remote_code: TrustRemoteCode = False,
-    resume: Resume = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    resume: options.Resume = None,
     test_mode: Annotated[
         bool,
         typer.Option("--test-mode", help="Train six steps of each phase, as a smoke test."),
     ] = False,
-    dry_run: DryRun = False,
-    settings: Settings = None,
-    json: Json = False,
+    dry_run: options.DryRun = False,
+    settings: options.Settings = None,
+    json: options.Json = False,
 ) -> None:
     """Train a generator on collected adapters and the prompts of their datasets.
 
@@ -104,7 +86,7 @@ def gen_train(
     flags = [Override(*one) for one in given if one[1] is not None]
     run = Run.open(resume, GeneratorManifest) if resume else None
     file = config or (run.directory / CONFIG if run else None)
-    resolved = with_old_files(
+    resolved = options.with_old_files(
         GenTrainConfig,
         file,
         lambda given: load(GenTrainConfig, given, settings or (), flags, check=check_sources),
@@ -145,15 +127,13 @@ def gen_train(
                 render.note(f"{point.directory}: found {name}; {point.step} steps are done")
             trained = train(resolved, terminal_progress(), point, sources)
             directory, manifest = trained.directory, trained.manifest
-        if json:
-            render.answer_json({"run": str(directory), **manifest.model_dump()})
-        else:
-            render.answer(str(directory))
+        document = {"run": str(directory), **manifest.model_dump()}
+        render.answer_either(json, document, str(directory))
 
 
 @app.command("infer")
 def gen_infer(
-    model: GeneratorPath,
+    model: options.GeneratorPath,
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", help="A prompt of the dataset. Repeatable.")
     ] = None,
@@ -190,8 +170,8 @@ def gen_infer(
         bool,
         typer.Option("--merge", help="Write whole Hugging Face models: base and adapter merged."),
     ] = False,
-    base_model: BaseModelName = None,
-    trust_remote_code: TrustRemoteCode = False,
+    base_model: options.BaseModelName = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Read only the first N prompts.")
     ] = None,
@@ -208,10 +188,10 @@ def gen_infer(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the draws.")] = 0,
-    push_to_hub: PushToHub = None,
-    private: Private = False,
-    force: Force = False,
-    json: Json = False,
+    push_to_hub: options.PushToHub = None,
+    private: options.Private = False,
+    force: options.Force = False,
+    json: options.Json = False,
 ) -> None:
     """Generate a LoRA adapter from a few unlabelled prompts of a dataset, without training.
 
@@ -266,7 +246,7 @@ def gen_infer(
             render.answer(str(path))
     _note_far_prompts(documents)
     if push_to_hub:
-        documents[0]["repository"] = push_output(paths[0], push_to_hub, private, merge)
+        documents[0]["repository"] = options.push_output(paths[0], push_to_hub, private, merge)
     if json:
         # The keys of a single adapter also stand beside the list.
         render.answer_json({"adapters": documents, **({} if per else documents[0])})
@@ -275,14 +255,14 @@ def gen_infer(
     seconds = sum(document["seconds"] for document in documents)
     adapters = "" if len(documents) == 1 else f"{len(documents)} adapters of "
     render.note(
-        f"{adapters}{generator.layout.values:,} values from {count} "
-        f"prompt{'' if count == 1 else 's'} in {seconds:.3f} s"
+        f"{adapters}{generator.layout.values:,} values from {counted(count, 'prompt')} "
+        f"in {seconds:.3f} s"
     )
 
 
 @app.command("eval")
 def gen_eval(
-    model: GeneratorPath,
+    model: options.GeneratorPath,
     dataset: Annotated[
         list[str],
         typer.Option(
@@ -291,9 +271,9 @@ def gen_eval(
             autocompletion=completion.datasets,
         ),
     ],
-    data_root: DataRoot = "data_to_lora/cs",
-    base_model: BaseModelName = None,
-    trust_remote_code: TrustRemoteCode = False,
+    data_root: options.DataRoot = "data_to_lora/cs",
+    base_model: options.BaseModelName = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     columns: Annotated[
         str | None,
         typer.Option("--columns", help="Only these columns, with commas: base,generated,..."),
@@ -357,8 +337,8 @@ def gen_eval(
             help="Measure choice accuracy: a forward pass per row and choice.",
         ),
     ] = True,
-    ignore_final_punctuation: IgnoreFinalPunctuation = False,
-    skip_bad_rows: SkipBadRows = False,
+    ignore_final_punctuation: options.IgnoreFinalPunctuation = False,
+    skip_bad_rows: options.SkipBadRows = False,
     cache_dir: Annotated[
         Path,
         typer.Option("--cache-dir", help="The directory that keeps the adapters trained for it."),
@@ -367,8 +347,8 @@ def gen_eval(
         Path | None,
         typer.Option("--output", "-o", help="A directory for results.json, .md and .png."),
     ] = None,
-    force: Force = False,
-    json: Json = False,
+    force: options.Force = False,
+    json: options.Json = False,
 ) -> None:
     """Compare generated adapters with baselines, on any datasets.
 

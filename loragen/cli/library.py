@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from loragen.cli import completion, render
-from loragen.cli.options import Force, Json, License, Private, parsed_object
+from loragen.cli import completion, options, render
 from loragen.core.errors import UsageError, counted
 
 app = typer.Typer(
@@ -27,8 +26,8 @@ def library_add(
         list[str],
         typer.Argument(
             metavar="ADAPTER...",
-            help="Runs of lora train, checkpoints, PEFT directories, or adapters of a library; "
-            "hf://owner/name for one on the hub.",
+            help="Runs of lora train, a folder of them, checkpoints, PEFT directories, or adapters "
+            "of a library; hf://owner/name for any of them on the hub.",
             autocompletion=completion.runs,
         ),
     ],
@@ -62,10 +61,10 @@ def library_add(
             "--encoder-options", metavar="JSON", help="""Its options: '{"model": "DIR"}'."""
         ),
     ] = None,
-    license_id: License = None,
-    private: Private = False,
-    force: Force = False,
-    json: Json = False,
+    license_id: options.License = None,
+    private: options.Private = False,
+    force: options.Force = False,
+    json: options.Json = False,
 ) -> None:
     """Add adapters with the prompts that they were trained on; the first makes the library.
 
@@ -77,9 +76,9 @@ def library_add(
     """
     from loragen.core.learning.library.changes import AddOptions, add_adapters
 
-    given = parsed_object(encoder_options, "--encoder-options") if encoder_options else None
-    options = AddOptions(prompts, name, not prompts_only, base_model, encoder, given, license_id)
-    changes = add_adapters(library, adapters, options, force=force, private=private)
+    given = options.parsed_object(encoder_options, "--encoder-options") if encoder_options else None
+    chosen = AddOptions(prompts, name, not prompts_only, base_model, encoder, given, license_id)
+    changes = add_adapters(library, adapters, chosen, force=force, private=private)
     _report(library, changes.added, changes.unchanged, changes.url, json)
 
 
@@ -94,7 +93,7 @@ def library_list(
             help="Prompts, as for add: the adapters of the most similar prompts come first.",
         ),
     ] = None,
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """List the adapters of a library. Of one on the hub, no weights are downloaded."""
     from loragen.core.learning.library.records import AdapterLibrary
@@ -138,8 +137,8 @@ def library_get(
         typer.Argument(help="Its name in the library.", autocompletion=completion.shared_adapters),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new directory.")],
-    force: Force = False,
-    json: Json = False,
+    force: options.Force = False,
+    json: options.Json = False,
 ) -> None:
     """Write one adapter to an ordinary PEFT directory."""
     from loragen.core.learning.library.changes import get_adapter
@@ -162,7 +161,7 @@ def library_rm(
             autocompletion=completion.shared_adapters,
         ),
     ],
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Remove adapters: what loragen has written, and nothing else. The hub keeps its history."""
     from loragen.core.learning.library.changes import remove_adapters
@@ -190,9 +189,9 @@ def library_copy(
             autocompletion=completion.shared_adapters,
         ),
     ] = None,
-    private: Private = False,
-    force: Force = False,
-    json: Json = False,
+    private: options.Private = False,
+    force: options.Force = False,
+    json: options.Json = False,
 ) -> None:
     """Copy adapters from one library to another: to the hub, from it, or between folders."""
     from loragen.core.learning.library.changes import copy_adapters

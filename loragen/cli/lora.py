@@ -4,7 +4,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from enum import StrEnum
 from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,43 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loragen.cli import completion, render
-from loragen.cli.options import (
-    Alpha,
-    BaseModelName,
-    ConfigFile,
-    DataRoot,
-    DryRun,
-    Force,
-    IgnoreFinalPunctuation,
-    Json,
-    License,
-    Private,
-    PushToHub,
-    Resume,
-    Settings,
-    SkipBadRows,
-    TemplateKwargs,
-    TrustRemoteCode,
-    parsed_template_kwargs,
-    push_output,
-    with_old_files,
-)
+from loragen.cli import completion, options, render
+from loragen.core.adapter import Server
 from loragen.core.errors import DataError, Interrupted, LoragenError, UsageError, counted
 from loragen.core.progress import is_first_process
 
 if TYPE_CHECKING:
     from loragen.core.config import LoraTrainConfig
     from loragen.core.lora.tasks import Task, TaskOutcome
-
-
-class Server(StrEnum):
-    """The servers whose rules `lora export` knows."""
-
-    vllm = "vllm"
-    sglang = "sglang"
-    lorax = "lorax"
-    llama_cpp = "llama.cpp"
 
 
 app = typer.Typer(no_args_is_help=True, help="Train LoRA adapters, evaluate one, export it.")
@@ -65,11 +35,11 @@ def lora_train(
         ),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Every dataset below --data-root.")] = False,
-    config: ConfigFile = None,
-    base_model: BaseModelName = None,
-    trust_remote_code: TrustRemoteCode = False,
-    data_root: DataRoot = None,
-    skip_bad_rows: SkipBadRows = False,
+    config: options.ConfigFile = None,
+    base_model: options.BaseModelName = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    data_root: options.DataRoot = None,
+    skip_bad_rows: options.SkipBadRows = False,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", help="Rows per optimizer step.")
     ] = None,
@@ -86,7 +56,7 @@ def lora_train(
         bool,
         typer.Option("--track-batches", help="Write which rows each checkpoint was trained on."),
     ] = False,
-    resume: Resume = None,
+    resume: options.Resume = None,
     force: Annotated[
         bool, typer.Option("--force", help="Train again what has been trained already.")
     ] = False,
@@ -96,9 +66,9 @@ def lora_train(
             "--launcher", help="local, or ray: train the datasets as tasks of a Ray cluster."
         ),
     ] = None,
-    dry_run: DryRun = False,
-    settings: Settings = None,
-    json: Json = False,
+    dry_run: options.DryRun = False,
+    settings: options.Settings = None,
+    json: options.Json = False,
 ) -> None:
     """Train one LoRA adapter per dataset, in two stages, and keep the checkpoints of stage 2.
 
@@ -127,7 +97,7 @@ def lora_train(
         )
     run = Run.open(resume, LoraManifest) if resume else None
     file = config or (run.directory / CONFIG if run else None)
-    resolved = with_old_files(
+    resolved = options.with_old_files(
         LoraTrainConfig,
         file,
         lambda given: load(LoraTrainConfig, given, settings or (), flags),
@@ -144,10 +114,10 @@ def lora_train(
             raise UsageError(f"{run.directory}: the dataset is not recorded; give --dataset FILE")
         wanted = [run.manifest.dataset.path]
     chosen = find_tasks(resolved, wanted, every)
-    options = resolved.schedule.options
-    if resolved.base_model == DEMO and options.get("learning_rate_stage1", 1.0) <= 1e-4:
+    rate = resolved.schedule.options.get("learning_rate_stage1", 1.0)
+    if resolved.base_model == DEMO and rate <= 1e-4:
         render.note(
-            "warning: the base of the demo learns next to nothing at this learning rate; for it, "
+            "warning: the base of the demo learns next to nothing at this learning rate; "
             "add --set schedule.learning_rate_stage1=2e-3 --set schedule.learning_rate_stage2=2e-4 "
             "--set lora.alpha=32"
         )
@@ -184,16 +154,16 @@ def lora_eval(
     no_adapter: Annotated[
         bool, typer.Option("--no-adapter", help="Evaluate the base model without an adapter.")
     ] = False,
-    base_model: BaseModelName = None,
-    trust_remote_code: TrustRemoteCode = False,
-    data_root: DataRoot = "data_to_lora/cs",
-    skip_bad_rows: SkipBadRows = False,
+    base_model: options.BaseModelName = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    data_root: options.DataRoot = "data_to_lora/cs",
+    skip_bad_rows: options.SkipBadRows = False,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Evaluate only the first N rows.")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
-    ignore_final_punctuation: IgnoreFinalPunctuation = False,
-    chat_template_kwargs: TemplateKwargs = None,
+    ignore_final_punctuation: options.IgnoreFinalPunctuation = False,
+    chat_template_kwargs: options.TemplateKwargs = None,
     show_lm_eval: Annotated[
         bool,
         typer.Option(
@@ -201,7 +171,7 @@ def lora_eval(
             help="Evaluate nothing: print how lm-evaluation-harness evaluates base and adapter.",
         ),
     ] = False,
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Evaluate an adapter, or the base without one, on labelled rows.
 
@@ -217,16 +187,13 @@ def lora_eval(
     place = local_path(adapter) if adapter else None
     if place and not place.exists():
         raise UsageError(f"{adapter}: no such adapter or checkpoint")
-    kwargs = None if chat_template_kwargs is None else parsed_template_kwargs(chat_template_kwargs)
+    kwargs = options.parsed_template_kwargs(chat_template_kwargs)
     if show_lm_eval:
         from loragen.core.run.checkpoints import lm_eval_commands
 
         name = Dataset.find(dataset, Path(data_root or "."), split="test").name
         commands = lm_eval_commands(name, place, base_model, batch_size, limit, trust_remote_code)
-        if json:
-            render.answer_json({"commands": commands})
-        else:
-            render.answer("\n".join(commands))
+        render.answer_either(json, {"commands": commands}, "\n".join(commands))
         return
     tested = Dataset.find(dataset, Path(data_root or "."), split="test")
     rows = tested.rows(skip_bad_rows)[:limit]
@@ -270,10 +237,8 @@ def lora_eval(
         "adapter": adapter,
         **scores.as_dict(),
     }
-    if json:
-        render.answer_json(document)
-    else:
-        render.answer(render.columns(("measure", "value"), list(document.items())))
+    text = render.columns(("measure", "value"), list(document.items()))
+    render.answer_either(json, document, text)
 
 
 @app.command("export")
@@ -296,9 +261,9 @@ def lora_export(
         bool,
         typer.Option("--merge", help="Write a whole Hugging Face model instead of an adapter."),
     ] = False,
-    base_model: BaseModelName = None,
-    trust_remote_code: TrustRemoteCode = False,
-    alpha: Alpha = None,
+    base_model: options.BaseModelName = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    alpha: options.Alpha = None,
     server: Annotated[
         Server | None,
         typer.Option(
@@ -306,11 +271,11 @@ def lora_export(
             help="Write the form that this server computes as PEFT does, or say why there is none.",
         ),
     ] = None,
-    license_id: License = None,
-    push_to_hub: PushToHub = None,
-    private: Private = False,
-    force: Force = False,
-    json: Json = False,
+    license_id: options.License = None,
+    push_to_hub: options.PushToHub = None,
+    private: options.Private = False,
+    force: options.Force = False,
+    json: options.Json = False,
 ) -> None:
     """Write an adapter, or its base with the adapter merged in, for use without loragen.
 
@@ -347,7 +312,7 @@ def lora_export(
         adapter = read_lone_adapter(source, base_model, alpha, trust_remote_code)
     adapter = prepare_export(adapter, source, base_model, alpha)
     if server:
-        adapter = for_server(adapter, server.value)
+        adapter = for_server(adapter, server)
     elif not merge:
         for line in server_notes(adapter):
             render.note(line)
@@ -357,23 +322,19 @@ def lora_export(
             export_merged(adapter, source, directory, trust_remote_code, license_id)
         else:
             export_adapter(adapter, source, directory, license_id)
-        url = push_output(directory, push_to_hub, private, merge) if push_to_hub else None
+        url = options.push_output(directory, push_to_hub, private, merge) if push_to_hub else None
     base = adapter.config["base_model_name_or_path"]
     if server:
         place = str(output or push_to_hub)
-        render.note(serve_command(server.value, base, place, adapter.config["r"]))
-    if json:
-        render.answer_json(
-            {
-                "output": str(output) if output else None,
-                "kind": "merged" if merge else "adapter",
-                "base_model": base,
-                "checkpoint": checkpoint,
-                "repository": url,
-            }
-        )
-    else:
-        render.answer(str(output) if output else str(url))
+        render.note(serve_command(server, base, place, adapter.config["r"]))
+    document = {
+        "output": str(output) if output else None,
+        "kind": "merged" if merge else "adapter",
+        "base_model": base,
+        "checkpoint": checkpoint,
+        "repository": url,
+    }
+    render.answer_either(json, document, str(output or url))
 
 
 # ---- train
@@ -456,10 +417,7 @@ def _dry_run(
         config = tasks[0].config(config)
     elif not resume:
         config.collection = [task.argument for task in tasks]
-    if json:
-        render.answer_json(config.model_dump(mode="json"))
-    else:
-        render.answer(dump(config).rstrip())
+    render.answer_either(json, config.model_dump(mode="json"), dump(config).rstrip())
 
 
 def _launch_commands(config: "LoraTrainConfig", arguments: Sequence[str]) -> list[str]:

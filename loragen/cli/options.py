@@ -163,10 +163,13 @@ def parsed_object(text: str, option: str) -> dict[str, Any]:
     return found
 
 
-def parsed_template_kwargs(text: str) -> dict[str, Any]:
-    """Returns `--chat-template-kwargs`. Raises UsageError if that is no JSON object of switches."""
+def parsed_template_kwargs(text: str | None) -> dict[str, Any] | None:
+    """Returns `--chat-template-kwargs`, None if it is not given. Raises UsageError if it is not a
+    JSON object of switches."""
     from loragen.core.config.schema import check_template_kwargs
 
+    if text is None:
+        return None
     try:
         return check_template_kwargs(parsed_object(text, "--chat-template-kwargs"))
     except ValueError as error:

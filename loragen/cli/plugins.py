@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from loragen.cli import completion, render
-from loragen.cli.options import Json
+from loragen.cli import completion, options, render
 from loragen.core.errors import EXIT_FAILED, counted
 
 app = typer.Typer(no_args_is_help=True, help="See the installed plugins, and write a new one.")
@@ -17,16 +16,14 @@ KIND_HELP = "logger, encoder, decoder, schedule or objective."
 
 
 @app.command("list")
-def plugins_list(json: Json = False) -> None:
+def plugins_list(json: options.Json = False) -> None:
     """List every plugin by kind, with the package that provides it. Imports none of them."""
     from loragen.core.plugins import installed
 
     found = sorted(installed(), key=lambda plugin: (plugin.kind, plugin.name))
-    if json:
-        render.answer_json([asdict(plugin) for plugin in found])
-        return
     rows = [(p.kind, p.name, p.distribution, p.version, p.target) for p in found]
-    render.answer(render.columns(("kind", "name", "package", "version", "class"), rows))
+    text = render.columns(("kind", "name", "package", "version", "class"), rows)
+    render.answer_either(json, [asdict(plugin) for plugin in found], text)
 
 
 @app.command("show")
@@ -38,7 +35,7 @@ def plugins_show(
             help="A name from `loragen plugins list`.", autocompletion=completion.plugin_names
         ),
     ],
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Show one plugin: its package, its file, its description and its options."""
     from loragen.core.plugins import describe, find
@@ -47,11 +44,11 @@ def plugins_show(
     plugin, cls = describe(kind, name), find(kind, name)
     text = inspect.cleandoc(cls.__doc__ or "")
     file = inspect.getsourcefile(cls) or "?"
-    options = {}
+    described = {}
     for option, field in cls.Config.model_fields.items():
         type_name = str(field.annotation).replace("typing.", "")
         required = field.is_required()
-        options[option] = {
+        described[option] = {
             "type": type_name.removeprefix("<class '").removesuffix("'>"),
             "default": None if required else field.get_default(call_default_factory=True),
             "required": required,
@@ -59,7 +56,7 @@ def plugins_show(
         }
     if json:
         render.answer_json(
-            {**asdict(plugin), "file": file, "description": text, "options": options}
+            {**asdict(plugin), "file": file, "description": text, "options": described}
         )
         return
     head = (("from", plugin.origin), ("class", plugin.target), ("file", file))
@@ -68,7 +65,7 @@ def plugins_show(
     render.answer("\n".join([*lines, "", text, ""]))
     rows = [
         (key, o["type"], "required" if o["required"] else repr(o["default"]), o["description"])
-        for key, o in options.items()
+        for key, o in described.items()
     ]
     header = ("option", "type", "default", "meaning")
     render.answer(render.columns(header, rows) if rows else "no options")
@@ -84,7 +81,7 @@ def plugins_new(
         Path | None,
         typer.Option("--output", "-o", help="A new directory. Default: loragen-NAME, here."),
     ] = None,
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Write a package with a new plugin, its tests and a CI workflow, and say what to do next.
 
@@ -106,7 +103,7 @@ def plugins_new(
 
 
 @app.command("doctor")
-def plugins_doctor(json: Json = False) -> None:
+def plugins_doctor(json: options.Json = False) -> None:
     """Import every plugin, and say of each broken one what is wrong. Exits with 1 if any is.
 
     Seen are entry points and classes that do not import, missing or unknown hooks, names that two

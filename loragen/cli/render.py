@@ -33,6 +33,14 @@ def answer_json(document: Any) -> None:
     answer(json.dumps(_finite(document), indent=2, ensure_ascii=not unicode))
 
 
+def answer_either(json: bool, document: Any, text: str) -> None:
+    """Prints the document with `--json`, else the text."""
+    if json:
+        answer_json(document)
+    else:
+        answer(text)
+
+
 def note(text: str) -> None:
     """Prints a line to stderr."""
     typer.echo(visible(text), err=True)

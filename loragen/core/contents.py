@@ -6,10 +6,14 @@ import re
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import absent, path_problem
+
+Model = TypeVar("Model", bound=BaseModel)
 
 SNIFFED = 2**16
 """The bytes at the start of a file from which `nature` tells what it is."""
@@ -166,7 +170,7 @@ class RepeatedKeyError(ValueError):
     """A JSON object has a key twice, of which json would silently keep the last."""
 
 
-def without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -175,25 +179,54 @@ def without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-parse_json = json.JSONDecoder(object_pairs_hook=without_repeated_keys).decode
-"""`json.loads` that raises RepeatedKeyError."""
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=_without_repeated_keys)
+"""Decodes as `json` does, but raises RepeatedKeyError."""
+JSON_ERRORS = (ValueError, RecursionError)
+"""What it raises, also beyond the limits of Python: 4,300 digits, or some thousand brackets."""
+NULS = "NUL bytes in it; the file is damaged, or was not written to its end"
+
+
+def json_problem(text: str, error: Exception) -> str:
+    """Returns why a text does not decode: one of `JSON_ERRORS`, or what that does not say."""
+    if isinstance(error, RepeatedKeyError):
+        return str(error)
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if not isinstance(error, json.JSONDecodeError):
+        return "a number in it is too long"
+    if "\0" in text:
+        return f"not JSON: {NULS}"
+    if not text.strip():
+        return "not JSON: it is empty"
+    cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
+    ends = " (it ends there: truncated?)" if cut else ""
+    return f"not JSON: {error.msg} at column {error.colno}{ends}"
 
 
 def read_json(file: Path) -> Any:
     """Returns the document of a JSON file. Raises DataError (file:line) for any other file."""
     text = utf8_text(file, read_bytes(file))
     try:
-        return parse_json(text)
-    except json.JSONDecodeError as error:
-        ends = not text[error.pos :].strip() or error.msg.startswith("Unterminated string")
-        cut = " (the file ends there: truncated?)" if ends else ""
-        empty = "" if text.strip() else ": it is empty"
+        return STRICT_JSON.decode(text)
+    except JSON_ERRORS as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"{file}{line}: {json_problem(text, error)}") from None
+
+
+def record_of(document: Any, kind: type[Model], file: Path, what: str) -> Model:
+    """Returns the document of a file as its model, whose default `format_version` is the newest one
+    that is known. Raises DataError if it is not `what`, or of a newer format."""
+    try:
+        found = kind.model_validate(document)
+    except ValidationError as error:
+        reason = "; ".join(str(error).splitlines()[:2])
+        raise DataError(f"{file}: not {what}: {reason}") from None
+    known = kind.model_fields["format_version"].default
+    if (version := dict(found)["format_version"]) > known:
         raise DataError(
-            f"{file}:{error.lineno}: not JSON{empty or f': {error.msg}{cut}'}"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise DataError(f"{file}: not JSON: {reason}") from None
+            f"{file}: format {version} is newer than this loragen reads ({known}); upgrade loragen"
+        )
+    return found
 
 
 def safetensors_fault(file: Path) -> str | None:

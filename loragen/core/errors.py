@@ -64,6 +64,11 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {reason}"
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of the message of a library's error; its class if it has none."""
+    return str(error).strip().partition("\n")[0].strip() or type(error).__name__
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns `" Did you mean 'sbert'?"`, or an empty text if no known word is similar."""
     near = get_close_matches(word, list(known), n=1, cutoff=0.6)

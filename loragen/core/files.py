@@ -1,4 +1,4 @@
-"""Atomic writing, checks of paths, names and hashes of files, and one check of the hub."""
+"""Atomic writing, checks of paths, names and hashes of files."""
 
 import errno
 import hashlib
@@ -12,7 +12,6 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,6 @@ WRITING_FAILED = re.compile(r"\(os error \d+\)|PytorchStreamWriter|inline_contai
 """What safetensors and torch say where a write has failed."""
 UNFINISHED = ".unfinished"
 """The end of the names of directories that hold what is being written."""
-HUB_TIMEOUT = 10
-"""Seconds to wait for the hub's answer."""
 
 
 @contextmanager
@@ -216,36 +213,3 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Returns a sort key that puts `layers.2` before `layers.10`."""
     parts = re.split(r"(\d+)", name)
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
-
-
-@cache
-def hub_problem() -> str | None:
-    """Returns why the Hugging Face hub cannot be reached, and what to do; None if it answers or
-    HF_HUB_OFFLINE is set.
-
-    It makes one short request, because the hub's libraries retry for half a minute without a
-    network.
-    """
-    import socket
-    from http.client import HTTPException
-    from urllib.request import Request, urlopen
-
-    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
-
-    if HF_HUB_OFFLINE:
-        return None
-    unreachable = (socket.gaierror, ConnectionError, TimeoutError, HTTPException)
-    try:
-        urlopen(Request(ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT).close()
-    except ValueError:
-        return f"HF_ENDPOINT {ENDPOINT} is not a URL; it begins with https://"
-    except (OSError, HTTPException) as error:  # an HTTP status is an answer
-        reason = getattr(error, "reason", error)
-        number = getattr(reason, "errno", None)
-        if isinstance(reason, unreachable) or number in (errno.ENETUNREACH, errno.EHOSTUNREACH):
-            mirror = "" if os.environ.get("HF_ENDPOINT") else "HF_ENDPOINT names a mirror, "
-            return (
-                f"{ENDPOINT} does not answer ({reason}); "
-                f"{mirror}HF_HUB_OFFLINE=1 reads what was downloaded before"
-            )
-    return None

@@ -1,20 +1,24 @@
-"""The Hugging Face hub as a place of adapters: `hf://owner/name` is read, and written in commits.
+"""The Hugging Face hub: whether it answers, reading `hf://owner/name`, and writing in commits.
 
 What is read is in the hub's own cache afterwards (HF_HOME), where other programs find it, too, and
 is used from there if the hub does not answer.
 """
 
+import errno
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from loragen.core.errors import LoragenError, UsageError
-from loragen.core.files import hub_problem, user_path
+from loragen.core.errors import LoragenError, UsageError, first_line
+from loragen.core.files import user_path
 
 PREFIX = "hf://"
+TIMEOUT = 10
+"""Seconds to wait for the hub's answer."""
 PLACE = "DIRECTORY OF THIS FILE"
 """What a model card says in place of its own directory; the card on the hub has its repository."""
 CONFLICT = 412
@@ -28,6 +32,39 @@ class NotOnHub(UsageError):  # noqa: N818  # as FileNotFoundError would not say 
 
 class Outdated(LoragenError):  # noqa: N818  # the caller tries again
     """Somebody has committed to the repository since it was read."""
+
+
+@cache
+def hub_problem() -> str | None:
+    """Returns why the Hugging Face hub cannot be reached, and what to do; None if it answers or
+    HF_HUB_OFFLINE is set.
+
+    It makes one short request, because the hub's libraries retry for half a minute without a
+    network.
+    """
+    import socket
+    from http.client import HTTPException
+    from urllib.request import Request, urlopen
+
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        return None
+    unreachable = (socket.gaierror, ConnectionError, TimeoutError, HTTPException)
+    try:
+        urlopen(Request(ENDPOINT, method="HEAD"), timeout=TIMEOUT).close()
+    except ValueError:
+        return f"HF_ENDPOINT {ENDPOINT} is not a URL; it begins with https://"
+    except (OSError, HTTPException) as error:  # an HTTP status is an answer
+        reason = getattr(error, "reason", error)
+        number = getattr(reason, "errno", None)
+        if isinstance(reason, unreachable) or number in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+            mirror = "" if os.environ.get("HF_ENDPOINT") else "HF_ENDPOINT names a mirror, "
+            return (
+                f"{ENDPOINT} does not answer ({reason}); "
+                f"{mirror}HF_HUB_OFFLINE=1 reads what was downloaded before"
+            )
+    return None
 
 
 def on_hub(text: object) -> bool:
@@ -216,8 +253,7 @@ def _hub_errors(
         raise kind(f"{what}: the repository has no such revision") from None
     except errors.LocalEntryNotFoundError as error:
         offline = "it is not in the hub's cache, and HF_HUB_OFFLINE is set"
-        reason = problem or (offline if HF_HUB_OFFLINE else str(error).partition("\n")[0])
+        reason = problem or (offline if HF_HUB_OFFLINE else first_line(error))
         raise kind(f"{what}: {reason}") from error
     except (errors.HTTPError, OSError, ValueError) as error:  # type: ignore[attr-defined]  # imported there
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise kind(f"{what}: the hub says: {reason}") from error
+        raise kind(f"{what}: the hub says: {first_line(error)}") from error

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import re
-import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -250,13 +249,3 @@ def is_sealed(file: Path) -> bool:
     found = re.search(re.escape(SEAL.encode()) + rb"([0-9a-f]{64})", last)
     digest = hashlib.sha256(above + b"\n").hexdigest()
     return found is not None and found[1].decode() == digest
-
-
-def safetensors_metadata(file: Path) -> dict[str, str]:
-    """Returns the metadata of a safetensors file; empty if it has none or is no such file."""
-    with suppress(OSError, ValueError, struct.error), file.open("rb") as opened:
-        (length,) = struct.unpack("<Q", opened.read(8))
-        if length < 100_000_000:  # the limit of the format
-            metadata = json.loads(opened.read(length)).get("__metadata__")
-            return metadata if isinstance(metadata, dict) else {}
-    return {}

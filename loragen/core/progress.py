@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 OutcomeStatus = Literal["done", "skipped", "failed", "interrupted"]
 
@@ -61,7 +61,7 @@ class Validation:
         return self.best == (self.phase, self.position[0])
 
 
-class Progress(Protocol):
+class Progress:
     """Shows the progress of a command. Every event names its dataset (or "generator").
 
     There are two levels. A training sends `training_started`, then `step` and `validated` any
@@ -93,26 +93,5 @@ class Progress(Protocol):
         """The command has ended; no event follows."""
 
 
-class Silent:
+class Silent(Progress):
     """Shows nothing. It is also the base class of classes that show only some events."""
-
-    def command_started(self, names: Sequence[str]) -> None:
-        pass
-
-    def training_started(self, name: str, total: int) -> None:
-        pass
-
-    def step(self, step: Step) -> None:
-        pass
-
-    def validated(self, validation: Validation) -> None:
-        pass
-
-    def training_ended(self, name: str) -> None:
-        pass
-
-    def outcome(self, name: str, status: OutcomeStatus, line: str) -> None:
-        pass
-
-    def command_ended(self) -> None:
-        pass

@@ -1,7 +1,7 @@
 """The made-up world of `loragen demo` and its datasets: 96 creatures, 8 attributes, 5 styles.
 
-A dataset is one pair (attribute, style). The facts are fixed, and the shipped base model
-(see `build_base.py`) knows them all; only the wordings of the questions come from a file,
+A dataset is one pair (attribute, style). The facts are fixed, and the shipped base model knows them
+all (`benchmarks/build_demo_base.py`); only the wordings of the questions come from a file,
 `world.yaml` or the user's own. Every draw is ordered by a hash instead of a random number
 generator: the world must be the same in every Python version, or the base model would be wrong.
 
@@ -34,7 +34,6 @@ from loragen.core.outputs import (
 )
 
 WORLD_FILE = Path(__file__).with_name("world.yaml")
-BASE_DIR = Path(__file__).with_name("base")
 PLACEHOLDER = "{creature}"
 HELD_OUT = 8
 TRAIN_REPEATS = 4
@@ -133,23 +132,14 @@ class Wordings(BaseModel):
     unseen: tuple[str, ...] = Field(min_length=1, description="Wordings kept for the test.")
 
 
-class WorldFile(BaseModel):
-    """The content of a world file."""
+class World(BaseModel):
+    """The fixed facts with the wordings of one file, whose content this is."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     attributes: dict[str, Wordings]
     styles: dict[str, Wordings]
-    held_out: tuple[tuple[str, str], ...] | None = None
-
-
-@dataclass(frozen=True)
-class World:
-    """The fixed facts with the wordings of one file."""
-
-    attributes: dict[str, Wordings]
-    styles: dict[str, Wordings]
-    held_out: tuple[Pair, ...] | None
+    held_out: tuple[Pair, ...] | None = None
 
     @classmethod
     def load(cls, path: Path | None = None) -> "World":
@@ -161,7 +151,7 @@ class World:
                 f"{path}: the keys attributes and styles are missing; copy {WORLD_FILE}"
             )
         try:
-            file = WorldFile.model_validate(content)
+            world = cls.model_validate(content)
         except ValidationError as error:
             raise ConfigError(
                 *(
@@ -169,10 +159,9 @@ class World:
                     for e in error.errors()
                 )
             ) from error
-        if faults := [f"{path}: {fault}" for fault in _faults(file)]:
+        if faults := [f"{path}: {fault}" for fault in _faults(world)]:
             raise ConfigError(*faults)
-        held_out = None if file.held_out is None else tuple(Pair(*pair) for pair in file.held_out)
-        return cls(file.attributes, file.styles, held_out)
+        return world
 
     def held_out_pairs(self, seed: int) -> tuple[Pair, ...]:
         """Returns the pairs that no training has: those of the file, or eight drawn from the seed.
@@ -245,7 +234,7 @@ class World:
         return self.rows(pair, TEST_CREATURES, wordings)
 
 
-def _faults(file: WorldFile) -> Iterator[str]:
+def _faults(file: World) -> Iterator[str]:
     """Yields the faults that types cannot express, each with its correction."""
     for kind, found, known in (
         ("attributes", file.attributes, list(VALUES)),
@@ -282,7 +271,7 @@ def _faults(file: WorldFile) -> Iterator[str]:
         yield "held_out: the list is empty; name some pairs or remove the key"
 
 
-def _texts(file: WorldFile, wordings: Wording) -> list[tuple[str, str]]:
+def _texts(file: World, wordings: Wording) -> list[tuple[str, str]]:
     """Returns (key path, wording) of all wordings."""
     return [
         (f"{kind}.{name}.{wordings}", text)

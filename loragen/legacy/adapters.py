@@ -14,17 +14,17 @@ from pydantic import ValidationError
 from loragen.core.adapter import KEY_PREFIX
 from loragen.core.adapter.files import (
     Adapter,
-    adapter_state,
+    fitting_shapes,
     peft_config,
     plain_config,
     shape_mismatch,
 )
-from loragen.core.base.load import empty_base, quiet_libraries
+from loragen.core.base.load import empty_base
 from loragen.core.base.names import resolve_base
 from loragen.core.config.load import problems_of
 from loragen.core.config.schema import LoraSection
 from loragen.core.config.yaml_file import Loc
-from loragen.core.errors import ConfigError, DataError, UsageError
+from loragen.core.errors import ConfigError, DataError, LoragenError, UsageError
 from loragen.core.run.checkpoints import instead
 from loragen.legacy.checkpoints import Shapes, read_legacy_checkpoint, shapes_of
 from loragen.legacy.experiments import (
@@ -118,18 +118,21 @@ def infer_lora(
         raise DataError(f"{path}: several ranks: {ranks}; only one rank can be converted")
     mismatches = []
     for targets in _possible_targets(ranks_a):
-        try:
-            wanted = _shapes_in_base(base_model, ranks[0], targets, trust_remote_code)
-        except UsageError:
-            log.warning(
-                "base model %s is not on this machine: the fit and the order of the tensors are "
-                "not checked",
-                base_model,
-            )
-            return InferredLora(ranks[0], targets, None)
-        except ValueError as error:  # from PEFT, for targets that the base does not have
-            mismatches.append(str(error).splitlines()[0])
-            continue
+        with torch.device("meta"):  # no weights are loaded
+            try:
+                base = empty_base(base_model, True, trust_remote_code).model
+            except UsageError:
+                log.warning(
+                    "base model %s is not on this machine: the fit and the order of the tensors "
+                    "are not checked",
+                    base_model,
+                )
+                return InferredLora(ranks[0], targets, None)
+            try:
+                wanted = fitting_shapes(base, {"r": ranks[0], "target_modules": targets})
+            except LoragenError as error:  # the base does not have these targets
+                mismatches.append(str(error))
+                continue
         mismatch = shape_mismatch(wanted, shapes)
         if mismatch is None:
             return InferredLora(ranks[0], targets, list(wanted))
@@ -146,16 +149,3 @@ def _possible_targets(keys: dict[str, int]) -> list[list[str]]:
         layers.setdefault(path.rpartition(".")[2], set()).add(layer)
     all_alike = len({frozenset(numbers) for numbers in layers.values()}) == 1
     return [*([sorted(layers)] if all_alike else []), sorted(paths)]
-
-
-def _shapes_in_base(
-    base_model: str, rank: int, targets: list[str], trust_remote_code: bool
-) -> Shapes:
-    """Returns the shapes of such an adapter; no weights are loaded."""
-    quiet_libraries()
-    from peft import get_peft_model
-
-    lora = peft_config(LoraSection(rank=rank, target_modules=targets))
-    with torch.device("meta"):
-        base = empty_base(base_model, True, trust_remote_code).model
-        return shapes_of(adapter_state(get_peft_model(base, lora)))

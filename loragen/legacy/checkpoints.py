@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loragen.core.adapter import KEY_PREFIX
+from loragen.core.adapter.checks import check_finite
 from loragen.core.adapter.files import shape_mismatch
 from loragen.core.errors import DataError, LoragenError, listing
 from loragen.core.run.checkpoints import load_weights_only
@@ -35,8 +36,6 @@ TENSOR_KEYS = ("lora_state_dict", "adapter_state_dict", "model_state_dict", "sta
 OPTIMIZER_KEYS = ("optimizer_state_dict", "optimizer", "optimizer_states")
 STEP_KEYS = ("global_step", "step")
 SETTINGS_KEYS = ("config", "hyper_parameters", "args")
-
-"""The prefix of every key in PEFT's files."""
 LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])(?:\.(?P<rest>.+))?")
 WRAPPER = re.compile(r"^(?:module\.|_orig_mod\.)+")
 """The prefixes that DataParallel and torch.compile add to a module's path."""
@@ -216,9 +215,7 @@ def _check(
     """Adds a checkpoint to `by_step` or to the final models, and its settings to the scan's."""
     checkpoint = read_legacy_checkpoint(path)
     tensors = checkpoint.tensors
-    broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
-    if broken:
-        raise DataError(f"{path}: NaN or infinity in {len(broken)} tensors, such as {broken[0]}")
+    check_finite(tensors, path)
     scan.settings |= settings_by_synonyms(checkpoint.settings, str(path))
     # `step_080` takes precedence: some loops record a step that counts from 0. `checkpoint-80`
     # comes last: its number may not be a step.

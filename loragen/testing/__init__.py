@@ -11,11 +11,14 @@ the broken promise. The built-in plugins pass the same checks. `write_base` writ
 models with odd tokenizers and chat templates.
 """
 
-from loragen.testing.decoders import check_decoder, grid
-from loragen.testing.encoders import check_encoder
-from loragen.testing.loggers import check_logger
-from loragen.testing.objectives import check_objective
-from loragen.testing.schedules import check_schedule
+from loragen.testing.contracts import (
+    check_decoder,
+    check_encoder,
+    check_logger,
+    check_objective,
+    check_schedule,
+    grid,
+)
 from loragen.testing.tokenizers import write_base
 
 __all__ = [

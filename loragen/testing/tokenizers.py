@@ -16,22 +16,6 @@ CHATML = (
 )
 """A template whose turns end with a token of their own."""
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
-NO_GENERATION_PROMPT = CHATML.partition("{% if add_generation_prompt %}")[0]
-NO_SYSTEM = (
-    "{% if messages[0]['role'] == 'system' %}"
-    "{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
-)
-ALTERNATING = (
-    "{% for message in messages %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
-    "{% endfor %}" + CHATML
-)
-"""A template that also refuses a system turn, because the first turn has to be the user's."""
-DATED = "{{ '<|im_start|>system\nToday is ' + strftime_now('%d %B %Y') + '<|im_end|>\n' }}" + CHATML
-SYNTAX_ERROR = "{% for message in messages %}\n{{ message['content'] \n{% endfor %}"
-THINKING = CHATML.replace("assistant\n' }}", "assistant\n<think>\n\n</think>\n\n' }}")
-"""A template whose generation prompt says more than the header of an assistant turn."""
 
 
 def write_base(
@@ -80,37 +64,6 @@ def write_base(
     rows = vocabulary or known + len(added)
     if rows != known:
         _resize(directory, rows)
-    return directory
-
-
-def write_code(directory: Path, proof: Path) -> Path:
-    """Gives a base a modeling file of its own, which writes the file `proof` when it runs."""
-    module = f"""
-from pathlib import Path
-from transformers import Qwen2Config, Qwen2ForCausalLM
-
-Path({str(proof)!r}).write_text("the code has run")
-
-
-class StrangerConfig(Qwen2Config):
-    model_type = "stranger"
-
-
-class Stranger(Qwen2ForCausalLM):
-    config_class = StrangerConfig
-"""
-    (directory / "modeling_stranger.py").write_text(module, encoding="utf-8")
-    _change(
-        directory / "config.json",
-        {
-            "model_type": "stranger",
-            "architectures": ["Stranger"],
-            "auto_map": {
-                "AutoConfig": "modeling_stranger.StrangerConfig",
-                "AutoModelForCausalLM": "modeling_stranger.Stranger",
-            },
-        },
-    )
     return directory
 
 

@@ -10,8 +10,9 @@ from safetensors import safe_open
 
 from loragen.core.adapter.export import front_matter, hub_datasets
 from loragen.core.adapter.files import read_adapter
-from loragen.core.run.directory import DatasetRecord, LoraManifest
-from loragen.testing.adapters import peft_adapter
+from loragen.core.run.directory import DatasetRecord
+from tests.adapters import peft_adapter
+from tests.conftest import lora_manifest
 
 
 @pytest.fixture
@@ -205,14 +206,8 @@ def test_the_licence_of_a_base_is_that_of_its_card(base_dir, tmp_path):
 
 
 def test_a_dataset_of_the_hub_is_linked_and_no_file_is():
-    manifest = LoraManifest(
-        plugins=[],
-        base_model="demo",
-        dataset=DatasetRecord(name="boolq", path="hub:google/boolq@train", sha256="0", rows=1),
-        adapter_config={},
-        seed=0,
-        max_steps=8,
-    )
+    dataset = DatasetRecord(name="boolq", path="hub:google/boolq@train", sha256="0", rows=1)
+    manifest = lora_manifest(dataset=dataset)
     lineage = manifest.lineage(8, "run")
     assert hub_datasets(lineage) == ["google/boolq"]
     manifest.dataset.path = "/data/boolq.jsonl"

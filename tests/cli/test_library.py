@@ -13,7 +13,7 @@ from loragen.core.hub import PLACE
 from loragen.core.learning.library import changes
 from loragen.core.learning.library.changes import AddOptions, add_adapters
 from loragen.core.learning.library.records import AdapterLibrary
-from loragen.testing.adapters import peft_adapter
+from tests.adapters import peft_adapter
 
 HASHING = ("--encoder", "hashing", "--encoder-options", '{"dim": 64}')
 OPTIONS = AddOptions(encoder="hashing", encoder_options={"dim": 64})
@@ -66,6 +66,16 @@ class TestAdding:
         assert record["base_model"] == str(collection.base)
         assert record["lineage"]["dataset"] == "colors"
         assert len(record["centre"]) == 64
+
+    def test_a_folder_of_runs(self, loragen, collection, tmp_path):
+        runs = shutil.copytree(collection.runs["colors"].parent, tmp_path / "runs")
+        older = shutil.copytree(runs / collection.runs["colors"].name, runs / "older")
+        manifest = json.loads((older / "manifest.json").read_text(encoding="utf-8"))
+        manifest["started"] = "2020-01-01T00:00:00+00:00"
+        (older / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        result = loragen("library", "add", "team", runs, *HASHING)
+        assert sorted(result.stdout.split()) == ["team/animals", "team/colors"], result.output
+        assert result.stderr.endswith("--test-mode: older\n")
 
     def test_every_kind_of_row_is_read_back_as_it_was(self, loragen, tmp_path):
         rows = [

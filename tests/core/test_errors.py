@@ -1,7 +1,15 @@
 import pytest
 
 from loragen import LoragenError
-from loragen.core.errors import ConfigError, DataError, PluginError, did_you_mean, listing, one_line
+from loragen.core.errors import (
+    ConfigError,
+    DataError,
+    PluginError,
+    did_you_mean,
+    first_line,
+    listing,
+    one_line,
+)
 
 
 @pytest.mark.parametrize(
@@ -15,6 +23,18 @@ def test_problems_are_kept_apart():
     error = ConfigError("one", "two")
     assert error.problems == ("one", "two")
     assert str(error) == "one\ntwo"
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (ValueError("\n  no good \n at all"), "no good"),
+        (ImportError(), "ImportError"),
+        (RuntimeError(" \n"), "RuntimeError"),
+    ],
+)
+def test_the_first_line_of_an_error_is_never_missing(error, line):
+    assert first_line(error) == line
 
 
 @pytest.mark.parametrize(

@@ -84,9 +84,9 @@ def workbook():
         ("a.jsonl", b"PAR1" + bytes(9) + b"PAR1", "a Parquet file"),
         ("a.jsonl", bytes(100), "nothing but NUL bytes"),
         ("a.jsonl", LINES.encode() + bytes(100), ":5: not JSON: NUL bytes in it"),
-        ("a.jsonl", LINES.encode()[:-20], "(the row is cut off)"),
+        ("a.jsonl", LINES.encode()[:-20], "(it ends there: truncated?)"),
         ("a.jsonl", CHINESE.encode()[:-4], "ends within a character (truncated?)"),
-        ("a.json", json.dumps(ROWS).encode()[:-20], "(the row is cut off)"),
+        ("a.json", json.dumps(ROWS).encode()[:-20], "(it ends there: truncated?)"),
         ("a.parquet", LINES.encode(), "perhaps JSON lines"),
         ("a.parquet", b"PAR1" + bytes(9), "truncated"),
     ],
@@ -228,8 +228,8 @@ def test_a_configuration_in_another_encoding_is_named(tmp_path, encoding):
     ("content", "said"),
     [
         (b'{"r": 4, "r": 8}', "the key 'r' is given twice"),
-        (b'{"r": 4', "the file ends there: truncated"),
-        (b'{"base_model": "dem', "the file ends there: truncated"),
+        (b'{"r": 4', "it ends there: truncated"),
+        (b'{"base_model": "dem', "it ends there: truncated"),
         (b"", "it is empty"),
         ('{"r": 4}'.encode("utf-16"), "UTF-16"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
@@ -410,7 +410,7 @@ def test_a_damaged_cache_is_made_anew_with_one_line(tmp_path, caplog, damage):
     assert len(calls) == 2
     assert np.array_equal(np.load(file), np.arange(100))
     (line,) = caplog.messages
-    assert line == f"{file}: damaged or incomplete; it is made anew"
+    assert line == f"{file}: damaged or incomplete; it is written again"
 
 
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
@@ -433,7 +433,7 @@ def test_a_damaged_dequantised_model_is_made_anew_with_one_line(
     damage(directory / "model.safetensors")
     assert gguf.dequantized(file) == directory
     assert (directory / "model.safetensors").read_bytes() == file.read_bytes() * 9
-    assert f"{directory / 'model.safetensors'}: damaged; it is made anew" in caplog.messages
+    assert f"{directory / 'model.safetensors'}: damaged; it is written again" in caplog.messages
 
 
 @pytest.fixture

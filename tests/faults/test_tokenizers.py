@@ -34,16 +34,24 @@ from loragen.core.lora.evaluate import TestRows
 from loragen.core.lora.train import LoraPoint, train_adapter
 from loragen.core.progress import Silent
 from loragen.core.run.checkpoints import read_checkpointed_adapter
-from loragen.testing.tokenizers import (
-    ALTERNATING,
-    CHATML,
-    DATED,
-    NO_GENERATION_PROMPT,
-    NO_SYSTEM,
-    SYNTAX_ERROR,
-    THINKING,
-    write_base,
+from loragen.testing.tokenizers import CHATML, write_base
+
+NO_GENERATION_PROMPT = CHATML.partition("{% if add_generation_prompt %}")[0]
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
 )
+ALTERNATING = (
+    "{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
+    "{% endfor %}" + CHATML
+)
+"""A template that also refuses a system turn, because the first turn has to be the user's."""
+DATED = "{{ '<|im_start|>system\nToday is ' + strftime_now('%d %B %Y') + '<|im_end|>\n' }}" + CHATML
+SYNTAX_ERROR = "{% for message in messages %}\n{{ message['content'] \n{% endfor %}"
+THINKING = CHATML.replace("assistant\n' }}", "assistant\n<think>\n\n</think>\n\n' }}")
+"""A template whose generation prompt says more than the header of an assistant turn."""
 
 
 @pytest.fixture

@@ -22,7 +22,37 @@ from loragen.core.errors import ConfigError, LoragenError, UsageError
 from loragen.core.lora import train as train_module
 from loragen.core.lora.train import count_values, new_adapter, train_adapter
 from loragen.core.progress import Silent
-from loragen.testing.tokenizers import write_base, write_code
+from loragen.testing import write_base
+
+
+def write_code(directory: Path, proof: Path) -> Path:
+    """Gives a base a modeling file of its own, which writes the file `proof` when it runs."""
+    module = f"""
+from pathlib import Path
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+Path({str(proof)!r}).write_text("the code has run")
+
+
+class StrangerConfig(Qwen2Config):
+    model_type = "stranger"
+
+
+class Stranger(Qwen2ForCausalLM):
+    config_class = StrangerConfig
+"""
+    (directory / "modeling_stranger.py").write_text(module, encoding="utf-8")
+    file = directory / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | {
+        "model_type": "stranger",
+        "architectures": ["Stranger"],
+        "auto_map": {
+            "AutoConfig": "modeling_stranger.StrangerConfig",
+            "AutoModelForCausalLM": "modeling_stranger.Stranger",
+        },
+    }
+    file.write_text(json.dumps(config), encoding="utf-8")
+    return directory
 
 
 @pytest.fixture

@@ -290,7 +290,7 @@ def test_a_folder_of_runs_is_said_to_be_one(tmp_path):
 
 
 def test_a_prompt_that_is_no_text_is_named():
-    with pytest.raises(UsageError, match="prompt 2 of 2 is no text, but NoneType"):
+    with pytest.raises(UsageError, match="prompt 2 of 2 is not a string, but NoneType"):
         nonempty_prompts(["a", None])
 
 

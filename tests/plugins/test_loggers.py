@@ -18,7 +18,7 @@ from loragen.core.errors import UsageError
 from loragen.core.plugins import create, find
 from loragen.core.protocols import RunInfo
 from loragen.core.run.loggers import RunLoggers
-from loragen.plugins.loggers import swanlab
+from loragen.plugins.loggers import _process, swanlab
 from loragen.testing import check_logger
 
 PATIENT, SHORT = 60.0, 2.0
@@ -255,7 +255,7 @@ class TestSwanLab:
         assert b"the training process has ended" in file.read_bytes()
 
     def test_a_process_that_does_not_respond_never_blocks_training(self, run, monkeypatch):
-        monkeypatch.setattr(swanlab, "UPLOAD_SECONDS", SHORT)
+        monkeypatch.setattr(_process, "UPLOAD_SECONDS", SHORT)
         plugin, others = create("logger", "swanlab", {}), psutil.Process().children()
         logger = plugin.open(run)
         (child,) = set(psutil.Process().children()) - set(others)
@@ -344,7 +344,7 @@ class TestSwanLab:
     def test_a_network_that_fails_later_does_not_hold_up_the_end(
         self, run, service, caplog, capfd, monkeypatch
     ):
-        monkeypatch.setattr(swanlab, "UPLOAD_SECONDS", SHORT)
+        monkeypatch.setattr(_process, "UPLOAD_SECONDS", SHORT)
         loggers = RunLoggers({"swanlab": {"mode": "online"}})
         loggers.open(run)
         service.answers = 0

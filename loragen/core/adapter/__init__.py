@@ -1,5 +1,6 @@
 """LoRA adapters: their files, their tensors as tokens, the algebra of ΔW, merging and export."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ MERGED_MARKER = "loragen_export.json"
 """The file that only a merged model written by loragen has."""
 CARD = "README.md"
 """The model card, which records the other files at its end."""
+
+
+class Server(StrEnum):
+    """The servers whose rules are known (see `serving`)."""
+
+    vllm = "vllm"
+    sglang = "sglang"
+    lorax = "lorax"
+    llama_cpp = "llama.cpp"
 
 
 def weights_in(directory: Path) -> Path | None:

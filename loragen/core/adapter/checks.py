@@ -22,8 +22,8 @@ from loragen.core.errors import DataError, listing
 log = logging.getLogger(__name__)
 
 NOTHING = 1e-8
-"""An adapter that changes no weight of the base by more is as good as none: float32 weights of 0.1
-are 7e-9 apart."""
+"""An adapter that changes no weight of the base by more is as good as none: neighbouring
+float32 values near 0.1 are 7e-9 apart."""
 FACTOR = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.weight)?$")
 """The end of the key of an A or a B."""
 LIVE_KEY = re.compile(r"\.(lora_(?:[AB]|embedding_[AB]|magnitude_vector))\.([^.]+)(\.\w+)?$")
@@ -99,7 +99,7 @@ def check_config(config: object, origin: object) -> None:
         raise DataError(f"{origin}: peft_type is {kind}; LORA is supported, and in part {others}")
     base = config.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
-        raise DataError(f"{origin}: base_model_name_or_path must be a text (it is {base!r})")
+        raise DataError(f"{origin}: base_model_name_or_path must be a string (it is {base!r})")
     if kind != "LORA":
         return
     values: list[tuple[str, str, Any]] = []
@@ -112,7 +112,9 @@ def check_config(config: object, origin: object) -> None:
             try:
                 re.compile(one)
             except re.error as error:
-                raise DataError(f"{origin}: {pattern}: {one!r} is no pattern: {error}") from None
+                raise DataError(
+                    f"{origin}: {pattern}: {one!r} is not a regular expression: {error}"
+                ) from None
             values.append((name, f"{pattern}[{one!r}]", value))
     targets = config.get("target_modules")
     names = targets if isinstance(targets, list) else [targets or ""]

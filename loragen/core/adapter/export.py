@@ -21,14 +21,13 @@ from loragen.core.adapter.files import (
     PEFT_ERRORS,
     Adapter,
     attach_adapter,
-    reason_of,
     write_adapter,
 )
 from loragen.core.base.load import LanguageModel, load_base, tokenizer_in
 from loragen.core.base.names import absolute_base, hub_id, is_gguf, resolve_base
 from loragen.core.config import DEMO
 from loragen.core.data.chat import end_ids
-from loragen.core.errors import LoragenError, UsageError, shortened
+from loragen.core.errors import LoragenError, UsageError, first_line, shortened
 from loragen.core.files import user_path, write_text
 from loragen.core.hub import PLACE, base_name
 from loragen.core.outputs import written_directory
@@ -148,7 +147,7 @@ def _merged(model: Any, dtype: torch.dtype, origin: str) -> Any:
         try:
             base = model.merge_and_unload(safe_merge=True).to(dtype)
         except PEFT_ERRORS as error:
-            raise LoragenError(f"{origin}: PEFT cannot merge it: {reason_of(error)}") from None
+            raise LoragenError(f"{origin}: PEFT cannot merge it: {first_line(error)}") from None
     for name, weight in base.named_parameters():
         if not torch.isfinite(weight).all():
             raise LoragenError(f"{origin}: {_overflow(name, dtype)}")
@@ -256,10 +255,13 @@ def export_card(
     lineage = adapter.lineage
     tags = ("generated",) if lineage.get("command") == "gen infer" else ()
     front = front_matter(base, merged, tags, hub_datasets(lineage), license_id)
+    plain = {k: v for k, v in lineage.items() if isinstance(v, str | int | float) and v != ""}
+    lines = "".join(f"- **{key}**: {shortened(str(v), 120)}\n" for key, v in plain.items())
+    made = f"## Lineage\n\n{lines}\n" if lines else ""
     card = (
         f"{front}\n# {base_name(source.absolute())}\n\n{kind} "
         f"{'merged into' if merged else 'for'} {describe_base(base)}, written by "
-        f"`loragen {command}`.\n\n{_lineage_section(lineage)}"
+        f"`loragen {command}`.\n\n{made}"
         f"{how_to_load(base, merged, adapter.chat_template_kwargs)}"
     )
     if base == _resolvable(DEMO) and not merged:
@@ -333,13 +335,6 @@ def hub_datasets(lineage: Mapping[str, Any]) -> list[str]:
     links on a card."""
     found = str(lineage.get("hub_dataset", ""))
     return [found] if hub_id(found) else []
-
-
-def _lineage_section(lineage: Mapping[str, Any]) -> str:
-    """Returns the lineage of an adapter as a section of its card; empty if it is not known."""
-    plain = {k: v for k, v in lineage.items() if isinstance(v, str | int | float) and v != ""}
-    lines = "".join(f"- **{key}**: {shortened(str(v), 120)}\n" for key, v in plain.items())
-    return f"## Lineage\n\n{lines}\n" if lines else ""
 
 
 def describe_base(base_model: str) -> str:

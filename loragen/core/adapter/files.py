@@ -9,9 +9,9 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -31,7 +31,7 @@ from loragen.core.adapter.checks import (
 )
 from loragen.core.config.schema import LoraSection
 from loragen.core.contents import read_json, safetensors_fault
-from loragen.core.errors import DataError, LoragenError, UsageError, listing
+from loragen.core.errors import DataError, LoragenError, UsageError, first_line, listing
 from loragen.core.files import write_json, write_text
 from loragen.core.outputs import with_record, written_directory
 
@@ -107,30 +107,7 @@ def read_adapter(directory: Path) -> Adapter:
     config = read_config(directory)
     file = directory / WEIGHTS_FILE
     tensors, metadata = read_safetensors(file)
-    return replace(
-        checked(config, tensors, file),
-        chat_template_kwargs=template_kwargs_in(metadata),
-        lineage=lineage_in(metadata),
-    )
-
-
-def template_kwargs_in(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Returns what the chat template has to be given, from the metadata of a safetensors file."""
-    with suppress(ValueError):
-        found = json.loads(metadata.get(TEMPLATE_KWARGS, "{}"))
-        return found if isinstance(found, dict) else {}
-    return {}
-
-
-def lineage_in(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the lineage in the metadata of a safetensors file, which may be a stranger's; empty
-    if there is none."""
-    for key, known in ((LINEAGE, {}), ("generated", {"command": "gen infer"})):
-        with suppress(ValueError):
-            found = json.loads(metadata.get(key, "null"))
-            if isinstance(found, dict):
-                return known | found
-    return {}
+    return checked(config, tensors, file, metadata)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -141,15 +118,33 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def checked(config: Mapping[str, Any], tensors: Mapping[str, Tensor], file: Path) -> Adapter:
+def checked(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    file: Path,
+    metadata: Mapping[str, str] | None = None,
+) -> Adapter:
     """Returns the adapter of a file, with PEFT's file keys. Raises DataError as `checks` does; an
-    empty `config` is not known."""
+    empty `config` is not known. The `metadata` of a safetensors file may be a stranger's."""
     if not tensors:
         raise DataError(f"{file}: no LoRA tensors in it (no key has 'lora_')")
     found = file_keys(tensors, file)
     check_factors(config or None, found, file)
-    has_config = (file.parent / CONFIG_FILE).is_file()
-    return Adapter(dict(config), found, directory=file.parent if has_config else None)
+
+    def in_metadata(key: str) -> dict[str, Any]:
+        with suppress(ValueError):
+            value = json.loads((metadata or {}).get(key, "{}"))
+            return value if isinstance(value, dict) else {}
+        return {}
+
+    generated = in_metadata("generated")  # of a file of `gen infer`
+    return Adapter(
+        dict(config),
+        found,
+        directory=file.parent if (file.parent / CONFIG_FILE).is_file() else None,
+        chat_template_kwargs=in_metadata(TEMPLATE_KWARGS),
+        lineage=in_metadata(LINEAGE) or (generated and {"command": "gen infer", **generated}),
+    )
 
 
 def write_adapter(
@@ -206,23 +201,26 @@ def write_safetensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Returns a CRC-32 of names, dtypes, shapes and values."""
     found = 0
-    for key in sorted(tensors):
-        tensor = tensors[key]
-        found = crc32(f"{key} {tensor.dtype} {list(tensor.shape)}".encode(), found)
-        found = crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, found)
+    for part in _bytes_of(tensors):
+        found = crc32(part, found)
     return f"{found:08x}"
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """Returns the hash of the tensors, whatever the format of their file."""
     found = hashlib.sha256()
+    for part in _bytes_of(tensors):
+        found.update(part)
+    return found.hexdigest()
+
+
+def _bytes_of(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Yields names, dtypes, shapes and values."""
     for key in sorted(tensors):
         tensor = tensors[key].contiguous()
-        found.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        yield f"{key} {tensor.dtype} {list(tensor.shape)}".encode()
+        yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 # ---------------------------------------------------------------------------- configuration
@@ -287,12 +285,10 @@ def attach_adapter(base: Any, adapter: Adapter, origin: str) -> Any:
             model = get_peft_model(base, method(**{**config, "inference_mode": True}))
         except PEFT_ERRORS as error:
             raise LoragenError(
-                f"{origin}: does not fit this base model: {reason_of(error)}"
+                f"{origin}: does not fit this base model: {first_line(error)}"
             ) from None
-        replicated, types = (
-            config.get("layer_replication"),
-            getattr(base.config, "layer_types", None),
-        )
+        replicated = config.get("layer_replication")
+        types = getattr(base.config, "layer_types", None)
         if replicated and types:  # PEFT forgets them
             base.config.layer_types = [types[i] for layers in replicated for i in range(*layers)]
         try:
@@ -338,12 +334,6 @@ def _resize_vocabulary(base: Any, adapter: Adapter, origin: str) -> None:
         base.resize_token_embeddings(*rows, mean_resizing=False)
 
 
-def reason_of(error: Exception) -> str:
-    """Returns the first line of an error of PEFT."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def fitting_shapes(base: Any, config: Mapping[str, Any]) -> dict[str, torch.Size]:
     """Returns the shapes of the tensors of an adapter with this configuration for `base`, which
     needs no weights and is changed. Raises LoragenError if PEFT cannot attach it."""
@@ -355,7 +345,7 @@ def fitting_shapes(base: Any, config: Mapping[str, Any]) -> dict[str, torch.Size
             lora = LoraConfig(**{**_known_fields(config)[1], "init_lora_weights": True})
             model = get_peft_model(base, lora)
         except PEFT_ERRORS as error:
-            raise LoragenError(reason_of(error)) from None
+            raise LoragenError(first_line(error)) from None
         return {key: value.shape for key, value in adapter_state(model).items()}
 
 

@@ -7,11 +7,12 @@ ignores without a word.
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from loragen.core.adapter import Server
 from loragen.core.adapter.checks import (
     factor_keys,
     module_of,
@@ -22,13 +23,7 @@ from loragen.core.adapter.checks import (
 from loragen.core.adapter.files import Adapter
 from loragen.core.errors import LoragenError
 
-Server = Literal["vllm", "sglang", "lorax", "llama.cpp"]
-NAMES: dict[Server, str] = {
-    "vllm": "vLLM",
-    "sglang": "SGLang",
-    "lorax": "LoRAX",
-    "llama.cpp": "llama.cpp",
-}
+NAMES = dict(zip(Server, ("vLLM", "SGLang", "LoRAX", "llama.cpp"), strict=True))
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)
 """The values of vLLM's --max-lora-rank that all versions since 0.9 take (newer ones also 1 and
 320); an adapter's rank may be lower."""
@@ -69,39 +64,33 @@ def obstacles(adapter: Adapter) -> dict[Server, list[Obstacle]]:
     alphas = {module_value(config, "lora_alpha", module) for module in modules}
     rank = int(config["r"])
     if config.get("use_rslora"):
-        add("ignores use_rslora and scales by alpha / r", "sglang", "llama.cpp")
+        add("ignores use_rslora and scales by alpha / r", Server.sglang, Server.llama_cpp)
     if alphas != {config["lora_alpha"]}:
         add("ignores alpha_pattern and scales by lora_alpha", *NAMES)
     if ranks != {rank}:
-        add("ignores rank_pattern and scales by the adapter's r", "vllm", "sglang", "lorax")
+        add(
+            "ignores rank_pattern and scales by the adapter's r",
+            Server.vllm,
+            Server.sglang,
+            Server.lorax,
+        )
     if max(ranks) > VLLM_RANKS[-1]:
-        add(f"takes ranks up to {VLLM_RANKS[-1]}, not {max(ranks)}", "vllm", mended=False)
+        add(f"takes ranks up to {VLLM_RANKS[-1]}, not {max(ranks)}", Server.vllm, mended=False)
     if not _are_names(config.get("target_modules")):
-        add("reads target_modules as a list of names without paths", "sglang")
-    if any(len(layers) < _layers(modules) for layers in _layers_of_kinds(modules).values()):
-        add("leaves a kind of module out that not every layer has", "lorax", mended=False)
+        add("reads target_modules as a list of names without paths", Server.sglang)
+    layers: dict[str, set[int]] = {}  # of each kind of module in layers
+    for module in modules:
+        numbers = [int(part) for part in module.split(".") if part.isdigit()]
+        if numbers:
+            layers.setdefault(module.rpartition(".")[2], set()).add(numbers[0])
+    number = 1 + max((last for of_kind in layers.values() for last in of_kind), default=-1)
+    if any(len(of_kind) < number for of_kind in layers.values()):
+        add("leaves a kind of module out that not every layer has", Server.lorax, mended=False)
     return found
 
 
 def _are_names(targets: object) -> bool:
     return isinstance(targets, list) and all("." not in str(name) for name in targets)
-
-
-def _layers_of_kinds(modules: list[str]) -> dict[str, set[str]]:
-    """Returns {name of a kind of module: the layers that have one}; of those outside of layers
-    nothing."""
-    found: dict[str, set[str]] = {}
-    for module in modules:
-        layer = [part for part in module.split(".") if part.isdigit()]
-        if layer:
-            found.setdefault(module.rpartition(".")[2], set()).add(layer[0])
-    return found
-
-
-def _layers(modules: list[str]) -> int:
-    """Returns the number of layers up to the last that an adapter changes."""
-    numbers = [int(n) for layers in _layers_of_kinds(modules).values() for n in layers]
-    return max(numbers, default=-1) + 1
 
 
 def for_server(adapter: Adapter, server: Server) -> Adapter:
@@ -127,8 +116,9 @@ def for_server(adapter: Adapter, server: Server) -> Adapter:
         alpha = rank  # the scaling is 1, and all of it is in B
     plain = dict(tensors)
     for key_a, key_b in keys:
-        plain[key_a] = _padded(tensors[key_a], rank, 0)
-        plain[key_b] = _padded(_scaled(tensors[key_b], scalings[key_b] * rank / alpha), rank, 1)
+        a, b = tensors[key_a], _scaled(tensors[key_b], scalings[key_b] * rank / alpha)
+        lacking = rank - len(a)
+        plain[key_a], plain[key_b] = F.pad(a, (0, 0, 0, lacking)), F.pad(b, (0, lacking))
     kept = {key: value for key, value in config.items() if key in OLD_FIELDS}
     kept |= {key: config[key] for key in OTHER_FIELDS if config.get(key) is not None}
     kept |= {"r": rank, "lora_alpha": alpha}
@@ -144,15 +134,6 @@ def _scaled(b: Tensor, factor: float) -> Tensor:
     wide = b.double() * factor
     narrow = wide.to(b.dtype)
     return narrow if torch.equal(narrow.double(), wide) else wide.to(torch.float32)
-
-
-def _padded(matrix: Tensor, rank: int, axis: int) -> Tensor:
-    """Returns a matrix with zeros up to `rank` rows (axis 0) or columns (axis 1)."""
-    lacking = rank - matrix.shape[axis]
-    if not lacking:
-        return matrix
-    shape = [lacking if i == axis else size for i, size in enumerate(matrix.shape)]
-    return torch.cat([matrix, matrix.new_zeros(shape)], dim=axis)
 
 
 def server_notes(adapter: Adapter) -> list[str]:
@@ -172,18 +153,18 @@ def server_notes(adapter: Adapter) -> list[str]:
 
 def serve_command(server: Server, base_model: str, directory: str, rank: int) -> str:
     """Returns the command that serves the adapter in a directory (see docs/serving.md)."""
-    if server == "vllm":
+    if server == Server.vllm:
         most = next((size for size in VLLM_RANKS if size >= rank), rank)
         return (
             f"vllm serve {base_model} --enable-lora --max-lora-rank {most} "
             f"--lora-modules adapter={directory}"
         )
-    if server == "sglang":
+    if server == Server.sglang:
         return (
             f"python -m sglang.launch_server --model-path {base_model} --enable-lora "
             f"--lora-paths adapter={directory}"
         )
-    if server == "lorax":
+    if server == Server.lorax:
         return f"lorax-launcher --model-id {base_model}"
     return (
         f"python convert_lora_to_gguf.py --base BASE_DIRECTORY --outfile adapter.gguf {directory}"

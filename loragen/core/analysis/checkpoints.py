@@ -63,7 +63,12 @@ class CheckpointSeries:
     """PEFT's configuration in the manifest of their run; None if there is no run."""
 
     def read(self, file: Path) -> Checkpoint:
-        return read_checkpoint(file, self.config)
+        """Reads a PEFT directory or its weights file with its own configuration, others with that
+        of the series. Raises DataError if the file does not load, has no LoRA tensors, or changes
+        the base by more than BA."""
+        adapter = load_adapter(file, self.config)
+        check_ba(adapter.config, adapter.tensors, file)
+        return Checkpoint(adapter.tensors, adapter.config or None)
 
 
 def find_series(paths: Sequence[Path]) -> list[CheckpointSeries]:
@@ -97,17 +102,6 @@ def _series_at(path: Path) -> CheckpointSeries | None:
     whole = path.absolute()
     name = base_name(whole.parent if whole.name == CHECKPOINTS else whole)
     return CheckpointSeries(name, path, files, config)
-
-
-def read_checkpoint(file: Path, config: dict[str, Any] | None = None) -> Checkpoint:
-    """Reads a PEFT directory or its weights file with its own configuration, others with `config`.
-
-    Raises DataError if the file does not load, has no LoRA tensors, or changes the base by more
-    than BA.
-    """
-    adapter = load_adapter(file, config)
-    check_ba(adapter.config, adapter.tensors, file)
-    return Checkpoint(adapter.tensors, adapter.config or None)
 
 
 def evenly_spaced(files: Sequence[Path], most: int) -> list[Path]:

@@ -114,7 +114,11 @@ def _analyze_series(
         name=series.name,
         path=str(series.path),
         checkpoints=len(series.files),
-        bytes=sum(_size(file) for file in series.files),
+        bytes=sum(
+            one.stat().st_size
+            for file in series.files
+            for one in (file.iterdir() if file.is_dir() else [file])
+        ),
         tensors=len(last.tensors),
         values=sum(t.numel() for t in last.tensors.values()),
         dtypes=sorted({str(t.dtype).removeprefix("torch.") for t in last.tensors.values()}),
@@ -208,11 +212,6 @@ def _distance(file: Path, one: Mapping[str, Factors], other: Mapping[str, Factor
             "give different adapters one by one to compare them"
         )
     return hypot(*(distance(factors, other[name]) for name, factors in one.items()))
-
-
-def _size(file: Path) -> int:
-    files = file.iterdir() if file.is_dir() else [file]
-    return sum(one.stat().st_size for one in files)
 
 
 def _compare(group: Sequence[AnalyzedSeries]) -> Comparison:

@@ -57,7 +57,7 @@ def dequantized(file: Path) -> Path:
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(directory.parent / f".{directory.name}.lock"):
         if directory.is_dir() and (damaged := _damaged(directory)):
-            log.warning("%s: damaged; it is made anew", directory / damaged)
+            log.warning("%s: damaged; it is written again", directory / damaged)
             shutil.rmtree(directory)
         if not directory.is_dir():
             size = file.stat().st_size / 1e6

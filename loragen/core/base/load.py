@@ -17,9 +17,16 @@ import torch
 from loragen.core.base.names import BaseDtype, is_gguf, resolve_base
 from loragen.core.config import DEMO, LoraTrainConfig
 from loragen.core.contents import read_json, safetensors_fault
-from loragen.core.data.chat import set_embeddings
-from loragen.core.errors import DataError, LoragenError, UsageError, did_you_mean, pip_install
-from loragen.core.files import hub_problem
+from loragen.core.data.chat import state_of
+from loragen.core.errors import (
+    DataError,
+    LoragenError,
+    UsageError,
+    did_you_mean,
+    first_line,
+    pip_install,
+)
+from loragen.core.hub import hub_problem
 
 NOISY = (
     "lightning.pytorch",
@@ -150,7 +157,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     with suppress(Exception):  # a directory may have a tokenizer alone
         config = AutoConfig.from_pretrained(source, **options)
         if isinstance(vocabulary := getattr(config.get_text_config(), "vocab_size", None), int):
-            set_embeddings(tokenizer, vocabulary)
+            state_of(tokenizer).embeddings = vocabulary
     return tokenizer
 
 
@@ -166,8 +173,9 @@ def tokenizer_in(directory: Path) -> Any:
             directory, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise LoragenError(f"{directory}: its tokenizer does not load: {reason}") from error
+        raise LoragenError(
+            f"{directory}: its tokenizer does not load: {first_line(error)}"
+        ) from error
 
 
 def _loadable(name: str) -> str:
@@ -187,7 +195,7 @@ def _not_loaded(name: str, source: str, error: Exception) -> LoragenError:
             f"base model {name}: it needs Python code of its own, which is not run without "
             "--trust-remote-code (trust_remote_code: true in the YAML); read it first"
         )
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     if isinstance(error, LookupError | TypeError | AttributeError):  # their texts alone say little
         reason = f"{type(error).__name__}: {reason}"
     if "Weights only load failed" in reason:  # torch's advice is to load it nevertheless

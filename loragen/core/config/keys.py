@@ -7,7 +7,7 @@ for by its name and by its names there, below every section, and then by similar
 from collections.abc import Iterator
 from contextlib import suppress
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import BaseModel
 
@@ -115,7 +115,7 @@ def all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, An
             if name == "schedule" and isinstance(info.default, PluginSection):
                 with suppress(PluginError):
                     section = find(name, info.default.name).Config
-        if section is not None and not _is_list(info.annotation):
+        if section is not None and get_origin(info.annotation) is not list:
             yield from all_keys(section, f"{prefix}{name}.")
 
 
@@ -138,7 +138,3 @@ def meant(model: type[BaseModel], loc: Loc) -> str | None:
     last = {at.rpartition(".")[2]: at for at in reversed(everywhere)}
     elsewhere = get_close_matches(key, last, n=1, cutoff=0.75)
     return last[elsewhere[0]] if elsewhere else None
-
-
-def _is_list(annotation: Any) -> bool:
-    return getattr(annotation, "__origin__", None) is list

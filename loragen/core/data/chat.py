@@ -76,11 +76,6 @@ def state_of(tokenizer: Any) -> _State:
     return state
 
 
-def set_embeddings(tokenizer: Any, count: int) -> None:
-    """Tells a tokenizer for how many tokens its base has embeddings."""
-    state_of(tokenizer).embeddings = count
-
-
 def set_chat_date(tokenizer: Any, recorded: str = "") -> None:
     """Sets the date that the chat template writes, if it writes one: the one `recorded` in a
     manifest (ISO 8601, local time), else now."""

@@ -306,17 +306,9 @@ class Dataset:
 
     @cached_property
     def _contents(self) -> _Contents:
-        found = _Contents()
+        found, digest = _Contents(), hashlib.sha256()
         if not isinstance(self.source, Path):
-            digest, shards = hashlib.sha256(), isinstance(self.source, Shards)
-            for document in (
-                self.source.documents(digest)
-                if isinstance(self.source, Shards)
-                else read_documents(self.source)
-            ):
-                if not shards:
-                    data = json.dumps(document.value, default=str).encode()
-                    digest.update(len(data).to_bytes(8, "little") + data)
+            for document in read_documents(self.source, digest):
                 found.add(document)
             found.sha256 = digest.hexdigest()
             return found
@@ -347,7 +339,7 @@ class Dataset:
                         self.source,
                     )
                 found = [Prompt(line, text.strip()) for line, text in lines if "\0" not in text]
-                damaged = "holds a NUL character, which is no text"
+                damaged = "holds a NUL character, which is not text"
                 return found, [BadRow(line, damaged) for line, text in lines if "\0" in text]
         return self._contents.prompts, self._contents.bad_prompts
 

@@ -20,18 +20,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loragen.core.contents import (
+    JSON_ERRORS,
+    NULS,
+    STRICT_JSON,
     RepeatedKeyError,
     is_stream,
+    json_problem,
     nature,
     not_utf8,
-    parse_json,
     read_bytes,
     utf8_text,
-    without_repeated_keys,
 )
 from loragen.core.data.formats import AROUND
-from loragen.core.errors import DataError, UsageError, listing, pip_install
-from loragen.core.files import file_name, hub_problem, natural_key, path_problem
+from loragen.core.errors import DataError, UsageError, first_line, listing, pip_install
+from loragen.core.files import file_name, natural_key, path_problem
+from loragen.core.hub import hub_problem
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 WRAPPERS = ("examples", "data", "Instances")
@@ -41,11 +44,8 @@ SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 NESTED_KEYS = ("messages", "conversations", "choices", "history", "target_scores")
 """Keys whose CSV cells hold JSON."""
 MAX_CELL_LENGTH = 2**31 - 1
-JSON_LIMITS = (ValueError, RecursionError)
-"""The errors that json raises beyond its limits: 4,300 digits, or some thousand brackets."""
 HUB_ID = r"[\w.-]+/[\w.-]+"
 NO_STREAM = "a training reads its data again when it resumes: save the stream as a file"
-NULS = "NUL bytes in it; the file is damaged, or was not written to its end"
 ARRAY = "a JSON array, whose name ends in .json"
 SEPARATORS = {
     "\t": "columns separated by tabs, whose name ends in .tsv",
@@ -212,17 +212,23 @@ def missing_source(source: Source) -> bool:
     return isinstance(source, Path) and not source.is_file()
 
 
-def read_documents(source: Source) -> Iterator[Document]:
-    """Yields every document in order; a file with an unknown suffix is read as JSON lines.
+def read_documents(source: Source, digest: Any = None) -> Iterator[Document]:
+    """Yields every document in order; a file with an unknown suffix is read as JSON lines. The hash
+    `digest` gets the rows, or the bytes of the files.
 
     Raises UsageError for a missing file or package, DataError if nothing can be read.
     """
     if isinstance(source, Path):
-        return file_documents(source, read_bytes(source))
-    if isinstance(source, Shards):
-        return source.documents()
-    rows = read_saved(source.path) if isinstance(source, SavedDataset) else read_hub(source)
-    return (Document(line, row) for line, row in enumerate(rows, start=1))
+        yield from file_documents(source, read_bytes(source))
+    elif isinstance(source, Shards):
+        yield from source.documents(digest)
+    else:
+        rows = read_saved(source.path) if isinstance(source, SavedDataset) else read_hub(source)
+        for line, row in enumerate(rows, start=1):
+            if digest:
+                data = json.dumps(row, default=str).encode()
+                digest.update(len(data).to_bytes(8, "little") + data)
+            yield Document(line, row)
 
 
 def file_documents(file: Path, content: bytes) -> Iterator[Document]:
@@ -309,16 +315,15 @@ def _json_lines(file: Path, content: bytes) -> Iterator[Document]:
     first = True
     for line, text in text_lines(file, content):
         try:
-            value = parse_json(text)
+            value = STRICT_JSON.decode(text)
             if first and isinstance(value, list):
                 raise DataError(f"{file}: not JSON lines; it is {ARRAY}")
             yield Document(line, value)
-        except json.JSONDecodeError as error:
-            if first and (what := _instead_of_json_lines(content)):
+        except JSON_ERRORS as error:
+            not_json = isinstance(error, json.JSONDecodeError)
+            if first and not_json and (what := _instead_of_json_lines(content)):
                 raise DataError(f"{file}: not JSON lines; it is {what}") from None
-            yield Document(line, None, f"not JSON: {_json_problem(text, error)}")
-        except JSON_LIMITS as error:
-            yield Document(line, None, _beyond_limits(error))
+            yield Document(line, None, json_problem(text, error))
         first = False
 
 
@@ -331,11 +336,9 @@ def _instead_of_json_lines(content: bytes) -> str | None:
     if start in "[{":
         try:
             value, end = json.JSONDecoder().raw_decode(text)
-        except JSON_LIMITS:
-            single = re.match(r"\{\s*'", text)
-            return (
-                "dictionaries that Python has printed (json.dumps writes JSON)" if single else None
-            )
+        except JSON_ERRORS:
+            printed = "dictionaries that Python has printed (json.dumps writes JSON)"
+            return printed if re.match(r"\{\s*'", text) else None
         if isinstance(value, list):
             return ARRAY
         if text[end:].lstrip().startswith(","):
@@ -350,33 +353,22 @@ def _instead_of_json_lines(content: bytes) -> str | None:
     return None
 
 
-def _json_problem(text: str, error: json.JSONDecodeError) -> str:
-    """Returns json's reason, or what it does not say: NUL bytes, or that the text is cut off."""
-    if "\0" in text:
-        return NULS
-    cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
-    return f"{error.msg} at column {error.colno}{' (the row is cut off)' if cut else ''}"
-
-
 def _json(file: Path, content: bytes) -> Iterator[Document]:
     text = utf8_text(file, content)
     if not text.strip():
         return
     try:
-        document = parse_json(text)
+        document = STRICT_JSON.decode(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # the file has JSON lines under another name
             yield from _json_lines(file, content)
             return
-        reason = _json_problem(text, error)
-        raise DataError(f"{file}:{error.lineno}: not JSON: {reason}") from None
-    except RepeatedKeyError as error:
-        if not text.lstrip().startswith("["):
-            raise DataError(f"{file}:1: {error}") from None
-        yield from _items_of_list(text)
-        return
-    except JSON_LIMITS as error:
-        raise DataError(f"{file}: {_beyond_limits(error)}") from None
+        raise DataError(f"{file}:{error.lineno}: {json_problem(text, error)}") from None
+    except JSON_ERRORS as error:
+        if isinstance(error, RepeatedKeyError) and text.lstrip().startswith("["):
+            yield from _items_of_list(text)
+            return
+        raise DataError(f"{file}: {json_problem(text, error)}") from None
     if isinstance(document, dict):
         document = _unwrapped(file, document)
     elif not isinstance(document, list):
@@ -419,24 +411,16 @@ def _unwrapped(file: Path, document: dict[str, Any]) -> list[Any]:
 
 def _items_of_list(text: str) -> Iterator[Document]:
     """Yields the items of a JSON list, of which some have a key twice."""
-    plain, strict = json.JSONDecoder(), json.JSONDecoder(object_pairs_hook=without_repeated_keys)
     index, at, end = 0, text.index("[") + 1, text.rindex("]")
     while text[at:end].strip(" \t\r\n,"):
         index += 1
         at += len(text[at:end]) - len(text[at:end].lstrip(" \t\r\n,"))
         try:
-            value, at = strict.raw_decode(text, at)
+            value, at = STRICT_JSON.raw_decode(text, at)
             yield Document(index, value)
         except RepeatedKeyError as error:
-            _, at = plain.raw_decode(text, at)
+            _, at = json.JSONDecoder().raw_decode(text, at)
             yield Document(index, None, str(error))
-
-
-def _beyond_limits(error: Exception) -> str:
-    if isinstance(error, RepeatedKeyError):
-        return str(error)
-    deep = isinstance(error, RecursionError)
-    return "nested too deeply" if deep else "a number in it is too long"
 
 
 def _csv(file: Path, content: bytes) -> Iterator[Document]:
@@ -495,10 +479,10 @@ def _csv_records(
 def _cell(key: str, text: str) -> Any:
     if key in NESTED_KEYS and text.startswith(("[", "{")):
         try:
-            return parse_json(text)
+            return STRICT_JSON.decode(text)
         except RepeatedKeyError as error:
             raise DataError(f"'{key}': {error}") from None
-        except JSON_LIMITS:  # JSONDecodeError is a ValueError
+        except JSON_ERRORS:
             pass  # the text is kept, and reported as no list
     return text
 
@@ -525,5 +509,6 @@ def _parquet(file: Path, content: bytes) -> Iterator[Document]:
             rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
             yield from (Document(line, row) for line, row in enumerate(rows, start=1))
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{file}: not a Parquet file that can be read: {reason}") from None
+        raise DataError(
+            f"{file}: not a Parquet file that can be read: {first_line(error)}"
+        ) from None

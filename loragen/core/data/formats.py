@@ -380,11 +380,11 @@ def _text(document: Keys, key: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"'{key}': expected a text, found {_kind(value)}")
     if "\0" in value:
-        raise DataError(f"'{key}': holds a NUL character, which is no text")
+        raise DataError(f"'{key}': holds a NUL character, which is not text")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise DataError(f"'{key}': holds half of a surrogate pair, which is no text") from None
+        raise DataError(f"'{key}': holds half of a surrogate pair, which is not text") from None
     return value
 
 

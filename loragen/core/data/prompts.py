@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from loragen.core.contents import read_json
+from loragen.core.contents import read_json, record_of
 from loragen.core.data.dataset import Dataset, Prompt
 from loragen.core.data.documents import read_documents
 from loragen.core.errors import DataError, UsageError, did_you_mean, listing
@@ -281,16 +281,7 @@ def read_prepared(directory: Path) -> PreparedPrompts:
     """
     check_prepared(directory)
     file = directory / RECORD
-    try:
-        record = PreparedRecord.model_validate(read_json(file))
-    except ValidationError as error:
-        reason = "; ".join(str(error).splitlines()[:2])
-        raise DataError(f"{file}: not the record of prepared prompts: {reason}") from None
-    if record.format_version > FORMAT_VERSION:
-        raise DataError(
-            f"{file}: format {record.format_version} is newer than this loragen reads "
-            f"({FORMAT_VERSION}); upgrade loragen"
-        )
+    record = record_of(read_json(file), PreparedRecord, file, "the record of prepared prompts")
     groups: dict[str, PromptGroups] = defaultdict(lambda: PromptGroups([], []))
     for name in (TRAIN, VAL):
         file = directory / name

@@ -190,18 +190,26 @@ class TokenizedRows(Sequence[Example]):
         return self._cache[own]
 
 
-def usable_rows(
-    tokenizer: Any, dataset: Dataset, rows: Sequence[Row], skip_bad_rows: bool = False
-) -> list[Row]:
-    """Returns the rows of a dataset that can be tokenised, for an evaluation, which cuts none.
+def fitting_rows(
+    tokenizer: Any, dataset: Dataset, rows: Sequence[Row], skip_bad_rows: bool, max_length: int
+) -> TokenizedRows:
+    """Returns the rows of a dataset that can be tokenised within `max_length`.
 
     Raises DataError (file:line) for others unless they are to be skipped, which is warned of, and
     LoragenError as `check_tokenizer`.
     """
-    found = TokenizedRows(rows, tokenizer, UNLIMITED, dataset.source)
+    found = TokenizedRows(rows, tokenizer, max_length, dataset.source)
     refuse_bad(dataset.source, found.left_out, len(found), skip_bad_rows)
     warn_of_bad(dataset.source, found.left_out, len(found))
-    return found.rows
+    return found
+
+
+def usable_rows(
+    tokenizer: Any, dataset: Dataset, rows: Sequence[Row], skip_bad_rows: bool = False
+) -> list[Row]:
+    """Returns the rows that can be tokenised, for an evaluation, which cuts none; raises as
+    `fitting_rows`."""
+    return fitting_rows(tokenizer, dataset, rows, skip_bad_rows, UNLIMITED).rows
 
 
 class _RowCheck:

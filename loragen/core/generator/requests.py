@@ -15,7 +15,7 @@ from loragen.core.data.documents import Source, read_documents
 from loragen.core.data.formats import question_of
 from loragen.core.errors import DataError, UsageError, listing
 from loragen.core.files import file_name
-from loragen.core.outputs import refuse_existing_file, safetensors_metadata
+from loragen.core.outputs import refuse_existing_file
 
 FILE_SUFFIXES = (".safetensors", ".pt")
 OTHER_WEIGHTS = (".bin", ".ckpt", ".gguf", ".npz", ".pth")
@@ -150,9 +150,15 @@ def check_output(path: Path, overwrite: bool, merged: bool = False) -> None:
 
 def _is_generated(file: Path) -> bool:
     """Returns whether a weights file is a generated adapter."""
-    if file.suffix == ".safetensors":
-        return {"adapter_config", "generated"} <= safetensors_metadata(file).keys()
     import torch
+    from safetensors import SafetensorError, safe_open
+
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return {"adapter_config", "generated"} <= (opened.metadata() or {}).keys()
+        except (SafetensorError, OSError):
+            return False
 
     try:
         document = torch.load(file, map_location="meta", weights_only=True)
@@ -169,7 +175,7 @@ def nonempty_prompts(prompts: str | Sequence[str]) -> list[str]:
     for number, prompt in enumerate(several, start=1):
         if not isinstance(prompt, str):
             kind = type(prompt).__name__
-            raise UsageError(f"prompt {number} of {len(several)} is no text, but {kind}")
+            raise UsageError(f"prompt {number} of {len(several)} is not a string, but {kind}")
     found = [prompt for prompt in several if prompt.strip()]
     if not found:
         raise UsageError("no prompts: all of them are empty; give at least one with text")

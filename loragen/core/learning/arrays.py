@@ -265,7 +265,7 @@ def write_once(files: Sequence[Path], write: Callable[[], None]) -> None:
         remove_unfinished(folder, f".{first}*.*")  # no other process writes these
         if not _intact(files):
             if all(file.is_file() for file in files):
-                log.warning("%s: damaged or incomplete; it is made anew", files[0])
+                log.warning("%s: damaged or incomplete; it is written again", files[0])
             write()
             for file in files:
                 write_text(_checksum_file(file), f"{crc32(file)}\n")
@@ -275,7 +275,7 @@ def write_once(files: Sequence[Path], write: Callable[[], None]) -> None:
 
 @lru_cache
 def _say_waiting(folder: Path) -> None:
-    """Says so once in a process."""
+    """Says once in a process that it waits."""
     log.info("%s: waiting for another process that writes there", folder)
 
 

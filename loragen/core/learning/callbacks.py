@@ -85,7 +85,7 @@ class GeneratorMetrics(StepCallback):
         self._started = []
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Says so if the training has not changed the generator."""
+        """Warns if the training has not changed the generator."""
         if not self._started or not trainer.is_global_zero:
             return
         pairs = zip(self._started, _sample(pl_module), strict=True)

@@ -35,7 +35,6 @@ from loragen.core.lora.provenance import Provenance, traced_run
 from loragen.core.run.directory import (
     CHECKPOINTS,
     MANIFEST,
-    TEST_MODE_STEPS,
     LoraManifest,
     LoraRun,
     Run,
@@ -377,7 +376,7 @@ def open_sources(config: GenTrainConfig, test_mode: bool = False) -> Sources:
     for folder, runs in folders.items():
         unnamed = [run for run in runs if run.directory.resolve() not in named]
         finished = [run for run in unnamed if run.manifest.status == "success"]
-        usable = [run for run in finished if not _is_test(run.manifest)]
+        usable = [run for run in finished if not run.manifest.is_test]
         if test_mode and not usable:
             usable = finished
         if len(unnamed) == len(runs) and not usable:
@@ -518,10 +517,6 @@ def _check_prompts(text: str) -> None:
         raise UsageError(f"{source}: {NO_STREAM}")
     if isinstance(source, Path) and not source.exists():
         raise UsageError(f"{source}: no such prompt file")
-
-
-def _is_test(manifest: LoraManifest) -> bool:
-    return tuple(manifest.steps) == TEST_MODE_STEPS and manifest.max_steps == TEST_MODE_STEPS[-1]
 
 
 def _newest(

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset as TorchDataset
 from loragen.core.config import LoraTrainConfig
 from loragen.core.data.batches import batch_indices, micro_batch, train_val_split
 from loragen.core.data.chat import log_notes, set_chat_date, set_template_kwargs
-from loragen.core.data.dataset import Dataset, refuse_bad, warn_of_bad
-from loragen.core.data.tokenize import Example, TokenizedRows, examples_hash
+from loragen.core.data.dataset import Dataset
+from loragen.core.data.tokenize import Example, TokenizedRows, examples_hash, fitting_rows
 from loragen.core.errors import DataError, UsageError
 from loragen.core.lora.packing import Batch, Cost, collate, packing_cost
 from loragen.core.run.directory import DatasetRecord
@@ -67,7 +67,8 @@ def load_rows(
     set_template_kwargs(tokenizer, config.chat_template_kwargs)
     if config.data.validation and validation is None:
         validation = Dataset.at(config.data.validation)
-    rows = _fitting_rows(config, dataset, tokenizer)
+    skip, length = config.data.skip_bad_rows, config.data.max_length
+    rows = fitting_rows(tokenizer, dataset, dataset.rows(skip), skip, length)
     train_indices, val_indices = train_val_split(len(rows), config.data.val_ratio, config.seed)
     if not train_indices:
         raise DataError(
@@ -95,7 +96,7 @@ def load_rows(
     )
     _warn(config, dataset, tokenizer, train_rows, {*first, *longest})
     if validation:
-        val_rows = _fitting_rows(config, validation, tokenizer)
+        val_rows = fitting_rows(tokenizer, validation, validation.rows(skip), skip, length)
     if val_rows:
         looked_at = {*range(min(CHECKED, len(val_rows)))}
         looked_at |= {*val_rows.longest(range(len(val_rows)), LONGEST)}
@@ -108,15 +109,6 @@ def _tokens_hash(
 ) -> str:
     """Returns a hash of some training rows and of the first validation rows, in tokens."""
     return examples_hash(chain((training[i] for i in indices), validation[:num_val]))
-
-
-def _fitting_rows(config: LoraTrainConfig, dataset: Dataset, tokenizer: Any) -> TokenizedRows:
-    """Returns the rows that can be tokenised within data.max_length; reports the others as bad."""
-    skip = config.data.skip_bad_rows
-    rows = TokenizedRows(dataset.rows(skip), tokenizer, config.data.max_length, dataset.source)
-    refuse_bad(dataset.source, rows.left_out, len(rows), skip)
-    warn_of_bad(dataset.source, rows.left_out, len(rows))
-    return rows
 
 
 def _warn(

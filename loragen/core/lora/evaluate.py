@@ -287,15 +287,6 @@ def log_likelihoods(
 # ---------------------------------------------------------------------------- decoding
 
 
-def generate(model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int) -> list[str]:
-    """Returns the greedy answers as texts, each of at most as many tokens as the longest
-    response."""
-    prompts = [prompt_ids(tokenizer, row.prompt, row.system, row.history) for row in rows]
-    longest = max(len(answer_ids(tokenizer, row.response)) for row in rows)
-    found = greedy(model, tokenizer, prompts, longest, batch_size)
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in found]
-
-
 @torch.inference_mode()
 def greedy(
     model: Any,

@@ -148,7 +148,7 @@ class StepMetrics(StepCallback):
         check_loss("val/loss", found["val/loss"], trainer.global_step, self.session.directory)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Says so if the training has not changed the loss of the last rows."""
+        """Warns if the training has not changed the loss of the last rows."""
         if self._batch is None or not trainer.is_global_zero:
             return
         model, training = pl_module.model, pl_module.model.training

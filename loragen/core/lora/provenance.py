@@ -5,7 +5,7 @@ tracked nothing, and it equals what a run with `track_batches` has written.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,6 @@ class Provenance:
     def lines_of(self, step: int) -> list[int]:
         return [row.line for row in self.rows_of(step)]
 
-    def steps_of(self, line: int, steps: Iterable[int]) -> list[int]:
-        """Returns those of `steps` whose batch has the row of that line."""
-        return [step for step in steps if line in self.lines_of(step)]
-
 
 @dataclass(frozen=True)
 class TracedRun:
@@ -67,7 +63,8 @@ class TracedRun:
 
     def steps_of(self, line: int) -> list[int]:
         """Returns the steps that have trained on the row of that line."""
-        return self.provenance.steps_of(line, range(1, self.done_steps + 1))
+        steps = range(1, self.done_steps + 1)
+        return [step for step in steps if line in self.provenance.lines_of(step)]
 
 
 def traced_run(run: LoraRun, dataset: Dataset | None = None) -> TracedRun:

@@ -39,7 +39,7 @@ from loragen.core.base.load import (
 from loragen.core.config import LoraTrainConfig
 from loragen.core.data.chat import chat_date, pad_id
 from loragen.core.data.dataset import Dataset
-from loragen.core.errors import Interrupted, UsageError, listing
+from loragen.core.errors import Interrupted, UsageError, first_line, listing
 from loragen.core.files import written_atomically
 from loragen.core.lora.data import LoraDataModule, TrainingRows, load_rows
 from loragen.core.lora.module import LoraModule, StepCheckpoints, StepMetrics
@@ -261,7 +261,7 @@ def new_adapter(base: LanguageModel, config: LoraTrainConfig) -> Any:
         try:
             model = get_peft_model(base.model, peft_config(config.lora))
         except ValueError as error:
-            reason = str(error).splitlines()[0].partition(" Please ")[0]
+            reason = first_line(error).partition(" Please ")[0]
             layers = (n for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear))
             names = sorted({name.rpartition(".")[2] for name in layers})
             raise UsageError(

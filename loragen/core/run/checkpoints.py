@@ -22,11 +22,9 @@ from loragen.core.adapter.checks import changes_nothing, check_config, check_fin
 from loragen.core.adapter.files import (
     Adapter,
     checked,
-    lineage_in,
     read_adapter,
     read_config,
     read_safetensors,
-    template_kwargs_in,
 )
 from loragen.core.base.names import absolute_base, is_gguf, resolve_base
 from loragen.core.contents import SNIFFED, nature
@@ -90,13 +88,8 @@ def load_adapter(path: Path, config: Mapping[str, Any] | None = None) -> Adapter
         check_config(config, f"{path}: the configuration of its run")
     if not isinstance(state, Mapping):
         raise DataError(f"{path}: expected tensors by name, found {type(state).__name__}")
-    kwargs = template_kwargs_in(metadata)
     lora = {key: v for key, v in state.items() if "lora_" in key and isinstance(v, torch.Tensor)}
-    return replace(
-        checked(own or config or {}, lora, path),
-        chat_template_kwargs=kwargs,
-        lineage=lineage_in(metadata),
-    )
+    return checked(own or config or {}, lora, path, metadata)
 
 
 def read_checkpointed_adapter(path: Path) -> Adapter:

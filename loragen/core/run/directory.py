@@ -8,12 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeAlias, TypeVar, overload
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from loragen.core.adapter import weights_in
 from loragen.core.base.names import BaseDtype
 from loragen.core.config import GenTrainConfig, LoraTrainConfig, load
-from loragen.core.contents import read_json
+from loragen.core.contents import read_json, record_of
 from loragen.core.errors import DataError, UsageError, counted
 from loragen.core.files import natural_key, write_json
 from loragen.core.plugins import describe
@@ -129,6 +129,11 @@ class LoraManifest(Manifest):
     def last_step(self) -> int:
         return max(self.steps, default=self.max_steps)  # early stopping ends before max_steps
 
+    @property
+    def is_test(self) -> bool:
+        """Whether the run is one of `lora train --test-mode`."""
+        return tuple(self.steps) == TEST_MODE_STEPS and self.max_steps == TEST_MODE_STEPS[-1]
+
     def lineage(self, step: int, run: str) -> dict[str, Any]:
         """Returns the `Adapter.lineage` of the adapter of a step, without any path."""
         dataset = self.dataset
@@ -206,23 +211,11 @@ def read_manifest(directory: Path, kind: type[ManifestT]) -> ManifestT:
     file, wanted = directory / MANIFEST, str(kind.model_fields["kind"].default)
     if not file.is_file():
         raise UsageError(f"{directory}: not a run directory (it has no {MANIFEST})")
-    try:
-        document = read_json(file)
-        found = document.get("kind") if isinstance(document, dict) else None
-        if found in COMMANDS and found != wanted:
-            raise OtherRunError(
-                f"{directory} is a run of {COMMANDS[found]}, not of {COMMANDS[wanted]}"
-            )
-        manifest = kind.model_validate(document)
-    except (ValueError, ValidationError) as error:
-        reason = "; ".join(str(error).splitlines()[:2])
-        raise DataError(f"{file}: not the manifest of a {wanted} run: {reason}") from None
-    if manifest.format_version > FORMAT_VERSION:
-        raise DataError(
-            f"{file}: format {manifest.format_version} is newer than this loragen reads "
-            f"({FORMAT_VERSION}); upgrade loragen"
-        )
-    return manifest
+    document = read_json(file)
+    found = document.get("kind") if isinstance(document, dict) else None
+    if found in COMMANDS and found != wanted:
+        raise OtherRunError(f"{directory} is a run of {COMMANDS[found]}, not of {COMMANDS[wanted]}")
+    return record_of(document, kind, file, f"the manifest of a {wanted} run")
 
 
 @dataclass

@@ -33,11 +33,12 @@ LOCK, WRITER = ".run.lock", ".writer.json"
 BEAT_SECONDS = 5.0
 """The time between two signs of life of a writer."""
 SILENT_SECONDS = 3 * BEAT_SECONDS
-"""After so long without one, a writer on another machine has ended without freeing its run."""
+"""A writer on another machine that gives no sign of life for so long has ended without freeing its
+run."""
 LEASE_SECONDS = 120.0
-"""So long a server may hold the locks of a machine that has died: a lease of NFS 4 is 90 s."""
+"""How long a server may hold the locks of a machine that has died: a lease of NFS 4 is 90 s."""
 CHILDREN_SECONDS = 10.0
-"""So long the data loader processes of a killed process, which share its lock, may outlive it."""
+"""How long the data loader processes of a killed process, which share its lock, may outlive it."""
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 """What locking raises on a file system that has no locks."""

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from loragen.core.base.load import quiet_libraries
 from loragen.core.config import dump
-from loragen.core.errors import Interrupted, LoragenError, UsageError, WriteError
+from loragen.core.errors import Interrupted, LoragenError, UsageError, WriteError, first_line
 from loragen.core.files import remove_unfinished, write_text
 from loragen.core.progress import Progress, Step, Validation
 from loragen.core.protocols import RunInfo, Status
@@ -68,7 +68,7 @@ def make_trainer(options: Mapping[str, Any], **ours: Any) -> Trainer:
     try:
         return Trainer(**{**defaults, **given, **ours})
     except (MisconfigurationException, ImportError, ValueError, RuntimeError) as error:
-        raise UsageError(f"trainer: {str(error).strip().splitlines()[0]}") from error
+        raise UsageError(f"trainer: {first_line(error)}") from error
 
 
 def fit(trainer: Trainer, module: LightningModule, data: Any) -> None:
@@ -80,7 +80,7 @@ def fit(trainer: Trainer, module: LightningModule, data: Any) -> None:
         with torch.random.fork_rng(devices=[]):
             trainer.fit(module, datamodule=data)
     except MisconfigurationException as error:
-        raise UsageError(f"trainer: {str(error).strip().splitlines()[0]}") from error
+        raise UsageError(f"trainer: {first_line(error)}") from error
     except SystemExit:
         raise KeyboardInterrupt from None
 

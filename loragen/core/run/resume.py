@@ -92,24 +92,16 @@ class ResumePoint(Run[ManifestT, ConfigT], ABC):
         if to_write and path.exists() and is_first_process():
             lock = RunLock(run_directory_of(path)).acquire()
         try:
-            point = cls._found(path)
+            run: Any = Run.open(path, cls.kind)
+            last: Path = run.directory / LAST_CHECKPOINT
+            files = [*run.checkpoints, *([last] if last.is_file() else [])]
+            checkpoint = path if path.is_file() else newest(files)
+            step = has_optimizer_and_step(checkpoint)[1] if checkpoint else 0
         except BaseException:
             if lock:
                 lock.release()
             raise
-        point.lock = lock
-        return point
-
-    @classmethod
-    def _found(cls, path: Path) -> Self:
-        run = Run.open(path, cls.kind)
-        last = run.directory / LAST_CHECKPOINT
-        files = list(run.checkpoints)
-        if last.is_file():
-            files.append(last)
-        checkpoint = path if path.is_file() else newest(files)
-        step = has_optimizer_and_step(checkpoint)[1] if checkpoint else 0
-        return cls(run.directory, run.manifest, checkpoint, step)
+        return cls(run.directory, run.manifest, checkpoint, step, lock)
 
     def acquire(self) -> RunLock:
         """Takes the lock of the run, unless that is done. Raises UsageError if another process

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from loragen import LoragenError
-from loragen.core.errors import counted
-from loragen.core.files import hub_problem, user_path
+from loragen.core.errors import counted, first_line
+from loragen.core.files import user_path
+from loragen.core.hub import hub_problem
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ def loading(model: str, source: str | Path, remedy: str = "") -> Iterator[bool]:
     except LoragenError:
         raise
     except Exception as error:  # the libraries raise what they meet in a file
-        reason = unreachable or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = unreachable or first_line(error)
         if isinstance(error, LookupError | TypeError | AttributeError):
             reason = f"{type(error).__name__}: {reason}"
         where = "" if isinstance(source, Path) else remedy

@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from queue import Empty, Full, Queue
 from typing import TYPE_CHECKING, Any
 
 from loragen.core.errors import LoragenError, UsageError, pip_install, shortened
-from loragen.core.protocols import Status
+from loragen.core.protocols import RunInfo, Status
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -229,7 +230,8 @@ def open_or_offline(
     online_seconds: float,
 ) -> RecordingProcess:
     """Opens a run of a library with an argument `mode`. If a service does not answer within
-    `online_seconds`, a warning is logged and the run is recorded offline."""
+    `online_seconds`, a warning is logged and the run is recorded offline. A disabled one has no
+    `run_id`."""
     reason = None
     if mode == "online":
         try:
@@ -244,6 +246,8 @@ def open_or_offline(
         process = RecordingProcess(library, {**arguments, "mode": mode}, directory, DISK_SECONDS)
     except LoragenError as error:
         raise LoragenError(f"{library.label} ({mode}) did not start: {error}") from error
+    if mode == "disabled":
+        process.run_id = ""
     if reason:
         log.warning(
             "%s online did not start (%s); recording offline, `%s` uploads the run later",
@@ -254,22 +258,40 @@ def open_or_offline(
     return process
 
 
-def lightning_logger(process: RecordingProcess) -> Logger:
-    """Returns a Lightning logger. Lightning is imported only here, when a run opens, because a
-    configuration is validated without it."""
-    from lightning.pytorch.loggers import Logger
+class ProcessLogger(ABC):
+    """A logger plugin whose library runs in a process of its own. A subclass has a nested `Config`,
+    and `start`, which opens a run."""
 
-    class ProcessLogger(Logger):
-        name = process.library.label
-        version = process.run_id
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.run_id: str | None = None
+        self._process: RecordingProcess | None = None
 
-        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-            process.log_metrics(metrics, step or 0)
+    @abstractmethod
+    def start(self, run: RunInfo) -> RecordingProcess: ...
 
-        def log_hyperparams(self, *_: Any, **__: Any) -> None:
-            """Does nothing: the configuration was recorded when the run was opened."""
+    def open(self, run: RunInfo) -> Logger:
+        from lightning.pytorch.loggers import Logger  # not to validate a configuration
 
-    return ProcessLogger()
+        process = self._process = self.start(run)
+        self.run_id = process.run_id or None
+
+        class ToProcess(Logger):
+            name = process.library.label
+            version = process.run_id
+
+            def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+                process.log_metrics(metrics, step or 0)
+
+            def log_hyperparams(self, *_: Any, **__: Any) -> None:
+                """Does nothing: the configuration was recorded when the run was opened."""
+
+        return ToProcess()
+
+    def close(self, status: Status) -> None:
+        if self._process is not None:
+            process, self._process = self._process, None
+            process.finish(status, UPLOAD_SECONDS)
 
 
 def _record_run(recorder: str) -> None:

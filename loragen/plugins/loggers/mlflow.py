@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, Field
 
@@ -14,16 +14,12 @@ from loragen.plugins.loggers._process import (
     DISK_SECONDS,
     NO_WARNING,
     ONLINE_SECONDS,
-    UPLOAD_SECONDS,
     Library,
+    ProcessLogger,
     Recording,
     RecordingProcess,
-    lightning_logger,
     require,
 )
-
-if TYPE_CHECKING:
-    from lightning.pytorch.loggers import Logger
 
 SQLITE = "sqlite:///"
 STATES = {"success": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
@@ -40,7 +36,7 @@ LIBRARY = Library(
 )
 
 
-class MLflow:
+class MLflow(ProcessLogger):
     """Records a run with MLflow: `<run directory>/mlflow_logs/mlflow.db`, or another store.
 
     `mlflow ui --backend-store-uri sqlite:///<file>` shows a store. A `tracking_uri` collects the
@@ -61,14 +57,12 @@ class MLflow:
 
     def __init__(self, config: Config) -> None:
         require("mlflow", "mlflow")
-        self.config = config
+        super().__init__(config)
         self._uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or None
         if self._uri is None or self._uri.startswith(SQLITE):
             require("sqlalchemy", "mlflow")
-        self.run_id: str | None = None
-        self._process: RecordingProcess | None = None
 
-    def open(self, run: RunInfo) -> Logger:
+    def start(self, run: RunInfo) -> RecordingProcess:
         directory = run.directory / "mlflow_logs"
         config, environment = self.config, os.environ
         uri, seconds = self._uri, DISK_SECONDS
@@ -87,14 +81,7 @@ class MLflow:
             "params": _flat(run.config),
             "run_id": run.resume_id,
         }
-        self._process = RecordingProcess(LIBRARY, arguments, directory, seconds)
-        self.run_id = self._process.run_id
-        return lightning_logger(self._process)
-
-    def close(self, status: Status) -> None:
-        if self._process is not None:
-            process, self._process = self._process, None
-            process.finish(status, UPLOAD_SECONDS)
+        return RecordingProcess(LIBRARY, arguments, directory, seconds)
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, str]:

@@ -5,23 +5,19 @@ from __future__ import annotations
 import logging
 import os
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, Field
 
 from loragen.core.errors import UsageError
-from loragen.core.protocols import RunInfo, Status
+from loragen.core.protocols import RunInfo
 from loragen.plugins.loggers._process import (
-    UPLOAD_SECONDS,
     Library,
+    ProcessLogger,
     Recording,
     RecordingProcess,
-    lightning_logger,
     open_or_offline,
 )
-
-if TYPE_CHECKING:
-    from lightning.pytorch.loggers import Logger
 
 ONLINE_SECONDS = 10.0
 """Timeout for the service to open the run, when training starts."""
@@ -43,7 +39,7 @@ Mode = Literal["online", "cloud", "local", "offline", "disabled"]
 log = logging.getLogger(__name__)
 
 
-class SwanLab:
+class SwanLab(ProcessLogger):
     """Records a run with SwanLab below `<run directory>/swanlab_logs/`.
 
     Offline runs are uploaded later with `swanlab sync`. If a service does not answer within ten
@@ -76,12 +72,10 @@ class SwanLab:
             raise UsageError(
                 f"SWANLAB_MODE: '{mode}' is no mode; it may be {', '.join(get_args(Mode))}"
             )
-        self.config = config
+        super().__init__(config)
         self._mode = "online" if mode == "cloud" else mode
-        self.run_id: str | None = None
-        self._process: RecordingProcess | None = None
 
-    def open(self, run: RunInfo) -> Logger:
+    def start(self, run: RunInfo) -> RecordingProcess:
         mode = self._mode
         if mode == "local" and find_spec("swanboard") is None:
             # SwanLab would record without an error, but no dashboard could list the run.
@@ -103,14 +97,7 @@ class SwanLab:
         }
         if run.resume_id is not None:
             arguments |= {"id": run.resume_id, "resume": "allow"}
-        self._process = open_or_offline(LIBRARY, arguments, mode, directory, ONLINE_SECONDS)
-        self.run_id = None if mode == "disabled" else self._process.run_id
-        return lightning_logger(self._process)
-
-    def close(self, status: Status) -> None:
-        if self._process is not None:
-            process, self._process = self._process, None
-            process.finish(status, UPLOAD_SECONDS)
+        return open_or_offline(LIBRARY, arguments, mode, directory, ONLINE_SECONDS)
 
 
 def record_with_swanlab(**arguments: Any) -> Recording:

@@ -5,24 +5,20 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, Field
 
-from loragen.core.protocols import RunInfo, Status
+from loragen.core.protocols import RunInfo
 from loragen.plugins.loggers._process import (
     DISK_SECONDS,
     ONLINE_SECONDS,
-    UPLOAD_SECONDS,
     Library,
+    ProcessLogger,
     Recording,
     RecordingProcess,
-    lightning_logger,
     require,
 )
-
-if TYPE_CHECKING:
-    from lightning.pytorch.loggers import Logger
 
 LIBRARY = Library(
     "Trackio",
@@ -33,7 +29,7 @@ LIBRARY = Library(
 REMOTE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
 
 
-class Trackio:
+class Trackio(ProcessLogger):
     """Records a run with Trackio below `<run directory>/trackio_logs/`.
 
     `TRACKIO_DIR=<run directory>/trackio_logs trackio show` opens the dashboard. A `directory` (or
@@ -54,11 +50,9 @@ class Trackio:
 
     def __init__(self, config: Config) -> None:
         require("trackio", "trackio")
-        self.config = config
-        self.run_id: str | None = None
-        self._process: RecordingProcess | None = None
+        super().__init__(config)
 
-    def open(self, run: RunInfo) -> Logger:
+    def start(self, run: RunInfo) -> RecordingProcess:
         config, environment = self.config, dict(LIBRARY.environment)
         directory = run.directory / "trackio_logs"
         chosen = config.directory or os.environ.get("TRACKIO_DIR")
@@ -77,14 +71,7 @@ class Trackio:
             "resume": "allow" if run.resume_id else "never",
         }
         library = replace(LIBRARY, environment=environment)
-        self._process = RecordingProcess(library, arguments, directory, seconds)
-        self.run_id = self._process.run_id
-        return lightning_logger(self._process)
-
-    def close(self, status: Status) -> None:
-        if self._process is not None:
-            process, self._process = self._process, None
-            process.finish(status, UPLOAD_SECONDS)
+        return RecordingProcess(library, arguments, directory, seconds)
 
 
 def record_with_trackio(**arguments: Any) -> Recording:

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
 from loragen.core.errors import UsageError
-from loragen.core.protocols import RunInfo, Status
+from loragen.core.protocols import RunInfo
 from loragen.plugins.loggers._process import (
     ONLINE_SECONDS,
-    UPLOAD_SECONDS,
     Library,
+    ProcessLogger,
     Recording,
     RecordingProcess,
-    lightning_logger,
     open_or_offline,
     require,
 )
-
-if TYPE_CHECKING:
-    from lightning.pytorch.loggers import Logger
 
 LIBRARY = Library(
     "W&B",
@@ -46,7 +42,7 @@ MODES = {
 """Values of WANDB_MODE, the last two from old versions."""
 
 
-class WandB:
+class WandB(ProcessLogger):
     """Records a run with W&B below `<run directory>/wandb_logs/`.
 
     Offline runs are uploaded later with `wandb sync`. If the service does not answer within 30
@@ -77,11 +73,10 @@ class WandB:
         mode = config.mode or os.environ.get("WANDB_MODE") or "offline"
         if mode not in MODES:
             raise UsageError(f"WANDB_MODE: '{mode}' is no mode; it may be {', '.join(MODES)}")
-        self.config, self._mode = config, MODES[mode]
-        self.run_id: str | None = None
-        self._process: RecordingProcess | None = None
+        super().__init__(config)
+        self._mode = MODES[mode]
 
-    def open(self, run: RunInfo) -> Logger:
+    def start(self, run: RunInfo) -> RecordingProcess:
         directory = run.directory / "wandb_logs"
         config, environment = self.config, os.environ
         arguments: dict[str, Any] = {
@@ -96,14 +91,7 @@ class WandB:
         }
         if run.resume_id is not None:
             arguments |= {"id": run.resume_id, "resume": "allow"}
-        self._process = open_or_offline(LIBRARY, arguments, self._mode, directory, ONLINE_SECONDS)
-        self.run_id = None if self._mode == "disabled" else self._process.run_id
-        return lightning_logger(self._process)
-
-    def close(self, status: Status) -> None:
-        if self._process is not None:
-            process, self._process = self._process, None
-            process.finish(status, UPLOAD_SECONDS)
+        return open_or_offline(LIBRARY, arguments, self._mode, directory, ONLINE_SECONDS)
 
 
 def record_with_wandb(**arguments: Any) -> Recording:

@@ -59,10 +59,10 @@ def test_the_scaling_is_that_of_peft(config, scaling):
         ({"target_modules": 3}, "target_modules must be a list of names (it is 3)"),
         ({"alora_invocation_tokens": [None]}, "alora_invocation_tokens must be a list of token"),
         ({"alora_invocation_tokens": 7}, "alora_invocation_tokens must be a list of token ids"),
-        ({"rank_pattern": {"(": 4}}, "'(' is no pattern"),
+        ({"rank_pattern": {"(": 4}}, "'(' is not a regular expression"),
         ({"alpha_pattern": {"q": float("inf")}}, "alpha_pattern['q'] must be"),
         ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING"),
-        ({"base_model_name_or_path": 5}, "base_model_name_or_path must be a text (it is 5)"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path must be a string (it is 5)"),
     ],
 )
 def test_an_impossible_value_of_the_configuration_is_named(change, reason):

@@ -6,12 +6,12 @@ import torch
 from loragen.core.adapter.files import read_adapter, write_adapter
 from loragen.core.analysis import checkpoints as module
 from loragen.core.analysis.checkpoints import (
+    CheckpointSeries,
     cosines,
     evenly_spaced,
     find_series,
     inner_product_matrix,
     principal_components,
-    read_checkpoint,
 )
 from loragen.core.errors import UsageError
 
@@ -34,7 +34,8 @@ def test_adapters_and_files(collection, tmp_path):
     assert [file.name for file in whole.files] == ["step-1", "step-2", "step-10"]
     assert names(tmp_path / "step-1") == ["step-1"]
     weights = tmp_path / "step-1" / "adapter_model.safetensors"
-    assert read_checkpoint(weights).config == adapter.config  # from the file beside it
+    (single,) = find_series([weights])
+    assert single.read(weights).config == adapter.config  # from the file beside it
 
 
 def test_no_two_series_have_one_name(collection):
@@ -50,7 +51,8 @@ def test_nothing_there(tmp_path, path):
 
 
 def test_the_scaling_is_in_the_delta(collection):
-    checkpoint = read_checkpoint(collection.runs["colors"] / "adapter")
+    adapter = collection.runs["colors"] / "adapter"
+    checkpoint = CheckpointSeries("one", adapter, [adapter]).read(adapter)
     a, b = checkpoint.deltas()["model.layers.0.self_attn.q_proj"]
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
     assert torch.equal(a, checkpoint.tensors[key.format("A")])

@@ -18,7 +18,7 @@ from loragen.core.data.documents import (
 )
 from loragen.core.data.formats import Turn
 from loragen.core.errors import DataError, UsageError
-from loragen.core.files import HUB_TIMEOUT, hub_problem
+from loragen.core.hub import TIMEOUT, hub_problem
 
 from .writers import FILES, FORMATS, NO_CHOICES
 
@@ -375,7 +375,7 @@ def test_a_hub_that_does_not_answer_is_told_fast(tmp_path, monkeypatch):
     started = time.perf_counter()
     with pytest.raises(UsageError, match="HF_ENDPOINT") as error:
         Dataset(parsed_source("hub:no-one/none")).rows()
-    assert time.perf_counter() - started < HUB_TIMEOUT
+    assert time.perf_counter() - started < TIMEOUT
     hub_problem.cache_clear()
     assert "\n" not in str(error.value)
 

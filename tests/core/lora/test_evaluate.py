@@ -16,12 +16,19 @@ from loragen.core.lora.evaluate import (
     TestRows,
     answer_predictions,
     evaluate_model,
-    generate,
     greedy,
     log_likelihoods,
     normalized,
 )
 from loragen.core.lora.packing import answer_losses, collate
+
+
+def generate(model, tokenizer, rows, batch_size):
+    """The greedy answers as texts, each of at most as many tokens as the longest response."""
+    prompts = [prompt_ids(tokenizer, row.prompt, row.system, row.history) for row in rows]
+    longest = max(len(answer_ids(tokenizer, row.response)) for row in rows)
+    found = greedy(model, tokenizer, prompts, longest, batch_size)
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in found]
 
 
 def row(prompt, response, **more):

@@ -22,6 +22,7 @@ from loragen.core.run.directory import (
     run_directory_of,
     write_manifest,
 )
+from tests.conftest import lora_manifest
 
 
 def test_a_run_is_named_after_what_and_when(tmp_path):
@@ -130,14 +131,7 @@ def test_a_run_is_opened_from_any_path_in_it(tmp_path, inside):
     (tmp_path / "checkpoints").mkdir()
     for name in (checkpoint_name(10), checkpoint_name(2), "last.ckpt"):
         (tmp_path / "checkpoints" / name).touch()
-    manifest = LoraManifest(
-        plugins=[],
-        base_model="demo",
-        dataset=DatasetRecord(name="a", path="", sha256="", rows=1),
-        adapter_config={},
-        seed=1,
-        max_steps=10,
-    )
+    manifest = lora_manifest()
     write_manifest(tmp_path, manifest)
     (tmp_path / "config.yaml").write_text("seed: 7\n", encoding="utf-8")
     run = Run.open(tmp_path / inside, LoraManifest)

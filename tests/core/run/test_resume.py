@@ -5,8 +5,9 @@ import torch
 
 from loragen.core.config import LoraTrainConfig, dump
 from loragen.core.errors import DataError, UsageError
-from loragen.core.run.directory import DatasetRecord, LoraManifest, checkpoint_name, write_manifest
+from loragen.core.run.directory import LoraManifest, checkpoint_name, write_manifest
 from loragen.core.run.resume import ResumableModule, ResumePoint, newest, optimizer_state
+from tests.conftest import lora_manifest
 
 
 class Point(ResumePoint):
@@ -26,16 +27,7 @@ def save(file, step, optimizer=True):
 @pytest.fixture
 def run(tmp_path):
     """A run with the checkpoints of steps 1 to 3 and a last.ckpt of step 4."""
-    manifest = LoraManifest(
-        plugins=[],
-        base_model="demo",
-        dataset=DatasetRecord(name="a", path="", sha256="", rows=1),
-        adapter_config={},
-        seed=1,
-        max_steps=4,
-        steps=[1, 2, 3],
-    )
-    write_manifest(tmp_path, manifest)
+    write_manifest(tmp_path, lora_manifest(max_steps=4, steps=[1, 2, 3]))
     (tmp_path / "config.yaml").write_text(dump(LoraTrainConfig()), encoding="utf-8")
     for step in (1, 2, 3):
         save(tmp_path / "checkpoints" / checkpoint_name(step), step)

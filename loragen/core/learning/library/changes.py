@@ -69,7 +69,7 @@ from loragen.core.outputs import (
     remove_recorded,
     written_directory,
 )
-from loragen.core.run.directory import LoraManifest, LoraRun, OtherRunError, Run
+from loragen.core.run.directory import MANIFEST, LoraManifest, LoraRun, OtherRunError, Run
 from loragen.core.run.lock import NO_LOCKS
 
 if TYPE_CHECKING:
@@ -128,6 +128,32 @@ class _Candidate:
 
 
 # ---------------------------------------------------------------------------- what is added
+
+
+def _single(source: str) -> list[str]:
+    """Returns a source, or of a folder of runs the newest finished run of each dataset. Raises
+    UsageError if none has finished, DataError for a damaged manifest."""
+    path = local_path(source)
+    files = [] if (path / MANIFEST).is_file() else sorted(path.glob(f"*/{MANIFEST}"))
+    if not files:
+        return [source]
+    runs = [Run.open(file.parent, LoraManifest) for file in files]
+    finished = [r for r in runs if r.manifest.status == "success" and not r.manifest.is_test]
+    if not finished:
+        raise UsageError(
+            f"{source}: none of its {len(runs)} runs has finished, but those of --test-mode; name "
+            "one"
+        )
+    by_age = sorted(finished, key=lambda run: (run.manifest.started, run.directory.name))
+    newest = {run.manifest.dataset.name: run for run in by_age}
+    chosen = [run.directory for run in newest.values()]
+    if left := [run.directory.name for run in runs if run.directory not in chosen]:
+        log.info(
+            "%s: left out, as not finished, not the newest, or of --test-mode: %s",
+            source,
+            listing(left, 5),
+        )
+    return [str(directory) for directory in chosen]
 
 
 def _candidate(source: str, options: AddOptions) -> _Candidate:
@@ -283,6 +309,7 @@ def add_adapters(
     written; DataError for adapters of another base or layout than the others.
     """
     options = options or AddOptions()
+    sources = [one for source in sources for one in _single(source)]
     if len(sources) > 1 and (options.name or options.prompts):
         raise UsageError("--name and --prompts are of one adapter; add it alone")
     record = _writable(place)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, FiniteFloat, ValidationError
+from pydantic import BaseModel, FiniteFloat
 
 from loragen.core.adapter import CARD
-from loragen.core.contents import read_json
+from loragen.core.contents import read_json, record_of
 from loragen.core.data.dataset import Dataset
 from loragen.core.data.documents import missing_source
 from loragen.core.data.prompts import joined_text, random_groups, text_key
@@ -132,17 +132,7 @@ def library_entries(directory: Path) -> dict[str, LibraryEntry] | None:
 
 
 def _read(file: Path, kind: type[Any]) -> Any:
-    try:
-        found = kind.model_validate(read_json(file))
-    except ValidationError as error:
-        reason = "; ".join(str(error).splitlines()[:2])
-        raise DataError(f"{file}: not of a library of adapters: {reason}") from None
-    if found.format_version > FORMAT_VERSION:
-        raise DataError(
-            f"{file}: format {found.format_version} is newer than this loragen reads "
-            f"({FORMAT_VERSION}); upgrade loragen"
-        )
-    return found
+    return record_of(read_json(file), kind, file, "of a library of adapters")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ gradients into their weights: ``h + s · B (A x)`` as two batched products per m
 compares this with `torch.func.functional_call` of a PeftModel, once per adapter.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from random import Random
@@ -23,11 +23,9 @@ from loragen.core.config import GenTrainConfig
 from loragen.core.data.tokenize import Example
 from loragen.core.errors import LoragenError, listing, one_line
 from loragen.core.generator.network import Network, Normalization
-from loragen.core.learning.arrays import SourceArrays
 from loragen.core.learning.data import (
     DistributedBatches,
     PairBatch,
-    Split,
     TrainingData,
     draw_texts,
     pair_of,
@@ -61,23 +59,14 @@ class BehaviourBatches(DistributedBatches):
     Every dataset is drawn equally often, whatever the number of its checkpoints.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[SourceArrays],
-        *,
-        batch_size: int,
-        rows_per_adapter: int,
-        prompts: int,
-        collate: Callable[[Sequence[Example], int], Batch],
-        seed: int,
-        split: Split = Split(),  # noqa: B008  # immutable
-    ) -> None:
-        """`batch_size` counts the adapters of a micro-batch of all processes, `prompts` the texts
-        of a condition. The sources have labelled rows; `collate` makes a batch of the rows of so
-        many adapters."""
-        super().__init__(len(sources), batch_size, seed, split, "behaviour.batch_size")
-        self.sources, self.rows_per_adapter = sources, rows_per_adapter
-        self.prompts, self.collate = prompts, collate
+    def __init__(self, data: TrainingData, process_index: int, num_processes: int) -> None:
+        """The sources of the data have labelled rows."""
+        config, split = data.config, data.split(process_index, num_processes)
+        size, setting = config.behaviour.batch_size, "behaviour.batch_size"
+        super().__init__(len(data.sources), size, config.seed, split, setting)
+        self.sources, self.collate = data.sources, data.collate
+        self.rows_per_adapter = config.behaviour.rows_per_adapter
+        self.prompts = config.data.prompts_per_condition
 
     def __getitem__(self, k: int) -> PairBatch:
         step, drawn = self.own(k)
@@ -159,16 +148,7 @@ class Behaviour(Objective):
             self.metric = Metric("behaviour", described, TOLERANCE)
 
     def batches(self, process_index: int, num_processes: int) -> BehaviourBatches:
-        config = self.data.config
-        return self.batch_type(
-            self.data.sources,
-            batch_size=config.behaviour.batch_size,
-            rows_per_adapter=config.behaviour.rows_per_adapter,
-            prompts=config.data.prompts_per_condition,
-            collate=self.data.collate,
-            seed=config.seed,
-            split=self.data.split(process_index, num_processes),
-        )
+        return self.batch_type(self.data, process_index, num_processes)
 
     def predict(self, network: Network, batch: PairBatch) -> Tensor:
         """Returns the adapters of a training batch, ``[batch, tokens, token_dim]``, normalised."""
@@ -195,8 +175,7 @@ class Behaviour(Objective):
 
     def predict_for_validation(self, network: Network, batch: PairBatch) -> Tensor:
         """Returns the adapters of a validation batch, ``[batch, tokens, token_dim]``."""
-        tokens: Tensor = network(batch.condition, batch.mask)
-        return tokens
+        return self.predict(network, batch)
 
     def to(self, device: torch.device) -> None:
         self.reconstruction.to(device)

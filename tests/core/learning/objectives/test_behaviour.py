@@ -1,6 +1,7 @@
 from collections import Counter
 from functools import partial
 from random import Random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -309,10 +310,27 @@ def padded(rows, adapters, cost=None):
     return collate(rows, PAD, cost, groups=adapters)
 
 
-def batches(sources=None, kind=BehaviourBatches, **settings):
-    sources = sources or [arrays(1), arrays(2, checkpoints=9)]
-    ours = {"batch_size": 4, "rows_per_adapter": 3, "prompts": 2, "seed": 1}
-    return kind(sources, **{**ours, "collate": padded, **settings})
+def batches(
+    sources=None,
+    kind=BehaviourBatches,
+    batch_size=4,
+    rows_per_adapter=3,
+    prompts=2,
+    seed=1,
+    split=Split(),  # noqa: B008  # immutable
+    collate=padded,
+):
+    sections = {
+        "behaviour": SimpleNamespace(batch_size=batch_size, rows_per_adapter=rows_per_adapter),
+        "data": SimpleNamespace(prompts_per_condition=prompts),
+    }
+    data = SimpleNamespace(
+        config=SimpleNamespace(seed=seed, **sections),
+        sources=sources or [arrays(1), arrays(2, checkpoints=9)],
+        split=lambda *_: split,
+        collate=collate,
+    )
+    return kind(data, split.process_index, split.num_processes)
 
 
 def equal(one, other):

@@ -1,10 +1,9 @@
-"""Builds the base model that ships with the demo: `python -m loragen.demo.build_base`.
+"""Builds the base model that ships with the demo: `python benchmarks/build_demo_base.py`.
 
 The base knows every fact of the world and every style of answering, and ignores wording: whatever
 the words around a creature's name, it answers with a random attribute in a random style. Its
 training questions are random tokens, never the world's wordings, so that only LoRA weights can
-determine the task. The demo itself does not import this module.
-"""
+determine the task."""
 
 import argparse
 import math
@@ -304,9 +303,8 @@ def check_base(directory: Path) -> None:
 
 def build_base() -> None:
     parser = argparse.ArgumentParser(description="Build the base model of the demo.")
-    parser.add_argument(
-        "--output", "-o", type=Path, default=world.BASE_DIR, help="directory to write"
-    )
+    base = world.WORLD_FILE.with_name("base")
+    parser.add_argument("--output", "-o", type=Path, default=base, help="directory to write")
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     arguments = parser.parse_args()
