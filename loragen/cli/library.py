@@ -13,7 +13,10 @@ app = typer.Typer(
 )
 
 Place = Annotated[
-    str, typer.Argument(metavar="LIBRARY", help="A folder, or hf://owner/name[/folder].")
+    str,
+    typer.Argument(
+        metavar="LIBRARY", help="A folder, or hf://owner/name, with a /folder in it if needed."
+    ),
 ]
 SHORT = 40
 """The widest base model in a table, in characters."""
@@ -25,7 +28,7 @@ def library_add(
     adapters: Annotated[
         list[str],
         typer.Argument(
-            metavar="ADAPTER...",
+            metavar="ADAPTER",
             help="Runs of lora train, a folder of them, checkpoints, PEFT directories, or adapters "
             "of a library; hf://owner/name for any of them on the hub.",
             autocompletion=completion.runs,
@@ -156,7 +159,7 @@ def library_rm(
     names: Annotated[
         list[str],
         typer.Argument(
-            metavar="NAME...",
+            metavar="NAME",
             help="Their names in the library.",
             autocompletion=completion.shared_adapters,
         ),
@@ -184,7 +187,7 @@ def library_copy(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="NAME...",
+            metavar="NAME",
             help="Which adapters. Default: all.",
             autocompletion=completion.shared_adapters,
         ),

@@ -26,6 +26,8 @@ def work(tmp_path, monkeypatch):
     for place, kind in (("runs/arc_lora_1", "lora"), ("experiments/gen_1", "generator")):
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "manifest.json").write_text(json.dumps({"kind": kind}))
+    (tmp_path / "team" / "qa").mkdir(parents=True)
+    (tmp_path / "team" / "qa" / "entry.json").touch()
     (tmp_path / "runs" / "torn").mkdir()
     (tmp_path / "runs" / "torn" / "manifest.json").write_text("{")
     (tmp_path / "c.yaml").write_text("data: {root: data}\n", encoding="utf-8")
@@ -59,6 +61,9 @@ def completed(line):
         ("lora eval --adapter runs/a", ["runs/arc_lora_1"]),
         ("lora export r", ["runs/arc_lora_1"]),
         ("ckpt analyze ", ["runs/arc_lora_1"]),
+        ("library add team r", ["runs/arc_lora_1"]),
+        ("library get team ", ["qa"]),
+        ("library copy team other q", ["qa"]),
         ("lora train --runs-dir elsewhere --resume ", []),
         ("plugins show sch", ["schedule"]),
         ("plugins show decoder mi", ["mixture"]),

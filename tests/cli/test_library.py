@@ -9,6 +9,7 @@ import pytest
 
 from loragen.core.adapter.files import read_adapter
 from loragen.core.data.dataset import Dataset
+from loragen.core.errors import WriteError
 from loragen.core.hub import PLACE
 from loragen.core.learning.library import changes
 from loragen.core.learning.library.changes import AddOptions, add_adapters
@@ -173,6 +174,24 @@ class TestAdding:
         manifest["dataset"]["sha256"] = "0" * 64
         (run / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         assert "has changed since the run" in fails(1, "library", "add", "team", run, *HASHING)
+
+    def test_an_adapter_is_there_as_a_whole_or_not_at_all(self, team, collection, monkeypatch):
+        run, move, moved = str(collection.runs["colors"]), shutil.move, []
+
+        def full(*arguments):
+            moved.append(arguments)
+            if len(moved) == 3:
+                raise OSError(28, "No space left on device")
+            return move(*arguments)
+
+        before = contents(team)
+        monkeypatch.setattr(changes.shutil, "move", full)
+        with pytest.raises(WriteError, match="No space left"):
+            add_adapters("team", [run], AddOptions(name="more"))
+        assert contents(team) == before
+        assert sorted(path.name for path in team.iterdir()) == sorted(
+            [".library.lock", "README.md", "animals", "colors", "library.json"]
+        )
 
     def test_several_at_once_lose_nothing(self, team, collection):
         """Each opens the library for itself, as a process does."""
@@ -398,6 +417,8 @@ class TestLearning:
         assert (record["name"], other["name"]) == ("animals", "colors")
         assert record["prompts_from"] == str(team / "animals" / "prompts.jsonl")
         assert record["count"] == 1
+        again = loragen("gen", "train", "--resume", experiment)
+        assert (again.exit_code, "nothing is left to do" in again.stderr) == (0, True)
 
     def test_the_rows_serve_objectives_that_need_answers(self, team, train):
         given = ("--checkpoint-dir", "team", "--dry-run", "--set", "training.objective=behaviour")

@@ -1,6 +1,6 @@
 """Changes of a library: adapters are added, copied, taken out and removed.
 
-What is added is written apart, checked, and put in place as a whole: all adapters, or none. In a
+What is added is written apart and checked, all adapters before the first is put in place. In a
 folder, processes do that one after the other (`.library.lock`), and each directory is renamed into
 its place. On the hub, a change is one commit upon the one that was read; if somebody else has
 committed meanwhile, it is made again upon the newer one.
