@@ -137,7 +137,11 @@ def library_get(
     library: Place,
     name: Annotated[
         str,
-        typer.Argument(help="Its name in the library.", autocompletion=completion.shared_adapters),
+        typer.Argument(
+            metavar="NAME",
+            help="Its name in the library.",
+            autocompletion=completion.shared_adapters,
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new directory.")],
     force: options.Force = False,
