@@ -54,8 +54,6 @@ ENCODINGS = {
     "Big5": ("big5", r"[\u3000-\u303f\uff00-\uffef\u4e00-\u9fff]", 0.95),
 }
 """{encoding: (codec, characters, least share of these)}, by which text of it is recognised."""
-
-
 STREAMS = ("-", "/dev/stdin")
 """The names of standard input."""
 

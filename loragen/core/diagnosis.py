@@ -23,6 +23,7 @@ PROTOCOLS: dict[str, type] = {
     "schedule": protocols.Schedule,
     "objective": protocols.Objective,
 }
+MODULE = "torch.nn.modules.module.Module"
 OPTIONAL = {"finalize", "to"}
 """Methods of `Objective` that do nothing if a plugin does not define them."""
 
@@ -74,9 +75,6 @@ def broken_promises(kind: str, cls: Any) -> list[str]:
     elif missing := _missing(protocol, cls):
         reasons.append(f"lacks {listing(missing)} of the protocol {protocol.__name__}")
     return reasons
-
-
-MODULE = "torch.nn.modules.module.Module"
 
 
 def _missing(protocol: type, cls: type) -> list[str]:

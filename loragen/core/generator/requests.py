@@ -5,6 +5,7 @@ Mistakes are reported before torch or a generator is loaded.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -110,10 +111,8 @@ def file_names(labels: Sequence[str]) -> list[str]:
 
 def default_output() -> Path:
     """Returns `generated/adapter-001`, or the first number that is not in use."""
-    number = 1
-    while (path := Path("generated") / f"adapter-{number:03d}").exists():
-        number += 1
-    return path
+    paths = (Path("generated") / f"adapter-{number:03d}" for number in count(1))
+    return next(path for path in paths if not path.exists())
 
 
 def output_path(output: Path, name: str, suffix: str) -> Path:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeAlias, TypeVar, overload
 
@@ -256,11 +257,10 @@ class Run(Generic[ManifestT, ConfigT]):
     @property
     def checkpoints(self) -> list[Path]:
         """The current checkpoints in the order of steps, without last.ckpt."""
+        files = checkpoint_files(self.directory)
         if isinstance(self.manifest, LoraManifest):
-            return checkpoint_files(self.directory)
-        files = (self.directory / CHECKPOINTS).glob(f"*{CHECKPOINT_SUFFIX}")
-        kept = [file for file in files if file.name != LAST_CHECKPOINT.name]
-        return sorted(kept, key=lambda file: file.stat().st_mtime_ns)  # a name has no step
+            return files
+        return sorted(files, key=lambda file: file.stat().st_mtime_ns)  # a name has no step
 
 
 LoraRun: TypeAlias = Run[LoraManifest, LoraTrainConfig]
@@ -279,17 +279,16 @@ def create_run_directory(parent: Path, prefix: str, started: datetime | None = N
     except OSError as error:
         raise UsageError(f"{parent}: no directory for runs: {error.strerror}") from None
     name = f"{prefix}_{started or datetime.now().astimezone():%Y%m%d_%H%M%S}"
-    attempt = 1
-    while True:
+    for attempt in count(1):
         directory = parent / (name if attempt == 1 else f"{name}_{attempt}")
         try:
             directory.mkdir()
+            break
         except FileExistsError:
-            attempt += 1
+            continue
         except OSError as error:
             raise UsageError(f"{directory}: cannot be made: {error.strerror}") from None
-        else:
-            return directory
+    return directory
 
 
 def run_directory_of(path: Path) -> Path:

@@ -40,10 +40,10 @@ from loragen.core.run.lock import RunLock
 from loragen.core.run.loggers import RunLoggers
 from loragen.core.run.resume import ResumePoint
 
-HANGUP = getattr(signal, "SIGHUP", None)
-"""The terminal, or the connection to it, was closed. Windows has no such signal."""
 log = logging.getLogger(__name__)
 
+HANGUP = getattr(signal, "SIGHUP", None)
+"""The terminal, or the connection to it, was closed. Windows has no such signal."""
 SIGNALS = tuple(number for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if number is not None)
 HARDWARE_EVERY = 10
 """Steps between two readings of the sensors, each of which costs about a millisecond."""
