@@ -11,7 +11,7 @@ from safetensors import safe_open
 from loragen.core.adapter.export import front_matter, hub_datasets
 from loragen.core.adapter.files import read_adapter
 from loragen.core.run.directory import DatasetRecord
-from tests.adapters import peft_adapter
+from loragen.testing.adapters import peft_adapter
 from tests.conftest import lora_manifest
 
 

@@ -14,7 +14,7 @@ from loragen.core.hub import PLACE
 from loragen.core.learning.library import changes
 from loragen.core.learning.library.changes import AddOptions, add_adapters
 from loragen.core.learning.library.records import AdapterLibrary
-from tests.adapters import peft_adapter
+from loragen.testing.adapters import peft_adapter
 
 HASHING = ("--encoder", "hashing", "--encoder-options", '{"dim": 64}')
 OPTIONS = AddOptions(encoder="hashing", encoder_options={"dim": 64})

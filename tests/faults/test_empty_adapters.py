@@ -14,7 +14,7 @@ from loragen.core.errors import DataError
 from loragen.core.learning.callbacks import GeneratorMetrics
 from loragen.core.learning.plan import make_plan
 from loragen.core.learning.sources import open_sources
-from tests.adapters import broken, peft_adapter, rewritten
+from loragen.testing.adapters import broken, peft_adapter, rewritten
 from tests.conftest import configured
 
 NOT_FINITE = ["nan", "nan in A", "infinity"]

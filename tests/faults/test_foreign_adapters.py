@@ -16,7 +16,7 @@ from loragen.core.errors import DataError, LoragenError, UsageError
 from loragen.core.learning.plan import make_plan
 from loragen.core.learning.sources import open_sources
 from loragen.core.run.checkpoints import load_adapter, read_checkpointed_adapter
-from tests.adapters import FAULTS, KINDS, broken, peft_adapter, rewritten
+from loragen.testing.adapters import FAULTS, KINDS, broken, peft_adapter, rewritten
 from tests.conftest import configured
 
 BA = ["plain", "rslora", "patterns", "all-linear", "regex", "one layer", "eva"]

@@ -26,7 +26,7 @@ from typer.main import get_command
 import loragen
 from loragen.cli.main import app
 from loragen.core.config import GenTrainConfig, LoraTrainConfig, dump
-from tests.adapters import peft_adapter
+from loragen.testing.adapters import peft_adapter
 from tests.conftest import COLORS, TINY_LORA, configured, generator_settings, rows_of, write_lines
 from tests.faults.damage import damaged
 from tests.legacy.runs import write_legacy_run

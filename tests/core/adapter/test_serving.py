@@ -14,7 +14,7 @@ from loragen.core.adapter.files import Adapter, read_adapter
 from loragen.core.adapter.serving import NAMES, VLLM_RANKS, for_server, obstacles, server_notes
 from loragen.core.errors import LoragenError
 from loragen.core.generator.model import Generator
-from tests.adapters import peft_adapter
+from loragen.testing.adapters import peft_adapter
 
 SCALED = {
     "rslora": {"use_rslora": True},

@@ -1,6 +1,6 @@
 """LoRA adapters as other people have them: every kind that PEFT writes, and broken ones.
 
-from tests.adapters import broken, peft_adapter
+from loragen.testing.adapters import broken, peft_adapter
 
 adapter = peft_adapter(tmp_path / "dora", use_dora=True)
 bad = broken(peft_adapter(tmp_path / "plain"), "nan")
