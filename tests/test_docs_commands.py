@@ -73,6 +73,17 @@ def test_a_block_has_commands_that_exist_or_says_what_it_needs(block):
             assert block.needs or words[0] in SHELL, line
 
 
+def test_a_command_is_in_a_block_that_says_bash():
+    for page in PAGES:
+        for info, text in re.findall(
+            r"^```([^\n]*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S
+        ):
+            if not info.startswith(("bash", "powershell")):
+                assert not re.search(r"^(\$ )?(loragen|pip) ", text, re.MULTILINE), (
+                    f"{page}: {text}"
+                )
+
+
 def parse(words):
     """Raises what the command line raises for a command or an option that does not exist."""
     command, path = get_command(app), []
@@ -156,7 +167,7 @@ class World:
             write_lines(root / name / f"{name}_{split}_formatted.jsonl", self.rows(name, count))
 
     @cache  # noqa: B019  # it lives as long as the module's tests
-    def run(self, name, steps=8):
+    def run(self, name, steps=4):
         """A run of `lora train` of so many steps."""
         from loragen.core.base.load import load_base
         from loragen.core.config import LoraTrainConfig
@@ -174,7 +185,7 @@ class World:
             "trainer.accelerator": "cpu",
             "training.batch_size": 4,
             "training.max_steps": steps,
-            "checkpoints.first_step": 5 if steps < 76 else 76,
+            "checkpoints.first_step": min(steps - 1, 76),
         }
         file = self.data / name / f"{name}_train_formatted.jsonl"
         config = configured(LoraTrainConfig, settings)
@@ -197,7 +208,7 @@ class World:
             "data.prompts_per_condition": 3,
             "data.cache_dir": str(self.home / "cache"),
             "training.objective": "reconstruction",
-            "training.max_epochs": 2,
+            "training.max_epochs": 1,
             "experiments_dir": str(self.home / "experiments"),
             "loggers": {},
             "trainer.accelerator": "cpu",
@@ -223,7 +234,7 @@ class World:
             named = [one for one in DATASETS if f"--source {one}" in "".join(block.lines)]
             sources = named or DATASETS[:3]
             names = [parts[1].replace("*", "20260101_120000")] if parts[1:] else sources
-            steps = 125 if "checkpoint-step-1" in "".join(block.lines) else 8
+            steps = 125 if "checkpoint-step-1" in "".join(block.lines) else 4
             for run, source in zip(names, sources, strict=False):
                 source = next((one for one in DATASETS if run.startswith(one)), source)
                 if not (work / "runs" / run).exists():
@@ -244,7 +255,7 @@ class World:
             write_gguf(self.base, place)
         elif name == "x.pt":
             saved = torch.load(
-                next(self.run(DATASETS[0]).glob("checkpoints/*8.ckpt")), weights_only=True
+                next(self.run(DATASETS[0]).glob("checkpoints/*4.ckpt")), weights_only=True
             )
             torch.save(saved["state_dict"], place)
 
