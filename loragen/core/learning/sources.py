@@ -338,12 +338,12 @@ def open_sources(config: GenTrainConfig, test_mode: bool = False) -> Sources:
     # List the sources that are named, and the folders with their runs.
     listed = data.checkpoint_dir or []
     sections, folders = list(config.sources), dict[Path, list[LoraRun]]()
-    shared = list[Path]()
+    shared = dict[Path, LibraryEntry]()
     for directory in map(local_path, [listed] if isinstance(listed, str) else listed):
         if (entries := library_entries(directory)) is not None:
             if not entries:
                 raise UsageError(f"{directory}: a library without adapters")
-            shared += [directory / name for name in entries]
+            shared |= {directory / name: entry for name, entry in entries.items()}
             continue
         if read_entry(directory):
             sections.append(SourceSection(checkpoints=str(directory)))
@@ -398,10 +398,11 @@ def open_sources(config: GenTrainConfig, test_mode: bool = False) -> Sources:
 
     # Of the libraries, all adapters but those of datasets that are used already.
     used |= {_kind(run) for run in chosen}
-    for directory in shared:
+    for directory, entry in shared.items():
         if directory.resolve() in named:
             continue
-        source = open_one(SourceSection(checkpoints=str(directory)), tracked=tracked)
+        section = SourceSection(checkpoints=str(directory))
+        source = open_one(section, tracked=tracked, entry=entry)
         if source.kind in used:
             superseded.append(directory)
         else:
@@ -423,6 +424,7 @@ def open_source(
     *,
     tracked: bool = False,
     open_run: Callable[[Path], LoraRun] | None = None,
+    entry: LibraryEntry | None = None,
 ) -> TrainingSource:
     """Opens one source: a run of `lora train`, a folder of PEFT adapters with its prompts, or an
     adapter of a library, which has its own.
@@ -435,7 +437,7 @@ def open_source(
             f"{directory}: a library; name it as data.checkpoint_dir, or one adapter of it: "
             f"sources: [{{checkpoints: {directory}/NAME}}]"
         )
-    entry = read_entry(directory)
+    entry = entry or read_entry(directory)
     checkpoints = find_checkpoints(directory) if section.run is None else []
     run = None
     if not (checkpoints and checkpoints[0].is_dir()):  # no PEFT adapters
