@@ -9,12 +9,13 @@ import hashlib
 import json
 import logging
 import re
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 from loragen.core.contents import is_stream, read_bytes
 from loragen.core.data.documents import (
@@ -23,6 +24,7 @@ from loragen.core.data.documents import (
     SUFFIXES,
     Document,
     HubDataset,
+    SavedDataset,
     Shards,
     Source,
     file_documents,
@@ -30,8 +32,9 @@ from loragen.core.data.documents import (
     may_hold_rows,
     parsed_source,
     place,
-    read_documents,
+    read_table,
     saved_dataset,
+    table_documents,
     text_lines,
 )
 from loragen.core.data.formats import Turn, format_of, question_of, texts
@@ -79,51 +82,124 @@ class BadRow(NamedTuple):
     reason: str
 
 
+def _parsed(line: int, value: Any) -> tuple[Row, str, bool]:
+    """Returns a document as a row, the name of its format, and whether its answer is a number or a
+    boolean, taken as its JSON text. Raises DataError if it is no row."""
+    known = format_of(value)
+    question, answer = known.question(value), known.answer(value)
+    row = Row(
+        **question._asdict(), response=answer.response, also_right=answer.also_right, line=line
+    )
+    return row, known.name, answer.as_json
+
+
+class _Rows(Sequence[Row]):
+    """Rows that are read, or looked up, when they are used."""
+
+    def at(self, index: int) -> Row:
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self.at(one) for one in range(len(self))[index]]
+        return self.at(range(len(self))[index])
+
+
+class TableRows(_Rows):
+    """The good rows of a table of the `datasets` library. Memory does not grow with their texts."""
+
+    def __init__(self, table: Sequence[Any]) -> None:
+        self.table = table
+        self._lines = array("q")
+
+    def append(self, row: Row) -> None:
+        """Rows are added in the order of the table."""
+        self._lines.append(row.line)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def at(self, index: int) -> Row:
+        line = self._lines[index]
+        return _parsed(line, self.table[line - 1])[0]
+
+    def __iter__(self) -> Iterator[Row]:
+        """Yields all rows in one pass over the table."""
+        lines = iter(self._lines)
+        good = next(lines, None)
+        for line, value in enumerate(self.table, start=1):
+            if line == good:
+                yield _parsed(line, value)[0]
+                good = next(lines, None)
+
+
+class SelectedRows(_Rows):
+    """Those of some rows that are at some indices."""
+
+    def __init__(self, rows: Sequence[Row], indices: Sequence[int]) -> None:
+        self._rows, self._indices = rows, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def at(self, index: int) -> Row:
+        return self._rows[self._indices[index]]
+
+
 @dataclass
 class _Contents:
     """The result of one pass over a dataset's documents. Rows and prompts share their strings."""
 
+    rows: list[Row] | TableRows = field(default_factory=list)
     sha256: str = ""
     """The hash of the rows of a hub dataset or a saved one, or of the bytes of several files; that
     of one file is computed from its bytes."""
-    rows: list[Row] = field(default_factory=list)
     bad_rows: list[BadRow] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
-    as_json: list[Row] = field(default_factory=list)
-    """The rows whose answer is a number or a boolean, taken as its JSON text."""
+    as_json: int = 0
+    """The number of rows whose answer is a number or a boolean, taken as its JSON text."""
+    first_as_json: Row | None = None
     prompts: list[Prompt] = field(default_factory=list)
     bad_prompts: list[BadRow] = field(default_factory=list)
 
     def add(self, document: Document) -> None:
         """Adds a document as a row, as prompts, or as the reason why it is neither."""
+        row = self.add_row(document)
+        self.add_prompts(document, row.prompt if row else None)
+
+    def add_row(self, document: Document) -> Row | None:
+        """Adds a document as a row or as a bad one."""
         line, value, problem = document
-        question = None
         try:
             if problem:
                 raise DataError(problem)
-            known = format_of(value)
-            question = known.question(value)
-            answer = known.answer(value)
-            row = Row(
-                **question._asdict(),
-                response=answer.response,
-                also_right=answer.also_right,
-                line=line,
-            )
+            row, known, as_json = _parsed(line, value)
         except DataError as error:
             self.bad_rows.append(BadRow(line, str(error)))
-        else:
-            self.rows.append(row)
-            self.formats[known.name] += 1
-            if answer.as_json:
-                self.as_json.append(row)
+            return None
+        self.rows.append(row)
+        self.formats[known] += 1
+        if as_json:
+            self.as_json += 1
+            self.first_as_json = self.first_as_json or row
+        return row
+
+    def add_prompts(self, document: Document, known: str | None = None) -> None:
+        """Adds the prompts of a document; `known` is that of a row."""
+        line, value, problem = document
         try:
             if problem:
                 raise DataError(problem)
             if isinstance(value, dict) and all(key in value for key in PREPARED_KEYS):
                 found = texts(value["prompts"], "prompts")
             else:
-                found = [(question or question_of(value)).prompt]
+                found = [question_of(value).prompt if known is None else known]
         except DataError as error:
             self.bad_prompts.append(BadRow(line, str(error)))
         else:
@@ -202,7 +278,7 @@ class Dataset:
             return self._contents.sha256
         return hashlib.sha256(self._content).hexdigest()
 
-    def rows(self, skip_bad_rows: bool = False) -> list[Row]:
+    def rows(self, skip_bad_rows: bool = False) -> Sequence[Row]:
         """Returns all rows; with `skip_bad_rows` the good ones, and warns once about the others.
 
         Raises UsageError for a missing dataset or package, DataError (file:line) for bad rows.
@@ -222,7 +298,7 @@ class Dataset:
         return good
 
     @property
-    def good_rows(self) -> list[Row]:
+    def good_rows(self) -> Sequence[Row]:
         """The rows that can be used. Raises as `rows` if there are none."""
         rows, bad = self._contents.rows, self._contents.bad_rows
         if not rows and not bad:
@@ -239,12 +315,13 @@ class Dataset:
     @property
     def notes(self) -> list[str]:
         """What a user should know of how the rows were read, each one line."""
-        if not (taken := self._contents.as_json):
+        contents = self._contents
+        if not (first := contents.first_as_json):
             return []
-        where, rows = place(self.source, taken[0].line), len(self._contents.rows)
+        where, rows = place(self.source, first.line), len(contents.rows)
         note = (
-            f"{where}: {len(taken)} of {rows} rows have a number or a boolean as their answer, "
-            f"which is taken as its JSON text ({taken[0].response})"
+            f"{where}: {contents.as_json} of {rows} rows have a number or a boolean as their "
+            f"answer, which is taken as its JSON text ({first.response})"
         )
         return [note]
 
@@ -307,8 +384,15 @@ class Dataset:
     @cached_property
     def _contents(self) -> _Contents:
         found, digest = _Contents(), hashlib.sha256()
-        if not isinstance(self.source, Path):
-            for document in read_documents(self.source, digest):
+        if isinstance(self.source, HubDataset | SavedDataset):
+            table = read_table(self.source)
+            found = _Contents(TableRows(table))
+            for document in table_documents(table, digest):
+                found.add_row(document)  # its prompts are read in a pass of their own
+            found.sha256 = digest.hexdigest()
+            return found
+        if isinstance(self.source, Shards):
+            for document in self.source.documents(digest):
                 found.add(document)
             found.sha256 = digest.hexdigest()
             return found
@@ -341,7 +425,11 @@ class Dataset:
                 found = [Prompt(line, text.strip()) for line, text in lines if "\0" not in text]
                 damaged = "holds a NUL character, which is not text"
                 return found, [BadRow(line, damaged) for line, text in lines if "\0" in text]
-        return self._contents.prompts, self._contents.bad_prompts
+        contents = self._contents
+        if isinstance(contents.rows, TableRows) and not (contents.prompts or contents.bad_prompts):
+            for document in table_documents(contents.rows.table):
+                contents.add_prompts(document)
+        return contents.prompts, contents.bad_prompts
 
 
 def _is_row(line: str) -> bool:

@@ -14,7 +14,7 @@ import mmap
 import re
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -223,12 +223,24 @@ def read_documents(source: Source, digest: Any = None) -> Iterator[Document]:
     elif isinstance(source, Shards):
         yield from source.documents(digest)
     else:
-        rows = read_saved(source.path) if isinstance(source, SavedDataset) else read_hub(source)
-        for line, row in enumerate(rows, start=1):
-            if digest:
-                data = json.dumps(row, default=str).encode()
-                digest.update(len(data).to_bytes(8, "little") + data)
-            yield Document(line, row)
+        yield from table_documents(read_table(source), digest)
+
+
+def read_table(source: HubDataset | SavedDataset) -> Sequence[dict[str, Any]]:
+    """Returns the rows of a table, which are read from the disk when they are used.
+
+    Raises UsageError if there is none, DataError if it cannot be read.
+    """
+    return read_saved(source.path) if isinstance(source, SavedDataset) else read_hub(source)
+
+
+def table_documents(table: Sequence[Any], digest: Any = None) -> Iterator[Document]:
+    """Yields the rows of a table in order; the hash `digest` gets each of them."""
+    for line, row in enumerate(table, start=1):
+        if digest:
+            data = json.dumps(row, default=str).encode()
+            digest.update(len(data).to_bytes(8, "little") + data)
+        yield Document(line, row)
 
 
 def file_documents(file: Path, content: bytes) -> Iterator[Document]:
@@ -244,9 +256,10 @@ def file_documents(file: Path, content: bytes) -> Iterator[Document]:
     return readers.get(suffix, _json_lines)(file, content)
 
 
-def read_hub(source: HubDataset) -> Iterable[dict[str, Any]]:
-    """Returns the rows of one split through the `datasets` library, downloaded or from its cache.
-    Of a slice in rows, such as `train[:1000]`, only the rows up to its end are fetched.
+def read_hub(source: HubDataset) -> Sequence[dict[str, Any]]:
+    """Returns the rows of one split through the `datasets` library, downloaded or from its cache,
+    whose files are memory-mapped. Of a slice in rows, such as `train[:1000]`, only the rows up to
+    its end are fetched.
 
     Raises UsageError, within seconds, if they cannot be loaded.
     """
@@ -269,7 +282,7 @@ def read_hub(source: HubDataset) -> Iterable[dict[str, Any]]:
         raise UsageError(f"{what}: {reason}") from error
 
 
-def read_saved(folder: Path) -> Iterable[dict[str, Any]]:
+def read_saved(folder: Path) -> Sequence[dict[str, Any]]:
     """Returns the rows of a dataset that `save_to_disk` has written; its files are memory-mapped.
 
     Raises UsageError for a missing package, DataError if it cannot be read.

@@ -144,7 +144,11 @@ class ChoiceFormat(RowFormat):
 
     @property
     def reading(self) -> str:
-        return "the choices are listed with letters; the answer is the letter in brackets, `[B]`"
+        shown = ", ".join([*self.before, self.keys[0]])
+        return (
+            f"the prompt is {shown} and the choices with letters; the answer is the letter in "
+            "brackets, `[B]`"
+        )
 
     def question(self, document: Keys) -> Question:
         """Returns a question whose prompt lists the choices by letter; the possible answers are
@@ -290,19 +294,21 @@ class DialogueFormat(RowFormat):
         return system, [content for _, content in messages]
 
 
+PASSAGE = ("context", "passage")
+"""Keys of a text that a question is about."""
 FORMATS: tuple[RowFormat, ...] = (  # the first that fits is used; other keys are ignored
     DialogueFormat(("prompt", "completion"), known_from="TRL"),  # the prompt is a list of messages
     TextFormat(("prompt", "response")),
     TextFormat(("instruction", "output"), ("input",), known_from="Alpaca"),
-    ChoiceFormat(("question", "choices", "answerKey"), known_from="ARC"),
+    ChoiceFormat(("question", "choices", "answerKey"), before=PASSAGE, known_from="ARC"),
     DialogueFormat(("messages",), known_from="OpenAI, TRL"),
     DialogueFormat(("conversations",), known_from="ShareGPT"),
     TextFormat(("prompt", "completion"), known_from="TRL"),
     TextFormat(("query", "response")),
     TextFormat(("instruction", "response"), ("context",), known_from="Dolly"),
     ChoiceFormat(("question_stem", "choices", "answerKey"), known_from="OpenBookQA"),
-    ChoiceFormat(("question", "choices", "answer"), known_from="MMLU"),
-    TextFormat(("question", "answer"), known_from="GSM8K"),
+    ChoiceFormat(("question", "choices", "answer"), before=PASSAGE, known_from="MMLU"),
+    TextFormat(("question", "answer"), before=PASSAGE, known_from="GSM8K, BoolQ"),
     TextFormat(("input", "output"), before=("Definition",), known_from="Super-NaturalInstructions"),
     ScoredFormat(("input", "target_scores"), before=("task_prefix",), known_from="BIG-bench"),
     TextFormat(("input", "target"), before=("task_prefix",), known_from="BIG-bench"),

@@ -18,7 +18,7 @@ from loragen.core.data.chat import (
     state_of,
     template_of,
 )
-from loragen.core.data.dataset import BadRow, Dataset, Row, refuse_bad, warn_of_bad
+from loragen.core.data.dataset import BadRow, Dataset, Row, SelectedRows, refuse_bad, warn_of_bad
 from loragen.core.data.documents import Source, place
 from loragen.core.data.formats import Turn
 from loragen.core.errors import DataError
@@ -124,26 +124,26 @@ class TokenizedRows(Sequence[Example]):
     ) -> None:
         """`source` is where the rows are from, for errors. Raises LoragenError as
         `check_tokenizer`."""
-        self.rows: list[Row] = []
         self.left_out: list[BadRow] = []
         self._tokenizer, self._max_length, self._source = tokenizer, max_length, source
         check = _RowCheck(tokenizer, max_length)
-        for row in rows:
+        fitting = array("q")
+        for index, row in enumerate(rows):
             try:
                 check(row)
             except DataError as error:
                 self.left_out.append(BadRow(row.line, str(error)))
             else:
-                self.rows.append(row)
-        self._all = self.rows
-        self._indices: Sequence[int] = range(len(self.rows))  # of `rows` in `_all`
+                fitting.append(index)
+        self._all, self._indices = rows, fitting
+        self.rows = SelectedRows(rows, fitting)
         self._cache: dict[int, tuple[Example, bool]] = {}  # with whether its prompt was cut
 
     def subset(self, indices: Sequence[int]) -> "TokenizedRows":
         """Returns some of the rows, in that order; all subsets share what is tokenised."""
         part = copy(self)
-        part._indices = [self._indices[index] for index in indices]
-        part.rows = [self.rows[index] for index in indices]
+        part._indices = array("q", (self._indices[index] for index in indices))
+        part.rows = SelectedRows(self._all, part._indices)
         return part
 
     def __len__(self) -> int:
@@ -209,7 +209,7 @@ def usable_rows(
 ) -> list[Row]:
     """Returns the rows that can be tokenised, for an evaluation, which cuts none; raises as
     `fitting_rows`."""
-    return fitting_rows(tokenizer, dataset, rows, skip_bad_rows, UNLIMITED).rows
+    return list(fitting_rows(tokenizer, dataset, rows, skip_bad_rows, UNLIMITED).rows)
 
 
 class _RowCheck:

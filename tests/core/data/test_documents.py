@@ -1,4 +1,5 @@
 import csv
+import gc
 import json
 import subprocess
 import sys
@@ -302,7 +303,7 @@ def hub_dataset(tmp_path, monkeypatch):
 def test_a_hub_dataset_is_read_by_split(hub_dataset, tmp_path):
     dataset = Dataset.find("hub:owner/colors", tmp_path / "none")
     assert dataset.name == "colors"
-    assert dataset.rows() == [Row(prompt="train?", response="red", line=1)]
+    assert list(dataset.rows()) == [Row(prompt="train?", response="red", line=1)]
     test = Dataset.find("hub:owner/colors", tmp_path / "none", split="test")
     assert [row.response for row in test.rows()] == ["blue"]
     assert dataset.sha256 == Dataset(dataset.source).sha256 != test.sha256
@@ -336,9 +337,9 @@ def test_a_saved_dataset_is_read_by_split(tmp_path):
         for split in parts:
             dataset = Dataset.find(name, tmp_path, split)
             row = Row(prompt=split, response="a", also_right=("b",), line=1)
-            assert (dataset.name, dataset.rows()) == ("colors", [row])
+            assert (dataset.name, *dataset.rows()) == ("colors", row)
             again = Dataset.at(dataset.location)
-            assert (again.sha256, again.rows()) == (dataset.sha256, [row])
+            assert (again.sha256, *again.rows()) == (dataset.sha256, row)
     with pytest.raises(UsageError, match="no split 'val' was saved in it; there is test, train"):
         Dataset.find(str(tmp_path / "colors"), tmp_path, "val")
     parts["train"].save_to_disk(tmp_path / "single")
@@ -347,6 +348,28 @@ def test_a_saved_dataset_is_read_by_split(tmp_path):
     (tmp_path / "single" / "data-00000-of-00001.arrow").write_bytes(b"x")
     with pytest.raises(DataError, match="single: not a saved dataset that can be read"):
         Dataset.find("single", tmp_path).rows()
+
+
+def test_the_rows_of_a_table_are_made_when_they_are_used(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    documents = [{"input": f"{n}?", "output": "even" if n % 2 == 0 else "odd"} for n in range(40)]
+    documents[7]["output"] = ""
+    datasets.Dataset.from_list(documents).save_to_disk(tmp_path / "saved")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, documents)), encoding="utf-8")
+    saved, file = Dataset.find("saved", tmp_path), Dataset(tmp_path / "rows.jsonl")
+    before = _rows_in_memory()
+    rows = saved.rows(skip_bad_rows=True)
+    assert (len(rows), _rows_in_memory()) == (39, before)
+    expected = file.rows(skip_bad_rows=True)
+    assert list(rows) == [rows[index] for index in range(39)] == rows[:] == expected
+    assert (rows[-1].line, [row.line for row in rows[6:8]]) == (40, [7, 9])
+    assert (saved.bad_rows, saved.formats) == (file.bad_rows, file.formats)
+    assert saved.closed_answers == ["even", "odd"]
+    assert saved.prompts() == file.prompts() == [document["input"] for document in documents]
+
+
+def _rows_in_memory():
+    return sum(isinstance(one, Row) for one in gc.get_objects())
 
 
 def test_a_split_that_is_not_there_names_those_that_are(hub_dataset):

@@ -33,7 +33,7 @@ EXAMPLES = {
         "p\n\ni",
         "r",
     ),
-    "question/choices/answerKey": (
+    "[context/][passage/]question/choices/answerKey": (
         {"question": "Which?", "choices": LABELLED, "answerKey": "B"},
         LETTERED,
         "[B]",
@@ -56,12 +56,12 @@ EXAMPLES = {
         LETTERED,
         "[C]",
     ),
-    "question/choices/answer": (
+    "[context/][passage/]question/choices/answer": (
         {"question": "Which?", "choices": TEXTS, "answer": 0},
         LETTERED,
         "[A]",
     ),
-    "question/answer": ({"question": "p", "answer": "r"}, "p", "r"),
+    "[context/][passage/]question/answer": ({"question": "p", "answer": "r"}, "p", "r"),
     "[Definition/]input/output": (
         {"Definition": "d", "input": "p", "output": ["r", "s"], "id": "task1-1"},
         "d\n\np",
@@ -107,6 +107,9 @@ def test_every_format_is_read(known):
         ({"instruction": "p", "input": None, "output": "r"}, "p"),
         ({"input": "p", "output": "r"}, "p"),
         ({"definition": "d", "inputs": "p", "targets": "r"}, "d\n\np"),
+        ({"question": "p", "answer": "r", "passage": "d"}, "d\n\np"),
+        ({"context": "d", "question": "p", "answer": "r"}, "d\n\np"),
+        ({"context": "", "question": "p", "answer": "r", "passage": None}, "p"),
     ],
 )
 def test_a_row_may_lack_the_texts_around_its_prompt(document, prompt):
@@ -182,7 +185,8 @@ def test_a_part_that_is_no_text_is_refused_by_its_name(kind):
 
 
 def test_texts_around_the_rows_are_those_of_the_formats():
-    assert AROUND == ("system", "Definition", "task_prefix", "definition")
+    known = ("system", "context", "passage", "Definition", "task_prefix", "definition")
+    assert known == AROUND
 
 
 @pytest.mark.parametrize(
@@ -297,7 +301,7 @@ def test_choices_are_lettered_and_the_answer_is_a_letter(choices, given, key, an
         ({"prompt": "p", "response": "r", "history": 3}, "'history': expected a list, found int 3"),
         (
             {"a": 1, "b": 2},
-            "unknown keys: a, b. Known: prompt/.*, question/answer, .*inputs/targets$",
+            "unknown keys: a, b. Known: prompt/.*question/answer, .*inputs/targets$",
         ),
     ],
 )

@@ -138,7 +138,7 @@ def test_rows_are_tokenised_when_they_are_used(tokenizer, monkeypatch):
     examples = TokenizedRows(rows, tokenizer, 30)
     assert (len(examples), made) == (4, [])
     part = examples.subset([3, 0])
-    assert part.rows == [rows[3], rows[0]]
+    assert list(part.rows) == [rows[3], rows[0]]
     assert part[0] == examples[3] == tokenize_row(tokenizer, rows[3], 30).example
     assert part[:2] == [examples[3], examples[0]]
     assert made == [4, 1]
@@ -181,7 +181,7 @@ def test_rows_whose_answer_does_not_fit_are_left_out(tokenizer, responses, max_l
     around = len(prompt_ids(tokenizer, "p"))
     fit = [around + len(answer_ids(tokenizer, text)) <= max_length for text in responses]
     examples = TokenizedRows(rows, tokenizer, max_length)
-    assert examples.rows == [row for row, fits in zip(rows, fit, strict=True) if fits]
+    assert list(examples.rows) == [row for row, fits in zip(rows, fit, strict=True) if fits]
     assert [bad.line for bad in examples.left_out] == [n for n, fits in enumerate(fit) if not fits]
     assert [len(example.ids) <= max_length for example in examples] == [True] * len(examples)
 
