@@ -88,11 +88,10 @@ def clean_environment(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def restored_log():
-    """The command line points the `loragen` logger at stderr; `caplog` needs it as it was."""
+    """The command line points the `loragen` logger at stderr, also in fixtures of a module;
+    `caplog` needs it as it was."""
     logger = logging.getLogger("loragen")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before
+    logger.handlers[:], logger.level, logger.propagate = [], logging.NOTSET, True
 
 
 @pytest.fixture

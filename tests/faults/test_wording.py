@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from loragen.cli.main import app
 from loragen.cli.render import columns
-from loragen.core.adapter.export import _card, how_to_load
+from loragen.core.adapter.export import export_card, how_to_load
 from loragen.core.adapter.files import Adapter
 from loragen.core.base.load import load_base
 from loragen.core.base.names import hub_id
@@ -162,7 +162,7 @@ def test_a_card_is_one_that_the_hub_accepts_and_leaks_no_path(tmp_path, monkeypa
     if base == "./my: base":
         (tmp_path / "my: base").mkdir()
     config = {"r": 4, "lora_alpha": 8.0, "base_model_name_or_path": base}
-    card = _card(Adapter(config, {}), tmp_path / "an adapter: of mine", merged)
+    card = export_card(Adapter(config, {}), tmp_path / "an adapter: of mine", merged)
     data = ModelCard(card).data.to_dict()
     assert data["library_name"] == ("transformers" if merged else "peft")
     assert data["tags"][-2:] == ["lora", "loragen"]
