@@ -123,8 +123,10 @@ def library_list(
             entry.base_model if len(entry.base_model) <= SHORT else f"…{entry.base_model[-SHORT:]}"
         )
         answers = "yes" if entry.answers else "no"
-        rows.append([one.name, entry.prompts, answers, entry.rank, f"{entry.values:,}", base])
-        rows[-1] += [entry.added[:10]]
+        added = entry.added[:10]
+        rows.append(
+            [one.name, entry.prompts, answers, entry.rank, f"{entry.values:,}", base, added]
+        )
         if like:
             rows[-1].insert(1, one.similarity)
     if like:
