@@ -29,13 +29,16 @@ def gradient_checkpointing(
     the layers of the model are not found.
     """
     layers = transformer_layers(model)
+    # accelerate sets a `forward` on the layers of a quantised base; others have that of the class.
+    before = [{k: v for k, v in vars(layer).items() if k == "forward"} for layer in layers]
     for layer in layers:
         layer.forward = partial(_checkpointed, layer.forward, during_recomputation)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward  # that of the class is back
+        for layer, own in zip(layers, before, strict=True):
+            del layer.forward
+            vars(layer).update(own)
 
 
 def transformer_layers(model: Any) -> list[nn.Module]:

@@ -69,6 +69,15 @@ def test_the_model_is_as_before(model):
     assert all(layer.forward.__func__ is forward for layer in transformer_layers(model))
 
 
+def test_a_layer_keeps_a_forward_of_its_own(model):
+    """accelerate sets one on the layers of a quantised base, which moves their inputs."""
+    layer = transformer_layers(model)[0]
+    layer.forward = own = layer.forward
+    with gradient_checkpointing(model):
+        assert layer.forward is not own
+    assert vars(layer)["forward"] is own
+
+
 def test_a_model_without_a_list_of_layers_is_refused():
     model = nn.Linear(2, 2)
     text = SimpleNamespace(num_hidden_layers=3)
