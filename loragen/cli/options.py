@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from loragen.cli import completion
+from loragen.core.contents import JSON_ERRORS, json_problem
 from loragen.core.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
@@ -156,8 +157,8 @@ def parsed_object(text: str, option: str) -> dict[str, Any]:
     """Returns the JSON object that is given to an option. Raises UsageError for anything else."""
     try:
         found = json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"{option}: {error}") from None
+    except JSON_ERRORS as error:
+        raise UsageError(f"{option}: {json_problem(text, error)}") from None
     if not isinstance(found, dict):
         raise UsageError(f"{option}: expected a JSON object, found {text}")
     return found

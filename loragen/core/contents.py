@@ -4,6 +4,7 @@ import codecs
 import json
 import re
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -171,8 +172,8 @@ class RepeatedKeyError(ValueError):
 def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
         raise RepeatedKeyError(f"the key '{twice}' is given twice")
     return found
 

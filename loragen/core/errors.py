@@ -6,6 +6,7 @@ Any other exception that reaches the user is a bug.
 import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from itertools import accumulate
 from unicodedata import combining, east_asian_width
 
 EXIT_FAILED = 1
@@ -104,9 +105,11 @@ def pip_install(extra: str) -> str:
 def display_width(text: str) -> int:
     """Returns the number of columns that a terminal takes for the text: two for a character of
     Chinese, none for a combining accent."""
-    return sum(
-        0 if combining(char) else 2 if east_asian_width(char) in "WF" else 1 for char in text
-    )
+    return sum(map(_width, text))
+
+
+def _width(char: str) -> int:
+    return 0 if combining(char) else 2 if east_asian_width(char) in "WF" else 1
 
 
 def shortened(text: str, longest: int) -> str:
@@ -116,7 +119,10 @@ def shortened(text: str, longest: int) -> str:
     if display_width(flat) <= longest:
         return flat
     start, end = len(flat) * 2 // 3, len(flat) * 2 // 3
-    while display_width(flat[:start]) + display_width(flat[end:]) >= longest:
+    before = list(
+        accumulate(map(_width, flat), initial=0)
+    )  # of a long text, widths are summed once
+    while before[start] + before[-1] - before[end] >= longest:
         if start > 2 * (len(flat) - end):
             start -= 1
         else:

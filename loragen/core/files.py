@@ -212,4 +212,4 @@ def sha256_text(*parts: str) -> str:
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Returns a sort key that puts `layers.2` before `layers.10`."""
     parts = re.split(r"(\d+)", name)
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]

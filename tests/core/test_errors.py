@@ -6,9 +6,11 @@ from loragen.core.errors import (
     DataError,
     PluginError,
     did_you_mean,
+    display_width,
     first_line,
     listing,
     one_line,
+    shortened,
 )
 
 
@@ -58,3 +60,9 @@ def test_listing_counts_what_it_leaves_out():
     assert listing([]) == "none"
     assert listing(["a", "b"]) == "a, b"
     assert listing(["a", "b", "c"], limit=2) == "a, b and 1 more"
+
+
+def test_a_prompt_of_a_whole_book_is_shortened_at_once():
+    found = shortened("Once " + "upon a time " * 50_000 + "the end.", 60)
+    assert display_width(found) == 60
+    assert found.startswith("Once upon") and found.endswith("the end.")

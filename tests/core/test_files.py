@@ -152,6 +152,7 @@ def test_different_lists_of_texts_have_different_hashes(one, other):
 def test_layers_sort_as_numbers():
     keys = ["layers.10.x", "layers.2.x", "layers.2.a", "lm_head"]
     assert sorted(keys, key=natural_key) == ["layers.2.a", "layers.2.x", "layers.10.x", "lm_head"]
+    assert sorted(["part²", "²", "part1²", "part1"], key=natural_key)[0] == "part1"
 
 
 @pytest.mark.parametrize(

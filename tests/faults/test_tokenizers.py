@@ -523,7 +523,8 @@ def test_what_the_template_does_not_read_is_said(odd):
     "given, reason",
     [
         ("[1]", r"expected a JSON object, found \[1\]"),
-        ("{x", "Expecting property name"),
+        ("{x", "not JSON: Expecting property name"),
+        ("[" * 100_000, "nested too deeply"),
         ('{"tokenize": true}', "'tokenize' is not for the chat template to decide"),
     ],
 )

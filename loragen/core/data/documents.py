@@ -14,6 +14,7 @@ import mmap
 import re
 import sys
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -424,10 +425,10 @@ def _unwrapped(file: Path, document: dict[str, Any]) -> list[Any]:
 
 def _items_of_list(text: str) -> Iterator[Document]:
     """Yields the items of a JSON list, of which some have a key twice."""
-    index, at, end = 0, text.index("[") + 1, text.rindex("]")
-    while text[at:end].strip(" \t\r\n,"):
+    between, end = re.compile(r"[ \t\r\n,]*"), text.rindex("]")
+    index, at = 0, text.index("[") + 1
+    while (at := between.match(text, at).end()) < end:  # type: ignore[union-attr]  # it may be empty
         index += 1
-        at += len(text[at:end]) - len(text[at:end].lstrip(" \t\r\n,"))
         try:
             value, at = STRICT_JSON.raw_decode(text, at)
             yield Document(index, value)
@@ -451,7 +452,7 @@ def _csv(file: Path, content: bytes) -> Iterator[Document]:
     header = next(records, (1, []))[1]
     if blank := [key for key in header if key != key.strip()]:
         raise DataError(f"{file}:1: the header has {blank[0]!r}: take the white space away")
-    twice = sorted({key for key in header if key and header.count(key) > 1})
+    twice = sorted(key for key, count in Counter(header).items() if key and count > 1)
     if twice:
         raise DataError(f"{file}:1: the header names '{twice[0]}' twice")
     for line, cells in records:
@@ -516,8 +517,8 @@ def _parquet(file: Path, content: bytes) -> Iterator[Document]:
         raise DataError(f"{file}: a Parquet file without its end: it is truncated")
     try:
         with ParquetFile(pa.BufferReader(content)) as table:
-            names = table.schema_arrow.names
-            if twice := [name for name in names if names.count(name) > 1]:
+            names = Counter(table.schema_arrow.names)
+            if twice := [name for name, count in names.items() if count > 1]:
                 raise DataError(f"{file}: two columns are called '{twice[0]}'")
             rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
             yield from (Document(line, row) for line, row in enumerate(rows, start=1))

@@ -232,7 +232,7 @@ class ScoredFormat(ChoiceFormat):
             raise DataError(f"'{key}': expected an object, found {_kind(scores)}")
         given = {text: score for text, score in scores.items() if score is not None}  # in Parquet
         for text, score in given.items():
-            if not isinstance(score, int | float):
+            if not _is_json_scalar(score):  # nor NaN, of which none is the highest
                 raise DataError(f"'{key}': expected a number for {text!r}, found {_kind(score)}")
         if not 2 <= len(given) <= len(ascii_uppercase):
             raise DataError(f"'{key}': expected scores of 2 to 26 texts, found {len(given)}")
@@ -433,7 +433,7 @@ def _message(message: Any) -> tuple[str, str]:
         raise DataError("calls a tool, which cannot be learned")
     if name in TOOLS:
         raise DataError("is a tool's, which cannot be learned")
-    if name not in ROLES:
+    if not isinstance(name, str) or name not in ROLES:
         shown = repr(name) if isinstance(name, str) else _kind(name)
         raise DataError(f"has the unknown {role} {shown}. Known: {listing(list(ROLES))}")
     parts = message.get(content)

@@ -335,7 +335,7 @@ def checkpoint_name(step: int) -> str:
 
 def checkpoint_step(file: Path) -> int:
     """Returns the step in a checkpoint's name; 0 if there is none."""
-    digits = "".join(filter(str.isdigit, file.stem.rpartition("step-")[2] or file.stem))
+    digits = "".join(filter(str.isdecimal, file.stem.rpartition("step-")[2] or file.stem))
     return int(digits) if digits else 0
 
 

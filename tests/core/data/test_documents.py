@@ -223,6 +223,18 @@ def test_a_cell_that_python_cannot_hold_stays_a_text(tmp_path):
     assert next(read_documents(tmp_path / "d.csv")).value["choices"] == cell
 
 
+def test_a_key_that_is_given_twice_costs_its_row_and_little_time(tmp_path):
+    """In a file of 20 MB; and in an object of 100,000 keys."""
+    row = json.dumps({"prompt": "p" * 1000, "response": "r"})
+    wide = "{" + "".join(f'"{key}": 1, ' for key in range(100_000)) + '"7": 2}'
+    twice = '{"prompt": "p", "prompt": "q"}'
+    (tmp_path / "d.json").write_text(f"[{wide}, {f'{row}, ' * 20_000}{twice}]")
+    first, *good, last = read_documents(tmp_path / "d.json")
+    assert (first.line, first.problem) == (1, "the key '7' is given twice")
+    assert (len(good), good[-1].value) == (20_000, json.loads(row))
+    assert (last.line, last.problem) == (20_002, "the key 'prompt' is given twice")
+
+
 def test_suffixes_may_be_in_capitals(tmp_path):
     assert lines(tmp_path / "D.CSV", "a\n1\n") == [(2, {"a": "1"})]
 
@@ -232,6 +244,7 @@ def test_suffixes_may_be_in_capitals(tmp_path):
     [
         ("d.csv", 'prompt,response\na,b\n"c\nd', ":3: not CSV: unexpected end of data"),
         ("d.csv", "a,b,a\n1,2,3\n", ":1: the header names 'a' twice"),
+        ("wide.csv", ",".join([*map(str, range(100_000)), "7"]), ":1: the header names '7' twice"),
         ("d.csv", b"\xff\xfe", "not UTF-8 text"),
         ("d.json", "[1", ":1: not JSON"),
         ("d.parquet", "PAR1 no", "it is truncated"),

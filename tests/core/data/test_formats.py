@@ -297,6 +297,11 @@ def test_choices_are_lettered_and_the_answer_is_a_letter(choices, given, key, an
         ({"messages": "p"}, "'messages': expected a list, found a text"),
         ({"messages": ["p"]}, "'messages': message 1 is a text, no message"),
         ({"conversations": [{"value": "p"}]}, "message 1 has the unknown role null"),
+        (
+            {"messages": [{"role": ["user"], "content": "p"}]},
+            "message 1 has the unknown role a lis",
+        ),
+        ({"input": "p", "target_scores": {"a": float("nan"), "b": 1}}, "'a', found float nan"),
         ({"prompt": "p", "response": "r", "history": [["a"]]}, "'history': expected pairs"),
         ({"prompt": "p", "response": "r", "history": 3}, "'history': expected a list, found int 3"),
         (

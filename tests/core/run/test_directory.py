@@ -1,6 +1,7 @@
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from loragen.core.run.directory import (
     Run,
     checkpoint_files,
     checkpoint_name,
+    checkpoint_step,
     create_run_directory,
     experiment_name,
     generator_file,
@@ -74,6 +76,11 @@ def test_checkpoints_come_in_the_order_of_steps(tmp_path, inside):
     found = checkpoint_files(tmp_path if inside else folder)
     assert [file.name for file in found] == [checkpoint_name(step) for step in steps]
     assert found[0].name == "checkpoint-step-076.ckpt"
+
+
+def test_a_superscript_in_a_name_is_no_digit():
+    assert checkpoint_step(Path("checkpoint-step-12².ckpt")) == 12
+    assert checkpoint_step(Path("final².ckpt")) == 0
 
 
 def test_the_generator_of_an_experiment_or_the_file_itself(tmp_path):
