@@ -88,6 +88,14 @@ def test_the_fingerprint_is_that_of_the_weights(encoder, sbert_dir, tmp_path):
     assert create("encoder", "sbert", {"model": str(other)}).fingerprint != encoder.fingerprint
 
 
+def test_weights_may_have_a_scalar(encoder):
+    """Such as the `num_batches_tracked` of a batch norm."""
+    encoder.model.register_buffer("scalar", torch.tensor(3))
+    before = encoder.fingerprint
+    encoder.model.scalar += 1
+    assert encoder.fingerprint != before
+
+
 @pytest.mark.parametrize("name", ["./none", "../none", "/none", "~/none", "models\\none"])
 def test_a_directory_that_is_not_there_is_no_hub_id(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

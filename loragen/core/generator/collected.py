@@ -36,6 +36,8 @@ class Collected:
         self.file: Path | None = None
         self.unchecked: dict[int, str] = {}
         """The checksums of the adapters of `file` that have not been read yet."""
+        self._saved: tuple[Path, int, int] | None = None
+        """The file that was written or checked last, with its size and its time of change."""
 
     def __deepcopy__(self, memo: Any) -> "Collected":
         return self  # a copy of a network, for averaging, reads the same files
@@ -69,12 +71,16 @@ class Collected:
         return hashed.hexdigest()
 
     def save(self, file: Path) -> None:
-        """Writes the file, unless it is there with the same adapters, undamaged."""
+        """Writes the file, unless it is there with the same adapters, undamaged. Every checkpoint
+        of a training saves it, so it is read only if it has changed since the last time."""
+        if file.is_file() and self._saved == _state(file):
+            return
         with suppress(DataError):
             if file.is_file() and _metadata(file).get("fingerprint") == self.fingerprint:
                 known = Collected.load(file, self.scale, self.fingerprint)
                 for index in range(len(known.adapters)):
                     known.check(index)
+                self._saved = _state(file)
                 return
         count, tokens, dim = self.shape
         metadata = {"format": "pt", "fingerprint": self.fingerprint}
@@ -101,6 +107,7 @@ class Collected:
                 checksums[index] = f"{checksum:08x}"
             stream.seek(8)
             stream.write(header())
+        self._saved = _state(file)
 
     @classmethod
     def load(cls, file: Path, scale: Tensor, fingerprint: str) -> "Collected":
@@ -132,6 +139,11 @@ class Collected:
                     "what was written (checksum); restore it, or train the generator again"
                 )
             del self.unchecked[index]
+
+
+def _state(file: Path) -> tuple[Path, int, int]:
+    found = file.stat()
+    return file, found.st_size, found.st_mtime_ns
 
 
 def _pieces(adapter: np.ndarray) -> Iterator[bytes]:

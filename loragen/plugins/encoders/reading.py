@@ -61,7 +61,8 @@ class ReadingEncoder(nn.Module, ABC):
         digest = hashlib.sha256()
         for key, tensor in sorted(self.model.state_dict().items()):
             digest.update(key.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            values = tensor.detach().cpu().contiguous().reshape(-1)  # a scalar has no bytes to view
+            digest.update(values.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def forward(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

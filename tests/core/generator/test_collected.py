@@ -1,4 +1,5 @@
 import copy
+import os
 
 import numpy as np
 import pytest
@@ -71,6 +72,27 @@ def test_the_same_adapters_are_not_written_again(ours, tmp_path):
     other = Collected(adapters(seed=1), ours.scale)
     other.save(file)
     assert file.stat().st_ino != before
+
+
+def test_a_file_that_has_not_changed_is_not_read_at_every_checkpoint(ours, tmp_path, monkeypatch):
+    file = tmp_path / "g.safetensors"
+    ours.save(file)
+    read = []
+    pieces = collected._pieces
+    monkeypatch.setattr(collected, "_pieces", lambda one: read.append(1) or pieces(one))
+    ours.save(file)
+    assert not read
+    other = Collected(adapters(), ours.scale)  # of a resumed training
+    other.save(file)
+    assert len(read) == DATASETS  # it is checked once
+    other.save(file)
+    assert len(read) == DATASETS
+    damaged = bytearray(file.read_bytes())
+    damaged[-40] ^= 1
+    file.write_bytes(damaged)
+    os.utime(file, (0, 0))  # the clock of a file system may be coarse
+    ours.save(file)  # writes it again
+    Collected.load(file, ours.scale, ours.fingerprint).mean()
 
 
 @pytest.mark.parametrize(
