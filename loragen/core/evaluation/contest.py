@@ -21,7 +21,7 @@ from loragen.core.config.schema import GenDataSection, SourceSection
 from loragen.core.data.chat import set_template_kwargs
 from loragen.core.data.dataset import Dataset, Row
 from loragen.core.data.tokenize import usable_rows
-from loragen.core.errors import LoragenError, UsageError, counted
+from loragen.core.errors import LoragenError, UsageError, counted, first_line, listing
 from loragen.core.evaluation.contestants import (
     BASE,
     GENERATED,
@@ -136,6 +136,12 @@ def evaluate_generator(
             "%s",
             error.problems[0],
         )
+    if seen := trained_on(generator, sources, targets):
+        log.warning(
+            "%s: among the training datasets of the generator: the results do not show what it "
+            "does for a new dataset",
+            listing(seen, 5),
+        )
     chosen = [one for one in contestants if sources or not one.reads_sources(len(targets))]
     if sources and (few := [one for one in chosen if len(sources) < one.fewest_sources]):
         problem = "; ".join(
@@ -193,8 +199,8 @@ def training_sources(
     """
     provenance = generator.provenance
     records = [SourceRecord.model_validate(one) for one in provenance.get("source_records", [])]
-    trained_on = [one for one in records if not one.held_out]
-    if not trained_on:
+    learned = [one for one in records if not one.held_out]
+    if not learned:
         raise UsageError("the generator's file does not name the runs that it was trained on")
     prepared = PromptDirectories(GenDataSection(samples_per_prompt=generator.samples_per_prompt))
     opened = {dataset.location: dataset for dataset in datasets}
@@ -202,7 +208,7 @@ def training_sources(
         open_source(
             SourceSection(checkpoints=one.place, prompts=one.prompts_from), prepared, one.count
         )
-        for one in trained_on
+        for one in learned
     ]
     for source in sources:
         if source.labels:
@@ -212,6 +218,20 @@ def training_sources(
             source.prompt_dataset = opened.get(named.location, named)
         _ = source.prompts  # raises LoragenError if they cannot be read
     return sources
+
+
+def trained_on(
+    generator: Generator, sources: Sequence[TrainingSource], targets: Sequence[Target]
+) -> list[str]:
+    """Returns the names of the targets of which a split is a training dataset of the generator, by
+    its name, or its place if the `sources` can be read."""
+    places = {source.labels.location for source in sources if source.labels}
+    return [
+        target.name
+        for target in targets
+        if target.name in generator.datasets
+        or places & {split.location for split in (target.dataset, target.train) if split}
+    ]
 
 
 def hold_contest(
@@ -390,9 +410,8 @@ def routed_model(base: Any, routed: Routed) -> Any:
         try:
             model = create_arrow_model(base, list(map(str, paths)), settings)
         except (TypeError, ValueError, RuntimeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise LoragenError(
-                f"arrow: the collected adapters cannot be routed: {reason}"
+                f"arrow: the collected adapters cannot be routed: {first_line(error)}"
             ) from None
     return model.eval()
 

@@ -41,6 +41,7 @@ from loragen.core.evaluation.report import (
     write_results,
 )
 from loragen.core.evaluation.statistics import combine
+from loragen.core.evaluation.targets import find_targets
 from loragen.core.lora.evaluate import Scores, evaluate_model
 from loragen.core.progress import Silent
 from loragen.core.run.checkpoints import read_checkpointed_adapter
@@ -146,6 +147,32 @@ def test_the_base_answers_on_the_best_device(experiment, targets, tmp_path, monk
         strict=False,
     )
     assert devices == [torch.device("meta")]
+
+
+def test_a_training_dataset_of_the_generator_is_told_of(
+    experiment, collection, targets, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(contest, "hold_contest", lambda *_: {})
+    copies = [tmp_path / name for name in ("new.jsonl", "colors.jsonl")]
+    for file in copies:
+        file.write_bytes(collection.file("colors").read_bytes())
+    new, named = find_targets(list(map(str, copies)), tmp_path)
+    told = []
+    for some in ([new], [new, named], targets):
+        evaluate_generator(
+            experiment,
+            some,
+            choose(["base"]),
+            options=EvaluationOptions(draws=2),
+            base_model=None,
+            cache=tmp_path,
+            progress=Silent(),
+            strict=False,
+        )
+        told.append([r.getMessage() for r in caplog.records if "among the training" in r.msg])
+        caplog.clear()
+    assert told[0] == []
+    assert [line.partition(":")[0] for (line,) in told[1:]] == ["colors", "animals, colors"]
 
 
 @pytest.mark.parametrize(
