@@ -149,6 +149,18 @@ class TestAdding:
         assert not equal(team / "animals", other / "adapter")
         assert (team / "animals" / "notes.txt").read_text(encoding="utf-8") == "mine"
 
+    def test_names_that_differ_in_case_alone_are_one(self, fails, collection, tmp_path):
+        """One directory on Windows and macOS."""
+        other = shutil.copytree(collection.runs["colors"], tmp_path / "other")
+        manifest = json.loads((other / "manifest.json").read_text(encoding="utf-8"))
+        manifest["dataset"]["name"] = "Colors"
+        (other / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        both = (collection.runs["colors"], other)
+        assert "two adapters are called Colors" in fails(
+            2, "library", "add", "team", *both, *HASHING
+        )
+        assert not (fails.loragen.work / "team").exists()
+
     def test_a_foreign_directory_of_the_name_stays(self, fails, team, collection):
         (team / "mine").mkdir()
         (team / "mine" / "notes.txt").write_text("mine", encoding="utf-8")

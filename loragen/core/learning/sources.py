@@ -5,6 +5,7 @@ dataset file is read twice. Prompts and labels are read when they are first need
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -354,9 +355,9 @@ def open_sources(config: GenTrainConfig, test_mode: bool = False) -> Sources:
             folders[directory] = [run_at(file.parent) for file in manifests]
         else:
             sections.append(SourceSection(run=str(directory)))
-    named = [_directory_named(section) for section in (*sections, *config.val_sources)]
-    for directory in named:
-        if named.count(directory) > 1:
+    named = Counter(map(_directory_named, (*sections, *config.val_sources)))
+    for directory, times in named.items():
+        if times > 1:
             raise UsageError(f"{directory.name} is named twice among the sources")
 
     # Open those that are named.

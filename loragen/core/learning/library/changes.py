@@ -339,22 +339,21 @@ def copy_adapters(
     if not chosen:
         raise UsageError(f"{source}: no adapters in it")
     assert library.record is not None  # `open` has checked it
+    own = library.record.encoder
     record = _writable(place)
-    encoder = (record or library.record).encoder
-
-    def candidates() -> Iterator[_Candidate]:
-        for name in chosen:
-            entry, directory = library.entries[name], library.directory / name
-            yield _Candidate(
-                name,
-                read_adapter(directory),
-                _documents(Dataset(directory / PROMPTS)),
-                library.card(name),
-                entry.base_fingerprint,
-                (library.record.encoder.fingerprint, entry.centre) if library.record else None,
-            )
-
-    return _put(place, candidates(), Centres(encoder, place), force, private)
+    candidates = (
+        _Candidate(
+            name,
+            read_adapter(library.directory / name),
+            _documents(Dataset(library.directory / name / PROMPTS)),
+            library.card(name),
+            library.entries[name].base_fingerprint,
+            (own.fingerprint, library.entries[name].centre),
+        )
+        for name in chosen
+    )
+    centres = Centres(record.encoder if record else own, place)
+    return _put(place, candidates, centres, force, private)
 
 
 def get_adapter(place: str, name: str, output: Path, force: bool = False) -> None:
@@ -462,16 +461,16 @@ def _put(
         directory = local_path(place)
         home = str(next(p for p in (directory, *directory.absolute().parents) if p.is_dir()))
     with tempfile.TemporaryDirectory(UNFINISHED, ".library.", home) as holder:
-        new: dict[str, LibraryEntry] = {}
+        new, taken = dict[str, LibraryEntry](), set[str]()
         for candidate in candidates:
-            if candidate.name in new:
-                raise UsageError(
-                    f"two adapters are called {candidate.name}; add them one by one with --name"
-                )
-            own = Path(holder) / candidate.name
-            new[candidate.name] = _write_entry(own, place, candidate, centres)
-        change = _put_on_hub if on_hub(place) else _put_in_folder
-        return change(place, Path(holder), new, centres.record, force, private)
+            name = candidate.name
+            if name.casefold() in taken:  # on Windows and macOS they have one directory
+                raise UsageError(f"two adapters are called {name}; add them one by one with --name")
+            taken.add(name.casefold())
+            new[name] = _write_entry(Path(holder) / name, place, candidate, centres)
+        if on_hub(place):
+            return _put_on_hub(place, Path(holder), new, centres.record, force, private)
+        return _put_in_folder(place, Path(holder), new, centres.record, force)
 
 
 def _put_in_folder(
@@ -480,7 +479,6 @@ def _put_in_folder(
     new: Mapping[str, LibraryEntry],
     encoder: EncoderRecord,
     force: bool,
-    private: bool,  # noqa: ARG001  # of a repository
 ) -> Changes:
     directory = local_path(place)
     AdapterLibrary.at(directory, place).refuse_unfit(new, encoder, force)  # before it is made

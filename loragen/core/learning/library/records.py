@@ -125,10 +125,8 @@ def read_entry(directory: Path) -> LibraryEntry | None:
 def library_entries(directory: Path) -> dict[str, LibraryEntry] | None:
     """Returns the adapters of the library in a directory of this machine; None if it is none.
     Raises DataError as `read_entry`."""
-    if not (directory / LIBRARY).is_file():
-        return None
-    _read(directory / LIBRARY, LibraryRecord)
-    return AdapterLibrary.at(directory).entries
+    is_library = (directory / LIBRARY).is_file()
+    return AdapterLibrary.at(directory).entries if is_library else None
 
 
 def _read(file: Path, kind: type[Any]) -> Any:
