@@ -119,9 +119,7 @@ def shortened(text: str, longest: int) -> str:
     if display_width(flat) <= longest:
         return flat
     start, end = len(flat) * 2 // 3, len(flat) * 2 // 3
-    before = list(
-        accumulate(map(_width, flat), initial=0)
-    )  # of a long text, widths are summed once
+    before = list(accumulate(map(_width, flat), initial=0))  # the columns before each character
     while before[start] + before[-1] - before[end] >= longest:
         if start > 2 * (len(flat) - end):
             start -= 1

@@ -162,7 +162,7 @@ def user_path(text: str) -> Path:
     """Returns a path with `~` expanded, or unchanged if there is no such user."""
     try:
         return Path(text).expanduser()
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # ValueError: a NUL in the user's name
         return Path(text)
 
 

@@ -44,7 +44,8 @@ from loragen.core.plugins import describe, find
 
 log = logging.getLogger(__name__)
 
-ENV_PREFIX = "LORAGEN_"
+ENV_PREFIX, TEST_PREFIX = "LORAGEN_", "LORAGEN_TEST_"
+"""The prefixes of the variables with settings, and of those that the tests and examples read."""
 FOREIGN_KEYS = 3
 """A file with at least this many keys of another command, and none specific to this one, is
 rejected as the other command's."""
@@ -181,7 +182,7 @@ def _from_environment(environment: Mapping[str, str], model: type[BaseModel]) ->
     A variable of a section that this command does not have is another command's, or a mistake.
     """
     for name in sorted(environment):
-        if not name.startswith(ENV_PREFIX):
+        if not name.startswith(ENV_PREFIX) or name.startswith(TEST_PREFIX):
             continue
         keys = _parse_keys(name.removeprefix(ENV_PREFIX).lower().split("__"))
         if keys[0] in model.model_fields:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from loragen.core.files import user_path
+
 DEMO = "demo"
 """The base model that ships with the package."""
 
@@ -43,6 +45,10 @@ class PluginSection(BaseModel):
         return dict(self.model_extra or {})
 
 
+Folder = Annotated[
+    str, AfterValidator(lambda text: str(user_path(text)) if text.startswith("~") else text)
+]
+"""A directory, in which `~` is that of the user."""
 Loggers = Annotated[
     dict[str, dict[str, Any]],
     Field(description="Logger name -> its options; several log at once."),
@@ -83,7 +89,7 @@ class TrainerSection(Section):
 
 
 class LoraDataSection(Section):
-    root: str = Field(
+    root: Folder = Field(
         "data_to_lora/cs", description="Where dataset names are looked up: <root>/<name>/."
     )
     dataset: str | None = Field(
@@ -233,7 +239,7 @@ class LoraTrainConfig(Section):
         le=2**32 - 1,
         description="Seed of batches, dropout and the LoRA initialisation, for all datasets alike.",
     )
-    runs_dir: str = Field("runs", description="Directory of the run directories.")
+    runs_dir: Folder = Field("runs", description="Directory of the run directories.")
     data: LoraDataSection = LoraDataSection()
     lora: LoraSection = LoraSection()
     training: LoraTrainingSection = LoraTrainingSection()
@@ -343,7 +349,7 @@ class GenDataSection(Section):
     cache_tokenized: bool = Field(
         True, description="Keep tokenised checkpoints and embeddings for the next run."
     )
-    cache_dir: str = Field(
+    cache_dir: Folder = Field(
         ".loragen-cache", description="The directory; may be deleted at any time."
     )
     val_ratio: float = Field(
@@ -478,7 +484,7 @@ class GenTrainConfig(Section):
     trust_remote_code: bool = Field(
         False, description="Run the Python code that comes with the base model, if it has any."
     )
-    experiments_dir: str = Field(
+    experiments_dir: Folder = Field(
         "experiments", description="Directory of the experiment directories."
     )
     sources: list[SourceSection] = Field([], description="What to learn from.")

@@ -34,7 +34,7 @@ from loragen.core.contents import (
 )
 from loragen.core.data.formats import AROUND
 from loragen.core.errors import DataError, UsageError, first_line, listing, pip_install
-from loragen.core.files import file_name, natural_key, path_problem
+from loragen.core.files import file_name, natural_key, path_problem, user_path
 from loragen.core.hub import hub_problem
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -164,7 +164,7 @@ def parsed_source(text: str, split: str = "train") -> Source:
     Raises UsageError for a malformed hub id, and for a saved dataset without the split.
     """
     if not text.startswith("hub:"):
-        path = Path(text)
+        path = user_path(text)
         if glob.has_magic(text) and path_problem(path) is None and not path.exists():
             return Shards(path)
         return saved_dataset(path, split) or path
@@ -441,14 +441,15 @@ def _csv(file: Path, content: bytes) -> Iterator[Document]:
     kind, separator = ("TSV", "\t") if file.suffix.lower() == ".tsv" else ("CSV", ",")
     if content.lstrip()[:1] in (b"{", b"["):
         raise DataError(f"{file}: not {kind}; it is JSON (.jsonl if a row has a line, else .json)")
-    first = utf8_text(file, content).lstrip().partition("\n")[0]
+    text = utf8_text(file, content)
+    first = text.lstrip().partition("\n")[0]
     outside = re.sub(r'"[^"]*"', "", first)  # without what stands in quotation marks
     marks = {**SEPARATORS, ",": "columns separated by commas, whose name ends in .csv"}
     most = max(marks, key=outside.count)
     if outside.count(most) > outside.count(separator):
         expected = "tab" if separator == "\t" else "comma"
         raise DataError(f"{file}:1: not {expected}-separated; it has {marks[most]}")
-    records = iter(_csv_records(file, content, kind, separator))
+    records = iter(_csv_records(file, text, kind, separator))
     header = next(records, (1, []))[1]
     if blank := [key for key in header if key != key.strip()]:
         raise DataError(f"{file}:1: the header has {blank[0]!r}: take the white space away")
@@ -468,12 +469,9 @@ def _csv(file: Path, content: bytes) -> Iterator[Document]:
             yield Document(line, None, f"{len(cells)} cells, the header has {len(header)}")
 
 
-def _csv_records(
-    file: Path, content: bytes, kind: str, separator: str
-) -> list[tuple[int, list[str]]]:
+def _csv_records(file: Path, text: str, kind: str, separator: str) -> list[tuple[int, list[str]]]:
     """Returns (first line, cells) of each record that is not empty; a cell may span lines."""
-    text = io.StringIO(utf8_text(file, content), newline="")
-    reader = csv.reader(text, strict=True, delimiter=separator)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
     records, line = [], 1
     limit = csv.field_size_limit(MAX_CELL_LENGTH)  # the default is 131,072 characters
     try:

@@ -31,6 +31,9 @@ from loragen.core.run.lock import writer_of
 
 log = logging.getLogger(__name__)
 
+KEPT = 16
+"""The datasets whose rows stay in memory from their check to their training. Those of further ones
+are read a second time, so that memory does not grow with the number of datasets."""
 POLL_SECONDS = 0.2
 KILL_AFTER_SECONDS = 30
 """The time between the second Ctrl+C, which terminates a worker, and its end by force."""
@@ -62,10 +65,14 @@ def collect(
 
     progress.command_started([task.name for task in tasks])
     try:
+        remaining: list[Task] = []
         for task in tasks:
             if outcome := _without_training(config, task, force):
                 record(outcome)
-        remaining = [task for task in tasks if task not in outcomes]
+                continue
+            remaining.append(task)
+            if len(remaining) > KEPT:
+                task.dataset.release()
         if remaining:
             check_writable(Path(config.runs_dir))
             for outcome in _train(config, remaining, len(tasks) > 1, progress):

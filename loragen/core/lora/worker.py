@@ -49,8 +49,8 @@ class JobResult(BaseModel):
 
 
 class WorkerReport(BaseModel):
-    """One line of the status file, with one field set. The first line, without any, says that the
-    worker has started."""
+    """One line of the status file. The first line, with nothing in it, says that the worker has
+    started."""
 
     model_config = ConfigDict(ser_json_inf_nan="constants")  # a loss may be NaN
 
@@ -69,8 +69,9 @@ class StatusFile:
         self._position = 0
 
     def append(self, report: WorkerReport) -> None:
-        """Appends a line. The file is closed every time, so that other machines see the line."""
-        with self.path.open("ab") as file:
+        """Appends a line. The file is closed every time, so that other machines see the line. A
+        full disk loses the line; it stops no training."""
+        with suppress(OSError), self.path.open("ab") as file:
             file.write(report.model_dump_json(exclude_none=True).encode() + b"\n")
 
     def new_reports(self) -> Iterator[WorkerReport]:
@@ -115,27 +116,24 @@ class Launcher:
 
 
 class _Reporter(Silent, logging.Handler):
-    """Reports the steps of the training and the warnings of this process. A full disk loses a
-    report; it does not stop the training."""
+    """Reports the steps of the training and the warnings of this process."""
 
     def __init__(self, status: StatusFile) -> None:
         logging.Handler.__init__(self, logging.WARNING)
         self._status = status
 
     def step(self, step: Step) -> None:
-        with suppress(OSError):
-            self._status.append(WorkerReport(step=step))
+        self._status.append(WorkerReport(step=step))
 
     def emit(self, record: logging.LogRecord) -> None:
-        with suppress(OSError):
-            self._status.append(WorkerReport(warning=record.getMessage()))
+        self._status.append(WorkerReport(warning=record.getMessage()))
 
 
 def run_job(job: TrainingJob, status_file: Path) -> None:
     """Trains, and reports to `status_file`. It raises nothing; the last report has the result."""
     status = StatusFile(status_file)
     status.append(WorkerReport())
-    reporter, logger = _Reporter(status), logging.getLogger("loragen")
+    reporter, logger, directory = _Reporter(status), logging.getLogger("loragen"), None
     logger.addHandler(reporter)
     try:
         from loragen.core.base.load import load_training_base
@@ -144,7 +142,7 @@ def run_job(job: TrainingJob, status_file: Path) -> None:
         found = LoraPoint.find(job.resume, to_write=True) if job.resume else nullcontext()
         with found as point:
             base = load_resumed_base(point, job.config) if point else load_training_base(job.config)
-            train_adapter(
+            run = train_adapter(
                 job.config,
                 Dataset(parsed_source(job.location), job.name),
                 base,
@@ -152,7 +150,7 @@ def run_job(job: TrainingJob, status_file: Path) -> None:
                 point,
                 on_start=lambda directory: status.append(WorkerReport(directory=directory)),
             )
-        result = JobResult(status="trained")
+        result, directory = JobResult(status="trained"), run.directory
     except KeyboardInterrupt:
         result = JobResult(status="interrupted", reason="interrupted")
     except Interrupted as error:
@@ -165,8 +163,7 @@ def run_job(job: TrainingJob, status_file: Path) -> None:
         result = JobResult(status="failed", reason=reason, traceback=trace)
     finally:
         logger.removeHandler(reporter)
-    with suppress(OSError):  # the parent then says that the worker has ended without a result
-        status.append(WorkerReport(result=result))
+    status.append(WorkerReport(directory=directory, result=result))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,16 @@ def test_each_layer_wins_over_the_one_before(configure):
     assert training.patience is None  # built-in
 
 
+def test_a_directory_may_be_in_the_home_of_the_user(configure, tmp_path, monkeypatch):
+    """A shell expands `~` on a command line, and nobody does so in a YAML file."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    config = configure("{runs_dir: ~/runs, data: {root: ~nobody-here/x}}")
+    assert config.runs_dir == str(tmp_path / "runs")
+    assert config.data.root == "~nobody-here/x"
+    assert configure("data: {root: ./rows/}").data.root == "./rows/"
+
+
 def test_every_problem_at_once_each_with_its_place(configure):
     text = """\
 training:
@@ -156,6 +166,11 @@ def test_a_variable_of_no_command_says_which_was_meant(configure, caplog):
     assert "LORAGEN_LORA_R is ignored" in caplog.text
     assert "Did you mean LORAGEN_LORA__RANK?" in caplog.text
     assert "Did you mean LORAGEN_TRAINING__BATCH_SIZE?" in caplog.text
+
+
+def test_a_variable_of_the_tests_is_no_setting(configure, caplog):
+    assert configure(environment={"LORAGEN_TEST_CACHE": "models"})
+    assert not caplog.text
 
 
 def test_a_setting_below_an_unknown_section_is_named_as_one(configure):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -298,6 +299,15 @@ def test_a_malformed_hub_id_is_refused(text):
 def test_a_file_is_found_again_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert location(parsed_source("d.csv")) == str(tmp_path / "d.csv")
+
+
+def test_a_file_may_be_in_the_home_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert location(parsed_source("~/d.csv")) == str(tmp_path / "d.csv")
+    (tmp_path / "1.csv").touch()
+    assert parsed_source("~/*.csv").files == [tmp_path / "1.csv"]
+    assert parsed_source("~none\0/d.csv") == Path("~none\0/d.csv")
 
 
 @pytest.fixture

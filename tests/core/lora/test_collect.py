@@ -333,6 +333,19 @@ def test_the_content_of_a_dataset_that_is_not_trained_is_freed(lora_config, name
     assert not any("_content" in key for task in tasks for key in vars(task.dataset))
 
 
+def test_the_content_of_many_datasets_is_not_kept_until_they_train(lora_config, named, monkeypatch):
+    monkeypatch.setattr("loragen.core.lora.collect.KEPT", 1)
+    tasks, held = named("one", "two", "three"), {}
+
+    class Looking(Recorded):
+        def training_started(self, name, total):
+            held[name] = [one.name for one in tasks if "_contents" in vars(one.dataset)]
+
+    outcomes = collect(lora_config(QUICK), tasks, Looking())
+    assert [one.status for one in outcomes] == ["trained"] * 3
+    assert held == {"one": ["one"], "two": ["two"], "three": ["three"]}
+
+
 def test_skip_bad_rows_changes_nothing_for_a_file_without_bad_rows(lora_config, named):
     """It is what the error of another dataset has advised."""
     (task,) = named("one")

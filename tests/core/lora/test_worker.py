@@ -251,13 +251,15 @@ def test_a_signal_to_one_worker_on_this_machine_starts_no_other(lora_config, dat
 
 def test_a_report_that_cannot_be_written_stops_no_training(reports, monkeypatch):
     """A warning with a file name of another encoding; a disk that is full for a while."""
-    append = StatusFile.append
+    dump = WorkerReport.model_dump_json
 
-    def full(status, report):
-        if report.step:
+    def full(report, **options):
+        if report.step or (report.directory and not report.result):
             raise OSError("no space left on device")
-        append(status, report)
+        return dump(report, **options)
 
-    monkeypatch.setattr(StatusFile, "append", full)
+    monkeypatch.setattr(WorkerReport, "model_dump_json", full)
     assert WorkerReport(warning="caf\udce9").warning == "caf\\udce9"
-    assert reports()[-1].result.status == "trained"
+    _, last = reports()
+    assert last.result.status == "trained"
+    assert read_manifest(last.directory, LoraManifest).status == "success"
