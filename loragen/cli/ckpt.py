@@ -214,7 +214,7 @@ def ckpt_convert(
             "--dataset", help="A name under --data-root, or a file; for a single dataset."
         ),
     ] = None,
-    data_root: options.DataRoot = "data_to_lora/cs",
+    data_root: options.DataRoot = options.DATA_ROOT,
     alpha: options.Alpha = None,
     config: Annotated[
         Path | None,
@@ -240,9 +240,7 @@ def ckpt_convert(
 
     from loragen.legacy.convert import ConversionOptions, check_one_dataset, convert
 
-    chosen = ConversionOptions(
-        output, base_model, dataset, Path(data_root or "."), alpha, config, skip_bad
-    )
+    chosen = ConversionOptions(output, base_model, dataset, data_root, alpha, config, skip_bad)
     check_one_dataset(runs, chosen)
     documents: list[dict[str, Any]] = []
     for number, run in enumerate(runs, 1):

@@ -32,7 +32,7 @@ def data_preview(
     ],
     base_model: options.BaseModelName = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    data_root: options.DataRoot = "data_to_lora/cs",
+    data_root: options.DataRoot = options.DATA_ROOT,
     limit: Annotated[int, typer.Option("--limit", min=0, help="The number of rows to show.")] = 3,
     max_length: Annotated[
         int | None, typer.Option("--max-length", min=8, help="As data.max_length of lora train.")
@@ -51,7 +51,7 @@ def data_preview(
 
     defaults = LoraTrainConfig()
     kwargs = options.parsed_template_kwargs(chat_template_kwargs) or {}
-    dataset = Dataset.find(source, Path(data_root or "."))
+    dataset = Dataset.find(source, data_root)
     dataset.check(skip_bad_rows=True)  # before seconds of imports
 
     from loragen.core.base.load import load_tokenizer
@@ -106,7 +106,7 @@ def data_prepare(
     seed: Annotated[
         int, typer.Option("--seed", min=0, help="Seed of the grouping and the split.")
     ] = 42,
-    data_root: options.DataRoot = "data_to_lora/cs",
+    data_root: options.DataRoot = options.DATA_ROOT,
     skip_bad_rows: options.SkipBadRows = False,
     force: options.Force = False,
     json: options.Json = False,
@@ -120,7 +120,7 @@ def data_prepare(
     from loragen.core.data.dataset import Dataset
     from loragen.core.data.prompts import Grouping, prepare
 
-    datasets = [Dataset.find(one, Path(data_root or ".")) for one in source]
+    datasets = [Dataset.find(one, data_root) for one in source]
     grouping = Grouping(samples_per_prompt=samples_per_prompt, test_ratio=test_ratio, seed=seed)
     record = prepare(datasets, output, grouping, skip_bad_rows, force)
     header = ("dataset", "prompts", "repeated", "left over", "train texts", "val texts")

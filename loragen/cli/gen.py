@@ -271,7 +271,7 @@ def gen_eval(
             autocompletion=completion.datasets,
         ),
     ],
-    data_root: options.DataRoot = "data_to_lora/cs",
+    data_root: options.DataRoot = options.DATA_ROOT,
     base_model: options.BaseModelName = None,
     trust_remote_code: options.TrustRemoteCode = False,
     columns: Annotated[
@@ -329,7 +329,7 @@ def gen_eval(
     seed: Annotated[
         int, typer.Option("--seed", min=0, help="Seed of the draws of prompts and of shots.")
     ] = 0,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
+    batch_size: options.EvalBatchSize = 32,
     choices: Annotated[
         bool,
         typer.Option(
@@ -389,9 +389,7 @@ def gen_eval(
         PromptOrigin.tested: "tested rows",
     }
     origin = origins[prompts_from] if prompts_from else None
-    targets = find_targets(
-        dataset, Path(data_root or "."), limit, skip_bad_rows, split, prompts_from=origin
-    )
+    targets = find_targets(dataset, data_root, limit, skip_bad_rows, split, prompts_from=origin)
     if any(contestant.name in (ORACLE, *LABEL_CURVE) for contestant in contestants):
         check_oracles(targets)
 

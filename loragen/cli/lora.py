@@ -38,7 +38,7 @@ def lora_train(
     config: options.ConfigFile = None,
     base_model: options.BaseModelName = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    data_root: options.DataRoot = None,
+    data_root: options.OtherDataRoot = None,
     skip_bad_rows: options.SkipBadRows = False,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", help="Rows per optimizer step.")
@@ -82,7 +82,7 @@ def lora_train(
     given = [
         (("base_model",), base_model, "--base-model"),
         (("trust_remote_code",), trust_remote_code or None, "--trust-remote-code"),
-        (("data", "root"), data_root, "--data-root"),
+        (("data", "root"), str(data_root) if data_root else None, "--data-root"),
         (("data", "skip_bad_rows"), skip_bad_rows or None, "--skip-bad-rows"),
         (("training", "batch_size"), batch_size, "--batch-size"),
         (("runs_dir",), str(runs_dir) if runs_dir else None, "--runs-dir"),
@@ -156,12 +156,12 @@ def lora_eval(
     ] = False,
     base_model: options.BaseModelName = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    data_root: options.DataRoot = "data_to_lora/cs",
+    data_root: options.DataRoot = options.DATA_ROOT,
     skip_bad_rows: options.SkipBadRows = False,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Evaluate only the first N rows.")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
+    batch_size: options.EvalBatchSize = 32,
     ignore_final_punctuation: options.IgnoreFinalPunctuation = False,
     chat_template_kwargs: options.TemplateKwargs = None,
     show_lm_eval: Annotated[
@@ -189,13 +189,13 @@ def lora_eval(
         raise UsageError(f"{adapter}: no such adapter or checkpoint")
     kwargs = options.parsed_template_kwargs(chat_template_kwargs)
     if show_lm_eval:
-        from loragen.core.run.checkpoints import lm_eval_commands
+        from loragen.core.lora.evaluate import lm_eval_commands
 
-        name = Dataset.find(dataset, Path(data_root or "."), split="test").name
+        name = Dataset.find(dataset, data_root, split="test").name
         commands = lm_eval_commands(name, place, base_model, batch_size, limit, trust_remote_code)
         render.answer_either(json, {"commands": commands}, "\n".join(commands))
         return
-    tested = Dataset.find(dataset, Path(data_root or "."), split="test")
+    tested = Dataset.find(dataset, data_root, split="test")
     rows = tested.rows(skip_bad_rows)[:limit]
 
     from loragen.core.adapter.export import tokenizer_of

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from loragen.cli import completion
-from loragen.core.contents import JSON_ERRORS, json_problem
 from loragen.core.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
@@ -78,10 +77,12 @@ Alpha = Annotated[
     float | None,
     typer.Option("--alpha", callback=_positive, help="LoRA's alpha, instead of the recorded one."),
 ]
-DataRoot = Annotated[
-    str | None,
-    typer.Option("--data-root", help="The directory in which dataset names are looked up."),
-]
+DATA_ROOT = Path("data_to_lora/cs")
+_data_root = typer.Option("--data-root", help="The directory in which dataset names are looked up.")
+DataRoot = Annotated[Path, _data_root]
+OtherDataRoot = Annotated[Path | None, _data_root]
+"""Instead of that of the configuration."""
+EvalBatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows per forward pass.")]
 TemplateKwargs = Annotated[
     str | None,
     typer.Option(
@@ -155,6 +156,8 @@ def with_old_files(
 
 def parsed_object(text: str, option: str) -> dict[str, Any]:
     """Returns the JSON object that is given to an option. Raises UsageError for anything else."""
+    from loragen.core.contents import JSON_ERRORS, json_problem
+
     try:
         found = json.loads(text)
     except JSON_ERRORS as error:

@@ -6,16 +6,21 @@ greedy decoding, without decoding. Where the first other token already excludes 
 counts, the row is wrong; only the few rows in between are decoded on from there.
 """
 
+import shlex
 import time
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from loragen.core.adapter import weights_in
+from loragen.core.adapter.files import read_config
+from loragen.core.base.names import absolute_base, is_gguf, resolve_base
 from loragen.core.data.chat import (
     answer_ids,
     check_embeddings,
@@ -27,6 +32,7 @@ from loragen.core.data.chat import (
 )
 from loragen.core.data.dataset import Row, allowed_answers, closed_answers
 from loragen.core.data.tokenize import Example
+from loragen.core.errors import UsageError
 from loragen.core.lora.packing import (
     Cost,
     answer_logits,
@@ -337,3 +343,43 @@ def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
     shipped = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     several = shipped if isinstance(shipped, list | tuple) else [shipped]
     return sorted({*end_ids(tokenizer), *(one for one in several if one is not None)})
+
+
+# ---------------------------------------------------------------------------- the harness
+
+
+def lm_eval_commands(
+    task: str,
+    adapter: Path | None,
+    base_model: str | None,
+    batch_size: int,
+    limit: int | None,
+    trust_remote_code: bool,
+) -> list[str]:
+    """Returns the command lines by which lm-evaluation-harness evaluates the base and, if there is
+    one, the adapter, which has to be a PEFT directory, or a run with one.
+
+    `task` is the name of a dataset, whose `-` are `_` in the harness. Raises UsageError for another
+    form of the adapter, and if the base is not known.
+    """
+    peft = None
+    if adapter:
+        peft = next((d for d in (adapter, adapter / "adapter") if weights_in(d)), None)
+        if peft is None:
+            raise UsageError(
+                f"{adapter}: lm-evaluation-harness reads PEFT directories; make one: loragen lora "
+                f"export {adapter} --output DIR"
+            )
+        base_model = base_model or read_config(peft).get("base_model_name_or_path")
+    if not base_model:
+        raise UsageError("--base-model: no base model is recorded; give one")
+    base = absolute_base(resolve_base(base_model))
+    arguments = f"pretrained={base}"
+    if is_gguf(base):
+        arguments = f"pretrained={Path(base).parent},gguf_file={Path(base).name}"
+    if trust_remote_code:
+        arguments += ",trust_remote_code=True"
+    rest = ["--tasks", task.replace("-", "_"), "--apply_chat_template"]
+    rest += ["--batch_size", str(batch_size), *(("--limit", str(limit)) if limit else ())]
+    models = [arguments, *([f"{arguments},peft={peft.absolute()}"] if peft else [])]
+    return [shlex.join(["lm_eval", "--model", "hf", "--model_args", one, *rest]) for one in models]

@@ -131,7 +131,7 @@ def write_mappings(
 ) -> None:
     """Writes `checkpoint_mapping_<dataset>.json`, the lines of each checkpoint's own step, and
     `line_checkpoint_mapping_<dataset>.json`, the checkpoints whose own step has a line."""
-    checkpoints = {
+    checkpoints: dict[str, Any] = {
         checkpoint_name(step): {
             "step": step,
             "stage": rate.stage,
@@ -141,9 +141,9 @@ def write_mappings(
         for step, rate in rates.items()
     }
     by_line: dict[int, list[str]] = defaultdict(list)
-    for step in rates:
-        for line in dict.fromkeys(provenance.lines_of(step)):
-            by_line[line].append(checkpoint_name(step))
+    for name, checkpoint in checkpoints.items():
+        for line in dict.fromkeys(checkpoint["lines"]):
+            by_line[line].append(name)
     folder = directory / TRACKING
     write_json(folder / f"checkpoint_mapping_{dataset}.json", checkpoints)
     write_json(

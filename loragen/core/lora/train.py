@@ -29,6 +29,8 @@ from loragen.core.adapter.files import (
 )
 from loragen.core.base.checkpointing import gradient_checkpointing
 from loragen.core.base.load import (
+    DTYPES,
+    PRECISION_DTYPES,
     LanguageModel,
     dtype_name,
     empty_base,
@@ -54,9 +56,6 @@ from loragen.core.run.loop import Interruption, RunSession, StepSeeds, fit, make
 from loragen.core.run.resume import ResumePoint
 
 log = logging.getLogger(__name__)
-
-PRECISION_BYTES = {"bf16-true": 2, "64-true": 8}
-"""The bytes of an adapter's value in training, where they are not 4."""
 
 
 def train_adapter(
@@ -303,8 +302,12 @@ def _matrices(model: Any) -> list[tuple[int, int]]:
 def training_bytes(config: LoraTrainConfig, values: int, trained: int) -> int:
     """Returns the memory that an adapter takes in training: its values, and the gradients and both
     moments of AdamW of those that train. The base and activations are not counted."""
-    width = PRECISION_BYTES.get(config.trainer.precision, 4)
-    return width * (values + 3 * trained)
+    return _width(config) * (values + 3 * trained)
+
+
+def _width(config: LoraTrainConfig) -> int:
+    """Returns the bytes of an adapter's value in training."""
+    return DTYPES[PRECISION_DTYPES.get(config.trainer.precision, "float32")].itemsize
 
 
 def check_memory(config: LoraTrainConfig, values: int, trained: int) -> None:
@@ -339,7 +342,7 @@ def checkpoint_sizes(config: LoraTrainConfig, values: int, trained: int) -> list
     """Returns the size (bytes) of the tensors in each checkpoint that a run keeps, in the order of
     steps, for an adapter of so many `values`, of which `trained` train."""
     settings, last = config.checkpoints, config.training.max_steps
-    width = PRECISION_BYTES.get(config.trainer.precision, 4)
+    width = _width(config)
     moments = 2  # of AdamW, each as large as the adapter
     return [
         width * (values + moments * trained * settings.carries_optimizer(final=step == last))

@@ -3,7 +3,6 @@
 import json
 import logging
 import pickle
-import shlex
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -26,7 +25,6 @@ from loragen.core.adapter.files import (
     read_config,
     read_safetensors,
 )
-from loragen.core.base.names import absolute_base, is_gguf, resolve_base
 from loragen.core.contents import SNIFFED, nature
 from loragen.core.errors import DataError, LoragenError, UsageError, listing, one_line
 from loragen.core.files import written_atomically
@@ -141,43 +139,6 @@ def instead(path: Path) -> str:
         return f"; name one of those in it: {listing(inside, 3)}"
     whole = (path / "config.json").is_file()
     return "; it is a whole model: name it as --base-model, with --no-adapter" if whole else ""
-
-
-def lm_eval_commands(
-    task: str,
-    adapter: Path | None,
-    base_model: str | None,
-    batch_size: int,
-    limit: int | None,
-    trust_remote_code: bool,
-) -> list[str]:
-    """Returns the command lines by which lm-evaluation-harness evaluates the base and, if there is
-    one, the adapter, which has to be a PEFT directory, or a run with one.
-
-    `task` is the name of a dataset, whose `-` are `_` in the harness. Raises UsageError for another
-    form of the adapter, and if the base is not known.
-    """
-    peft = None
-    if adapter:
-        peft = next((d for d in (adapter, adapter / "adapter") if weights_in(d)), None)
-        if peft is None:
-            raise UsageError(
-                f"{adapter}: lm-evaluation-harness reads PEFT directories; make one: loragen lora "
-                f"export {adapter} --output DIR"
-            )
-        base_model = base_model or read_config(peft).get("base_model_name_or_path")
-    if not base_model:
-        raise UsageError("--base-model: no base model is recorded; give one")
-    base = absolute_base(resolve_base(base_model))
-    arguments = f"pretrained={base}"
-    if is_gguf(base):
-        arguments = f"pretrained={Path(base).parent},gguf_file={Path(base).name}"
-    if trust_remote_code:
-        arguments += ",trust_remote_code=True"
-    rest = ["--tasks", task.replace("-", "_"), "--apply_chat_template"]
-    rest += ["--batch_size", str(batch_size), *(("--limit", str(limit)) if limit else ())]
-    models = [arguments, *([f"{arguments},peft={peft.absolute()}"] if peft else [])]
-    return [shlex.join(["lm_eval", "--model", "hf", "--model_args", one, *rest]) for one in models]
 
 
 def is_run_or_adapter(path: Path) -> bool:
