@@ -17,22 +17,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
-from loragen.core.contents import is_stream, read_bytes
+from loragen.core.contents import read_bytes
 from loragen.core.data.documents import (
     HUB_ID,
     SAVED,
+    SPLITS,
     SUFFIXES,
+    DataFile,
     Document,
     HubDataset,
-    SavedDataset,
     Shards,
     Source,
+    Table,
     file_documents,
-    location,
     may_hold_rows,
     parsed_source,
     place,
-    read_table,
     saved_dataset,
     table_documents,
     text_lines,
@@ -43,7 +43,6 @@ from loragen.core.files import absent, bounded_name, path_problem
 
 log = logging.getLogger(__name__)
 
-SPLITS = ("train", "test", "val")
 MAX_SHOWN = 5
 """The number of bad rows that an error or a warning names."""
 MAX_CLOSED_ANSWERS = 16
@@ -213,11 +212,12 @@ class Dataset:
     formats and prompts come from those bytes.
     """
 
-    def __init__(self, source: Source, name: str | None = None) -> None:
-        self.source = source
-        named = name or (_name_of(source) if isinstance(source, Path) else source.name)
-        self.name = bounded_name(named)
-        self.is_stream = isinstance(source, Path) and is_stream(source)
+    def __init__(self, source: Source | Path, name: str | None = None) -> None:
+        self.source = DataFile(source) if isinstance(source, Path) else source
+        self.name = bounded_name(name or self.source.name)
+        self.file = self.source.path if isinstance(self.source, DataFile) else None
+        """The file, or stream, if it is a single one."""
+        self.is_stream = isinstance(self.source, DataFile) and self.source.is_stream
         self._warned = False
 
     @classmethod
@@ -236,16 +236,17 @@ class Dataset:
         if not name_or_file.strip():
             raise UsageError("no dataset: its name is empty; give a name or a file")
         source = parsed_source(name_or_file, split)
-        if not isinstance(source, Path) or is_stream(source):
+        if not isinstance(source, DataFile) or source.is_stream:
             return cls(source)
-        if problem := path_problem(source):
+        path = source.path
+        if problem := path_problem(path):
             raise UsageError(f"dataset '{name_or_file:.60}...': {problem}")
-        if source.is_file():
+        if path.is_file():
             return cls(source)
-        if source.suffix.lower() in SUFFIXES:
+        if source.suffix in SUFFIXES:
             raise UsageError(f"{source}: no such file")
-        folders = [root / source] if source.name else []  # "." names a folder, but no dataset
-        folders += [source.absolute()] if source.is_dir() else []
+        folders = [root / path] if path.name else []  # "." names a folder, but no dataset
+        folders += [path.absolute()] if path.is_dir() else []
         for folder in folders:
             found = _files_of(folder.name, folder.parent, split)
             if len(found) > 1:
@@ -255,7 +256,7 @@ class Dataset:
                 return cls(found[0], folder.name)
             if several := saved_dataset(folder, split) or _shards_in(folder, split):
                 return cls(several, folder.name)
-        if re.fullmatch(HUB_ID, name_or_file) and not source.is_dir():
+        if re.fullmatch(HUB_ID, name_or_file) and not path.is_dir():
             log.info("%s: no file, and no name below %s; asking the hub", name_or_file, root)
             return cls(HubDataset(name_or_file, None, split))
         raise _unknown(folders[-1].name, folders[-1].parent, split)
@@ -266,7 +267,12 @@ class Dataset:
     @property
     def location(self) -> str:
         """The absolute path or hub id, from which `Dataset.at` opens the dataset anywhere."""
-        return location(self.source)
+        return self.source.location
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether its file or directory is not there; the hub is not asked."""
+        return self.source.is_missing
 
     @cached_property
     def sha256(self) -> str:
@@ -274,7 +280,7 @@ class Dataset:
 
         Raises UsageError if the dataset is missing.
         """
-        if not isinstance(self.source, Path):
+        if self.file is None:
             return self._contents.sha256
         return hashlib.sha256(self._content).hexdigest()
 
@@ -339,10 +345,7 @@ class Dataset:
         """
         prompts, bad = self._found_prompts(of_rows)
         if bad and not (skip_bad_rows and prompts):
-            known = not isinstance(self.source, Path) or self.source.suffix.lower() in (
-                *SUFFIXES,
-                ".txt",
-            )
+            known = self.file is None or self.file.suffix.lower() in (*SUFFIXES, ".txt")
             hint = "" if known else " (text, a prompt a line, is a .txt)"
             raise DataError(*bad_lines(self.source, bad, hint))
         if not prompts:
@@ -378,28 +381,28 @@ class Dataset:
 
     @cached_property
     def _content(self) -> bytes:
-        assert isinstance(self.source, Path)
-        return read_bytes(self.source)
+        assert self.file
+        return read_bytes(self.file)
 
     @cached_property
     def _contents(self) -> _Contents:
-        found, digest = _Contents(), hashlib.sha256()
-        if isinstance(self.source, HubDataset | SavedDataset):
-            table = read_table(self.source)
+        digest = hashlib.sha256()
+        if isinstance(self.source, Table):
+            table = self.source.rows()
             found = _Contents(TableRows(table))
             for document in table_documents(table, digest):
                 found.add_row(document)  # its prompts are read in a pass of their own
-            found.sha256 = digest.hexdigest()
-            return found
-        if isinstance(self.source, Shards):
-            for document in self.source.documents(digest):
+        else:
+            found = _Contents()
+            documents = self.source.documents(digest)
+            if self.file:  # whose bytes are read already, if they were hashed
+                self.sha256  # noqa: B018  # hashed before the bytes are freed
+                documents = file_documents(self.file, self._content)
+            for document in documents:
                 found.add(document)
+        if self.file is None:
             found.sha256 = digest.hexdigest()
-            return found
-        self.sha256  # noqa: B018  # hashed before the bytes are freed
-        for document in file_documents(self.source, self._content):
-            found.add(document)
-        if not self._is_text:
+        elif not self._is_text:
             del self._content
         return found
 
@@ -408,14 +411,14 @@ class Dataset:
         """Whether the source has a prompt a line: a .txt file, or a stream without JSON in it."""
         if self.is_stream:
             return not re.match(rb"(\xef\xbb\xbf)?\s*[{[]|PAR1", self._content)
-        return isinstance(self.source, Path) and self.source.suffix.lower() == ".txt"
+        return self.file is not None and self.file.suffix.lower() == ".txt"
 
     def _found_prompts(self, of_rows: bool) -> tuple[list[Prompt], list[BadRow]]:
-        if isinstance(self.source, Path) and not of_rows:
-            if not self.is_stream and not self.source.is_file():
-                raise UsageError(absent(self.source, "prompt file"))
+        if self.file and not of_rows:
+            if self.is_missing:
+                raise UsageError(absent(self.file, "prompt file"))
             if self._is_text:
-                lines = list(text_lines(self.source, self._content))
+                lines = list(text_lines(self.file, self._content))
                 if lines and not self.is_stream and _is_row(lines[0][1]):
                     log.warning(
                         "%s: its lines are rows in JSON, and each is read as a prompt because the "
@@ -493,7 +496,7 @@ def dataset_names(root: Path, split: str = "train") -> list[str]:
     """Returns the names of the datasets below `root` that have a file for the split."""
     entries = list(root.iterdir()) if root.is_dir() else []
     names = {
-        entry.name if entry.is_dir() else _name_of(entry)
+        entry.name if entry.is_dir() else DataFile(entry).name
         for entry in entries
         if entry.is_dir() or may_hold_rows(entry)
     }
@@ -558,14 +561,3 @@ def _unknown(name: str, root: Path, split: str) -> UsageError:
     return UsageError(
         f"unknown dataset '{name}'.{did_you_mean(name, known)} In {root}: {listing(known)}"
     )
-
-
-def _name_of(file: Path) -> str:
-    """Returns `arc` for `arc_train_formatted.jsonl`, `colors` for `colors/train.jsonl`, `stdin` for
-    a stream."""
-    if is_stream(file):
-        return "stdin"
-    stem = file.stem.removesuffix("_formatted")
-    for split in SPLITS:
-        stem = stem.removesuffix(f"_{split}")
-    return file.absolute().parent.name if stem in SPLITS else stem

@@ -1,8 +1,8 @@
 """The documents of a dataset: the values in a file or a hub dataset in order, with their lines.
 
-A document is the value of one line, list item, CSV record or hub row; `formats` interprets it. A
-file, several files as one dataset, a dataset that the `datasets` library has saved, and one of the
-hub are each a `Source`.
+A document is the value of one line, list item, CSV record or hub row; `formats` interprets it. It
+comes from a `Source`: a file, several files as one dataset, a dataset that the `datasets` library
+has saved, or one of the hub.
 """
 
 import csv
@@ -13,6 +13,7 @@ import json
 import mmap
 import re
 import sys
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,7 @@ from loragen.core.errors import DataError, UsageError, first_line, listing, pip_
 from loragen.core.files import file_name, natural_key, path_problem, user_path
 from loragen.core.hub import hub_problem
 
+SPLITS = ("train", "test", "val")
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 WRAPPERS = ("examples", "data", "Instances")
 """Keys under which a JSON file may have the list of its rows."""
@@ -65,8 +67,97 @@ class Document(NamedTuple):
     problem: str | None = None
 
 
+class Source(ABC):
+    """Where a dataset is read from; as a text, how its user names it."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """A name of the dataset that can be part of a run directory's name."""
+
+    @property
+    def location(self) -> str:
+        """The text from which `parsed_source` finds the source in any working directory."""
+        return str(Path(str(self)).absolute())
+
+    @property
+    @abstractmethod
+    def is_missing(self) -> bool:
+        """Whether its file or directory is not there; the hub is not asked."""
+
+    @abstractmethod
+    def documents(self, digest: Any = None) -> Iterator[Document]:
+        """Yields every document in order. The hash `digest` gets the rows, or the bytes of a file.
+
+        Raises UsageError for a missing file or package, DataError if nothing can be read.
+        """
+
+    def place(self, line: int) -> str:
+        """Returns where a document is, for errors: `file:line`."""
+        return f"{self}:{line}"
+
+
 @dataclass(frozen=True)
-class HubDataset:
+class DataFile(Source):
+    """A file, or a stream; one with an unknown suffix has JSON lines."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """`arc` for `arc_train_formatted.jsonl`, `colors` for `colors/train.jsonl`, `stdin` for a
+        stream."""
+        if self.is_stream:
+            return "stdin"
+        stem = self.path.stem.removesuffix("_formatted")
+        for split in SPLITS:
+            stem = stem.removesuffix(f"_{split}")
+        return self.path.absolute().parent.name if stem in SPLITS else stem
+
+    @property
+    def suffix(self) -> str:
+        """The suffix of its name, in lower case."""
+        return self.path.suffix.lower()
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether it is there for this command alone."""
+        return is_stream(self.path)
+
+    @property
+    def location(self) -> str:
+        return str(self) if self.is_stream else super().location
+
+    @property
+    def is_missing(self) -> bool:
+        return not self.is_stream and not self.path.is_file()
+
+    def documents(self, digest: Any = None) -> Iterator[Document]:
+        content = read_bytes(self.path)
+        if digest:
+            digest.update(content)
+        yield from file_documents(self.path, content)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+class Table(Source):
+    """A source whose rows the `datasets` library has in columns on the disk."""
+
+    @abstractmethod
+    def rows(self) -> Sequence[dict[str, Any]]:
+        """Returns the rows, which are read from the disk when they are used.
+
+        Raises UsageError if there is none, DataError if it cannot be read.
+        """
+
+    def documents(self, digest: Any = None) -> Iterator[Document]:
+        yield from table_documents(self.rows(), digest)
+
+
+@dataclass(frozen=True)
+class HubDataset(Table):
     """A dataset of the Hugging Face hub, as `hub:owner/name[:config][@split]`."""
 
     id: str
@@ -75,8 +166,19 @@ class HubDataset:
 
     @property
     def name(self) -> str:
-        """A name that can be part of a run directory's name; the hub allows any text."""
+        """The hub allows any text; this can be part of a file's name."""
         return file_name("-".join(filter(None, (self.id.rpartition("/")[2], self.config))))
+
+    @property
+    def location(self) -> str:
+        return str(self)
+
+    @property
+    def is_missing(self) -> bool:
+        return False
+
+    def rows(self) -> Sequence[dict[str, Any]]:
+        return read_hub(self)
 
     def __str__(self) -> str:
         config = f":{self.config}" if self.config else ""
@@ -84,7 +186,7 @@ class HubDataset:
 
 
 @dataclass(frozen=True)
-class SavedDataset:
+class SavedDataset(Table):
     """One split that the `datasets` library has written with `save_to_disk`."""
 
     path: Path
@@ -94,12 +196,19 @@ class SavedDataset:
         folder = self.path.absolute()
         return folder.parent.name if (folder.parent / SAVED_SPLITS).is_file() else folder.name
 
+    @property
+    def is_missing(self) -> bool:
+        return not self.path.is_dir()
+
+    def rows(self) -> Sequence[dict[str, Any]]:
+        return read_saved(self.path)
+
     def __str__(self) -> str:
         return str(self.path)
 
 
 @dataclass(frozen=True)
-class Shards:
+class Shards(Source):
     """Several files as one dataset: those that a pattern such as `rows/part-*.jsonl` matches, in
     natural order. Lines are counted as if one file held all of them."""
 
@@ -110,8 +219,8 @@ class Shards:
     @property
     def files(self) -> list[Path]:
         """The files. Raises UsageError if there are none."""
-        names = glob.glob(str(self.pattern), recursive=True)  # noqa: PTH207  # may be absolute
-        files = [Path(name) for name in sorted(names, key=natural_key) if Path(name).is_file()]
+        names = sorted(self._matching, key=natural_key)
+        files = [Path(name) for name in names if Path(name).is_file()]
         if not files:
             raise UsageError(f"{self.pattern}: no such files")
         kinds = sorted({file.suffix.lower() for file in files})
@@ -130,7 +239,15 @@ class Shards:
         own = self.pattern.absolute().parent.name
         return file_name((own if start.lower() in parts else start) or "shards")
 
-    def documents(self, digest: Any = None) -> Iterator["Document"]:
+    @property
+    def _matching(self) -> list[str]:
+        return glob.glob(str(self.pattern), recursive=True)  # noqa: PTH207  # may be absolute
+
+    @property
+    def is_missing(self) -> bool:
+        return not self._matching
+
+    def documents(self, digest: Any = None) -> Iterator[Document]:
         """Yields the documents of all files; `digest` gets the hash of each file's bytes."""
         self._ends.clear()
         start = 0
@@ -154,9 +271,6 @@ class Shards:
         return str(self.pattern)
 
 
-Source = Path | HubDataset | SavedDataset | Shards
-
-
 def parsed_source(text: str, split: str = "train") -> Source:
     """Returns the source that `hub:owner/name[:config][@split]`, a path, or a pattern with `*`
     names.
@@ -167,7 +281,7 @@ def parsed_source(text: str, split: str = "train") -> Source:
         path = user_path(text)
         if glob.has_magic(text) and path_problem(path) is None and not path.exists():
             return Shards(path)
-        return saved_dataset(path, split) or path
+        return saved_dataset(path, split) or DataFile(path)
     parts = re.fullmatch(rf"hub:({HUB_ID})(?::([^\s:@/\\]+))?(?:@(\S+))?", text)
     if parts is None:
         raise UsageError(f"{text}: expected hub:owner/name, hub:owner/name:config or ...@split")
@@ -191,48 +305,9 @@ def saved_dataset(folder: Path, split: str) -> SavedDataset | None:
     raise UsageError(f"{folder}: no split '{split}' was saved in it; there is {listing(splits)}")
 
 
-def location(source: Source) -> str:
-    """Returns the text from which `parsed_source` finds the source in any working directory."""
-    on_disk = not isinstance(source, HubDataset) and not (
-        isinstance(source, Path) and is_stream(source)
-    )
-    return str(Path(str(source)).absolute() if on_disk else source)
-
-
 def place(source: Source | str, line: int) -> str:
-    """Returns where a document is, for errors: `file:line`."""
-    return source.place(line) if isinstance(source, Shards) else f"{source}:{line}"
-
-
-def missing_source(source: Source) -> bool:
-    """Returns whether there is no file or directory of a source; the hub is not asked."""
-    if isinstance(source, Shards):
-        return not glob.glob(str(source.pattern), recursive=True)  # noqa: PTH207
-    if isinstance(source, SavedDataset):
-        return not source.path.is_dir()
-    return isinstance(source, Path) and not source.is_file()
-
-
-def read_documents(source: Source, digest: Any = None) -> Iterator[Document]:
-    """Yields every document in order; a file with an unknown suffix is read as JSON lines. The hash
-    `digest` gets the rows, or the bytes of the files.
-
-    Raises UsageError for a missing file or package, DataError if nothing can be read.
-    """
-    if isinstance(source, Path):
-        yield from file_documents(source, read_bytes(source))
-    elif isinstance(source, Shards):
-        yield from source.documents(digest)
-    else:
-        yield from table_documents(read_table(source), digest)
-
-
-def read_table(source: HubDataset | SavedDataset) -> Sequence[dict[str, Any]]:
-    """Returns the rows of a table, which are read from the disk when they are used.
-
-    Raises UsageError if there is none, DataError if it cannot be read.
-    """
-    return read_saved(source.path) if isinstance(source, SavedDataset) else read_hub(source)
+    """Returns where a document is, for errors: `file:line`; of rows from no source, `text:line`."""
+    return f"{source}:{line}" if isinstance(source, str) else source.place(line)
 
 
 def table_documents(table: Sequence[Any], digest: Any = None) -> Iterator[Document]:
@@ -394,7 +469,7 @@ def _json(file: Path, content: bytes) -> Iterator[Document]:
 def may_hold_rows(file: Path) -> bool:
     """Returns False for a `.json` file that is an object without a list of rows in it, such as a
     table of what the datasets beside it are; it is not parsed, and read up to the list at most."""
-    if file.suffix != ".json" or not file.is_file() or not file.stat().st_size:
+    if file.suffix.lower() != ".json" or not file.is_file() or not file.stat().st_size:
         return True
     wrapped = rb'"(?:' + "|".join(WRAPPERS).encode() + rb')"\s*:\s*\['
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as held:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loragen.core.contents import read_json, record_of
 from loragen.core.data.dataset import Dataset, Prompt
-from loragen.core.data.documents import read_documents
+from loragen.core.data.documents import DataFile
 from loragen.core.errors import DataError, UsageError, did_you_mean, listing
 from loragen.core.files import write_json, write_text
 from loragen.core.outputs import (
@@ -285,7 +285,7 @@ def read_prepared(directory: Path) -> PreparedPrompts:
     groups: dict[str, PromptGroups] = defaultdict(lambda: PromptGroups([], []))
     for name in (TRAIN, VAL):
         file = directory / name
-        for line, value, problem in read_documents(file):
+        for line, value, problem in DataFile(file).documents():
             try:
                 if problem:
                     raise DataError(f"{file}:{line}: {problem}")

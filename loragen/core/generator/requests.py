@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from loragen.core.adapter import refuse_existing_adapter
 from loragen.core.data.dataset import BadRow, Dataset, bad_lines
-from loragen.core.data.documents import Source, read_documents
+from loragen.core.data.documents import DataFile, Source
 from loragen.core.data.formats import question_of
 from loragen.core.errors import DataError, UsageError, listing
 from loragen.core.files import file_name
@@ -68,10 +68,10 @@ def requests(
 def _labelled_prompts(source: Source, field: str) -> Iterator[tuple[str, str]]:
     """Yields (value of the field, prompt) for every row; a row of `data prepare` has several
     prompts."""
-    if isinstance(source, Path) and source.suffix.lower() == ".txt":
+    if isinstance(source, DataFile) and source.suffix == ".txt":
         raise UsageError(f"{source}: --per {field} needs rows with fields; a .txt file has none")
     found, bad = [], []
-    for line, value, problem in read_documents(source):
+    for line, value, problem in source.documents():
         row = value if isinstance(value, dict) else {}
         label, several = row.get(field), row.get("prompts")
         try:

@@ -16,10 +16,9 @@ from loragen.core.adapter import weights_in
 from loragen.core.base.names import is_path, resolve_base
 from loragen.core.config.load import Problem, problems_at
 from loragen.core.config.schema import GenDataSection, GenTrainConfig, SourceSection
-from loragen.core.contents import is_stream
 from loragen.core.data.batches import train_val_split
 from loragen.core.data.dataset import Dataset
-from loragen.core.data.documents import NO_STREAM, missing_source, parsed_source
+from loragen.core.data.documents import NO_STREAM, DataFile, parsed_source
 from loragen.core.data.prompts import (
     PreparedPrompts,
     PromptGroups,
@@ -117,7 +116,7 @@ class TrainingSource:
                 "convert again with --dataset"
             )
         where, hint = f"{self.run.directory}: its dataset {self.labels}", "name one: prompts: FILE"
-        if missing_source(self.labels.source):
+        if self.labels.is_missing:
             raise UsageError(f"{where} is missing; {hint}")
         if self.labels.sha256 != self.run.manifest.dataset.sha256:
             raise DataError(f"{where} has changed since the run; {hint}")
@@ -516,9 +515,9 @@ def _directory_named(section: SourceSection) -> Path:
 
 def _check_prompts(text: str) -> None:
     source = parsed_source(text)
-    if isinstance(source, Path) and is_stream(source):
+    if isinstance(source, DataFile) and source.is_stream:
         raise UsageError(f"{source}: {NO_STREAM}")
-    if isinstance(source, Path) and not source.exists():
+    if isinstance(source, DataFile) and not source.path.exists():
         raise UsageError(f"{source}: no such prompt file")
 
 

@@ -6,7 +6,6 @@ from random import Random
 from typing import Any
 
 from loragen.core.data.chat import log_notes
-from loragen.core.data.documents import missing_source
 from loragen.core.data.prompts import joined_text, text_key, whole_groups
 from loragen.core.data.tokenize import Example, TokenizedRows, examples_hash
 from loragen.core.errors import DataError, UsageError
@@ -135,7 +134,7 @@ def labelled_rows(
             f"{source.name}: its labelled rows are unknown, since its checkpoints are of no run "
             "with a dataset; set training.objective=reconstruction"
         )
-    if missing_source(labels.source):
+    if labels.is_missing:
         raise UsageError(f"{source.name}: its dataset {labels} is missing; its labels are needed")
     drawn = Random(f"rows:{seed}").sample(labels.good_rows, min(MAX_ROWS, len(labels.good_rows)))
     rows = TokenizedRows(drawn, tokenizer, max_length)  # the others do not train an adapter, either

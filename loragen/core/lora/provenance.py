@@ -12,7 +12,6 @@ from typing import Any
 
 from loragen.core.data.batches import batch_indices, train_val_split
 from loragen.core.data.dataset import Dataset, Row
-from loragen.core.data.documents import missing_source
 from loragen.core.errors import DataError, UsageError
 from loragen.core.files import sha256_text, write_json
 from loragen.core.plugins import create
@@ -78,7 +77,7 @@ def traced_run(run: LoraRun, dataset: Dataset | None = None) -> TracedRun:
         raise UsageError(f"{run.directory}: converted, its batches were not drawn by loragen")
     recorded = manifest.dataset
     dataset = dataset or Dataset.at(recorded.path)
-    if missing_source(dataset.source):
+    if dataset.is_missing:
         if str(dataset.source) != recorded.path:
             raise UsageError(f"{dataset}: no such file")
         raise UsageError(f"{run.directory}: the rows it was trained on are gone: {dataset}")

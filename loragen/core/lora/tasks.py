@@ -14,7 +14,7 @@ from loragen.core.config.load import Problem, problems_at
 from loragen.core.config.schema import LauncherSection, LoraDataSection
 from loragen.core.config.show import HARDWARE, differences
 from loragen.core.data.dataset import Dataset, dataset_names
-from loragen.core.data.documents import NO_STREAM, location, missing_source, parsed_source
+from loragen.core.data.documents import NO_STREAM, parsed_source
 from loragen.core.errors import Interrupted, LoragenError, UsageError, one_line
 from loragen.core.files import user_path
 from loragen.core.progress import Progress
@@ -77,8 +77,7 @@ def find_tasks(config: LoraTrainConfig, named: Sequence[str], every: bool) -> li
             problems.append(f"dataset {argument}: {NO_STREAM}")
             continue
         tasks.append(Task(dataset, argument, validation))
-        source = dataset.source
-        file = str(source.resolve()) if isinstance(source, Path) else dataset.location
+        file = str(dataset.file.resolve()) if dataset.file else dataset.location
         if file in files:
             problems.append(f"dataset {argument}: named twice; name it once")
         files.add(file)
@@ -171,7 +170,7 @@ def with_absolute_paths(config: LoraTrainConfig) -> LoraTrainConfig:
     absolute = config.model_copy(deep=True)
     absolute.base_model = absolute_base(config.base_model)
     if config.data.validation:
-        absolute.data.validation = location(parsed_source(config.data.validation))
+        absolute.data.validation = parsed_source(config.data.validation).location
     return absolute
 
 
@@ -192,7 +191,7 @@ def missing_lora_paths(config: LoraTrainConfig) -> list[Problem]:
 
 def _check_file(text: str) -> None:
     source = parsed_source(text)
-    if missing_source(source):
+    if source.is_missing:
         raise UsageError(f"{source}: no such file")
 
 

@@ -231,7 +231,7 @@ def test_a_missing_file_is_a_usage_error(tmp_path):
 
 def found(wanted, root, split="train"):
     dataset = Dataset.find(wanted, root, split)
-    return dataset.name, dataset.source
+    return dataset.name, dataset.file or dataset.source
 
 
 @pytest.fixture

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from loragen.core.data.dataset import Dataset, Row, dataset_names
 from loragen.core.data.documents import (
+    DataFile,
     HubDataset,
-    location,
     parsed_source,
-    read_documents,
 )
 from loragen.core.data.formats import Turn
 from loragen.core.errors import DataError, UsageError
@@ -91,7 +90,7 @@ def test_an_index_means_the_same_in_every_file(tmp_path):
 
 def lines(file, content):
     file.write_bytes(content.encode())
-    return [(document.line, document.value) for document in read_documents(file)]
+    return [(document.line, document.value) for document in DataFile(file).documents()]
 
 
 def test_the_line_of_a_csv_record_is_where_it_starts(tmp_path):
@@ -111,7 +110,7 @@ def test_a_long_csv_cell_is_read(tmp_path):
 
 def test_a_csv_row_of_other_length_is_a_bad_row(tmp_path):
     (tmp_path / "d.csv").write_text("prompt,response\na,b\nc\nd,e,f\n", encoding="utf-8")
-    problems = [document.problem for document in read_documents(tmp_path / "d.csv")]
+    problems = [document.problem for document in DataFile(tmp_path / "d.csv").documents()]
     assert problems == [None, "1 cells, the header has 2", "3 cells, the header has 2"]
 
 
@@ -134,7 +133,7 @@ def test_a_table_separated_by_tabs_is_read(tmp_path):
 def test_another_separator_is_said(tmp_path, name, content, reason):
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=f"{name}:1: {reason}"):
-        list(read_documents(tmp_path / name))
+        list(DataFile(tmp_path / name).documents())
 
 
 def test_a_quotation_mark_within_a_cell_is_said(tmp_path):
@@ -149,7 +148,7 @@ def test_other_encodings_are_said_by_name(tmp_path, encoding, name, file):
     text = "prompt,response\n" + text[1:] if file in ("d.tsv", "d.csv") else text
     (tmp_path / file).write_bytes(text.encode(encoding))
     with pytest.raises(DataError, match=f"{name} text; save it as UTF-8"):
-        list(read_documents(tmp_path / file))
+        list(DataFile(tmp_path / file).documents())
 
 
 @pytest.mark.parametrize(
@@ -221,7 +220,7 @@ def test_json_that_python_cannot_hold_is_a_bad_row(tmp_path, content, reason):
 def test_a_cell_that_python_cannot_hold_stays_a_text(tmp_path):
     cell = "[" * 100_000
     (tmp_path / "d.csv").write_text(f"prompt,choices\np,{cell}\n", encoding="utf-8")
-    assert next(read_documents(tmp_path / "d.csv")).value["choices"] == cell
+    assert next(DataFile(tmp_path / "d.csv").documents()).value["choices"] == cell
 
 
 def test_a_key_that_is_given_twice_costs_its_row_and_little_time(tmp_path):
@@ -230,7 +229,7 @@ def test_a_key_that_is_given_twice_costs_its_row_and_little_time(tmp_path):
     wide = "{" + "".join(f'"{key}": 1, ' for key in range(100_000)) + '"7": 2}'
     twice = '{"prompt": "p", "prompt": "q"}'
     (tmp_path / "d.json").write_text(f"[{wide}, {f'{row}, ' * 20_000}{twice}]")
-    first, *good, last = read_documents(tmp_path / "d.json")
+    first, *good, last = DataFile(tmp_path / "d.json").documents()
     assert (first.line, first.problem) == (1, "the key '7' is given twice")
     assert (len(good), good[-1].value) == (20_000, json.loads(row))
     assert (last.line, last.problem) == (20_002, "the key 'prompt' is given twice")
@@ -256,7 +255,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, name, content, reason)
         pytest.importorskip("pyarrow")
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=reason) as error:
-        list(read_documents(tmp_path / name))
+        list(DataFile(tmp_path / name).documents())
     assert str(error.value).startswith(str(tmp_path / name))
     assert "\n" not in str(error.value)
 
@@ -269,7 +268,7 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(
     (tmp_path / "d.parquet").touch()
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UsageError, match=r"pip install 'datasets\S* 'pyarrow"):
-        list(read_documents(parsed_source(source)))
+        list(parsed_source(source).documents())
 
 
 @pytest.mark.parametrize(
@@ -285,7 +284,7 @@ def test_a_hub_dataset_has_an_id_a_config_and_a_split(text, split, parts, name):
     source = parsed_source(text, split)
     assert source == HubDataset(*parts)
     assert source.name == name
-    assert parsed_source(location(source)) == source
+    assert parsed_source(source.location) == source
 
 
 @pytest.mark.parametrize(
@@ -298,16 +297,16 @@ def test_a_malformed_hub_id_is_refused(text):
 
 def test_a_file_is_found_again_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert location(parsed_source("d.csv")) == str(tmp_path / "d.csv")
+    assert parsed_source("d.csv").location == str(tmp_path / "d.csv")
 
 
 def test_a_file_may_be_in_the_home_of_the_user(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    assert location(parsed_source("~/d.csv")) == str(tmp_path / "d.csv")
+    assert parsed_source("~/d.csv").location == str(tmp_path / "d.csv")
     (tmp_path / "1.csv").touch()
     assert parsed_source("~/*.csv").files == [tmp_path / "1.csv"]
-    assert parsed_source("~none\0/d.csv") == Path("~none\0/d.csv")
+    assert parsed_source("~none\0/d.csv").path == Path("~none\0/d.csv")
 
 
 @pytest.fixture

@@ -16,14 +16,14 @@ def test_a_name_is_tested_on_its_test_split_and_gives_prompts_of_the_other(root)
     (target,) = find_targets(["colors"], root, limit=3)
     assert (target.name, len(target.rows), len(target.prompts)) == ("colors", 3, 12)
     assert target.prompts_from == "train split"
-    assert target.train.source == root / "colors" / "train.jsonl"
+    assert target.train.file == root / "colors" / "train.jsonl"
 
 
 def test_another_split_is_tested_and_gives_its_own_prompts_on_request(root):
     write_lines(root / "colors" / "unseen.jsonl", rows_of(COLORS, 5))
     (target,) = find_targets(["colors"], root, split="unseen", prompts_from="tested rows")
     assert (target.name, len(target.rows), len(target.prompts)) == ("colors", 5, 5)
-    assert target.train.source == root / "colors" / "train.jsonl"
+    assert target.train.file == root / "colors" / "train.jsonl"
 
 
 def test_prompts_of_a_train_split_need_one(root):

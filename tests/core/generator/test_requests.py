@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loragen.core.data.documents import DataFile
 from loragen.core.errors import DataError, UsageError
 from loragen.core.generator.requests import (
     Request,
@@ -22,7 +23,7 @@ ROWS = [
 def text(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\ntwo\n", encoding="utf-8")
-    return file
+    return DataFile(file)
 
 
 def test_all_prompts_make_one_adapter(text):
@@ -36,18 +37,19 @@ def test_an_adapter_for_each_line(text):
 
 
 def test_an_adapter_for_each_value_of_a_field(dataset):
-    result = requests((), [dataset(ROWS)], "dataset", None)
+    result = requests((), [DataFile(dataset(ROWS))], "dataset", None)
     assert result == [Request("colors", ["red?", "blue?"]), Request("animals-wild", ["cat?"])]
 
 
 def test_a_prepared_line_has_several_prompts(dataset):
     line = {"prompt": "a\n\nb", "prompts": ["a", "b"], "dataset": "letters", "lines": [1, 2]}
-    assert requests((), [dataset([line])], "dataset", None) == [Request("letters", ["a", "b"])]
+    source = DataFile(dataset([line]))
+    assert requests((), [source], "dataset", None) == [Request("letters", ["a", "b"])]
 
 
 def test_a_missing_field_is_an_error_with_its_line(dataset):
     with pytest.raises(DataError, match=r"colors\.jsonl:2: .*'dataset'"):
-        requests((), [dataset([ROWS[0], {"prompt": "x"}])], "dataset", None)
+        requests((), [DataFile(dataset([ROWS[0], {"prompt": "x"}]))], "dataset", None)
 
 
 def test_fields_need_rows(text):

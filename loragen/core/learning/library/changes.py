@@ -24,7 +24,6 @@ from filelock import FileLock, Timeout
 from loragen.core.adapter import CARD, refuse_existing_adapter
 from loragen.core.base.names import absolute_base
 from loragen.core.data.dataset import Dataset, Row
-from loragen.core.data.documents import missing_source
 from loragen.core.errors import DataError, LoragenError, UsageError, listing
 from loragen.core.files import (
     UNFINISHED,
@@ -212,7 +211,7 @@ def _prompts_of(
     hint = "give --prompts FILE"
     if options.prompts is not None:
         dataset = Dataset.at(options.prompts)
-        if missing_source(dataset.source):
+        if dataset.is_missing:
             raise UsageError(f"--prompts: {options.prompts}: no such file")
         return dataset
     if entry:
@@ -220,7 +219,7 @@ def _prompts_of(
     if run is None or not run.manifest.dataset.path:
         raise UsageError(f"{source}: the prompts that it was trained on are not known; {hint}")
     dataset = Dataset.at(run.manifest.dataset.path)
-    if missing_source(dataset.source):
+    if dataset.is_missing:
         raise UsageError(f"{source}: its dataset {dataset} is missing; {hint}")
     if dataset.sha256 != run.manifest.dataset.sha256:
         raise DataError(f"{source}: its dataset {dataset} has changed since the run; {hint}")

@@ -17,7 +17,6 @@ from pydantic import BaseModel, FiniteFloat
 from loragen.core.adapter import CARD
 from loragen.core.contents import read_json, record_of
 from loragen.core.data.dataset import Dataset
-from loragen.core.data.documents import missing_source
 from loragen.core.data.prompts import joined_text, random_groups, text_key
 from loragen.core.errors import DataError, UsageError, did_you_mean, listing
 from loragen.core.files import natural_key
@@ -196,7 +195,7 @@ class AdapterLibrary:
         import torch
 
         dataset = Dataset.at(like)
-        if missing_source(dataset.source):
+        if dataset.is_missing:
             raise UsageError(f"--like: {like}: no such file")
         prompts = dataset.prompts()
         assert self.record is not None  # `open` has checked it
