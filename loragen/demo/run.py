@@ -247,7 +247,6 @@ def _lora_config(runs: Path, seed: int, **sections: Any) -> LoraTrainConfig:
         "base_model": DEMO,
         "seed": seed,
         "runs_dir": str(runs),
-        "final_model": "none",
         "lora": {"rank": 4, "alpha": 32},
         "trainer": {"accelerator": "cpu"},
     }

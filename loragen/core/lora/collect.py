@@ -11,19 +11,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from loragen.core.config import LoraTrainConfig
 from loragen.core.errors import Interrupted, LoragenError, UsageError, one_line, pip_install
 from loragen.core.lora.tasks import Task, TaskOutcome, earlier_runs, with_absolute_paths
-from loragen.core.lora.worker import JobResult, Launcher, StatusFile, TrainingJob, Worker, run_job
+from loragen.core.lora.worker import JobResult, StatusFile, TrainingJob, run_job
 from loragen.core.outputs import check_writable
 from loragen.core.progress import Progress
 from loragen.core.run.directory import LoraManifest, Run
@@ -108,13 +108,13 @@ def _train(
     if config.launcher.name == "ray":
         with ray_cluster(config) as launcher:
             yield from _train_in_workers(config, tasks, progress, launcher)
-    elif several and _needs_workers(config):
+    elif several and needs_workers(config):
         yield from _train_in_workers(config, tasks, progress, Launcher(Subprocess))
     else:
         yield from _train_in_this_process(config, tasks, progress)
 
 
-def _needs_workers(config: LoraTrainConfig) -> bool:
+def needs_workers(config: LoraTrainConfig) -> bool:
     """Returns whether Lightning would start the processes of further devices itself.
 
     It does so by running the command again, once for all datasets, and after a dataset that failed
@@ -122,12 +122,12 @@ def _needs_workers(config: LoraTrainConfig) -> bool:
     """
     if _launched_externally():
         return False
-    devices = config.trainer.devices
-    if devices in ("auto", "-1", -1):
+    several = config.trainer.devices not in (1, "1")
+    if config.trainer.devices in ("auto", "-1", -1):
         import torch
 
-        return torch.cuda.device_count() > 1
-    return devices not in (1, "1") or config.trainer.num_nodes > 1
+        several = config.trainer.accelerator != "cpu" and torch.cuda.device_count() > 1
+    return several or config.trainer.num_nodes > 1
 
 
 def _launched_externally() -> bool:
@@ -163,6 +163,34 @@ def _train_in_this_process(
 
 
 # ---------------------------------------------------------------------------- worker processes
+
+
+class Worker(Protocol):
+    """A worker process, as its parent sees it."""
+
+    def is_running(self) -> bool: ...
+
+    def interrupt(self) -> None:
+        """Makes the worker save its step and end."""
+
+    def kill(self) -> None:
+        """Ends the worker by force."""
+
+    def exit_reason(self) -> str:
+        """Returns why the worker has ended without a result."""
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Starts workers, as subprocesses or as tasks of a Ray cluster."""
+
+    start: Callable[[TrainingJob, StatusFile], Worker]
+    folder: Path | None = None
+    """A directory that the workers see, for their status files; None: any temporary one."""
+    max_concurrent: int = 1
+    max_retries: int = 0
+    grace_seconds: float = inf
+    """The time in which an interrupted worker has to save its step."""
 
 
 @dataclass

@@ -8,13 +8,11 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from textwrap import shorten
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
@@ -85,34 +83,6 @@ class StatusFile:
                     return
                 self._position += len(line)
                 yield WorkerReport.model_validate_json(line)
-
-
-class Worker(Protocol):
-    """A worker process, as its parent sees it."""
-
-    def is_running(self) -> bool: ...
-
-    def interrupt(self) -> None:
-        """Makes the worker save its step and end."""
-
-    def kill(self) -> None:
-        """Ends the worker by force."""
-
-    def exit_reason(self) -> str:
-        """Returns why the worker has ended without a result."""
-
-
-@dataclass(frozen=True)
-class Launcher:
-    """Starts workers, as subprocesses or as tasks of a Ray cluster."""
-
-    start: Callable[[TrainingJob, StatusFile], Worker]
-    folder: Path | None = None
-    """A directory that the workers see, for their status files; None: any temporary one."""
-    max_concurrent: int = 1
-    max_retries: int = 0
-    grace_seconds: float = inf
-    """The time in which an interrupted worker has to save its step."""
 
 
 class _Reporter(Silent, logging.Handler):

@@ -15,7 +15,7 @@ from loragen.core.base.load import load_training_base
 from loragen.core.config import LoraTrainConfig, load
 from loragen.core.data.dataset import Dataset
 from loragen.core.errors import DataError, Interrupted, UsageError
-from loragen.core.lora.collect import collect
+from loragen.core.lora.collect import collect, needs_workers
 from loragen.core.lora.tasks import Task, earlier_runs, find_tasks
 from loragen.core.lora.train import (
     LoraPoint,
@@ -67,7 +67,7 @@ def named(dataset):
 
 
 def bad(task):
-    task.dataset.source.write_text('{"prompt": "p"}\n', encoding="utf-8")
+    task.dataset.file.write_text('{"prompt": "p"}\n', encoding="utf-8")
 
 
 class TestTasks:
@@ -76,7 +76,7 @@ class TestTasks:
         found = find_tasks(config, [], every=True)
         assert [task.name for task in found] == ["animals", "colors"]
         files = [collection.file(name) for name in collection.names]
-        assert [task.dataset.source for task in found] == files
+        assert [task.dataset.file for task in found] == files
 
     def test_the_configuration_names_a_collection(self, lora_config, collection):
         file = str(collection.file("animals"))
@@ -277,6 +277,26 @@ def test_several_devices_train_each_dataset_in_a_worker(
     assert [one["dataset"]["name"] for one in documents] == ["one", "two"]
     assert len(list((tmp_path / "runs").iterdir())) == 2
     assert "[2/2] two: done in" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "devices, accelerator, nodes, wanted",
+    [
+        ("auto", "auto", 1, True),
+        ("auto", "cpu", 1, False),
+        ("auto", "cpu", 2, True),
+        (1, "gpu", 1, False),
+        (2, "cpu", 1, True),
+    ],
+)
+def test_workers_train_where_lightning_starts_processes(
+    lora_config, monkeypatch, devices, accelerator, nodes, wanted
+):
+    """On a machine with two GPUs: `auto` is one device of the CPU nevertheless."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    settings = {"devices": devices, "accelerator": accelerator, "num_nodes": nodes}
+    config = lora_config({f"trainer.{key}": value for key, value in settings.items()})
+    assert needs_workers(config) == wanted
 
 
 def test_the_values_of_an_adapter_are_known_without_weights(lora_config, collection):

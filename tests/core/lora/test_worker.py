@@ -8,12 +8,11 @@ import pytest
 
 from loragen.core.base.load import load_training_base
 from loragen.core.data.dataset import Dataset
-from loragen.core.lora.collect import collect
+from loragen.core.lora.collect import Launcher, collect
 from loragen.core.lora.tasks import Task
 from loragen.core.lora.train import train_adapter
 from loragen.core.lora.worker import (
     JobResult,
-    Launcher,
     StatusFile,
     TrainingJob,
     WorkerReport,
