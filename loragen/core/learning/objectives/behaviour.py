@@ -95,7 +95,6 @@ class Behaviour(Objective):
     """
 
     needs_base = True
-    batch_type: type[BehaviourBatches] = BehaviourBatches
     automatic = Automatic(
         20,
         "reconstruction-then-behaviour",
@@ -148,7 +147,7 @@ class Behaviour(Objective):
             self.metric = Metric("behaviour", described, TOLERANCE)
 
     def batches(self, process_index: int, num_processes: int) -> BehaviourBatches:
-        return self.batch_type(self.data, process_index, num_processes)
+        return BehaviourBatches(self.data, process_index, num_processes)
 
     def predict(self, network: Network, batch: PairBatch) -> Tensor:
         """Returns the adapters of a training batch, ``[batch, tokens, token_dim]``, normalised."""

@@ -41,6 +41,8 @@ MIN_FOR_AUTO = 3
 """Of fewer, leaving one out leaves one adapter, and nothing to choose from."""
 COMPARED_DATASETS, COMPARED_ROWS = 64, 8
 """The most datasets, and the rows of each, on which left-out adapters are tried."""
+PREDICTED_AT_ONCE = 8
+"""Adapters predicted in one pass over the collection, which may be much larger than the memory."""
 MAX_TEXTS = 256
 """Texts of each dataset when the decoder is fitted: more would hardly move a mean."""
 ENCODER_TRAINS = "the encoder is trained (frozen: false)"
@@ -49,15 +51,24 @@ ENCODER_TRAINS = "the encoder is trained (frozen: false)"
 class TransferBatches(BehaviourBatches):
     """Adds a support set to every micro-batch, and leaves each adapter's own dataset out of it."""
 
-    max_support: int | None = None
-    """The most datasets of a support set; None: all."""
+    def __init__(
+        self,
+        data: TrainingData,
+        process_index: int,
+        num_processes: int,
+        max_support: int | None = None,
+    ) -> None:
+        """`max_support` is the most datasets of a support set; None: all."""
+        super().__init__(data, process_index, num_processes)
+        self.max_support = max_support
 
     def __getitem__(self, k: int) -> PairBatch:
         random = Random(f"others:{self.seed}:{k}")
         datasets = [one.prompts_sha256 or str(index) for index, one in enumerate(self.sources)]
-        drawn = list(dict.fromkeys(datasets))
-        if self.max_support is not None and self.max_support < len(drawn):
-            drawn = random.sample(drawn, self.max_support)
+        distinct = list(dict.fromkeys(datasets))
+        if self.max_support is not None and self.max_support < len(distinct):
+            distinct = random.sample(distinct, self.max_support)
+        drawn = set(distinct)
         chosen = [index for index, dataset in enumerate(datasets) if dataset in drawn]
         conditions = []
         for source in (self.sources[index] for index in chosen):
@@ -138,14 +149,12 @@ class Transfer(Behaviour):
             raise UsageError(f"training.objective transfer: {ENCODER_TRAINS}; choose another one")
         self.learning_rate = data.config.behaviour.learning_rate or 5e-4
         self.max_support = options.max_support
-        decoder = find("decoder", data.config.decoder.name)
-        self.batch_type = RowBatches if issubclass(decoder, TrainsOneAdapter) else TransferBatches
+        self.decoder = find("decoder", data.config.decoder.name)
 
     def batches(self, process_index: int, num_processes: int) -> BehaviourBatches:
-        batches = super().batches(process_index, num_processes)
-        if isinstance(batches, TransferBatches):
-            batches.max_support = self.max_support
-        return batches
+        if issubclass(self.decoder, TrainsOneAdapter):
+            return RowBatches(self.data, process_index, num_processes)
+        return TransferBatches(self.data, process_index, num_processes, self.max_support)
 
     def loss(self, network: Network, batch: PairBatch) -> Losses:
         if not isinstance(network.decoder, TrainsOneAdapter):
@@ -171,17 +180,20 @@ class Transfer(Behaviour):
         )
 
     def predict_for_validation(self, network: Network, batch: PairBatch) -> Tensor:
-        return self._predict_left_out(network, batch.condition, batch.mask, batch.source)
+        return self._predict_left_out(network, batch.condition, batch.mask, [batch.source])
 
     def _predict_left_out(
-        self, network: Network, condition: Tensor, mask: Tensor, own: int | None
+        self, network: Network, condition: Tensor, mask: Tensor, own: Sequence[int | None]
     ) -> Tensor:
-        """Returns the adapter of one condition, ``[1, tokens, token_dim]``, without the training
-        dataset `own` and other sources of it, as for a new dataset; None: it is new."""
+        """Returns the adapters of conditions, ``[conditions, tokens, token_dim]``, each without its
+        training dataset in `own` and other sources of it, as for a new dataset; None: it is new."""
         sources, device = self.data.sources, condition.device
         known, known_mask = (tensor.to(device) for tensor in self.validation_support)
-        left_out = [own is not None and same_dataset(sources, own, i) for i in range(len(sources))]
-        without = torch.tensor([left_out], device=device)
+        everything = range(len(sources))
+        left_out = [
+            [one is not None and same_dataset(sources, one, i) for i in everything] for one in own
+        ]
+        without = torch.tensor(left_out, device=device)
         support = SupportSet(known, known_mask, torch.arange(len(sources)), without)
         return network.predict(condition, mask, support)
 
@@ -189,26 +201,31 @@ class Transfer(Behaviour):
     def accuracy_on_left_out(self, network: Network) -> tuple[float, float]:
         """Returns the share of training rows that the base answers right with the adapter of their
         dataset as it is predicted from the others, and with the collected adapter itself."""
-        was_training = network.training
+        was_training, device = network.training, network.condition_mean.device
         network.eval()
-        sources = self.data.sources
-        step = -(-len(sources) // COMPARED_DATASETS)
+        sources, count = self.data.sources, self.data.config.data.prompts_per_condition
+        compared = range(0, len(sources), -(-len(sources) // COMPARED_DATASETS))
         shares: list[tuple[float, float]] = []
-        for index in range(0, len(sources), step):
-            source, device = sources[index], network.condition_mean.device
-            count = self.data.config.data.prompts_per_condition
-            texts = draw_texts(source.train_texts, count, f"compared:{index}")
-            condition, mask = (one[None].to(device) for one in condition_of(source, texts))
-            assert source.rows is not None
-            examples = draw_rows(source.rows.training, COMPARED_ROWS, Random(f"compared:{index}"))
-            rows = self.data.collate(examples).to(device)
-            predicted = self._predict_left_out(network, condition, mask, index)
-            own = torch.from_numpy(np.array(source.tokens[-1]))[None].to(device)
-            collected = self.base_loss.normalization.normalize(own)
-            of_predicted, of_collected = (
-                float(self.base_loss.accuracy(one, rows)[1]) for one in (predicted, collected)
-            )
-            shares.append((of_predicted, of_collected))
+        for first in range(0, len(compared), PREDICTED_AT_ONCE):
+            chosen = compared[first : first + PREDICTED_AT_ONCE]
+            conditions = []
+            for index in chosen:
+                texts = draw_texts(sources[index].train_texts, count, f"compared:{index}")
+                conditions.append(condition_of(sources[index], texts))
+            condition, mask = (one.to(device) for one in stack_conditions(conditions))
+            adapters = self._predict_left_out(network, condition, mask, chosen)
+            for index, predicted in zip(chosen, adapters, strict=True):
+                source, random = sources[index], Random(f"compared:{index}")
+                assert source.rows is not None
+                examples = draw_rows(source.rows.training, COMPARED_ROWS, random)
+                rows = self.data.collate(examples).to(device)
+                own = torch.from_numpy(np.array(source.tokens[-1])).to(device)
+                collected = self.base_loss.normalization.normalize(own)
+                of_predicted, of_collected = (
+                    float(self.base_loss.accuracy(one[None], rows)[1])
+                    for one in (predicted, collected)
+                )
+                shares.append((of_predicted, of_collected))
         network.train(was_training)
         predicted_share, collected_share = map(fmean, zip(*shares, strict=True))
         return predicted_share, collected_share

@@ -77,6 +77,40 @@ def test_validation_leaves_the_dataset_of_the_prompts_out(transfer, own):
     assert left_out.tolist() == [[index == own for index in range(DATASETS)]]
 
 
+def test_a_pass_over_the_collection_predicts_several_left_out_adapters(transfer):
+    """Twenty datasets in three passes: the first eight, the next eight, the last four."""
+
+    class LeftOut(Network):
+        def predict(self, condition, mask, support):
+            self.fitted.append(len(condition))
+            assert (
+                condition[:, 0, 0, 0]
+                .div(100, rounding_mode="floor")
+                .sub(1)
+                .equal(support.left_out.int().argmax(1))
+            )
+            return support.left_out.float()[:, None]  # (adapters, 1, datasets)
+
+    class Base:
+        """Answers one row right with the adapter of the dataset that asks, else none."""
+
+        normalization = SimpleNamespace(normalize=lambda own: own.new_zeros(1, 20))
+
+        def accuracy(self, predicted, rows):
+            right = predicted[0, 0, asked[len(judged) // 2]]
+            judged.append(float(right))
+            return None, right
+
+    asked, judged = range(20), []
+    transfer.data.sources = [arrays(i + 1) for i in range(20)]
+    transfer.data.collate = lambda _: torch.zeros(0)
+    transfer.base_loss = Base()
+    network = LeftOut()
+    assert transfer.accuracy_on_left_out(network) == (1.0, 0.0)
+    assert network.fitted == [8, 8, 4]
+    assert judged == [1.0, 0.0] * 20
+
+
 def test_it_is_fitted_to_all_of_them_without_dropout(transfer):
     network = Network().train()
     transfer.finalize(network)
