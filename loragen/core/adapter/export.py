@@ -89,7 +89,7 @@ def export_merged(
             merged.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         _let_others_read(temporary)
-        write_text(temporary / "README.md", export_card(adapter, source, True, license_id))
+        write_text(temporary / CARD, export_card(adapter, source, True, license_id))
         document = {"adapter": str(source), "base_model": name, "loragen": version("loragen")}
         write_merged_marker(temporary, document)
 

@@ -47,8 +47,6 @@ MEASURES = {
 """What is measured of each column, and the header of its table."""
 LABEL_SIZES = (5, 10, 20, 50, 100, 300)
 """The numbers of labelled rows of the label curve."""
-TEXTS_AT_ONCE = 256
-"""Texts embedded at a time."""
 LOADED_BYTES = 2**30
 """The memory for adapters that are all multiplied with each other, two blocks of them at a time."""
 UNLIMITED = 2**31
@@ -172,18 +170,14 @@ class EvaluationSetup:
 
     def mean_embedding(self, prompts: Sequence[str]) -> "np.ndarray":
         """Returns ``[dim]``: the mean embedding of all prompts of a dataset, computed once."""
-        import torch
-
         from loragen.core.data.prompts import joined_texts
-        from loragen.core.generator.embeddings import text_vectors
+        from loragen.core.generator.embeddings import mean_embedding
 
         key = sha256_text(*prompts)
         if key not in self.embeddings:
             texts = joined_texts(prompts, self.generator.samples_per_prompt)
-            pieces = (texts[at : at + TEXTS_AT_ONCE] for at in range(0, len(texts), TEXTS_AT_ONCE))
-            with torch.inference_mode():
-                vectors = [text_vectors(*self.generator.text_encoder(one)).cpu() for one in pieces]
-            self.embeddings[key] = torch.cat(vectors).double().mean(0).numpy()
+            found = mean_embedding(self.generator.text_encoder, texts)
+            self.embeddings[key] = found.double().numpy()
         return self.embeddings[key]
 
     def source_embeddings(self) -> "np.ndarray":

@@ -77,8 +77,9 @@ def train_multi_task(
         1 + len(others),
     )
     for run in (first, *others):  # the others are large, and never read again
+        best = best_checkpoint(run)
         for file in run.checkpoints:
-            if file != best_checkpoint(run):
+            if file != best:
                 file.unlink()
     return TrainedAdapter(first, best_checkpoint(first), tuple(others))
 

@@ -188,12 +188,12 @@ def mean_embedding(
 ) -> Tensor:
     """Returns the centre of the texts, ``[dim]`` float32. The encoder computes on `device`, if that
     is given, and is back on the CPU afterwards."""
-    total = torch.zeros(encoder.dim)
+    total = torch.zeros(encoder.dim, dtype=torch.float64)
     with _computing_on(device, encoder):
         for first in range(0, len(texts), TEXTS_AT_ONCE):
             embeddings, mask = encoder(texts[first : first + TEXTS_AT_ONCE])
-            total += text_vectors(embeddings, mask).sum(0).cpu()
-    return total / len(texts)
+            total += text_vectors(embeddings, mask).cpu().double().sum(0)
+    return (total / len(texts)).float()
 
 
 def text_vectors(embeddings: Tensor, mask: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from loragen.core.adapter import merged_record, write_merged_marker
+from loragen.core.adapter import CARD, merged_record, write_merged_marker
 from loragen.core.adapter.export import describe_base, front_matter, how_to_load, save_merged
 from loragen.core.adapter.files import (
     Adapter,
@@ -197,7 +197,7 @@ class Merger:
         with written_directory(output, merged_record) as temporary:
             save_merged(self._model, self.base, temporary)
             write_text(
-                temporary / "README.md",
+                temporary / CARD,
                 adapter_card(adapter.origin, True, adapter.chat_template_kwargs),
             )
             write_merged_marker(temporary, document)

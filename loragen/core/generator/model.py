@@ -46,18 +46,6 @@ CHECKPOINT_KEY = "generator"
 """The key of a Lightning checkpoint that holds `Generator.describe_in_checkpoint`."""
 AVERAGED = "averaged.module."
 """Prefix of the averaged weights in a checkpoint, if there are any."""
-DESCRIBED = (
-    "encoder_fingerprint",
-    "condition_dim",
-    "adapter_config",
-    "base_model",
-    "samples_per_prompt",
-    "prompts_per_condition",
-    "provenance",
-    "format_version",
-)
-"""Fields of a `Generator` that its file stores under their names."""
-
 MAX_COEFFICIENTS = 5
 """The most coefficients that are stored with a generated adapter."""
 ALL_DATASETS = "all datasets together"
@@ -90,22 +78,28 @@ class _Provenance(BaseModel):
     trained_for: StrictStr = ""
 
 
-class _Content(BaseModel, arbitrary_types_allowed=True):
-    """The types of the content of a generator's file, which may be damaged, or a stranger's."""
+class _Described(BaseModel):
+    """The fields of a `Generator` that its file stores under their names, with their types."""
 
-    encoder: Choice
     encoder_fingerprint: StrictStr
-    decoder: Choice
     condition_dim: StrictInt = Field(gt=0)
-    layout: _LayoutState
-    normalization: Normalization
     adapter_config: dict[str, Any]
     base_model: StrictStr
     samples_per_prompt: StrictInt = Field(gt=0)
     prompts_per_condition: StrictInt = Field(gt=0)
+    provenance: _Provenance
+    format_version: StrictInt
+
+
+class _Content(_Described, arbitrary_types_allowed=True):
+    """The types of the content of a generator's file, which may be damaged, or a stranger's."""
+
+    encoder: Choice
+    decoder: Choice
+    layout: _LayoutState
+    normalization: Normalization
     collected: StrictStr | None
     familiarity: Familiarity | None = None
-    provenance: _Provenance
     state_dict: dict[str, Tensor]
     encoder_state: dict[str, Tensor] | None = None
 
@@ -294,7 +288,7 @@ class Generator:
     def describe(self) -> dict[str, Any]:
         """Returns the content of the file without the trained weights: tensors and plain data."""
         return {
-            **{name: getattr(self, name) for name in DESCRIBED},
+            **{name: getattr(self, name) for name in _Described.model_fields},
             "format_version": FORMAT_VERSION,
             "encoder": {"name": self.encoder.name, "options": self.encoder.options},
             "decoder": {"name": self.decoder.name, "options": self.decoder.options},
@@ -403,7 +397,7 @@ class Generator:
             encoder_state=document.get("encoder_state"),
             familiarity=familiarity,
             name=name,
-            **{key: document[key] for key in DESCRIBED},
+            **{key: document[key] for key in _Described.model_fields},
         )
 
 

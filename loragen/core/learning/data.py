@@ -134,7 +134,7 @@ class PairBatches(DistributedBatches):
 
 def draw_texts(texts: Sequence[int], count: int, draw: str) -> list[int]:
     """Returns `count` different texts, or all if there are fewer; `draw` is the seed."""
-    return sorted(Random(draw).sample(list(texts), min(count, len(texts))))
+    return sorted(Random(draw).sample(texts, min(count, len(texts))))
 
 
 def condition_of(source: SourceArrays, texts: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,7 @@ def test_the_mean_embedding_is_of_all_prompts(setup, targets):
     prompts = targets[0].prompts
     own = setup().mean_embedding(prompts)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("loragen.core.evaluation.contestants.TEXTS_AT_ONCE", 2)
+        patched.setattr("loragen.core.generator.embeddings.TEXTS_AT_ONCE", 2)
         assert setup().mean_embedding(prompts) == pytest.approx(own, abs=1e-6)
     changed = [*prompts[:-1], "another last prompt altogether"]
     assert setup().mean_embedding(changed) != pytest.approx(own, abs=1e-6)
