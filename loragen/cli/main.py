@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from loragen import __version__
-from loragen.cli import ckpt, config, data, demo, gen, library, lora, plugins, render
+from loragen.cli import ckpt, config, data, demo, gen, library, lora, plugins, render, serve
 from loragen.cli.completion import whole_words
 from loragen.cli.streams import lost_output, make_streams_last
 from loragen.core.errors import (
@@ -127,6 +127,7 @@ app.add_typer(ckpt.app, name="ckpt")
 app.add_typer(config.app, name="config")
 app.add_typer(plugins.app, name="plugins")
 app.command("demo")(demo.run_demo)
+app.command("serve")(serve.run_server)
 
 
 def _unwrap_help(of: typer.Typer) -> None:

@@ -1,0 +1,4 @@
+"""`loragen serve`: adapters from prompts over HTTP.
+
+`service` makes and keeps them, `app` speaks HTTP. `app` alone imports the extra `serve`.
+"""
