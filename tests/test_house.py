@@ -26,6 +26,7 @@ COMMANDS = [
     ["gen", "train", "--help"],
     ["gen", "eval", "--help"],
     ["library", "add", "--help"],
+    ["serve", "--help"],
     ["plugins", "list"],
     ["plugins", "show", "schedule", "cosine"],
     ["plugins", "show", "logger", "swanlab"],

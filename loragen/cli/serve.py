@@ -104,7 +104,8 @@ def run_server(
     try:  # before the generator is loaded, which takes seconds
         listener = socket.create_server((host, port), family=addresses[0][0], backlog=1024)
     except OSError as error:
-        raise UsageError(f"--host {host} --port {port}: {error.strerror}") from None
+        reason = os.strerror(error.errno or 0)  # `strerror` has the address once more
+        raise UsageError(f"--host {host} --port {port}: {reason}") from None
 
     import uvicorn
 

@@ -24,7 +24,7 @@ def test_without_the_extra_it_says_what_to_install(fails, experiment, monkeypatc
     monkeypatch.setattr(serve, "find_spec", lambda name: name != "uvicorn" and find_spec(name))
     text = fails(2, "serve", "--model", experiment)
     assert "uvicorn" in text
-    assert "pip install 'fastapi" in text
+    assert "pip install '" in text
 
 
 @needs_serve
@@ -73,29 +73,28 @@ def test_a_server_that_is_stopped_answers_what_it_has_accepted(experiment, tmp_p
         assert url.startswith("http://127.0.0.1:"), server.stderr.read()
 
         def ask(number):
-            body = json.dumps({"prompts": [f"Question {number}?"], "format": "json"}).encode()
+            prompts = [f"Question {number} about {word}?" for word in ("red", "green", "blue")]
+            slow = {"draws": 32, "prompts_per_draw": 2, "format": "json"}
+            body = json.dumps({"prompts": prompts, **slow}).encode()
             request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
             with urllib.request.urlopen(request, timeout=100) as answer:
                 return answer.status
 
-        health = url.replace("/v1/adapters", "/healthz")
+        def accepted():
+            with urllib.request.urlopen(f"{url[: -len('v1/adapters')]}healthz") as answer:
+                state = json.load(answer)
+            return state["waiting"] + state["working"]
+
         with ThreadPoolExecutor(8) as clients:
             answers = [clients.submit(ask, number) for number in range(8)]
-            waiting = 0
-            while not waiting and not all(answer.done() for answer in answers):
-                with urllib.request.urlopen(health, timeout=100) as answer:
-                    waiting = json.load(answer)["waiting"]
+            while accepted() + sum(answer.done() for answer in answers) < 8:
+                pass
             server.send_signal(signal.SIGTERM)
-            found = [answer.exception() or answer.result() for answer in answers]
+            found = [answer.result() for answer in answers]
         _, stderr = server.communicate(timeout=100)
     finally:
         server.kill()
-    # One that had not arrived is refused by the system; none that had is lost.
-    assert {one if isinstance(one, int) else type(one).__name__ for one in found} <= {
-        201,
-        "URLError",
-    }
-    assert found.count(201) >= 1
+    assert found == [201] * 8
     assert (server.returncode, stderr.splitlines()[-1:]) == (
         0,
         ["stopped; everything that was accepted has been answered"],
