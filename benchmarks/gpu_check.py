@@ -640,7 +640,7 @@ def _apart(one: Path, other: Path) -> Facts:
     """Returns the largest differences of two runs: of their adapters' values (beside the largest
     value) and of their losses at one step."""
     from loragen.core.adapter.files import read_adapter
-    from loragen.core.run.loggers import read_metrics
+    from loragen.core.run.metrics import read_metrics
 
     tensors = [read_adapter(run / "adapter").tensors for run in (one, other)]
     curves = [

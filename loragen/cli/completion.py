@@ -46,6 +46,12 @@ def experiments(incomplete: str) -> list[str]:
     return _directories(Path(folder), "generator", incomplete)
 
 
+def every_run(incomplete: str) -> list[str]:
+    """The runs of both trainings."""
+    folder = Path(os.environ.get("LORAGEN_RUNS_DIR") or "runs")
+    return [*_directories(folder, "lora", incomplete), *experiments(incomplete)]
+
+
 def resumable(ctx: typer.Context, incomplete: str) -> list[str]:
     """The runs that a training may resume."""
     return experiments(incomplete) if _command(ctx) == "gen" else runs(ctx, incomplete)

@@ -105,7 +105,7 @@ def pip_install(extra: str) -> str:
 def display_width(text: str) -> int:
     """Returns the number of columns that a terminal takes for the text: two for a character of
     Chinese, none for a combining accent."""
-    return sum(map(_width, text))
+    return len(text) if text.isascii() else sum(map(_width, text))
 
 
 def _width(char: str) -> int:

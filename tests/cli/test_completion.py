@@ -58,6 +58,8 @@ def completed(line):
         ("lora train --resume ", ["runs/arc_lora_1"]),
         ("gen train --resume ", ["experiments/gen_1"]),
         ("gen infer --model ", ["experiments/gen_1"]),
+        ("runs show ", ["runs/arc_lora_1", "experiments/gen_1"]),
+        ("runs compare runs/arc_lora_1 exp", ["experiments/gen_1"]),
         ("lora eval --adapter runs/a", ["runs/arc_lora_1"]),
         ("lora export r", ["runs/arc_lora_1"]),
         ("ckpt analyze ", ["runs/arc_lora_1"]),

@@ -10,7 +10,7 @@ from loragen.core.learning.train import train
 from loragen.core.lora.train import train_adapter
 from loragen.core.plugins import create, find
 from loragen.core.progress import Silent
-from loragen.core.run.loggers import read_metrics
+from loragen.core.run.metrics import read_metrics
 from loragen.testing import check_schedule
 
 

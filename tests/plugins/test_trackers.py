@@ -19,7 +19,8 @@ from loragen.core.lora.train import train_adapter
 from loragen.core.plugins import create, find
 from loragen.core.progress import Silent
 from loragen.core.protocols import RunInfo
-from loragen.core.run.loggers import RunLoggers, read_metrics
+from loragen.core.run.loggers import RunLoggers
+from loragen.core.run.metrics import read_metrics
 from loragen.plugins.loggers import _process
 from loragen.testing import check_logger
 

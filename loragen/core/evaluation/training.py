@@ -27,7 +27,7 @@ from loragen.core.plugins import create, find
 from loragen.core.progress import Progress
 from loragen.core.run.checkpoints import load_adapter
 from loragen.core.run.directory import CHECKPOINTS, LoraRun, checkpoint_name, checkpoint_step
-from loragen.core.run.loggers import METRICS, read_metrics
+from loragen.core.run.metrics import METRICS, read_metrics
 
 log = logging.getLogger(__name__)
 

@@ -140,6 +140,7 @@ def train(
         selection = select_by(
             phases.last.objective.metric, bool(data.sources_with_val_texts), bool(val_arrays)
         )
+        manifest.max_steps, manifest.selection_metric = phases.total, selection.metric or ""
         generator.provenance = _provenance(manifest, selection, phases)
         trainable = None if encoder.frozen else encoder
         module = GeneratorModule(generator.network, phases, config.training, encoder=trainable)

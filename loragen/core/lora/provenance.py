@@ -17,7 +17,7 @@ from loragen.core.files import sha256_text, write_json
 from loragen.core.plugins import create
 from loragen.core.protocols import Rate, Schedule
 from loragen.core.run.directory import LoraRun, checkpoint_name, checkpoint_step
-from loragen.core.run.loggers import METRICS, read_metrics
+from loragen.core.run.metrics import METRICS, read_metrics
 
 TRACKING = "tracking"
 

@@ -51,8 +51,8 @@ from loragen.core.plugins import create
 from loragen.core.progress import Progress, is_first_process
 from loragen.core.run.checkpoints import AtomicCheckpointIO
 from loragen.core.run.directory import LoraManifest, LoraRun, Run, checkpoint_step, plugin_records
-from loragen.core.run.loggers import METRICS, read_metrics
 from loragen.core.run.loop import Interruption, RunSession, StepSeeds, fit, make_trainer
+from loragen.core.run.metrics import METRICS, read_metrics
 from loragen.core.run.resume import ResumePoint
 
 log = logging.getLogger(__name__)

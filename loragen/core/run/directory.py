@@ -18,21 +18,18 @@ from loragen.core.contents import read_json, record_of
 from loragen.core.errors import DataError, UsageError, counted
 from loragen.core.files import natural_key, write_json
 from loragen.core.plugins import describe
+from loragen.core.run import BEST_CHECKPOINT as BEST_CHECKPOINT
+from loragen.core.run import CHECKPOINT_SUFFIX as CHECKPOINT_SUFFIX
+from loragen.core.run import CHECKPOINTS as CHECKPOINTS
+from loragen.core.run import COMMANDS as COMMANDS
+from loragen.core.run import CONFIG as CONFIG
+from loragen.core.run import FORMAT_VERSION
+from loragen.core.run import GENERATOR_FILE as GENERATOR_FILE
+from loragen.core.run import LAST_CHECKPOINT as LAST_CHECKPOINT
+from loragen.core.run import MANIFEST as MANIFEST
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-CONFIG = "config.yaml"
-CHECKPOINTS = "checkpoints"
-CHECKPOINT_SUFFIX = ".ckpt"
-LAST_CHECKPOINT = Path("checkpoints/last.ckpt")
-"""The checkpoint from which a killed run resumes; it is not one of the collected ones."""
-BEST_CHECKPOINT = f"epoch=*{CHECKPOINT_SUFFIX}"
-"""Glob for a generator's best checkpoint; at most one exists (two during replacement)."""
-GENERATOR_FILE = Path("results/final_model/generator_model.pt")
 TEST_MODE_STEPS = (4, 5, 6)
 """The checkpoints of `lora train --test-mode`, which has three steps in each of two stages."""
-COMMANDS = {"lora": "lora train", "generator": "gen train"}
-"""The command that makes the runs of each kind of manifest."""
 
 
 class DatasetRecord(BaseModel):
@@ -174,6 +171,11 @@ class GeneratorManifest(Manifest):
     """The fingerprint of the encoder's weights, before any training of them."""
     steps: int = 0
     """The optimizer steps of the whole training, once it has ended."""
+    max_steps: int = 0
+    """The planned optimizer steps; 0 if an older loragen has trained."""
+    selection_metric: str = ""
+    """The metric whose lowest value chooses the step that is kept; empty if nothing was held out,
+    or an older loragen has trained."""
     metrics: dict[str, float] = {}
 
     @property

@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import socket
+import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -69,11 +70,11 @@ class RunLock:
     def acquire(self) -> "RunLock":
         """Raises UsageError naming the process that writes the run, or if its directory cannot be
         written. The sign of life of a writer on another machine is waited for."""
-        began, (_, first_beat) = time.monotonic(), self._writer()
+        began, (_, first_beat) = time.monotonic(), _recorded_writer(self.directory)
         told = False
         while True:
             free = self._try()
-            writer, beat = self._writer()
+            writer, beat = _recorded_writer(self.directory)
             waited = time.monotonic() - began
             elsewhere = writer is not None and (writer.host != self._me.host or not self._locks)
             if elsewhere:
@@ -126,13 +127,13 @@ class RunLock:
     def is_ours(self) -> bool:
         """Returns whether no other process has taken the run, as one on another machine may where
         the file system shares no locks and this process stood still for a while."""
-        writer, _ = self._writer()
+        writer, _ = _recorded_writer(self.directory)
         return writer in (None, self._me)
 
     def check(self) -> None:
         """Raises LoragenError if the run is no longer ours."""
         if not self.is_ours():
-            writer, _ = self._writer()
+            writer, _ = _recorded_writer(self.directory)
             raise LoragenError(
                 f"{self.directory} is now written by {writer}; this training stops and leaves the "
                 "run to it"
@@ -151,16 +152,6 @@ class RunLock:
             self._locks = False
         return True
 
-    def _writer(self) -> tuple[Writer | None, int]:
-        """Returns the writer that is recorded and the time of its last sign of life (ns); None if
-        the run is free, or its record is being written."""
-        try:
-            with (self.directory / WRITER).open("rb") as file:  # opened: NFS then asks the server
-                beat = os.fstat(file.fileno()).st_mtime_ns
-                return Writer(**json.load(file)), beat
-        except (OSError, ValueError, TypeError):
-            return None, 0
-
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
             with suppress(OSError):  # a full disk, or a server that does not answer now
@@ -168,11 +159,61 @@ class RunLock:
 
 
 def writer_of(directory: Path) -> str | None:
-    """Returns the process that writes a run at this moment; None if there is none on this machine,
-    or on another one that shares its locks."""
-    lock = RunLock(directory)
-    with suppress(UsageError):
-        if (directory / LOCK).is_file() and not lock._try():
-            return str(lock._writer()[0] or "another process")
-    lock._file.release(force=True)
-    return None
+    """Returns the process that writes a run at this moment; None if there is none. Nothing is
+    written, so that this may be asked of a run that belongs to others.
+
+    A writer on another machine that shares no locks is one as long as it gives signs of life. They
+    are compared with the clock of the file system, if a file can be made beside the run.
+    """
+    held = _is_held(directory / LOCK)
+    writer, beat = _recorded_writer(directory)
+    if held:
+        return str(writer or "another process")
+    if writer is None or (held is False and writer.host == socket.gethostname()):
+        return None
+    return str(writer) if _time_at(directory.parent) - beat / 1e9 < SILENT_SECONDS else None
+
+
+def _is_held(file: Path) -> bool | None:
+    """Returns whether a process holds the lock; None if the file system does not say."""
+    if os.name == "nt":
+        lock = FileLock(file, timeout=0, thread_local=False)
+        try:
+            if file.is_file():
+                lock.acquire()
+        except Timeout:
+            return True
+        except OSError:
+            return None
+        lock.release(force=True)
+        return False
+    import fcntl
+
+    try:
+        with file.open("rb") as opened:
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)  # freed when the file is closed
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False
+
+
+def _time_at(folder: Path) -> float:
+    """Returns the time (s) by the clock that gives the files of a folder theirs."""
+    with suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_mtime
+    return time.time()
+
+
+def _recorded_writer(directory: Path) -> tuple[Writer | None, int]:
+    """Returns the writer that is recorded and the time of its last sign of life (ns); None if the
+    run is free, or its record is being written."""
+    try:
+        with (directory / WRITER).open("rb") as file:  # opened: NFS then asks the server
+            beat = os.fstat(file.fileno()).st_mtime_ns
+            return Writer(**json.load(file)), beat
+    except (OSError, ValueError, TypeError):
+        return None, 0

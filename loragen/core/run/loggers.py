@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from math import isfinite, nan
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,12 @@ from loragen.core.errors import LoragenError, UsageError, WriteError
 from loragen.core.files import write_errors, written_atomically
 from loragen.core.plugins import create
 from loragen.core.protocols import RunInfo, RunLogger, Status
+from loragen.core.run.metrics import METRICS, metric_entries
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
 log = logging.getLogger(__name__)
-
-METRICS = "metrics.jsonl"
 
 
 class StepLog:
@@ -38,7 +37,7 @@ class StepLog:
     def __init__(self, file: Path, resume_step: int = 0) -> None:
         self.file = file
         if file.exists():
-            entries = _entries(file.read_bytes())
+            entries = metric_entries(file.read_bytes())
             kept = [line + b"\n" for line, entry in entries if entry["step"] <= resume_step]
             with written_atomically(file) as temporary:
                 temporary.write_bytes(b"".join(kept))
@@ -80,28 +79,6 @@ class MetricsLog(StepLog):
         except WriteError as error:
             if not told:
                 log.warning("%s; it is tried again at every step", error)
-
-
-def read_metrics(file: Path) -> list[dict[str, float]]:
-    """Returns the entries in the order they were logged, each with its `step`; null becomes NaN.
-
-    The incomplete last line of a run that was killed or is still running is left out.
-    """
-    return [
-        {name: nan if value is None else value for name, value in entry.items()}
-        for _, entry in _entries(file.read_bytes())
-    ]
-
-
-def _entries(content: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yields each line that is an entry, with the entry."""
-    for line in content.split(b"\n"):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and type(entry.get("step")) is int:
-            yield line, entry
 
 
 class RunLoggers:

@@ -24,7 +24,7 @@ from loragen.core.run.directory import (
     checkpoint_files,
     read_manifest,
 )
-from loragen.core.run.loggers import read_metrics
+from loragen.core.run.metrics import read_metrics
 from tests.conftest import (
     COLORS,
     TRANSFER,

@@ -11,7 +11,7 @@ from loragen.core.config import GenTrainConfig, dump, load
 from loragen.core.learning.train import train
 from loragen.core.progress import Silent
 from loragen.core.run.directory import GENERATOR_FILE, GeneratorManifest, read_manifest
-from loragen.core.run.loggers import read_metrics
+from loragen.core.run.metrics import read_metrics
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo is not tested there")
 

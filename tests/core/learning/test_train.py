@@ -22,7 +22,7 @@ from loragen.core.learning.train import train
 from loragen.core.plugins import create
 from loragen.core.progress import Silent
 from loragen.core.run.directory import GeneratorManifest, generator_file, read_manifest
-from loragen.core.run.loggers import read_metrics
+from loragen.core.run.metrics import read_metrics
 from tests.conftest import TRANSFER, configured, generator_settings
 
 PROMPTS = ["Question 1 about red?", "Question 2 about red?"]

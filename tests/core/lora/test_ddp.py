@@ -14,7 +14,7 @@ from loragen.core.lora.train import train_adapter
 from loragen.core.progress import Silent
 from loragen.core.run.checkpoints import load_adapter
 from loragen.core.run.directory import LoraManifest, checkpoint_files, read_manifest
-from loragen.core.run.loggers import read_metrics
+from loragen.core.run.metrics import read_metrics
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo is not tested there")
 

@@ -15,7 +15,7 @@ from loragen.core.run.directory import (
     find_checkpoints,
     read_manifest,
 )
-from loragen.core.run.loggers import read_metrics
+from loragen.core.run.metrics import read_metrics
 
 
 class Watching(Silent):

@@ -9,7 +9,7 @@ from loragen.core.data.formats import Turn
 from loragen.core.errors import DataError, UsageError
 from loragen.core.lora.provenance import row_hash, traced_run
 from loragen.core.run.directory import LoraManifest, Run, read_manifest
-from loragen.core.run.loggers import read_metrics
+from loragen.core.run.metrics import read_metrics
 
 TRACKED = {
     "track_batches": True,

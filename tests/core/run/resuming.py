@@ -4,7 +4,7 @@ import torch
 
 from loragen.core.progress import Silent
 from loragen.core.run.directory import read_manifest
-from loragen.core.run.loggers import read_metrics
+from loragen.core.run.metrics import read_metrics
 
 CLOCKED = ("train/tokens_per_second", "hardware/")
 

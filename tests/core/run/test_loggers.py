@@ -12,7 +12,8 @@ from loragen.core.lora.train import train_adapter
 from loragen.core.progress import Silent
 from loragen.core.protocols import RunInfo
 from loragen.core.run.directory import LoraManifest, read_manifest
-from loragen.core.run.loggers import MetricsLog, RunLoggers, read_metrics
+from loragen.core.run.loggers import MetricsLog, RunLoggers
+from loragen.core.run.metrics import read_metrics
 
 
 @pytest.fixture

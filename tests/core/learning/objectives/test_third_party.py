@@ -9,7 +9,7 @@ from loragen.core.learning.sources import open_sources
 from loragen.core.learning.train import GeneratorPoint, train
 from loragen.core.progress import Silent
 from loragen.core.run.directory import GENERATOR_FILE
-from loragen.core.run.loggers import read_metrics
+from loragen.core.run.metrics import read_metrics
 from loragen.scaffold import Scaffold
 
 HOOKS = """
