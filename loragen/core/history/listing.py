@@ -109,7 +109,7 @@ def _run_directories(folder: Path) -> list[tuple[str, str, Signature]]:
     """Returns (name, path, signature) of each run directory in a folder. The signature has the
     times (ns) of the directory, of its manifest and of its checkpoints/, and the sizes of the
     manifest and of what was logged."""
-    found = []
+    found: list[tuple[str, str, Signature]] = []
     try:
         names = sorted(os.listdir(folder))  # noqa: PTH208  # 5,000 names in a millisecond
     except OSError:
