@@ -14,8 +14,8 @@ from loragen.cli import completion, options, render
 from loragen.core.errors import EXIT_FAILED, UsageError, counted, shortened
 
 if TYPE_CHECKING:
-    from loragen.core.history.comparison import OpenedRun
-    from loragen.core.history.summary import ListedRun
+    from loragen.core.run.history.comparison import OpenedRun
+    from loragen.core.run.history.summary import ListedRun
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -123,7 +123,7 @@ def runs_list(
 
     What was read of a run is kept in .loragen-runs.json of its folder, which may be deleted.
     """
-    from loragen.core.history.listing import default_folders, list_runs
+    from loragen.core.run.history.listing import default_folders, list_runs
 
     for folder in folders or ():
         if not folder.is_dir():
@@ -159,8 +159,8 @@ def runs_list(
 def runs_show(run: Run, metric: Metrics = None, json: options.Json = False) -> None:
     """Show one run: what it learned from, how far it got, its metrics and their curves, and the
     settings that are not the defaults."""
-    from loragen.core.history.comparison import OpenedRun, chosen_metrics
-    from loragen.core.history.listing import find_run
+    from loragen.core.run.history.comparison import OpenedRun, chosen_metrics
+    from loragen.core.run.history.listing import find_run
 
     found = find_run(run)
     opened = OpenedRun(found)
@@ -192,8 +192,8 @@ def runs_show(run: Run, metric: Metrics = None, json: options.Json = False) -> N
 def runs_compare(runs: Runs, metric: Metrics = None, json: options.Json = False) -> None:
     """Compare runs: the settings in which they differ, their metrics, and their curves in one
     chart each."""
-    from loragen.core.history.comparison import OpenedRun, chosen_metrics, differences
-    from loragen.core.history.listing import find_run
+    from loragen.core.run.history.comparison import OpenedRun, chosen_metrics, differences
+    from loragen.core.run.history.listing import find_run
 
     if len(set(runs)) < 2:
         raise UsageError("compare needs two runs at least; `loragen runs show RUN` shows one")
@@ -258,8 +258,8 @@ def runs_watch(
     The exit code is 1 if the run does not finish. Ctrl+C stops the watching, not the run.
     """
     from loragen.cli.progress import terminal_progress
-    from loragen.core.history.following import follow
-    from loragen.core.history.listing import default_folders, find_run, list_runs
+    from loragen.core.run.history.following import follow
+    from loragen.core.run.history.listing import default_folders, find_run, list_runs
 
     if run is None:
         alive = [one for one in list_runs(default_folders()) if one.state == "running"]
@@ -305,7 +305,7 @@ def runs_rm(
     Files of others stay, with the directories that they are in. A run that is being written is
     refused. Without --yes the command asks on a terminal, and is refused elsewhere.
     """
-    from loragen.core.history.listing import find_run
+    from loragen.core.run.history.listing import find_run
     from loragen.core.run.removal import plan_removal
 
     found = [find_run(one) for one in dict.fromkeys(runs)]
@@ -428,7 +428,7 @@ def _facts(opened: "OpenedRun") -> str:
 def _metric_rows(opened: "list[OpenedRun]", names: list[str]) -> list[list[object]]:
     """Returns a row for each metric: of one run the last value, the lowest and its step; of several
     the lowest and the last of each."""
-    from loragen.core.history.comparison import last_and_lowest
+    from loragen.core.run.history.comparison import last_and_lowest
 
     rows: list[list[object]] = []
     for name in names:
@@ -442,7 +442,7 @@ def _metric_rows(opened: "list[OpenedRun]", names: list[str]) -> list[list[objec
 
 
 def _metric_documents(opened: "OpenedRun") -> dict[str, Any]:
-    from loragen.core.history.comparison import last_and_lowest
+    from loragen.core.run.history.comparison import last_and_lowest
 
     found = {}
     for name, (steps, values) in opened.curves.items():
@@ -462,7 +462,7 @@ def _changed_settings(opened: "OpenedRun") -> dict[str, Any]:
     from loragen.core.config import load
     from loragen.core.config.schema import MODELS
     from loragen.core.config.yaml_file import dotted, leaves
-    from loragen.core.history.comparison import RECORDED
+    from loragen.core.run.history.comparison import RECORDED
 
     command = opened.run.command.partition(" ")[0]
     if command not in MODELS:

@@ -137,7 +137,7 @@ class TestList:
 
 
 def runs_of(loragen):
-    from loragen.core.history.listing import list_runs
+    from loragen.core.run.history.listing import list_runs
 
     return list_runs([loragen.work / "runs"])
 
@@ -222,7 +222,7 @@ class TestWatch:
     def test_the_newest_that_is_running(self, made, monkeypatch):
         run = make_run(made.work / "runs", "piqa_lora_1", status="running")
         lock = RunLock(run).acquire()
-        monkeypatch.setattr("loragen.core.history.following.time.sleep", _interrupt)
+        monkeypatch.setattr("loragen.core.run.history.following.time.sleep", _interrupt)
         result = made("runs", "watch")
         lock.release()
         assert (result.exit_code, result.stdout) == (130, "")

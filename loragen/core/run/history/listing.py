@@ -17,7 +17,8 @@ from typing import Any
 
 from loragen.core.errors import LoragenError, UsageError, did_you_mean
 from loragen.core.files import written_atomically
-from loragen.core.history.summary import (
+from loragen.core.run import CHECKPOINTS, MANIFEST
+from loragen.core.run.history.summary import (
     ListedRun,
     Summary,
     as_record,
@@ -25,7 +26,6 @@ from loragen.core.history.summary import (
     listed,
     summarize,
 )
-from loragen.core.run import CHECKPOINTS, MANIFEST
 from loragen.core.run.metrics import METRICS
 
 INDEX = ".loragen-runs.json"

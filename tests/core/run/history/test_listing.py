@@ -8,8 +8,8 @@ import threading
 import pytest
 
 from loragen.core.errors import UsageError
-from loragen.core.history import listing
-from loragen.core.history.listing import INDEX, find_run, list_runs
+from loragen.core.run.history import listing
+from loragen.core.run.history.listing import INDEX, find_run, list_runs
 from tests.made_runs import aged, change_manifest, log, make_run
 
 

@@ -5,10 +5,10 @@ import shutil
 import pytest
 
 from loragen.core.errors import UsageError
-from loragen.core.history import following
-from loragen.core.history.following import follow
-from loragen.core.history.listing import find_run
 from loragen.core.progress import Progress
+from loragen.core.run.history import following
+from loragen.core.run.history.following import follow
+from loragen.core.run.history.listing import find_run
 from loragen.core.run.lock import RunLock
 from tests.made_runs import change_manifest, log, make_run
 

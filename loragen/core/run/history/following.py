@@ -5,9 +5,9 @@ from math import isfinite
 from pathlib import Path
 
 from loragen.core.errors import UsageError
-from loragen.core.history.summary import LOSS, ListedRun, listed, summarize
 from loragen.core.progress import Progress, Step, Validation
 from loragen.core.run import MANIFEST
+from loragen.core.run.history.summary import LOSS, ListedRun, listed, summarize
 from loragen.core.run.metrics import METRICS, MetricsReader
 
 TOKENS, STAGE = "train/tokens_per_second", "train/stage"

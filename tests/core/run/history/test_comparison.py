@@ -3,13 +3,13 @@
 import pytest
 
 from loragen.core.errors import UsageError
-from loragen.core.history.comparison import (
+from loragen.core.run.history.comparison import (
     OpenedRun,
     chosen_metrics,
     differences,
     last_and_lowest,
 )
-from loragen.core.history.listing import find_run
+from loragen.core.run.history.listing import find_run
 from tests.made_runs import CONFIG, log, make_run
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from loragen.core.config.yaml_file import dotted, leaves, read_yaml
 from loragen.core.contents import read_json
 from loragen.core.errors import LoragenError, UsageError, did_you_mean, listing
-from loragen.core.history.summary import LOSS, ListedRun
 from loragen.core.run import CONFIG, MANIFEST
+from loragen.core.run.history.summary import LOSS, ListedRun
 from loragen.core.run.metrics import METRICS, read_metrics
 
 RECORDED = (

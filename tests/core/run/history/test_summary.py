@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from loragen.core.history.summary import listed, size_on_disk, summarize
+from loragen.core.run.history.summary import listed, size_on_disk, summarize
 from loragen.core.run.lock import WRITER, RunLock
 from tests.made_runs import change_manifest, log, make_run
 
