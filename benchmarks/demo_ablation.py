@@ -10,8 +10,9 @@ Every variant is the demo's configuration with the named settings changed, train
 `demo-out/runs`. With `--hold-out`, the runs of an attribute or style are held out, once for each
 that is named, and their datasets are the new combinations. The score is that of the demo: exact
 match on creatures that no training row names, as the mean over 5 draws of 16 prompts with the 95 %
-interval. A second column has the additive adapter for a known attribute and style
-(`_known_task.py`). Prints one JSON line per variant.
+interval. A second column has adapters generated from gibberish (the control of `gen eval`), a third
+the additive adapter for a known attribute and style (`_known_task.py`). Prints one JSON line per
+variant.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from loragen.core.evaluation.contestants import (
     EvaluationOptions,
     EvaluationSetup,
     GeneratedAdapters,
+    GibberishPrompts,
 )
 from loragen.core.evaluation.targets import Target
 from loragen.core.generator.model import Generator
@@ -92,14 +94,18 @@ def judged(demo: Demo, targets: Sequence[Target], changed: list[str], draws: int
     options = EvaluationOptions(prompts=PROMPTS, draws=draws, choices=False)
     sources = training_sources(generator)
     setup = EvaluationSetup(load_base(DEMO), generator, sources, options=options)
-    outcomes = score_contestants(setup, [GeneratedAdapters, KnownTask], targets, targets)
+    columns = [GeneratedAdapters, GibberishPrompts, KnownTask]
+    outcomes = score_contestants(setup, columns, targets, targets)
     results = results_document(outcomes, setup, None)
     return {
         "datasets": len(runs),
         "train_seconds": round(seconds, 1),
         **{split: of[GENERATED] for split, of in results["accuracy"].items()},
         "interval": {split: of[GENERATED] for split, of in results["interval"].items()},
-        KnownTask.name: {split: of[KnownTask.name] for split, of in results["accuracy"].items()},
+        **{
+            column.name: {split: of[column.name] for split, of in results["accuracy"].items()}
+            for column in columns[1:]
+        },
         "chosen_by": generator.provenance["chosen_by"],
     }
 
