@@ -18,7 +18,7 @@ from urllib.parse import quote
 from fastapi import FastAPI, Query, Request, Security
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -260,8 +260,14 @@ def make_app(make_service: Callable[[Any], AdapterService], settings: Settings) 
         answers.metrics_text,
         methods=["GET"],
         summary="Measurements in Prometheus's format",
-        response_class=PlainTextResponse,
-        responses=problems(),
+        response_class=Response,
+        responses={
+            200: {
+                "description": "Text.",
+                "content": {"text/plain": {"schema": {"type": "string"}}},
+            },
+            **problems(),
+        },
         **protected,
     )
     return _Guard(app, settings, metrics)

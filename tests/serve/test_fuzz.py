@@ -1,5 +1,6 @@
 """The server against requests that schemathesis makes of its own OpenAPI document."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -43,4 +44,4 @@ def test_every_answer_is_one_of_the_document(url, tmp_path):
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", *ARGUMENTS]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "No issues found" in result.stdout
+    assert int(re.search(r"(\d+) generated", result.stdout)[1]) > 100
