@@ -368,7 +368,7 @@ class _Answers:
         """Returns the adapter as a file, or its description."""
         service = self.service
         values = service.generator.layout.values
-        described = await service.on_disk(describe, identity, directory, values)
+        described = await service.on_disk(described_adapter, identity, directory, values)
         headers = {"Location": f"/v1/adapters/{identity}"}
         if form not in ("zip", "safetensors"):
             document = described.model_copy(update=dict(more)).model_dump(mode="json")
@@ -386,7 +386,7 @@ class _Answers:
         return StreamingResponse(_chunks(opened), status, headers, kind)
 
 
-def describe(identity: str, directory: Path, values: int) -> AdapterDescription:
+def described_adapter(identity: str, directory: Path, values: int) -> AdapterDescription:
     """Returns what the files of a PEFT directory say of it; no weights are read."""
     from loragen.core.adapter.files import LINEAGE
     from loragen.core.generator.generated import Origin
