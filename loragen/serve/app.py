@@ -470,7 +470,9 @@ async def _answer_error(_: Any, error: Exception) -> Response:
             first, *others = error.errors()
             place = ".".join(str(part) for part in first["loc"] if part != "body")
             more = f" (and {len(others)} more)" if others else ""
-            status, document = 422, {"detail": f"{place or 'body'}: {first['msg']}{more}"}
+            if not place or first["type"] == "json_invalid":
+                place, more = "body", "; send a JSON object with Content-Type: application/json"
+            status, document = 422, {"detail": f"{place}: {first['msg']}{more}"}
         case UsageError():
             status, document = 422, {"detail": one_line(error)}
         case LoragenError():

@@ -158,6 +158,15 @@ class TestWhatIsRefused:
         assert answer.status_code == 422
         assert words in answer.json()["detail"]
 
+    @pytest.mark.parametrize("kind", ["application/json", "application/x-www-form-urlencoded"])
+    @pytest.mark.parametrize("body", [b"", b"[1]", b'{"prompts": ["a"]', b"\xff"])
+    def test_what_is_no_json_object(self, served, body, kind):
+        with served() as client:
+            headers = {"content-type": kind}
+            answer = client.post("/v1/adapters", content=body, headers=headers)
+        assert answer.status_code in (400, 422)
+        assert answer.status_code == 400 or "Content-Type" in answer.json()["detail"]
+
     def test_half_a_surrogate_pair(self, served):
         body = b'{"prompts": ["\\ud800"], "\\udfff": 1}'
         with served() as client:
