@@ -27,7 +27,7 @@ COMMANDS = [
     ["gen", "eval", "--help"],
     ["library", "add", "--help"],
     ["serve", "--help"],
-    ["runs", "list"],
+    ["runs", "list", "--json"],
     ["plugins", "list"],
     ["plugins", "show", "schedule", "cosine"],
     ["plugins", "show", "logger", "swanlab"],

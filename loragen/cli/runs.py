@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loragen.cli import completion, options, render
+from loragen.cli.config import Command
 from loragen.core.errors import EXIT_FAILED, UsageError, counted, shortened
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ app = typer.Typer(
 
 WIDTH = 100
 """Columns of what is drawn where stdout is no terminal."""
-NARROW_FIRST = ("dataset", "base", "size", "age", "metric", "command")
+NARROW_FIRST = ("command", "dataset", "base", "age", "size", "metric")
 """Columns that a table leaves out on a narrow terminal, in this order."""
 UNITS = ((86400 * 2, 86400, "d"), (3600 * 2, 3600, "h"), (120, 60, "min"))
 """(from so many seconds on, seconds of the unit, its name)"""
@@ -53,11 +54,6 @@ Metrics = Annotated[
         help="Draw this metric. Repeatable. Default: train/loss and the one that is validated.",
     ),
 ]
-
-
-class Command(StrEnum):
-    lora = "lora"
-    gen = "gen"
 
 
 class StateName(StrEnum):
@@ -192,14 +188,14 @@ def runs_show(run: Run, metric: Metrics = None, json: options.Json = False) -> N
 def runs_compare(runs: Runs, metric: Metrics = None, json: options.Json = False) -> None:
     """Compare runs: the settings in which they differ, their metrics, and their curves in one
     chart each."""
-    from loragen.core.run.history.comparison import OpenedRun, chosen_metrics, differences
+    from loragen.core.run.history.comparison import OpenedRun, chosen_metrics, differing_settings
     from loragen.core.run.history.listing import find_run
 
     if len(set(runs)) < 2:
         raise UsageError("compare needs two runs at least; `loragen runs show RUN` shows one")
     opened = [OpenedRun(find_run(one)) for one in dict.fromkeys(runs)]
     drawn = chosen_metrics(opened, metric or [])
-    found = differences(opened)
+    found = differing_settings(opened)
     if json:
         render.answer_json(
             {

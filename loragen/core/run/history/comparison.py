@@ -73,7 +73,7 @@ class OpenedRun:
         }
 
 
-def differences(runs: Sequence[OpenedRun]) -> dict[str, list[Any]]:
+def differing_settings(runs: Sequence[OpenedRun]) -> dict[str, list[Any]]:
     """Returns {key: the value of each run} of the settings that are not the same in all of them;
     None where a run has none."""
     keys = dict.fromkeys(key for run in runs for key in run.settings if key not in WHERE)

@@ -6,7 +6,7 @@ from loragen.core.errors import UsageError
 from loragen.core.run.history.comparison import (
     OpenedRun,
     chosen_metrics,
-    differences,
+    differing_settings,
     last_and_lowest,
 )
 from loragen.core.run.history.listing import find_run
@@ -33,18 +33,18 @@ def pair(tmp_path):
 
 
 def test_the_settings_that_differ_and_what_was_read(pair):
-    assert differences(pair) == {
+    assert differing_settings(pair) == {
         "training.batch_size": [16, 32],
         "extra": [None, True],
         "base_fingerprint": [None, "f"],
         "version of schedule wsd": [None, "x 2"],
     }
-    assert differences([pair[0], pair[0]]) == {}
+    assert differing_settings([pair[0], pair[0]]) == {}
 
 
 def test_a_configuration_that_cannot_be_read_stops_nothing(pair):
     (pair[0].run.path / "config.yaml").write_text("a: [1")
-    assert differences(pair)["training.batch_size"] == [None, 32]
+    assert differing_settings(pair)["training.batch_size"] == [None, 32]
 
 
 def test_the_curves_without_the_hardware(pair):
