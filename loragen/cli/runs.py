@@ -12,7 +12,7 @@ import typer
 
 from loragen.cli import completion, options, render
 from loragen.cli.config import Command
-from loragen.core.errors import EXIT_FAILED, UsageError, counted, shortened
+from loragen.core.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError, counted, shortened
 
 if TYPE_CHECKING:
     from loragen.core.run.history.comparison import OpenedRun
@@ -268,7 +268,8 @@ def runs_watch(
     try:
         found = follow(found, progress, every)
     except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+        # Not typer.Exit: after an interrupt, the root command reports any exception.
+        raise SystemExit(EXIT_INTERRUPTED) from None
     finally:
         progress.command_ended()
     if json:
