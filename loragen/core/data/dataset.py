@@ -23,12 +23,12 @@ from loragen.core.data.documents import (
     SAVED,
     SPLITS,
     SUFFIXES,
+    ArrowTable,
     DataFile,
     Document,
     HubDataset,
     Shards,
     Source,
-    Table,
     file_documents,
     may_hold_rows,
     parsed_source,
@@ -387,7 +387,7 @@ class Dataset:
     @cached_property
     def _contents(self) -> _Contents:
         digest = hashlib.sha256()
-        if isinstance(self.source, Table):
+        if isinstance(self.source, ArrowTable):
             table = self.source.rows()
             found = _Contents(TableRows(table))
             for document in table_documents(table, digest):

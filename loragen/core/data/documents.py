@@ -142,7 +142,7 @@ class DataFile(Source):
         return str(self.path)
 
 
-class Table(Source):
+class ArrowTable(Source):
     """A source whose rows the `datasets` library has in columns on the disk."""
 
     @abstractmethod
@@ -157,7 +157,7 @@ class Table(Source):
 
 
 @dataclass(frozen=True)
-class HubDataset(Table):
+class HubDataset(ArrowTable):
     """A dataset of the Hugging Face hub, as `hub:owner/name[:config][@split]`."""
 
     id: str
@@ -186,7 +186,7 @@ class HubDataset(Table):
 
 
 @dataclass(frozen=True)
-class SavedDataset(Table):
+class SavedDataset(ArrowTable):
     """One split that the `datasets` library has written with `save_to_disk`."""
 
     path: Path
