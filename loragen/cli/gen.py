@@ -14,6 +14,7 @@ from loragen.cli import completion, options, render
 from loragen.core.errors import UsageError, counted
 
 if TYPE_CHECKING:
+    from loragen.core.config import Override
     from loragen.core.evaluation.targets import PromptsFrom
     from loragen.core.generator.network import DecoderSummary
     from loragen.core.learning.plan import Plan
@@ -39,24 +40,46 @@ class PromptOrigin(StrEnum):
     tested = "tested"
 
 
+CheckpointDirs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--checkpoint-dir",
+        help="A run of lora train (or its checkpoints/), a folder of runs, a library of "
+        "adapters, or any of them on the hub: hf://owner/name. Repeatable.",
+        autocompletion=completion.runs,
+    ),
+]
+Prompts = Annotated[
+    str | None,
+    typer.Option("--prompts", help="A directory of data prepare; default: the runs' own datasets."),
+]
+
+
+def training_flags(
+    checkpoint_dir: list[str] | None,
+    prompts: str | None,
+    trust_remote_code: bool,
+    steps: int | None = None,
+) -> "list[Override]":
+    """Returns the settings that the options of a training give; `steps` are those of --test-mode,
+    of each phase."""
+    from loragen.core.config import Override
+
+    given = [
+        (("data", "checkpoint_dir"), checkpoint_dir or None, "--checkpoint-dir"),
+        (("data", "prompts"), prompts, "--prompts"),
+        (("trust_remote_code",), trust_remote_code or None, "--trust-remote-code"),
+        (("training", "max_steps"), steps, "--test-mode"),
+        (("behaviour", "max_steps"), steps, "--test-mode"),
+    ]
+    return [Override(*one) for one in given if one[1] is not None]
+
+
 @app.command("train")
 def gen_train(
     config: options.ConfigFile = None,
-    checkpoint_dir: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--checkpoint-dir",
-            help="A run of lora train (or its checkpoints/), a folder of runs, a library of "
-            "adapters, or any of them on the hub: hf://owner/name. Repeatable.",
-            autocompletion=completion.runs,
-        ),
-    ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            "--prompts", help="A directory of data prepare; default: the runs' own datasets."
-        ),
-    ] = None,
+    checkpoint_dir: CheckpointDirs = None,
+    prompts: Prompts = None,
     trust_remote_code: options.TrustRemoteCode = False,
     resume: options.Resume = None,
     test_mode: Annotated[
@@ -71,19 +94,12 @@ def gen_train(
 
     Prints the experiment directory; the generator is results/final_model/generator_model.pt.
     """
-    from loragen.core.config import GenTrainConfig, Override, dump, load
+    from loragen.core.config import GenTrainConfig, dump, load
     from loragen.core.learning.sources import check_sources, open_sources
     from loragen.core.run.directory import CONFIG, TEST_MODE_STEPS, GeneratorManifest, Run
 
     steps = TEST_MODE_STEPS[-1] if test_mode else None
-    given = [
-        (("data", "checkpoint_dir"), checkpoint_dir or None, "--checkpoint-dir"),
-        (("data", "prompts"), prompts, "--prompts"),
-        (("trust_remote_code",), trust_remote_code or None, "--trust-remote-code"),
-        (("training", "max_steps"), steps, "--test-mode"),
-        (("behaviour", "max_steps"), steps, "--test-mode"),
-    ]
-    flags = [Override(*one) for one in given if one[1] is not None]
+    flags = training_flags(checkpoint_dir, prompts, trust_remote_code, steps)
     run = Run.open(resume, GeneratorManifest) if resume else None
     file = config or (run.directory / CONFIG if run else None)
     resolved = options.with_old_files(

@@ -17,45 +17,75 @@ from loragen.core.errors import DataError, Interrupted, LoragenError, UsageError
 from loragen.core.progress import is_first_process
 
 if TYPE_CHECKING:
-    from loragen.core.config import LoraTrainConfig
+    from loragen.core.config import LoraTrainConfig, Override
     from loragen.core.lora.tasks import Task, TaskOutcome
 
 
 app = typer.Typer(no_args_is_help=True, help="Train LoRA adapters, evaluate one, export it.")
 
 
+Datasets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dataset",
+        help="A name under --data-root, a file, or hub:owner/name. Repeatable.",
+        autocompletion=completion.datasets,
+    ),
+]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Rows per optimizer step.")]
+RunsDir = Annotated[
+    Path | None, typer.Option("--runs-dir", help="The directory of the run directories.")
+]
+TrackBatches = Annotated[
+    bool,
+    typer.Option("--track-batches", help="Write which rows each checkpoint was trained on."),
+]
+
+
+def training_flags(
+    base_model: str | None,
+    trust_remote_code: bool,
+    data_root: Path | None,
+    skip_bad_rows: bool,
+    batch_size: int | None,
+    runs_dir: Path | None,
+    track_batches: bool,
+    launcher: str | None = None,
+) -> "list[Override]":
+    """Returns the settings that the options of a training give."""
+    from loragen.core.config import Override
+
+    given = [
+        (("base_model",), base_model, "--base-model"),
+        (("trust_remote_code",), trust_remote_code or None, "--trust-remote-code"),
+        (("data", "root"), str(data_root) if data_root else None, "--data-root"),
+        (("data", "skip_bad_rows"), skip_bad_rows or None, "--skip-bad-rows"),
+        (("training", "batch_size"), batch_size, "--batch-size"),
+        (("runs_dir",), str(runs_dir) if runs_dir else None, "--runs-dir"),
+        (("track_batches",), track_batches or None, "--track-batches"),
+        (("launcher", "name"), launcher, "--launcher"),
+    ]
+    return [Override(*one) for one in given if one[1] is not None]
+
+
 @app.command("train")
 def lora_train(
-    dataset: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--dataset",
-            help="A name under --data-root, a file, or hub:owner/name. Repeatable.",
-            autocompletion=completion.datasets,
-        ),
-    ] = None,
+    dataset: Datasets = None,
     every: Annotated[bool, typer.Option("--all", help="Every dataset below --data-root.")] = False,
     config: options.ConfigFile = None,
     base_model: options.BaseModelName = None,
     trust_remote_code: options.TrustRemoteCode = False,
     data_root: options.OtherDataRoot = None,
     skip_bad_rows: options.SkipBadRows = False,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="Rows per optimizer step.")
-    ] = None,
-    runs_dir: Annotated[
-        Path | None, typer.Option("--runs-dir", help="The directory of the run directories.")
-    ] = None,
+    batch_size: BatchSize = None,
+    runs_dir: RunsDir = None,
     test_mode: Annotated[
         bool,
         typer.Option(
             "--test-mode", help="Train six steps with three checkpoints, as a smoke test."
         ),
     ] = False,
-    track_batches: Annotated[
-        bool,
-        typer.Option("--track-batches", help="Write which rows each checkpoint was trained on."),
-    ] = False,
+    track_batches: TrackBatches = False,
     resume: options.Resume = None,
     force: Annotated[
         bool, typer.Option("--force", help="Train again what has been trained already.")
@@ -75,21 +105,20 @@ def lora_train(
     Needs nothing but --dataset. Prints the run directory of each dataset. A dataset that has been
     trained already is skipped, and one that fails does not stop the others.
     """
-    from loragen.core.config import DEMO, LoraTrainConfig, Override, load
+    from loragen.core.config import DEMO, LoraTrainConfig, load
     from loragen.core.lora.tasks import find_tasks
     from loragen.core.run.directory import CONFIG, TEST_MODE_STEPS, LoraManifest, Run
 
-    given = [
-        (("base_model",), base_model, "--base-model"),
-        (("trust_remote_code",), trust_remote_code or None, "--trust-remote-code"),
-        (("data", "root"), str(data_root) if data_root else None, "--data-root"),
-        (("data", "skip_bad_rows"), skip_bad_rows or None, "--skip-bad-rows"),
-        (("training", "batch_size"), batch_size, "--batch-size"),
-        (("runs_dir",), str(runs_dir) if runs_dir else None, "--runs-dir"),
-        (("track_batches",), track_batches or None, "--track-batches"),
-        (("launcher", "name"), launcher, "--launcher"),
-    ]
-    flags = [Override(*one) for one in given if one[1] is not None]
+    flags = training_flags(
+        base_model,
+        trust_remote_code,
+        data_root,
+        skip_bad_rows,
+        batch_size,
+        runs_dir,
+        track_batches,
+        launcher,
+    )
     wanted = dataset or []
     if resume and (every or len(wanted) > 1 or launcher == "ray"):
         raise UsageError(

@@ -15,7 +15,20 @@ import typer
 from typer.core import TyperGroup
 
 from loragen import __version__
-from loragen.cli import ckpt, config, data, demo, gen, library, lora, plugins, render, runs, serve
+from loragen.cli import (
+    ckpt,
+    config,
+    data,
+    demo,
+    gen,
+    library,
+    lora,
+    plugins,
+    render,
+    runs,
+    serve,
+    sweep,
+)
 from loragen.cli.completion import whole_words
 from loragen.cli.streams import lost_output, make_streams_last
 from loragen.core.errors import (
@@ -123,6 +136,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(lora.app, name="lora")
 app.add_typer(gen.app, name="gen")
 app.add_typer(library.app, name="library")
+app.add_typer(sweep.app, name="sweep")
 app.add_typer(runs.app, name="runs")
 app.add_typer(ckpt.app, name="ckpt")
 app.add_typer(config.app, name="config")

@@ -184,7 +184,7 @@ def _from_environment(environment: Mapping[str, str], model: type[BaseModel]) ->
     for name in sorted(environment):
         if not name.startswith(ENV_PREFIX) or name.startswith(TEST_PREFIX):
             continue
-        keys = _parse_keys(name.removeprefix(ENV_PREFIX).lower().split("__"))
+        keys = parse_keys(name.removeprefix(ENV_PREFIX).lower().split("__"))
         if keys[0] in model.model_fields:
             yield Override(keys, _parse_value(environment[name], name), name)
         else:
@@ -208,11 +208,11 @@ def _from_setting(text: str) -> Override:
     path, equals, value = text.partition("=")
     if not equals or not path.strip():
         raise UsageError(f"--set {text}: expected key=value, such as training.batch_size=16")
-    keys = _parse_keys(path.strip().split("."))
+    keys = parse_keys(path.strip().split("."))
     return Override(keys, _parse_value(value, f"--set {text}"), "--set")
 
 
-def _parse_keys(parts: Iterable[str]) -> Loc:
+def parse_keys(parts: Iterable[str]) -> Loc:
     """Returns the keys; a number is an index of a list."""
     return tuple(int(part) if part.isdecimal() else part for part in parts)
 

@@ -60,10 +60,12 @@ def resolved_settings(
     return found
 
 
-def differences(then: BaseModel, now: BaseModel, free: Collection[str]) -> list[str]:
+def differences(
+    then: BaseModel, now: BaseModel, free: Collection[str], whose: str = "the run"
+) -> list[str]:
     """Returns `key is x, the run has y` for every setting that differs and is not `free` to.
 
-    `free` names sections and keys, `loggers` or `data.workers`.
+    `whose` are the old settings. `free` names sections and keys, `loggers` or `data.workers`.
     """
     old, new = (
         {
@@ -74,7 +76,7 @@ def differences(then: BaseModel, now: BaseModel, free: Collection[str]) -> list[
         for config in (then, now)
     )
     return [
-        f"{key} is {new.get(key)}, the run has {old.get(key)}"
+        f"{key} is {new.get(key)}, {whose} has {old.get(key)}"
         for key in dict.fromkeys([*old, *new])
         if old.get(key) != new.get(key)
     ]

@@ -213,6 +213,10 @@ class GeneratorCheckpoints(CheckpointCallback):
         """The checkpoint that validation has chosen so far."""
         return self.last_file.with_name(self._best["name"]) if self._best else None
 
+    @property
+    def best_step(self) -> int | None:
+        return self._best["step"] if self._best else None
+
     def on_step(self, trainer: Trainer, pl_module: Any, batch: PairBatch) -> None:
         step, last = trainer.global_step, trainer.global_step == self.phases.total
         if last:

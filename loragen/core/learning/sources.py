@@ -7,7 +7,7 @@ dataset file is read twice. Prompts and labels are read when they are first need
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -238,6 +238,8 @@ class Sources:
     superseded: list[Path]
     """Runs and adapters of libraries of whose dataset, base and adapter shape another run is newer,
     or named."""
+    trials: list[Path] = field(default_factory=list)
+    """Runs that a sweep has started."""
 
     def report(self) -> None:
         """Logs which runs are left out, and which are used although they have not finished."""
@@ -249,6 +251,8 @@ class Sources:
             )
         if self.test_mode:
             log.info("%s: left out because trained with --test-mode", _listed(self.test_mode))
+        if self.trials:
+            log.info("%s: left out because trials of a sweep", _listed(self.trials))
         if self.superseded:
             log.info(
                 "%s: left out because another run of the dataset is newer or named",
@@ -321,8 +325,8 @@ def check_sources(config: GenTrainConfig) -> list[Problem]:
 
 def open_sources(config: GenTrainConfig, test_mode: bool = False) -> Sources:
     """Opens the sources that are named and, of a folder of runs, the newest finished run of each
-    dataset that is neither named nor held out. Runs of `lora train --test-mode` are left out, but
-    with `test_mode` they serve where a folder has no others.
+    dataset that is neither named nor held out. Trials of a sweep are left out. So are runs of
+    `lora train --test-mode`, but with `test_mode` they serve where a folder has no others.
 
     Raises UsageError if there is no source, a source is named twice, a folder has no run to learn
     from, or two datasets share a name; DataError for a damaged manifest.
@@ -372,18 +376,21 @@ def open_sources(config: GenTrainConfig, test_mode: bool = False) -> Sources:
 
     # Of the folders, choose the newest run of each dataset, base and adapter shape.
     candidates = dict[Path, LoraRun]()
-    unfinished, tests = list[Path](), list[Path]()
+    unfinished, tests, trials = list[Path](), list[Path](), list[Path]()
     for folder, runs in folders.items():
         unnamed = [run for run in runs if run.directory.resolve() not in named]
+        trials += [run.directory for run in unnamed if run.manifest.trial]
+        runs = [run for run in runs if not run.manifest.trial or run not in unnamed]
+        unnamed = [run for run in unnamed if not run.manifest.trial]
         finished = [run for run in unnamed if run.manifest.status == "success"]
         usable = [run for run in finished if not run.manifest.is_test]
         if test_mode and not usable:
             usable = finished
         if len(unnamed) == len(runs) and not usable:
             raise UsageError(
-                f"{folder}: none of its {len(runs)} runs is one to learn from "
-                f"({len(runs) - len(finished)} not finished, {len(finished)} of --test-mode); name "
-                "a run to use it nevertheless"
+                f"{folder}: none of its {len(folders[folder])} runs is one to learn from "
+                f"({len(runs) - len(finished)} not finished, {len(finished)} of --test-mode, "
+                f"{len(folders[folder]) - len(runs)} of a sweep); name a run to use it nevertheless"
             )
         unfinished += [run.directory for run in unnamed if run.manifest.status != "success"]
         tests += [run.directory for run in finished if run not in usable]
@@ -414,7 +421,7 @@ def open_sources(config: GenTrainConfig, test_mode: bool = False) -> Sources:
         )
     if data.prompts is not None:  # prepared prompts are found by the name of the dataset
         _refuse_namesakes([*training, *validation])
-    return Sources(training, validation, unfinished, tests, superseded)
+    return Sources(training, validation, unfinished, tests, superseded, trials)
 
 
 def open_source(

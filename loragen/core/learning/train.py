@@ -71,7 +71,7 @@ from loragen.core.run.directory import (
     SourceRecord,
     plugin_records,
 )
-from loragen.core.run.loop import Interruption, RunSession, StepSeeds, fit, make_trainer
+from loragen.core.run.loop import Interruption, RunSession, StepSeeds, Trial, fit, make_trainer
 from loragen.core.run.resume import ResumePoint, restore_weights
 
 log = logging.getLogger(__name__)
@@ -101,9 +101,10 @@ def train(
     progress: Progress,
     resume: "GeneratorPoint | None" = None,
     sources: Sources | None = None,
+    trial: Trial | None = None,
 ) -> GeneratorRun:
     """Trains a generator on all sources, or resumes a run; `sources` are those of the
-    configuration if they are open already.
+    configuration if they are open already; `trial` is that of a sweep.
 
     Nothing is written before the sources are known to fit. Raises UsageError or DataError for
     sources or settings that do not fit, UsageError if the run cannot be resumed, Interrupted on
@@ -146,7 +147,7 @@ def train(
         module = GeneratorModule(generator.network, phases, config.training, encoder=trainable)
         parent, interruption = Path(config.experiments_dir), Interruption()
         session = RunSession(
-            parent, "lora_generator", "generator", config, manifest, progress, resume
+            parent, "lora_generator", "generator", config, manifest, progress, resume, trial
         )
         metrics = GeneratorMetrics(session, phases)
         checkpoints = GeneratorCheckpoints(
@@ -171,6 +172,7 @@ def train(
 
             # Save the step that validation has chosen.
             manifest.steps, manifest.metrics = trainer.global_step, metrics.latest
+            manifest.kept_step = checkpoints.best_step or trainer.global_step
             generator.provenance = _provenance(manifest, selection, phases)
             if checkpoints.best:
                 restore_weights(module, load_weights_only(checkpoints.best))
@@ -404,7 +406,9 @@ def _provenance(
     manifest: GeneratorManifest, selection: Selection, phases: Phases
 ) -> dict[str, Any]:
     """Returns the description of the training in the generator's file."""
-    fields = manifest.model_dump(mode="json", exclude={"status", "seconds", "logger_run_ids"})
+    fields = manifest.model_dump(
+        mode="json", exclude={"status", "seconds", "logger_run_ids", "trial"}
+    )
     return {**fields, "trained_for": str(phases), "chosen_by": selection.sentence}
 
 

@@ -212,8 +212,8 @@ def earlier_runs(
     """Finds the earlier runs of a task. Every manifest is read once.
 
     Two runs are the same if they agree in the bytes of the dataset, the name of the base model and
-    every setting that decides the result, which are all but those `ignored`. Nothing heavy is
-    loaded, so the base's weights are not compared.
+    every setting that decides the result, which are all but those `ignored`. The trials of a sweep
+    are not counted. Nothing heavy is loaded, so the base's weights are not compared.
     """
     validation = task.validation
     if config.data.validation and validation is None:
@@ -225,7 +225,8 @@ def earlier_runs(
             run = Run.open(file.parent, LoraManifest)
             manifest, then = run.manifest, run.config
             same = (
-                manifest.dataset.sha256 == task.dataset.sha256
+                manifest.trial is None
+                and manifest.dataset.sha256 == task.dataset.sha256
                 and manifest.dataset.validation == (validation.sha256 if validation else "")
                 and same_base(manifest.base_model, config.base_model)
                 and same_dtype(then, manifest.base_dtype, config)

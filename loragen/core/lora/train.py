@@ -51,7 +51,7 @@ from loragen.core.plugins import create
 from loragen.core.progress import Progress, is_first_process
 from loragen.core.run.checkpoints import AtomicCheckpointIO
 from loragen.core.run.directory import LoraManifest, LoraRun, Run, checkpoint_step, plugin_records
-from loragen.core.run.loop import Interruption, RunSession, StepSeeds, fit, make_trainer
+from loragen.core.run.loop import Interruption, RunSession, StepSeeds, Trial, fit, make_trainer
 from loragen.core.run.metrics import METRICS, read_metrics
 from loragen.core.run.resume import ResumePoint
 
@@ -66,13 +66,15 @@ def train_adapter(
     resume: "LoraPoint | None" = None,
     validation: Dataset | None = None,
     on_start: Callable[[Path], None] | None = None,
+    trial: Trial | None = None,
 ) -> LoraRun:
     """Trains one adapter, or resumes a run; `base` is unchanged afterwards.
 
     `validation` is `config.data.validation`, if that is open already; `on_start` is called with
-    the run directory once it has its manifest. Nothing is written before data, tokens and adapter
-    are checked. Raises DataError for bad rows, UsageError if the adapter does not fit the base or
-    the run cannot be resumed, Interrupted on Ctrl+C, once the step is saved.
+    the run directory once it has its manifest; `trial` is that of a sweep. Nothing is written
+    before data, tokens and adapter are checked. Raises DataError for bad rows, UsageError if the
+    adapter does not fit the base or the run cannot be resumed, Interrupted on Ctrl+C, once the step
+    is saved, and what the trial raises.
     """
     from peft.helpers import disable_input_dtype_casting
 
@@ -122,6 +124,7 @@ def train_adapter(
             manifest,
             progress,
             resume,
+            trial,
         )
         interruption = Interruption()
         trainer = _new_trainer(config, base, session, manifest, rows, interruption, on_start)

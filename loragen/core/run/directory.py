@@ -80,6 +80,17 @@ class SourceRecord(BaseModel):
     """The number of checkpoints trained on: the last of those in the directory."""
 
 
+class TrialRecord(BaseModel):
+    """The trial of a sweep that a run is."""
+
+    study: str
+    """The absolute directory of the study."""
+    number: int
+    """Counted from 0."""
+    pruned_at: int | None = None
+    """The step at which the study has ended the run, since others were better at that step."""
+
+
 class Manifest(BaseModel):
     """The fields that every run records about itself."""
 
@@ -92,6 +103,8 @@ class Manifest(BaseModel):
     logger_run_ids: dict[str, str] = {}
     resumed_from: list[int] = []
     """The steps at which the run was resumed."""
+    trial: TrialRecord | None = None
+    """The trial that the run is, if a sweep has started it."""
 
     @property
     def last_step(self) -> int:
@@ -176,6 +189,9 @@ class GeneratorManifest(Manifest):
     selection_metric: str = ""
     """The metric whose lowest value chooses the step that is kept; empty if nothing was held out,
     or an older loragen has trained."""
+    kept_step: int = 0
+    """The step whose weights the generator has; 0 if the training has not ended, or an older
+    loragen has trained."""
     metrics: dict[str, float] = {}
 
     @property

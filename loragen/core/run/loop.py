@@ -13,7 +13,7 @@ from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import psutil
 import torch
@@ -33,6 +33,7 @@ from loragen.core.run.directory import (
     CONFIG,
     LAST_CHECKPOINT,
     Manifest,
+    TrialRecord,
     create_run_directory,
     write_manifest,
 )
@@ -85,6 +86,19 @@ def fit(trainer: Trainer, module: LightningModule, data: Any) -> None:
         raise KeyboardInterrupt from None
 
 
+class Trial(Protocol):
+    """The trial of a sweep that a run is, as its training sees it. Process 0 alone calls it."""
+
+    record: TrialRecord
+    """What the manifest says of it."""
+
+    def started(self, directory: Path) -> None:
+        """The run has its directory."""
+
+    def validated(self, metrics: Mapping[str, float], step: int, is_last: bool) -> None:
+        """A step was validated. Raises Interrupted if the training is not worth to go on."""
+
+
 class RunSession(Callback):
     """One training run: its directory, loggers and manifest, from the first step to the status.
 
@@ -104,6 +118,7 @@ class RunSession(Callback):
         manifest: Manifest,
         progress: Progress,
         resume: ResumePoint[Any, Any] | None = None,
+        trial: Trial | None = None,
     ) -> None:
         """`name` is that of the events sent to `progress`. What a resumed run has recorded of its
         steps is copied into `manifest`."""
@@ -120,6 +135,9 @@ class RunSession(Callback):
         self._started = time.monotonic() - before
         self.manifest = manifest
         self.progress = progress
+        self._trial = trial
+        if trial:
+            manifest.trial = trial.record
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trainer = trainer
@@ -139,6 +157,8 @@ class RunSession(Callback):
             # seconds to open.
             write_text(self.directory / CONFIG, dump(self._config))
             write_manifest(self.directory, self.manifest)
+            if self._trial:
+                self._trial.started(self.directory)
             self._loggers.open(
                 RunInfo(
                     directory=self.directory,
@@ -157,6 +177,9 @@ class RunSession(Callback):
         if self._trainer.is_global_zero:
             extra = hardware_usage() if step % HARDWARE_EVERY == 1 else {}
             self._loggers.log_metrics({**metrics, **extra}, step)
+            if self._trial and any(name.startswith("val") for name in metrics):
+                is_last = step >= self._trainer.max_steps
+                self._trial.validated(metrics, step, is_last)
 
     def report(self, event: Step | Validation) -> None:
         """Shows a step or a validation in the progress, under the session's name."""

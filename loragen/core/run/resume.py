@@ -153,6 +153,7 @@ class ResumePoint(Run[ManifestT, ConfigT], ABC):
         """Copies into the resuming run's manifest what is recorded of the steps already done."""
         manifest.started = self.manifest.started
         manifest.resumed_from = [*self.manifest.resumed_from, self.step]
+        manifest.trial = self.manifest.trial
 
     def restore(self, trainer: Any, module: ResumableModule) -> None:
         """Sets module, trainer and callbacks to the checkpoint's step, before `fit`, and deletes
