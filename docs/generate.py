@@ -87,6 +87,15 @@ def command_section(command: Any, path: tuple[str, ...]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def commands_of(group: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields the words and the command of everything below a group."""
+    for word, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands_of(command, (*path, word))
+        else:
+            yield (*path, word), command
+
+
 def cli_pages() -> dict[Path, str]:
     """{page: text}: one for each group of commands, and one for the commands without a group."""
     root = get_command(app)
@@ -98,17 +107,17 @@ def cli_pages() -> dict[Path, str]:
         if name not in groups
     ]
     lines = [
-        f"| [`loragen {name} {child}`]({name}.md#loragen-{name}-{child}) "
+        f"| [`loragen {' '.join(path)}`]({name}.md#loragen-{'-'.join(path)}) "
         f"| {cell(command.get_short_help_str(200))} |"
         for name, group in groups.items()
-        for child, command in group.commands.items()
+        for path, command in commands_of(group, (name,))
     ]
     table = "\n".join(["| command | what it does |", "|---|---|", *lines])
     pages = {
         "index": "\n".join([f"# Commands\n\n{GENERATED}\n", CLI_INTRODUCTION, table + "\n", *alone])
     }
     for name, group in groups.items():
-        sections = [command_section(child, (name, word)) for word, child in group.commands.items()]
+        sections = [command_section(child, path) for path, child in commands_of(group, (name,))]
         text = linked(inspect.cleandoc(group.help or ""))
         pages[name] = "\n".join([f"# loragen {name}\n\n{text} {GENERATED}\n", *sections])
     return {DOCS / "cli" / f"{name}.md": text for name, text in pages.items()}

@@ -1,4 +1,4 @@
-"""`loragen sweep`: the settings of tiny trainings are searched, by several processes, some killed."""
+"""`loragen sweep`: the settings of tiny trainings are searched, by processes of which one dies."""
 
 import json
 import os
