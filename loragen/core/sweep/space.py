@@ -138,7 +138,7 @@ def _choices(text: str) -> tuple[Any, ...]:
     try:
         values = parse_yaml(f"[{text}]")
     except AmbiguousNumberError as error:
-        raise UsageError(error.problem) from None
+        raise UsageError(str(error.problem)) from None
     except (yaml.YAMLError, RecursionError):
         raise UsageError("the choices are not YAML; put quotes around them") from None
     texts = [inline(value) for value in values]

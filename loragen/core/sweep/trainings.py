@@ -47,13 +47,14 @@ class SweptTraining(ABC, Generic[ConfigT]):
     ) -> None:
         """`load` returns the configuration of the command line with further settings; `given` are
         the keys that the command line sets."""
-        self._load, self._given = load, given
+        self._load: Callable[[Sequence[Override]], ConfigT] = load
+        self._given = given
 
     def config(self, values: Mapping[str, Any]) -> ConfigT:
         """Returns the configuration of a trial. Raises ConfigError."""
-        return self._load(
-            [Override(parse_keys(k.split(".")), value, "--param") for k, value in values.items()]
-        )
+        flags = [Override(parse_keys(k.split(".")), v, "--param") for k, v in values.items()]
+        config: ConfigT = self._load(flags)
+        return config
 
     def check(self, params: Sequence[Param], problems: Sequence[str], metric: str) -> ConfigT:
         """Returns the configuration with the first ends of all ranges, the `base` of the sweep.
@@ -162,7 +163,8 @@ class SweptLora(SweptTraining[LoraTrainConfig]):
     ) -> None:
         """`named` are the datasets of the command line."""
         super().__init__(load, given)
-        self._named, self._task = named, None
+        self._named = named
+        self._task: Task | None = None
         self._base: LanguageModel | None = None
         self._base_settings: object = None
 
