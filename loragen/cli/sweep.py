@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from loragen.core.config import Override
-    from loragen.core.sweep.study import Study, StudyRecord
-    from loragen.core.sweep.trainings import SweptTraining
+    from loragen.core.learning.sweep.study import Study, StudyRecord
+    from loragen.core.learning.sweep.trainings import SweptTraining
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -104,7 +104,7 @@ def sweep_lora(
     Prints the file with the best settings, for lora train --config. See docs/sweeps.md.
     """
     from loragen.core.config import LoraTrainConfig
-    from loragen.core.sweep.trainings import SweptLora
+    from loragen.core.learning.sweep.trainings import SweptLora
 
     flags = lora.training_flags(
         base_model,
@@ -152,7 +152,7 @@ def sweep_gen(
     """
     from loragen.core.config import GenTrainConfig
     from loragen.core.learning.sources import check_sources
-    from loragen.core.sweep.trainings import SweptGenerator
+    from loragen.core.learning.sweep.trainings import SweptGenerator
 
     flags = gen.training_flags(checkpoint_dir, prompts, trust_remote_code)
     load, given = _layers(GenTrainConfig, config, settings, flags, check=check_sources)
@@ -207,9 +207,9 @@ def _sweep(
 ) -> None:
     """Checks everything, takes part in the study until it has its trials, and prints the best."""
     from loragen.core.config import dump
-    from loragen.core.sweep.space import parse_params
-    from loragen.core.sweep.study import Study, StudyRecord, check_study, run_trials
-    from loragen.core.sweep.trainings import usual_direction
+    from loragen.core.learning.sweep.space import parse_params
+    from loragen.core.learning.sweep.study import Study, StudyRecord, check_study, run_trials
+    from loragen.core.learning.sweep.trainings import usual_direction
 
     if not is_first_process():
         raise UsageError("a sweep trains on one device: start it without torchrun, once a device")
@@ -247,7 +247,7 @@ def _report(study: "Study", record: "StudyRecord", json: bool) -> None:
     """Prints the trials and the best. Raises LoragenError if there is none."""
     from dataclasses import asdict
 
-    from loragen.core.sweep.study import BEST, best_of
+    from loragen.core.learning.sweep.study import BEST, best_of
 
     found = study.trials()
     best = best_of(found, record.direction)

@@ -132,7 +132,7 @@ class TestLora:
 
 class TestRefused:
     def test_without_the_extra_it_says_what_to_install(self, fails, command, monkeypatch):
-        from loragen.core.sweep import study
+        from loragen.core.learning.sweep import study
 
         monkeypatch.setattr(study, "find_spec", lambda _: None)
         assert "pip install '" in fails(2, *command(None, "--param", RANK))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from loragen.core.sweep.space import MOST_CORNERS, Param, corners, parse_params
+from loragen.core.learning.sweep.space import MOST_CORNERS, Param, corners, parse_params
 
 
 def parsed(*texts):

@@ -12,8 +12,8 @@ pytest.importorskip("optuna", reason="the extra sweep is not installed")
 
 from loragen.core.config import LoraTrainConfig
 from loragen.core.errors import UsageError
-from loragen.core.sweep.space import parse_params
-from loragen.core.sweep.study import Pruned, Study, StudyRecord, best_of
+from loragen.core.learning.sweep.space import parse_params
+from loragen.core.learning.sweep.study import Pruned, Study, StudyRecord, best_of
 from tests.conftest import configured
 
 SPACE = ("lora.rank=int:2:8", "training.weight_decay=float:0:0.1")

@@ -13,12 +13,12 @@ from loragen.core.config.load import parse_keys
 from loragen.core.data.dataset import Dataset
 from loragen.core.data.documents import HubDataset, parsed_source
 from loragen.core.errors import ConfigError, DataError, UsageError, listing
+from loragen.core.learning.sweep.space import Param, corners
 from loragen.core.lora.tasks import IGNORED_ON_RESUME as FREE_FOR_LORA
 from loragen.core.lora.tasks import Task, find_tasks
 from loragen.core.progress import Progress
 from loragen.core.run.directory import ConfigT, GeneratorRun, LoraRun, Run
 from loragen.core.run.metrics import METRICS, read_metrics
-from loragen.core.sweep.space import Param, corners
 
 if TYPE_CHECKING:
     from loragen.core.base.load import LanguageModel

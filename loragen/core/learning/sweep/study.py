@@ -35,12 +35,12 @@ from loragen.core.errors import (
     pip_install,
 )
 from loragen.core.files import write_json, write_text
+from loragen.core.learning.sweep.space import Param, described
+from loragen.core.learning.sweep.trainings import SweptTraining
 from loragen.core.outputs import check_writable
 from loragen.core.progress import Progress
 from loragen.core.run.directory import TrialRecord
 from loragen.core.run.lock import RunLock, writer_of
-from loragen.core.sweep.space import Param, described
-from loragen.core.sweep.trainings import SweptTraining
 
 log = logging.getLogger(__name__)
 
