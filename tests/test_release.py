@@ -72,7 +72,7 @@ def test_the_wheel_is_the_package_and_its_licence(built):
         metadata = Parser().parsestr(archive.read(info("METADATA")).decode())
     everything = repository() | repository("--others", "--exclude-standard")
     package = {path for path in everything if path.startswith("loragen/")}
-    assert {"loragen/py.typed", "loragen/core/analysis/page.html"} < package
+    assert {"loragen/py.typed", "loragen/core/page.html"} < package
     files = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
     assert found == package | {info(file) for file in files}
     assert metadata["License-Expression"] == "MIT"

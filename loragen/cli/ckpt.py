@@ -1,9 +1,7 @@
 """`loragen ckpt`: analyse checkpoints, trace what they were trained on, convert old ones."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,19 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from loragen.cli import completion, options, render
-from loragen.cli.progress import SECONDS_BETWEEN_LINES
+from loragen.cli.progress import checkpoint_progress
 from loragen.core.errors import (
     EXIT_FAILED,
     DataError,
     LoragenError,
     UsageError,
     counted,
-    pip_install,
     shortened,
 )
-from loragen.core.files import write_text
 from loragen.core.hub import local_path
-from loragen.core.outputs import is_sealed, refuse_existing_file, refuse_input, sealed
+from loragen.core.outputs import is_sealed, refuse_existing_file, refuse_input
+from loragen.core.page import need_library
 
 if TYPE_CHECKING:
     from loragen.core.analysis.report import Analysis, Comparison, SeriesReport
@@ -74,28 +71,19 @@ def ckpt_analyze(
     if html is not None:
         refuse_input(html, given)
         refuse_existing_file(html, force, is_sealed)
-        if find_spec("matplotlib") is None:
-            raise UsageError(f"--html needs matplotlib; {pip_install('plots')}")
+        need_library("--html")
 
     from loragen.core.analysis.series import analyze_checkpoints
 
-    last = time.monotonic()
-
-    def report_progress(name: str, done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() >= last + SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            render.note(f"{name}: {done}/{total} checkpoints")
-
-    analysis = analyze_checkpoints(given, report_progress)
+    analysis = analyze_checkpoints(given, checkpoint_progress())
     if json:
         render.answer_json(analysis.as_dict())
     else:
         _print_analysis(analysis, None if every else MAX_ROWS)
     if html is not None:
-        from loragen.core.analysis.page import page
+        from loragen.core.analysis.page import analysis_page
 
-        write_text(html, sealed(page(analysis), "<!-- {} -->"))
+        analysis_page(analysis).write(html)
         render.note(f"wrote {html}")
     if any(report.not_finite for report in analysis.series):
         raise typer.Exit(EXIT_FAILED)

@@ -361,7 +361,7 @@ def gen_eval(
     ] = Path(".loragen-cache"),
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="A directory for results.json, .md and .png."),
+        typer.Option("--output", "-o", help="A directory for results.json, .md, .html and .png."),
     ] = None,
     force: options.Force = False,
     json: options.Json = False,

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from loragen.cli import render
@@ -189,3 +189,16 @@ def _numbers(names: Sequence[str]) -> dict[str, str]:
     """Returns `{"arc": "[1/2] ", "boolq": "[2/2] "}`; empty for a single dataset."""
     several = names if len(names) > 1 else ()
     return {name: f"[{i}/{len(several)}] " for i, name in enumerate(several, start=1)}
+
+
+def checkpoint_progress() -> Callable[[str, int, int], None]:
+    """Returns what prints a line every ten seconds about a series whose checkpoints are read."""
+    last = time.monotonic()
+
+    def report(name: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() >= last + SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            render.note(f"{name}: {done}/{total} checkpoints")
+
+    return report

@@ -13,6 +13,7 @@ import typer
 from loragen.cli import completion, options, render
 from loragen.cli.config import Command
 from loragen.core.errors import EXIT_FAILED, EXIT_INTERRUPTED, UsageError, counted, shortened
+from loragen.core.run.history.summary import duration_text, size_text
 
 if TYPE_CHECKING:
     from loragen.core.run.history.comparison import OpenedRun
@@ -27,8 +28,6 @@ WIDTH = 100
 """Columns of what is drawn where stdout is no terminal."""
 NARROW_FIRST = ("command", "dataset", "base", "age", "size", "metric")
 """Columns that a table leaves out on a narrow terminal, in this order."""
-UNITS = ((86400 * 2, 86400, "d"), (3600 * 2, 3600, "h"), (120, 60, "min"))
-"""(from so many seconds on, seconds of the unit, its name)"""
 
 Run = Annotated[
     str,
@@ -155,13 +154,17 @@ def runs_list(
 def runs_show(run: Run, metric: Metrics = None, json: options.Json = False) -> None:
     """Show one run: what it learned from, how far it got, its metrics and their curves, and the
     settings that are not the defaults."""
-    from loragen.core.run.history.comparison import OpenedRun, chosen_metrics
+    from loragen.core.run.history.comparison import (
+        OpenedRun,
+        changed_settings,
+        chosen_metrics,
+    )
     from loragen.core.run.history.listing import find_run
 
     found = find_run(run)
     opened = OpenedRun(found)
     drawn = chosen_metrics([opened], metric or [])
-    changed = _changed_settings(opened)
+    changed = changed_settings(opened)
     if json:
         render.answer_json(
             {
@@ -188,7 +191,12 @@ def runs_show(run: Run, metric: Metrics = None, json: options.Json = False) -> N
 def runs_compare(runs: Runs, metric: Metrics = None, json: options.Json = False) -> None:
     """Compare runs: the settings in which they differ, their metrics, and their curves in one
     chart each."""
-    from loragen.core.run.history.comparison import OpenedRun, chosen_metrics, differing_settings
+    from loragen.core.run.history.comparison import (
+        OpenedRun,
+        chosen_metrics,
+        differing_settings,
+        run_labels,
+    )
     from loragen.core.run.history.listing import find_run
 
     if len(set(runs)) < 2:
@@ -206,7 +214,7 @@ def runs_compare(runs: Runs, metric: Metrics = None, json: options.Json = False)
             }
         )
         return
-    labels = _labels(len(opened))
+    labels = run_labels(len(opened))
     header = ["", "run", "state", "steps", "best", "metric", "seconds"]
     rows = [
         [
@@ -230,6 +238,64 @@ def runs_compare(runs: Runs, metric: Metrics = None, json: options.Json = False)
     if len(drawn) and (lowest := _metric_rows(opened, drawn)):
         render.answer("\n" + render.columns(["lowest, and last", *labels], lowest))
     _draw(opened, drawn)
+
+
+@app.command("report")
+def runs_report(
+    runs: Runs,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The page to write.")
+    ] = Path("report.html"),
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--evaluation",
+            "-e",
+            metavar="PATH",
+            help="The --output of gen eval, or its results.json. Repeatable. Those beside a "
+            "generator that name it are found without.",
+        ),
+    ] = None,
+    metric: Metrics = None,
+    checkpoints: Annotated[
+        bool, typer.Option(help="Analyse the checkpoints of runs of lora train, 8 of each.")
+    ] = True,
+    force: options.Force = False,
+    json: options.Json = False,
+) -> None:
+    """Write a page about runs: settings, curves, checkpoints, evaluations and their origin.
+
+    The page is one file that needs no network. No base model is loaded.
+    """
+    from loragen.cli.progress import checkpoint_progress
+    from loragen.core.outputs import is_sealed, refuse_existing_file, refuse_input
+    from loragen.core.page import need_library
+    from loragen.core.report.runs import RunsReport, find_evaluations, with_checkpoints
+    from loragen.core.run.history.comparison import OpenedRun, chosen_metrics
+    from loragen.core.run.history.listing import find_run
+
+    opened = [OpenedRun(find_run(one)) for one in dict.fromkeys(runs)]
+    refuse_input(output, [*(evaluation or ()), *(one.run.path for one in opened)])
+    refuse_existing_file(output, force, is_sealed)
+    need_library("runs report")
+    chosen_metrics(opened, metric or [])
+    report = RunsReport(
+        opened,
+        find_evaluations(opened, evaluation or []),
+        metric or [],
+        with_checkpoints(opened) if checkpoints else [],
+    )
+    report.page(checkpoint_progress()).write(output)
+    if json:
+        render.answer_json(
+            {
+                "page": str(output),
+                "runs": [one.run.name for one in opened],
+                "evaluations": [str(one.file) for one in report.evaluations],
+            }
+        )
+    else:
+        render.note(f"wrote {output}")
 
 
 @app.command("watch")
@@ -320,11 +386,11 @@ def runs_rm(
     if not json or not (yes or dry_run):
         for plan in plans:
             files = counted(len(plan.files) + (not checkpoints), "file")
-            render.note(f"{plan.directory}: {files}, {_size(plan.size)}")
+            render.note(f"{plan.directory}: {files}, {size_text(plan.size)}")
             for kept in plan.kept:
                 render.note(f"{kept} stays: loragen has not written it, or it has changed since")
     if not (yes or dry_run):
-        question = f"Remove {what}{counted(len(plans), 'run')}, {_size(size)}?"
+        question = f"Remove {what}{counted(len(plans), 'run')}, {size_text(size)}?"
         if not _can_ask():
             raise UsageError(f"{question} Nobody can be asked here: add --yes")
         if not typer.confirm(question, err=True):
@@ -345,7 +411,7 @@ def runs_rm(
         render.answer_json({"removed": not dry_run, "size_bytes": size, "runs": documents})
     else:
         done = "would be freed" if dry_run else "freed"
-        render.answer(f"{_size(size)} {done}")
+        render.answer(f"{size_text(size)} {done}")
 
 
 # ---------------------------------------------------------------------------- texts
@@ -375,8 +441,8 @@ def _table(runs: "list[ListedRun]") -> str:
             _steps(run),
             run.best,
             run.metric or None,
-            _size(run.size),
-            _duration(run.age),
+            size_text(run.size),
+            duration_text(run.age),
         ]
         for run in runs
     ]
@@ -405,9 +471,9 @@ def _facts(opened: "OpenedRun") -> str:
         "datasets" if run.kind == "generator" else "dataset": ", ".join(run.datasets) or None,
         "base": run.base_model or None,
         "started": run.started or None,
-        "took": None if run.seconds is None else _duration(run.seconds),
+        "took": None if run.seconds is None else duration_text(run.seconds),
         "steps": _steps(run),
-        "size": _size(run.size),
+        "size": size_text(run.size),
     }
     if isinstance(dataset, dict) and dataset.get("path"):
         told["rows"] = f"{dataset.get('rows')} of {dataset['path']}"
@@ -454,32 +520,12 @@ def _metric_documents(opened: "OpenedRun") -> dict[str, Any]:
     return found
 
 
-def _changed_settings(opened: "OpenedRun") -> dict[str, Any]:
-    """Returns the settings that are not the defaults of this loragen."""
-    from loragen.core.config import load
-    from loragen.core.config.schema import MODELS
-    from loragen.core.config.yaml_file import dotted, leaves
-    from loragen.core.run.history.comparison import RECORDED
-
-    command = opened.run.command.partition(" ")[0]
-    if command not in MODELS:
-        return {}
-    defaults = load(MODELS[command], environment={}).model_dump(mode="json")
-    known = {dotted(keys): value for keys, value in leaves(defaults)}
-    return {
-        key: value
-        for key, value in opened.settings.items()
-        if key not in RECORDED
-        and not key.startswith("version of ")
-        and (key not in known or known[key] != value)
-    }
-
-
 def _draw(opened: "list[OpenedRun]", names: list[str]) -> None:
     """Prints the curves that have two points at least."""
     from loragen.cli.curves import charts
+    from loragen.core.run.history.comparison import run_labels
 
-    labels = _labels(len(opened))
+    labels = run_labels(len(opened))
     drawn = {
         name: {
             label: one.curves[name]
@@ -490,11 +536,6 @@ def _draw(opened: "list[OpenedRun]", names: list[str]) -> None:
     }
     if any(drawn.values()):
         render.answer("\n" + charts({k: of for k, of in drawn.items() if of}, _width()))
-
-
-def _labels(count: int) -> list[str]:
-    """Returns A, B, ..., Z, A1, B1, ..."""
-    return [chr(65 + i % 26) + (str(i // 26) if i >= 26 else "") for i in range(count)]
 
 
 def _width() -> int:
@@ -540,23 +581,6 @@ def _steps(run: "ListedRun") -> str:
 
 def _can_ask() -> bool:
     return sys.stdin.isatty()
-
-
-def _size(size: float) -> str:
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while size >= 999.5 and len(units) > 1:
-        size /= 1000
-        units.pop(0)
-    return f"{size:.3g} {units[0]}"
-
-
-def _duration(seconds: float) -> str | None:
-    if isnan(seconds):
-        return None
-    for least, length, unit in UNITS:
-        if seconds >= least:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def _value(value: object, widest: int) -> str | None:

@@ -114,6 +114,7 @@ def demo_results(demo: Demo, pool: Executor, progress: Progress) -> dict[str, An
 
     results = hold_contest(shared.setup(), COLUMNS, targets, submit)
     results |= {
+        "generator": str(generator_file(experiment.directory)),
         "seed": demo.seed,
         "held_out": [list(pair) for pair in demo.world.held_out_pairs(demo.seed)],
         "multi_task": {"steps": joint.steps, "patience": MULTI_TASK_PATIENCE},

@@ -43,7 +43,7 @@ adapters are trained on: more would mostly take time to embed."""
 
 RECORD = "data/.demo-record"
 """The file that records what a demo has written: `--force` replaces that and keeps the rest."""
-FILES = ("world.yaml", "results.json", "results.md", "results.png")
+FILES = ("world.yaml", "results.json", "results.md", "results.png", "results.html")
 DIRECTORIES = ("data", "runs", "oracles", "multi_task", "experiments", "cache", "generated")
 """What a demo writes."""
 

@@ -110,9 +110,11 @@ class TestAnalyze:
             (loragen.work / "out" / "page.html").read_text(encoding="utf-8").startswith("<!doctype")
         )
 
-    def test_a_page_needs_matplotlib(self, fails, run, monkeypatch):
-        monkeypatch.setattr("loragen.cli.ckpt.find_spec", lambda _: None)
-        assert "pip install 'matplotlib" in fails(2, "ckpt", "analyze", run, "--html", "page.html")
+    def test_a_page_needs_plotly(self, fails, run, monkeypatch):
+        monkeypatch.setattr("loragen.core.page.find_spec", lambda _: None)
+        assert "--html needs plotly; pip install" in fails(
+            2, "ckpt", "analyze", run, "--html", "page.html"
+        )
 
     def test_a_page_is_replaced_only_with_force(self, fails, run):
         page = fails.loragen.work / "page.html"

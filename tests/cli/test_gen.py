@@ -353,7 +353,7 @@ class TestEval:
         assert [row.split()[0] for row in rows] == ["animals", "colors", "mean"]
         assert "generated: " in result.stdout
         assert {file.name for file in (loragen.work / "out").iterdir()} == {
-            "results.json", "results.md", "results.png",
+            "results.json", "results.md", "results.html", "results.png",
         }  # fmt: skip
         again = loragen(*arguments, "--output", "out")
         assert again.exit_code == 2

@@ -206,7 +206,7 @@ def test_a_page_or_a_configuration_that_was_edited_is_kept(loragen, keeps, run, 
         (tmp_path / "page.html", ("ckpt", "analyze", run / "adapter", "--html")),
         (tmp_path / "new.yaml", ("config", "migrate", old, "--command", "lora", "--output")),
     ):
-        pytest.importorskip("matplotlib")
+        pytest.importorskip("plotly")
         assert loragen(*command, out).exit_code == 0
         assert is_sealed(out)
         assert loragen(*command, out, "--force").exit_code == 0

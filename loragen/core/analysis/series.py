@@ -5,7 +5,7 @@ whatever the number of files. Comparisons in pairs use a sample of bounded size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import hypot, isfinite, sqrt
 from pathlib import Path
 from typing import TypeVar
@@ -60,16 +60,22 @@ MOST_TOGETHER = 60
 
 
 def analyze_checkpoints(
-    paths: Sequence[Path], progress: Callable[[str, int, int], None] | None = None
+    paths: Sequence[Path],
+    progress: Callable[[str, int, int], None] | None = None,
+    most: int | None = None,
 ) -> Analysis:
     """Analyses runs, folders of runs, PEFT directories, folders of them, and single files.
 
-    `progress` is called with the series' name, the files done and all files. Raises UsageError for
+    `progress` is called with the series' name, the files done and all files. Of more than `most`
+    checkpoints of a series, as many are read, evenly spaced. Raises UsageError for
     a path with nothing there, DataError for a file that does not load or a series whose checkpoints
     differ in modules or shapes.
     """
     files_of: dict[str, list[str]] = {}
-    analyzed = [_analyze_series(one, files_of, progress) for one in find_series(paths)]
+    found = find_series(paths)
+    if most is not None:
+        found = [replace(one, files=evenly_spaced(one.files, most)) for one in found]
+    analyzed = [_analyze_series(one, files_of, progress) for one in found]
     duplicates = [Duplicates(files) for files in files_of.values() if len(files) > 1]
     analysis = Analysis([one.report for one in analyzed], duplicates=duplicates)
     if len(analyzed) == 1:

@@ -1,4 +1,4 @@
-"""The results of an evaluation as tables, remarks, Markdown and a picture. Light."""
+"""The results of an evaluation as tables, remarks, Markdown, a page and a picture. Light."""
 
 import logging
 import warnings
@@ -13,10 +13,19 @@ from loragen.core.errors import listing, pip_install, shortened
 from loragen.core.evaluation.contestants import GENERATED, LABEL_CURVE, MEASURES, ORACLE, titles
 from loragen.core.files import write_json, write_text, written_atomically
 from loragen.core.outputs import Record, recorded_in_text, with_record, written_directory
+from loragen.core.page import COLOURS as PALETTE
+from loragen.core.page import Block, Page, Plot, Plots, Section, figure, has_library
+from loragen.core.page import Table as PageTable
 
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.md"
+METHOD = "Accuracies are exact matches, losses nats a token; the bars have 95 % intervals."
+COLOUR, COLOURS = "#8d99ae", {GENERATED: "#d1495b", ORACLE: "#2b2d42"}
+PAGE_COLOURS = {GENERATED: PALETTE[4], ORACLE: PALETTE[2]}
+"""Colours that stand out on white and on black."""
+PANELS_A_ROW, MOST_PANELS = 3, 12
+LONGEST_NAME, LONGEST_TITLE = 36, 80
 KEYS = (*MEASURES, "interval", "differences", "beats", "beaten_by", "margins", "headroom")
 
 
@@ -233,9 +242,60 @@ def markdown(document: Mapping[str, Any], title: str) -> str:
     return "\n".join(parts)
 
 
+def evaluation_page(document: Mapping[str, Any], title: str) -> Page:
+    """Returns the page that `gen eval --output` writes."""
+    return Page(title, METHOD, [Section("", evaluation_blocks(document))])
+
+
+def evaluation_blocks(document: Mapping[str, Any]) -> list[Block]:
+    """Returns the exact match of every column in a plot for each row of the tables, of more than
+    `MOST_PANELS` rows only of the average, and all tables and remarks."""
+    above = titles(document["options"]["shots"])
+    rows = table_rows(document)
+    rows = rows if len(rows) <= MOST_PANELS else rows[-1:]
+    height = 60 + 24 * len(document["columns"])
+    panels = [Plot(row.name, _bars(row, above), "", height) for row in rows]
+    found = [PageTable(table.header, table.rows) for table in tables(document)]
+    notes = PageTable(["", ""], [_split(remark) for remark in remarks(document)])
+    return [Plots(panels), *found, notes]
+
+
+def _bars(row: TableRow, above: Mapping[str, str]) -> str:
+    from plotly.graph_objects import Bar
+
+    accuracy, intervals = row.values["accuracy"], row.values["interval"]
+    names = [shortened(above.get(name, name), LONGEST_NAME) for name in accuracy]
+    bounds = [intervals[name] for name in accuracy]
+    values = list(accuracy.values())
+    bars = Bar(
+        x=values,
+        y=names,
+        orientation="h",
+        marker_color=[PAGE_COLOURS.get(name, COLOUR) for name in accuracy],
+        error_x={
+            "array": [max(high - v, 0) for v, (_, high) in zip(values, bounds, strict=True)],
+            "arrayminus": [max(v - low, 0) for v, (low, _) in zip(values, bounds, strict=True)],
+            "color": "#808890",
+            "thickness": 1.5,
+            "width": 4,
+        },
+        customdata=[list(one) for one in bounds],
+        hovertemplate="%{y}: %{x:.2f} [%{customdata[0]:.2f}, %{customdata[1]:.2f}]<extra></extra>",
+    )
+    return figure(
+        [bars], "exact match", xaxis_range=[0, 1.03], yaxis_autorange="reversed", bargap=0.35
+    )
+
+
+def _split(remark: str) -> tuple[str, str]:
+    """Returns what a remark is about, and what it says."""
+    about, _, said = remark.partition(": ")
+    return about, said
+
+
 def write_results(document: Mapping[str, Any], title: str, directory: Path) -> None:
-    """Writes results.json, results.png (a warning replaces it if matplotlib is missing) and
-    results.md, whose last lines record the others, in place of earlier ones."""
+    """Writes results.json, results.png and results.html (a warning replaces each whose library is
+    missing) and results.md, whose last lines record the others, in place of earlier ones."""
     with written_directory(directory, results_record) as temporary:
         write_json(temporary / "results.json", document)
         picture = directory / "results.png"
@@ -243,17 +303,17 @@ def write_results(document: Mapping[str, Any], title: str, directory: Path) -> N
             draw_accuracies(document, title, temporary / picture.name)
         else:
             logger.warning("%s: left out without matplotlib; %s", picture, pip_install("plots"))
+        page = directory / "results.html"
+        if has_library():
+            evaluation_page(document, title).write(temporary / page.name)
+        else:
+            logger.warning("%s: left out without plotly; %s", page, pip_install("plots"))
         write_text(temporary / RESULTS, with_record(markdown(document, title), temporary))
 
 
 def results_record(directory: Path) -> Record | None:
     """Returns the record of the results that a directory holds."""
     return recorded_in_text(directory, RESULTS)
-
-
-COLOUR, COLOURS = "#8d99ae", {GENERATED: "#d1495b", ORACLE: "#2b2d42"}
-PANELS_A_ROW, MOST_PANELS = 3, 12
-LONGEST_NAME, LONGEST_TITLE = 36, 80
 
 
 def draw_accuracies(document: Mapping[str, Any], title: str, file: Path) -> None:

@@ -69,6 +69,7 @@ from loragen.core.run.directory import (
     GeneratorManifest,
     GeneratorRun,
     SourceRecord,
+    environment_record,
     plugin_records,
 )
 from loragen.core.run.loop import Interruption, RunSession, StepSeeds, Trial, fit, make_trainer
@@ -390,6 +391,7 @@ def new_manifest(
         chat_template_kwargs=template_kwargs(plan),
         source_records=[source.record for source in arrays if source.record],
         encoder_fingerprint=encoder.fingerprint,
+        environment=environment_record(),
         plugins=plugin_records(
             {
                 "encoder": [config.encoder.name],

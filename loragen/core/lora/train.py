@@ -50,7 +50,14 @@ from loragen.core.lora.tasks import IGNORED_ON_RESUME, with_absolute_paths
 from loragen.core.plugins import create
 from loragen.core.progress import Progress, is_first_process
 from loragen.core.run.checkpoints import AtomicCheckpointIO
-from loragen.core.run.directory import LoraManifest, LoraRun, Run, checkpoint_step, plugin_records
+from loragen.core.run.directory import (
+    LoraManifest,
+    LoraRun,
+    Run,
+    checkpoint_step,
+    environment_record,
+    plugin_records,
+)
 from loragen.core.run.loop import Interruption, RunSession, StepSeeds, Trial, fit, make_trainer
 from loragen.core.run.metrics import METRICS, read_metrics
 from loragen.core.run.resume import ResumePoint
@@ -102,6 +109,7 @@ def train_adapter(
         adapter_config={},  # known once PEFT has found the target modules in the base
         seed=config.seed,
         max_steps=training.max_steps,
+        environment=environment_record(),
         plugins=plugin_records(
             {"schedule": [config.schedule.name], "logger": list(config.loggers)}
         ),

@@ -1,10 +1,13 @@
 """Run directories: their names, their files, and the manifest that describes what is in them."""
 
+import platform
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeAlias, TypeVar, overload
@@ -28,6 +31,7 @@ from loragen.core.run import GENERATOR_FILE as GENERATOR_FILE
 from loragen.core.run import LAST_CHECKPOINT as LAST_CHECKPOINT
 from loragen.core.run import MANIFEST as MANIFEST
 
+RECORDED_PACKAGES = ("loragen", "torch", "transformers", "peft", "lightning", "numpy")
 TEST_MODE_STEPS = (4, 5, 6)
 """The checkpoints of `lora train --test-mode`, which has three steps in each of two stages."""
 
@@ -100,6 +104,9 @@ class Manifest(BaseModel):
     started: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     seconds: float | None = None
     plugins: list[PluginRecord]
+    environment: dict[str, str] = {}
+    """The versions, the platform and the device of its first start; empty if an older loragen has
+    trained."""
     logger_run_ids: dict[str, str] = {}
     resumed_from: list[int] = []
     """The steps at which the run was resumed."""
@@ -214,6 +221,21 @@ def plugin_records(chosen: Mapping[str, list[str]]) -> list[PluginRecord]:
         PluginRecord(kind=kind, name=name, distribution=found.distribution, version=found.version)
         for kind, name, found in plugins
     ]
+
+
+def environment_record() -> dict[str, str]:
+    """Returns the versions of what computes, the platform and the device. It names no host and no
+    user."""
+    import torch
+
+    record = {"python": platform.python_version()}
+    for name in RECORDED_PACKAGES:
+        with suppress(PackageNotFoundError):
+            record[name] = version(name)
+    record["platform"] = platform.platform()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    record["device"] = ", ".join(gpus) or f"CPU, {torch.get_num_threads()} threads"
+    return record
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

@@ -399,24 +399,33 @@ def test_a_measure_that_a_dataset_lacks_has_no_average(outcome, setup):
     assert [row[0] for row in validity.rows] == ["colors"]
 
 
-def test_the_three_files_have_the_same_content(setup, targets, tmp_path):
+def test_the_four_files_have_the_same_content(setup, targets, tmp_path):
     results = hold_contest(setup(), choose(["base", "generated"]), targets)
     write_results(results, "A title", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "results.json").read_text("utf-8")) == results
     text = (tmp_path / "out" / "results.md").read_text("utf-8")
     assert text.startswith(markdown(results, "A title"))
-    assert results_record(tmp_path / "out").keys() == {"results.json", "results.png", "results.md"}
+    assert results_record(tmp_path / "out").keys() == {
+        f"results.{kind}" for kind in ("json", "png", "html", "md")
+    }
+    page = structure((tmp_path / "out" / "results.html").read_text("utf-8"))
+    assert page.plots == len(targets) + (len(targets) > 1)
+    assert "exact match" in page.text and "novelty" in page.text
     assert text.startswith("# A title\n\n| exact match | base | generated |\n| --- | --- | --- |\n")
     assert "- novelty: outside of the span of the collected adapters is " in text
     assert (tmp_path / "out" / "results.png").stat().st_size > 5_000
 
 
-def test_without_matplotlib_the_picture_is_left_out(setup, targets, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("loragen.core.evaluation.report.find_spec", lambda _: None)
+def test_without_libraries_page_and_picture_are_left_out(
+    setup, targets, tmp_path, monkeypatch, caplog
+):
+    for module in ("evaluation.report", "page"):
+        monkeypatch.setattr(f"loragen.core.{module}.find_spec", lambda _: None)
     results = hold_contest(setup(), choose(["base", "generated"]), targets)
     write_results(results, "A title", tmp_path)
     assert sorted(file.name for file in tmp_path.glob("results.*")) == [
         "results.json",
         "results.md",
     ]
-    assert "pip install 'matplotlib" in caplog.text
+    assert "left out without matplotlib; pip install" in caplog.text
+    assert "left out without plotly; pip install" in caplog.text

@@ -6,6 +6,8 @@ from functools import cached_property
 from math import isfinite
 from typing import Any
 
+from loragen.core.config import load
+from loragen.core.config.schema import MODELS
 from loragen.core.config.yaml_file import dotted, leaves, read_yaml
 from loragen.core.contents import read_json
 from loragen.core.errors import LoragenError, UsageError, did_you_mean, listing
@@ -79,6 +81,27 @@ def differing_settings(runs: Sequence[OpenedRun]) -> dict[str, list[Any]]:
     keys = dict.fromkeys(key for run in runs for key in run.settings if key not in WHERE)
     found = {key: [run.settings.get(key) for run in runs] for key in keys}
     return {key: values for key, values in found.items() if any(v != values[0] for v in values)}
+
+
+def changed_settings(run: OpenedRun) -> dict[str, Any]:
+    """Returns the settings that are not the defaults of this loragen."""
+    command = run.run.command.partition(" ")[0]
+    if command not in MODELS:
+        return {}
+    defaults = load(MODELS[command], environment={}).model_dump(mode="json")
+    known = {dotted(keys): value for keys, value in leaves(defaults)}
+    return {
+        key: value
+        for key, value in run.settings.items()
+        if key not in RECORDED
+        and not key.startswith("version of ")
+        and (key not in known or known[key] != value)
+    }
+
+
+def run_labels(count: int) -> list[str]:
+    """Returns short names of so many runs: A, B, ..., Z, A1, B1, ..."""
+    return [chr(65 + i % 26) + (str(i // 26) if i >= 26 else "") for i in range(count)]
 
 
 def chosen_metrics(runs: Sequence[OpenedRun], names: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from math import isfinite
+from math import isfinite, isnan
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,8 @@ STATES: tuple[State, ...] = ("running", "finished", "failed", "interrupted", "un
 ENDED: dict[str, State] = {"success": "finished", "failed": "failed", "interrupted": "interrupted"}
 """{status of a manifest: the state that it means}"""
 LOSS = "train/loss"
+UNITS = ((86400 * 2, 86400, "d"), (3600 * 2, 3600, "h"), (120, 60, "min"))
+"""(from so many seconds on, seconds of the unit, its name)"""
 OLD_METRICS = ("val_unseen/behaviour", "val_unseen/loss", "val/behaviour", "val/loss")
 """By which metric a run has chosen its step, in this order, if its manifest does not say."""
 
@@ -174,6 +176,23 @@ def size_on_disk(directory: Path | str) -> int:
         except OSError:  # removed meanwhile, or another user's
             continue
     return total
+
+
+def size_text(size: float) -> str:
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while size >= 999.5 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{size:.3g} {units[0]}"
+
+
+def duration_text(seconds: float) -> str | None:
+    if isnan(seconds):
+        return None
+    for least, length, unit in UNITS:
+        if seconds >= least:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _progress(file: Path, chosen: str) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Pages about several things at once: runs, what their checkpoints are, and how they did."""
