@@ -112,9 +112,8 @@ class TestAnalyze:
 
     def test_a_page_needs_plotly(self, fails, run, monkeypatch):
         monkeypatch.setattr("loragen.core.page.find_spec", lambda _: None)
-        assert "--html needs plotly; pip install" in fails(
-            2, "ckpt", "analyze", run, "--html", "page.html"
-        )
+        said = fails(2, "ckpt", "analyze", run, "--html", "page.html")
+        assert said.startswith("--html needs plotly; pip install ")
 
     def test_a_page_is_replaced_only_with_force(self, fails, run):
         page = fails.loragen.work / "page.html"

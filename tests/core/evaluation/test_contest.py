@@ -46,6 +46,7 @@ from loragen.core.lora.evaluate import Scores, evaluate_model
 from loragen.core.progress import Silent
 from loragen.core.run.checkpoints import read_checkpointed_adapter
 from loragen.core.run.directory import LoraManifest, Run
+from tests.pages import structure
 
 ROWS = 10
 
@@ -416,9 +417,7 @@ def test_the_four_files_have_the_same_content(setup, targets, tmp_path):
     assert (tmp_path / "out" / "results.png").stat().st_size > 5_000
 
 
-def test_without_libraries_page_and_picture_are_left_out(
-    setup, targets, tmp_path, monkeypatch, caplog
-):
+def test_without_libraries_two_files_are_left_out(setup, targets, tmp_path, monkeypatch, caplog):
     for module in ("evaluation.report", "page"):
         monkeypatch.setattr(f"loragen.core.{module}.find_spec", lambda _: None)
     results = hold_contest(setup(), choose(["base", "generated"]), targets)
