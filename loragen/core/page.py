@@ -200,6 +200,11 @@ def cell_text(value: Cell) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def plain(text: str) -> str:
+    """Returns a name for a figure, in which Plotly would take `<b>` and `&amp;` for markup."""
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
 # ---------------------------------------------------------------------------- figures
 
 
@@ -225,7 +230,7 @@ def line(number: int, name: str, x: Sequence[Any], y: Sequence[float], **options
     shown = {
         "x": [x[i] for i in at],
         "y": [y[i] for i in at],
-        "name": name,
+        "name": plain(name),
         "line": style,
         "mode": "lines" if len(y) > 1 else "markers",
         "marker": {"color": style["color"]},
@@ -261,15 +266,14 @@ def heat_map(
     scale: dict[str, Any] = {"colorscale": SIGNED if signed else SEQUENTIAL}
     if signed:
         scale |= {"zmin": -1, "zmax": 1}
-    bar = {"orientation": "h", "thickness": 10, "y": 1.0, "yanchor": "bottom", "title_text": label}
     cells = Heatmap(
         z=[list(row) for row in grid],
         x=list(range(len(columns))),
         y=list(range(len(rows))),
-        customdata=[[[row, column] for column in columns] for row in rows],
+        customdata=[[[plain(row), plain(column)] for column in columns] for row in rows],
         hovertemplate=f"%{{customdata[0]}}, %{{customdata[1]}}: {label} %{{z:.4g}}<extra></extra>",
         texttemplate="%{z:.2g}" if len(columns) <= MOST_NUMBERS else None,
-        colorbar=bar,
+        colorbar=colour_bar(label),
         xgap=1,
         ygap=1,
         **scale,
@@ -281,11 +285,17 @@ def heat_map(
     )
 
 
+def colour_bar(label: str) -> dict[str, Any]:
+    """Returns the options of a colour bar above a plot, where it also has room on a phone."""
+    place = {"orientation": "h", "thickness": 10, "y": 1.0, "yanchor": "bottom"}
+    return {**place, "nticks": 4, "tickangle": 0, "title_text": label}
+
+
 def _ticks(axis: str, names: Sequence[str], most: int) -> dict[str, Any]:
     shown = range(0, len(names), -(-len(names) // most) or 1)
     return {
         f"{axis}_tickvals": list(shown),
-        f"{axis}_ticktext": [names[i] for i in shown],
+        f"{axis}_ticktext": [plain(names[i]) for i in shown],
         f"{axis}_showgrid": False,
         f"{axis}_zeroline": False,
     }

@@ -32,9 +32,11 @@ from loragen.core.page import (
     Section,
     Table,
     Text,
+    colour_bar,
     figure,
     heat_map,
     line,
+    plain,
 )
 
 LONGEST_LABEL = 32
@@ -144,7 +146,9 @@ def _comparison(comparison: Comparison) -> list[Plot]:
         marker = {"color": COLOURS[i % len(COLOURS)], "size": sizes, "symbol": symbol}
         x, y = [p[0] for p in own], [p[1] for p in own]
         files = comparison.checkpoints[i]
-        paths.append(line(i, name, x, y, mode="lines+markers", marker=marker, text=files))
+        paths.append(
+            line(i, name, x, y, mode="lines+markers", marker=marker, text=[*map(plain, files)])
+        )
     most = max(map(len, comparison.checkpoints))
     caption = (
         f"At most {most} checkpoints of each series, evenly spaced; the mark is at the last one."
@@ -218,8 +222,8 @@ def _modules(modules: Sequence[ModuleReport]) -> list[Plot]:
     return [
         Plot(
             title,
-            heat_map(grid, kinds, names, label, xaxis_title_text="layer"),
-            "The last checkpoint.",
+            heat_map(grid, kinds, names, label),
+            "The last checkpoint, from the first layer on the left to the last.",
             height,
         )
         for title, grid, label in (
@@ -250,9 +254,8 @@ def _sample(sample: ComparedCheckpoints, of: int) -> list[Plot]:
     """Returns the cosine matrix, and the checkpoints on the first two principal axes."""
     x, unit = _x_positions(sample.checkpoints)
     names = [str(position) for position in x]
-    titles = {"xaxis_title_text": unit, "yaxis_title_text": unit}
-    drawn = heat_map(sample.cosine, names, names, "cosine of ΔW", **titles)
-    caption = f"{len(names)} of {of} checkpoints, evenly spaced."
+    drawn = heat_map(sample.cosine, names, names, "cosine of ΔW")
+    caption = f"{len(names)} of {of} checkpoints by {unit}, evenly spaced."
     plots = [Plot("Cosines between the checkpoints", drawn, caption, 340)]
     if sample.pca is None:
         return [replace(plots[0], caption=f"{caption} All checkpoints are equal.")]
@@ -262,13 +265,7 @@ def _sample(sample: ComparedCheckpoints, of: int) -> list[Plot]:
         "colorscale": SEQUENTIAL,
         "size": 9,
         "showscale": True,
-        "colorbar": {
-            "orientation": "h",
-            "thickness": 10,
-            "y": 1.0,
-            "yanchor": "bottom",
-            "title_text": unit,
-        },
+        "colorbar": colour_bar(unit),
     }
     along, across = [p[0] for p in points], [p[1] for p in points]
     path = line(0, "", along, across, mode="lines+markers", marker=marker, text=names)

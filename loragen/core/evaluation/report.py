@@ -14,7 +14,7 @@ from loragen.core.evaluation.contestants import GENERATED, LABEL_CURVE, MEASURES
 from loragen.core.files import write_json, write_text, written_atomically
 from loragen.core.outputs import Record, recorded_in_text, with_record, written_directory
 from loragen.core.page import COLOURS as PALETTE
-from loragen.core.page import Block, Page, Plot, Plots, Section, figure, has_library
+from loragen.core.page import Block, Page, Plot, Plots, Section, figure, has_library, plain
 from loragen.core.page import Table as PageTable
 
 logger = logging.getLogger(__name__)
@@ -264,7 +264,7 @@ def _bars(row: TableRow, above: Mapping[str, str]) -> str:
     from plotly.graph_objects import Bar
 
     accuracy, intervals = row.values["accuracy"], row.values["interval"]
-    names = [shortened(above.get(name, name), LONGEST_NAME) for name in accuracy]
+    names = [plain(shortened(above.get(name, name), LONGEST_NAME)) for name in accuracy]
     bounds = [intervals[name] for name in accuracy]
     values = list(accuracy.values())
     bars = Bar(
