@@ -124,7 +124,7 @@ Block = Text | Code | Note | Facts | Table | Plots | Details
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     title: str
     blocks: Sequence[Block]
     anchor: str = ""
@@ -135,7 +135,7 @@ class Section:
 class Page:
     title: str
     lead: str
-    sections: Sequence[Section]
+    sections: Sequence[PageSection]
 
     def html(self) -> str:
         """Returns the page. The same page twice is the same bytes."""

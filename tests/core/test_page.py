@@ -13,9 +13,9 @@ from loragen.core.page import (
     Link,
     Note,
     Page,
+    PageSection,
     Plot,
     Plots,
-    Section,
     Table,
     Text,
     cell_text,
@@ -38,9 +38,9 @@ def page():
         "A <title>",
         "What it is about.",
         [
-            Section("First", [Text("a"), Note("careful", ["one"], 3), Plots([plot])], "first"),
-            Section("Second", [Facts({"a fact": 1.23456}), Code("run --x '<y>'")], "second"),
-            Section(
+            PageSection("First", [Text("a"), Note("careful", ["one"], 3), Plots([plot])], "first"),
+            PageSection("Second", [Facts({"a fact": 1.23456}), Code("run --x '<y>'")], "second"),
+            PageSection(
                 "Third",
                 [
                     Table(["name", "value"], [[Link("to the first", "first"), math.nan]]),
@@ -64,7 +64,7 @@ def test_every_block_is_on_the_page_as_text(page):
 
 
 def test_a_page_without_plots_has_no_script():
-    assert "<script" not in Page("t", "l", [Section("s", [Text("a")])]).html()
+    assert "<script" not in Page("t", "l", [PageSection("s", [Text("a")])]).html()
 
 
 def test_a_written_page_tells_when_it_was_edited(page, tmp_path):

@@ -27,9 +27,9 @@ from loragen.core.page import (
     Link,
     Note,
     Page,
+    PageSection,
     Plot,
     Plots,
-    Section,
     Table,
     Text,
     colour_bar,
@@ -53,18 +53,18 @@ def analysis_page(analysis: Analysis) -> Page:
     return Page("Analysis of checkpoints", MEANING, analysis_sections(analysis))
 
 
-def analysis_sections(analysis: Analysis, level: int = 2) -> list[Section]:
+def analysis_sections(analysis: Analysis, level: int = 2) -> list[PageSection]:
     """Returns what is wrong, the series side by side, and a section of each series. `level` is that
     of their headings."""
     notes: list[Block] = [*_warnings(analysis)]
     if not notes:
         fine = "No NaN, no infinity, no tensor that is all zero, no dead layer, no duplicate."
         notes.append(Text(fine))
-    sections = [Section("", notes)]
+    sections = [PageSection("", notes)]
     if len(analysis.series) > 1:
-        sections.append(Section("Side by side", _side_by_side(analysis), "side-by-side", level))
+        sections.append(PageSection("Side by side", _side_by_side(analysis), "side-by-side", level))
     return sections + [
-        Section(report.name, _series(report), f"series-{i}", level)
+        PageSection(report.name, _series(report), f"series-{i}", level)
         for i, report in enumerate(analysis.series, 1)
     ]
 

@@ -14,8 +14,19 @@ from loragen.core.evaluation.contestants import GENERATED, LABEL_CURVE, MEASURES
 from loragen.core.files import write_json, write_text, written_atomically
 from loragen.core.outputs import Record, recorded_in_text, with_record, written_directory
 from loragen.core.page import COLOURS as PALETTE
-from loragen.core.page import Block, Page, Plot, Plots, Section, figure, has_library, plain
-from loragen.core.page import Table as PageTable
+from loragen.core.page import (
+    Block,
+    Cell,
+    Page,
+    PageSection,
+    Plot,
+    Plots,
+    Table,
+    cell_text,
+    figure,
+    has_library,
+    plain,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +46,6 @@ class TableRow(NamedTuple):
     name: str
     values: Mapping[str, Any]
     """{key of `statistics.summary`: value}"""
-
-
-class Table(NamedTuple):
-    header: list[str]
-    rows: list[list[str]]
 
 
 def table_rows(document: Mapping[str, Any]) -> list[TableRow]:
@@ -231,8 +237,8 @@ def _costs(document: Mapping[str, Any]) -> Iterator[str]:
 def markdown(document: Mapping[str, Any], title: str) -> str:
     """Returns the tables and remarks as a Markdown document."""
 
-    def escaped(text: str) -> str:
-        return " ".join(text.split()).replace("|", "\\|")
+    def escaped(cell: Cell) -> str:
+        return " ".join(cell_text(cell).split()).replace("|", "\\|")
 
     parts = [f"# {title}\n"]
     for table in tables(document):
@@ -244,7 +250,7 @@ def markdown(document: Mapping[str, Any], title: str) -> str:
 
 def evaluation_page(document: Mapping[str, Any], title: str) -> Page:
     """Returns the page that `gen eval --output` writes."""
-    return Page(title, METHOD, [Section("", evaluation_blocks(document))])
+    return Page(title, METHOD, [PageSection("", evaluation_blocks(document))])
 
 
 def evaluation_blocks(document: Mapping[str, Any]) -> list[Block]:
@@ -255,9 +261,8 @@ def evaluation_blocks(document: Mapping[str, Any]) -> list[Block]:
     rows = rows if len(rows) <= MOST_PANELS else rows[-1:]
     height = 60 + 24 * len(document["columns"])
     panels = [Plot(row.name, _bars(row, above), "", height) for row in rows]
-    found = [PageTable(table.header, table.rows) for table in tables(document)]
-    notes = PageTable(["", ""], [_split(remark) for remark in remarks(document)])
-    return [Plots(panels), *found, notes]
+    notes = Table(["", ""], [_split(remark) for remark in remarks(document)])
+    return [Plots(panels), *tables(document), notes]
 
 
 def _bars(row: TableRow, above: Mapping[str, str]) -> str:

@@ -22,9 +22,9 @@ from loragen.core.page import (
     Link,
     Note,
     Page,
+    PageSection,
     Plot,
     Plots,
-    Section,
     Table,
     Text,
     figure,
@@ -82,10 +82,10 @@ class RunsReport:
         names = [f"{a} {shortened(r.run.name, LONGEST_LABEL)}" for a, r in self._labelled()]
         one = self.runs[0].run
         title = f"Report of {counted(len(self.runs), 'run')}" if len(self.runs) > 1 else one.name
-        sections = [Section("Runs", [self._overview()], "runs")]
+        sections = [PageSection("Runs", [self._overview()], "runs")]
         if len(self.runs) > 1:
-            sections.append(Section("Differences", [self._differences()], "differences"))
-        sections.append(Section("Curves", self._curves(names), "curves"))
+            sections.append(PageSection("Differences", [self._differences()], "differences"))
+        sections.append(PageSection("Curves", self._curves(names), "curves"))
         if self.analyzed:
             sections += self._checkpoints(progress)
         for i, evaluation in enumerate(self.evaluations):
@@ -93,10 +93,10 @@ class RunsReport:
             about = ", ".join(evaluation.generators) or "of a generator that it does not name"
             blocks: list[Block] = [Text(f"{evaluation.file}: {about}", soft=True)]
             blocks += evaluation_blocks(evaluation.document)
-            sections.append(Section(heading, blocks, f"evaluation-{i + 1}"))
+            sections.append(PageSection(heading, blocks, f"evaluation-{i + 1}"))
         for label, opened in self._labelled():
             heading = f"{label}: {opened.run.name}" if len(self.runs) > 1 else "Provenance"
-            sections.append(Section(heading, _origins(opened), f"run-{label}"))
+            sections.append(PageSection(heading, _origins(opened), f"run-{label}"))
         lead = "Training runs of loragen: their settings, metrics, checkpoints and evaluations."
         return Page(title, lead, sections)
 
@@ -168,7 +168,7 @@ class RunsReport:
         drawn = figure(lines, "optimizer step", hovermode=hover)
         return Plot(metric, drawn, caption, 300, log=lowest > 0)
 
-    def _checkpoints(self, progress: Callable[[str, int, int], None] | None) -> list[Section]:
+    def _checkpoints(self, progress: Callable[[str, int, int], None] | None) -> list[PageSection]:
         from loragen.core.analysis.page import MEANING, analysis_sections
         from loragen.core.analysis.series import analyze_checkpoints
 
@@ -177,10 +177,10 @@ class RunsReport:
             analysis = analyze_checkpoints(self.analyzed, progress, MOST_CHECKPOINTS)
         except LoragenError as error:
             failed = Note("The checkpoints could not be analysed", [str(error)])
-            return [Section("Checkpoints", [failed], "checkpoints")]
+            return [PageSection("Checkpoints", [failed], "checkpoints")]
         first, *others = analysis_sections(analysis, level=3)
         blocks = [Text(about, soft=True), *first.blocks]
-        return [Section("Checkpoints", blocks, "checkpoints"), *others]
+        return [PageSection("Checkpoints", blocks, "checkpoints"), *others]
 
 
 def with_checkpoints(runs: Sequence[OpenedRun]) -> list[Path]:
