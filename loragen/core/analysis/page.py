@@ -22,6 +22,7 @@ from loragen.core.page import (
     SEQUENTIAL,
     SYMBOLS,
     Block,
+    Cell,
     Details,
     Facts,
     Link,
@@ -179,7 +180,7 @@ def _series(report: SeriesReport) -> list[Block]:
     if report.sample:
         plots += _sample(report.sample, report.checkpoints)
     header = ["module", "rank", "‖A‖", "‖B‖", "‖ΔW‖", "σ₁", "stable rank", "effective rank"]
-    rows = [
+    rows: list[list[Cell]] = [
         [
             m.module,
             m.rank,

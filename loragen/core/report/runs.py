@@ -147,7 +147,7 @@ class RunsReport:
                         of = f"{name}, {label}" if len(self.runs) > 1 else name
                         rows.append([of, *ends])
             table = Table(["metric", "last", "lowest", "at step"], rows)
-            found = [*([Plots(plots)] if plots else []), *([table] if rows else [])]
+            found: list[Block] = [*([Plots(plots)] if plots else []), *([table] if rows else [])]
             blocks += [Details(title, found)] if title and found else found
         return blocks or [Text("Nothing was logged.")]
 
