@@ -268,9 +268,9 @@ def runs_report(
     The page is one file that needs no network. No base model is loaded.
     """
     from loragen.cli.progress import checkpoint_progress
+    from loragen.core.evaluation.runs_report import RunsReport, find_evaluations, with_checkpoints
     from loragen.core.outputs import is_sealed, refuse_existing_file, refuse_input
     from loragen.core.page import need_library
-    from loragen.core.report.runs import RunsReport, find_evaluations, with_checkpoints
     from loragen.core.run.history.comparison import OpenedRun, chosen_metrics
     from loragen.core.run.history.listing import find_run
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loragen.core.errors import DataError, UsageError
-from loragen.core.report.runs import RunsReport, find_evaluations, with_checkpoints
+from loragen.core.evaluation.runs_report import RunsReport, find_evaluations, with_checkpoints
 from loragen.core.run.history.comparison import OpenedRun
 from loragen.core.run.history.listing import find_run
 from tests.browser import opened
