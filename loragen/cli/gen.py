@@ -55,7 +55,7 @@ Prompts = Annotated[
 ]
 
 
-def training_flags(
+def generator_flags(
     checkpoint_dir: list[str] | None,
     prompts: str | None,
     trust_remote_code: bool,
@@ -99,7 +99,7 @@ def gen_train(
     from loragen.core.run.directory import CONFIG, TEST_MODE_STEPS, GeneratorManifest, Run
 
     steps = TEST_MODE_STEPS[-1] if test_mode else None
-    flags = training_flags(checkpoint_dir, prompts, trust_remote_code, steps)
+    flags = generator_flags(checkpoint_dir, prompts, trust_remote_code, steps)
     run = Run.open(resume, GeneratorManifest) if resume else None
     file = config or (run.directory / CONFIG if run else None)
     resolved = options.with_old_files(

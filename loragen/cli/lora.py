@@ -42,7 +42,7 @@ TrackBatches = Annotated[
 ]
 
 
-def training_flags(
+def lora_flags(
     base_model: str | None,
     trust_remote_code: bool,
     data_root: Path | None,
@@ -109,7 +109,7 @@ def lora_train(
     from loragen.core.lora.tasks import find_tasks
     from loragen.core.run.directory import CONFIG, TEST_MODE_STEPS, LoraManifest, Run
 
-    flags = training_flags(
+    flags = lora_flags(
         base_model,
         trust_remote_code,
         data_root,

@@ -106,7 +106,7 @@ def sweep_lora(
     from loragen.core.config import LoraTrainConfig
     from loragen.core.learning.sweep.trainings import SweptLora
 
-    flags = lora.training_flags(
+    flags = lora.lora_flags(
         base_model,
         trust_remote_code,
         data_root,
@@ -154,7 +154,7 @@ def sweep_gen(
     from loragen.core.learning.sources import check_sources
     from loragen.core.learning.sweep.trainings import SweptGenerator
 
-    flags = gen.training_flags(checkpoint_dir, prompts, trust_remote_code)
+    flags = gen.generator_flags(checkpoint_dir, prompts, trust_remote_code)
     load, given = _layers(GenTrainConfig, config, settings, flags, check=check_sources)
     _sweep(
         SweptGenerator(load, given),
