@@ -30,7 +30,13 @@ from loragen.core.learning.texts import texts_of
 from loragen.core.learning.train import training_base
 from loragen.core.lora.provenance import traced_run
 from loragen.core.run.checkpoints import load_adapter
-from loragen.core.run.directory import LoraManifest, checkpoint_step, read_manifest, write_manifest
+from loragen.core.run.directory import (
+    LoraManifest,
+    TrialRecord,
+    checkpoint_step,
+    read_manifest,
+    write_manifest,
+)
 
 
 @pytest.fixture
@@ -561,6 +567,14 @@ class TestFolders:
         }.items():
             runs(name, **changes)
         assert names(runs.folder) == ["a"]
+
+    def test_trials_of_a_sweep_are_left_out_unless_named(self, runs, names):
+        trial = {"trial": TrialRecord(study="/study", number=3)}
+        runs("a", **OLD)
+        named = runs("b", **NEW | trial)
+        runs("c", **NEW | trial | {"status": "interrupted"})
+        assert names(runs.folder) == ["a"]
+        assert names(named) == ["b"]
 
     def test_what_is_named_is_taken(self, runs, names):
         runs("a", **NEW)
