@@ -102,21 +102,25 @@ def test_a_long_line_keeps_its_ends_and_outliers():
 def test_in_a_browser_it_draws_in_its_mode_and_on_demand(page, tmp_path):
     page.write(tmp_path / "page.html")
     with opened(tmp_path / "page.html", scheme="dark") as shown:
-        ink = "getComputedStyle(document.querySelector('{}')).{}"
+
+        def becomes(selector, attribute, value):
+            style = f"getComputedStyle(document.querySelector('{selector}')).{attribute}"
+            shown.wait_for_function(f"{style} === '{value}'")
+
         assert shown.locator(".plot .main-svg").first.is_visible()
-        assert shown.evaluate(ink.format(".plot .ytick text", "fill")) == "rgb(154, 164, 175)"
+        becomes(".plot .ytick text", "fill", "rgb(154, 164, 175)")
         shown.emulate_media(color_scheme="light")
-        assert shown.evaluate(ink.format(".plot .ytick text", "fill")) == "rgb(89, 99, 110)"
+        becomes(".plot .ytick text", "fill", "rgb(89, 99, 110)")
         assert "run </script><b> 1" in shown.locator(".plot").first.inner_text()
         hidden = shown.locator("details .plot")
         assert hidden.locator("svg").count() == 0
         shown.locator("summary").click()
         hidden.locator(".main-svg").first.wait_for()
         shown.get_by_role("button", name="log").click()
-        assert shown.evaluate("document.querySelector('.plot').layout.yaxis.type") == "log"
+        shown.wait_for_function("document.querySelector('.plot').layout.yaxis.type === 'log'")
         shown.emulate_media(media="print", color_scheme="dark")
-        assert shown.evaluate(ink.format("body", "backgroundColor")) == "rgb(255, 255, 255)"
+        becomes("body", "backgroundColor", "rgb(255, 255, 255)")
         shown.emulate_media(media="screen")
         shown.set_viewport_size({"width": 390, "height": 800})
-        assert shown.evaluate("document.documentElement.scrollWidth") == 390
+        shown.wait_for_function("document.documentElement.scrollWidth === 390")
         shown.set_viewport_size({"width": 1440, "height": 800})

@@ -44,7 +44,7 @@ from loragen.core.run.history.summary import duration_text, size_text
 
 MOST_CHECKPOINTS = 8
 """The most checkpoints of a run that are read; `ckpt analyze` reads all."""
-LONGEST_LABEL = 30
+LONGEST_LABEL, LONGEST_CELL = 30, 28
 RESULTS = "results.json"
 
 
@@ -84,7 +84,7 @@ class RunsReport:
         title = f"Report of {counted(len(self.runs), 'run')}" if len(self.runs) > 1 else one.name
         sections = [PageSection("Runs", [self._overview()], "runs")]
         if len(self.runs) > 1:
-            sections.append(PageSection("Differences", [self._differences()], "differences"))
+            sections.append(PageSection("Differences", self._differences(), "differences"))
         sections.append(PageSection("Curves", self._curves(names), "curves"))
         if self.analyzed:
             sections += self._checkpoints(progress)
@@ -125,12 +125,18 @@ class RunsReport:
             )
         return Table([*header, "took", "started (UTC)"], rows)
 
-    def _differences(self) -> Block:
-        found = differing_settings(self.runs)
-        if not found:
-            return Text("No setting differs.")
-        rows = [[key, *map(_value, values)] for key, values in found.items()]
-        return Table(["setting", *run_labels(len(self.runs))], rows)
+    def _differences(self) -> list[Block]:
+        """Returns a table for the runs of each command, whose settings are others."""
+        tables: list[Block] = []
+        for kind in dict.fromkeys(opened.run.kind for opened in self.runs):
+            of_kind = [(label, one) for label, one in self._labelled() if one.run.kind == kind]
+            if len(of_kind) < 2 or not kind:  # of a manifest that cannot be read
+                continue
+            found = differing_settings([one for _, one in of_kind])
+            rows = [[k, *(_value(v, LONGEST_CELL) for v in of)] for k, of in found.items()]
+            if rows:
+                tables.append(Table(["setting", *(label for label, _ in of_kind)], rows))
+        return tables or [Text("No setting differs between runs of the same command.")]
 
     def _curves(self, names: Sequence[str]) -> list[Block]:
         chosen = chosen_metrics(self.runs, self.metrics)
@@ -308,5 +314,5 @@ def _origins(opened: OpenedRun) -> list[Block]:
     return blocks
 
 
-def _value(value: object) -> str | None:
-    return None if value is None else shortened(inline(value), 200)
+def _value(value: object, longest: int = 200) -> str | None:
+    return None if value is None else shortened(inline(value), longest)
