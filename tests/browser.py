@@ -34,5 +34,6 @@ def opened(file, width=1440, scheme="light"):
         yield page
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         browser.close()
-    assert said == []
-    assert [url for url in asked if not url.startswith(LOCAL)] == []
+    assert not said, said  # pytest explains asserts of test modules alone
+    network = [url for url in asked if not url.startswith(LOCAL)]
+    assert not network, network

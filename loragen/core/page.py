@@ -202,7 +202,7 @@ def cell_text(value: Cell) -> str:
 
 def plain(text: str) -> str:
     """Returns a name for a figure, in which Plotly would take `<b>` and `&amp;` for markup."""
-    return text.replace("&", "&amp;").replace("<", "&lt;")
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("$", "&#36;")
 
 
 # ---------------------------------------------------------------------------- figures
