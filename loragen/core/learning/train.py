@@ -80,6 +80,9 @@ log = logging.getLogger(__name__)
 MIN_MIXTURE_ACCURACY = 0.8
 """Share of what collected adapters answer right that a mixture of others must answer, for `auto` to
 stand for the decoder `mixture`: then a new dataset's adapter is mostly a mixture, too."""
+LEARNED_ACCURACY = 0.05
+"""Share of their own training rows below which collected adapters look as if they had learned
+nothing. Long answers are seldom right word for word, so this is no more than a warning."""
 IGNORED_ON_RESUME = (
     "trust_remote_code",
     "experiments_dir",
@@ -366,6 +369,13 @@ def with_decoder_tried(
             100 * predicted,
             100 * collected,
         )
+        if collected < LEARNED_ACCURACY:
+            log.warning(
+                "the collected adapters answer %.1f%% of their own training rows right, and a "
+                "generated one can hardly do better; unless answers are long texts, train them for "
+                "more steps or at higher learning rates",
+                100 * collected,
+            )
         if predicted >= MIN_MIXTURE_ACCURACY * collected > 0:
             config = mixture
     log.info("decoder: %s", config.decoder.name)

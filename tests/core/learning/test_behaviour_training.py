@@ -135,7 +135,8 @@ class TestObjectives:
             Generator.load(results / "generator_model.pt")
 
     @pytest.mark.parametrize(
-        ("right", "decoder"), [((0.5, 0.7), "neighbours"), ((0.6, 0.7), "mixture")]
+        ("right", "decoder"),
+        [((0.5, 0.7), "neighbours"), ((0.6, 0.7), "mixture"), ((0.0, 0.01), "neighbours")],
     )
     def test_auto_is_mixture_where_it_makes_the_adapters_of_left_out_datasets(
         self, collection, sbert_dir, tmp_path, monkeypatch, caplog, right, decoder
@@ -144,7 +145,9 @@ class TestObjectives:
         settings = automatic(collection, sbert_dir, tmp_path)
         with caplog.at_level("INFO", "loragen"):
             run = train(configured(GenTrainConfig, settings), Silent())
-        assert "70.0% with the dataset's own" in caplog.text
+        assert f"{100 * right[1]:.1f}% with the dataset's own" in caplog.text
+        warned = [one for one in caplog.records if "of their own training rows" in one.message]
+        assert [one.levelname for one in warned] == ["WARNING"] * (right[1] < 0.05)
         assert run.config.decoder.name == Generator.load(run.directory).decoder.name == decoder
         assert {one.name for one in run.manifest.plugins if one.kind == "decoder"} == {decoder}
         point = GeneratorPoint.find(run.directory)
