@@ -59,8 +59,9 @@ def cell(text: str) -> str:
 
 
 def linked(text: str) -> str:
-    """The names of pages in a help text as links from a page of a folder."""
-    return re.sub(r"\bdocs/([\w-]+)\.md", r"[\1](../\1.md)", text)
+    """The names of pages in a help text as links from a page of a folder, and without the escapes
+    of Rich's markup."""
+    return re.sub(r"\bdocs/([\w-]+)\.md", r"[\1](../\1.md)", text.replace(r"\[", "["))
 
 
 def command_section(command: Any, path: tuple[str, ...]) -> str:

@@ -27,7 +27,7 @@ from loragen.core.data.prompts import (
     read_prepared,
     text_key,
 )
-from loragen.core.errors import DataError, UsageError, listing
+from loragen.core.errors import DataError, UsageError, counted, listing
 from loragen.core.files import absent, natural_key, sha256_text, user_path
 from loragen.core.hub import base_name, check_source, local_path, on_hub
 from loragen.core.learning.library.records import PROMPTS, LibraryEntry, library_entries, read_entry
@@ -387,10 +387,16 @@ def open_sources(config: GenTrainConfig, test_mode: bool = False) -> Sources:
         if test_mode and not usable:
             usable = finished
         if len(unnamed) == len(runs) and not usable:
+            found = len(folders[folder])
+            why = {
+                "not finished": len(runs) - len(finished),
+                "of --test-mode": len(finished),
+                "of a sweep": found - len(runs),
+            }
+            reasons = ", ".join(f"{number} {what}" for what, number in why.items() if number)
             raise UsageError(
-                f"{folder}: none of its {len(folders[folder])} runs is one to learn from "
-                f"({len(runs) - len(finished)} not finished, {len(finished)} of --test-mode, "
-                f"{len(folders[folder]) - len(runs)} of a sweep); name a run to use it nevertheless"
+                f"{folder}: none of its {counted(found, 'run')} is one to learn from ({reasons}); "
+                "name a run to use it nevertheless"
             )
         unfinished += [run.directory for run in unnamed if run.manifest.status != "success"]
         tests += [run.directory for run in finished if run not in usable]
